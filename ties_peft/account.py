@@ -1,0 +1,159 @@
+"""Account: the sums that a merge keeps while it runs, and the report that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .delta import Delta, distance, inner
+from .factorise import Factors
+from .kinds import Module
+from .plan import Plan
+from .report import AdapterLine, ModuleLine, Report
+from .survey import Kept, trimmed_apart
+from .tensors import MemoryTensors
+
+PAIRS = 64  # up to so many adapters every pair's cosine is computed
+UNEQUAL = 10.0  # norms that differ by more than this deserve a word
+ALIKE = 0.97  # a cosine above this: two adapters that say the same
+LITTLE = 0.5  # energy kept under this deserves a word
+
+
+class Account:
+    """What is added up, module by module."""
+
+    def __init__(self, plan: Plan) -> None:
+        count = len(plan.members)
+        self.plan = plan
+        self.squares = [0.0] * count
+        self.products = [[0.0] * count for _ in range(count)] if count <= PAIRS else None
+        self.lines: list[ModuleLine] = []
+        self.kept = self.total = self.lost = self.written = 0.0
+        self.conflicting = self.shared = 0
+
+    def add_inputs(self, places: Sequence[int], deltas: Sequence[Delta]) -> None:
+        """Norms and inner products of the unweighted task vectors of one module."""
+        for first, delta in zip(places, deltas, strict=True):
+            self.squares[first] += inner(delta, delta)
+        if self.products is None:
+            return
+        for i, first in enumerate(places):
+            for j in range(i):
+                self.products[first][places[j]] += inner(deltas[i], deltas[j])
+
+    def add_result(
+        self,
+        module: Module,
+        deltas: Sequence[Delta],
+        factors: Factors,
+        written: Mapping[str, Tensor],
+        tally: Mapping[str, int],
+    ) -> None:
+        """What became of one module."""
+        conflicting, shared = tally.get("conflicting"), tally.get("shared", 0)
+        self.kept += factors.kept
+        self.total += factors.total
+        self.conflicting += conflicting or 0
+        self.shared += shared
+        if self.plan.dtype != torch.float32:
+            again = self.plan.kind.read(self._as_written(module), MemoryTensors(written))
+            self.lost += distance(again, factors.delta.to(torch.device("cpu"))) ** 2
+        self.lines.append(
+            ModuleLine(
+                name=module.name,
+                shape=module.shape,
+                adapters=len(deltas),
+                rank=sum(delta.rank for delta in deltas),
+                norm=math.sqrt(factors.total),
+                energy=factors.energy,
+                conflict=None if conflicting is None else _share(conflicting, shared),
+            )
+        )
+
+    def _as_written(self, module: Module) -> Module:
+        """The module with the keys and the lora scaling, 1, of the output."""
+        packed = self.plan.kind.keys(module.name)
+        return Module(module.name, module.shape, self.plan.rank or 1, packed, on_input=module.on_input)
+
+    def report(self, kept: Sequence[Kept], seconds: float) -> Report:
+        """The report, at the end."""
+        plan = self.plan
+        cosines = self._cosines()
+        inputs = [
+            AdapterLine(
+                name=member.name,
+                digest=member.adapter.digest,
+                weight=member.weight,
+                modules=len(member.adapter.layout),
+                ranks=member.adapter.ranks,
+                norm=math.sqrt(self.squares[place]),
+                kept=kept[place].kept,
+                entries=kept[place].entries,
+            )
+            for place, member in enumerate(plan.members)
+        ]
+        energy = _share(self.kept, self.total) if self.total else 1.0
+        return Report(
+            method=plan.method.name,
+            space=plan.space.name,
+            kind=plan.kind.title,
+            scale=plan.scale,
+            rank=plan.rank,
+            dtype=str(plan.dtype).removeprefix("torch."),
+            rounding=math.sqrt(self.lost / self.kept) if self.kept else 0.0,
+            energy=energy,
+            norm=math.sqrt(self.total),
+            conflict=None
+            if all(line.conflict is None for line in self.lines)
+            else _share(self.conflicting, self.shared),
+            cosines=cosines,
+            adapters=inputs,
+            modules=self.lines,
+            warnings=[*plan.warnings, *self._warnings(inputs, cosines, energy)],
+            seconds=seconds,
+        )
+
+    def _cosines(self) -> list[list[float]] | None:
+        if self.products is None:
+            return None
+        count = len(self.squares)
+        table = [[1.0] * count for _ in range(count)]
+        for i in range(count):
+            for j in range(i):
+                norms = math.sqrt(self.squares[i] * self.squares[j])
+                table[i][j] = table[j][i] = self.products[i][j] / norms if norms else 0.0
+        return table
+
+    def _warnings(self, inputs: Sequence[AdapterLine], cosines: list[list[float]] | None, energy: float) -> list[str]:
+        found = []
+        apart = trimmed_apart(self.plan)
+        if apart:
+            found.append(f"trimmed on its own, being as large as the vocabulary: {', '.join(apart)}.")
+        empty = [line.name for line in inputs if line.entries and line.kept == 0]
+        if empty:
+            found.append(f"the density keeps no entry at all of {', '.join(empty)}.")
+        heft = {line.name: line.norm * abs(line.weight) for line in inputs}
+        large, small = max(heft, key=heft.__getitem__), min(heft, key=heft.__getitem__)
+        if heft[large] > UNEQUAL * heft[small]:
+            found.append(
+                f"weighted norms differ {_times(heft[large], heft[small])}: {large} ({heft[large]:.3g}) will outvote "
+                f"{small} ({heft[small]:.3g}). Weights can even them out."
+            )
+        for i in range(len(inputs)):
+            twins = [inputs[j].name for j in range(i) if cosines is not None and cosines[i][j] > ALIKE]
+            if twins:
+                found.append(f"{inputs[i].name} is nearly the same as {', '.join(twins)} (cosine over {ALIKE}).")
+        if energy < LITTLE:
+            found.append(f"rank {self.plan.rank} keeps {energy:.0%} of the merged energy; a larger rank keeps more.")
+        return found
+
+
+def _share(part: float, whole: float) -> float:
+    return min(1.0, part / whole) if whole else (1.0 if part else 0.0)
+
+
+def _times(large: float, small: float) -> str:
+    return f"{large / small:.0f}-fold" if small else "without bound"

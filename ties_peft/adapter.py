@@ -1,0 +1,190 @@
+"""Adapter: a PEFT adapter seen through its files, read lazily and checked when it is opened."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import sources, writer
+from .delta import Delta, inner_root
+from .errors import AdapterError, RecipeError, printable, unknown
+from .kinds import Kind, Module, kind_of
+from .tensors import MemoryTensors, PickleFile, SafetensorsFile, TensorSource, digest
+
+
+class Adapter:
+    """One adapter: its config, its modules, and a task vector for each of them.
+
+    Nothing but the config and the names and shapes of the tensors is read until a task vector is
+    asked for.
+
+    Attributes:
+        config: adapter_config.json as it was read.
+        tensors: where its tensors come from.
+        source: the path or Hub id it came from, as the user wrote it; None if it never had one.
+        kind: its type: LoRA, (IA)³.
+    """
+
+    def __init__(self, config: dict[str, Any], tensors: TensorSource, source: str | None = None) -> None:
+        self.config = config
+        self.tensors = tensors
+        self.source = source
+        self.kind: Kind = kind_of(config.get("peft_type"), self.label)
+        self.layout: dict[str, Module] = self.kind.layout(config, tensors, self.label)
+        if not self.layout:
+            raise AdapterError(
+                f"adapter '{self.label}' holds no {self.kind.title} tensors. Save it again with PEFT's save_pretrained."
+            )
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | None = None,
+    ) -> Adapter:
+        """Open an adapter's folder, or fetch it from the Hub.
+
+        Args:
+            source: a folder that holds adapter_config.json, or a Hub id such as `org/name`.
+            revision: a branch, tag or commit on the Hub.
+            subfolder: the folder inside it that holds the adapter.
+            token: for private repositories; by default the one that `hf auth login` stored.
+        Raises: AdapterError with one clear sentence where it cannot be read or merged.
+        """
+        label = printable(str(source))
+        folder = sources.find(str(source), revision, subfolder, token)
+        config = _read_config(folder, label)
+        kind_of(config.get("peft_type"), label)  # before the weights: their absence matters less than the type
+        weights = sources.weights_in(folder, label)
+        opened = SafetensorsFile if weights.suffix == ".safetensors" else PickleFile
+        return cls(config, opened(weights, label), str(source))
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return printable(self.source or "in memory")
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths in the base model of the modules it adapts, without PEFT's prefix, sorted."""
+        return tuple(sorted(self.layout))
+
+    def module(self, name: str) -> Module:
+        """What is known of one module without reading it.
+
+        Raises: AdapterError naming the nearest module, where there is none of that name.
+        """
+        if name not in self.layout:
+            raise AdapterError(f"adapter '{self.label}': {unknown('module', name, self.layout)[:600]}")
+        return self.layout[name]
+
+    def read(self, name: str) -> Delta:
+        """The task vector of one module as it is held: factors for LoRA, values for (IA)³."""
+        return self.kind.read(self.module(name), self.tensors)
+
+    def delta(self, name: str) -> Tensor:
+        """The task vector of one module, float32: s·B·A, (out, in), for LoRA; l − 1, (k,), for (IA)³.
+
+        On GPT-2's Conv1D it is (out, in) too, where PEFT's `get_delta_weight` gives (in, out).
+        """
+        return self.read(name).dense()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that occur, sorted."""
+        return tuple(sorted({module.rank for module in self.layout.values()}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its tensors; float32 where they differ."""
+        found = {self.tensors.info(key).dtype for module in self.layout.values() for key in module.keys}
+        return getattr(torch, found.pop()) if len(found) == 1 else torch.float32
+
+    @property
+    def base(self) -> str | None:
+        """The base model's name as the config gives it."""
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+    @cached_property
+    def digest(self) -> str:
+        """A sha256 over tensor names, shapes, dtypes, bytes and lora scalings; never over paths."""
+        scalings = [f"{name} {module.scaling!r}" for name, module in sorted(self.layout.items())]
+        return digest(self.tensors, "\n".join(scalings))
+
+    def check(self) -> None:
+        """Read every tensor once and refuse what no merge survives.
+
+        Raises: AdapterError naming the tensors that hold NaN or infinity, or are not of a floating type.
+        """
+        bad = []
+        for key in self.tensors.names:
+            tensor = self.tensors.read(key)
+            if not tensor.is_floating_point():
+                raise AdapterError(
+                    f"adapter '{self.label}': tensor '{printable(key)}' is {self.tensors.info(key).dtype}; expected "
+                    "float32, float16 or bfloat16. Save the adapter unquantised."
+                )
+            if not torch.isfinite(tensor).all():
+                bad.append(printable(key))
+        if bad:
+            raise AdapterError(
+                f"adapter '{self.label}' holds NaN or infinity in {len(bad)} tensor(s): "
+                f"{', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}. Its training diverged: leave it out."
+            )
+
+    def norm(self) -> float:
+        """The Frobenius norm of the whole task vector."""
+        return math.hypot(*(inner_root(self.read(name)) for name in self.modules))
+
+    def files(self) -> dict[str, writer.Content]:
+        """The files that make it again, by name."""
+        tensors = {name: self.tensors.read(name) for name in self.tensors.names}
+        return {sources.CONFIG: writer.json_text(self.config), sources.WEIGHTS[0]: tensors}
+
+    def save(self, folder: str | Path, force: bool = False) -> Path:
+        """Write it to a folder, whole or not at all.
+
+        Args:
+            folder: must not exist, or be empty.
+            force: replace an existing folder, if it holds nothing but files that we write.
+        Raises: RecipeError where the folder is in the way or cannot be written.
+        """
+        if (
+            self.source is not None
+            and Path(self.source).exists()
+            and Path(self.source).resolve() == Path(folder).resolve()
+        ):
+            raise RecipeError(f"'{folder}' is the adapter itself; save it elsewhere.")
+        return writer.write_folder(Path(folder), self.files(), force)
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.label!r}, {self.kind.name}, {len(self.layout)} modules, ranks {self.ranks})"
+
+
+def in_memory(config: dict[str, Any], tensors: dict[str, Tensor], source: str | None = None) -> Adapter:
+    """An adapter made of a config and tensors that are not in a file."""
+    return Adapter(config, MemoryTensors(tensors), source)
+
+
+def _read_config(folder: Path, label: str) -> dict[str, Any]:
+    path = folder / sources.CONFIG
+    if not path.is_file():
+        raise AdapterError(f"adapter '{label}': there is no {sources.CONFIG} in it. Is this a PEFT adapter's folder?")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise AdapterError(
+            f"adapter '{label}': {sources.CONFIG} is not JSON ({printable(str(error))}). Mend it, or save it again."
+        ) from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"adapter '{label}': {sources.CONFIG} is a {type(config).__name__}; expected an object.")
+    return config

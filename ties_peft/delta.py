@@ -1,0 +1,154 @@
+"""Delta: the task vector of one adapter on one module, factored or dense.
+
+A LoRA's task vector is Δ = s·B·A, of shape (out, in), with the lora scaling s folded into B; it is
+kept factored. An (IA)³ task vector is l − 1, of shape (k,), and is dense. Both are float32 and both
+are seen as a matrix of rows, which are read a block at a time: `rows(start, stop)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Δ = B·A without ever being multiplied out.
+
+    Attributes:
+        B: (out, r), float32, the lora scaling folded in.
+        A: (r, in), float32.
+        scaling: the lora scaling that B holds, for who wants it split otherwise.
+    """
+
+    B: Tensor
+    A: Tensor
+    scaling: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """r: how many columns B has."""
+        return self.B.shape[1]
+
+    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Rows start…stop of Δ, (stop − start, in), written into `out` where one is given.
+
+        The same range gives the same bits every time, so that a threshold found in one pass
+        holds in the next.
+        """
+        return torch.mm(self.B[start:stop], self.A, out=out)
+
+    def dense(self) -> Tensor:
+        """Δ itself, (out, in), float32."""
+        return self.B @ self.A
+
+    def scaled(self, factor: float) -> LowRank:
+        """factor · Δ, by a new B."""
+        return self if factor == 1 else LowRank(self.B * factor, self.A, self.scaling)
+
+    def sample(self, places: Tensor) -> Tensor:
+        """The entries at flat, row-major `places` (int64), one float32 each."""
+        width = self.A.shape[1]
+        rows = torch.div(places, width, rounding_mode="floor")
+        return (self.B[rows] * self.A.T[places % width]).sum(1)
+
+    def to(self, device: torch.device) -> LowRank:
+        """The same on another device."""
+        return LowRank(self.B.to(device), self.A.to(device), self.scaling)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A task vector, or part of one, held as it is: (IA)³'s l − 1, or a factor on its own.
+
+    Attributes:
+        values: (k,) or (rows, columns), float32.
+    """
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(k,) or (rows, columns)."""
+        return tuple(self.values.shape)
+
+    @property
+    def rank(self) -> int:
+        """The most that the rank could be; 1 for a vector."""
+        return 1 if self.values.dim() == 1 else min(self.values.shape)
+
+    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Entries or rows start…stop, copied, so that they may be written into."""
+        part = self.values[start:stop]
+        return part.clone() if out is None else out.copy_(part)
+
+    def dense(self) -> Tensor:
+        """The values."""
+        return self.values
+
+    def scaled(self, factor: float) -> Dense:
+        """factor · values."""
+        return self if factor == 1 else Dense(self.values * factor)
+
+    def sample(self, places: Tensor) -> Tensor:
+        """The entries at flat, row-major `places`."""
+        return self.values.reshape(-1)[places]
+
+    def to(self, device: torch.device) -> Dense:
+        """The same on another device."""
+        return Dense(self.values.to(device))
+
+
+Delta = LowRank | Dense
+
+
+def size(delta: Delta) -> int:
+    """How many entries the task vector has when multiplied out."""
+    return math.prod(delta.shape)
+
+
+def stack(deltas: Sequence[Delta]) -> Delta:
+    """Their exact sum: factors set side by side (rank Σrᵢ) or values added, in the order given.
+
+    Law: stack(ds).dense() = Σ d.dense().
+    """
+    factored = [d for d in deltas if isinstance(d, LowRank)]
+    if len(factored) == len(deltas):
+        return LowRank(torch.cat([d.B for d in factored], dim=1), torch.cat([d.A for d in factored], dim=0))
+    total = torch.zeros_like(deltas[0].dense())
+    for delta in deltas:
+        total += delta.dense()
+    return Dense(total)
+
+
+def inner(first: Delta, second: Delta) -> float:
+    """⟨first, second⟩, the sum of products of their entries, accumulated in float64.
+
+    For factors: tr((B₁ᵀB₂)(A₂A₁ᵀ)), r₁·r₂·(out + in) products instead of out·in.
+    """
+    if isinstance(first, LowRank) and isinstance(second, LowRank):
+        left = first.B.double().T @ second.B.double()
+        right = first.A.double() @ second.A.double().T
+        return float((left * right).sum())
+    return float((first.dense().double() * second.dense().double()).sum())
+
+
+def distance(first: Delta, second: Delta) -> float:
+    """‖first − second‖, the Frobenius norm of the difference, accumulated in float64."""
+    if isinstance(first, LowRank) and isinstance(second, LowRank):
+        return inner_root(LowRank(torch.cat([first.B, -second.B], 1), torch.cat([first.A, second.A], 0)))
+    return float(torch.linalg.vector_norm(first.dense().double() - second.dense().double()))
+
+
+def inner_root(delta: Delta) -> float:
+    """‖delta‖, the Frobenius norm, in float64."""
+    return math.sqrt(max(0.0, inner(delta, delta)))

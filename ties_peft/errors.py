@@ -1,0 +1,61 @@
+"""What can go wrong, by who has to mend it.
+
+    TiesPeftError
+    ├── AdapterError        a file: missing, damaged, or of a form that cannot be merged
+    ├── CompatibilityError  files that are sound but do not fit each other
+    ├── RecipeError         what was asked: an unknown name, a wrong number of weights, a folder in the way
+    └── MethodError         a parameter of a method: unknown, or out of its range
+
+Every message says what is wrong, where, what was seen against what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TiesPeftError(Exception):
+    """The base of every error that `ties_peft` raises on purpose."""
+
+
+class AdapterError(TiesPeftError):
+    """One adapter's files are missing, damaged or not of a supported form."""
+
+
+class CompatibilityError(TiesPeftError):
+    """Adapters that are sound one by one do not fit each other."""
+
+
+class RecipeError(TiesPeftError):
+    """Something that was asked for does not exist or cannot be."""
+
+
+class MethodError(TiesPeftError):
+    """A parameter of a method is unknown or out of range."""
+
+
+class TiesPeftWarning(UserWarning):
+    """Something possible but unwise; it also stands in the report."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for an unknown name: the nearest known one first, then all of them.
+
+    >>> unknown("method", "tys", ["average", "ties"])
+    "unknown method 'tys': did you mean 'ties'? Known: average, ties."
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"unknown {what} '{printable(str(name))}': {hint}Known: {', '.join(names) or 'none'}."
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """`text` safe for a terminal: control characters escaped, cut at `limit` characters.
+
+    >>> printable("a\\x1b[31m")
+    'a\\\\x1b[31m'
+    """
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return safe if len(safe) <= limit else safe[: limit - 1] + "…"

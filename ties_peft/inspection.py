@@ -1,0 +1,164 @@
+"""Inspection: what is in some adapters, and whether they can be merged, before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from .adapter import Adapter
+from .delta import inner_root
+from .errors import TiesPeftError, printable
+from .plan import make_plan
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one adapter is.
+
+    Attributes:
+        source: as it was asked for.
+        kind, base, task_type, dtype: as its files say.
+        modules: how many it adapts.
+        ranks, scalings: those that occur.
+        numbers: how many numbers its tensors hold.
+        norm: Frobenius norm of its task vector.
+        largest: the module whose task vector is the longest.
+        unusual: what most adapters are not.
+    """
+
+    source: str
+    kind: str
+    base: str | None
+    task_type: str | None
+    dtype: str
+    modules: int
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    numbers: int
+    norm: float
+    largest: str
+    unusual: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        adapters: facts of those that can be read.
+        faults: why the others cannot, a message each.
+        verdict: for two or more readable ones, whether they can be merged, else why not.
+        mergeable: the same as a yes or no; None for fewer than two.
+        rank: what `--rank auto` would give.
+        warnings: what merging them would warn of.
+    """
+
+    adapters: tuple[Facts, ...]
+    faults: tuple[str, ...]
+    verdict: str | None
+    mergeable: bool | None
+    rank: int | None
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [_table(facts) for facts in self.adapters]
+        if self.verdict is not None:
+            parts.append(Text(self.verdict, style="green" if self.mergeable else "red"))
+        parts += [Text(f"! {warning}", style="yellow") for warning in self.warnings]
+        return Group(*parts)
+
+
+def inspect(sources: Sequence[str]) -> Inspection:
+    """Look at adapters; a fault in one does not hide the others."""
+    opened: list[Adapter] = []
+    faults = []
+    for source in sources:
+        try:
+            adapter = Adapter.load(source)
+            adapter.check()
+            opened.append(adapter)
+        except TiesPeftError as error:
+            faults.append(str(error))
+    facts = tuple(_facts(adapter) for adapter in opened)
+    if len(sources) < 2 or len(opened) < 2:
+        return Inspection(facts, tuple(faults), None, None, None, ())
+    try:
+        plan = make_plan(Recipe(tuple(str(a.source) for a in opened)), opened)
+    except TiesPeftError as error:
+        return Inspection(facts, tuple(faults), f"They cannot be merged: {error}", False, None, ())
+    shared = sum(len(plan.holders(name)) == len(opened) for name in plan.modules)
+    rank = f", at rank {plan.rank}" if plan.rank is not None else ""
+    verdict = f"They can be merged: {len(plan.modules)} modules, {shared} of them in all{rank}."
+    return Inspection(facts, tuple(faults), verdict, True, plan.rank, tuple(plan.warnings))
+
+
+def _facts(adapter: Adapter) -> Facts:
+    norms = {name: inner_root(adapter.read(name)) for name in adapter.modules}
+    task = adapter.config.get("task_type")
+    return Facts(
+        source=adapter.label,
+        kind=adapter.kind.title,
+        base=printable(adapter.base) if adapter.base else None,
+        task_type=printable(str(task)) if task else None,
+        dtype=str(adapter.dtype).removeprefix("torch."),
+        modules=len(adapter.layout),
+        ranks=adapter.ranks,
+        scalings=tuple(sorted({module.scaling for module in adapter.layout.values()})),
+        numbers=sum(math.prod(adapter.tensors.info(key).shape) for key in adapter.tensors.names),
+        norm=math.hypot(*norms.values()),
+        largest=printable(max(norms, key=norms.__getitem__)),
+        unusual=_unusual(adapter, norms),
+    )
+
+
+def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
+    """What most adapters are not, in words."""
+    config = adapter.config
+    found = []
+    if config.get("use_rslora"):
+        found.append("rsLoRA (scaling alpha/√r)")
+    if len(adapter.ranks) > 1:
+        found.append(f"mixed ranks {', '.join(map(str, adapter.ranks))}")
+    if config.get("alpha_pattern"):
+        found.append("alpha pattern")
+    if adapter.kind.has_rank and isinstance(config.get("r"), int) and config["r"] not in adapter.ranks:
+        found.append(f"the config says r = {config['r']}, the tensors {', '.join(map(str, adapter.ranks))}")
+    silent = [name for name, norm in norms.items() if norm == 0]
+    if silent:
+        found.append(f"{len(silent)} of {len(norms)} modules do nothing (zero task vector)")
+    if adapter.base is None:
+        found.append("names no base model")
+    return tuple(found)
+
+
+def _table(facts: Facts) -> Table:
+    table = Table(
+        title=escape(facts.source),
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        show_header=False,
+    )
+    rank = f", rank {', '.join(map(str, facts.ranks))}, scaling {', '.join(f'{s:g}' for s in facts.scalings)}"
+    table.add_row("kind", facts.kind + (rank if facts.kind == "LoRA" else ""))
+    table.add_row(
+        "base", escape(facts.base or "not named") + (f", {escape(facts.task_type)}" if facts.task_type else "")
+    )
+    table.add_row("modules", f"{facts.modules}, {facts.numbers:,} numbers in {facts.dtype}")
+    table.add_row("norm", f"{facts.norm:.4g}, most of it in {escape(facts.largest)}")
+    if facts.unusual:
+        table.add_row("unusual", escape("; ".join(facts.unusual)))
+    return table

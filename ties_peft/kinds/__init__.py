@@ -1,0 +1,41 @@
+"""The types of adapter that can be merged, found by looking into this folder."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from ..errors import AdapterError, printable
+from .base import Kind, Module
+
+__all__ = ["Kind", "Module", "kind_of", "kinds"]
+
+
+@functools.cache
+def kinds() -> dict[str, Kind]:
+    """Every kind by its PEFT type."""
+    found: dict[str, Kind] = {}
+    for entry in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+        found.update({c.peft_type: c() for c in own if issubclass(c, Kind) and c is not Kind})
+    return dict(sorted(found.items()))
+
+
+def kind_of(peft_type: object, label: str) -> Kind:
+    """The kind of an adapter by the peft_type of its config.
+
+    Raises: AdapterError naming the type, where it is missing, unknown or not supported yet.
+    """
+    if not isinstance(peft_type, str) or not peft_type:
+        raise AdapterError(
+            f"adapter '{label}': peft_type is {printable(repr(peft_type))} in adapter_config.json; "
+            f"expected one of {', '.join(kinds())}. Is this a PEFT adapter?"
+        )
+    if peft_type.upper() not in kinds():
+        raise AdapterError(
+            f"adapter '{label}' is of PEFT type '{printable(peft_type)}', which ties_peft cannot merge yet; "
+            f"it merges {', '.join(kinds())}. Leave it out."
+        )
+    return kinds()[peft_type.upper()]

@@ -1,0 +1,68 @@
+"""Merged: what a merge gives back, an Adapter that knows how it was made."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import writer
+from .adapter import Adapter
+from .card import card
+from .recipe import Recipe
+from .report import Report
+from .tensors import MemoryTensors
+
+
+class Merged(Adapter):
+    """A merged adapter: an Adapter with the report of the merge and the recipe that made it.
+
+    Attributes:
+        report: what the merge did; prints well.
+        recipe: what was asked, with YAML round trip.
+    """
+
+    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], report: Report, recipe: Recipe) -> None:
+        super().__init__(config, MemoryTensors(tensors))
+        self.report = report
+        self.recipe = recipe
+
+    def files(self) -> dict[str, writer.Content]:
+        """Config and weights, and beside them the card, the recipe and the provenance."""
+        recipe = self.recipe.to_yaml()
+        provenance = {"versions": versions(), "recipe": self.recipe.to_dict(), "report": self.report.to_dict()}
+        return {
+            **super().files(),
+            "README.md": card(self.report, recipe, self.config),
+            "recipe.yaml": recipe,
+            "provenance.json": writer.json_text(provenance),
+        }
+
+    def save(self, folder: str | Path, force: bool = False) -> Path:
+        """Write a folder that `PeftModel.from_pretrained` loads; it appears whole or not at all.
+
+        Args:
+            folder: must not exist, or be empty.
+            force: replace an existing folder, if it holds nothing but files that we write and is
+                none of the inputs.
+        Raises: RecipeError where the folder is in the way or cannot be written.
+        """
+        inputs = [Path(name) for name in self.recipe.adapters if Path(name).exists()]
+        return writer.write_folder(Path(folder), self.files(), force, inputs)
+
+    def __repr__(self) -> str:
+        return f"Merged({self.report.method}, {self.kind.name}, {len(self.layout)} modules, rank {self.report.rank})"
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("ties_peft", "torch", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,35 @@
+"""The weighted mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ..delta import Delta
+from .base import Method, TaskVectors
+
+
+class Average(Method):
+    """The weighted mean of the task vectors, Σ wᵢ·τᵢ / Σ wᵢ, exact at rank Σrᵢ.
+
+    An adapter that lacks a module counts there as zero, its weight included in Σ wᵢ. It is never
+    the product of averaged factors, whose cross terms Bᵢ·Aⱼ belong to no adapter (PEFT's `linear`).
+
+    Law: weights (w, …, w) give the plain mean; one adapter comes back unchanged.
+    Source: Wortsman et al., Model Soups, ICML 2022 (arXiv 2203.05482), on task vectors.
+    """
+
+    name: ClassVar[str] = "average"
+    source: ClassVar[str] = "Wortsman et al., ICML 2022, arXiv 2203.05482"
+
+    def merge(self, tasks: TaskVectors) -> Delta:
+        """Σ wτ / Σ w over all adapters of the merge."""
+        return tasks.sum(1 / tasks.total_weight)
+
+    def linear(self, adapters: int) -> bool:
+        """Always."""
+        return True
+
+    def check(self, weights: Sequence[float], space: str) -> str | None:
+        """An average needs weights that do not cancel."""
+        return "the weights sum to 0, which an average divides by" if sum(weights) == 0 else None

@@ -1,0 +1,30 @@
+"""Task arithmetic."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..delta import Delta
+from .base import Method, TaskVectors
+
+
+class TaskArithmetic(Method):
+    """The scaled sum of the task vectors, λ·Σ wᵢ·τᵢ, exact at rank Σrᵢ; a negative weight unlearns.
+
+    Law: linear in every weight and in λ; λ = 1/N with unit weights is the average.
+    Source: Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023 (arXiv 2212.04089). λ = 0.4 where
+        none is given is what the TIES paper uses without a validation set. PEFT's `svd` is this at rank
+        max rᵢ and λ = 1, its `cat` at rank Σrᵢ; its `linear` is another function (cross terms Bᵢ·Aⱼ).
+    """
+
+    name: ClassVar[str] = "task_arithmetic"
+    default_scale: ClassVar[float] = 0.4
+    source: ClassVar[str] = "Ilharco et al., ICLR 2023, arXiv 2212.04089"
+
+    def merge(self, tasks: TaskVectors) -> Delta:
+        """Σ wτ; the scale is applied to every method's result alike."""
+        return tasks.sum()
+
+    def linear(self, adapters: int) -> bool:
+        """Always."""
+        return True

@@ -1,0 +1,158 @@
+"""Report: what a merge did, in numbers; prints as a table that a person likes to read."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class AdapterLine:
+    """One input.
+
+    Attributes:
+        name, digest, weight: which, and how much of it.
+        modules: how many it adapts.
+        ranks: the ranks that occur in it.
+        norm: Frobenius norm of its unweighted task vector.
+        kept, entries: how many entries the trim kept, of how many; 0 of 0 where nothing is trimmed.
+    """
+
+    name: str
+    digest: str
+    weight: float
+    modules: int
+    ranks: tuple[int, ...]
+    norm: float
+    kept: int
+    entries: int
+
+
+@dataclass(frozen=True)
+class ModuleLine:
+    """One module of the result.
+
+    Attributes:
+        name, shape: which.
+        adapters: how many of the inputs have it.
+        rank: Σrᵢ of those.
+        norm: Frobenius norm of the merged task vector, scaled, before truncation.
+        energy: share of its square that the output's rank keeps, in [0, 1].
+        conflict: of the entries that two adapters or more keep, the share in which signs differ;
+            None where the method holds no election.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    adapters: int
+    rank: int
+    norm: float
+    energy: float
+    conflict: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What went in, what came out, and what was lost.
+
+    Attributes:
+        method, space, kind: what was done, to what.
+        scale: λ.
+        rank: of the output; None where it has none.
+        dtype: of the tensors written.
+        rounding: ‖written − computed‖ / ‖computed‖, what that dtype lost.
+        energy: share of the merged squared norm that the rank kept, over all modules.
+        norm: Frobenius norm of the merged task vector.
+        conflict: as in a module's line, over all modules.
+        cosines: between the inputs' task vectors, (N, N); None beyond `PAIRS` adapters.
+        adapters, modules: a line each.
+        warnings: what is possible but unwise.
+        seconds: how long it took.
+    """
+
+    method: str
+    space: str
+    kind: str
+    scale: float
+    rank: int | None
+    dtype: str
+    rounding: float
+    energy: float
+    norm: float
+    conflict: float | None
+    cosines: list[list[float]] | None
+    adapters: list[AdapterLine]
+    modules: list[ModuleLine]
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, but for the time, which no two runs share."""
+        values = asdict(self)
+        del values["seconds"]
+        return values
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console.print(self)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def __rich__(self) -> RenderableType:
+        return Group(self.tables(), *(Text(f"! {warning}", style="yellow") for warning in self.warnings))
+
+    def tables(self) -> RenderableType:
+        """What went in and what came out, without the warnings."""
+        return Group(self._inputs(), Text(), self._outcome())
+
+    def _inputs(self) -> Table:
+        table = Table(
+            title=f"{len(self.adapters)} {self.kind} adapters", title_justify="left", box=None, pad_edge=False
+        )
+        for heading in ("adapter", "weight", "modules", "rank", "norm", "kept"):
+            table.add_column(heading, justify="left" if heading == "adapter" else "right")
+        names = [line.name for line in self.adapters]
+        few = self.cosines is not None and 2 <= len(names) <= 8
+        if few:
+            table.add_column("cosine with " + ", ".join(str(i + 1) for i in range(len(names))), justify="right")
+        for number, line in enumerate(self.adapters):
+            label = f"{number + 1}  {escape(line.name)}"
+            ranks = ", ".join(map(str, line.ranks)) if self.rank is not None else "–"
+            cells = [
+                label,
+                f"{line.weight:g}",
+                str(line.modules),
+                ranks,
+                f"{line.norm:.3g}",
+                _share(line.kept, line.entries),
+            ]
+            row = self.cosines[number] if self.cosines is not None and few else []
+            table.add_row(
+                *cells, *([" ".join(f"{c:5.2f}" if i != number else "    –" for i, c in enumerate(row))] if few else [])
+            )
+        return table
+
+    def _outcome(self) -> Table:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_row("merged", f"{self.method} in space {self.space}, scale {self.scale:g}")
+        table.add_row("modules", f"{len(self.modules)}, norm {self.norm:.3g}")
+        if self.conflict is not None:
+            table.add_row("sign conflict", f"{self.conflict:.1%} of the entries that two or more adapters keep")
+        if self.rank is not None:
+            worst = min(self.modules, key=lambda line: line.energy)
+            note = "" if worst.energy > 0.9995 else f" (least: {worst.energy:.1%} in {escape(worst.name)})"
+            table.add_row("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy{note}")
+        rounding = f", rounding {self.rounding:.1e}" if self.rounding else ""
+        table.add_row("written as", f"{self.dtype}{rounding}")
+        table.add_row("time", f"{self.seconds:.1f} s")
+        return table
+
+
+def _share(part: int, whole: int) -> str:
+    return "all" if part == whole else f"{part / whole:.1%}"

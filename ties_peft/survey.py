@@ -1,0 +1,204 @@
+"""Survey: where each adapter's trim cuts, found exactly without holding or sorting the task vector.
+
+For every group of entries that are ranked together (a whole adapter, or one module):
+
+1. a sample of entries gives a bracket [low, high] that holds the threshold almost surely;
+2. one pass over all tiles counts the entries above it and collects those inside it, about one in a
+   hundred; if the counts show that the threshold is not inside, the bracket is widened and the pass
+   made again;
+3. the threshold is a rank among the few collected, and so exact.
+
+Tiles are computed here and in the merge by the same operation on the same ranges, hence with the
+same bits: the entries kept are exactly as many as asked.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .delta import Delta, size
+from .plan import VOCABULARY, Member, Plan
+from .tiles import Workers, tiles
+from .trim import KEEP_ALL, KEEP_NONE, Cut, kept_count
+
+SAMPLE = 1 << 16
+SIGMAS = 4.0  # of the sample's quantile, on either side: the bracket misses once in thousands
+Cuts = dict[tuple[int, str], tuple[Cut, ...]]  # (member, module) → a cut for each part
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One part of one module of one adapter.
+
+    Attributes:
+        module, part: which.
+        size: how many entries it has.
+        read: gives the part; it may read it from the file anew.
+    """
+
+    module: str
+    part: int
+    size: int
+    read: Callable[[], Delta]
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a pass over one place found: entries above the bracket, and those inside it by tile."""
+
+    above: int
+    inside: list[np.ndarray]
+
+
+@dataclass
+class Kept:
+    """How many entries of one adapter the trim kept, of how many in the coordinates of the space."""
+
+    kept: int = 0
+    entries: int = 0
+
+
+def find_cuts(plan: Plan, crew: Workers, progress: Progress) -> tuple[Cuts, list[Kept]]:
+    """Every adapter's cuts, and how many of its entries are kept.
+
+    Law: over each group of n entries exactly ⌊density·n⌋ are kept.
+    """
+    cuts: Cuts = {}
+    kept = [Kept() for _ in plan.members]
+    if plan.trim is None:
+        return cuts, kept
+    density, scope = plan.trim
+    for number, member in enumerate(plan.members):
+        found: dict[tuple[str, int], Cut] = {}
+        for group in _groups(plan, member, scope == "adapter"):
+            entries = sum(place.size for place in group)
+            kept[number].kept += kept_count(density, entries)
+            kept[number].entries += entries
+            found.update(_cut(group, density, crew, plan.device))
+        for module in member.adapter.modules:
+            parts = sorted(part for name, part in found if name == module)
+            cuts[number, module] = tuple(found[module, part] for part in parts)
+        progress("trim", number + 1, len(plan.members))
+    return cuts, kept
+
+
+def trimmed_apart(plan: Plan) -> list[str]:
+    """The modules as large as the vocabulary, whose entries would swamp the count of the others."""
+    if plan.trim is None or plan.trim[1] != "adapter":
+        return []
+    apart = [name for name in plan.modules if name.rsplit(".", 1)[-1] in VOCABULARY]
+    return apart if len(apart) < len(plan.modules) else []
+
+
+def _groups(plan: Plan, member: Member, whole: bool) -> Iterator[list[Place]]:
+    """The sets of places whose entries are ranked together."""
+    together: list[Place] = []
+    apart = trimmed_apart(plan)
+    for module in member.adapter.modules:
+        places = _places(plan, member, module)
+        if whole and module not in apart:
+            together += places
+        elif whole:
+            yield places
+        else:
+            yield from ([place] for place in places)
+    if together:
+        yield together
+
+
+def _places(plan: Plan, member: Member, module: str) -> list[Place]:
+    def read(part: int) -> Delta:
+        delta = member.adapter.read(module).to(plan.device)
+        return plan.space.frame([delta]).encode(delta, member.weight)[part]
+
+    delta = member.adapter.read(module)
+    sizes = [size(part) for part in plan.space.frame([delta]).encode(delta, member.weight)]
+    return [Place(module, part, count, partial(read, part)) for part, count in enumerate(sizes)]
+
+
+def _cut(group: Sequence[Place], density: float, crew: Workers, device: torch.device) -> dict[tuple[str, int], Cut]:
+    """The cut of each place of one group."""
+    entries = sum(place.size for place in group)
+    keep = kept_count(density, entries)
+    if keep in (0, entries):
+        return {(place.module, place.part): KEEP_NONE if keep == 0 else KEEP_ALL for place in group}
+    sigmas = SIGMAS
+    while True:
+        low, high = _bracket(group, keep / entries, sigmas, entries)
+        found = [_census(place.read(), low, high, crew) for place in group]
+        above = sum(census.above for census in found)
+        inside = np.concatenate([values for census in found for values in census.inside])
+        if above < keep <= above + len(inside):
+            break
+        sigmas *= 4
+    missing = keep - above  # so many of those inside are kept, the largest first
+    threshold = float(np.partition(inside, len(inside) - missing)[len(inside) - missing])
+    spare = missing - int(np.count_nonzero(inside > threshold))
+    return _share(group, found, threshold, spare)
+
+
+def _share(group: Sequence[Place], found: Sequence[Census], threshold: float, spare: int) -> dict[tuple[str, int], Cut]:
+    """Hand out the places left for entries that equal the threshold, in order of position."""
+    equal = [[int(np.count_nonzero(values == threshold)) for values in census.inside] for census in found]
+    if threshold == 0 or sum(map(sum, equal)) == spare:
+        return {(place.module, place.part): Cut(threshold) for place in group}
+    cuts = {}
+    for place, counts in zip(group, equal, strict=True):
+        quota = []
+        for count in counts:
+            quota.append(min(count, spare))
+            spare -= quota[-1]
+        cuts[place.module, place.part] = Cut(threshold, tuple(quota))
+    return cuts
+
+
+def _bracket(group: Sequence[Place], share: float, sigmas: float, entries: int) -> tuple[float, float]:
+    """Magnitudes between which the one that `share` of all entries exceed lies, most likely."""
+    spread = sigmas * math.sqrt(share * (1 - share) / SAMPLE)
+    if entries <= 4 * SAMPLE or spread >= 0.5:
+        return 0.0, math.inf
+    sample = torch.cat([_sample(place, max(1, SAMPLE * place.size // entries)) for place in group])
+    ranked = sample.abs().sort(descending=True).values
+    top, bottom = (share - spread) * len(ranked), (share + spread) * len(ranked)
+    high = math.inf if top < 1 else float(ranked[int(top)])
+    low = 0.0 if bottom >= len(ranked) - 1 else float(ranked[math.ceil(bottom)])
+    return low, high
+
+
+def _sample(place: Place, count: int) -> Tensor:
+    """Some entries, at places that depend on the module's name alone; they only steer the search."""
+    draw = np.random.default_rng([zlib.crc32(place.module.encode()), place.part])
+    delta = place.read()
+    where = torch.from_numpy(draw.integers(0, place.size, count))
+    return delta.sample(where.to(delta.rows(0, 0).device)).cpu()
+
+
+def _census(delta: Delta, low: float, high: float, crew: Workers) -> Census:
+    """Count the magnitudes above `high` and collect those in [low, high], tile by tile."""
+
+    def tile(rows: tuple[int, int]) -> tuple[int, np.ndarray]:
+        shape = (rows[1] - rows[0], *delta.shape[1:])
+        values = delta.rows(*rows, out=crew.scratch("vector", shape, delta.rows(0, 0).device)).abs_()
+        return _count(values, low, high)
+
+    found = crew.map(tile, tiles(delta.shape))
+    return Census(sum(above for above, _ in found), [inside for _, inside in found])
+
+
+def _count(values: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
+    """(how many exceed `high`, those in [low, high] in order); on the CPU by NumPy, whose counting is faster."""
+    if values.device.type == "cpu":
+        flat = values.numpy().reshape(-1)
+        above = flat > np.float32(high)
+        return int(np.count_nonzero(above)), flat[(flat >= np.float32(low)) ^ above]
+    larger = values > high
+    return int(larger.sum()), values[(values >= low) ^ larger].cpu().numpy()

@@ -1,0 +1,183 @@
+"""Where tensors come from: a safetensors file, an old `.bin`, or memory; always by name, always lazily.
+
+Nothing in a file is executed: safetensors holds no code, and `.bin` goes through PyTorch's
+weights-only loader. A file that cannot be read ends in an `AdapterError` that says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import AdapterError, printable
+
+LFS_POINTER = b"version https://git-lfs"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a tensor is without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorSource(Protocol):
+    """Named tensors, read one at a time."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
+
+    def info(self, name: str) -> Info:
+        """Shape and dtype."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU, in its own dtype."""
+
+
+class MemoryTensors:
+    """Tensors that are already in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(sorted(tensors.items()))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
+        return tuple(self._tensors)
+
+    def info(self, name: str) -> Info:
+        """Shape and dtype."""
+        tensor = self._tensors[name]
+        return Info(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    def read(self, name: str) -> Tensor:
+        """The tensor."""
+        return self._tensors[name]
+
+
+class SafetensorsFile:
+    """A safetensors file, opened anew for each look so that none of it stays mapped into memory."""
+
+    def __init__(self, path: Path, label: str) -> None:
+        self.path, self.label = path, label
+
+    @cached_property
+    def _index(self) -> dict[str, Info]:
+        _refuse_unreadable(self.path, self.label)
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+                return {n: _info(s.get_shape(), s.get_dtype()) for n, s in sorted(slices.items())}
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise self._damaged(error) from None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
+        return tuple(self._index)
+
+    def info(self, name: str) -> Info:
+        """Shape and dtype, from the header."""
+        return self._index[name]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, copied out of the file."""
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> AdapterError:
+        return AdapterError(
+            f"adapter '{self.label}': {self.path.name} is not a whole safetensors file "
+            f"({self.path.stat().st_size if self.path.exists() else 0} bytes: {printable(str(error))}). "
+            "It is truncated or damaged: download or save the adapter again."
+        )
+
+
+class PickleFile:
+    """An `adapter_model.bin` as old releases of PEFT wrote it, through the weights-only loader."""
+
+    def __init__(self, path: Path, label: str) -> None:
+        self.path, self.label = path, label
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        _refuse_unreadable(self.path, self.label)
+        try:
+            loaded = torch.load(self.path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise AdapterError(
+                f"adapter '{self.label}': {self.path.name} holds more than tensors, and loading that could run "
+                "code. It was not executed. Get the adapter as safetensors, or convert it where you trust it."
+            ) from None
+        except Exception as error:  # the loader's errors on damaged bytes are of many types
+            raise AdapterError(
+                f"adapter '{self.label}': {self.path.name} cannot be read "
+                f"({type(error).__name__}: {printable(str(error))}). Download or save the adapter again."
+            ) from None
+        if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+            raise AdapterError(
+                f"adapter '{self.label}': {self.path.name} is not a table of tensors by name. "
+                "Expected the state dict that PEFT saves; save the adapter again."
+            )
+        return {str(name): loaded[name] for name in sorted(loaded)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
+        return tuple(self._tensors)
+
+    def info(self, name: str) -> Info:
+        """Shape and dtype."""
+        return MemoryTensors(self._tensors).info(name)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor."""
+        return self._tensors[name]
+
+
+def digest(source: TensorSource, extra: str = "") -> str:
+    """A sha256 over names, shapes, dtypes, bytes, and `extra`; in hexadecimal."""
+    running = hashlib.sha256(extra.encode())
+    for name in source.names:
+        info = source.info(name)
+        tensor = source.read(name).contiguous()
+        running.update(f"\n{name} {info.dtype} {list(info.shape)}\n".encode())
+        running.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return running.hexdigest()
+
+
+def _info(shape: list[int], dtype: str) -> Info:
+    known = DTYPES.get(dtype)
+    return Info(tuple(shape), str(known).removeprefix("torch.") if known else dtype)
+
+
+def _refuse_unreadable(path: Path, label: str) -> None:
+    """Faults that deserve a better word than the parser's."""
+    if path.stat().st_size == 0:
+        raise AdapterError(f"adapter '{label}': {path.name} is empty. Download or save the adapter again.")
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise AdapterError(
+                f"adapter '{label}': {path.name} is a Git LFS pointer, not the weights. "
+                "Run `git lfs pull` in its repository, or download the file itself."
+            )

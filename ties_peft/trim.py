@@ -1,0 +1,92 @@
+"""Trim: keep the largest magnitudes of a task vector, exactly as many as asked.
+
+k = ⌊density·n⌋ entries stay, the largest in magnitude; equal magnitudes are decided by position, the
+first in order stays. What is left of a search for the threshold is a `Cut`, which any later pass
+over the same entries can apply tile by tile.
+
+Source: Yadav et al., TIES-Merging (NeurIPS 2023), section 3, step 1. The authors' code keeps
+int(k·n) + 1 entries and all that equal the threshold; PEFT keeps int(density·n), with equal
+magnitudes cut arbitrarily; both take `density` in binary, so that 0.29 of 100 is 28.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["adapter", "module"]  # over what a trim ranks magnitudes: the whole task vector, or each module
+
+
+def kept_count(density: float, entries: int) -> int:
+    """k = ⌊density·n⌋ with density as the decimal that was written.
+
+    >>> kept_count(0.29, 100), int(0.29 * 100)
+    (29, 28)
+    """
+    return math.floor(Fraction(repr(float(density))) * entries)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where one task vector is cut on one part of one module.
+
+    Attributes:
+        threshold: the magnitude of the smallest kept entry; larger ones stay, smaller ones go.
+            inf keeps nothing, 0 keeps everything.
+        spare: for every tile, how many of the entries whose magnitude equals the threshold stay,
+            the first in row-major order; None where all of them do.
+    """
+
+    threshold: float
+    spare: tuple[int, ...] | None = None
+
+    def apply_(self, values: Tensor, tile: int) -> Tensor:
+        """Set what is cut from `values` (tile number `tile` of the part) to zero, in place."""
+        if self.threshold == math.inf:
+            return values.zero_()
+        if self.threshold == 0:
+            return values
+        if self.spare is not None:
+            self._drop_surplus(values, self.spare[tile])
+        # hardshrink keeps |x| > λ: the float just below the threshold makes that |x| ≥ threshold
+        below = _float_below(self.threshold)
+        return torch.ops.aten.hardshrink.out(values, below, out=values)  # type: ignore[no-any-return]
+
+    def _drop_surplus(self, values: Tensor, keep: int) -> None:
+        equal = (values.abs() == self.threshold).reshape(-1).nonzero().reshape(-1)
+        flat = values.view(-1)
+        flat[equal[keep:]] = 0.0
+
+
+KEEP_ALL = Cut(0.0)
+KEEP_NONE = Cut(math.inf)
+
+
+def trim(values: Tensor, density: float) -> Tensor:
+    """A copy of `values` with all but the ⌊density·n⌋ entries of largest magnitude set to zero.
+
+    Args:
+        values: any shape, float32.
+        density: the share kept, in [0, 1].
+    Law: exactly ⌊density·n⌋ entries are kept (kept zeros included), each at least as large in
+        magnitude as any that is cut; of equal magnitudes the first in row-major order stay.
+
+    >>> trim(torch.tensor([3.0, -1.0, 1.0, -2.0]), 0.75)
+    tensor([ 3., -1.,  0., -2.])
+    """
+    keep = kept_count(density, values.numel())
+    order = values.abs().reshape(-1).sort(descending=True, stable=True).indices
+    result = torch.zeros_like(values).reshape(-1)
+    result[order[:keep]] = values.reshape(-1)[order[:keep]]
+    return result.view_as(values)
+
+
+def _float_below(value: float) -> float:
+    """The largest float32 under `value`."""
+    single = torch.tensor(value, dtype=torch.float32)
+    return torch.nextafter(single, torch.zeros(())).item()

@@ -1,0 +1,135 @@
+"""Writer: a folder that appears whole or not at all.
+
+Everything is written into a hidden folder beside the target and renamed into place at the end, so
+that a failure, whenever it comes, leaves the target as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import RecipeError
+
+Content = str | dict[str, Tensor]  # a text file, or the tensors of a safetensors file
+OURS = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "provenance.json"})
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """JSON as we write it: indented, keys in their order, ending in a newline."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def check_target(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a target that would destroy something; to be asked before any work is done.
+
+    Args:
+        folder: where the output shall go.
+        force: whether an existing folder may be replaced.
+        inputs: folders that are read; neither they nor a folder around or inside them is a target.
+    Raises: RecipeError.
+    """
+    target = folder.resolve()
+    for source in (path.resolve() for path in inputs):
+        if target == source or target in source.parents or source in target.parents:
+            raise RecipeError(
+                f"the output '{folder}' is, holds or lies in the input '{source}'. Choose another folder."
+            )
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise RecipeError(f"the output '{folder}' exists and is not a folder. Choose another.")
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not there:
+        return
+    if not force:
+        raise RecipeError(
+            f"the output '{folder}' exists and is not empty. Choose another folder, or replace it with --force."
+        )
+    foreign = [name for name in there if name not in OURS]
+    if foreign:
+        raise RecipeError(
+            f"the output '{folder}' holds files that ties_peft did not write ({', '.join(foreign[:4])}), "
+            "so --force does not replace it. Choose another folder, or empty it yourself."
+        )
+
+
+def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False, inputs: Iterable[Path] = ()) -> Path:
+    """Write files into a new folder, whole or not at all.
+
+    Args:
+        folder: the target; its parents are made.
+        files: content by file name.
+        force, inputs: as in `check_target`.
+    Returns: the folder.
+    Raises: RecipeError where the target is refused or cannot be written; nothing is left behind.
+    """
+    check_target(folder, force, inputs)
+    made = _missing_parents(folder)
+    staged: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        staged.chmod(0o777 & ~_umask())
+        for name, content in files.items():
+            _write(staged / name, content)
+        _swap(staged, folder)
+    except OSError as error:
+        _discard(staged, made)
+        raise RecipeError(f"the output '{folder}' cannot be written: {error.strerror or error}.") from None
+    except BaseException:
+        _discard(staged, made)
+        raise
+    return folder
+
+
+def _write(path: Path, content: Content) -> None:
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+        return
+    try:
+        save_file(content, path, metadata={"format": "pt"})
+    except Exception as error:  # safetensors wraps the file system's errors in its own
+        raise OSError(None, str(error)) from None
+    path.chmod(0o666 & ~_umask())
+
+
+def _swap(staged: Path, folder: Path) -> None:
+    """Put the staged folder in the target's place; an old one steps aside and comes back on failure."""
+    if not folder.exists():
+        staged.rename(folder)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.rename(aside / folder.name)
+    try:
+        staged.rename(folder)
+    except BaseException:
+        (aside / folder.name).rename(folder)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _missing_parents(folder: Path) -> list[Path]:
+    """The parents that will have to be made, innermost first."""
+    return [parent for parent in folder.parents if not parent.exists()]
+
+
+def _discard(staged: Path | None, made: list[Path]) -> None:
+    if staged is not None:
+        shutil.rmtree(staged, ignore_errors=True)
+    for parent in made:
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
