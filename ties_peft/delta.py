@@ -59,7 +59,7 @@ class LowRank:
         """The entries at flat, row-major `places` (int64), one float32 each."""
         width = self.A.shape[1]
         rows = torch.div(places, width, rounding_mode="floor")
-        return (self.B[rows] * self.A.T[places % width]).sum(1)
+        return (self.B[rows] * self.A.T.contiguous()[places % width]).sum(1)
 
     def to(self, device: torch.device) -> LowRank:
         """The same on another device."""

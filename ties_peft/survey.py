@@ -167,10 +167,12 @@ def _bracket(group: Sequence[Place], share: float, sigmas: float, entries: int) 
     if entries <= 4 * SAMPLE or spread >= 0.5:
         return 0.0, math.inf
     sample = torch.cat([_sample(place, max(1, SAMPLE * place.size // entries)) for place in group])
-    ranked = sample.abs().sort(descending=True).values
-    top, bottom = (share - spread) * len(ranked), (share + spread) * len(ranked)
-    high = math.inf if top < 1 else float(ranked[int(top)])
-    low = 0.0 if bottom >= len(ranked) - 1 else float(ranked[math.ceil(bottom)])
+    count = len(sample)
+    top = count - 1 - math.floor((share - spread) * count)  # places from the smallest magnitude up
+    bottom = count - 1 - math.ceil((share + spread) * count)
+    ranked = np.partition(sample.abs().numpy(), (max(0, bottom), min(count - 1, top)))
+    low = 0.0 if bottom < 0 else float(ranked[bottom])
+    high = math.inf if top >= count - 1 else float(ranked[top])
     return low, high
 
 

@@ -32,4 +32,5 @@ class Average(Method):
 
     def check(self, weights: Sequence[float], space: str) -> str | None:
         """An average needs weights that do not cancel."""
-        return "the weights sum to 0, which an average divides by" if sum(weights) == 0 else None
+        cancels = abs(sum(weights)) <= 1e-9 * sum(map(abs, weights))
+        return "the weights sum to 0, which an average divides by" if cancels else None
