@@ -12,6 +12,7 @@ from .errors import (
 from .merge import merge
 from .merged import Merged
 from .methods import methods
+from .prepare import Prepared, prepare
 from .recipe import Recipe
 from .report import Report
 
@@ -22,6 +23,7 @@ __all__ = [
     "CompatibilityError",
     "Merged",
     "MethodError",
+    "Prepared",
     "Recipe",
     "RecipeError",
     "Report",
@@ -29,4 +31,5 @@ __all__ = [
     "TiesPeftWarning",
     "merge",
     "methods",
+    "prepare",
 ]

@@ -86,7 +86,7 @@ class Account:
             AdapterLine(
                 name=member.name,
                 digest=member.adapter.digest,
-                weight=member.weight,
+                weight=plan.mean_weight(place),
                 modules=len(member.adapter.layout),
                 ranks=member.adapter.ranks,
                 norm=math.sqrt(self.squares[place]),
@@ -97,7 +97,7 @@ class Account:
         ]
         energy = _share(self.kept, self.total) if self.total else 1.0
         return Report(
-            method=plan.method.name,
+            method="+".join(stage.name for stage in plan.stages.all),
             space=plan.space.name,
             kind=plan.kind.title,
             scale=plan.scale,

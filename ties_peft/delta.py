@@ -8,7 +8,7 @@ are seen as a matrix of rows, which are read a block at a time: `rows(start, sto
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,12 +108,64 @@ class Dense:
         return Dense(self.values.to(device))
 
 
-Delta = LowRank | Dense
+@dataclass(frozen=True)
+class Mapped:
+    """A task vector whose entries are changed one by one as they are read: a random mask, say.
+
+    Attributes:
+        source: what is read.
+        change: change(values, start, drawn) → values, for the entries from flat index `start` on;
+            with `drawn` set they are a sample, and any draw of the same law will do.
+    """
+
+    source: LowRank | Dense | Mapped
+    change: Callable[[Tensor, int, bool], Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the source's."""
+        return self.source.shape
+
+    @property
+    def rank(self) -> int:
+        """As the source's, before the change."""
+        return self.source.rank
+
+    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Rows start…stop of the source, changed."""
+        width = math.prod(self.shape[1:])
+        return self.change(self.source.rows(start, stop, out), start * width, False)
+
+    def dense(self) -> Tensor:
+        """All of it."""
+        return self.rows(0, self.shape[0])
+
+    def scaled(self, factor: float) -> Mapped:
+        """factor · the source, then changed: for changes that commute with scaling."""
+        return self if factor == 1 else Mapped(self.source.scaled(factor), self.change)
+
+    def sample(self, places: Tensor) -> Tensor:
+        """Entries that have the law of those at `places`."""
+        return self.change(self.source.sample(places), 0, True)
+
+    def to(self, device: torch.device) -> Mapped:
+        """The same on another device."""
+        return Mapped(self.source.to(device), self.change)
+
+
+Delta = LowRank | Dense | Mapped
 
 
 def size(delta: Delta) -> int:
     """How many entries the task vector has when multiplied out."""
     return math.prod(delta.shape)
+
+
+def zero(shape: Sequence[int]) -> Delta:
+    """A task vector of zeros."""
+    if len(shape) == 1:
+        return Dense(torch.zeros(shape[0]))
+    return LowRank(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]))
 
 
 def stack(deltas: Sequence[Delta]) -> Delta:
@@ -122,7 +174,7 @@ def stack(deltas: Sequence[Delta]) -> Delta:
     Law: stack(ds).dense() = Σ d.dense().
     """
     factored = [d for d in deltas if isinstance(d, LowRank)]
-    if len(factored) == len(deltas):
+    if deltas and len(factored) == len(deltas):
         return LowRank(torch.cat([d.B for d in factored], dim=1), torch.cat([d.A for d in factored], dim=0))
     total = torch.zeros_like(deltas[0].dense())
     for delta in deltas:

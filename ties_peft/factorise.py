@@ -50,6 +50,12 @@ class Factors:
         """factor · the decomposition."""
         return Factors(self.delta.scaled(factor), self.kept * factor**2, self.total * factor**2)
 
+    def restored(self) -> Factors:
+        """The same directions, scaled so that they have the norm of the whole."""
+        if self.kept <= 0:
+            return self
+        return Factors(self.delta.scaled((self.total / self.kept) ** 0.5), self.kept, self.total)
+
     @property
     def energy(self) -> float:
         """Share of the squared Frobenius norm that was kept, in [0, 1]; 1 for a zero matrix."""
@@ -96,6 +102,25 @@ def compress(delta: LowRank, rank: int) -> Factors:
     total = float(S.square().sum())
     U, S, Vt = _leading(U, S, Vt, rank)
     return _balanced(B @ (left_inverse @ U), S, (Vt @ right_inverse.T) @ A, total)
+
+
+def balance(delta: LowRank) -> LowRank:
+    """The canonical form of B·A: U·√S and √S·Vᵀ of its own singular value decomposition.
+
+    Law: it depends on the product alone, up to the sign of each direction.
+    """
+    canonical = compress(delta, delta.rank).delta
+    assert isinstance(canonical, LowRank)
+    return canonical
+
+
+def orthonormal_mix(gram: Tensor) -> Tensor:
+    """X, (K, k), such that S·X is an orthonormal basis of the columns of S, given gram = Sᵀ·S in float64.
+
+    The basis is that of the left singular vectors, the largest first; directions that are rounding
+    are left out.
+    """
+    return _root(gram)[1].flip(1)
 
 
 def row_space(deltas: list[LowRank], width: int, seed: int = 0) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from torch import Tensor
 
 from .account import Account
 from .adapter import Adapter
-from .delta import Delta, Dense, LowRank, inner
-from .errors import CompatibilityError, TiesPeftWarning
+from .coordinates import Coordinates, Memory, factored
+from .delta import Delta, Dense, LowRank, inner, zero
+from .errors import TiesPeftWarning
 from .factorise import OVERSAMPLE, Factors, compress, factorise, row_space
 from .kinds import Module
 from .merged import Merged
-from .methods import TaskVectors
+from .methods import Method, TaskVectors
 from .plan import Plan, make_plan
 from .recipe import Rank, Recipe
-from .survey import Cuts, find_cuts
+from .survey import Cuts, Kept, find_cuts
 from .tiles import Workers, tiles, workers
 
 Progress = Callable[[str, int, int], None]
@@ -31,13 +33,14 @@ def merge(
     adapters: Sequence[str | Path | Adapter],
     method: str = "ties",
     space: str = "delta",
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Any] | None = None,
     scale: float | None = None,
     rank: Rank = "auto",
     seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype | str | None = None,
     *,
+    restore_norm: bool = False,
     allow_disjoint: bool = False,
     base_model: str | None = None,
     progress: Progress | None = None,
@@ -49,14 +52,15 @@ def merge(
         adapters: folders, Hub ids or `Adapter`s, of one kind and for one base model.
         method: how they are combined; see `ties_peft.methods()`.
         space: in which coordinates; `delta` is where an adapter's effect lives.
-        weights: one finite number per adapter, applied first; 1 each by default. A negative one
-            negates, 0 is as absent.
+        weights: one per adapter, applied first; 1 each by default. A negative one negates, 0 is as
+            absent; in place of a number a schedule over the modules (see `ties_peft.schedule`).
         scale: λ, on the merged task vector; by default the method's own.
         rank: of the output: a whole number, `max` (what loses nothing, or all there is) or `auto`
             (min(Σrᵢ, max(64, largest rᵢ))). (IA)³ vectors have none.
         seed: of every random draw.
         device: where the arithmetic is done.
         dtype: of the tensors written; by default that of the inputs, float32 if they differ.
+        restore_norm: bring a result that the rank truncates back to the norm it had.
         allow_disjoint: merge adapters that share no module.
         base_model: the base's name to write; by default the inputs'.
         progress: called as progress(stage, done, of) while it works.
@@ -66,20 +70,36 @@ def merge(
     Law: one adapter with weight 1, scale 1, density 1 and enough rank computes the same function.
     """
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
-    recipe = Recipe(
-        adapters=tuple(adapter.source or "in memory" for adapter in opened),
-        weights=None if weights is None else tuple(weights),
+    recipe = make_recipe(
+        opened,
         method=method,
-        parameters=parameters,
         space=space,
+        weights=weights,
         scale=scale,
         rank=rank,
+        restore_norm=restore_norm,
         seed=seed,
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        dtype=dtype,
         base_model=base_model,
         allow_disjoint=allow_disjoint,
+        parameters=parameters,
     )
     return merge_recipe(recipe, opened, device, progress)
+
+
+def make_recipe(
+    adapters: Sequence[Adapter],
+    weights: Sequence[Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    **asked: Any,
+) -> Recipe:
+    """The recipe of a call: what was asked for, in the form that is saved."""
+    return Recipe(
+        adapters=tuple(adapter.source or "in memory" for adapter in adapters),
+        weights=None if weights is None else tuple(weights),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        **asked,
+    )
 
 
 def merge_recipe(
@@ -97,30 +117,44 @@ def merge_recipe(
     """
     started = time.perf_counter()
     opened = [Adapter.load(name) for name in recipe.adapters] if adapters is None else list(adapters)
-    plan = make_plan(recipe, opened, device)
-    tell = progress or (lambda stage, done, of: None)
-    tensors: dict[str, Tensor] = {}
-    account = Account(plan)
-    with torch.no_grad(), workers() as crew:
-        cuts, kept = find_cuts(plan, crew, tell)
-        for done, module in enumerate(plan.modules.values()):
-            tensors |= _one_module(plan, module, cuts, crew, account)
-            tell("merge", done + 1, len(plan.modules))
+    return carry_out(make_plan(recipe, opened, device), recipe, started, None, progress)
+
+
+def carry_out(
+    plan: Plan, recipe: Recipe, started: float, memory: Memory | None = None, progress: Progress | None = None
+) -> Merged:
+    """Do the work of a checked plan."""
+    tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None))
     report = account.report(kept, time.perf_counter() - started)
     for warning in report.warnings:
         warnings.warn(warning, TiesPeftWarning, stacklevel=3)
     return Merged(_config(plan, recipe), tensors, report, recipe)
 
 
-def _one_module(plan: Plan, module: Module, cuts: Cuts, crew: Workers, account: Account) -> dict[str, Tensor]:
+def _merge_all(plan: Plan, memory: Memory | None, tell: Progress) -> tuple[dict[str, Tensor], Account, list[Kept]]:
+    """For each module: read, encode, merge, decode, factorise."""
+    tensors: dict[str, Tensor] = {}
+    account = Account(plan)
+    with torch.no_grad(), workers() as crew:
+        coordinates = Coordinates(plan, memory)
+        cuts, kept = find_cuts(coordinates, crew, tell)
+        for done, module in enumerate(plan.modules.values()):
+            tensors |= _one_module(coordinates, module, cuts, crew, account)
+            tell("merge", done + 1, len(plan.modules))
+    return tensors, account, kept
+
+
+def _one_module(
+    coordinates: Coordinates, module: Module, cuts: Cuts, crew: Workers, account: Account
+) -> dict[str, Tensor]:
     """The tensors of one module of the result."""
+    plan = coordinates.plan
     holders = plan.holders(module.name)
-    deltas = [member.adapter.read(module.name).to(plan.device) for _, member in holders]
+    deltas = coordinates.deltas(module.name)
     account.add_inputs([place for place, _ in holders], deltas)
     tally: dict[str, int] = {}
-    merged = _merge_parts(plan, module.name, deltas, cuts, crew, tally)
-    factors = _at_rank(merged, plan, deltas)
-    factors = factors.scaled(plan.scale)
+    merged = _merge_parts(coordinates, module.name, deltas, cuts, crew, tally) if holders else zero(module.shape)
+    factors = _at_rank(merged, plan, deltas).scaled(plan.scale)
     tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
     written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
     account.add_result(module, deltas, factors, written, tally)
@@ -128,44 +162,51 @@ def _one_module(plan: Plan, module: Module, cuts: Cuts, crew: Workers, account: 
 
 
 def _merge_parts(
-    plan: Plan, name: str, deltas: Sequence[Delta], cuts: Cuts, crew: Workers, tally: dict[str, int]
+    coordinates: Coordinates,
+    name: str,
+    deltas: Sequence[Delta],
+    cuts: Cuts,
+    crew: Workers,
+    tally: dict[str, int],
 ) -> Delta:
     """The merged task vector of one module, part by part."""
-    holders = plan.holders(name)
-    try:
-        frame = plan.space.frame(deltas)
-    except CompatibilityError as error:
-        raise CompatibilityError(f"module '{name}': {error}") from None
-    encoded = [frame.encode(delta, member.weight) for delta, (_, member) in zip(deltas, holders, strict=True)]
-    signs = None
-    if plan.signs is not None and name in plan.signs.layout:
-        signs = frame.encode(plan.signs.read(name).to(plan.device), 1.0)
+    plan = coordinates.plan
+    places = [place for place, _ in plan.holders(name)]
+    encoding = coordinates.encoding(name, deltas)
+    seen = coordinates.prepared(name, encoding)
+    signs = encoding.parts[len(deltas)] if len(encoding.parts) > len(deltas) else None
     merged = []
-    for part in range(len(encoded[0])):
+    for part in range(len(seen[0])):
         tasks = TaskVectors(
-            deltas=[parts[part] for parts in encoded],
-            weights=[frame.weights(member.weight)[part] for _, member in holders],
-            cuts=[cuts[place, name][part] for place, _ in holders] if cuts else [],
-            total_weight=plan.total_weight,
+            deltas=[parts[part] for parts in seen],
+            weights=[encoding.weights(plan.weight(place, name))[part] for place in places],
+            cuts=[cuts[place, name][part] for place in places] if cuts else [],
+            total_weight=plan.total_weight(name),
+            adapters=len(plan.members),
             signs=None if signs is None else signs[part],
+            streams=[coordinates.stream(place, name, part) for place in places],
             room=lambda purpose, shape: crew.scratch(purpose, shape, plan.device),
         )
-        merged.append(_merge_part(plan, tasks, crew, tally))
-    return frame.decode(merged)
+        result = _merge_part(plan.method, tasks, crew, tally)
+        if plan.finishes:
+            plain = [encoding.weighted(i, plan.weight(place, name))[part] for i, place in enumerate(places)]
+            for stage in plan.finishes:
+                result = stage.finish(result, replace(tasks, deltas=plain))
+        merged.append(result)
+    return encoding.decode(merged)
 
 
-def _merge_part(plan: Plan, tasks: TaskVectors, crew: Workers, tally: dict[str, int]) -> Delta:
+def _merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[str, int]) -> Delta:
     """One part: whole, or tile by tile where the method works entry by entry."""
-    method = plan.method
     if not method.entrywise or method.linear(len(tasks)):
-        merged = method.merge(tasks)
-        return Dense(merged) if isinstance(merged, Tensor) else merged
-    result = torch.empty(tasks.deltas[0].shape, device=plan.device)
+        merged = method.merge(replace(tasks, tally=tally))
+        return Dense(merged.float()) if isinstance(merged, Tensor) else merged
+    result = torch.empty(tasks.deltas[0].shape, device=tasks.device)
     grid = tiles(result.shape)
 
     def tile(number: int) -> dict[str, int]:
         start, stop = grid[number]
-        part = TaskVectors(**{**vars(tasks), "rows": (start, stop), "tile": number, "tally": {}})
+        part = replace(tasks, rows=(start, stop), tile=number, tally={})
         merged = method.merge(part)
         result[start:stop] = merged if isinstance(merged, Tensor) else merged.dense()
         return part.tally
@@ -182,9 +223,10 @@ def _at_rank(merged: Delta, plan: Plan, deltas: Sequence[Delta]) -> Factors:
         energy = inner(merged, merged)
         return Factors(merged, energy, energy)
     if isinstance(merged, LowRank):
-        return compress(merged, plan.rank)
-    lora = [delta for delta in deltas if isinstance(delta, LowRank)]
-    return factorise(merged.dense(), plan.rank, row_space(lora, plan.rank + OVERSAMPLE))
+        factors = compress(merged, plan.rank)
+    else:
+        factors = factorise(merged.dense(), plan.rank, row_space(factored(deltas), plan.rank + OVERSAMPLE))
+    return factors.restored() if plan.restore_norm else factors
 
 
 def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:

@@ -5,8 +5,9 @@ After `make_plan` the merge cannot fail for a reason that could have been known 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,10 +15,10 @@ import torch
 from .adapter import Adapter
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
 from .kinds import Kind, Module
-from .methods import Method, make_method
+from .methods import Method, Stages, Trim, make_stages, method_classes
 from .recipe import Rank, Recipe, is_number
-from .spaces import Space, find_space
-from .trim import Scope
+from .schedule import Schedule, count_layers
+from .spaces import Space, find_space, make_space
 
 AUTO_RANK = 64
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,12 +32,14 @@ class Member:
     Attributes:
         name: short and unique in the merge, for tables.
         adapter: its files.
-        weight: w, never 0.
+        weight: w, one number or one for every module; never 0 everywhere.
+        density: in place of the method's, if one was set for this adapter.
     """
 
     name: str
     adapter: Adapter
-    weight: float
+    weight: Schedule
+    density: Schedule | None = None
 
     def has(self, module: str) -> bool:
         """Whether it adapts a module."""
@@ -50,8 +53,11 @@ class Plan:
     Attributes:
         members: the adapters with a weight other than 0, in order.
         modules: the union of their modules, sorted by name.
-        method, space, scale, seed: as asked for, defaults filled in.
-        trim: (density, scope) of the trim that the method wants; None for none.
+        stages: what prepares, merges and finishes.
+        space: the coordinates that were asked for.
+        arithmetic: those in which it is done: `core` for a spectral method in space `delta`.
+        scale, seed: as asked for, defaults filled in.
+        trim: the cuts that the method wants; None for none.
         rank: r of the output; None for kinds that have none.
         dtype: of the tensors written.
         device: where the arithmetic is done.
@@ -61,15 +67,17 @@ class Plan:
 
     members: tuple[Member, ...]
     modules: dict[str, Module]
-    method: Method
+    stages: Stages
     space: Space
+    arithmetic: Space
     scale: float
-    trim: tuple[float, Scope] | None
+    trim: Trim | None
     rank: int | None
     dtype: torch.dtype
     device: torch.device
     seed: int
     signs: Adapter | None = None
+    restore_norm: bool = False
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -78,73 +86,141 @@ class Plan:
         return self.members[0].adapter.kind
 
     @property
-    def total_weight(self) -> float:
-        """Σ w."""
-        return sum(member.weight for member in self.members)
+    def method(self) -> Method:
+        """The method that merges."""
+        return self.stages.method
+
+    @property
+    def finishes(self) -> tuple[Method, ...]:
+        """The methods that change the result: those after it, and those before it that close what they opened."""
+        return (*(stage for stage in self.stages.before if stage.finishes), *self.stages.after)
+
+    @property
+    def preparations(self) -> tuple[Method, ...]:
+        """The methods that stand before it."""
+        return self.stages.before
+
+    @cached_property
+    def layers(self) -> int:
+        """How many layers the modules' names speak of."""
+        return count_layers(self.modules)
+
+    def weight(self, place: int, module: str) -> float:
+        """w of one adapter on one module."""
+        return self.members[place].weight.at(module, self.layers)
+
+    def mean_weight(self, place: int) -> float:
+        """w of one adapter, the mean over its modules where they differ."""
+        names = self.members[place].adapter.modules
+        return sum(self.weight(place, name) for name in names) / len(names)
+
+    def density(self, place: int, module: str, default: float) -> float:
+        """The density of one adapter on one module, the method's where none was set."""
+        own = self.members[place].density
+        return default if own is None else own.at(module, self.layers, default)
+
+    def total_weight(self, module: str) -> float:
+        """Σ w over all adapters, also those that lack the module."""
+        return sum(self.weight(place, module) for place in range(len(self.members)))
 
     def holders(self, module: str) -> list[tuple[int, Member]]:
-        """The members that have a module, with their places."""
-        return [(place, member) for place, member in enumerate(self.members) if member.has(module)]
+        """The members that have a module and a weight on it, with their places."""
+        return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) != 0]
 
 
-def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu") -> Plan:
+def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", checked: bool = False) -> Plan:
     """Check everything that can be checked without arithmetic, and settle every default.
+
+    Args:
+        recipe: what was asked.
+        adapters: its adapters, open.
+        device: where the arithmetic shall be done.
+        checked: whether the adapters' tensors were looked through already.
 
     Raises: RecipeError, MethodError, CompatibilityError or AdapterError, with one clear message.
     """
     warnings: list[str] = []
-    space = find_space(recipe.space)
-    method = make_method(recipe.method, dict(recipe.parameters))
-    weights = _weights(recipe, len(adapters))
-    _check_method(method, space, weights)
-    signs = _signs(method)
+    space, stages = _space_and_stages(recipe)
+    weights, densities = _schedules(recipe, stages, len(adapters))
+    _check_space(stages, space)
+    signs = _signs(stages.method)
     where = _device(device)
     dtype = _dtype(recipe.dtype, adapters)
-    _check_kinds([*adapters, *([signs] if signs else [])], space)
+    _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
     for adapter in [*adapters, *([signs] if signs else [])]:
-        adapter.check()
-    members = _members(adapters, weights, warnings)
+        if not checked or adapter is signs:
+            adapter.check()
+    members = _members(adapters, weights, densities, warnings)
     modules = _modules(members, signs, recipe.allow_disjoint)
-    rank = _rank(recipe.rank, method, space, members, modules, warnings)
+    _check_weights(stages, space, members, modules)
+    arithmetic = find_space("core")() if space.name == "delta" and any(s.spectral for s in stages.all) else space
+    _check_ranks(arithmetic, members, modules)
+    rank = _rank(recipe.rank, stages, arithmetic, members, modules, warnings)
     _compare_bases(members, warnings)
     return Plan(
         members=members,
         modules=modules,
-        method=method,
+        stages=stages,
         space=space,
-        scale=_scale(recipe.scale, method),
-        trim=_trim(method, space),
+        arithmetic=arithmetic,
+        scale=_scale(recipe.scale, stages.method),
+        trim=_trim(stages.method, space),
         rank=rank,
         dtype=dtype,
         device=where,
         seed=_seed(recipe.seed),
         signs=signs,
+        restore_norm=bool(recipe.restore_norm),
         warnings=warnings,
     )
 
 
-def _weights(recipe: Recipe, count: int) -> tuple[float, ...]:
+def _space_and_stages(recipe: Recipe) -> tuple[Space, Stages]:
+    """Each parameter goes to the space if that has it, else to the methods."""
+    own = find_space(recipe.space).model_fields
+    parameters = {key: value for key, value in recipe.parameters.items() if key not in own}
+    space = make_space(recipe.space, {key: value for key, value in recipe.parameters.items() if key in own})
+    return space, make_stages(recipe.method, parameters)
+
+
+def _schedules(recipe: Recipe, stages: Stages, count: int) -> tuple[list[Schedule], list[Schedule | None]]:
+    """Weights and densities, checked."""
     if count == 0:
         raise RecipeError("no adapters were given. Name at least one folder or Hub id.")
-    weights = recipe.weights if recipe.weights is not None else (1.0,) * count
-    if len(weights) != count:
-        raise RecipeError(f"{len(weights)} weights for {count} adapters. Give one weight per adapter, in their order.")
-    wrong = [str(weight) for weight in weights if not is_number(weight)]
-    if wrong:
-        raise RecipeError(f"the weights hold {printable(', '.join(wrong))}; expected finite numbers.")
-    if not any(weights):
+    given = recipe.weights if recipe.weights is not None else (1.0,) * count
+    if len(given) != count:
+        raise RecipeError(f"{len(given)} weights for {count} adapters. Give one weight per adapter, in their order.")
+    weights = [Schedule.read(weight, f"weight {place + 1}") for place, weight in enumerate(given)]
+    if not any(any(weight.numbers()) for weight in weights):
         raise RecipeError("every weight is 0, so nothing is left to merge. Give at least one adapter a weight.")
-    return tuple(float(weight) for weight in weights)
+    densities = recipe.densities if recipe.densities is not None else (None,) * count
+    read = [None if d is None else Schedule.read(d, f"density {place + 1}") for place, d in enumerate(densities)]
+    if any(read) and "density" not in type(stages.method).model_fields:
+        raise MethodError(f"method '{stages.method.name}' has no density, but an adapter was given one.")
+    wrong = [n for schedule in read if schedule is not None for n in schedule.numbers() if not 0 < n <= 1]
+    if wrong:
+        raise MethodError(f"method '{stages.method.name}', a density is {wrong[0]}; expected a share in (0, 1].")
+    return weights, read
 
 
-def _check_method(method: Method, space: Space, weights: Sequence[float]) -> None:
-    if space.name not in method.spaces:
-        raise MethodError(
-            f"method '{method.name}' is not offered in space '{space.name}'; it works in {', '.join(method.spaces)}."
-        )
-    fault = method.check([weight for weight in weights if weight != 0], space.name)
-    if fault:
-        raise MethodError(f"method '{method.name}': {fault}.")
+def _check_space(stages: Stages, space: Space) -> None:
+    for stage in stages.all:
+        if space.name not in stage.spaces:
+            raise MethodError(
+                f"method '{stage.name}' is not offered in space '{space.name}'; it works in {', '.join(stage.spaces)}."
+            )
+
+
+def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modules: Iterable[str]) -> None:
+    """Ask every method about the weights it will see, on every module where they differ."""
+    layers = count_layers(modules)
+    even = all(member.weight.constant for member in members)
+    for module in list(modules)[:1] if even else modules:
+        weights = [member.weight.at(module, layers) for member in members]
+        for stage in stages.all:
+            fault = stage.check([weight for weight in weights if weight != 0], space.name) if any(weights) else None
+            if fault:
+                raise MethodError(f"method '{stage.name}': {fault}.")
 
 
 def _signs(method: Method) -> Adapter | None:
@@ -191,15 +267,21 @@ def _scale(scale: float | None, method: Method) -> float:
     return float(scale)
 
 
-def _trim(method: Method, space: Space) -> tuple[float, Scope] | None:
+def _trim(method: Method, space: Space) -> Trim | None:
     asked = method.trims()
-    if asked is None:
-        return None
-    density, scope = asked
-    return density, scope if scope in space.scopes else space.scopes[0]
+    if asked is None or asked.scope in space.scopes:
+        return asked
+    return replace(asked, scope=space.scopes[0])
 
 
-def _check_kinds(adapters: Sequence[Adapter], space: Space) -> None:
+def _check_ranks(space: Space, members: Sequence[Member], modules: dict[str, Module]) -> None:
+    ranks = {name: [m.adapter.layout[name].rank for m in members if m.has(name)] for name in modules}
+    fault = space.check(ranks)
+    if fault:
+        raise CompatibilityError(f"space '{space.name}': {fault}.")
+
+
+def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> None:
     found = {adapter.kind.name: adapter.kind for adapter in adapters}
     if len(found) > 1:
         table = "\n".join(f"  {adapter.kind.title:<8} {adapter.label}" for adapter in adapters)
@@ -211,14 +293,24 @@ def _check_kinds(adapters: Sequence[Adapter], space: Space) -> None:
         raise MethodError(
             f"space '{space.name}' is for {', '.join(space.kinds)}; these are {kind.title}. Use space 'delta'."
         )
+    for stage in stages.all:
+        if kind.name not in stage.kinds:
+            others = ", ".join(name for name, cls in method_classes().items() if kind.name in cls.kinds)
+            raise MethodError(f"method '{stage.name}' is not for {kind.title} adapters. These are: {others}.")
 
 
-def _members(adapters: Sequence[Adapter], weights: Sequence[float], warnings: list[str]) -> tuple[Member, ...]:
+def _members(
+    adapters: Sequence[Adapter],
+    weights: Sequence[Schedule],
+    densities: Sequence[Schedule | None],
+    warnings: list[str],
+) -> tuple[Member, ...]:
     names = short_names([adapter.label for adapter in adapters])
-    dropped = [name for name, weight in zip(names, weights, strict=True) if weight == 0]
+    dropped = [name for name, weight in zip(names, weights, strict=True) if not any(weight.numbers())]
     if dropped:
         warnings.append(f"weight 0, so as absent: {', '.join(dropped)}.")
-    return tuple(Member(n, a, w) for n, a, w in zip(names, adapters, weights, strict=True) if w != 0)
+    everyone = zip(names, adapters, weights, densities, strict=True)
+    return tuple(Member(n, a, w, d) for n, a, w, d in everyone if any(w.numbers()))
 
 
 def short_names(labels: Sequence[str]) -> list[str]:
@@ -284,7 +376,7 @@ def _refuse_strangers(members: Sequence[Member]) -> None:
 
 def _rank(
     asked: Rank,
-    method: Method,
+    stages: Stages,
     space: Space,
     members: Sequence[Member],
     modules: dict[str, Module],
@@ -302,7 +394,7 @@ def _rank(
     if asked == "auto":
         rank = min(total, max(AUTO_RANK, largest))
     elif asked == "max":
-        rank = total if space.lossless_rank or method.linear(len(members)) else full
+        rank = total if space.lossless_rank or _linear(stages, len(members)) else full
     elif isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
         rank = asked
     else:
@@ -310,6 +402,10 @@ def _rank(
     if rank < largest:
         warnings.append(f"rank {rank} is under the largest of the inputs' own, {largest}.")
     return max(min(rank, *module.shape) for module in modules.values())
+
+
+def _linear(stages: Stages, adapters: int) -> bool:
+    return not stages.before and not stages.after and stages.method.linear(adapters)
 
 
 def _compare_bases(members: Sequence[Member], warnings: list[str]) -> None:

@@ -22,10 +22,11 @@ from typing import Any
 import yaml
 
 from .errors import RecipeError, printable, unknown
+from .schedule import Schedule
 
 TOP = ("merge_method", "adapters", "parameters", "dtype", "base_model", "allow_disjoint")
 SYNONYMS = {"models": "adapters", "lambda": "scale"}
-SHARED = ("space", "rank", "scale", "seed")
+SHARED = ("space", "rank", "scale", "seed", "restore_norm")
 Rank = int | str
 
 
@@ -35,12 +36,14 @@ class Recipe:
 
     Attributes:
         adapters: paths or Hub ids, in order.
-        weights: one number per adapter; None for 1 each.
+        weights: one per adapter, a number or a schedule (see `schedule`); None for 1 each.
+        densities: one per adapter where some have their own; None inside for the method's.
         method: its name.
         parameters: the method's own.
         space: coordinates; see `spaces`.
         scale: λ; None for the method's default.
         rank: an integer, `max` or `auto`.
+        restore_norm: whether a truncated result is brought back to the norm it had.
         seed: of every random draw.
         dtype: of the tensors written; None for that of the inputs.
         base_model: the base's name in the output; None to keep the inputs'.
@@ -48,12 +51,14 @@ class Recipe:
     """
 
     adapters: tuple[str, ...]
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Any, ...] | None = None
+    densities: tuple[Any, ...] | None = None
     method: str = "ties"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     space: str = "delta"
     scale: float | None = None
     rank: Rank = "auto"
+    restore_norm: bool = False
     seed: int = 0
     dtype: str | None = None
     base_model: str | None = None
@@ -61,12 +66,15 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML form as plain values; what was left to a default is left out."""
-        weights = self.weights or (None,) * len(self.adapters)
-        entries = [
-            {"adapter": name} | ({} if weight is None else {"parameters": {"weight": weight}})
-            for name, weight in zip(self.adapters, weights, strict=True)
-        ]
+        nothing = (None,) * len(self.adapters)
+        entries = []
+        for name, weight, density in zip(
+            self.adapters, self.weights or nothing, self.densities or nothing, strict=True
+        ):
+            own = {key: value for key, value in (("weight", weight), ("density", density)) if value is not None}
+            entries.append({"adapter": name} | ({"parameters": own} if own else {}))
         shared = {"space": self.space, "rank": self.rank, "scale": self.scale, "seed": self.seed}
+        shared["restore_norm"] = self.restore_norm or None
         parameters = {key: value for key, value in {**shared, **self.parameters}.items() if value is not None}
         rest = {"dtype": self.dtype, "base_model": self.base_model, "allow_disjoint": self.allow_disjoint or None}
         return {
@@ -115,43 +123,50 @@ class _Reader:
         top = self.table(values, (), TOP)
         method = top.get("merge_method", "ties")
         self.expect(isinstance(method, str), ("merge_method",), "the name of a method", method)
-        names, weights = self.entries(top.get("adapters"))
+        names, weights, densities = self.entries(top.get("adapters"))
         parameters = self.table(top.get("parameters") or {}, ("parameters",), None)
         shared = {key: parameters.pop(key) for key in SHARED if key in parameters}
         return Recipe(
             adapters=names,
             weights=weights,
+            densities=densities,
             method=method,
             parameters=parameters,
             space=shared.get("space", "delta"),
             scale=shared.get("scale"),
             rank=shared.get("rank", "auto"),
             seed=shared.get("seed", 0),
+            restore_norm=bool(shared.get("restore_norm", False)),
             dtype=top.get("dtype"),
             base_model=top.get("base_model"),
             allow_disjoint=bool(top.get("allow_disjoint", False)),
         )
 
-    def entries(self, values: Any) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    def entries(self, values: Any) -> tuple[tuple[str, ...], tuple[Any, ...] | None, tuple[Any, ...] | None]:
         self.expect(isinstance(values, list) and len(values) > 0, ("adapters",), "a list of adapters", values)
-        names, weights = [], []
+        names, own = [], []
         for place, value in enumerate(values):
             path = ("adapters", place)
-            entry = (
-                {"adapter": value}
-                if isinstance(value, str)
-                else self.table(value, path, ("adapter", "model", "parameters"))
-            )
+            known = ("adapter", "model", "parameters")
+            entry = {"adapter": value} if isinstance(value, str) else self.table(value, path, known)
             name = entry.get("adapter", entry.get("model"))
             self.expect(isinstance(name, str) and bool(name), path, "`adapter:` with a path or Hub id", entry)
-            own = self.table(entry.get("parameters") or {}, (*path, "parameters"), ("weight",))
-            weight = own.get("weight")
-            self.expect(weight is None or is_number(weight), (*path, "parameters", "weight"), "a number", weight)
             names.append(str(name))
-            weights.append(weight)
-        if all(weight is None for weight in weights):
-            return tuple(names), None
-        return tuple(names), tuple(1.0 if weight is None else float(weight) for weight in weights)
+            own.append(self.table(entry.get("parameters") or {}, (*path, "parameters"), ("weight", "density")))
+        weights = tuple(self.value(parameters, place, "weight", 1.0) for place, parameters in enumerate(own))
+        densities = tuple(self.value(parameters, place, "density", None) for place, parameters in enumerate(own))
+        has_weights = any("weight" in parameters for parameters in own)
+        return (
+            tuple(names),
+            weights if has_weights else None,
+            densities if any(d is not None for d in densities) else None,
+        )
+
+    def value(self, parameters: dict[str, Any], place: int, name: str, default: Any) -> Any:
+        """One schedule, checked."""
+        if parameters.get(name) is None:
+            return default
+        return Schedule.read(parameters[name], f"{self.at(('adapters', place, 'parameters', name))}: {name}").value
 
     def table(self, values: Any, path: tuple[Any, ...], known: Sequence[str] | None) -> dict[str, Any]:
         self.expect(isinstance(values, dict), path, "keys with values", values)

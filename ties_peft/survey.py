@@ -24,14 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .coordinates import Coordinates
 from .delta import Delta, size
-from .plan import VOCABULARY, Member, Plan
+from .plan import VOCABULARY, Plan
 from .tiles import Workers, tiles
 from .trim import KEEP_ALL, KEEP_NONE, Cut, kept_count
 
 SAMPLE = 1 << 16
 SIGMAS = 4.0  # of the sample's quantile, on either side: the bracket misses once in thousands
-Cuts = dict[tuple[int, str], tuple[Cut, ...]]  # (member, module) → a cut for each part
+Cuts = dict[tuple[int, str], tuple[tuple[Cut, ...], ...]]  # (member, module) → for each part, a cut for each density
 Progress = Callable[[str, int, int], None]
 
 
@@ -67,65 +68,79 @@ class Kept:
     entries: int = 0
 
 
-def find_cuts(plan: Plan, crew: Workers, progress: Progress) -> tuple[Cuts, list[Kept]]:
+def find_cuts(coordinates: Coordinates, crew: Workers, progress: Progress) -> tuple[Cuts, list[Kept]]:
     """Every adapter's cuts, and how many of its entries are kept.
 
     Law: over each group of n entries exactly ⌊density·n⌋ are kept.
     """
+    plan = coordinates.plan
     cuts: Cuts = {}
     kept = [Kept() for _ in plan.members]
     if plan.trim is None:
         return cuts, kept
-    density, scope = plan.trim
     for number, member in enumerate(plan.members):
-        found: dict[tuple[str, int], Cut] = {}
-        for group in _groups(plan, member, scope == "adapter"):
+        modules = [name for name in member.adapter.modules if plan.weight(number, name) != 0]
+        found: dict[tuple[str, int], list[Cut]] = {}
+        for group, densities in _groups(coordinates, number, modules):
             entries = sum(place.size for place in group)
-            kept[number].kept += kept_count(density, entries)
+            kept[number].kept += kept_count(densities[-1], entries) - (
+                kept_count(densities[0], entries) if len(densities) > 1 else 0
+            )
             kept[number].entries += entries
-            found.update(_cut(group, density, crew, plan.device))
-        for module in member.adapter.modules:
+            for density in densities:
+                for key, cut in _cut(group, density, crew).items():
+                    found.setdefault(key, []).append(cut)
+        for module in modules:
             parts = sorted(part for name, part in found if name == module)
-            cuts[number, module] = tuple(found[module, part] for part in parts)
+            cuts[number, module] = tuple(tuple(found[module, part]) for part in parts)
         progress("trim", number + 1, len(plan.members))
     return cuts, kept
 
 
 def trimmed_apart(plan: Plan) -> list[str]:
     """The modules as large as the vocabulary, whose entries would swamp the count of the others."""
-    if plan.trim is None or plan.trim[1] != "adapter":
+    if plan.trim is None or plan.trim.scope != "adapter":
         return []
     apart = [name for name in plan.modules if name.rsplit(".", 1)[-1] in VOCABULARY]
     return apart if len(apart) < len(plan.modules) else []
 
 
-def _groups(plan: Plan, member: Member, whole: bool) -> Iterator[list[Place]]:
-    """The sets of places whose entries are ranked together."""
-    together: list[Place] = []
+def _groups(
+    coordinates: Coordinates, number: int, modules: Sequence[str]
+) -> Iterator[tuple[list[Place], tuple[float, ...]]]:
+    """The sets of places whose entries are ranked together, each with its densities."""
+    plan = coordinates.plan
+    assert plan.trim is not None
     apart = trimmed_apart(plan)
-    for module in member.adapter.modules:
-        places = _places(plan, member, module)
-        if whole and module not in apart:
-            together += places
-        elif whole:
-            yield places
+    together: dict[tuple[float, ...], list[Place]] = {}
+    for module in modules:
+        densities = _densities(plan, number, module)
+        places = _places(coordinates, number, module)
+        if plan.trim.scope == "module":
+            yield from (([place], densities) for place in places)
+        elif module in apart:
+            yield places, densities
         else:
-            yield from ([place] for place in places)
-    if together:
-        yield together
+            together.setdefault(densities, []).extend(places)
+    yield from ((places, densities) for densities, places in together.items())
 
 
-def _places(plan: Plan, member: Member, module: str) -> list[Place]:
+def _densities(plan: Plan, number: int, module: str) -> tuple[float, ...]:
+    """The method's densities, the last replaced by one that was set for the adapter or the module."""
+    assert plan.trim is not None
+    *others, last = plan.trim.densities
+    return (*others, plan.density(number, module, last))
+
+
+def _places(coordinates: Coordinates, number: int, module: str) -> list[Place]:
     def read(part: int) -> Delta:
-        delta = member.adapter.read(module).to(plan.device)
-        return plan.space.frame([delta]).encode(delta, member.weight)[part]
+        return coordinates.parts(number, module)[part]
 
-    delta = member.adapter.read(module)
-    sizes = [size(part) for part in plan.space.frame([delta]).encode(delta, member.weight)]
+    sizes = [size(part) for part in coordinates.parts(number, module)]
     return [Place(module, part, count, partial(read, part)) for part, count in enumerate(sizes)]
 
 
-def _cut(group: Sequence[Place], density: float, crew: Workers, device: torch.device) -> dict[tuple[str, int], Cut]:
+def _cut(group: Sequence[Place], density: float, crew: Workers) -> dict[tuple[str, int], Cut]:
     """The cut of each place of one group."""
     entries = sum(place.size for place in group)
     keep = kept_count(density, entries)

@@ -10,23 +10,28 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from ..errors import MethodError, RecipeError, printable, unknown
 from ..trim import Scope
-from .base import Density, Method, Task, TaskVectors
+from .base import Density, Method, Task, TaskVectors, Trim, masked
 
 __all__ = [
     "Density",
     "Method",
     "MethodInfo",
     "Scope",
+    "Stages",
     "Task",
     "TaskVectors",
+    "Trim",
     "find_method",
     "make_method",
+    "make_stages",
+    "masked",
     "method_classes",
     "methods",
 ]
@@ -74,18 +79,83 @@ def find_method(name: str) -> type[Method]:
     return method_classes()[name]
 
 
-def make_method(name: str, parameters: dict[str, Any]) -> Method:
-    """A method with its parameters, checked.
+@dataclass(frozen=True)
+class Stages:
+    """A method, or several in a row: dare+ties, pico+ties, ties+iso_c.
 
-    Raises: RecipeError for an unknown method, MethodError for a parameter that it lacks or that is
-        out of range.
+    Attributes:
+        before: those that prepare the task vectors, in order.
+        method: the one that merges.
+        after: those that change the result, in order.
+    """
+
+    before: tuple[Method, ...]
+    method: Method
+    after: tuple[Method, ...]
+
+    @property
+    def all(self) -> tuple[Method, ...]:
+        """In order."""
+        return (*self.before, self.method, *self.after)
+
+
+def make_stages(name: str, parameters: dict[str, Any]) -> Stages:
+    """The method or methods of a name such as `ties` or `dare+ties`, with their parameters, checked.
+
+    A parameter that several stages have is given to one as `dare.density`, to the other as
+    `ties.density`.
+
+    Raises: RecipeError for an unknown method, MethodError for methods that do not go together and
+        for a parameter that none has, several have, or that is out of range.
+    """
+    names = [part.strip() for part in name.split("+")]
+    classes = [find_method(part) for part in names]
+    merging = _merging(names, classes)
+    given: list[dict[str, Any]] = [{} for _ in names]
+    for parameter, value in parameters.items():
+        stage, own = _owner(parameter, names, classes)
+        given[stage][own] = value
+    made = [make_method(part, values) for part, values in zip(names, given, strict=True)]
+    return Stages(tuple(made[:merging]), made[merging], tuple(made[merging + 1 :]))
+
+
+def _merging(names: list[str], classes: list[type[Method]]) -> int:
+    """Which of the stages merges: the first that does not stand before another by its nature."""
+    place = next((i for i, cls in enumerate(classes) if not cls.prepares), len(classes) - 1)
+    wrong = [name for name, cls in zip(names[place + 1 :], classes[place + 1 :], strict=True) if not cls.finishes]
+    if wrong:
+        raise MethodError(
+            f"method '{'+'.join(names)}': '{wrong[0]}' cannot stand after '{names[place]}'. Before a merging method: "
+            f"{_which('prepares')}; after it: {_which('finishes')}."
+        )
+    return place
+
+
+def _which(role: str) -> str:
+    return ", ".join(name for name, cls in method_classes().items() if getattr(cls, role))
+
+
+def _owner(parameter: str, names: list[str], classes: list[type[Method]]) -> tuple[int, str]:
+    """The stage that a parameter is meant for, and its name there."""
+    stage, dot, own = parameter.rpartition(".")
+    if dot and stage in names and own in classes[names.index(stage)].model_fields:
+        return names.index(stage), own
+    holders = [i for i, cls in enumerate(classes) if parameter in cls.model_fields]
+    if len(holders) == 1:
+        return holders[0], parameter
+    if holders:
+        choices = " or ".join(f"{names[i]}.{parameter}" for i in holders)
+        raise MethodError(f"method '{'+'.join(names)}' has several parameters '{parameter}': say {choices}.")
+    known = [field for cls in classes for field in cls.model_fields]
+    raise MethodError(f"method '{'+'.join(names)}' has no such parameter: {unknown('parameter', parameter, known)}")
+
+
+def make_method(name: str, parameters: dict[str, Any]) -> Method:
+    """One method with its parameters, checked.
+
+    Raises: RecipeError for an unknown method, MethodError for a parameter out of range.
     """
     cls = find_method(name)
-    for parameter in parameters:
-        if parameter not in cls.model_fields:
-            raise MethodError(
-                f"method '{name}' has no such parameter: {unknown('parameter', parameter, cls.model_fields)}"
-            )
     try:
         return cls(**parameters)
     except ValidationError as error:

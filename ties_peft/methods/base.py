@@ -1,13 +1,15 @@
 """Method: one way of combining task vectors. One file in this folder each; the folder is the list.
 
 A method is a frozen pydantic model: its fields are its parameters, its docstring is its paper, and
-it has one `merge`. What it is handed is a `TaskVectors`: the weighted task vectors of one part of
+it has one `merge`. Some can also stand before another method (`prepare`) or after one (`finish`), as
+`dare` in dare+ties or `iso_c` in ties+iso_c. What it is handed is a `TaskVectors`: the weighted task vectors of one part of
 one module, lazily, with a length, iterable again and again. A streaming method loops once and keeps
 accumulators; an iterative one loops again; one that only sums asks for the exact sum.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +19,26 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..delta import Delta, stack
+from ..delta import Delta, Mapped, inner, stack
+from ..draws import key, uniform
 from ..trim import KEEP_ALL, Cut, Scope
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Trim:
+    """A wish for exact cuts by magnitude.
+
+    Attributes:
+        densities: the shares to keep, each in (0, 1]; a cut is found for each.
+        scope: over what magnitudes are ranked.
+        scheduled: whether a density set for one adapter or module replaces the last of them.
+    """
+
+    densities: tuple[float, ...]
+    scope: Scope = "adapter"
+    scheduled: bool = True
 
 
 @dataclass(frozen=True)
@@ -30,18 +48,26 @@ class Task:
     Attributes:
         vector: float32; it may be written into, and is good until the next one is asked for.
         weight: w.
-        cut: where the trim that the method asked for cuts it.
+        cuts: where the trim that the method asked for cuts it, one cut for each density.
         tile: which tile of the part this is.
+        start: flat index of the first entry at hand.
+        stream: of this adapter's random numbers on this part.
     """
 
     vector: Tensor
     weight: float
-    cut: Cut
+    cuts: tuple[Cut, ...]
     tile: int
+    start: int
+    stream: int
 
-    def trimmed(self) -> Tensor:
-        """The vector, cut in place."""
-        return self.cut.apply_(self.vector, self.tile)
+    def trimmed(self, number: int = 0) -> Tensor:
+        """The vector, cut in place where density `number` cuts it."""
+        return self.cuts[number].apply_(self.vector, self.tile) if self.cuts else self.vector
+
+    def uniform(self) -> Tensor:
+        """One number in [0, 1) for each entry at hand, the same in every tiling."""
+        return uniform(self.stream, self.start, tuple(self.vector.shape)).to(self.vector.device)
 
 
 @dataclass
@@ -51,22 +77,26 @@ class TaskVectors:
     Attributes:
         deltas: w·τ of each adapter that has the module, whole.
         weights: w of each of them.
-        cuts: where each is cut; empty where the method trims nothing.
+        cuts: for each, where it is cut; empty where the method trims nothing.
         total_weight: Σw over all adapters of the merge, also those that lack the module.
+        adapters: how many adapters the merge has, also those that lack the module.
         rows: the range of rows at hand; None for all.
         tile: the number of that range in the part's grid.
         signs: the vector that decides the signs, if the method was given one.
+        streams: of each one's random numbers.
         room: gives memory by purpose and shape, its content left from the last use.
         tally: numbers that a method wants summed over tiles for the report.
     """
 
     deltas: Sequence[Delta]
     weights: Sequence[float]
-    cuts: Sequence[Cut] = ()
+    cuts: Sequence[tuple[Cut, ...]] = ()
     total_weight: float = 1.0
+    adapters: int = 1
     rows: tuple[int, int] | None = None
     tile: int = 0
     signs: Delta | None = None
+    streams: Sequence[int] = ()
     room: Callable[[str, Sequence[int]], Tensor] = lambda purpose, shape: torch.empty(*shape)
     tally: dict[str, int] = field(default_factory=dict)
 
@@ -74,15 +104,21 @@ class TaskVectors:
         return len(self.deltas)
 
     def __iter__(self) -> Iterator[Task]:
-        cuts = self.cuts or [KEEP_ALL] * len(self.deltas)
-        for delta, weight, cut in zip(self.deltas, self.weights, cuts, strict=True):
+        start = self.span[0] * math.prod(self.shape[1:])
+        for place, (delta, weight) in enumerate(zip(self.deltas, self.weights, strict=True)):
             vector = delta.rows(*self.span, out=self.room("vector", self.shape))
-            yield Task(vector, weight, cut, self.tile)
+            cuts = self.cuts[place] if self.cuts else ()
+            yield Task(vector, weight, cuts, self.tile, start, self.streams[place] if self.streams else place)
 
     @property
     def span(self) -> tuple[int, int]:
         """The range of rows at hand."""
         return self.rows or (0, self.deltas[0].shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors live."""
+        return self.deltas[0].rows(0, 0).device
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,9 +130,22 @@ class TaskVectors:
         """The rows at hand of the vector that decides the signs."""
         return None if self.signs is None else self.signs.rows(*self.span)
 
-    def sum(self, factor: float = 1.0) -> Delta:
-        """factor · Σ w·τ, exactly: factors side by side, at rank Σrᵢ."""
-        return stack([delta.scaled(factor) for delta in self.deltas])
+    def sum(self, factor: float | Sequence[float] = 1.0) -> Delta:
+        """Σ factorᵢ · wᵢ·τᵢ, exactly: factors side by side, at rank Σrᵢ."""
+        factors = [factor] * len(self.deltas) if isinstance(factor, (int, float)) else factor
+        return stack([delta.scaled(f) for delta, f in zip(self.deltas, factors, strict=True)])
+
+    def matrices(self) -> Tensor:
+        """All of them at once, (N, …), float64: for methods that need them together, in a small space."""
+        return torch.stack([delta.dense().double() for delta in self.deltas])
+
+    def gram(self) -> Tensor:
+        """⟨wᵢτᵢ, wⱼτⱼ⟩, (N, N), float64; from factors without multiplying them out."""
+        gram = torch.zeros(len(self), len(self), dtype=torch.float64)
+        for i in range(len(self)):
+            for j in range(i + 1):
+                gram[i, j] = gram[j, i] = inner(self.deltas[i], self.deltas[j])
+        return gram
 
 
 class Method(BaseModel, ABC):
@@ -105,25 +154,48 @@ class Method(BaseModel, ABC):
     Attributes:
         name: as users write it.
         default_scale: λ where the user gives none.
-        spaces: where it can be used; the first is its default.
+        spaces: where it can be used.
+        kinds: of adapter it makes sense for.
         source: the paper.
         entrywise: whether `merge` may be given a few rows at a time.
+        spectral: whether it works on singular vectors. In space `delta` it is then handed the task
+            vectors in shared orthonormal bases, where they are small and the result is the same.
+        ordered: whether the order of the adapters matters.
+        prepares: whether it can stand before another method; `joint` if it must see all adapters at once.
+        finishes: whether it can stand after another method.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     name: ClassVar[str]
     default_scale: ClassVar[float] = 1.0
-    spaces: ClassVar[tuple[str, ...]] = ("delta",)
+    spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots")
+    kinds: ClassVar[tuple[str, ...]] = ("lora", "ia3")
     source: ClassVar[str]
     entrywise: ClassVar[bool] = False
+    spectral: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
+    prepares: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
+    finishes: ClassVar[bool] = False
 
     @abstractmethod
     def merge(self, tasks: TaskVectors) -> Tensor | Delta:
         """The merged vector of `tasks`, before the scale: a tensor of their shape, or factors."""
 
-    def trims(self) -> tuple[float, Scope] | None:
-        """(density, scope) of the trim to prepare, None for none."""
+    def prepare(self, deltas: Sequence[Delta], streams: Sequence[int]) -> Sequence[Delta]:
+        """The task vectors as another method shall see them; all of them if `joint`, else any one alone."""
+        raise TypeError(f"method '{self.name}' cannot stand before another")
+
+    def finish(self, merged: Delta, tasks: TaskVectors) -> Delta:
+        """What another method made of the task vectors, changed; `tasks` are as they were before any preparation.
+
+        A method that can both prepare and finish does both when it stands before another.
+        """
+        raise TypeError(f"method '{self.name}' cannot stand after another")
+
+    def trims(self) -> Trim | None:
+        """The cuts to prepare, None for none."""
         return None
 
     def linear(self, adapters: int) -> bool:
@@ -133,3 +205,19 @@ class Method(BaseModel, ABC):
     def check(self, weights: Sequence[float], space: str) -> str | None:
         """What is wrong with using it on these weights in this space; None if nothing."""
         return None
+
+
+def masked(delta: Delta, change: Callable[[Tensor, Tensor], Tensor], stream: int) -> Mapped:
+    """A task vector read through change(values, uniform numbers): how `prepare` drops at random.
+
+    The numbers belong to the entries (see `draws`); change must commute with scaling.
+    """
+
+    def apply(values: Tensor, start: int, drawn: bool) -> Tensor:
+        numbers = uniform(stream + 1 if drawn else stream, start, tuple(values.shape))
+        return change(values, numbers.to(values.device))
+
+    return Mapped(delta, apply)
+
+
+__all__ = ["KEEP_ALL", "Density", "Method", "Scope", "Task", "TaskVectors", "Trim", "key", "masked"]

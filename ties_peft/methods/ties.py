@@ -10,7 +10,7 @@ from torch import Tensor
 from ..delta import Delta
 from ..elect import Ballot, Disjoint, Elect
 from ..trim import Scope
-from .base import Density, Method, TaskVectors
+from .base import Density, Method, TaskVectors, Trim
 
 
 class Ties(Method):
@@ -33,7 +33,7 @@ class Ties(Method):
     """
 
     name: ClassVar[str] = "ties"
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "factors")
+    spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots", "factors")
     source: ClassVar[str] = "Yadav et al., NeurIPS 2023, arXiv 2306.01708"
     entrywise: ClassVar[bool] = True
 
@@ -57,9 +57,9 @@ class Ties(Method):
         tasks.tally["shared"] = tasks.tally.get("shared", 0) + shared
         return ballot.result(tasks.sign_vector())
 
-    def trims(self) -> tuple[float, Scope] | None:
-        """Density and scope; none at density 1."""
-        return None if self.density == 1 else (self.density, self.scope)
+    def trims(self) -> Trim:
+        """One cut, at the density."""
+        return Trim((self.density,), self.scope)
 
     def linear(self, adapters: int) -> bool:
         """True of one adapter that is not trimmed: there is nobody to disagree with."""

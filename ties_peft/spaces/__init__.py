@@ -5,29 +5,46 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from typing import Any
 
-from ..errors import RecipeError, unknown
-from .base import Frame, Space
+from pydantic import ValidationError
 
-__all__ = ["Frame", "Space", "find_space", "spaces"]
+from ..errors import MethodError, RecipeError, printable, unknown
+from .base import Encoding, Space
+
+__all__ = ["Encoding", "Space", "find_space", "make_space", "spaces"]
 
 
 @functools.cache
-def spaces() -> dict[str, Space]:
-    """Every space by name."""
-    found: dict[str, Space] = {}
+def spaces() -> dict[str, type[Space]]:
+    """Every space's class by name."""
+    found: dict[str, type[Space]] = {}
     for entry in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{entry.name}")
         own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-        found.update({c.name: c() for c in own if issubclass(c, Space) and "name" in vars(c)})
+        found.update({c.name: c for c in own if issubclass(c, Space) and "name" in vars(c)})
     return dict(sorted(found.items()))
 
 
-def find_space(name: str) -> Space:
-    """A space by name.
+def find_space(name: str) -> type[Space]:
+    """The class of a space.
 
     Raises: RecipeError naming the nearest space and all of them.
     """
     if name not in spaces():
         raise RecipeError(unknown("space", name, spaces()))
     return spaces()[name]
+
+
+def make_space(name: str, parameters: dict[str, Any]) -> Space:
+    """A space with its parameters, checked.
+
+    Raises: RecipeError for an unknown space, MethodError for a parameter out of range.
+    """
+    cls = find_space(name)
+    try:
+        return cls(**parameters)
+    except ValidationError as error:
+        first = error.errors()[0]
+        seen = printable(repr(first["input"]))
+        raise MethodError(f"space '{name}', parameter '{first['loc'][0]}' is {seen}: {first['msg']}.") from None

@@ -7,44 +7,65 @@ own, and turns the merged parts back into one task vector.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
 
 from ..delta import Delta
 from ..trim import Scope
 
 
-class Frame(ABC):
-    """The coordinates of one module."""
+class Encoding(ABC):
+    """Some task vectors of one module in the coordinates that they share.
 
-    @abstractmethod
-    def encode(self, delta: Delta, weight: float) -> tuple[Delta, ...]:
-        """The parts of w·τ."""
+    Attributes:
+        parts: for each of them, in the order given, its parts.
+    """
+
+    parts: Sequence[tuple[Delta, ...]]
 
     @abstractmethod
     def decode(self, merged: Sequence[Delta]) -> Delta:
         """The task vector that the merged parts make."""
 
+    def weighted(self, place: int, weight: float) -> tuple[Delta, ...]:
+        """The parts of w·τ."""
+        return tuple(part.scaled(weight) for part in self.parts[place])
+
     def weights(self, weight: float) -> tuple[float, ...]:
         """The weight that each part carries in a disjoint mean."""
-        return (weight,)
+        return (weight,) * len(self.parts[0])
 
 
-class Space(ABC):
-    """A choice of coordinates.
+class Space(BaseModel, ABC):
+    """A choice of coordinates: a frozen model whose fields are its parameters.
 
     Attributes:
         name: as users write it.
+        shared: whether the coordinates depend on all the adapters together.
         lossless_rank: whether the merged vector's rank is at most Σrᵢ for any method.
         scopes: over what a trim may rank magnitudes; the first is used where the user names none.
         kinds: the kinds of adapter it makes sense for.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     name: ClassVar[str]
+    shared: ClassVar[bool] = False
     lossless_rank: ClassVar[bool] = False
     scopes: ClassVar[tuple[Scope, ...]] = ("adapter", "module")
     kinds: ClassVar[tuple[str, ...]] = ("lora", "ia3")
 
     @abstractmethod
-    def frame(self, deltas: Sequence[Delta]) -> Frame:
-        """The coordinates that these task vectors of one module share."""
+    def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
+        """The task vectors of one module in this space's coordinates.
+
+        Args:
+            deltas: of all adapters that have the module, or of any one where nothing is shared.
+            rank: of the output, for a space that compresses before it merges.
+        """
+
+    def check(self, ranks: Mapping[str, Sequence[int]]) -> str | None:
+        """What is wrong with using it on modules of these ranks; None if nothing."""
+        return None

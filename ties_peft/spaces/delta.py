@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ..delta import Delta
-from .base import Frame, Space
+from .base import Encoding, Space
 
 
-class DeltaFrame(Frame):
-    """The entries of the task vector."""
+class DeltaEncoding(Encoding):
+    """The entries of the task vectors, still in factors."""
 
-    def encode(self, delta: Delta, weight: float) -> tuple[Delta, ...]:
-        """w·τ, still in factors."""
-        return (delta.scaled(weight),)
+    def __init__(self, deltas: Sequence[Delta]) -> None:
+        self.parts = [(delta,) for delta in deltas]
 
     def decode(self, merged: Sequence[Delta]) -> Delta:
         """The merged vector is the task vector."""
@@ -29,6 +28,6 @@ class DeltaSpace(Space):
 
     name: ClassVar[str] = "delta"
 
-    def frame(self, deltas: Sequence[Delta]) -> Frame:
-        """The same for every module."""
-        return DeltaFrame()
+    def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
+        """As they are."""
+        return DeltaEncoding(deltas)

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from ..delta import Delta, Dense, LowRank
-from ..errors import CompatibilityError
 from ..trim import Scope
-from .base import Frame, Space
+from .base import Encoding, Space
 
 
-class FactorsFrame(Frame):
-    """√|c|·B and sign(c)·√|c|·A with c = w·s, each a part of its own."""
+class FactorsEncoding(Encoding):
+    """√|c|·A (signed) and √|c|·B with c = w·s, each a part of its own."""
 
-    def encode(self, delta: Delta, weight: float) -> tuple[Delta, ...]:
-        """(A, B) with the weight and the lora scaling split evenly, their signs on A."""
-        if not isinstance(delta, LowRank):
-            raise TypeError("space 'factors' is for LoRA")
-        held = math.copysign(math.sqrt(abs(delta.scaling)), delta.scaling) or 1.0  # B holds s: give √s of it to A
+    def __init__(self, deltas: Sequence[Delta]) -> None:
+        self.parts = [_split(delta) for delta in deltas]
+
+    def weighted(self, place: int, weight: float) -> tuple[Delta, ...]:
+        """The weight split evenly, its sign on A."""
+        A, B = self.parts[place]
         root = math.sqrt(abs(weight))
-        return Dense(delta.A * (held * math.copysign(root, weight))), Dense(delta.B * (root / held))
-
-    def decode(self, merged: Sequence[Delta]) -> Delta:
-        """The product of the merged factors."""
-        return LowRank(merged[1].dense(), merged[0].dense())
+        return A.scaled(math.copysign(root, weight)), B.scaled(root)
 
     def weights(self, weight: float) -> tuple[float, ...]:
         """Each factor carries √|w|, so that one adapter comes back unchanged."""
         root = math.sqrt(abs(weight))
         return root, root
+
+    def decode(self, merged: Sequence[Delta]) -> Delta:
+        """The product of the merged factors."""
+        return LowRank(merged[1].dense(), merged[0].dense())
 
 
 class FactorsSpace(Space):
@@ -48,14 +48,25 @@ class FactorsSpace(Space):
     scopes: ClassVar[tuple[Scope, ...]] = ("module",)
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
 
-    def frame(self, deltas: Sequence[Delta]) -> Frame:
-        """The same for every module; all ranks must be equal.
+    def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
+        """(A, B) of each."""
+        return FactorsEncoding(deltas)
 
-        Raises: CompatibilityError where they are not.
-        """
-        ranks = sorted({delta.rank for delta in deltas})
-        if len(ranks) > 1:
-            raise CompatibilityError(
-                f"space 'factors' merges A with A and B with B, which needs equal ranks; found {ranks}. Use space 'delta'."
-            )
-        return FactorsFrame()
+    def check(self, ranks: Mapping[str, Sequence[int]]) -> str | None:
+        """All ranks of a module must be equal."""
+        mixed = {name: sorted(set(found)) for name, found in ranks.items() if len(set(found)) > 1}
+        if not mixed:
+            return None
+        name, found = next(iter(mixed.items()))
+        return (
+            f"it merges A with A and B with B, which needs equal ranks; module '{name}' has {found} "
+            f"({len(mixed)} such modules). Use space 'delta'"
+        )
+
+
+def _split(delta: Delta) -> tuple[Delta, ...]:
+    """A and B with the lora scaling, which B holds, split evenly between them, its sign on A."""
+    if not isinstance(delta, LowRank):
+        raise TypeError("space 'factors' is for LoRA")
+    held = math.copysign(math.sqrt(abs(delta.scaling)), delta.scaling) or 1.0
+    return Dense(delta.A * held), Dense(delta.B / held)
