@@ -16,6 +16,7 @@ from .merge import carry_out, make_recipe
 from .merged import Merged
 from .plan import Plan, make_plan
 from .recipe import Rank, Recipe
+from .tiles import workers
 
 
 class Prepared:
@@ -72,7 +73,7 @@ class Prepared:
         return len(plan.members) == self._everyone and everywhere and not compresses and plan.arithmetic == plan.space
 
     def _encode(self, plan: Plan) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), workers():
             coordinates = Coordinates(plan, self._memory)
             for module in plan.modules:
                 deltas = coordinates.deltas(module)
