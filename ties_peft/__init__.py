@@ -9,6 +9,7 @@ from .errors import (
     TiesPeftError,
     TiesPeftWarning,
 )
+from .live import add_merged_adapter
 from .merge import merge
 from .merged import Merged
 from .methods import methods
@@ -29,6 +30,7 @@ __all__ = [
     "Report",
     "TiesPeftError",
     "TiesPeftWarning",
+    "add_merged_adapter",
     "merge",
     "methods",
     "prepare",

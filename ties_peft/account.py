@@ -113,6 +113,7 @@ class Account:
             adapters=inputs,
             modules=self.lines,
             warnings=[*plan.warnings, *self._warnings(inputs, cosines, energy)],
+            weights=plan.weighting,
             seconds=seconds,
         )
 

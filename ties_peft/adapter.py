@@ -16,6 +16,7 @@ from .delta import Delta, inner_root
 from .errors import AdapterError, RecipeError, printable, unknown
 from .kinds import Kind, Module, kind_of
 from .tensors import MemoryTensors, PickleFile, SafetensorsFile, TensorSource, digest
+from .tiles import one_thread
 
 
 class Adapter:
@@ -27,7 +28,8 @@ class Adapter:
     Attributes:
         config: adapter_config.json as it was read.
         tensors: where its tensors come from.
-        source: the path or Hub id it came from, as the user wrote it; None if it never had one.
+        source: the path or Hub id it came from, as the user wrote it, with its revision; None if it
+            never had one.
         kind: its type: LoRA, (IA)³.
     """
 
@@ -53,19 +55,21 @@ class Adapter:
         """Open an adapter's folder, or fetch it from the Hub.
 
         Args:
-            source: a folder that holds adapter_config.json, or a Hub id such as `org/name`.
+            source: a folder that holds adapter_config.json, or a Hub id such as `org/name` or
+                `org/name@revision`.
             revision: a branch, tag or commit on the Hub.
             subfolder: the folder inside it that holds the adapter.
             token: for private repositories; by default the one that `hf auth login` stored.
         Raises: AdapterError with one clear sentence where it cannot be read or merged.
         """
-        label = printable(str(source))
-        folder = sources.find(str(source), revision, subfolder, token)
+        named = sources.with_revision(str(source), revision)
+        label = printable(named)
+        folder = sources.find(named, subfolder, token)
         config = _read_config(folder, label)
         kind_of(config.get("peft_type"), label)  # before the weights: their absence matters less than the type
         weights = sources.weights_in(folder, label)
         opened = SafetensorsFile if weights.suffix == ".safetensors" else PickleFile
-        return cls(config, opened(weights, label), str(source))
+        return cls(config, opened(weights, label), named)
 
     @property
     def label(self) -> str:
@@ -143,7 +147,12 @@ class Adapter:
 
     def norm(self) -> float:
         """The Frobenius norm of the whole task vector."""
-        return math.hypot(*(inner_root(self.read(name)) for name in self.modules))
+        return self._norm
+
+    @cached_property
+    def _norm(self) -> float:
+        with one_thread():
+            return math.hypot(*(inner_root(self.read(name)) for name in self.modules))
 
     def files(self) -> dict[str, writer.Content]:
         """The files that make it again, by name."""

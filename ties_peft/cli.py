@@ -6,17 +6,16 @@ unforeseen fault. With `--json` standard output holds one JSON object and nothin
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,10 +23,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from . import __version__, inspection
 from .adapter import Adapter
 from .errors import RecipeError, TiesPeftError, TiesPeftWarning, printable
+from .flags import Flags
 from .merge import merge_recipe
+from .merged import Merged, inputs
 from .methods import MethodInfo, find_method, methods
 from .plan import Plan, make_plan
-from .recipe import Rank, Recipe
+from .recipe import Recipe
+from .spaces import spaces
 from .writer import check_target
 
 app = typer.Typer(
@@ -39,11 +41,28 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Weights = Annotated[
+    str | None, typer.Option(help="One number per adapter: 1,0.5,1; or norm: all of one length.", show_default="1 each")
+]
+Scale = Annotated[float | None, typer.Option(help="λ, on the merged task vector.", show_default="the method's")]
+Scope = Annotated[str | None, typer.Option(help="Trim over the whole adapter or each module.", show_default="adapter")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="NAME=VALUE, a parameter of the method, in YAML; repeatable.", show_default=False),
+]
+RestoreNorm = Annotated[
+    bool, typer.Option("--restore-norm", help="Bring a result that the rank truncates back to the norm it had.")
+]
+BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the inputs'")]
+AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")]
 
 
 def main() -> None:
     """Run the command line; every TiesPeftError becomes one message and exit status 2."""
     warnings.simplefilter("ignore", TiesPeftWarning)  # the report's warnings are printed once, below
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a letter shows `?` instead
+            stream.reconfigure(errors="replace")
     try:
         app()
     except TiesPeftError as error:
@@ -63,54 +82,44 @@ def merge_command(
     adapters: Annotated[list[str] | None, typer.Argument(help="Folders or Hub ids.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
     method: Annotated[str | None, typer.Option(help="See `ties-peft methods`.", show_default="ties")] = None,
-    space: Annotated[str | None, typer.Option(help="delta or factors.", show_default="delta")] = None,
-    weights: Annotated[str | None, typer.Option(help="One number per adapter: 1,0.5,1.", show_default="1 each")] = None,
-    scale: Annotated[
-        float | None, typer.Option(help="λ, on the merged task vector.", show_default="the method's")
-    ] = None,
+    space: Annotated[str | None, typer.Option(help=", ".join(spaces()) + ".", show_default="delta")] = None,
+    weights: Weights = None,
+    scale: Scale = None,
     density: Annotated[float | None, typer.Option(help="Share of entries the trim keeps.", show_default="0.2")] = None,
-    scope: Annotated[
-        str | None, typer.Option(help="Trim over the whole adapter or each module.", show_default="adapter")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="NAME=VALUE, a parameter of the method; repeatable.", show_default=False),
-    ] = None,
+    scope: Scope = None,
+    settings: Settings = None,
     rank: Annotated[str | None, typer.Option(help="A whole number, max or auto.", show_default="auto")] = None,
+    restore_norm: RestoreNorm = False,
     seed: Annotated[int | None, typer.Option(help="Of every random draw.", show_default="0")] = None,
     device: Annotated[str, typer.Option(help="Where the arithmetic is done.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the inputs'")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.", show_default=False)] = None,
-    base_name: Annotated[
-        str | None, typer.Option(help="The base model's name to write.", show_default="the inputs'")
-    ] = None,
-    allow_disjoint: Annotated[
-        bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")
-    ] = False,
+    base_name: BaseName = None,
+    allow_disjoint: AllowDisjoint = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and stop before the work.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,
 ) -> None:
     """Merge adapters into one."""
-    asked = Recipe.from_file(recipe) if recipe else Recipe(adapters=())
-    given: dict[str, Any] = {
-        "adapters": tuple(adapters) if adapters else None,
-        "weights": _weights(weights),
-        "method": method,
-        "space": space,
-        "scale": scale,
-        "rank": _rank(rank),
-        "seed": seed,
-        "dtype": dtype,
-        "base_model": base_name,
-        "allow_disjoint": allow_disjoint or None,
-    }
-    asked = replace(asked, **{key: value for key, value in given.items() if value is not None})
-    asked = replace(asked, parameters={**_kept_parameters(asked, method), **_parameters(density, scope, settings)})
-    if out is None and not dry_run:
-        raise RecipeError("no output was named. Say where to write: --out FOLDER.")
-    if out is not None:
-        check_target(out, force, [Path(name) for name in asked.adapters if Path(name).exists()])
+    flags = Flags(
+        recipe,
+        adapters,
+        method,
+        space,
+        weights,
+        scale,
+        density,
+        scope,
+        settings,
+        rank,
+        restore_norm,
+        seed,
+        dtype,
+        base_name,
+        allow_disjoint,
+    )
+    asked = flags.asked()
+    _check_out(out, asked, force, dry_run)
     if dry_run:
         plan = make_plan(asked, [Adapter.load(name) for name in asked.adapters], device)
         _show_plan(plan, asked, as_json)
@@ -119,14 +128,7 @@ def merge_command(
         merged = merge_recipe(asked, device=device, progress=tell)
     assert out is not None
     merged.save(out, force)
-    _warn(merged.report.warnings)
-    if as_json:
-        _print_json({"out": str(out), "recipe": asked.to_dict(), "report": merged.report.to_dict()})
-        return
-    console = Console()
-    console.print(merged.report.tables())
-    console.print(f"\nwritten to {escape(str(out))}; load it with\n", highlight=False)
-    _print_loading(console, merged.base, out, merged.config.get("task_type"))
+    _show_merged(merged, out, as_json)
 
 
 @app.command("inspect")
@@ -162,52 +164,18 @@ def methods_command(
         _print_method(console, info, whole=name is not None)
 
 
-def _weights(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise RecipeError(
-            f"--weights is '{printable(text)}'; expected numbers with commas between, such as 1,0.5,1."
-        ) from None
-
-
-def _rank(text: str | None) -> Rank | None:
-    if text is None or text in ("max", "auto"):
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise RecipeError(f"--rank is '{printable(text)}'; expected a whole number, max or auto.") from None
-
-
-def _kept_parameters(asked: Recipe, method: str | None) -> dict[str, Any]:
-    """A recipe's parameters, less those that a method named on the command line does not have."""
-    if method is None:
-        return dict(asked.parameters)
-    known = find_method(method).model_fields
-    return {key: value for key, value in asked.parameters.items() if key in known}
-
-
-def _parameters(density: float | None, scope: str | None, settings: list[str] | None) -> dict[str, Any]:
-    found = {key: value for key, value in (("density", density), ("scope", scope)) if value is not None}
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set is '{printable(setting)}'; expected NAME=VALUE, such as --set elect=count.")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found[key] = value
-    return found
+def _check_out(out: Path | None, asked: Recipe, force: bool, dry_run: bool) -> None:
+    if out is not None:
+        check_target(out, force, inputs(asked))
+    elif not dry_run:
+        raise RecipeError("no output was named. Say where to write: --out FOLDER.")
 
 
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None] | None]:
     """A progress bar on standard error, if that is a terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield None
         return
     columns = (
@@ -247,6 +215,17 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
     typer.echo("every check passed; nothing was written")
 
 
+def _show_merged(merged: Merged, out: Path, as_json: bool) -> None:
+    _warn(merged.report.warnings)
+    if as_json:
+        _print_json({"out": str(out), "recipe": merged.recipe.to_dict(), "report": merged.report.to_dict()})
+        return
+    console = Console()
+    console.print(merged.report.tables())
+    console.print(f"\nwritten to {escape(str(out))}; load it with\n", highlight=False, soft_wrap=True)
+    _print_loading(console, merged.base, out, merged.config.get("task_type"))
+
+
 def _print_loading(console: Console, base: str | None, out: Path, task: object) -> None:
     """The lines of Python that load the result."""
     loader = {
@@ -275,7 +254,7 @@ def _print_method(console: Console, info: MethodInfo, whole: bool) -> None:
         highlight=False,
     )
     if whole:
-        console.print("\n" + escape(info.text), highlight=False)
+        console.print("\n" + escape(info.text.partition("\n")[2].strip("\n")), highlight=False)
 
 
 def _method_dict(info: MethodInfo) -> dict[str, Any]:
@@ -288,4 +267,4 @@ def _warn(found: list[str]) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+    typer.echo(json.dumps(value, default=str))

@@ -7,6 +7,11 @@ does not grow with their number. With x the trimmed, weighted task vectors and w
     sign = + where P + Q ≥ 0 (mass) or #(x > 0) ≥ #(x < 0) (count), else −
     mean = P/p or Q/q     sum = P or Q     max = largest x or smallest x
 
+The ablations of the paper leave a step out. Without an election both signs are combined: mean =
+(P + Q)/(p + q), sum = P + Q, max = the x of largest magnitude. Its "no disjoint mean" has two
+readings, both over all adapters: mean_elected = (P or Q)/Σ|w|, as the paper words it, and mean_all =
+(P + Q)/Σ|w|, as the authors' code has it, where the election no longer matters.
+
 Source: Yadav et al., TIES-Merging (NeurIPS 2023), section 3, steps 2 and 3. A sum of exactly zero
 goes to +, as in PEFT (the authors' code asks the majority of the whole vector). With weights, PEFT
 elects before it weighs and divides by the count; mergekit elects after, as here, and divides by Σw.
@@ -21,6 +26,8 @@ from torch import Tensor
 
 Elect = Literal["mass", "count"]
 Disjoint = Literal["mean", "sum", "max"]
+Vote = Literal["mass", "count", "none"]  # an election, or none
+Combine = Literal["mean", "sum", "max", "mean_elected", "mean_all"]  # a disjoint merge, or a mean over all adapters
 NOTHING = 1e-30  # a divisor for entries that nobody kept: their numerator is exactly 0
 
 
@@ -29,9 +36,11 @@ class Ballot:
 
     Args:
         room: (5, …), memory for the accumulators and one buffer; … is the shape of every vector cast.
-        elect: `mass` sums the values, `count` their signs.
-        disjoint: how agreeing entries are combined: `mean`, `sum` or `max`.
+        elect: `mass` sums the values, `count` their signs; with `none` every value agrees.
+        disjoint: how agreeing entries are combined: `mean`, `sum` or `max`; `mean_elected` and `mean_all`
+            (of both signs) divide by `total` instead of what agrees.
         normalize: whether the mean divides by Σ|w| of the agreeing entries or by their number.
+        total: Σ|w| of all adapters, or their number.
     Law: the result does not depend on the order of the casts beyond rounding, and equals that of
         `disjoint_merge` on the stack.
     """
@@ -39,11 +48,12 @@ class Ballot:
     def __init__(
         self,
         room: Tensor,
-        elect: Elect = "mass",
-        disjoint: Disjoint = "mean",
+        elect: Vote = "mass",
+        disjoint: Combine = "mean",
         normalize: bool = True,
+        total: float = 1.0,
     ) -> None:
-        self.elect, self.disjoint, self.normalize = elect, disjoint, normalize
+        self.elect, self.disjoint, self.normalize, self.total = elect, disjoint, normalize, total
         self.positive, self.negative, self.plus, self.minus, self.buffer = room.zero_()
         self.sums = torch.zeros_like(self.buffer) if disjoint == "max" else None
         self.heft: tuple[Tensor, Tensor] | None = None  # Σ|w| a side, from the first weight that is not ±1
@@ -77,12 +87,25 @@ class Ballot:
 
     def result(self, signs: Tensor | None = None) -> Tensor:
         """The disjoint merge of all that was cast, of the ballot's shape."""
-        plus = self.elected(signs)
-        agreed: Tensor = self.positive * plus + self.negative * (1 - plus)
-        if self.disjoint != "mean":
+        if self.elect == "none" or self.disjoint == "mean_all":
+            plus = minus = torch.ones_like(self.positive)
+        else:
+            plus = self.elected(signs)
+            minus = 1 - plus
+        return self._combine(plus, minus)
+
+    def _combine(self, plus: Tensor, minus: Tensor) -> Tensor:
+        """The merge of the positive values where `plus` is 1 with the negative ones where `minus` is 1."""
+        positive, negative = self.positive * plus, self.negative * minus
+        if self.disjoint == "max":
+            return torch.where(positive >= -negative, positive, negative)
+        agreed = positive.add_(negative)
+        if self.disjoint == "sum":
             return agreed
+        if self.disjoint != "mean":
+            return agreed.div_(self.total)
         heft_plus, heft_minus = self.heft or (self.plus, self.minus)
-        divisor = heft_plus * plus + heft_minus * (1 - plus)
+        divisor = heft_plus * plus + heft_minus * minus
         return agreed.div_(divisor.clamp_min_(NOTHING))
 
     def conflicts(self) -> tuple[int, int]:

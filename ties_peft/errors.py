@@ -46,7 +46,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     "unknown method 'tys': did you mean 'ties'? Known: average, ties."
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
+    near.sort(key=lambda other: sorted(other) != sorted(str(name)))  # letters out of order, before all else
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"unknown {what} '{printable(str(name))}': {hint}Known: {', '.join(names) or 'none'}."
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from .account import Account
 from .adapter import Adapter
 from .coordinates import Coordinates, Memory, factored
 from .delta import Delta, Dense, LowRank, inner, zero
-from .errors import TiesPeftWarning
+from .errors import RecipeError, TiesPeftWarning, printable
 from .factorise import OVERSAMPLE, Factors, compress, factorise, row_space
 from .kinds import Module
 from .merged import Merged
 from .methods import Method, TaskVectors
 from .plan import Plan, make_plan
-from .recipe import Rank, Recipe
+from .recipe import IN_MEMORY, Rank, Recipe, Weights
+from .schedule import as_read
 from .survey import Cuts, Kept, find_cuts
 from .tiles import Workers, tiles, workers
 
@@ -33,7 +35,7 @@ def merge(
     adapters: Sequence[str | Path | Adapter],
     method: str = "ties",
     space: str = "delta",
-    weights: Sequence[Any] | None = None,
+    weights: Weights | None = None,
     scale: float | None = None,
     rank: Rank = "auto",
     seed: int = 0,
@@ -54,6 +56,7 @@ def merge(
         space: in which coordinates; `delta` is where an adapter's effect lives.
         weights: one per adapter, applied first; 1 each by default. A negative one negates, 0 is as
             absent; in place of a number a schedule over the modules (see `ties_peft.schedule`).
+            `norm` weighs all to one length, the mean of theirs: wᵢ = mean ‖τ‖ / ‖τᵢ‖.
         scale: λ, on the merged task vector; by default the method's own.
         rank: of the output: a whole number, `max` (what loses nothing, or all there is) or `auto`
             (min(Σrᵢ, max(64, largest rᵢ))). (IA)³ vectors have none.
@@ -64,7 +67,7 @@ def merge(
         allow_disjoint: merge adapters that share no module.
         base_model: the base's name to write; by default the inputs'.
         progress: called as progress(stage, done, of) while it works.
-        **parameters: the method's own, such as density and scope.
+        **parameters: the method's own, such as density and scope; density may be a schedule.
     Returns: the merged adapter, in memory; all work is done.
     Raises: TiesPeftError, before any work wherever it can be known by then.
     Law: one adapter with weight 1, scale 1, density 1 and enough rank computes the same function.
@@ -89,17 +92,27 @@ def merge(
 
 def make_recipe(
     adapters: Sequence[Adapter],
-    weights: Sequence[Any] | None = None,
+    weights: Weights | None = None,
     dtype: torch.dtype | str | None = None,
+    parameters: Mapping[str, Any] = MappingProxyType({}),
     **asked: Any,
 ) -> Recipe:
     """The recipe of a call: what was asked for, in the form that is saved."""
     return Recipe(
-        adapters=tuple(adapter.source or "in memory" for adapter in adapters),
-        weights=None if weights is None else tuple(weights),
+        adapters=tuple(adapter.source or IN_MEMORY for adapter in adapters),
+        weights=_weights(weights),
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        parameters={key: as_read(value) for key, value in parameters.items()},
         **asked,
     )
+
+
+def _weights(given: Weights | None) -> tuple[Any, ...] | str | None:
+    if given is None or isinstance(given, str):
+        return given
+    if not isinstance(given, Iterable):
+        raise RecipeError(f"weights is {printable(repr(given))}; expected norm, or one weight per adapter.")
+    return tuple(as_read(weight) for weight in given)
 
 
 def merge_recipe(
@@ -181,7 +194,9 @@ def _merge_parts(
             deltas=[parts[part] for parts in seen],
             weights=[encoding.weights(plan.weight(place, name))[part] for place in places],
             cuts=[cuts[place, name][part] for place in places] if cuts else [],
+            densities=_densities(plan, name, places),
             total_weight=plan.total_weight(name),
+            total_heft=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
             adapters=len(plan.members),
             signs=None if signs is None else signs[part],
             streams=[coordinates.stream(place, name, part) for place in places],
@@ -194,6 +209,12 @@ def _merge_parts(
                 result = stage.finish(result, replace(tasks, deltas=plain))
         merged.append(result)
     return encoding.decode(merged)
+
+
+def _densities(plan: Plan, name: str, places: Sequence[int]) -> list[float]:
+    """The share to keep of each adapter that has a module; none if the method has no density."""
+    own = getattr(plan.method, "density", None)
+    return [] if own is None else [plan.density(place, name, own) for place in places]
 
 
 def _merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[str, int]) -> Delta:

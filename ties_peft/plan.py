@@ -15,35 +15,15 @@ import torch
 from .adapter import Adapter
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
 from .kinds import Kind, Module
-from .methods import Method, Stages, Trim, make_stages, method_classes
-from .recipe import Rank, Recipe, is_number
-from .schedule import Schedule, count_layers
-from .spaces import Space, find_space, make_space
+from .members import Member, compare_filters, find_members
+from .methods import Method, Stages, Trim, method_classes
+from .recipe import DTYPES, NORM, Rank, Recipe
+from .schedule import Schedule, count_layers, is_number
+from .settings import settle
+from .spaces import Space, find_space
 
 AUTO_RANK = 64
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
-
-
-@dataclass(frozen=True)
-class Member:
-    """One adapter of a merge.
-
-    Attributes:
-        name: short and unique in the merge, for tables.
-        adapter: its files.
-        weight: w, one number or one for every module; never 0 everywhere.
-        density: in place of the method's, if one was set for this adapter.
-    """
-
-    name: str
-    adapter: Adapter
-    weight: Schedule
-    density: Schedule | None = None
-
-    def has(self, module: str) -> bool:
-        """Whether it adapts a module."""
-        return module in self.adapter.layout
 
 
 @dataclass(frozen=True)
@@ -62,6 +42,8 @@ class Plan:
         dtype: of the tensors written.
         device: where the arithmetic is done.
         signs: the adapter that decides the signs, if one was given.
+        restore_norm: whether what the rank truncates is brought back to the norm it had.
+        weighting: `norm` for equal-norm weights, else `given`.
         warnings: what is unwise, known from names and shapes alone.
     """
 
@@ -78,6 +60,7 @@ class Plan:
     seed: int
     signs: Adapter | None = None
     restore_norm: bool = False
+    weighting: str = "given"
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -119,9 +102,13 @@ class Plan:
         own = self.members[place].density
         return default if own is None else own.at(module, self.layers, default)
 
+    def weights(self, module: str) -> list[float]:
+        """w of all adapters on one module, also of those that lack it."""
+        return [self.weight(place, module) for place in range(len(self.members))]
+
     def total_weight(self, module: str) -> float:
         """Σ w over all adapters, also those that lack the module."""
-        return sum(self.weight(place, module) for place in range(len(self.members)))
+        return sum(self.weights(module))
 
     def holders(self, module: str) -> list[tuple[int, Member]]:
         """The members that have a module and a weight on it, with their places."""
@@ -139,9 +126,8 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
 
     Raises: RecipeError, MethodError, CompatibilityError or AdapterError, with one clear message.
     """
-    warnings: list[str] = []
-    space, stages = _space_and_stages(recipe)
-    weights, densities = _schedules(recipe, stages, len(adapters))
+    warnings = list(recipe.notes)
+    space, stages, densities = _settings(recipe, len(adapters))
     _check_space(stages, space)
     signs = _signs(stages.method)
     where = _device(device)
@@ -150,13 +136,14 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     for adapter in [*adapters, *([signs] if signs else [])]:
         if not checked or adapter is signs:
             adapter.check()
-    members = _members(adapters, weights, densities, warnings)
+    members = find_members(recipe, adapters, densities, warnings)
     modules = _modules(members, signs, recipe.allow_disjoint)
+    compare_filters(members, modules, warnings)
     _check_weights(stages, space, members, modules)
     arithmetic = find_space("core")() if space.name == "delta" and any(s.spectral for s in stages.all) else space
     _check_ranks(arithmetic, members, modules)
     rank = _rank(recipe.rank, stages, arithmetic, members, modules, warnings)
-    _compare_bases(members, warnings)
+    _compare_bases(members, recipe, warnings)
     return Plan(
         members=members,
         modules=modules,
@@ -171,36 +158,19 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
         seed=_seed(recipe.seed),
         signs=signs,
         restore_norm=bool(recipe.restore_norm),
+        weighting=NORM if recipe.weights == NORM else "given",
         warnings=warnings,
     )
 
 
-def _space_and_stages(recipe: Recipe) -> tuple[Space, Stages]:
-    """Each parameter goes to the space if that has it, else to the methods."""
-    own = find_space(recipe.space).model_fields
-    parameters = {key: value for key, value in recipe.parameters.items() if key not in own}
-    space = make_space(recipe.space, {key: value for key, value in recipe.parameters.items() if key in own})
-    return space, make_stages(recipe.method, parameters)
-
-
-def _schedules(recipe: Recipe, stages: Stages, count: int) -> tuple[list[Schedule], list[Schedule | None]]:
-    """Weights and densities, checked."""
+def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule | None, ...]]:
     if count == 0:
         raise RecipeError("no adapters were given. Name at least one folder or Hub id.")
-    given = recipe.weights if recipe.weights is not None else (1.0,) * count
-    if len(given) != count:
-        raise RecipeError(f"{len(given)} weights for {count} adapters. Give one weight per adapter, in their order.")
-    weights = [Schedule.read(weight, f"weight {place + 1}") for place, weight in enumerate(given)]
-    if not any(any(weight.numbers()) for weight in weights):
-        raise RecipeError("every weight is 0, so nothing is left to merge. Give at least one adapter a weight.")
     densities = recipe.densities if recipe.densities is not None else (None,) * count
-    read = [None if d is None else Schedule.read(d, f"density {place + 1}") for place, d in enumerate(densities)]
-    if any(read) and "density" not in type(stages.method).model_fields:
-        raise MethodError(f"method '{stages.method.name}' has no density, but an adapter was given one.")
-    wrong = [n for schedule in read if schedule is not None for n in schedule.numbers() if not 0 < n <= 1]
-    if wrong:
-        raise MethodError(f"method '{stages.method.name}', a density is {wrong[0]}; expected a share in (0, 1].")
-    return weights, read
+    if len(densities) != count:
+        raise RecipeError(f"{len(densities)} densities for {count} adapters. Give one per adapter, or None.")
+    settings = settle(recipe.method, recipe.space, recipe.parameters, densities)
+    return settings.space, settings.stages, settings.densities
 
 
 def _check_space(stages: Stages, space: Space) -> None:
@@ -225,13 +195,7 @@ def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modu
 
 def _signs(method: Method) -> Adapter | None:
     given = getattr(method, "sign_from", None)
-    if given is None or isinstance(given, Adapter):
-        return given
-    if not isinstance(given, (str, Path)):
-        raise MethodError(
-            f"sign_from is {printable(repr(given))}; expected an adapter's path, its Hub id or an Adapter."
-        )
-    return Adapter.load(given)
+    return Adapter.load(given) if isinstance(given, (str, Path)) else given
 
 
 def _device(name: str) -> torch.device:
@@ -250,7 +214,8 @@ def _dtype(name: str | None, adapters: Sequence[Adapter]) -> torch.dtype:
         return found.pop() if len(found) == 1 else torch.float32
     if name not in DTYPES:
         raise RecipeError(unknown("dtype", str(name), DTYPES))
-    return DTYPES[name]
+    asked: torch.dtype = getattr(torch, name)
+    return asked
 
 
 def _seed(seed: int) -> int:
@@ -297,36 +262,6 @@ def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> N
         if kind.name not in stage.kinds:
             others = ", ".join(name for name, cls in method_classes().items() if kind.name in cls.kinds)
             raise MethodError(f"method '{stage.name}' is not for {kind.title} adapters. These are: {others}.")
-
-
-def _members(
-    adapters: Sequence[Adapter],
-    weights: Sequence[Schedule],
-    densities: Sequence[Schedule | None],
-    warnings: list[str],
-) -> tuple[Member, ...]:
-    names = short_names([adapter.label for adapter in adapters])
-    dropped = [name for name, weight in zip(names, weights, strict=True) if not any(weight.numbers())]
-    if dropped:
-        warnings.append(f"weight 0, so as absent: {', '.join(dropped)}.")
-    everyone = zip(names, adapters, weights, densities, strict=True)
-    return tuple(Member(n, a, w, d) for n, a, w, d in everyone if any(w.numbers()))
-
-
-def short_names(labels: Sequence[str]) -> list[str]:
-    """The shortest unlike endings of some paths; numbered where paths are equal.
-
-    >>> short_names(["a/lora/x", "b/lora/y", "c/lora/x"])
-    ['a/lora/x', 'y', 'c/lora/x']
-    """
-    parts = [label.rstrip("/").split("/") for label in labels]
-    names = []
-    for own in parts:
-        length = next(
-            (n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1), len(own)
-        )
-        names.append("/".join(own[-length:]))
-    return [f"{n} ({names[: i + 1].count(n)})" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
 def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: bool) -> dict[str, Module]:
@@ -394,7 +329,8 @@ def _rank(
     if asked == "auto":
         rank = min(total, max(AUTO_RANK, largest))
     elif asked == "max":
-        rank = total if space.lossless_rank or _linear(stages, len(members)) else full
+        thinned = any(member.density is not None for member in members)
+        rank = total if space.lossless_rank or (_linear(stages, len(members)) and not thinned) else full
     elif isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
         rank = asked
     else:
@@ -408,10 +344,15 @@ def _linear(stages: Stages, adapters: int) -> bool:
     return not stages.before and not stages.after and stages.method.linear(adapters)
 
 
-def _compare_bases(members: Sequence[Member], warnings: list[str]) -> None:
+def _compare_bases(members: Sequence[Member], recipe: Recipe, warnings: list[str]) -> None:
     names = sorted({member.adapter.base or "none given" for member in members})
     if len(names) > 1:
         warnings.append(
             f"the adapters name different base models ({printable(', '.join(names))}). Their modules fit each other, "
             "but only you can tell whether it is one model under several names."
+        )
+    named = recipe.base_model if recipe.notes else None  # by a recipe that was converted, not as a new name
+    if named and any(name.rsplit("/", 1)[-1] != named.rsplit("/", 1)[-1] for name in names):
+        warnings.append(
+            f"the recipe's base model is {printable(named)}, the adapters name {printable(', '.join(names))}."
         )

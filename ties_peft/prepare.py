@@ -15,7 +15,7 @@ from .coordinates import Coordinates, Memory
 from .merge import carry_out, make_recipe
 from .merged import Merged
 from .plan import Plan, make_plan
-from .recipe import Rank, Recipe
+from .recipe import Rank, Recipe, Weights
 from .tiles import workers
 
 
@@ -39,11 +39,13 @@ class Prepared:
     def merge(
         self,
         method: str = "ties",
-        weights: Sequence[Any] | None = None,
+        weights: Weights | None = None,
         scale: float | None = None,
         rank: Rank = "auto",
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
+        *,
+        restore_norm: bool = False,
         **parameters: Any,
     ) -> Merged:
         """As `ties_peft.merge` does, from what is in memory.
@@ -60,6 +62,7 @@ class Prepared:
             rank=rank,
             seed=seed,
             dtype=dtype,
+            restore_norm=restore_norm,
             parameters={**self.recipe.parameters, **parameters},
             allow_disjoint=self.recipe.allow_disjoint,
         )

@@ -2,32 +2,47 @@
 
     merge_method: ties
     adapters:
-      - adapter: org/a
-        parameters: {weight: 1.0}
+      - adapter: org/a@main
+        parameters: {weight: 1.0, density: 0.3}
       - adapter: path/b
+        parameters: {weight: [1.0, 0.5]}
     parameters: {density: 0.2, scale: 1.0, space: delta, rank: 32, seed: 0}
     dtype: bfloat16
 
-`models:` and `model:` are read as synonyms, as mergekit users write them.
+A weight or a density may differ from module to module (see `schedule`); `parameters: {weights: norm}`
+weighs all adapters to one length. `models:`, `model:` and `lambda:` are synonyms of `adapters:`,
+`adapter:` and `scale:`. A file of mergekit's is read as mergekit means it, and every difference is
+noted; how such a file is known stands in `mergekit`. A file that says `adapters:` never is one.
+
+Everything is checked as it is read, the methods' parameters too, and a message names the line.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-import yaml
+from . import mergekit
+from .document import Document, Place, dump
+from .errors import MethodError, RecipeError, TiesPeftError, printable, unknown
+from .schedule import Schedule, as_read, is_number
+from .settings import parameter_names, settle
+from .spaces import find_space
 
-from .errors import RecipeError, printable, unknown
-from .schedule import Schedule
-
-TOP = ("merge_method", "adapters", "parameters", "dtype", "base_model", "allow_disjoint")
-SYNONYMS = {"models": "adapters", "lambda": "scale"}
-SHARED = ("space", "rank", "scale", "seed", "restore_norm")
+TOP = ("merge_method", "adapters", "parameters", "dtype", "base_model", "allow_disjoint", "notes")
+SYNONYMS = {"models": "adapters", "model": "adapter", "lambda": "scale"}
+SHARED = ("space", "rank", "scale", "seed", "restore_norm", "weights")
+ENTRY = ("adapter", "model", "parameters")
+OWN = ("weight", "density")
+NORM = "norm"
+IN_MEMORY = "in memory"
+DTYPES = ("float32", "float16", "bfloat16")
 Rank = int | str
+Weights = Sequence[Any] | str  # a number or a schedule for each adapter, or `norm`
 
 
 @dataclass(frozen=True)
@@ -35,11 +50,12 @@ class Recipe:
     """What to merge, and how.
 
     Attributes:
-        adapters: paths or Hub ids, in order.
-        weights: one per adapter, a number or a schedule (see `schedule`); None for 1 each.
+        adapters: paths or Hub ids, in order; a Hub id may end in `@revision`.
+        weights: one per adapter, a number or a schedule (see `schedule`); `norm` for one length for
+            all; None for 1 each.
         densities: one per adapter where some have their own; None inside for the method's.
         method: its name.
-        parameters: the method's own.
+        parameters: the method's own, and the space's.
         space: coordinates; see `spaces`.
         scale: λ; None for the method's default.
         rank: an integer, `max` or `auto`.
@@ -48,10 +64,11 @@ class Recipe:
         dtype: of the tensors written; None for that of the inputs.
         base_model: the base's name in the output; None to keep the inputs'.
         allow_disjoint: whether adapters with no module in common may be merged.
+        notes: said in the report; a note on one thing starts with its name and a colon.
     """
 
     adapters: tuple[str, ...]
-    weights: tuple[Any, ...] | None = None
+    weights: tuple[Any, ...] | str | None = None
     densities: tuple[Any, ...] | None = None
     method: str = "ties"
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -63,45 +80,44 @@ class Recipe:
     dtype: str | None = None
     base_model: str | None = None
     allow_disjoint: bool = False
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML form as plain values; what was left to a default is left out."""
         nothing = (None,) * len(self.adapters)
+        weights = nothing if self.weights is None or isinstance(self.weights, str) else self.weights
         entries = []
-        for name, weight, density in zip(
-            self.adapters, self.weights or nothing, self.densities or nothing, strict=True
-        ):
-            own = {key: value for key, value in (("weight", weight), ("density", density)) if value is not None}
+        for name, weight, density in zip(self.adapters, weights, self.densities or nothing, strict=True):
+            own = {key: value for key, value in zip(OWN, (weight, density), strict=True) if value is not None}
             entries.append({"adapter": name} | ({"parameters": own} if own else {}))
         shared = {"space": self.space, "rank": self.rank, "scale": self.scale, "seed": self.seed}
         shared["restore_norm"] = self.restore_norm or None
-        parameters = {key: value for key, value in {**shared, **self.parameters}.items() if value is not None}
+        shared["weights"] = self.weights if isinstance(self.weights, str) else None
         rest = {"dtype": self.dtype, "base_model": self.base_model, "allow_disjoint": self.allow_disjoint or None}
-        return {
-            "merge_method": self.method,
-            "adapters": entries,
-            "parameters": parameters,
-            **{key: value for key, value in rest.items() if value is not None},
-        }
+        values: dict[str, Any] = plain(
+            {
+                "merge_method": self.method,
+                "adapters": entries,
+                "parameters": {**_given(shared), **self.parameters},
+                **_given({**rest, "notes": list(self.notes) or None}),
+            }
+        )
+        return values
 
     def to_yaml(self) -> str:
         """The recipe as text that `from_yaml` reads back."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return dump(self.to_dict())
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
         """Read a recipe.
 
-        Raises: RecipeError naming the line, for anything that it does not know.
+        Raises: RecipeError or MethodError naming the line, for anything that it does not know.
         """
-        try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f", line {mark.line + 1}" if mark else ""
-            raise RecipeError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or error}).") from None
-        return _Reader(where, _lines(node)).read(values)
+        document = Document(text, where, SYNONYMS)
+        if mergekit.is_recipe(document.values):
+            mergekit.convert(document)
+        return _Reader(document).read()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
@@ -116,94 +132,172 @@ class Recipe:
 class _Reader:
     """The values of one recipe, checked; knows the line of every key for its messages."""
 
-    def __init__(self, where: str, lines: dict[tuple[Any, ...], int]) -> None:
-        self.where, self.lines = where, lines
+    def __init__(self, document: Document) -> None:
+        self.at = document.at
+        self.top = _Table(self.at, document.values, (), TOP)
+        self.shared = _Table(self.at, self.top.values.get("parameters"), ("parameters",), None)
 
-    def read(self, values: Any) -> Recipe:
-        top = self.table(values, (), TOP)
-        method = top.get("merge_method", "ties")
-        self.expect(isinstance(method, str), ("merge_method",), "the name of a method", method)
-        names, weights, densities = self.entries(top.get("adapters"))
-        parameters = self.table(top.get("parameters") or {}, ("parameters",), None)
-        shared = {key: parameters.pop(key) for key in SHARED if key in parameters}
-        return Recipe(
+    def read(self) -> Recipe:
+        top, shared = self.top, self.shared
+        names, weights, densities = self.entries(top.values.get("adapters"))
+        recipe = Recipe(
             adapters=names,
-            weights=weights,
+            weights=self.weights(weights),
             densities=densities,
-            method=method,
-            parameters=parameters,
-            space=shared.get("space", "delta"),
-            scale=shared.get("scale"),
-            rank=shared.get("rank", "auto"),
-            seed=shared.get("seed", 0),
-            restore_norm=bool(shared.get("restore_norm", False)),
-            dtype=top.get("dtype"),
-            base_model=top.get("base_model"),
-            allow_disjoint=bool(top.get("allow_disjoint", False)),
+            method=top.text("merge_method", "ties"),
+            parameters={key: value for key, value in shared.values.items() if key not in SHARED},
+            space=shared.text("space", "delta"),
+            scale=shared.get("scale", None, is_number, "a finite number"),
+            rank=shared.get("rank", "auto", _is_rank, "a whole number from 1 up, max or auto"),
+            seed=shared.get("seed", 0, _is_seed, "a whole number, 0 or more"),
+            restore_norm=shared.flag("restore_norm"),
+            dtype=top.get("dtype", None, lambda name: name in DTYPES, " or ".join(DTYPES)),
+            base_model=top.text("base_model"),
+            allow_disjoint=top.flag("allow_disjoint"),
+            notes=tuple(top.get("notes", (), _is_texts, "a list of texts")),
         )
+        self.check(recipe)
+        return recipe
 
     def entries(self, values: Any) -> tuple[tuple[str, ...], tuple[Any, ...] | None, tuple[Any, ...] | None]:
-        self.expect(isinstance(values, list) and len(values) > 0, ("adapters",), "a list of adapters", values)
+        """(names, weights, densities) of the adapters; None where no adapter has one."""
+        if not isinstance(values, list) or not values:
+            raise RecipeError(f"{self.at(('adapters',))}: expected a list of adapters, found {_seen(values)}.")
         names, own = [], []
         for place, value in enumerate(values):
             path = ("adapters", place)
-            known = ("adapter", "model", "parameters")
-            entry = {"adapter": value} if isinstance(value, str) else self.table(value, path, known)
-            name = entry.get("adapter", entry.get("model"))
-            self.expect(isinstance(name, str) and bool(name), path, "`adapter:` with a path or Hub id", entry)
-            names.append(str(name))
-            own.append(self.table(entry.get("parameters") or {}, (*path, "parameters"), ("weight", "density")))
-        weights = tuple(self.value(parameters, place, "weight", 1.0) for place, parameters in enumerate(own))
-        densities = tuple(self.value(parameters, place, "density", None) for place, parameters in enumerate(own))
-        has_weights = any("weight" in parameters for parameters in own)
+            table = _Table(self.at, {"adapter": value} if isinstance(value, str) else value, path, ENTRY)
+            name = table.text("adapter")
+            if not name:
+                raise RecipeError(f"{self.at(path)}: expected `adapter:` with a path or Hub id, found {_seen(value)}.")
+            names.append(name)
+            own.append(_Table(self.at, table.values.get("parameters"), (*path, "parameters"), OWN))
+        weights, densities = (tuple(table.schedule(key) for table in own) for key in OWN)
         return (
             tuple(names),
-            weights if has_weights else None,
-            densities if any(d is not None for d in densities) else None,
+            None if all(w is None for w in weights) else tuple(1.0 if w is None else w for w in weights),
+            None if all(d is None for d in densities) else densities,
         )
 
-    def value(self, parameters: dict[str, Any], place: int, name: str, default: Any) -> Any:
-        """One schedule, checked."""
-        if parameters.get(name) is None:
-            return default
-        return Schedule.read(parameters[name], f"{self.at(('adapters', place, 'parameters', name))}: {name}").value
+    def weights(self, own: tuple[Any, ...] | None) -> tuple[Any, ...] | str | None:
+        """Those of the entries, or `norm` in their place."""
+        expected = "norm; the weight of one adapter stands in its own `parameters:` as `weight:`"
+        asked: str | None = self.shared.get("weights", None, lambda w: w == NORM, expected)
+        if asked is not None and own is not None:
+            raise RecipeError(
+                f"{self.at(('parameters', 'weights'))}: weights: norm weighs every adapter, but some have a `weight:` "
+                "of their own. Keep one of the two."
+            )
+        return asked or own
 
-    def table(self, values: Any, path: tuple[Any, ...], known: Sequence[str] | None) -> dict[str, Any]:
-        self.expect(isinstance(values, dict), path, "keys with values", values)
-        result = {}
-        for key, value in values.items():
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what `settle` refuses, naming the line."""
+        method, space, parameters = recipe.method, recipe.space, recipe.parameters
+        self.check_names(method, space, parameters)
+        densities = recipe.densities or ()
+        try:
+            settle(method, space, parameters, densities)
+        except TiesPeftError as error:
+            for key, value in parameters.items():
+                with self.blamed("parameters", key):
+                    settle(method, space, {key: value})
+            for place, density in enumerate(densities):
+                with self.blamed("adapters", place, "parameters", "density"):
+                    settle(method, space, parameters, [density])
+            raise type(error)(f"{self.at(('parameters',))}: {error}") from None
+
+    def check_names(self, method: str, space: str, parameters: Mapping[str, Any]) -> None:
+        """Refuse unknown names, naming the nearest known one."""
+        with self.blamed("parameters", "space"):
+            find_space(space)
+        with self.blamed("merge_method"):
+            settle(method, space, {})
+        known = parameter_names(method, space)
+        for key in parameters:
+            if key not in known:
+                nearest = unknown("parameter", key, {*SHARED, *(name for name in known if "." not in name)})
+                raise MethodError(f"{self.at(('parameters', key))}: method '{method}' has no such parameter: {nearest}")
+
+    @contextmanager
+    def blamed(self, *path: Any) -> Iterator[None]:
+        """Give an error the line of a key."""
+        try:
+            yield
+        except TiesPeftError as error:
+            raise type(error)(f"{self.at(path)}: {error}") from None
+
+
+class _Table:
+    """The keys and values at one place of a recipe.
+
+    Args:
+        at: gives the line of a path.
+        values: as read; None for an empty table.
+        path: of the place.
+        known: the keys that may stand there; None for any.
+    """
+
+    def __init__(self, at: Callable[[Place], str], values: Any, path: Place, known: Sequence[str] | None) -> None:
+        self.at, self.path = at, path
+        self.values: dict[str, Any] = {}
+        if not isinstance(values, (dict, NoneType)) or (values is None and not path):
+            raise RecipeError(f"{at(path)}: expected keys with values, found {_seen(values)}.")
+        for key, value in (values or {}).items():
             name = SYNONYMS.get(str(key), str(key))
             if known is not None and name not in known:
-                raise RecipeError(f"{self.at((*path, key))}: {unknown('key', name, known)}")
-            if name in result:
-                raise RecipeError(f"{self.at((*path, key))}: '{key}' stands there twice. Keep one.")
-            result[name] = value
-        return result
+                raise RecipeError(f"{at((*path, key))}: {unknown('key', name, known)}")
+            if name in self.values:
+                raise RecipeError(f"{at((*path, key))}: '{key}' stands there twice. Keep one of them.")
+            self.values[name] = value
 
-    def expect(self, holds: bool, path: tuple[Any, ...], what: str, seen: Any) -> None:
-        if not holds:
-            raise RecipeError(f"{self.at(path)}: expected {what}, found {printable(repr(seen))}.")
+    def get(self, key: str, default: Any, holds: Callable[[Any], bool], expected: str) -> Any:
+        """A value, or the default where there is none."""
+        value = self.values.get(key, default)
+        if value is default:
+            return default
+        if not holds(value):
+            raise RecipeError(f"{self.at((*self.path, key))}: {key} is {_seen(value)}; expected {expected}.")
+        return value
 
-    def at(self, path: tuple[Any, ...]) -> str:
-        while path and path not in self.lines:
-            path = path[:-1]
-        return f"{self.where}, line {self.lines.get(path, 1)}"
+    def text(self, key: str, default: str | None = None) -> Any:
+        """A text, or the default where there is none."""
+        return self.get(key, default, lambda value: isinstance(value, str), "text")
+
+    def flag(self, key: str) -> bool:
+        """True or false; false where there is none."""
+        return bool(self.get(key, False, lambda value: isinstance(value, bool), "true or false"))
+
+    def schedule(self, key: str) -> Any:
+        """The value of a schedule, if there is one."""
+        if key not in self.values:
+            return None
+        return Schedule.read(self.values[key], f"{self.at((*self.path, key))}: {key}").value
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite int or float (a bool is not a number)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _lines(node: yaml.Node | None, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
-    """The line, from 1, on which each key or list entry stands."""
-    lines: dict[tuple[Any, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            place = (*path, key.value)
-            lines |= {place: key.start_mark.line + 1} | _lines(value, place)
-            lines |= {(*path, SYNONYMS.get(key.value, key.value)): key.start_mark.line + 1}
-    elif isinstance(node, yaml.SequenceNode):
-        for number, value in enumerate(node.value):
-            lines |= {(*path, number): value.start_mark.line + 1} | _lines(value, (*path, number))
-    return lines
+def plain(value: Any) -> Any:
+    """A value as YAML and JSON know it; an adapter as its source."""
+    if isinstance(value, dict):
+        return {key: plain(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(own) for own in value]
+    return (value.source or IN_MEMORY) if hasattr(value, "source") else as_read(value)
+
+
+def _seen(value: Any) -> str:
+    return printable(repr(value))
+
+
+def _is_rank(value: Any) -> bool:
+    return value in ("max", "auto") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)

@@ -72,7 +72,8 @@ class Report:
         conflict: as in a module's line, over all modules.
         cosines: between the inputs' task vectors, (N, N); None beyond `PAIRS` adapters.
         adapters, modules: a line each.
-        warnings: what is possible but unwise.
+        warnings: what is possible but unwise, and the notes of the recipe.
+        weights: `given`, or `norm` where they were made to bring all adapters to one length.
         seconds: how long it took.
     """
 
@@ -90,6 +91,7 @@ class Report:
     adapters: list[AdapterLine]
     modules: list[ModuleLine]
     warnings: list[str] = field(default_factory=list)
+    weights: str = "given"
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,6 +143,8 @@ class Report:
     def _outcome(self) -> Table:
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_row("merged", f"{self.method} in space {self.space}, scale {self.scale:g}")
+        if self.weights == "norm":
+            table.add_row("weights", "by norm: the mean of the adapters' norms over each one's own")
         table.add_row("modules", f"{len(self.modules)}, norm {self.norm:.3g}")
         if self.conflict is not None:
             table.add_row("sign conflict", f"{self.conflict:.1%} of the entries that two or more adapters keep")

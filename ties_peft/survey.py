@@ -83,12 +83,10 @@ def find_cuts(coordinates: Coordinates, crew: Workers, progress: Progress) -> tu
         found: dict[tuple[str, int], list[Cut]] = {}
         for group, densities in _groups(coordinates, number, modules):
             entries = sum(place.size for place in group)
-            kept[number].kept += kept_count(densities[-1], entries) - (
-                kept_count(densities[0], entries) if len(densities) > 1 else 0
-            )
+            kept[number].kept += kept_count(densities[-1], entries)
             kept[number].entries += entries
-            for density in densities:
-                for key, cut in _cut(group, density, crew).items():
+            for keep in _ends(densities, entries):
+                for key, cut in _cut(group, keep, crew).items():
                     found.setdefault(key, []).append(cut)
         for module in modules:
             parts = sorted(part for name, part in found if name == module)
@@ -132,6 +130,15 @@ def _densities(plan: Plan, number: int, module: str) -> tuple[float, ...]:
     return (*others, plan.density(number, module, last))
 
 
+def _ends(densities: Sequence[float], entries: int) -> list[int]:
+    """How many entries lie above the lower end of each band; the last band is whole, the others give way."""
+    *others, last = [kept_count(density, entries) for density in densities]
+    ends: list[int] = []
+    for count in others:
+        ends.append(min(entries - last, (ends[-1] if ends else 0) + count))
+    return [*ends, (ends[-1] if ends else 0) + last]
+
+
 def _places(coordinates: Coordinates, number: int, module: str) -> list[Place]:
     def read(part: int) -> Delta:
         return coordinates.parts(number, module)[part]
@@ -140,10 +147,9 @@ def _places(coordinates: Coordinates, number: int, module: str) -> list[Place]:
     return [Place(module, part, count, partial(read, part)) for part, count in enumerate(sizes)]
 
 
-def _cut(group: Sequence[Place], density: float, crew: Workers) -> dict[tuple[str, int], Cut]:
-    """The cut of each place of one group."""
+def _cut(group: Sequence[Place], keep: int, crew: Workers) -> dict[tuple[str, int], Cut]:
+    """The cut of each place of one group that keeps so many of its entries."""
     entries = sum(place.size for place in group)
-    keep = kept_count(density, entries)
     if keep in (0, entries):
         return {(place.module, place.part): KEEP_NONE if keep == 0 else KEEP_ALL for place in group}
     sigmas = SIGMAS

@@ -68,11 +68,20 @@ def workers() -> Iterator[Workers]:
     One thread per operation is what makes a result independent of the number of threads, and on
     tiles it is also the faster way: a parallel region for 0.1 ms of work costs as much as the work.
     """
-    before = torch.get_num_threads()
-    crew = Workers(before)
-    torch.set_num_threads(1)
+    crew = Workers(torch.get_num_threads())
     try:
-        yield crew
+        with one_thread():
+            yield crew
     finally:
         crew.close()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread to an operation of torch's, so that a sum has the same bits on any number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
         torch.set_num_threads(before)

@@ -31,14 +31,14 @@ class Trim:
     """A wish for exact cuts by magnitude.
 
     Attributes:
-        densities: the shares to keep, each in (0, 1]; a cut is found for each.
+        densities: the shares of bands of magnitudes, from the largest down; a cut is found at the
+            lower end of each. A density set for one adapter or module replaces the last, which is
+            kept whole: those above give way where together they exceed 1.
         scope: over what magnitudes are ranked.
-        scheduled: whether a density set for one adapter or module replaces the last of them.
     """
 
     densities: tuple[float, ...]
     scope: Scope = "adapter"
-    scheduled: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Task:
         tile: which tile of the part this is.
         start: flat index of the first entry at hand.
         stream: of this adapter's random numbers on this part.
+        density: the share to keep of it, if the method has a density: its own, or one set for the adapter.
     """
 
     vector: Tensor
@@ -60,6 +61,7 @@ class Task:
     tile: int
     start: int
     stream: int
+    density: float | None = None
 
     def trimmed(self, number: int = 0) -> Tensor:
         """The vector, cut in place where density `number` cuts it."""
@@ -78,7 +80,9 @@ class TaskVectors:
         deltas: w·τ of each adapter that has the module, whole.
         weights: w of each of them.
         cuts: for each, where it is cut; empty where the method trims nothing.
+        densities: for each, the share to keep of it; empty where the method has no density.
         total_weight: Σw over all adapters of the merge, also those that lack the module.
+        total_heft: Σ|w| over them.
         adapters: how many adapters the merge has, also those that lack the module.
         rows: the range of rows at hand; None for all.
         tile: the number of that range in the part's grid.
@@ -91,7 +95,9 @@ class TaskVectors:
     deltas: Sequence[Delta]
     weights: Sequence[float]
     cuts: Sequence[tuple[Cut, ...]] = ()
+    densities: Sequence[float] = ()
     total_weight: float = 1.0
+    total_heft: float = 1.0
     adapters: int = 1
     rows: tuple[int, int] | None = None
     tile: int = 0
@@ -108,7 +114,9 @@ class TaskVectors:
         for place, (delta, weight) in enumerate(zip(self.deltas, self.weights, strict=True)):
             vector = delta.rows(*self.span, out=self.room("vector", self.shape))
             cuts = self.cuts[place] if self.cuts else ()
-            yield Task(vector, weight, cuts, self.tile, start, self.streams[place] if self.streams else place)
+            stream = self.streams[place] if self.streams else place
+            density = self.densities[place] if self.densities else None
+            yield Task(vector, weight, cuts, self.tile, start, stream, density)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -125,6 +133,11 @@ class TaskVectors:
         """Of every vector at hand."""
         start, stop = self.span
         return (stop - start, *self.deltas[0].shape[1:])
+
+    @property
+    def untouched(self) -> bool:
+        """Whether neither a cut nor a density under 1 takes anything away from any of them."""
+        return all(cuts[-1].threshold == 0 for cuts in self.cuts) and all(share == 1 for share in self.densities)
 
     def sign_vector(self) -> Tensor | None:
         """The rows at hand of the vector that decides the signs."""
@@ -207,6 +220,13 @@ class Method(BaseModel, ABC):
         return None
 
 
+def scope_fault(method: Method, scope: Scope, space: str) -> str | None:
+    """What is wrong with asking for a scope in a space: in `factors` only `module` has a meaning."""
+    if space == "factors" and scope == "adapter" and "scope" in method.model_fields_set:
+        return "scope 'adapter' is not offered in space 'factors', where A and B are each ranked on their own; use scope 'module'"
+    return None
+
+
 def masked(delta: Delta, change: Callable[[Tensor, Tensor], Tensor], stream: int) -> Mapped:
     """A task vector read through change(values, uniform numbers): how `prepare` drops at random.
 
@@ -220,4 +240,4 @@ def masked(delta: Delta, change: Callable[[Tensor, Tensor], Tensor], stream: int
     return Mapped(delta, apply)
 
 
-__all__ = ["KEEP_ALL", "Density", "Method", "Scope", "Task", "TaskVectors", "Trim", "key", "masked"]
+__all__ = ["KEEP_ALL", "Density", "Method", "Scope", "Task", "TaskVectors", "Trim", "key", "masked", "scope_fault"]

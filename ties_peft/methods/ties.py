@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from ..delta import Delta
-from ..elect import Ballot, Disjoint, Elect
+from ..elect import Ballot, Combine, Vote
 from ..trim import Scope
-from .base import Density, Method, TaskVectors, Trim
+from .base import Density, Method, TaskVectors, Trim, scope_fault
 
 
 class Ties(Method):
@@ -23,9 +24,15 @@ class Ties(Method):
     Weights come first: trim, election and merge see w·τ, and the mean divides by the agreeing
     weights, so (2, 1) and (10, 5) mean the same. With unit weights this is TIES as published.
 
+    The paper's ablations are parameters: no trim is density 1; no election is elect `none`, the mean
+    of what is kept of both signs; no disjoint mean is disjoint `mean_elected`, the sum of the
+    agreeing values over Σ|w| of all adapters, as the paper words it, or `mean_all`, that of the
+    values of both signs, as the authors' code computes it. Its oracle is `sign_from`.
+
     Law: one adapter with a positive weight and density 1 comes back unchanged; the order of the
         adapters does not matter; an adapter of zeros equals an absent one; at density 1 with
-        agreeing signs and unit weights it is the mean.
+        agreeing signs and unit weights it is the mean; at density 1 with `mean_all` and positive
+        weights it is the average.
     Source: Yadav, Tam, Choshen, Raffel and Bansal, TIES-Merging: Resolving Interference When Merging
         Models, NeurIPS 2023 (arXiv 2306.01708), algorithm 1. PEFT's `ties_svd` is this with scope
         `module` and unit weights (it elects before weighting and divides by the count); PEFT's
@@ -39,17 +46,23 @@ class Ties(Method):
 
     density: Density = Field(0.2, description="share of entries that the trim keeps, in (0, 1]")
     scope: Scope = Field("adapter", description="rank magnitudes over the whole adapter (the paper) or each module")
-    elect: Elect = Field("mass", description="sign of the sum of the values, or of the count of their signs")
-    disjoint: Disjoint = Field("mean", description="how the agreeing entries are combined: mean, sum or max")
+    elect: Vote = Field("mass", description="sign of the sum of the values (mass) or of their signs (count); or none")
+    disjoint: Combine = Field(
+        "mean",
+        description="how the agreeing entries are combined: mean, sum or max; "
+        "mean_elected divides them by all adapters, mean_all takes both signs",
+    )
     normalize: bool = Field(True, description="divide the mean by the agreeing weights; false: by their number")
     sign_from: Any = Field(None, description="an adapter (path, Hub id or Adapter) whose signs are taken, untrimmed")
 
     def merge(self, tasks: TaskVectors) -> Tensor | Delta:
         """One pass over the task vectors, with accumulators for the election."""
-        if self.linear(len(tasks)) and tasks.rows is None:
-            mean = self.disjoint == "mean" and self.normalize
-            return tasks.sum(1 / abs(tasks.weights[0]) if mean else 1.0)
-        ballot = Ballot(tasks.room("ballot", (5, *tasks.shape)), self.elect, self.disjoint, self.normalize)
+        total = tasks.total_heft if self.normalize else float(tasks.adapters)
+        if self.linear(len(tasks)) and tasks.rows is None and tasks.untouched:
+            own = abs(tasks.weights[0]) if self.normalize else 1.0
+            return tasks.sum(1 / {"mean": own, "sum": 1.0, "max": 1.0}.get(self.disjoint, total))
+        room = tasks.room("ballot", (5, *tasks.shape))
+        ballot = Ballot(room, self.elect, self.disjoint, self.normalize, total)
         for task in tasks:
             ballot.cast(task.trimmed(), task.weight)
         conflicting, shared = ballot.conflicts()
@@ -62,11 +75,12 @@ class Ties(Method):
         return Trim((self.density,), self.scope)
 
     def linear(self, adapters: int) -> bool:
-        """True of one adapter that is not trimmed: there is nobody to disagree with."""
-        return adapters == 1 and self.density == 1 and self.sign_from is None
+        """True of untrimmed vectors where nobody is there to disagree, or is asked to agree."""
+        both = self.disjoint == "mean_all" or (self.elect == "none" and self.disjoint in ("sum", "mean_elected"))
+        return self.density == 1 and self.sign_from is None and (adapters == 1 or both)
 
-    def check(self, weights: list[float], space: str) -> str | None:  # type: ignore[override]
-        """In `factors` only scope `module` has a meaning."""
-        if space == "factors" and self.scope == "adapter" and "scope" in self.model_fields_set:
-            return "scope 'adapter' is not offered in space 'factors', where A and B are each ranked on their own; use scope 'module'"
-        return None
+    def check(self, weights: Sequence[float], space: str) -> str | None:
+        """In `factors` only scope `module` has a meaning; without an election there are no signs to give."""
+        if self.sign_from is not None and (self.elect == "none" or self.disjoint == "mean_all"):
+            return "sign_from gives the signs of an election, and elect 'none' and disjoint 'mean_all' have none"
+        return scope_fault(self, self.scope, space)

@@ -14,8 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ..delta import Delta, Dense, LowRank
-from ..factorise import balance, orthonormal_mix
+from ..spectrum import balanced, orthonormal
 from .base import Encoding, Space
+
+UNBALANCED = 1e-7  # share under which a direction is rounding where one adapter's B may dwarf another's
 
 
 class CoreEncoding(Encoding):
@@ -24,12 +26,15 @@ class CoreEncoding(Encoding):
     Attributes:
         left: L, (out, k₁), float32.
         right: Rᵀ, (k₂, in), float32.
+
+    Args:
+        negligible: see `directions`.
     """
 
-    def __init__(self, deltas: Sequence[LowRank]) -> None:
+    def __init__(self, deltas: Sequence[LowRank], negligible: float | None = None) -> None:
         B, A = torch.cat([d.B for d in deltas], 1).double(), torch.cat([d.A for d in deltas], 0).double()
         gram_b, gram_a = B.T @ B, A @ A.T
-        mix_b, mix_a = orthonormal_mix(gram_b), orthonormal_mix(gram_a)
+        mix_b, mix_a = orthonormal(gram_b, negligible), orthonormal(gram_a, negligible)
         self.left, self.right = (B @ mix_b).float(), (mix_a.T @ A).float()
         to_left, to_right = mix_b.T @ gram_b, gram_a @ mix_a  # Lᵀ·B and A·R, a block of columns or rows for each
         ends = torch.tensor([d.rank for d in deltas]).cumsum(0).tolist()
@@ -98,7 +103,7 @@ class CoreSpace(Space):
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
         """Shared bases, and every Mᵢ in them."""
         factored = [delta for delta in deltas if isinstance(delta, LowRank)]
-        core = CoreEncoding([balance(delta) for delta in factored] if self.balanced else factored)
+        core = CoreEncoding([balanced(d) for d in factored]) if self.balanced else CoreEncoding(factored, UNBALANCED)
         if self.compress_first and rank is not None:
             return CompressedEncoding(core, rank, self.norm_blend)
         return core

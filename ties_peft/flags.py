@@ -1,0 +1,124 @@
+"""Flags: what a command line asks for, laid over a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .document import parse
+from .errors import RecipeError, printable
+from .recipe import NORM, Rank, Recipe
+from .settings import parameter_names
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of a merge, as they were typed; None for one that was not given.
+
+    Attributes:
+        recipe: a file that they override.
+        adapters, method, space, scale, seed, restore_norm, dtype, base_model, allow_disjoint: as in `Recipe`.
+        weights: numbers with commas between, or `norm`.
+        rank: a whole number, `max` or `auto`.
+        density, scope: parameters of the method.
+        settings: any parameter, as NAME=VALUE, the value in YAML.
+    """
+
+    recipe: Path | None
+    adapters: Sequence[str] | None
+    method: str | None
+    space: str | None
+    weights: str | None
+    scale: float | None
+    density: float | None
+    scope: str | None
+    settings: Sequence[str] | None
+    rank: str | None
+    restore_norm: bool
+    seed: int | None
+    dtype: str | None
+    base_model: str | None
+    allow_disjoint: bool
+
+    def asked(self) -> Recipe:
+        """The recipe, with what was given in place of what it says.
+
+        Raises: RecipeError for a flag that cannot be read, and whatever the recipe's file gives rise to.
+        """
+        recipe = Recipe.from_file(self.recipe) if self.recipe else Recipe(adapters=())
+        if self.adapters:  # what the recipe says of each adapter was meant for its own
+            recipe = replace(recipe, weights=recipe.weights if recipe.weights == NORM else None, densities=None)
+        own = self.parameters()
+        given = {
+            "adapters": tuple(self.adapters) if self.adapters else None,
+            "weights": _weights(self.weights),
+            "method": self.method,
+            "space": self.space,
+            "scale": self.scale,
+            "rank": _rank(self.rank),
+            "restore_norm": self.restore_norm or None,
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "base_model": self.base_model,
+            "allow_disjoint": self.allow_disjoint or None,
+        }
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        changed = replace(recipe, **changes)
+        parameters = {**_kept(recipe, changed, own), **own}
+        densities = None if "density" in own else changed.densities
+        return replace(changed, parameters=parameters, densities=densities, notes=_notes(recipe, {**changes, **own}))
+
+    def parameters(self) -> dict[str, Any]:
+        """The method's and the space's own."""
+        found = {key: value for key, value in (("density", self.density), ("scope", self.scope)) if value is not None}
+        for setting in self.settings or []:
+            key, equals, value = setting.partition("=")
+            if not equals or not key:
+                raise RecipeError(f"--set is '{printable(setting)}'; expected NAME=VALUE, such as --set elect=count.")
+            found[key] = parse(value)
+        return found
+
+
+def _kept(recipe: Recipe, changed: Recipe, own: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's parameters, less those that are given anew, or that a method or space given anew does not have."""
+    same = (recipe.method, recipe.space) == (changed.method, changed.space)
+    known = recipe.parameters if same else parameter_names(changed.method, changed.space)
+    again = {*own, *(key.rpartition(".")[2] for key in own)}  # `density` and `ties.density` may be one thing
+    return {
+        key: value
+        for key, value in recipe.parameters.items()
+        if key in known and not (key in again or key.rpartition(".")[2] in own)
+    }
+
+
+def _notes(recipe: Recipe, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """A recipe's notes, less those on what was overridden; another method leaves none on parameters."""
+    about = [note.partition(":")[0].removeprefix("parameters.") for note in recipe.notes]
+    method = "method" in given
+    return tuple(
+        note
+        for note, key in zip(recipe.notes, about, strict=True)
+        if key not in given and not (method and (key == "merge_method" or note.startswith("parameters.")))
+    )
+
+
+def _weights(text: str | None) -> tuple[float, ...] | str | None:
+    if text is None or text == NORM:
+        return text
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise RecipeError(
+            f"--weights is '{printable(text)}'; expected numbers with commas between, such as 1,0.5,1, or norm."
+        ) from None
+
+
+def _rank(text: str | None) -> Rank | None:
+    if text is None or text in ("max", "auto"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise RecipeError(f"--rank is '{printable(text)}'; expected a whole number, max or auto.") from None

@@ -1,0 +1,123 @@
+"""Members: the adapters of a merge, and how much of each goes into it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .adapter import Adapter
+from .errors import RecipeError, printable
+from .recipe import NORM, Recipe
+from .schedule import Schedule, count_layers
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter of a merge.
+
+    Attributes:
+        name: short and unique in the merge, for tables.
+        adapter: its files.
+        weight: w, one number or one for every module; never 0 everywhere.
+        density: in place of the method's, if one was set for this adapter.
+    """
+
+    name: str
+    adapter: Adapter
+    weight: Schedule
+    density: Schedule | None = None
+
+    def has(self, module: str) -> bool:
+        """Whether it adapts a module."""
+        return module in self.adapter.layout
+
+
+def equal_norm_weights(norms: Sequence[float]) -> list[float]:
+    """Weights that bring task vectors of these norms to one length, the mean of their lengths.
+
+        wᵢ = mean ‖τ‖ / ‖τᵢ‖, the mean over the adapters whose norm is not 0; wᵢ = 0 where ‖τᵢ‖ = 0
+
+    ‖τᵢ‖ is the Frobenius norm of the whole, unweighted task vector, over all modules of adapter i.
+
+    Law: all wᵢ·‖τᵢ‖ > 0 are equal, and Σ wᵢ·‖τᵢ‖ = Σ ‖τᵢ‖; equal norms give 1 each.
+    Source: weights in 1/‖τ‖ are NAN's (arXiv 2505.16148); the factor in front keeps the total length.
+
+    >>> equal_norm_weights([1.0, 3.0, 0.0])
+    [2.0, 0.6666666666666666, 0.0]
+    """
+    mean = statistics.fmean([norm for norm in norms if norm] or [0.0])
+    return [mean / norm if norm else 0.0 for norm in norms]
+
+
+def find_members(
+    recipe: Recipe, adapters: Sequence[Adapter], densities: Sequence[Schedule | None], warnings: list[str]
+) -> tuple[Member, ...]:
+    """The adapters with a weight other than 0, in order, weighed.
+
+    Raises: RecipeError for what is no weight, or not one per adapter, or 0 everywhere.
+    """
+    weights = _read_weights(recipe, adapters)
+    names = short_names([adapter.label for adapter in adapters])
+    here = _present(weights, adapters)
+    dropped = [name for name, stays in zip(names, here, strict=True) if not stays]
+    if dropped:
+        warnings.append(f"{'norm' if recipe.weights == NORM else 'weight'} 0, so as absent: {', '.join(dropped)}.")
+    everyone = zip(here, names, adapters, weights, densities, strict=True)
+    return tuple(Member(n, a, w, d) for stays, n, a, w, d in everyone if stays)
+
+
+def short_names(labels: Sequence[str]) -> list[str]:
+    """The shortest unlike endings of some paths; numbered where paths are equal.
+
+    >>> short_names(["a/lora/x", "b/lora/y", "c/lora/x"])
+    ['a/lora/x', 'y', 'c/lora/x']
+    """
+    parts = [label.rstrip("/").split("/") for label in labels]
+    names = []
+    for own in parts:
+        length = next(
+            (n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1), len(own)
+        )
+        names.append("/".join(own[-length:]))
+    return [f"{n} ({names[: i + 1].count(n)})" if names.count(n) > 1 else n for i, n in enumerate(names)]
+
+
+def compare_filters(members: Sequence[Member], modules: Iterable[str], warnings: list[str]) -> None:
+    """Warn of filters that are part of no module's name: misspelt, most likely."""
+    names = list(modules)
+    filters = dict.fromkeys(
+        part for m in members for schedule in (m.weight, m.density) if schedule is not None for part in schedule.filters
+    )
+    idle = [printable(part) for part in filters if not any(part in name for name in names)]
+    if idle:
+        warnings.append(f"no module's name contains {', '.join(idle)}, so that such a filter has no effect.")
+
+
+def _read_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Schedule]:
+    """The weight of each adapter, checked; equal-norm ones computed."""
+    given, count = recipe.weights, len(adapters)
+    if isinstance(given, str):
+        if given != NORM:
+            raise RecipeError(f"weights is '{printable(given)}'; expected norm, or one weight per adapter.")
+        weights: Sequence[object] = equal_norm_weights([adapter.norm() for adapter in adapters])
+        if count and not any(weights):
+            raise RecipeError("weights: norm divides by the adapters' norms, and every one is 0. Leave it out.")
+    else:
+        weights = (1.0,) * count if given is None else given
+    if len(weights) != count:
+        raise RecipeError(f"{len(weights)} weights for {count} adapters. Give one weight per adapter, in their order.")
+    return [Schedule.read(weight, f"weight {place + 1}") for place, weight in enumerate(weights)]
+
+
+def _present(weights: Sequence[Schedule], adapters: Sequence[Adapter]) -> list[bool]:
+    """For each adapter, whether its weight is other than 0 on any module that it has."""
+    named = [name for a, w in zip(adapters, weights, strict=True) if any(w.numbers()) for name in a.modules]
+    layers = count_layers(named)
+    found = [
+        any(weight.at(name, layers) != 0 for name in adapter.modules)
+        for adapter, weight in zip(adapters, weights, strict=True)
+    ]
+    if not any(found):
+        raise RecipeError("every weight is 0, so nothing is left to merge. Give at least one adapter a weight.")
+    return found

@@ -1,0 +1,54 @@
+"""Subspace boosting: the weak directions of a merge lifted."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from ..delta import Delta, Dense
+from ..spectrum import spectrum
+from .base import Method, TaskVectors
+
+
+class Boosting(Method):
+    """Lift the weak directions of a merged task vector to the level where the strong ones end.
+
+        D = U·S·Vᵀ,   c = the first index with Σ_{j ≤ c} Sⱼ ≥ β·Σ Sⱼ
+        τ = U · max(S, S_c) · Vᵀ
+
+    It stands after another method (task_arithmetic+boosting, ties+boosting in space core); alone it works
+    on the sum. A merge of K directions has at least 1/K of the total in its first one: with β under 1/K,
+    and so with the default on most LoRAs, all are lifted to the largest; β = 1 lifts none.
+
+    Law: β = 1 changes nothing; no singular value shrinks; it commutes with scaling; an adapter of zeros
+        equals an absent one.
+    Source: Skorobogat, Roth, Georgescu and Akata, Subspace-Boosted Model Merging, 2025 (arXiv 2506.16506),
+        with the default of its code (0.01; it gives attention in one matrix its own, 0.1). Published, all
+        min(out, in) directions are lifted; here those of the support, since of a LoRA the others are
+        arbitrary.
+    """
+
+    name: ClassVar[str] = "boosting"
+    source: ClassVar[str] = "Skorobogat et al., 2025, arXiv 2506.16506"
+    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
+    spectral: ClassVar[bool] = True
+    finishes: ClassVar[bool] = True
+
+    beta: float = Field(0.01, ge=0, le=1, description="share of the sum of singular values that counts as strong")
+
+    def merge(self, tasks: TaskVectors) -> Tensor:
+        """The sum, boosted."""
+        return self._boosted(tasks.matrices().sum(0))
+
+    def finish(self, merged: Delta, tasks: TaskVectors) -> Delta:
+        """What another method made, boosted."""
+        return Dense(self._boosted(merged.dense()).float())
+
+    def _boosted(self, matrix: Tensor) -> Tensor:
+        found = spectrum(matrix)
+        weaker = int((found.S.cumsum(0) < self.beta * found.S.sum()).sum())
+        floor = found.S[min(weaker, len(found) - 1) :][:1]  # no direction, no floor
+        return found.valued(found.S.maximum(floor) if len(found) else found.S).dense()

@@ -1,0 +1,57 @@
+"""Iso-CTS: a flat spectrum over what is common and what is each adapter's own."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..spectrum import Spectrum, orthogonalised, spectrum
+from .base import Method, TaskVectors
+
+
+class IsoCts(Method):
+    """Keep the common directions of the sum, fill up with each adapter's own, and make all equally strong.
+
+        Σ wᵢ·τᵢ = U·S·Vᵀ of rank R,   n = round((R − ⌊c·R⌋) / N),   k = R − N·n
+        τᵢ' = (1 − Uₖ·Uₖᵀ) · wᵢ·τᵢ = Uᵢ·Sᵢ·Vᵢᵀ,  of which the first n directions
+        τ = mean(all S) · polar([U₁ … U_N Uₖ]) · polar([V₁ … V_N Vₖ])ᵀ
+
+    Law: common = 1 is `iso_c`, and so is one adapter alone; every singular value of the result is the same
+        as long as the directions are independent; an adapter of zeros equals an absent one.
+    Source: Marczak et al., No Task Left Behind, ICML 2025 (arXiv 2502.04959), with the shares as its code
+        rounds them. Published, R is min(out, in); here it is the rank of the sum, since directions beyond
+        it are arbitrary. An adapter with fewer than n directions of its own gives those it has.
+    """
+
+    name: ClassVar[str] = "iso_cts"
+    source: ClassVar[str] = "Marczak et al., ICML 2025, arXiv 2502.04959"
+    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
+    spectral: ClassVar[bool] = True
+
+    common: float = Field(0.8, ge=0, le=1, description="share c of the directions that the sum gives")
+
+    def merge(self, tasks: TaskVectors) -> Tensor:
+        """All of them together, in the small space."""
+        matrices = tasks.matrices()
+        given = [matrix for matrix in matrices if matrix.any()]
+        if not given:
+            return matrices[0]
+        total = spectrum(torch.stack(given).sum(0))
+        own = round((len(total) - int(len(total) * self.common)) / len(given))
+        shared = total.top(len(total) - own * len(given))
+        parts = [_rest(matrix, shared).top(own) for matrix in given]
+        return _flat([*parts, shared])
+
+
+def _rest(matrix: Tensor, shared: Spectrum) -> Spectrum:
+    """What of a matrix does not lie in the shared output directions."""
+    return spectrum(matrix - shared.U @ (shared.U.T @ matrix), beside=float(matrix.norm()))
+
+
+def _flat(parts: list[Spectrum]) -> Tensor:
+    level = torch.cat([part.S for part in parts]).mean()
+    return orthogonalised([part.valued(level.expand_as(part.S)) for part in parts])

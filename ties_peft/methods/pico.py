@@ -1,0 +1,63 @@
+"""Pico: output directions that all adapters crowd into, weakened before a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from ..delta import Delta, LowRank, stack
+from ..spectrum import balanced, norm
+from .base import Method, TaskVectors
+
+
+class Pico(Method):
+    """Weaken the output directions that the adapters share, merge, and restore the norm.
+
+        [B₁ … B_N] = U·S·Vᵀ,   shareⱼ = Sⱼ² / Σ S²,   aⱼ = 1 / (1 + (N − 1)·shareⱼ)
+        Bᵢ' = Bᵢ + U·(diag(a) − 1)·Uᵀ·Bᵢ
+        τ = D · mean ‖wᵢ·τᵢ‖ / ‖D‖   for the merge D of the Bᵢ'·Aᵢ
+
+    It stands before another method (pico+ties, pico+tsv); alone the merge is the sum. The norm is
+    restored before the scale λ, which then multiplies it: pico+task_arithmetic with scale 1 is pico.
+
+    Law: one adapter comes back unchanged; the norm of the result is λ times the mean norm of the task
+        vectors; an adapter of zeros equals an absent one.
+    Source: Tang and Yang, Crowded in B-Space: Calibrating Shared Directions for LoRA Merging, 2026 (arXiv
+        2604.16826). Published, Bᵢ is the factor as it was trained, so that the same adapter written as
+        (B·G, G⁻¹·A) merges to something else; here Bᵢ = Uᵢ·√Sᵢ of the adapter's own singular value
+        decomposition, which makes the result depend on the task vectors alone.
+    """
+
+    name: ClassVar[str] = "pico"
+    source: ClassVar[str] = "Tang and Yang, 2026, arXiv 2604.16826"
+    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    prepares: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
+    finishes: ClassVar[bool] = True
+
+    def merge(self, tasks: TaskVectors) -> Delta:
+        """The sum of the calibrated task vectors, its norm restored."""
+        return self.finish(stack(self.prepare(tasks.deltas, tasks.streams)), tasks)
+
+    def linear(self, adapters: int) -> bool:
+        """Alone: calibrated factors have their rank still, and are summed."""
+        return True
+
+    def prepare(self, deltas: Sequence[Delta], streams: Sequence[int]) -> Sequence[Delta]:
+        """Every task vector with its B calibrated, in factors."""
+        factors = [balanced(delta) for delta in deltas]
+        B = torch.cat([own.B for own in factors], 1).double()
+        energies, vectors = torch.linalg.eigh(B.T @ B)
+        others = sum(bool(own.B.any()) for own in factors) - 1
+        weaker = 1 / (1 + others * energies.clamp_min(0) / energies.sum().clamp_min(1e-300))
+        calibrated = B @ ((vectors * weaker) @ vectors.T)  # U·diag(a)·Uᵀ·B with U = B·vectors/S, without dividing
+        blocks = torch.split(calibrated.float(), [own.rank for own in factors], dim=1)
+        return [LowRank(block.contiguous(), own.A) for block, own in zip(blocks, factors, strict=True)]
+
+    def finish(self, merged: Delta, tasks: TaskVectors) -> Delta:
+        """What another method made of them, brought to the mean norm of the task vectors."""
+        sizes = [size for size in map(norm, tasks.deltas) if size > 0]
+        found = norm(merged)
+        return merged.scaled(sum(sizes) / len(sizes) / found) if found > 0 else merged

@@ -1,0 +1,64 @@
+"""Singular value calibration: directions counted several times, counted once."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..delta import Delta, Dense
+from ..spectrum import SUPPORT, Spectrum, spectrum
+from .base import Method, TaskVectors
+
+
+class Svc(Method):
+    """Weaken the directions of a merged task vector that several adapters have put there together.
+
+        D = U·S·Vᵀ,   a = uᵣᵀ·D,   aᵢ = uᵣᵀ·wᵢ·τᵢ,   sᵢ = ⟨a, aᵢ⟩ / ‖aᵢ‖²
+        τ = U · diag(N / Σᵢ max(α, sᵢ) · Sᵣ) · Vᵀ
+
+    sᵢ is how much of adapter i's own answer to output direction uᵣ the merge gives back: over 1, it is
+    counted more than once. It stands after another method (ties+svc in space core); alone it works on
+    the sum.
+
+    Law: one adapter comes back unchanged; N copies of one adapter give that adapter; of N adapters that
+        share no output direction it is the sum times N / (1 + (N − 1)·α); an adapter of zeros equals an
+        absent one.
+    Source: Li et al., When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging, ICML 2026
+        (arXiv 2602.05536), with the α of its README (its parser says 1). An adapter without any answer in a
+        direction counts α there, as in its code. Published, task arithmetic is scaled by 0.3 before;
+        here λ comes after, and where every sᵢ is over α that makes no difference.
+    """
+
+    name: ClassVar[str] = "svc"
+    source: ClassVar[str] = "Li et al., ICML 2026, arXiv 2602.05536"
+    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
+    spectral: ClassVar[bool] = True
+    finishes: ClassVar[bool] = True
+
+    alpha: float = Field(0.1, gt=0, allow_inf_nan=False, description="the least that an adapter's share counts")
+
+    def merge(self, tasks: TaskVectors) -> Tensor:
+        """The sum, calibrated."""
+        matrices = tasks.matrices()
+        return self._calibrated(matrices.sum(0), matrices)
+
+    def finish(self, merged: Delta, tasks: TaskVectors) -> Delta:
+        """What another method made, calibrated against the task vectors."""
+        return Dense(self._calibrated(merged.dense().double(), tasks.matrices()).float())
+
+    def _calibrated(self, matrix: Tensor, tasks: Tensor) -> Tensor:
+        found = spectrum(matrix)
+        shares = [_share(found, task).clamp_min(self.alpha) for task in tasks if task.any()]
+        return found.valued(found.S / torch.stack(shares).mean(0)).dense() if shares else matrix
+
+
+def _share(merged: Spectrum, task: Tensor) -> Tensor:
+    """sᵢ for every direction; 0 where the task's answer is rounding."""
+    whole, own = merged.S.unsqueeze(1) * merged.Vt, merged.U.T @ task
+    size = own.square().sum(1)
+    there = size > (SUPPORT * task.norm()) ** 2
+    return torch.where(there, (whole * own).sum(1) / torch.where(there, size, 1.0), 0.0)

@@ -1,0 +1,118 @@
+"""Settings: what a recipe's names and parameters stand for: a space, methods, and a density for each adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import MethodError, printable
+from .methods import Method, Stages, find_method, make_stages
+from .schedule import Schedule
+from .spaces import Space, find_space, make_space
+
+DENSITY = "density"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked.
+
+    Attributes:
+        space: the coordinates.
+        stages: what prepares, merges and finishes.
+        densities: for each adapter, what its trim keeps in place of the method's density; None for that.
+    """
+
+    space: Space
+    stages: Stages
+    densities: tuple[Schedule | None, ...]
+
+
+def settle(method: str, space: str, parameters: Mapping[str, Any], densities: Sequence[Any] = ()) -> Settings:
+    """Give every parameter to the space or the method that has it.
+
+    A density that is a schedule (a gradient, or conditions) goes to every adapter that has none of
+    its own; where no filter of a schedule fits, the method's density holds.
+
+    Args:
+        method, space: by name.
+        parameters: the method's and the space's own.
+        densities: an adapter's own each, or None.
+    Raises: RecipeError for an unknown name, MethodError for a parameter that nothing has or that is
+        out of range.
+    """
+    own = find_space(space).model_fields
+    _check_once(method, parameters)
+    varying = {key: value for key, value in parameters.items() if _varies(key, value)}
+    numbers = {key: value for key, value in parameters.items() if key not in own and key not in varying}
+    made = make_space(space, {key: value for key, value in parameters.items() if key in own})
+    stages = make_stages(method, numbers)
+    shared = None
+    for key, value in varying.items():
+        _check_owner(method, stages, key)
+        shared = Schedule.read(value, key)
+    _check_signs(stages.method)
+    changed, read = _densities(stages.method, shared, densities)
+    return Settings(made, replace(stages, method=changed), read)
+
+
+def parameter_names(method: str, space: str) -> list[str]:
+    """What a recipe of this method and space may set: `density`, and also `ties.density`."""
+    names = list(find_space(space).model_fields)
+    for stage in (part.strip() for part in method.split("+")):
+        fields = list(find_method(stage).model_fields)
+        names += [*fields, *(f"{stage}.{field}" for field in fields)]
+    return names
+
+
+def _varies(key: str, value: Any) -> bool:
+    return key.rpartition(".")[2] == DENSITY and isinstance(value, (list, tuple, dict))
+
+
+def _check_once(method: str, parameters: Mapping[str, Any]) -> None:
+    for key in parameters:
+        if "+" not in method and "." in key and key.rpartition(".")[2] in parameters:
+            raise MethodError(f"'{key.rpartition('.')[2]}' and '{key}' are one parameter. Keep one of them.")
+
+
+def _check_owner(method: str, stages: Stages, key: str) -> None:
+    """A schedule is for the trim of the method that merges."""
+    make_stages(method, {key: 1.0})  # refuses a density that no stage has, or several
+    stage = key.rpartition(".")[0]
+    if stage not in ("", stages.method.name) or DENSITY not in type(stages.method).model_fields:
+        raise MethodError(f"method '{method}': {key} is a schedule, and before a merge it can only be one number.")
+
+
+def _check_signs(method: Method) -> None:
+    given = getattr(method, "sign_from", None)
+    if given is not None and not isinstance(given, (str, Path)) and not hasattr(given, "layout"):
+        raise MethodError(
+            f"sign_from is {printable(repr(given))}; expected an adapter's path, its Hub id or an Adapter."
+        )
+
+
+def _densities(
+    method: Method, shared: Schedule | None, own: Sequence[Any]
+) -> tuple[Method, tuple[Schedule | None, ...]]:
+    """(the method with its density changed where all agree, each adapter's density)."""
+    if shared is None and all(density is None for density in own):
+        return method, (None,) * len(own)
+    general = getattr(method, DENSITY, None)
+    if general is None:
+        raise MethodError(f"method '{method.name}' has no density, but an adapter was given one.")
+    other = Schedule(general) if shared is None else shared.otherwise(general)
+    read = [
+        other if density is None else Schedule.read(density, f"density {place + 1}").otherwise(other.value)
+        for place, density in enumerate(own)
+    ]
+    numbers = [number for schedule in [other, *read] for number in schedule.numbers()]
+    for number in numbers:
+        if not 0 < number <= 1:
+            raise MethodError(f"method '{method.name}', a density is {number}; expected a share in (0, 1].")
+    used = {number for schedule in read for number in schedule.numbers()} or set(numbers)
+    if len(used) == 1:
+        return method.model_copy(update={DENSITY: used.pop()}), (None,) * len(own)
+    # the method's own density stands for all of them where it asks itself whether anything is trimmed
+    return method.model_copy(update={DENSITY: min(used)}), tuple(read)
