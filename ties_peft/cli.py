@@ -6,6 +6,7 @@ unforeseen fault. With `--json` standard output holds one JSON object and nothin
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import warnings
@@ -25,6 +26,7 @@ from . import __version__, inspection
 from .adapter import Adapter
 from .errors import RecipeError, TiesPeftError, TiesPeftWarning, printable
 from .merge import merge_recipe
+from .merged import Merged, inputs
 from .methods import MethodInfo, find_method, methods
 from .plan import Plan, make_plan
 from .recipe import Rank, Recipe
@@ -44,6 +46,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 def main() -> None:
     """Run the command line; every TiesPeftError becomes one message and exit status 2."""
     warnings.simplefilter("ignore", TiesPeftWarning)  # the report's warnings are printed once, below
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a letter shows `?` instead
+            stream.reconfigure(errors="replace")
     try:
         app()
     except TiesPeftError as error:
@@ -105,12 +110,11 @@ def merge_command(
         "base_model": base_name,
         "allow_disjoint": allow_disjoint or None,
     }
+    if adapters:
+        asked = replace(asked, weights=None)  # those of the recipe were meant for its own adapters
     asked = replace(asked, **{key: value for key, value in given.items() if value is not None})
     asked = replace(asked, parameters={**_kept_parameters(asked, method), **_parameters(density, scope, settings)})
-    if out is None and not dry_run:
-        raise RecipeError("no output was named. Say where to write: --out FOLDER.")
-    if out is not None:
-        check_target(out, force, [Path(name) for name in asked.adapters if Path(name).exists()])
+    _check_out(out, asked, force, dry_run)
     if dry_run:
         plan = make_plan(asked, [Adapter.load(name) for name in asked.adapters], device)
         _show_plan(plan, asked, as_json)
@@ -119,14 +123,7 @@ def merge_command(
         merged = merge_recipe(asked, device=device, progress=tell)
     assert out is not None
     merged.save(out, force)
-    _warn(merged.report.warnings)
-    if as_json:
-        _print_json({"out": str(out), "recipe": asked.to_dict(), "report": merged.report.to_dict()})
-        return
-    console = Console()
-    console.print(merged.report.tables())
-    console.print(f"\nwritten to {escape(str(out))}; load it with\n", highlight=False)
-    _print_loading(console, merged.base, out, merged.config.get("task_type"))
+    _show_merged(merged, out, as_json)
 
 
 @app.command("inspect")
@@ -160,6 +157,13 @@ def methods_command(
     console = Console()
     for info in chosen:
         _print_method(console, info, whole=name is not None)
+
+
+def _check_out(out: Path | None, asked: Recipe, force: bool, dry_run: bool) -> None:
+    if out is not None:
+        check_target(out, force, inputs(asked))
+    elif not dry_run:
+        raise RecipeError("no output was named. Say where to write: --out FOLDER.")
 
 
 def _weights(text: str | None) -> tuple[float, ...] | None:
@@ -198,7 +202,7 @@ def _parameters(density: float | None, scope: str | None, settings: list[str] | 
             raise RecipeError(f"--set is '{printable(setting)}'; expected NAME=VALUE, such as --set elect=count.")
         try:
             found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             found[key] = value
     return found
 
@@ -207,7 +211,7 @@ def _parameters(density: float | None, scope: str | None, settings: list[str] | 
 def _bar() -> Iterator[Callable[[str, int, int], None] | None]:
     """A progress bar on standard error, if that is a terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield None
         return
     columns = (
@@ -247,6 +251,17 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
     typer.echo("every check passed; nothing was written")
 
 
+def _show_merged(merged: Merged, out: Path, as_json: bool) -> None:
+    _warn(merged.report.warnings)
+    if as_json:
+        _print_json({"out": str(out), "recipe": merged.recipe.to_dict(), "report": merged.report.to_dict()})
+        return
+    console = Console()
+    console.print(merged.report.tables())
+    console.print(f"\nwritten to {escape(str(out))}; load it with\n", highlight=False, soft_wrap=True)
+    _print_loading(console, merged.base, out, merged.config.get("task_type"))
+
+
 def _print_loading(console: Console, base: str | None, out: Path, task: object) -> None:
     """The lines of Python that load the result."""
     loader = {
@@ -275,7 +290,7 @@ def _print_method(console: Console, info: MethodInfo, whole: bool) -> None:
         highlight=False,
     )
     if whole:
-        console.print("\n" + escape(info.text), highlight=False)
+        console.print("\n" + escape(info.text.partition("\n")[2].strip("\n")), highlight=False)
 
 
 def _method_dict(info: MethodInfo) -> dict[str, Any]:
@@ -288,4 +303,4 @@ def _warn(found: list[str]) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+    typer.echo(json.dumps(value, default=str))

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from . import writer
+from . import sources, writer
 from .adapter import Adapter
 from .card import card
-from .recipe import Recipe
+from .recipe import Recipe, plain
 from .report import Report
 from .tensors import MemoryTensors
 
@@ -50,11 +50,16 @@ class Merged(Adapter):
                 none of the inputs.
         Raises: RecipeError where the folder is in the way or cannot be written.
         """
-        inputs = [Path(name) for name in self.recipe.adapters if Path(name).exists()]
-        return writer.write_folder(Path(folder), self.files(), force, inputs)
+        return writer.write_folder(Path(folder), self.files(), force, inputs(self.recipe))
 
     def __repr__(self) -> str:
         return f"Merged({self.report.method}, {self.kind.name}, {len(self.layout)} modules, rank {self.report.rank})"
+
+
+def inputs(recipe: Recipe) -> list[Path]:
+    """The folders on this machine that a recipe reads."""
+    named = [*recipe.adapters, plain(recipe.parameters.get("sign_from"))]
+    return [path for path in (sources.local(name) for name in named if isinstance(name, str)) if path is not None]
 
 
 def versions() -> dict[str, str]:

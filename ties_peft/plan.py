@@ -99,12 +99,13 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu") 
     _check_method(method, space, weights)
     signs = _signs(method)
     where = _device(device)
-    dtype = _dtype(recipe.dtype, adapters)
     _check_kinds([*adapters, *([signs] if signs else [])], space)
     for adapter in [*adapters, *([signs] if signs else [])]:
         adapter.check()
+    dtype = _dtype(recipe.dtype, adapters)
     members = _members(adapters, weights, warnings)
     modules = _modules(members, signs, recipe.allow_disjoint)
+    _check_ranks(space, [*members, *([Member("sign_from", signs, 1.0)] if signs else [])], modules)
     rank = _rank(recipe.rank, method, space, members, modules, warnings)
     _compare_bases(members, warnings)
     return Plan(
@@ -161,8 +162,8 @@ def _signs(method: Method) -> Adapter | None:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()
+    except (TypeError, RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise RecipeError(f"device '{printable(str(name))}' cannot be used: {printable(first)}. Try cpu.") from None
     return device
@@ -172,7 +173,7 @@ def _dtype(name: str | None, adapters: Sequence[Adapter]) -> torch.dtype:
     if name is None:
         found = {adapter.dtype for adapter in adapters}
         return found.pop() if len(found) == 1 else torch.float32
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise RecipeError(unknown("dtype", str(name), DTYPES))
     return DTYPES[name]
 
@@ -258,6 +259,13 @@ def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: b
     if not allow_disjoint:
         _refuse_strangers(members)
     return dict(sorted(modules.items()))
+
+
+def _check_ranks(space: Space, givers: Sequence[Member], modules: dict[str, Module]) -> None:
+    for name in modules:
+        fault = space.check([giver.adapter.layout[name].rank for giver in givers if giver.has(name)])
+        if fault:
+            raise CompatibilityError(f"module '{printable(name)}': {fault}.")
 
 
 def _form(module: Module) -> str:

@@ -61,13 +61,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML form as plain values; what was left to a default is left out."""
-        weights = self.weights or (None,) * len(self.adapters)
+        weights = tuple(map(plain, self.weights)) if self.weights else (None,) * len(self.adapters)
         entries = [
             {"adapter": name} | ({} if weight is None else {"parameters": {"weight": weight}})
             for name, weight in zip(self.adapters, weights, strict=True)
         ]
         shared = {"space": self.space, "rank": self.rank, "scale": self.scale, "seed": self.seed}
-        parameters = {key: value for key, value in {**shared, **self.parameters}.items() if value is not None}
+        parameters = {k: plain(value) for k, value in {**shared, **self.parameters}.items() if value is not None}
         rest = {"dtype": self.dtype, "base_model": self.base_model, "allow_disjoint": self.allow_disjoint or None}
         return {
             "merge_method": self.method,
@@ -89,7 +89,7 @@ class Recipe:
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
             raise RecipeError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or error}).") from None
@@ -116,7 +116,17 @@ class _Reader:
         method = top.get("merge_method", "ties")
         self.expect(isinstance(method, str), ("merge_method",), "the name of a method", method)
         names, weights = self.entries(top.get("adapters"))
+        for key in ("dtype", "base_model"):
+            self.expect(isinstance(top.get(key), (str, type(None))), (key,), f"a name for `{key}`", top.get(key))
+        disjoint = top.get("allow_disjoint", False)
+        self.expect(isinstance(disjoint, bool), ("allow_disjoint",), "true or false for `allow_disjoint`", disjoint)
         parameters = self.table(top.get("parameters") or {}, ("parameters",), None)
+        self.expect(
+            isinstance(parameters.get("space", ""), str),
+            ("parameters", "space"),
+            "the name of a space",
+            parameters.get("space"),
+        )
         shared = {key: parameters.pop(key) for key in SHARED if key in parameters}
         return Recipe(
             adapters=names,
@@ -129,7 +139,7 @@ class _Reader:
             seed=shared.get("seed", 0),
             dtype=top.get("dtype"),
             base_model=top.get("base_model"),
-            allow_disjoint=bool(top.get("allow_disjoint", False)),
+            allow_disjoint=disjoint,
         )
 
     def entries(self, values: Any) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
@@ -180,15 +190,29 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _lines(node: yaml.Node | None, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
-    """The line, from 1, on which each key or list entry stands."""
+def plain(value: Any) -> Any:
+    """A value as YAML and JSON know it: numbers of NumPy and torch as Python's, an Adapter as its source."""
+    if hasattr(value, "item"):
+        return value.item()
+    return (
+        value if value is None or isinstance(value, (bool, int, float, str)) else str(getattr(value, "source", value))
+    )
+
+
+def _lines(
+    node: yaml.Node | None, path: tuple[Any, ...] = (), seen: frozenset[int] = frozenset()
+) -> dict[tuple[Any, ...], int]:
+    """The line, from 1, on which each key or list entry stands; one that holds itself is not followed."""
     lines: dict[tuple[Any, ...], int] = {}
+    if id(node) in seen:
+        return lines
+    seen |= {id(node)}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             place = (*path, key.value)
-            lines |= {place: key.start_mark.line + 1} | _lines(value, place)
+            lines |= {place: key.start_mark.line + 1} | _lines(value, place, seen)
             lines |= {(*path, SYNONYMS.get(key.value, key.value)): key.start_mark.line + 1}
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
-            lines |= {(*path, number): value.start_mark.line + 1} | _lines(value, (*path, number))
+            lines |= {(*path, number): value.start_mark.line + 1} | _lines(value, (*path, number), seen)
     return lines

@@ -21,14 +21,34 @@ def find(source: str, revision: str | None = None, subfolder: str | None = None,
             for `subfolder`, which is looked into on this machine too.
     Raises: AdapterError where there is no such adapter.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = local(source)
+    if folder is not None and folder.is_dir():
         return folder / subfolder if subfolder else folder
-    if folder.exists():
+    if folder is not None:
         raise AdapterError(f"adapter '{printable(source)}' is a file; expected the folder that holds {CONFIG}.")
     if not HUB_ID.fullmatch(source) or source.startswith((".", "/", "~")):
         raise AdapterError(f"adapter '{printable(source)}': there is no such folder. Check the path.")
     return _download(source, revision, subfolder, token)
+
+
+def local(source: str) -> Path | None:
+    """The file or folder of that name on this machine, absolute; None where there is none."""
+    try:
+        path = Path(source).expanduser().absolute()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # no such user's home, a name too long
+        return None
+
+
+def what_else(folder: Path) -> str:
+    """A guess at what a folder without a config is."""
+    there = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not there:
+        return "Is this a PEFT adapter's folder?"
+    return (
+        f"It holds {printable(there[0].name)}, as diffusers and other trainers write it: convert it to a PEFT adapter "
+        "first (PEFT's save_pretrained writes both)."
+    )
 
 
 def weights_in(folder: Path, label: str) -> Path:
@@ -55,9 +75,12 @@ def _download(source: str, revision: str | None, subfolder: str | None, token: s
     try:
         root = Path(snapshot_download(source, revision=revision, token=token, allow_patterns=wanted))
     except Exception as error:  # the Hub's client raises its own, the network's and the file system's errors
+        said = (str(error).strip().splitlines() or [""])[0]
+        if token:
+            said = said.replace(token, "…")
         raise AdapterError(
             f"adapter '{printable(source)}': there is no such folder here, and the Hub gave no adapter of that id "
-            f"({type(error).__name__}: {printable(str(error).strip().splitlines()[0] if str(error).strip() else '')}). "
+            f"({type(error).__name__}: {printable(said)}). "
             "Check the spelling, the network, and whether the repository is private."
         ) from None
     return root / subfolder if subfolder else root

@@ -28,6 +28,6 @@ def find_space(name: str) -> Space:
 
     Raises: RecipeError naming the nearest space and all of them.
     """
-    if name not in spaces():
+    if not isinstance(name, str) or name not in spaces():
         raise RecipeError(unknown("space", name, spaces()))
     return spaces()[name]

@@ -45,6 +45,10 @@ class Space(ABC):
     scopes: ClassVar[tuple[Scope, ...]] = ("adapter", "module")
     kinds: ClassVar[tuple[str, ...]] = ("lora", "ia3")
 
+    def check(self, ranks: Sequence[int]) -> str | None:
+        """What is wrong with adapters of these ranks on one module; None if nothing."""
+        return None
+
     @abstractmethod
     def frame(self, deltas: Sequence[Delta]) -> Frame:
         """The coordinates that these task vectors of one module share."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ..delta import Delta, Dense, LowRank
-from ..errors import CompatibilityError
 from ..trim import Scope
 from .base import Frame, Space
 
@@ -48,14 +47,15 @@ class FactorsSpace(Space):
     scopes: ClassVar[tuple[Scope, ...]] = ("module",)
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
 
-    def frame(self, deltas: Sequence[Delta]) -> Frame:
-        """The same for every module; all ranks must be equal.
+    def check(self, ranks: Sequence[int]) -> str | None:
+        """All ranks must be equal."""
+        found = sorted(set(ranks))
+        if len(found) < 2:
+            return None
+        return (
+            f"space 'factors' merges A with A and B with B, which needs equal ranks; found {found}. Use space 'delta'"
+        )
 
-        Raises: CompatibilityError where they are not.
-        """
-        ranks = sorted({delta.rank for delta in deltas})
-        if len(ranks) > 1:
-            raise CompatibilityError(
-                f"space 'factors' merges A with A and B with B, which needs equal ranks; found {ranks}. Use space 'delta'."
-            )
+    def frame(self, deltas: Sequence[Delta]) -> Frame:
+        """The same for every module."""
         return FactorsFrame()
