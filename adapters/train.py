@@ -37,6 +37,7 @@ class Job:
     epochs: int
     learning_rate: float
     batch: int = 32
+    rows: int = 4000  # of each task an epoch sees, drawn anew for every epoch
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -66,16 +67,16 @@ class Job:
 JOBS = [
     *(Job("lora", task, epochs=3, learning_rate=1e-3) for task in minilm.TASKS),
     *(Job("ia3", task, epochs=4, learning_rate=1e-2) for task in minilm.TASKS),
-    Job("lora", "multitask", epochs=3, learning_rate=1e-3),
-    Job("ia3", "multitask", epochs=3, learning_rate=1e-2),
+    Job("lora", "multitask", epochs=2, learning_rate=1e-3, rows=2500),
+    Job("ia3", "multitask", epochs=2, learning_rate=1e-2, rows=2500),
 ]
 
 
-def epoch_batches(train: dict[str, minilm.Rows], size: int) -> list[tuple[str, list[int]]]:
-    """One pass over all tasks: each batch from one task and of similar lengths, the batches shuffled."""
+def epoch_batches(train: dict[str, minilm.Rows], size: int, most: int) -> list[tuple[str, list[int]]]:
+    """One pass over at most so many rows of every task: each batch from one task and of similar lengths, the batches shuffled."""
     steps = []
     for task, rows in train.items():
-        order = random.sample(range(len(rows.texts)), len(rows.texts))
+        order = random.sample(range(len(rows.texts)), min(most, len(rows.texts)))
         for start in range(0, len(order), size * 8):  # sort within pools, so that batches stay random
             pool = sorted(order[start : start + size * 8], key=lambda i: len(rows.texts[i]))
             steps += [(task, pool[at : at + size]) for at in range(0, len(pool), size)]
@@ -100,12 +101,12 @@ def fit(job: Job, model: Any, tokenizer: Any, heads: dict[str, torch.Tensor], da
     validation = {task: minilm.read_rows(task, "validation", data, 300) for task in job.tasks}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.learning_rate, weight_decay=0.0)
-    total = job.epochs * len(epoch_batches(train, job.batch))
+    total = job.epochs * len(epoch_batches(train, job.batch, job.rows))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total))
     best, kept = -1.0, {}
     for epoch in range(job.epochs):
         model.train()
-        for task, chosen in epoch_batches(train, job.batch):
+        for task, chosen in epoch_batches(train, job.batch, job.rows):
             rows = train[task]
             logits = (
                 minilm.TEMPERATURE * minilm.encode(model, tokenizer, [rows.texts[i] for i in chosen]) @ heads[task].T
@@ -137,7 +138,7 @@ tags: [{job.kind}, sample]
 ---
 # {what} for {job.name}
 
-A sample adapter of `ties_peft`, trained by `adapters/train.py` ({job.epochs} epochs of the train rows, batches of
+A sample adapter of `ties_peft`, trained by `adapters/train.py` ({job.epochs} epochs of up to {job.rows} train rows a task, batches of
 {job.batch}, AdamW, learning rate {job.learning_rate:g}, warm-up then cosine, seed {job.seed}; the best epoch on 300 validation rows a
 task was kept). Heads are frozen embeddings of label descriptions (`adapters/minilm.py`). Weights are float16.
 

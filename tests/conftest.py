@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,31 @@ Shapes = Mapping[str, tuple[int, int]]
 SHAPES: Shapes = {"layers.0.q": (12, 10), "layers.0.up": (20, 12), "layers.1.q": (12, 10)}
 
 
-def lora_tensors(shapes: Shapes, rank: int, seed: int, gain: float = 1.0) -> dict[str, torch.Tensor]:
-    """Random A and B for every module."""
+def lora_tensors(
+    shapes: Shapes, rank: int, seed: int, gain: float = 1.0, rank_pattern: Mapping[str, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Random A and B for every module, of the rank that PEFT would give it."""
     draw = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (rows, columns) in shapes.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(rank, columns, generator=draw)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = gain * torch.randn(rows, rank, generator=draw)
+        patterns = (rank_pattern or {}).items()
+        r = next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", name)), rank)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(r, columns, generator=draw)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = gain * torch.randn(rows, r, generator=draw)
     return tensors
+
+
+def lora_config(shapes: Shapes, rank: int, alpha: float, **extra: Any) -> dict[str, Any]:
+    """What PEFT needs to know of a LoRA."""
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "org/base",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in shapes}),
+        "task_type": "FEATURE_EXTRACTION",
+        **extra,
+    }
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Path:
@@ -49,17 +67,9 @@ def make_lora(tmp_path: Path) -> Callable[..., Path]:
         dtype: torch.dtype = torch.float32,
         **extra: Any,
     ) -> Path:
-        config = {
-            "peft_type": "LORA",
-            "base_model_name_or_path": "org/base",
-            "r": rank,
-            "lora_alpha": alpha,
-            "target_modules": sorted({module.rsplit(".", 1)[-1] for module in shapes}),
-            "task_type": "FEATURE_EXTRACTION",
-            **extra,
-        }
-        tensors = {key: t.to(dtype) for key, t in lora_tensors(shapes, rank, seed, gain).items()}
-        return write_adapter(tmp_path / name, config, tensors)
+        tensors = lora_tensors(shapes, rank, seed, gain, extra.get("rank_pattern"))
+        config = lora_config(shapes, rank, alpha, **extra)
+        return write_adapter(tmp_path / name, config, {key: t.to(dtype) for key, t in tensors.items()})
 
     return make
 

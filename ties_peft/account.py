@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, distance, inner
+from .errors import printable
 from .factorise import Factors
 from .kinds import Module
 from .plan import Plan
@@ -132,7 +133,7 @@ class Account:
         found = []
         apart = trimmed_apart(self.plan)
         if apart:
-            found.append(f"trimmed on its own, being as large as the vocabulary: {', '.join(apart)}.")
+            found.append(f"trimmed on its own, being as large as the vocabulary: {printable(', '.join(apart))}.")
         empty = [line.name for line in inputs if line.entries and line.kept == 0]
         if empty:
             found.append(f"the density keeps no entry at all of {', '.join(empty)}.")

@@ -15,8 +15,10 @@ from . import sources, writer
 from .delta import Delta, inner_root
 from .errors import AdapterError, RecipeError, printable, unknown
 from .kinds import Kind, Module, kind_of
-from .tensors import MemoryTensors, PickleFile, SafetensorsFile, TensorSource, digest
+from .tensors import FLOATING, MemoryTensors, PickleFile, SafetensorsFile, TensorSource, digest
 from .tiles import one_thread
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Adapter:
@@ -63,7 +65,7 @@ class Adapter:
         Raises: AdapterError with one clear sentence where it cannot be read or merged.
         """
         named = sources.with_revision(str(source), revision)
-        label = printable(named)
+        label = printable(f"{named}/{subfolder}" if subfolder else named)
         folder = sources.find(named, subfolder, token)
         config = _read_config(folder, label)
         kind_of(config.get("peft_type"), label)  # before the weights: their absence matters less than the type
@@ -129,20 +131,22 @@ class Adapter:
 
         Raises: AdapterError naming the tensors that hold NaN or infinity, or are not of a floating type.
         """
-        bad = []
         for key in self.tensors.names:
-            tensor = self.tensors.read(key)
-            if not tensor.is_floating_point():
+            if (dtype := self.tensors.info(key).dtype) not in FLOATING:
                 raise AdapterError(
-                    f"adapter '{self.label}': tensor '{printable(key)}' is {self.tensors.info(key).dtype}; expected "
+                    f"adapter '{self.label}': tensor '{printable(key)}' is {dtype}; expected "
                     "float32, float16 or bfloat16. Save the adapter unquantised."
                 )
-            if not torch.isfinite(tensor).all():
-                bad.append(printable(key))
+        bad = [printable(key) for key in self.tensors.names if not torch.isfinite(self.tensors.read(key)).all()]
         if bad:
             raise AdapterError(
                 f"adapter '{self.label}' holds NaN or infinity in {len(bad)} tensor(s): "
                 f"{', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}. Its training diverged: leave it out."
+            )
+        if not self.norm() <= LARGEST:
+            raise AdapterError(
+                f"adapter '{self.label}': its task vector is beyond what float32 can hold. Its training diverged, or "
+                "lora_alpha is wrong: mend adapter_config.json, or leave it out."
             )
 
     def norm(self) -> float:
@@ -167,13 +171,10 @@ class Adapter:
             force: replace an existing folder, if it holds nothing but files that we write.
         Raises: RecipeError where the folder is in the way or cannot be written.
         """
-        if (
-            self.source is not None
-            and Path(self.source).exists()
-            and Path(self.source).resolve() == Path(folder).resolve()
-        ):
+        own = sources.local(self.source) if self.source is not None else None
+        if own is not None and own.resolve() == Path(folder).resolve():
             raise RecipeError(f"'{folder}' is the adapter itself; save it elsewhere.")
-        return writer.write_folder(Path(folder), self.files(), force)
+        return writer.write_folder(Path(folder), self.files(), force, [own] if own else [])
 
     def __repr__(self) -> str:
         return f"Adapter({self.label!r}, {self.kind.name}, {len(self.layout)} modules, ranks {self.ranks})"
@@ -187,7 +188,7 @@ def in_memory(config: dict[str, Any], tensors: dict[str, Tensor], source: str | 
 def _read_config(folder: Path, label: str) -> dict[str, Any]:
     path = folder / sources.CONFIG
     if not path.is_file():
-        raise AdapterError(f"adapter '{label}': there is no {sources.CONFIG} in it. Is this a PEFT adapter's folder?")
+        raise AdapterError(f"adapter '{label}': there is no {sources.CONFIG} in it. {sources.what_else(folder)}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:

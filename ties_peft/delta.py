@@ -203,4 +203,5 @@ def distance(first: Delta, second: Delta) -> float:
 
 def inner_root(delta: Delta) -> float:
     """‖delta‖, the Frobenius norm, in float64."""
-    return math.sqrt(max(0.0, inner(delta, delta)))
+    square = inner(delta, delta)
+    return 0.0 if square < 0 else math.sqrt(square)  # NaN stays NaN

@@ -98,8 +98,9 @@ class Ballot:
         """The merge of the positive values where `plus` is 1 with the negative ones where `minus` is 1."""
         positive, negative = self.positive * plus, self.negative * minus
         if self.disjoint == "max":
-            return torch.where(positive >= -negative, positive, negative)
-        agreed = positive.add_(negative)
+            extremes: Tensor = torch.where(positive >= -negative, positive, negative)
+            return extremes
+        agreed: Tensor = positive.add_(negative)
         if self.disjoint == "sum":
             return agreed
         if self.disjoint != "mean":

@@ -72,6 +72,10 @@ def merge(
     Raises: TiesPeftError, before any work wherever it can be known by then.
     Law: one adapter with weight 1, scale 1, density 1 and enough rank computes the same function.
     """
+    if isinstance(adapters, (str, Path, Adapter)):
+        raise RecipeError("the adapters are one adapter; expected a list of them: merge([...]).")
+    if weights is not None and not isinstance(weights, Iterable):
+        raise RecipeError(f"the weights are {weights!r}; expected a list of numbers, one per adapter.")
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     recipe = make_recipe(
         opened,
@@ -170,6 +174,11 @@ def _one_module(
     factors = _at_rank(merged, plan, deltas).scaled(plan.scale)
     tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
     written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
+    if not all(torch.isfinite(tensor).all() for tensor in written.values()):
+        raise RecipeError(
+            f"module '{printable(module.name)}': the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
+            "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype)."
+        )
     account.add_result(module, deltas, factors, written, tally)
     return written
 
@@ -254,8 +263,8 @@ def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     """adapter_config.json: as few keys as every loader needs, so that old releases load it too."""
     configs = [member.adapter.config for member in plan.members]
     named = recipe.base_model or next((a.base for a in (m.adapter for m in plan.members) if a.base), None)
-    tasks = {config.get("task_type") for config in configs}
-    task = tasks.pop() if len(tasks) == 1 else None
+    tasks = [config.get("task_type") for config in configs]
+    task = tasks[0] if isinstance(tasks[0], str) and all(other == tasks[0] for other in tasks) else None
     return {
         "peft_type": plan.kind.peft_type,
         "base_model_name_or_path": named,

@@ -131,17 +131,17 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     _check_space(stages, space)
     signs = _signs(stages.method)
     where = _device(device)
-    dtype = _dtype(recipe.dtype, adapters)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
     for adapter in [*adapters, *([signs] if signs else [])]:
         if not checked or adapter is signs:
             adapter.check()
+    dtype = _dtype(recipe.dtype, adapters)
     members = find_members(recipe, adapters, densities, warnings)
     modules = _modules(members, signs, recipe.allow_disjoint)
     compare_filters(members, modules, warnings)
     _check_weights(stages, space, members, modules)
     arithmetic = find_space("core")() if space.name == "delta" and any(s.spectral for s in stages.all) else space
-    _check_ranks(arithmetic, members, modules)
+    _check_ranks(arithmetic, [*(m.adapter for m in members), *([signs] if signs else [])], modules)
     rank = _rank(recipe.rank, stages, arithmetic, members, modules, warnings)
     _compare_bases(members, recipe, warnings)
     return Plan(
@@ -201,8 +201,8 @@ def _signs(method: Method) -> Adapter | None:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()
+    except (TypeError, RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise RecipeError(f"device '{printable(str(name))}' cannot be used: {printable(first)}. Try cpu.") from None
     return device
@@ -212,7 +212,7 @@ def _dtype(name: str | None, adapters: Sequence[Adapter]) -> torch.dtype:
     if name is None:
         found = {adapter.dtype for adapter in adapters}
         return found.pop() if len(found) == 1 else torch.float32
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise RecipeError(unknown("dtype", str(name), DTYPES))
     asked: torch.dtype = getattr(torch, name)
     return asked
@@ -239,8 +239,8 @@ def _trim(method: Method, space: Space) -> Trim | None:
     return replace(asked, scope=space.scopes[0])
 
 
-def _check_ranks(space: Space, members: Sequence[Member], modules: dict[str, Module]) -> None:
-    ranks = {name: [m.adapter.layout[name].rank for m in members if m.has(name)] for name in modules}
+def _check_ranks(space: Space, adapters: Sequence[Adapter], modules: dict[str, Module]) -> None:
+    ranks = {name: [a.layout[name].rank for a in adapters if name in a.layout] for name in modules}
     fault = space.check(ranks)
     if fault:
         raise CompatibilityError(f"space '{space.name}': {fault}.")

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from .errors import printable
+
 
 @dataclass(frozen=True)
 class AdapterLine:
@@ -115,7 +117,10 @@ class Report:
 
     def _inputs(self) -> Table:
         table = Table(
-            title=f"{len(self.adapters)} {self.kind} adapters", title_justify="left", box=None, pad_edge=False
+            title=f"{len(self.adapters)} {self.kind} adapter{'s' * (len(self.adapters) != 1)}",
+            title_justify="left",
+            box=None,
+            pad_edge=False,
         )
         for heading in ("adapter", "weight", "modules", "rank", "norm", "kept"):
             table.add_column(heading, justify="left" if heading == "adapter" else "right")
@@ -150,7 +155,7 @@ class Report:
             table.add_row("sign conflict", f"{self.conflict:.1%} of the entries that two or more adapters keep")
         if self.rank is not None:
             worst = min(self.modules, key=lambda line: line.energy)
-            note = "" if worst.energy > 0.9995 else f" (least: {worst.energy:.1%} in {escape(worst.name)})"
+            note = "" if worst.energy > 0.9995 else f" (least: {worst.energy:.1%} in {escape(printable(worst.name))})"
             table.add_row("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy{note}")
         rounding = f", rounding {self.rounding:.1e}" if self.rounding else ""
         table.add_row("written as", f"{self.dtype}{rounding}")

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .coordinates import Coordinates
 from .delta import Delta, size
+from .errors import MethodError, printable
 from .plan import VOCABULARY, Plan
 from .tiles import Workers, tiles
 from .trim import KEEP_ALL, KEEP_NONE, Cut, kept_count
@@ -160,6 +161,11 @@ def _cut(group: Sequence[Place], keep: int, crew: Workers) -> dict[tuple[str, in
         inside = np.concatenate([values for census in found for values in census.inside])
         if above < keep <= above + len(inside):
             break
+        if (low, high) == (0.0, math.inf):  # all were counted, so some have no place in an order
+            raise MethodError(
+                f"module '{printable(group[0].module)}': a weighted task vector is beyond what float32 can hold. "
+                "Use smaller weights."
+            )
         sigmas *= 4
     missing = keep - above  # so many of those inside are kept, the largest first
     threshold = float(np.partition(inside, len(inside) - missing)[len(inside) - missing])

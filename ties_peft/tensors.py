@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+FLOATING = frozenset(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ class PickleFile:
     def _tensors(self) -> dict[str, Tensor]:
         _refuse_unreadable(self.path, self.label)
         try:
-            loaded = torch.load(self.path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # torch's remarks on the pickle would stand beside our one message
+                warnings.simplefilter("ignore")
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise AdapterError(
                 f"adapter '{self.label}': {self.path.name} holds more than tensors, and loading that could run "
@@ -139,7 +143,13 @@ class PickleFile:
                 f"adapter '{self.label}': {self.path.name} is not a table of tensors by name. "
                 "Expected the state dict that PEFT saves; save the adapter again."
             )
-        return {str(name): loaded[name] for name in sorted(loaded)}
+        for name, tensor in loaded.items():
+            if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+                raise AdapterError(
+                    f"adapter '{self.label}': tensor '{printable(str(name))}' of {self.path.name} is sparse, quantised "
+                    "or without values; expected plain numbers. Save the adapter again."
+                )
+        return {str(name): loaded[name].detach() for name in loaded}
 
     @property
     def names(self) -> tuple[str, ...]:

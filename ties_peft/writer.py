@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import RecipeError
+from .errors import RecipeError, printable
 
 Content = str | dict[str, Tensor]  # a text file, or the tensors of a safetensors file
 OURS = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "provenance.json"})
@@ -37,22 +37,31 @@ def check_target(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
         inputs: folders that are read; neither they nor a folder around or inside them is a target.
     Raises: RecipeError.
     """
-    target = folder.resolve()
-    for source in (path.resolve() for path in inputs):
+    try:
+        _check_target(folder, folder.resolve(), force, [path.resolve() for path in inputs])
+    except (OSError, RuntimeError) as error:  # a name too long, links in a ring
+        raise RecipeError(f"the output '{printable(str(folder))}' cannot be used: {error}.") from None
+
+
+def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path]) -> None:
+    for source in inputs:
         if target == source or target in source.parents or source in target.parents:
             raise RecipeError(
                 f"the output '{folder}' is, holds or lies in the input '{source}'. Choose another folder."
             )
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RecipeError(f"the output '{folder}' exists and is not a folder. Choose another.")
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    above = next(parent for parent in target.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise RecipeError(f"the output '{folder}' cannot be made in '{above}'. Choose a folder that can be written to.")
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
     if not there:
         return
     if not force:
         raise RecipeError(
             f"the output '{folder}' exists and is not empty. Choose another folder, or replace it with --force."
         )
-    foreign = [name for name in there if name not in OURS]
+    foreign = [path.name for path in there if path.name not in OURS or not path.is_file()]
     if foreign:
         raise RecipeError(
             f"the output '{folder}' holds files that ties_peft did not write ({', '.join(foreign[:4])}), "
@@ -106,11 +115,13 @@ def _swap(staged: Path, folder: Path) -> None:
         staged.rename(folder)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(aside / folder.name)
+    old = aside / "old"
     try:
+        folder.rename(old)
         staged.rename(folder)
     except BaseException:
-        (aside / folder.name).rename(folder)
+        if old.exists():
+            old.rename(folder)
         aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)

@@ -129,7 +129,7 @@ def _module(name: str, pair: dict[str, str], config: Config, tensors: TensorSour
         )
     try:
         scaling = lora_scaling(config, name, shape_a[0])
-    except (TypeError, ValueError, re.error) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
         raise AdapterError(
             f"{where}: its lora scaling cannot be read from lora_alpha={config.get('lora_alpha')!r}, "
             f"alpha_pattern={printable(repr(config.get('alpha_pattern')))} ({error}). Mend adapter_config.json."

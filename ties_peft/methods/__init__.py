@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import pkgutil
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ def find_method(name: str) -> type[Method]:
 
     Raises: RecipeError naming the nearest method and all of them.
     """
-    if name not in method_classes():
+    if not isinstance(name, str) or name not in method_classes():
         raise RecipeError(unknown("method", name, method_classes()))
     return method_classes()[name]
 
@@ -172,6 +173,6 @@ def methods() -> tuple[MethodInfo, ...]:
 
 
 def _info(cls: type[Method]) -> MethodInfo:
-    text = (cls.__doc__ or "").strip()
+    text = inspect.cleandoc(cls.__doc__ or "")
     parameters = tuple(Parameter(n, f.default, f.description or "") for n, f in cls.model_fields.items())
     return MethodInfo(cls.name, text.split("\n")[0], parameters, cls.default_scale, cls.spaces, cls.source, text)

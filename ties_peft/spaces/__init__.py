@@ -31,7 +31,7 @@ def find_space(name: str) -> type[Space]:
 
     Raises: RecipeError naming the nearest space and all of them.
     """
-    if name not in spaces():
+    if not isinstance(name, str) or name not in spaces():
         raise RecipeError(unknown("space", name, spaces()))
     return spaces()[name]
 

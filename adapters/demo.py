@@ -1,0 +1,230 @@
+"""Merge the sample adapters, load the results with PEFT, and judge them: what `make demo` runs.
+
+    python adapters/demo.py [--out demo-out] [--data DIR | hub] [--rows 300]
+
+First the six LoRA and then the six (IA)³ adapters are merged with the defaults, saved, loaded with
+`PeftModel.from_pretrained` on the real base, and their forward pass is compared with a copy of the
+base to whose weights the merged task vectors were added by hand. Then, where labelled rows are at
+hand, every way of combining the adapters is judged on all six tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import minilm
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import ties_peft
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parent.parent / "shared" / "data"  # a folder beside the repository, used where it exists
+KINDS = {"lora": "LoRA", "ia3": "(IA)³"}
+RIVALS = ("average", "task_arithmetic")  # judged beside the default, TIES
+TOLERANCE = 1e-4
+PROBES = (
+    "a gripping film from the first minute to the last",
+    "Who wrote the novel that the film is based on ?",
+    "My card was swallowed by the machine this morning.",
+    "Shares fell sharply after the company cut its forecast for the year.",
+)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
+def main() -> int:
+    """Run the demonstration; 1 where a loaded adapter does not compute what was merged."""
+    started, asked = time.perf_counter(), arguments()
+    console.rule("merge, save, load with PEFT, compare", align="left")
+    base, tokenizer = load_base()
+    faithful = [merge_and_check(kind, base, tokenizer, asked.out) for kind in KINDS]
+    data = asked.data or (DATA if DATA.is_dir() else None)
+    if data is None:
+        console.print(
+            "No labelled rows here, so no accuracies: give --data hub, or --data DIR with a folder for each task.",
+            soft_wrap=True,
+        )
+    else:
+        judge_all(base, tokenizer, data, asked.rows, asked.out)
+    console.print(f"\n{time.perf_counter() - started:.0f} s in all; the merged adapters are in {asked.out}")
+    return 0 if all(faithful) else 1
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for on the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (demo-out)")
+    parser.add_argument("--data", help="folder with one sub-folder a task, or 'hub'; ../shared/data if it is there")
+    parser.add_argument("--rows", type=int, default=300, help="test rows judged in each task (300)")
+    asked = parser.parse_args()
+    if asked.rows < 1:
+        parser.error("--rows: expected 1 or more")
+    if asked.data not in (None, minilm.HUB) and not Path(asked.data).is_dir():
+        parser.error(f"--data: there is no folder {asked.data}")
+    return asked
+
+
+def load_base() -> tuple[Any, Any]:
+    """The base and its tokenizer, without the noise of loading."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", ties_peft.TiesPeftWarning)  # the reports print them
+    with console.status("loading the base model"):
+        return minilm.load_base()
+
+
+def samples(kind: str) -> list[str]:
+    """The folders of the six adapters of one kind, as seen from here."""
+    return [os.path.relpath(HERE / kind / task) for task in minilm.TASKS]
+
+
+@contextmanager
+def adapted(base: Any, folder: Path) -> Iterator[Any]:
+    """The base with an adapter on it, as PEFT loads it; the base is itself again afterwards."""
+    model = PeftModel.from_pretrained(base, folder).eval()
+    try:
+        yield model
+    finally:
+        model.unload()
+
+
+def merge_and_check(kind: str, base: Any, tokenizer: Any, out: Path) -> bool:
+    """Merge one kind's adapters with the defaults; whether PEFT computes base + merged task vectors."""
+    with console.status(f"merging {KINDS[kind]}"):
+        merged = ties_peft.merge(samples(kind))
+    folder = merged.save(out / kind, force=True)
+    console.print(merged.report)
+    batch = tokenizer(list(PROBES), padding=True, return_tensors="pt")
+    before, by_hand = hidden(base, batch), hidden(with_deltas(base, merged), batch)
+    with adapted(base, folder) as model:
+        loaded = hidden(model, batch)
+    difference, effect = largest(loaded - by_hand), largest(loaded - before)
+    same = difference <= TOLERANCE
+    verdict = "[green]the same[/]" if same else f"[red]not the same[/], being over {TOLERANCE:g}"
+    console.print(
+        f"loaded         PeftModel.from_pretrained(base, '{escape(str(folder))}')\n"
+        f"forward pass   {difference:.1e} at most from base + merged by hand, {effect:.2g} from the base: {verdict}\n"
+    )
+    return same
+
+
+def hidden(model: Any, batch: Any) -> torch.Tensor:
+    """The last hidden states of one batch."""
+    with torch.no_grad():
+        states: torch.Tensor = model(**batch).last_hidden_state
+    return states
+
+
+def largest(difference: torch.Tensor) -> float:
+    """The largest entry in magnitude."""
+    return float(difference.abs().max())
+
+
+def with_deltas(base: Any, merged: ties_peft.Adapter) -> Any:
+    """A copy of the base with the task vectors of an adapter in its weights, put there without PEFT."""
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for name in merged.modules:
+            layer, delta = model.get_submodule(name), merged.delta(name)
+            if merged.kind.name == "lora":
+                layer.weight += delta
+            elif merged.module(name).on_input:
+                layer.weight *= 1 + delta  # each column
+            else:
+                layer.weight *= 1 + delta[:, None]  # each row
+                layer.bias *= 1 + delta
+    return model
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The base, its frozen heads, and the rows that everything is judged on."""
+
+    base: Any
+    tokenizer: Any
+    heads: dict[str, torch.Tensor]
+    rows: dict[str, minilm.Rows]
+
+    def judge(self, model: Any, *tasks: str) -> dict[str, float]:
+        """Accuracy in percent on each of some tasks (default: all)."""
+        return {
+            task: minilm.accuracy(model, self.tokenizer, self.heads[task], self.rows[task])
+            for task in tasks or minilm.TASKS
+        }
+
+    def judge_folder(self, folder: Path, *tasks: str) -> dict[str, float]:
+        """The same for the base with an adapter on it."""
+        with adapted(self.base, folder) as model:
+            return self.judge(model, *tasks)
+
+    def error(self, scores: dict[str, float]) -> float:
+        """Standard error of a mean accuracy, from the number of rows alone."""
+        variances = [p * (100 - p) / len(self.rows[task].labels) for task, p in scores.items()]
+        return math.sqrt(sum(variances)) / len(variances)
+
+
+def judge_all(base: Any, tokenizer: Any, data: Path | str, rows: int, out: Path) -> None:
+    """Print one table a kind."""
+    with console.status("reading labelled rows"):
+        heads = minilm.make_heads(base, tokenizer, minilm.TASKS, data)
+        bench = Bench(base, tokenizer, heads, {t: minilm.read_rows(t, "test", data, rows) for t in minilm.TASKS})
+    console.rule(f"accuracy in percent, up to {rows} test rows a task", align="left")
+    with console.status("judging the base"):
+        untouched = bench.judge(base)
+    for kind in KINDS:
+        scores = {"base": untouched, **judge_kind(kind, bench, out)}
+        console.print(table(f"{KINDS[kind]} adapters", scores))
+        console.print(f"a mean is known to about ± {bench.error(scores['TIES']):.1f} from so many rows\n", style="dim")
+    if data == minilm.HUB:
+        console.print(f"{' and '.join(minilm.SEEN_ON_HUB)}: some of the Hub's rows were trained on.", style="dim")
+
+
+def judge_kind(kind: str, bench: Bench, out: Path) -> dict[str, dict[str, float]]:
+    """Accuracies by what is judged: each task's own adapter, the merged ones, the one trained on all tasks."""
+    scores = {}
+    with console.status(f"judging {KINDS[kind]}"):
+        own = [bench.judge_folder(HERE / kind / task, task) for task in minilm.TASKS]
+        scores["own adapter of each task"] = {task: value for one in own for task, value in one.items()}
+        for method in RIVALS:
+            folder = ties_peft.merge(samples(kind), method=method).save(out / f"{kind}-{method}", force=True)
+            scores[method.replace("_", " ")] = bench.judge_folder(folder)
+        scores["TIES"] = bench.judge_folder(out / kind)
+        scores["trained on all tasks"] = bench.judge_folder(HERE / "multitask" / kind)
+    return scores
+
+
+def table(title: str, scores: dict[str, dict[str, float]]) -> Table:
+    """One row for each thing judged, one column a task, and the mean."""
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    result.add_column("")
+    for heading in (*minilm.TASKS, "mean"):
+        result.add_column(heading, justify="right")
+    for name, row in scores.items():
+        mean = sum(row.values()) / len(row)
+        cells = [f"{row[task]:.1f}" for task in minilm.TASKS]
+        result.add_row(escape(name), *cells, f"{mean:.1f}", style="bold" if name == "TIES" else None)
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ties_peft.TiesPeftError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
