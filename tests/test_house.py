@@ -23,26 +23,39 @@ FLOORS = {
     "tiles": 0,
     "trim": 0,
     "elect": 0,
+    "draws": 0,
     "tensors": 1,
     "factorise": 1,
     "sources": 1,
     "writer": 1,
-    "recipe": 1,
+    "schedule": 1,
+    "document": 1,
     "report": 1,
-    "methods": 1,
-    "spaces": 1,
-    "kinds": 2,
+    "sparsify": 1,
+    "spectrum": 2,
     "card": 2,
+    "kinds": 2,
+    "methods": 3,
     "adapter": 3,
-    "plan": 4,
-    "merged": 4,
-    "survey": 5,
-    "inspection": 5,
-    "account": 6,
-    "merge": 7,
-    "__init__": 8,
-    "cli": 8,
-    "__main__": 9,
+    "spaces": 3,
+    "settings": 4,
+    "mergekit": 4,
+    "loaded": 4,
+    "recipe": 5,
+    "members": 6,
+    "flags": 6,
+    "merged": 6,
+    "plan": 7,
+    "coordinates": 8,
+    "inspection": 8,
+    "survey": 9,
+    "account": 10,
+    "merge": 11,
+    "prepare": 12,
+    "live": 12,
+    "__init__": 13,
+    "cli": 13,
+    "__main__": 14,
 }
 FOLDERS = ("kinds", "methods", "spaces")
 HEAVY = ("transformers", "peft", "accelerate")
@@ -167,6 +180,12 @@ def test_every_argument_of_the_public_functions_is_explained() -> None:
             assert name in ("self", "cls") or name in text, f"{function.__qualname__}: {name}"
 
 
+def _length(node: ast.FunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    text = ast.get_docstring(node, clean=False)
+    return (node.end_lineno or 0) - node.lineno + 1 - (text.count("\n") + 1 if text else 0)
+
+
 def test_files_and_functions_are_short() -> None:
     long = []
     for path in files():
@@ -176,6 +195,6 @@ def test_files_and_functions_are_short() -> None:
         long += [
             f"{path.name}: {node.name}"
             for node in ast.walk(ast.parse(text))
-            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION
+            if isinstance(node, ast.FunctionDef) and _length(node) > LONGEST_FUNCTION
         ]
     assert not long

@@ -12,6 +12,8 @@ Every message says what is wrong, where, what was seen against what was expected
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -50,6 +52,15 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     near.sort(key=lambda other: sorted(other) != sorted(str(name)))  # letters out of order, before all else
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"unknown {what} '{printable(str(name))}': {hint}Known: {', '.join(names) or 'none'}."
+
+
+def warn_caller(messages: Iterable[str]) -> None:
+    """Warn at the line outside this package that called into it, each message once."""
+    depth = 1
+    while sys._getframe(depth).f_globals.get("__package__") == __package__:
+        depth += 1
+    for message in messages:
+        warnings.warn(message, TiesPeftWarning, stacklevel=depth + 1)
 
 
 def printable(text: str, limit: int = 200) -> str:

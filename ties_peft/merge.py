@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from .account import Account
 from .adapter import Adapter
 from .coordinates import Coordinates, Memory, factored
 from .delta import Delta, Dense, LowRank, inner, zero
-from .errors import RecipeError, TiesPeftWarning, printable
+from .errors import RecipeError, printable, warn_caller
 from .factorise import OVERSAMPLE, Factors, compress, factorise, row_space
 from .kinds import Module
 from .merged import Merged
@@ -143,8 +142,7 @@ def carry_out(
     """Do the work of a checked plan."""
     tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None))
     report = account.report(kept, time.perf_counter() - started)
-    for warning in report.warnings:
-        warnings.warn(warning, TiesPeftWarning, stacklevel=3)
+    warn_caller(report.warnings)
     return Merged(_config(plan, recipe), tensors, report, recipe)
 
 
