@@ -63,7 +63,7 @@ class Adapter:
         Raises: AdapterError with one clear sentence where it cannot be read or merged.
         """
         named = sources.with_revision(str(source), revision)
-        label = printable(named)
+        label = printable(f"{named}/{subfolder}" if subfolder else named)
         folder = sources.find(named, subfolder, token)
         config = _read_config(folder, label)
         kind_of(config.get("peft_type"), label)  # before the weights: their absence matters less than the type
