@@ -96,7 +96,8 @@ class Ballot:
 
     def _combine(self, plus: Tensor, minus: Tensor) -> Tensor:
         """The merge of the positive values where `plus` is 1 with the negative ones where `minus` is 1."""
-        positive, negative = self.positive * plus, self.negative * minus
+        positive: Tensor = self.positive * plus
+        negative: Tensor = self.negative * minus
         if self.disjoint == "max":
             extremes: Tensor = torch.where(positive >= -negative, positive, negative)
             return extremes

@@ -3,21 +3,25 @@
 What PEFT's `combination_type` names mean here, each with λ = 1 (PEFT has none). Whatever is given
 beside a name wins over what it means.
 
-    cat                     Σ wΔ at rank max: exact, as in PEFT
-    linear                  the same; PEFT multiplies Σ√w·B by Σ√w·A, which adds cross terms Bᵢ·Aⱼ
-    svd                     task_arithmetic at svd_rank: the best approximation of Σ wΔ, as in PEFT
-    ties                    ties on A and on B apart (space `factors`), as in PEFT
-    ties_svd                ties in space `delta` at svd_rank, as in PEFT
-    dare_linear, …_svd      dare in space `delta`; PEFT's plain one drops from A and B apart
-    dare_ties, …_svd        dare_ties in space `delta`; PEFT's plain one drops from A and B apart
-    magnitude_prune, …_svd  magnitude_prune in space `delta`; PEFT's plain one cuts A and B apart
+    cat                  cat at rank max: Σ wΔ, exact
+    svd                  task_arithmetic: Σ wΔ at svd_rank
+    ties_svd             ties in space `delta`
+    dare_linear_svd      dare in space `delta`
+    dare_ties_svd        dare_ties in space `delta`
+    magnitude_prune_svd  magnitude_prune in space `delta`
+    ties, dare_linear, dare_ties, magnitude_prune
+                         the same methods in space `factors`: on A and on B apart, which needs equal ranks
+    linear               task_arithmetic at rank max: Σ wΔ, exact. Not as in PEFT, which multiplies
+                         Σ√w·B by Σ√w·A and so adds cross terms Bᵢ·Aⱼ that no adapter has
 
-- Rank: `svd_rank`, where none is given for a `_svd` name, `svd` and `ties` the largest r of the
-  adapters, as in PEFT (the report says how much that keeps); for the other plain names `auto`.
-- Trims rank magnitudes module by module (scope `module`), as PEFT's do; a density has a default.
+All but the last are what they are in PEFT, but for this:
+
+- Rank: `svd_rank`; where none is given the largest r of the adapters, as in PEFT. The report says how
+  much that keeps; `rank="auto"` keeps more.
+- Trims rank magnitudes module by module (scope `module`), as PEFT's do. A density has a default.
 - `majority_sign_method`: `total` is elect `mass`, `frequency` is elect `count`.
-- Weights: PEFT elects signs on unweighted values and divides by the count. Here the weights come
-  first: the election sees w·τ and the mean divides by Σ|w|. With weights of 1 it is the same.
+- Weights: in the ties family PEFT elects signs on unweighted values and divides by the count. Here the
+  weights come first: the election sees w·τ, the mean divides by Σ|w|. With weights of 1 it is the same.
 - Random masks come from `seed`, in PEFT from PyTorch's generator.
 - One adapter is merged by the rule asked for; PEFT turns to `linear`.
 - The new adapter has a config of its own. PEFT's inherits the first adapter's, whose rsLoRA, excluded
@@ -63,19 +67,19 @@ class Meaning:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-_PER_MODULE = {"scope": "module"}
+_MODULE = {"scope": "module"}
 COMBINATION_TYPES = {
-    "cat": Meaning("task_arithmetic", rank="max"),
+    "cat": Meaning("cat", rank="max"),
+    "dare_linear": Meaning("dare", "factors", LARGEST),
+    "dare_linear_svd": Meaning("dare", "delta", LARGEST),
+    "dare_ties": Meaning("dare_ties", "factors", LARGEST),
+    "dare_ties_svd": Meaning("dare_ties", "delta", LARGEST),
     "linear": Meaning("task_arithmetic", rank="max"),
+    "magnitude_prune": Meaning("magnitude_prune", "factors", LARGEST, _MODULE),
+    "magnitude_prune_svd": Meaning("magnitude_prune", "delta", LARGEST, _MODULE),
     "svd": Meaning("task_arithmetic", rank=LARGEST),
-    "ties": Meaning("ties", "factors", LARGEST, _PER_MODULE),
-    "ties_svd": Meaning("ties", rank=LARGEST, parameters=_PER_MODULE),
-    "dare_linear": Meaning("dare"),
-    "dare_linear_svd": Meaning("dare", rank=LARGEST),
-    "dare_ties": Meaning("dare_ties"),
-    "dare_ties_svd": Meaning("dare_ties", rank=LARGEST),
-    "magnitude_prune": Meaning("magnitude_prune", parameters=_PER_MODULE),
-    "magnitude_prune_svd": Meaning("magnitude_prune", rank=LARGEST, parameters=_PER_MODULE),
+    "ties": Meaning("ties", "factors", LARGEST, _MODULE),
+    "ties_svd": Meaning("ties", "delta", LARGEST, _MODULE),
 }
 ELECTIONS = {"total": "mass", "frequency": "count"}  # PEFT's majority_sign_method
 

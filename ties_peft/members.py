@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def _read_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Schedule]
     given, count = recipe.weights, len(adapters)
     if isinstance(given, str):
         if given != NORM:
-            raise RecipeError(f"weights is '{printable(given)}'; expected norm, or one weight per adapter.")
+            raise RecipeError(f"the weights are '{printable(given)}'; expected norm, or one weight per adapter.")
         weights: Sequence[object] = equal_norm_weights([adapter.norm() for adapter in adapters])
         if count and not any(weights):
             raise RecipeError("weights: norm divides by the adapters' norms, and every one is 0. Leave it out.")
@@ -107,6 +108,9 @@ def _read_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Schedule]
         weights = (1.0,) * count if given is None else given
     if len(weights) != count:
         raise RecipeError(f"{len(weights)} weights for {count} adapters. Give one weight per adapter, in their order.")
+    endless = [weight for weight in weights if isinstance(weight, float) and not math.isfinite(weight)]
+    if endless:
+        raise RecipeError(f"the weights hold {endless[0]}; expected finite numbers.")
     return [Schedule.read(weight, f"weight {place + 1}") for place, weight in enumerate(weights)]
 
 

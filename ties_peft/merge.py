@@ -114,7 +114,7 @@ def _weights(given: Weights | None) -> tuple[Any, ...] | str | None:
     if given is None or isinstance(given, str):
         return given
     if not isinstance(given, Iterable):
-        raise RecipeError(f"weights is {printable(repr(given))}; expected norm, or one weight per adapter.")
+        raise RecipeError(f"the weights are {printable(repr(given))}; expected norm, or one weight per adapter.")
     return tuple(as_read(weight) for weight in given)
 
 
@@ -226,7 +226,7 @@ def _densities(plan: Plan, name: str, places: Sequence[int]) -> list[float]:
 
 def _merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[str, int]) -> Delta:
     """One part: whole, or tile by tile where the method works entry by entry."""
-    if not method.entrywise or method.linear(len(tasks)):
+    if not method.entrywise or (method.linear(len(tasks)) and tasks.untouched):
         merged = method.merge(replace(tasks, tally=tally))
         return Dense(merged.float()) if isinstance(merged, Tensor) else merged
     result = torch.empty(tasks.deltas[0].shape, device=tasks.device)

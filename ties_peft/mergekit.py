@@ -40,7 +40,7 @@ class Counterpart:
     Attributes:
         method: its name here.
         takes: the parameters that it has in mergekit.
-        numbers: of these, those that are one number for all adapters here: the name here, mergekit's default.
+        numbers: more of them, which are one number for all adapters here, with mergekit's defaults.
         normalize, rescale: mergekit's defaults.
         elects: whether it elects signs, so that it can divide by the weights that agree.
         skips_base: whether mergekit lets the base model stand among the models and leaves it out.
@@ -49,7 +49,7 @@ class Counterpart:
 
     method: str
     takes: tuple[str, ...]
-    numbers: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
     normalize: bool = False
     rescale: bool = False
     elects: bool = False
@@ -60,7 +60,7 @@ class Counterpart:
 _DROPPED = "mergekit brings what a random drop leaves to the L1 norm of before; here it is divided by its probability"
 _ON_WEIGHTS = "mergekit turns whole weights; here what the adapters add to them is turned"
 _TRIMMED = (*SUM, "density")
-_GAMMA, _EPSILON = {"gamma": ("gamma", 0.01)}, {"epsilon": ("epsilon", 0.15)}
+_GAMMA, _EPSILON = {"gamma": 0.01}, {"epsilon": 0.15}
 METHODS = {
     "linear": Counterpart("average", ("weight", "normalize"), normalize=True, skips_base=False),
     "task_arithmetic": Counterpart("task_arithmetic", SUM),
@@ -71,11 +71,9 @@ METHODS = {
     "breadcrumbs_ties": Counterpart("breadcrumbs_ties", _TRIMMED, _GAMMA, elects=True),
     "della": Counterpart("della", _TRIMMED, _EPSILON, normalize=True, rescale=True, elects=True, differs=_DROPPED),
     "della_linear": Counterpart("della_linear", _TRIMMED, _EPSILON, rescale=True, differs=_DROPPED),
-    "sce": Counterpart("sce", ("int8_mask",), {"select_topk": ("density", 1.0)}),
+    "sce": Counterpart("sce", ("int8_mask",), {"select_topk": 1.0}),
     "model_stock": Counterpart("model_stock", ("filter_wise",)),
-    "karcher": Counterpart(
-        "karcher", (), {"max_iter": ("max_iter", 10), "tol": ("tol", 1e-5)}, skips_base=False, differs=_ON_WEIGHTS
-    ),
+    "karcher": Counterpart("karcher", (), {"max_iter": 10, "tol": 1e-5}, skips_base=False, differs=_ON_WEIGHTS),
     "slerp": Counterpart("slerp", ("t",), skips_base=False, differs=_ON_WEIGHTS),
     "nuslerp": Counterpart("slerp", ("weight", "nuslerp_flatten", "nuslerp_row_wise"), skips_base=False),
 }
@@ -309,9 +307,9 @@ class _Conversion:
         if "scope" in self.fields and "scope" not in self.shared:
             self.shared["scope"] = "module"
             self.note("parameters.scope", "module, as mergekit cuts each tensor on its own")
-        for key, (name, default) in self.rule.numbers.items():
+        for key, default in self.rule.numbers.items():
             found = self.one(key, is_number, "one number")
-            self.shared.setdefault(name, default if found is None else found)
+            self.shared[key] = default if found is None else found
 
     def sums(self) -> None:
         """λ, and what the sum is divided by."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import MethodError, printable
-from .methods import Method, Stages, find_method, make_stages
+from .errors import MethodError, RecipeError, printable, unknown
+from .methods import Method, Stages, find_method, make_stages, method_classes
 from .schedule import Schedule
-from .spaces import Space, find_space, make_space
+from .spaces import Space, find_space, make_space, spaces
 
 DENSITY = "density"
 
@@ -43,6 +43,10 @@ def settle(method: str, space: str, parameters: Mapping[str, Any], densities: Se
     Raises: RecipeError for an unknown name, MethodError for a parameter that nothing has or that is
         out of range.
     """
+    if not isinstance(method, str):
+        raise RecipeError(unknown("method", method, method_classes()))
+    if not isinstance(space, str):
+        raise RecipeError(unknown("space", space, spaces()))
     own = find_space(space).model_fields
     _check_once(method, parameters)
     varying = {key: value for key, value in parameters.items() if _varies(key, value)}

@@ -70,33 +70,53 @@ def keep_probability(values: Tensor, density: float, epsilon: float) -> Tensor:
     return torch.empty_like(values).scatter_(-1, order, steps.expand_as(values))
 
 
+def drop_by_rank_(
+    values: Tensor, numbers: Tensor, density: float, epsilon: float, whole: Tensor | None = None, start: int = 0
+) -> Tensor:
+    """`drop_` with `keep_probability`, in place.
+
+    Args:
+        values, numbers, density, epsilon: as there.
+        whole: the vector whose entries from `start` on `values` are, if it is a stretch of one: all of
+            it is ranked.
+        start: see `whole`.
+    """
+    if whole is None:
+        return drop_(values, numbers, keep_probability(values, density, epsilon))
+    stretch = keep_probability(whole, density, epsilon)[start : start + len(values)]
+    return drop_(values, numbers, stretch)
+
+
 def band_(values: Tensor, cuts: tuple[Cut, ...], tile: int) -> Tensor:
     """Keep the entries between two cuts, in place: what the second keeps and the first does not."""
     above = cuts[0].apply_(values.clone(), tile)
     return cuts[1].apply_(values, tile).sub_(above)
 
 
-def largest(values: Tensor, count: int) -> tuple[float, Tensor]:
-    """The `count`-th largest of `values`, and a mask of exactly `count` entries, none of them smaller.
+def largest(values: Tensor, count: int) -> Tensor:
+    """A mask of exactly `count` entries, from 1 up to their number, none of them smaller than the others.
 
-    Args:
-        values: any shape.
-        count: from 1 up to their number.
     Law: of entries that equal the threshold the first in row-major order are in the mask.
 
     >>> largest(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2)
-    (2.0, tensor([False,  True,  True, False]))
+    tensor([False,  True,  True, False])
     """
-    threshold = _threshold(values.reshape(-1).cpu().numpy(), count)
-    mask = values > threshold
-    equal = (values == threshold).reshape(-1).nonzero().reshape(-1)
+    least = threshold(values, count)
+    mask = values > least
+    equal = (values == least).reshape(-1).nonzero().reshape(-1)
     mask.view(-1)[equal[: count - int(mask.sum())]] = True
-    return threshold, mask
+    return mask
 
 
-def _threshold(flat: np.ndarray, count: int) -> float:
-    """The `count`-th largest; in many entries sought among the few that a sample says it is one of."""
+def threshold(values: Tensor, count: int) -> float:
+    """The `count`-th largest of `values`, exactly.
+
+    >>> threshold(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2)
+    2.0
+    """
+    flat = values.reshape(-1).cpu().numpy()
     share, sigmas = count / len(flat), SIGMAS
+    # in many entries the threshold is sought among the few that a sample says it is one of
     while len(flat) > 8 * SAMPLE and sigmas * math.sqrt(share * (1 - share) / SAMPLE) < 0.5:
         spread = sigmas * math.sqrt(share * (1 - share) / SAMPLE) + 1 / SAMPLE
         sample = np.sort(flat[:: len(flat) // SAMPLE])[::-1]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import ties_peft
 from ties_peft.live import COMBINATION_TYPES
-from ties_peft.methods import method_classes
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -429,8 +428,6 @@ def test_signs_may_come_from_a_loaded_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(COMBINATION_TYPES))
 @pytest.mark.parametrize("build", [llama, t5])
 def test_every_combination_type_is_accepted(name: str, build: Callable[[], Any]) -> None:
-    if COMBINATION_TYPES[name].method not in method_classes():
-        pytest.skip("its method is not there yet")
     model = two(t5) if build is t5 else alike(llama())
     trims = name not in ("cat", "svd", "linear")
     asked = {"density": 0.5} if trims else {}
@@ -439,8 +436,7 @@ def test_every_combination_type_is_accepted(name: str, build: Callable[[], Any])
     merged = ties_peft.add_merged_adapter(model, ["red", "blue"], "merged", [1.0, 0.5], combination_type=name, **asked)
     assert torch.isfinite(output(model, "merged")).all()
     assert merged.report.scale == 1
-    expected = {"cat": 8, "linear": 8, "dare_linear": 8, "dare_ties": 8, "magnitude_prune": 8}.get(name, 4)
-    assert merged.report.rank == (None if build is t5 else expected)
+    assert merged.report.rank == (None if build is t5 else 8 if name in ("cat", "linear") else 4)
 
 
 WEIGHTS = {"weights": [1.0, -0.5, 2.0]}
@@ -453,6 +449,7 @@ AGREE: list[dict[str, Any]] = [
     *({"combination_type": "svd", **WEIGHTS, "svd_rank": rank} for rank in (None, 2, 16)),
     *({"combination_type": "ties_svd", **TRIMMED, "svd_rank": rank} for rank in (2, 16)),
     {"combination_type": "ties_svd", **TRIMMED, "svd_rank": 16, "majority_sign_method": "frequency"},
+    {"combination_type": "magnitude_prune", "density": 0.4, **WEIGHTS},
     {"combination_type": "magnitude_prune_svd", "density": 0.4, **WEIGHTS, "svd_rank": 16},
 ]
 
@@ -460,12 +457,32 @@ AGREE: list[dict[str, Any]] = [
 @NEW_PEFT
 @pytest.mark.parametrize("asked", AGREE, ids=lambda asked: "-".join(map(str, asked.values())))
 def test_peft_agrees(asked: dict[str, Any]) -> None:
-    if COMBINATION_TYPES[asked["combination_type"]].method not in method_classes():
-        pytest.skip("its method is not there yet")
     model = alike(llama())
     adapters = ["red", "blue", "green"]
     ties_peft.add_merged_adapter(model, adapters, "merged", **asked)
     model.add_weighted_adapter(adapters=adapters, adapter_name="theirs", **asked)
+    assert_close(deltas(model, "merged"), deltas(model, "theirs"))
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"])
+def test_masks_come_from_the_seed(name: str) -> None:
+    model = alike(llama(), 2)
+    made = {}
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)  # which has no say
+        asked: dict[str, Any] = {"combination_type": name, "seed": seed}
+        made[number] = tensors(ties_peft.add_merged_adapter(model, ["red", "blue"], f"merged{number}", **asked))
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+    assert not all(torch.equal(made[0][key], made[2][key]) for key in made[0])
+
+
+@NEW_PEFT
+@pytest.mark.parametrize("name", ["dare_linear_svd", "dare_ties_svd"])
+def test_peft_agrees_where_nothing_is_dropped(name: str) -> None:
+    model = alike(llama())
+    asked: dict[str, Any] = {"combination_type": name, "density": 1.0, "svd_rank": 16, "weights": [1.0, 1.0, 1.0]}
+    ties_peft.add_merged_adapter(model, ["red", "blue", "green"], "merged", **asked)
+    model.add_weighted_adapter(adapters=["red", "blue", "green"], adapter_name="theirs", **asked)
     assert_close(deltas(model, "merged"), deltas(model, "theirs"))
 
 

@@ -294,7 +294,7 @@ SUMS = [
     ("della", "della", {"density": 0.5}, {"density": 0.5, "epsilon": 0.15, "disjoint": "mean"}),
     ("della", "della", {"density": 0.5, "epsilon": 0.1, "normalize": False, "lambda": 2}, {"density": 0.5, "epsilon": 0.1, "disjoint": "sum", "scale": 2}),
     ("della_linear", "della_linear", {"density": 0.5}, {"density": 0.5, "epsilon": 0.15, "scale": 1.0}),
-    ("sce", "sce", {"select_topk": 0.3}, {"density": 0.3}),
+    ("sce", "sce", {"select_topk": 0.3}, {"select_topk": 0.3}),
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..delta import Delta, Mapped, inner, stack
 from ..draws import key, uniform
+from ..elect import Ballot, Combine, Vote
 from ..trim import KEEP_ALL, Cut, Scope
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -139,9 +140,18 @@ class TaskVectors:
         """Whether neither a cut nor a density under 1 takes anything away from any of them."""
         return all(cuts[-1].threshold == 0 for cuts in self.cuts) and all(share == 1 for share in self.densities)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are at hand, untouched: a method that is linear on them can answer in factors."""
+        return self.rows is None and self.untouched
+
     def sign_vector(self) -> Tensor | None:
         """The rows at hand of the vector that decides the signs."""
         return None if self.signs is None else self.signs.rows(*self.span)
+
+    def vectors(self) -> Iterator[Tensor | None]:
+        """Of each, all of it if it is a vector; None if it is a matrix, whose tiles have whole rows."""
+        yield from (delta.dense() if len(delta.shape) == 1 else None for delta in self.deltas)
 
     def sum(self, factor: float | Sequence[float] = 1.0) -> Delta:
         """Σ factorᵢ · wᵢ·τᵢ, exactly: factors side by side, at rank Σrᵢ."""
@@ -220,6 +230,34 @@ class Method(BaseModel, ABC):
         return None
 
 
+def elect_and_merge(
+    tasks: TaskVectors,
+    vectors: Iterable[Tensor],
+    elect: Vote = "mass",
+    disjoint: Combine = "mean",
+    normalize: bool = True,
+) -> Tensor:
+    """The disjoint merge of what a method leaves of the task vectors, one at a time; it counts conflicts for the report.
+
+    Args:
+        tasks: the task vectors.
+        vectors: of each, in order, what is left; it is good until the next one is asked for.
+        elect, disjoint, normalize: as in `Ballot`.
+    """
+    total = tasks.total_heft if normalize else float(tasks.adapters)
+    ballot = Ballot(tasks.room("ballot", (5, *tasks.shape)), elect, disjoint, normalize, total)
+    for vector, weight in zip(vectors, tasks.weights, strict=True):
+        ballot.cast(vector, weight)
+    for name, count in zip(("conflicting", "shared"), ballot.conflicts(), strict=True):
+        tasks.tally[name] = tasks.tally.get(name, 0) + count
+    return ballot.result(tasks.sign_vector())
+
+
+def only(tasks: TaskVectors, mean: bool) -> Delta:
+    """The task vector of a single adapter, in factors: w·τ, or sign(w)·τ where a mean divides by |w|."""
+    return tasks.sum(1 / abs(tasks.weights[0]) if mean else 1.0)
+
+
 def scope_fault(method: Method, scope: Scope, space: str) -> str | None:
     """What is wrong with asking for a scope in a space: in `factors` only `module` has a meaning."""
     if space == "factors" and scope == "adapter" and "scope" in method.model_fields_set:
@@ -240,4 +278,17 @@ def masked(delta: Delta, change: Callable[[Tensor, Tensor], Tensor], stream: int
     return Mapped(delta, apply)
 
 
-__all__ = ["KEEP_ALL", "Density", "Method", "Scope", "Task", "TaskVectors", "Trim", "key", "masked", "scope_fault"]
+__all__ = [
+    "KEEP_ALL",
+    "Density",
+    "Method",
+    "Scope",
+    "Task",
+    "TaskVectors",
+    "Trim",
+    "elect_and_merge",
+    "key",
+    "masked",
+    "only",
+    "scope_fault",
+]

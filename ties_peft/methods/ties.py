@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..delta import Delta
-from ..elect import Ballot, Combine, Vote
+from ..elect import Combine, Vote
 from ..trim import Scope
-from .base import Density, Method, TaskVectors, Trim, scope_fault
+from .base import Density, Method, TaskVectors, Trim, elect_and_merge, only, scope_fault
 
 
 class Ties(Method):
@@ -57,18 +57,12 @@ class Ties(Method):
 
     def merge(self, tasks: TaskVectors) -> Tensor | Delta:
         """One pass over the task vectors, with accumulators for the election."""
-        total = tasks.total_heft if self.normalize else float(tasks.adapters)
-        if self.linear(len(tasks)) and tasks.rows is None and tasks.untouched:
-            own = abs(tasks.weights[0]) if self.normalize else 1.0
-            return tasks.sum(1 / {"mean": own, "sum": 1.0, "max": 1.0}.get(self.disjoint, total))
-        room = tasks.room("ballot", (5, *tasks.shape))
-        ballot = Ballot(room, self.elect, self.disjoint, self.normalize, total)
-        for task in tasks:
-            ballot.cast(task.trimmed(), task.weight)
-        conflicting, shared = ballot.conflicts()
-        tasks.tally["conflicting"] = tasks.tally.get("conflicting", 0) + conflicting
-        tasks.tally["shared"] = tasks.tally.get("shared", 0) + shared
-        return ballot.result(tasks.sign_vector())
+        if tasks.whole and self.linear(len(tasks)):
+            if self.disjoint in ("mean_elected", "mean_all"):
+                return tasks.sum(1 / (tasks.total_heft if self.normalize else tasks.adapters))
+            return tasks.sum() if len(tasks) > 1 else only(tasks, self.disjoint == "mean" and self.normalize)
+        kept = (task.trimmed() for task in tasks)
+        return elect_and_merge(tasks, kept, self.elect, self.disjoint, self.normalize)
 
     def trims(self) -> Trim:
         """One cut, at the density."""

@@ -1,0 +1,132 @@
+"""Where mergekit has a method, its kernels on the dense deltas, with what differs in meaning evened out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPES
+from methods.entrywise import Vectors, distance, numbers, read, row_probability
+
+import ties_peft
+
+merge_methods = pytest.importorskip("mergekit.merge_methods", reason="mergekit is not installed (0.1.5 was compared)")
+
+Maker = Callable[..., Path]
+WEIGHTS = (1.0, 2.0, 0.5)
+
+
+@pytest.fixture
+def folders(make_lora: Maker) -> list[Path]:
+    return [make_lora(f"m{n}", rank=4, seed=n) for n in range(3)]
+
+
+def theirs(folders: Sequence[Path], method: str, weights: Sequence[float] | None = WEIGHTS, **asked: Any) -> Vectors:
+    """mergekit's merge of the deltas over a base of zeros."""
+    stacks = [read(folder) for folder in folders]
+    if weights is not None:
+        asked["weight"] = list(weights)
+    merged = {}
+    for module in stacks[0]:
+        deltas = [torch.from_numpy(vectors[module]) for vectors in stacks]
+        inputs = [torch.zeros_like(deltas[0]), *deltas]
+        merged[module] = merge_methods.merge_tensors(inputs, method, parameters=asked, base_index=0).numpy()
+    return merged
+
+
+def ours(folders: Sequence[Path], method: str, **asked: Any) -> Vectors:
+    merged = ties_peft.merge(folders, method=method, rank="max", **{"weights": WEIGHTS, "scale": 1.0, **asked})
+    return {name: merged.delta(name).double().numpy() for name in merged.modules}
+
+
+def give_the_same_numbers(folders: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.bernoulli draws, module by module, what ties_peft gives the same entries."""
+    drawn = iter([numbers(folder, module, SHAPES[module]) for module in sorted(SHAPES) for folder in folders])
+    monkeypatch.setattr(torch, "bernoulli", lambda p: (torch.from_numpy(next(drawn)) < p).to(p.dtype))
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "parameters"),
+    [
+        ("task_arithmetic", {}, {}),
+        ("ties", {"density": 0.3, "scope": "module"}, {"density": 0.3}),
+        ("ties", {"density": 0.3, "scope": "module", "disjoint": "sum"}, {"density": 0.3, "normalize": False}),
+        ("breadcrumbs", {"density": 0.3, "gamma": 0.1, "scope": "module"}, {"density": 0.3, "gamma": 0.1}),
+        ("breadcrumbs", {"density": 0.95, "gamma": 0.1, "scope": "module"}, {"density": 0.95, "gamma": 0.1}),
+        (
+            "breadcrumbs_ties",
+            {"density": 0.3, "gamma": 0.1, "scope": "module", "disjoint": "sum"},
+            {"density": 0.3, "gamma": 0.1},
+        ),
+        (
+            "breadcrumbs_ties",
+            {"density": 0.3, "gamma": 0.1, "scope": "module"},
+            {"density": 0.3, "gamma": 0.1, "normalize": True},
+        ),
+    ],
+)
+def test_sparse_sums_and_elections_agree(
+    folders: list[Path], method: str, asked: dict[str, Any], parameters: dict[str, Any]
+) -> None:
+    assert distance(ours(folders, method, **asked), theirs(folders, method, **parameters)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "asked", "parameters"),
+    [
+        ("dare", "dare_linear", {}, {}),
+        ("dare_ties", "dare_ties", {"disjoint": "sum"}, {}),
+        ("dare_ties", "dare_ties", {}, {"normalize": True}),
+    ],
+)
+def test_dare_agrees_but_for_the_rescaling(
+    folders: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    name: str,
+    asked: dict[str, Any],
+    parameters: dict[str, Any],
+) -> None:
+    give_the_same_numbers(folders, monkeypatch)
+    expected = theirs(folders, name, density=0.3, rescale=False, **parameters)
+    assert distance(ours(folders, method, density=0.3, **asked), {m: v / 0.3 for m, v in expected.items()}) < 1e-5
+
+
+def test_dares_rescaling_is_near_mergekits_in_large_tensors(make_lora: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, module = make_lora("wide", rank=4, shapes={"q": (300, 400)}), "q"
+    drawn = torch.from_numpy(numbers(folder, module, (300, 400)))
+    monkeypatch.setattr(torch, "bernoulli", lambda p: (drawn < p).to(p.dtype))
+    expected = theirs([folder], "dare_linear", [1.0], density=0.3)[module]
+    seen = ours([folder], "dare", density=0.3, weights=[1.0])[module]
+    kept = np.abs(expected) > 1e-4
+    assert np.median(seen[kept] / expected[kept]) == pytest.approx(1, abs=0.02)
+
+
+def test_della_drops_the_same_entries_and_divides_each_by_its_own_probability(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {module: np.zeros(shape) for module, shape in SHAPES.items()}
+    for folder, weight in zip(folders, WEIGHTS, strict=True):  # one at a time: each has its own probabilities
+        give_the_same_numbers([folder], monkeypatch)
+        kept = theirs([folder], "della_linear", [weight], density=0.5, epsilon=0.2, rescale=False)
+        for module, values in read(folder).items():
+            expected[module] += kept[module] / row_probability(values, 0.5, 0.2)
+    assert distance(ours(folders, "della_linear", density=0.5, epsilon=0.2), expected) < 1e-5
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_sce_agrees_with_unit_weights(folders: list[Path], share: float) -> None:
+    seen = ours(folders, "sce", select_topk=share, weights=None)
+    assert distance(seen, theirs(folders, "sce", None, select_topk=share)) < 1e-5
+
+
+def test_ties_with_negative_weights_differs_by_the_divisor(folders: list[Path]) -> None:
+    weights = (1.0, -0.5, 2.0)
+    seen = ours(folders, "ties", density=0.3, scope="module", disjoint="sum", weights=weights)
+    assert distance(seen, theirs(folders, "ties", weights, density=0.3, normalize=False)) < 1e-5
+    seen = ours(folders, "ties", density=0.3, scope="module", weights=weights)
+    assert distance(seen, theirs(folders, "ties", weights, density=0.3)) > 0.1  # Σw there, Σ|w| here

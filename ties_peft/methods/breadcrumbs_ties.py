@@ -1,0 +1,56 @@
+"""Model breadcrumbs, then TIES."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from ..delta import Delta
+from ..elect import Disjoint, Elect
+from ..sparsify import band_
+from ..trim import Scope
+from .base import Density, Method, TaskVectors, Trim, elect_and_merge, only
+
+
+class BreadcrumbsTies(Method):
+    """Drop the largest entries of each task vector and the smallest, elect a sign, average those that agree.
+
+        xᵢ = wᵢ·τᵢ where it is not among the ⌊γ·n⌋ largest magnitudes but among the ⌊density·n⌋ next, else 0
+        γ' = sign(Σ xᵢ)
+        τ  = Σ_{i: sign(xᵢ) = γ'} xᵢ / Σ_{i: sign(xᵢ) = γ'} |wᵢ|
+
+    Where γ + density exceeds 1 fewer outliers are dropped, so that density keeps its meaning.
+
+    Law: at γ = 0 it is `ties`.
+    Source: Davari and Belilovsky, Model Breadcrumbs, ECCV 2024 (arXiv 2312.06795), with the election of
+        Yadav et al., TIES-Merging (arXiv 2306.01708): a combination of mergekit's, whose
+        `breadcrumbs_ties` sums (disjoint `sum` here) and ranks a module at a time (scope `module`).
+    """
+
+    name: ClassVar[str] = "breadcrumbs_ties"
+    source: ClassVar[str] = "Davari and Belilovsky, ECCV 2024, arXiv 2312.06795; Yadav et al., arXiv 2306.01708"
+    entrywise: ClassVar[bool] = True
+
+    density: Density = Field(0.2, description="share of entries that stay, in (0, 1]")
+    gamma: float = Field(0.01, ge=0, lt=1, description="share of entries, the largest, that are dropped as outliers")
+    scope: Scope = Field("adapter", description="rank magnitudes over the whole adapter or each module")
+    elect: Elect = Field("mass", description="sign of the sum of the values, or of the count of their signs")
+    disjoint: Disjoint = Field("mean", description="how the agreeing entries are combined: mean, sum or max")
+    normalize: bool = Field(True, description="divide the mean by the agreeing weights; false: by their number")
+
+    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
+        """One pass, with accumulators for the election."""
+        if tasks.whole and self.linear(len(tasks)):
+            return only(tasks, self.disjoint == "mean" and self.normalize)
+        kept = (band_(task.vector, task.cuts, task.tile) for task in tasks)
+        return elect_and_merge(tasks, kept, self.elect, self.disjoint, self.normalize)
+
+    def trims(self) -> Trim:
+        """Two cuts, above and below what stays."""
+        return Trim((self.gamma, self.density), self.scope)
+
+    def linear(self, adapters: int) -> bool:
+        """True of one adapter of which nothing is dropped."""
+        return adapters == 1 and self.density == 1

@@ -1,0 +1,56 @@
+"""DARE: drop and rescale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from ..delta import Delta
+from ..sparsify import add_up, drop_
+from .base import Density, Method, TaskVectors, masked
+
+
+class Dare(Method):
+    """Drop entries at random, rescale those that stay, then add.
+
+        xᵢ = mᵢ ∘ wᵢ·τᵢ / density,  mᵢ ~ Bernoulli(density) for each entry
+        τ  = λ·Σ xᵢ
+
+    Before another method (dare+ties) it hands on the xᵢ. Every entry's number is a function of the
+    seed, the module and the adapter, so the same masks come back whatever else is merged.
+
+    Law: at density 1 it is `task_arithmetic` of the same scale; over seeds its expectation is that too.
+    Source: Yu, Yu, Yu, Huang and Li, Language Models are Super Mario: Absorbing Abilities from Homologous
+        Models as a Free Lunch, ICML 2024 (arXiv 2311.03099), whose drop rate is 1 − density. The authors'
+        code and PEFT's `dare_linear_svd` divide by the density, as here; mergekit's `dare_linear`
+        multiplies each tensor so that Σ|x| is what it was. PEFT's plain `dare_linear` is space `factors`.
+    """
+
+    name: ClassVar[str] = "dare"
+    default_scale: ClassVar[float] = 0.4
+    spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots", "factors")
+    source: ClassVar[str] = "Yu et al., ICML 2024, arXiv 2311.03099"
+    entrywise: ClassVar[bool] = True
+    prepares: ClassVar[bool] = True
+
+    density: Density = Field(0.5, description="probability with which an entry stays, in (0, 1]")
+
+    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
+        """One pass."""
+        if tasks.whole and self.linear(len(tasks)):
+            return tasks.sum()
+        return add_up(drop_(task.vector, task.uniform(), task.density or self.density) for task in tasks)
+
+    def prepare(self, deltas: Sequence[Delta], streams: Sequence[int]) -> Sequence[Delta]:
+        """The xᵢ, drawn as they are read."""
+        if self.density == 1:
+            return deltas
+        pairs = zip(deltas, streams, strict=True)
+        return [masked(d, lambda values, numbers: drop_(values, numbers, self.density), key) for d, key in pairs]
+
+    def linear(self, adapters: int) -> bool:
+        """True if nothing is dropped."""
+        return self.density == 1

@@ -1,0 +1,52 @@
+"""DARE, then TIES."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from ..delta import Delta
+from ..elect import Disjoint, Elect
+from ..sparsify import drop_
+from .base import Density, Method, TaskVectors, elect_and_merge, only
+
+
+class DareTies(Method):
+    """Drop entries at random, rescale those that stay, elect one sign per entry, average those that agree.
+
+        xᵢ = mᵢ ∘ wᵢ·τᵢ / density,  mᵢ ~ Bernoulli(density) for each entry
+        γ  = sign(Σ xᵢ)
+        τ  = Σ_{i: sign(xᵢ) = γ} xᵢ / Σ_{i: sign(xᵢ) = γ} |wᵢ|
+
+    The random drop takes the place of the trim of TIES. The mean is over those that stay, so their
+    rescaling is not undone: τ grows as the density falls, where TIES' does not.
+
+    Law: at density 1 it is `ties` at density 1; it is dare+ties with `ties.density` 1, bit for bit.
+    Source: Yu et al., Super Mario, ICML 2024 (arXiv 2311.03099), with TIES as the merging method. The
+        authors' code also trims what is left; that is dare+ties. PEFT's `dare_ties_svd` elects before it
+        weighs and divides by the count; its `dare_ties` is space `factors`. mergekit's `dare_ties` sums
+        (disjoint `sum` here) and rescales each tensor to its Σ|x| instead of by 1/density.
+    """
+
+    name: ClassVar[str] = "dare_ties"
+    spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots", "factors")
+    source: ClassVar[str] = "Yu et al., ICML 2024, arXiv 2311.03099"
+    entrywise: ClassVar[bool] = True
+
+    density: Density = Field(0.5, description="probability with which an entry stays, in (0, 1]")
+    elect: Elect = Field("mass", description="sign of the sum of the values, or of the count of their signs")
+    disjoint: Disjoint = Field("mean", description="how the agreeing entries are combined: mean, sum or max")
+    normalize: bool = Field(True, description="divide the mean by the agreeing weights; false: by their number")
+
+    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
+        """One pass, with accumulators for the election."""
+        if tasks.whole and self.linear(len(tasks)):
+            return only(tasks, self.disjoint == "mean" and self.normalize)
+        kept = (drop_(task.vector, task.uniform(), task.density or self.density) for task in tasks)
+        return elect_and_merge(tasks, kept, self.elect, self.disjoint, self.normalize)
+
+    def linear(self, adapters: int) -> bool:
+        """True of one adapter of which nothing is dropped."""
+        return adapters == 1 and self.density == 1

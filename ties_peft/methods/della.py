@@ -1,0 +1,58 @@
+"""DELLA: drop by the rank of magnitude, then elect."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from ..delta import Delta
+from ..elect import Disjoint, Elect
+from ..sparsify import drop_by_rank_
+from .base import Density, Method, TaskVectors, elect_and_merge, only
+
+
+class Della(Method):
+    """Drop entries at random, small ones rather than large ones, rescale, elect a sign, average those that agree.
+
+        pᵢ = density − ε … density + ε, in even steps by the rank of |τᵢ| within its row
+        xᵢ = mᵢ ∘ wᵢ·τᵢ / pᵢ,  mᵢ ~ Bernoulli(pᵢ) for each entry
+        γ  = sign(Σ xᵢ)
+        τ  = Σ_{i: sign(xᵢ) = γ} xᵢ / Σ_{i: sign(xᵢ) = γ} |wᵢ|
+
+    Where density ± ε would leave [0, 1], ε is made as small as that takes: at density 1 all stay. An
+    (IA)³ vector is one row.
+
+    Law: at ε = 0 it is `dare_ties` of the same density; at density 1 it is `ties` at density 1.
+    Source: Deep, Bhardwaj and Poria, DELLA-Merging: Reducing Interference in Model Merging through
+        Magnitude-Based Sampling, 2024 (arXiv 2406.11617). As in the paper and the authors' code each
+        entry is divided by its own probability, which keeps expectations; mergekit's `della` instead
+        multiplies each tensor so that Σ|x| is what it was, and needs density ± ε inside (0, 1). ε is
+        half the authors' window size (0.14 in their example, with drop rate 0.3: the defaults here) and
+        is mergekit's `epsilon` (0.15 there). Weights as in `ties`.
+    """
+
+    name: ClassVar[str] = "della"
+    source: ClassVar[str] = "Deep et al., 2024, arXiv 2406.11617"
+    entrywise: ClassVar[bool] = True
+
+    density: Density = Field(0.7, description="mean probability with which an entry stays, in (0, 1]")
+    epsilon: float = Field(0.07, ge=0, le=0.5, description="how far the probability rises and falls around the density")
+    elect: Elect = Field("mass", description="sign of the sum of the values, or of the count of their signs")
+    disjoint: Disjoint = Field("mean", description="how the agreeing entries are combined: mean, sum or max")
+    normalize: bool = Field(True, description="divide the mean by the agreeing weights; false: by their number")
+
+    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
+        """One pass, with accumulators for the election."""
+        if tasks.whole and self.linear(len(tasks)):
+            return only(tasks, self.disjoint == "mean" and self.normalize)
+        kept = (
+            drop_by_rank_(task.vector, task.uniform(), task.density or self.density, self.epsilon, row, task.start)
+            for task, row in zip(tasks, tasks.vectors(), strict=True)
+        )
+        return elect_and_merge(tasks, kept, self.elect, self.disjoint, self.normalize)
+
+    def linear(self, adapters: int) -> bool:
+        """True of one adapter of which nothing is dropped."""
+        return adapters == 1 and self.density == 1

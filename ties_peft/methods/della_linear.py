@@ -1,0 +1,50 @@
+"""DELLA without the election."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from ..delta import Delta
+from ..sparsify import add_up, drop_by_rank_
+from .base import Density, Method, TaskVectors
+
+
+class DellaLinear(Method):
+    """Drop entries at random, small ones rather than large ones, rescale those that stay, then add.
+
+        pᵢ = density − ε … density + ε, in even steps by the rank of |τᵢ| within its row
+        xᵢ = mᵢ ∘ wᵢ·τᵢ / pᵢ,  mᵢ ~ Bernoulli(pᵢ) for each entry
+        τ  = λ·Σ xᵢ
+
+    Where density ± ε would leave [0, 1], ε is made as small as that takes. An (IA)³ vector is one row.
+
+    Law: at ε = 0 it is `dare` of the same density; at density 1 it is `task_arithmetic` of the same
+        scale; over seeds its expectation is that too, where no pᵢ is 0.
+    Source: Deep, Bhardwaj and Poria, DELLA-Merging, 2024 (arXiv 2406.11617), the MagPrune step alone, as
+        mergekit's `della_linear`, which rescales each tensor to its Σ|x| instead of each entry by 1/pᵢ.
+        ε is half the authors' window size and is mergekit's `epsilon`.
+    """
+
+    name: ClassVar[str] = "della_linear"
+    default_scale: ClassVar[float] = 0.4
+    source: ClassVar[str] = "Deep et al., 2024, arXiv 2406.11617"
+    entrywise: ClassVar[bool] = True
+
+    density: Density = Field(0.7, description="mean probability with which an entry stays, in (0, 1]")
+    epsilon: float = Field(0.07, ge=0, le=0.5, description="how far the probability rises and falls around the density")
+
+    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
+        """One pass."""
+        if tasks.whole and self.linear(len(tasks)):
+            return tasks.sum()
+        return add_up(
+            drop_by_rank_(task.vector, task.uniform(), task.density or self.density, self.epsilon, row, task.start)
+            for task, row in zip(tasks, tasks.vectors(), strict=True)
+        )
+
+    def linear(self, adapters: int) -> bool:
+        """True if nothing is dropped."""
+        return self.density == 1

@@ -1,0 +1,39 @@
+"""EMR-Merging's unified vector."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..delta import Delta
+from .base import Method, TaskVectors, elect_and_merge, only
+
+
+class Emr(Method):
+    """The unified vector of EMR-Merging: the elected sign with the largest magnitude that agrees with it.
+
+        γ = sign(Σ wᵢ·τᵢ)
+        τ = γ · max_{i: sign(wᵢ·τᵢ) = γ} |wᵢ·τᵢ|
+
+    The paper also keeps a mask and a rescaler for every task, applied when that task is known; one
+    adapter for all tasks has no place for them.
+
+    Law: one adapter with weight 1 comes back unchanged; it is `ties` at density 1 with disjoint `max`.
+    Source: Huang et al., EMR-Merging: Tuning-Free High-Performance Model Merging, NeurIPS 2024 (arXiv
+        2405.17461), step "elect". A sum of exactly zero goes to + as in `ties`; in the authors' code to −.
+    """
+
+    name: ClassVar[str] = "emr"
+    source: ClassVar[str] = "Huang et al., NeurIPS 2024, arXiv 2405.17461"
+    entrywise: ClassVar[bool] = True
+
+    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
+        """One pass, with accumulators for the election."""
+        if tasks.whole and self.linear(len(tasks)):
+            return only(tasks, mean=False)
+        return elect_and_merge(tasks, (task.vector for task in tasks), disjoint="max")
+
+    def linear(self, adapters: int) -> bool:
+        """True of one adapter."""
+        return adapters == 1

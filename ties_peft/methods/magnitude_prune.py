@@ -1,0 +1,52 @@
+"""Magnitude pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from ..delta import Delta
+from ..sparsify import add_up
+from ..trim import Scope
+from .base import Density, Method, TaskVectors, Trim, scope_fault
+
+
+class MagnitudePrune(Method):
+    """Trim each task vector to its largest entries, then add: λ·Σ trim(wᵢ·τᵢ, density).
+
+    TIES without the election: where signs differ, values cancel.
+
+    Law: at density 1 it is `task_arithmetic` of the same scale; one adapter is its trimmed self, times λ.
+    Source: PEFT's combination_type `magnitude_prune` (merge_utils.magnitude_prune): `magnitude_prune_svd`
+        is this with scope `module` and scale 1; the plain one is space `factors`.
+    """
+
+    name: ClassVar[str] = "magnitude_prune"
+    default_scale: ClassVar[float] = 0.4
+    spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots", "factors")
+    source: ClassVar[str] = "PEFT's combination_type magnitude_prune"
+    entrywise: ClassVar[bool] = True
+
+    density: Density = Field(0.2, description="share of entries that the trim keeps, in (0, 1]")
+    scope: Scope = Field("adapter", description="rank magnitudes over the whole adapter or each module")
+
+    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
+        """One pass."""
+        if tasks.whole and self.linear(len(tasks)):
+            return tasks.sum()
+        return add_up(task.trimmed() for task in tasks)
+
+    def trims(self) -> Trim:
+        """One cut, at the density."""
+        return Trim((self.density,), self.scope)
+
+    def linear(self, adapters: int) -> bool:
+        """True if nothing is trimmed."""
+        return self.density == 1
+
+    def check(self, weights: Sequence[float], space: str) -> str | None:
+        """In `factors` only scope `module` has a meaning."""
+        return scope_fault(self, self.scope, space)

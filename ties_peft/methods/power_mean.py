@@ -1,0 +1,51 @@
+"""The power mean of (IA)³ vectors."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..elect import NOTHING
+from .base import Method, TaskVectors
+
+
+class PowerMean(Method):
+    """A mean of (IA)³ task vectors in which larger entries count for more.
+
+        xᵢ = wᵢ·τᵢ
+        τ  = λ · Σ xᵢ·|xᵢ|ᵖ / Σ |wᵢ|·|xᵢ|ᵖ
+
+    p = 0 is the plain mean over the adapters that have the module; a large p takes the largest
+    magnitude. In (IA)³ an adapter's few large entries carry it, and a plain mean waters them down.
+    The default scale, 1.5, was chosen on eight tasks: it makes up for what a mean over many adapters
+    loses, and stretches the l − 1 of a single adapter by half. Give scale 1 where there is one.
+
+    Law: with scale 1 one adapter of positive weight comes back unchanged, and so do equal ones; for
+        p > 0 an adapter of zeros equals an absent one; weights (2, 1) and (10, 5) mean the same.
+    Source: our own, found by comparing rules on eight classification tasks; we know of no paper. For LoRA
+        the same rule did worse than matrix methods, and is not offered.
+    """
+
+    name: ClassVar[str] = "power_mean"
+    default_scale: ClassVar[float] = 1.5
+    spaces: ClassVar[tuple[str, ...]] = ("delta",)
+    kinds: ClassVar[tuple[str, ...]] = ("ia3",)
+    source: ClassVar[str] = "our own"
+    entrywise: ClassVar[bool] = True
+
+    p: float = Field(2.0, ge=0, le=64, description="power of the magnitude by which an entry is weighted")
+
+    def merge(self, tasks: TaskVectors) -> Tensor:
+        """Two passes: the largest magnitude of each entry, which keeps powers in range, then the mean."""
+        peak = torch.full(tasks.shape, NOTHING, device=tasks.device)
+        for task in tasks:
+            torch.maximum(peak, task.vector.abs(), out=peak)
+        total, divisor = torch.zeros_like(peak), torch.zeros_like(peak)
+        for task in tasks:
+            share = (task.vector.abs() / peak).pow_(self.p)
+            divisor.add_(share, alpha=abs(task.weight))
+            total += share.mul_(task.vector)
+        return total.div_(divisor.clamp_min_(NOTHING))

@@ -1,0 +1,73 @@
+"""SCE: select, calculate, erase."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..delta import Delta
+from ..elect import NOTHING
+from ..sparsify import add_up, largest
+from ..trim import kept_count
+from .base import Density, Method, TaskVectors, only
+
+
+class Sce(Method):
+    """A mean of the task vectors, each weighted by its energy, of what varies most and agrees in sign.
+
+        xᵢ = wᵢ·τᵢ where its variance over the adapters is among the largest `select_topk` share, else 0   (select)
+        ηᵢ = Σ xᵢ² over the module / Σⱼ Σ xⱼ²                                               (calculate)
+        γ  = sign(Σ xᵢ)                                                                     (erase)
+        τ  = Σ_{i: sign(xᵢ) = γ} ηᵢ·xᵢ / Σ_{i: sign(xᵢ) = γ} ηᵢ·|wᵢ|
+
+    The share is of the entries that vary at all; where none does, as with one adapter, all stay.
+
+    Law: one adapter of positive weight comes back unchanged, and so do equal ones; with `select_topk` 1
+        adapters of equal energy give `ties` at density 1; an adapter of zeros equals an absent one.
+    Source: Wan, Zhong, Yang, Chen and Quan, FuseChat: Knowledge Fusion of Chat Models, EMNLP 2025 (arXiv
+        2408.07990). mergekit's `sce` is this with unit weights and so selects what is merged; in the
+        authors' code the selection decides the ηᵢ alone. Their recipes take `select_topk` 0.1 and 1;
+        mergekit's default, 1, is ours.
+    """
+
+    name: ClassVar[str] = "sce"
+    source: ClassVar[str] = "Wan et al., EMNLP 2025, arXiv 2408.07990"
+
+    select_topk: Density = Field(1.0, description="share of the varying entries, those of largest variance, that stay")
+
+    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
+        """Three passes at most: the sum, the variance, and the mean, for which an energy is known at once."""
+        if tasks.whole and self.linear(tasks.adapters):
+            return only(tasks, mean=True)
+        total = add_up(task.vector for task in tasks)
+        chosen = self._chosen(tasks, total / tasks.adapters) if self.select_topk < 1 else None
+        energy = max(_energy(task.vector) for task in tasks) or 1.0
+        mean, divisor = torch.zeros_like(total), torch.zeros_like(total)
+        for task in tasks:
+            values = task.vector if chosen is None else task.vector.mul_(chosen)
+            share = _energy(values) / energy  # ηᵢ but for a factor that cancels
+            agrees = torch.where(total >= 0, values > 0, values < 0)
+            divisor.add_(agrees, alpha=share * abs(task.weight))
+            mean.add_(values.mul_(agrees), alpha=share)
+        return mean.div_(divisor.clamp_min_(NOTHING))
+
+    def linear(self, adapters: int) -> bool:
+        """True of one adapter."""
+        return adapters == 1
+
+    def _chosen(self, tasks: TaskVectors, mean: Tensor) -> Tensor | None:
+        """Where the variance is largest, adapters that lack the module counted as zero."""
+        variance = mean.square() * (tasks.adapters - len(tasks))
+        for task in tasks:
+            variance += task.vector.sub_(mean).square_()
+        count = kept_count(self.select_topk, int(variance.count_nonzero()))
+        if count == 0:
+            return None if not bool(variance.any()) else torch.zeros_like(variance, dtype=torch.bool)
+        return largest(variance, count)
+
+
+def _energy(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
