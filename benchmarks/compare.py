@@ -91,7 +91,10 @@ LORA = [
     Setting("lego"),
 ]
 IA3 = [
-    *(Setting(name) for name in ("average", "task_arithmetic", "ties", "magnitude_prune", "dare", "dare_ties", "della")),
+    *(
+        Setting(name)
+        for name in ("average", "task_arithmetic", "ties", "magnitude_prune", "dare", "dare_ties", "della")
+    ),
     *(Setting(name) for name in ("breadcrumbs", "breadcrumbs_ties", "sce", "consensus", "pcb", "emr", "karcher")),
     *(Setting(name) for name in ("model_stock", "power_mean", "product")),
     Setting("ties", extra={"density": 1}),
@@ -217,7 +220,9 @@ def subsets(judge: Judge, kind: str, per_size: int) -> list[dict[str, Any]]:
                 merged, _ = merge(setting, [paths[task] for task in tasks])
                 scores = judge.score(merged, tasks)
                 found.append(100 * sum(scores[t] / own[t] for t in tasks) / size)
-            rows.append({"method": setting.label, "space": setting.space, "size": size, "sets": chosen, "normalised": found})
+            rows.append(
+                {"method": setting.label, "space": setting.space, "size": size, "sets": chosen, "normalised": found}
+            )
     return rows
 
 

@@ -213,9 +213,12 @@ def test_strangers(make_lora: Make) -> None:
 # RecipeError and MethodError
 
 ASKED: list[tuple[dict[str, Any], str]] = [
-    ({"method": "tise"}, "unknown method 'tise': did you mean 'ties'? Known: average, task_arithmetic, ties."),
-    ({"space": "dela"}, "unknown space 'dela': did you mean 'delta'? Known: delta, factors."),
-    ({"weights": [1]}, "1 weights for 2 adapters. Give one weight per adapter, in their order."),
+    (
+        {"method": "tise"},
+        f"unknown method 'tise': did you mean 'ties'? Known: {', '.join(i.name for i in ties_peft.methods())}.",
+    ),
+    ({"space": "dela"}, "unknown space 'dela': did you mean 'delta'? Known: core, delta, factors, knots."),
+    ({"weights": [1]}, "1 weight for 2 adapters. Give one weight per adapter, in their order."),
     ({"weights": [1, float("nan")]}, "the weights hold nan; expected finite numbers."),
     ({"weights": [0, 0]}, "every weight is 0, so nothing is left to merge. Give at least one adapter a weight."),
     ({"rank": 0}, "the rank is 0; expected a whole number from 1 up, 'max' or 'auto'."),
@@ -233,7 +236,7 @@ ASKED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"method": "average", "density": 0.2},
-        "method 'average' has no such parameter: unknown parameter 'density': Known: none.",
+        "method 'average': unknown parameter 'density'. Known: none.",
     ),
     (
         {"method": "average", "weights": [1, -1]},
@@ -287,8 +290,8 @@ def test_a_recipe_with_an_unknown_key() -> None:
 
 
 def test_unknown_names_the_nearest_or_none() -> None:
-    assert unknown("thing", "zzz", ["b", "a"]) == "unknown thing 'zzz': Known: a, b."
-    assert unknown("thing", "aa", []) == "unknown thing 'aa': Known: none."
+    assert unknown("thing", "zzz", ["b", "a"]) == "unknown thing 'zzz'. Known: a, b."
+    assert unknown("thing", "aa", []) == "unknown thing 'aa'. Known: none."
 
 
 def test_printable_is_safe_for_a_terminal() -> None:

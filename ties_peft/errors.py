@@ -50,8 +50,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
     near.sort(key=lambda other: sorted(other) != sorted(str(name)))  # letters out of order, before all else
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"unknown {what} '{printable(str(name))}': {hint}Known: {', '.join(names) or 'none'}."
+    hint = f": did you mean '{near[0]}'?" if near else "."
+    return f"unknown {what} '{printable(str(name))}'{hint} Known: {', '.join(names) or 'none'}."
 
 
 def warn_caller(messages: Iterable[str]) -> None:

@@ -107,7 +107,9 @@ def _read_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Schedule]
     else:
         weights = (1.0,) * count if given is None else given
     if len(weights) != count:
-        raise RecipeError(f"{len(weights)} weights for {count} adapters. Give one weight per adapter, in their order.")
+        raise RecipeError(
+            f"{len(weights)} weight{'s' * (len(weights) != 1)} for {count} adapter{'s' * (count != 1)}. Give one weight per adapter, in their order."
+        )
     endless = [weight for weight in weights if isinstance(weight, float) and not math.isfinite(weight)]
     if endless:
         raise RecipeError(f"the weights hold {endless[0]}; expected finite numbers.")

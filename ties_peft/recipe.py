@@ -216,7 +216,7 @@ class _Reader:
         for key in parameters:
             if key not in known:
                 nearest = unknown("parameter", key, {*SHARED, *(name for name in known if "." not in name)})
-                raise MethodError(f"{self.at(('parameters', key))}: method '{method}' has no such parameter: {nearest}")
+                raise MethodError(f"{self.at(('parameters', key))}: method '{method}': {nearest}")
 
     @contextmanager
     def blamed(self, *path: Any) -> Iterator[None]:

@@ -44,9 +44,9 @@ def settle(method: str, space: str, parameters: Mapping[str, Any], densities: Se
         out of range.
     """
     if not isinstance(method, str):
-        raise RecipeError(unknown("method", method, method_classes()))
+        raise RecipeError(unknown("method", str(method), method_classes()))
     if not isinstance(space, str):
-        raise RecipeError(unknown("space", space, spaces()))
+        raise RecipeError(unknown("space", str(space), spaces()))
     own = find_space(space).model_fields
     _check_once(method, parameters)
     varying = {key: value for key, value in parameters.items() if _varies(key, value)}

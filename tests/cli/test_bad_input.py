@@ -313,7 +313,7 @@ ASKED: dict[str, tuple[tuple[str, ...], type[Exception], tuple[str, ...]]] = {
     "unknown parameter": (("--set", "densty=0.3"), MethodError, ("ties", "'densty'", "did you mean 'density'")),
     "lacking": (("--method", "average", "--density", "0.3"), MethodError, ("average", "density")),
     "set without a value": (("--set", "elect"), RecipeError, ("--set", "elect", "NAME=VALUE")),
-    "set to no known value": (("--set", "elect=cont"), MethodError, ("elect", "'cont'", "'mass' or 'count'")),
+    "set to no known value": (("--set", "elect=cont"), MethodError, ("elect", "'cont'", "'mass', 'count' or 'none'")),
     "set to no date": (("--set", "elect=2001-13-45"), MethodError, ("elect", "2001-13-45")),
     "unknown scope": (("--scope", "layer"), MethodError, ("scope", "'layer'", "'adapter' or 'module'")),
     "scope not offered": (("--space", "factors", "--scope", "adapter"), MethodError, ("factors", "'module'")),

@@ -521,7 +521,7 @@ REFUSED = {
     "one text for the adapters": ("red", "merged", {}, "expected a list of names"),
     "an adapter object": ([object()], "merged", {}, "expected a list of names"),
     "no adapter": ([], "merged", {}, "no adapters were given"),
-    "too few weights": (["red", "blue"], "merged", {"weights": [1.0]}, "1 weights for 2 adapters"),
+    "too few weights": (["red", "blue"], "merged", {"weights": [1.0]}, "1 weight for 2 adapters"),
     "PEFT's order of arguments": (["red", "blue"], [1.0, 1.0], {"weights": "merged"}, r"adapter_name is \[1.0, 1.0\]"),
     "a dot in the name": (["red", "blue"], "mer.ged", {}, "PyTorch cannot hold"),
     "an empty name": (["red", "blue"], "", {}, "PyTorch cannot hold"),

@@ -348,7 +348,7 @@ def test_another_method_or_space_drops_the_parameters_that_it_lacks(
         (["--set", "densty=1"], "did you mean 'density'?"),
         (["--set", "density=[0.1, 2]"], "a density is 2"),
         (["--set", "density=[0.1,"], "density"),
-        (["--weights", "1"], "1 weights for 3 adapters"),
+        (["--weights", "1"], "1 weight for 3 adapters"),
     ],
 )
 def test_flags_that_are_wrong(

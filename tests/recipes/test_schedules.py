@@ -259,7 +259,7 @@ def test_the_report_gives_the_mean_of_a_weight_that_varies(folders: list[Path]) 
         ({"density": [0.5, 1.5]}, "a density is 1.5; expected a share in"),
         ({"density": [0.5, 0]}, "a density is 0"),
         ({"density": ["half"]}, "density is \\['half'\\]; expected a finite number"),
-        ({"method": "average", "density": [0.5, 1.0]}, "no such parameter"),
+        ({"method": "average", "density": [0.5, 1.0]}, "unknown parameter"),
         ({"scope": ["module"]}, "scope"),
     ],
 )

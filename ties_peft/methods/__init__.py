@@ -148,7 +148,7 @@ def _owner(parameter: str, names: list[str], classes: list[type[Method]]) -> tup
         choices = " or ".join(f"{names[i]}.{parameter}" for i in holders)
         raise MethodError(f"method '{'+'.join(names)}' has several parameters '{parameter}': say {choices}.")
     known = [field for cls in classes for field in cls.model_fields]
-    raise MethodError(f"method '{'+'.join(names)}' has no such parameter: {unknown('parameter', parameter, known)}")
+    raise MethodError(f"method '{'+'.join(names)}': {unknown('parameter', parameter, known)}")
 
 
 def make_method(name: str, parameters: dict[str, Any]) -> Method:
