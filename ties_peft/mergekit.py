@@ -59,6 +59,8 @@ class Counterpart:
 
 _DROPPED = "mergekit brings what a random drop leaves to the L1 norm of before; here it is divided by its probability"
 _ON_WEIGHTS = "mergekit turns whole weights; here what the adapters add to them is turned"
+_LENGTH = "for unequal norms the length goes evenly from one to the other here, in mergekit not quite"
+_OPPOSED = "where adapters oppose each other mergekit goes beyond the base; here it stops there"
 _TRIMMED = (*SUM, "density")
 _GAMMA, _EPSILON = {"gamma": 0.01}, {"epsilon": 0.15}
 METHODS = {
@@ -72,10 +74,12 @@ METHODS = {
     "della": Counterpart("della", _TRIMMED, _EPSILON, normalize=True, rescale=True, elects=True, differs=_DROPPED),
     "della_linear": Counterpart("della_linear", _TRIMMED, _EPSILON, rescale=True, differs=_DROPPED),
     "sce": Counterpart("sce", ("int8_mask",), {"select_topk": 1.0}),
-    "model_stock": Counterpart("model_stock", ("filter_wise",)),
+    "model_stock": Counterpart("model_stock", ("filter_wise",), differs=_OPPOSED),
     "karcher": Counterpart("karcher", (), {"max_iter": 10, "tol": 1e-5}, skips_base=False, differs=_ON_WEIGHTS),
-    "slerp": Counterpart("slerp", ("t",), skips_base=False, differs=_ON_WEIGHTS),
-    "nuslerp": Counterpart("slerp", ("weight", "nuslerp_flatten", "nuslerp_row_wise"), skips_base=False),
+    "slerp": Counterpart("slerp", ("t",), skips_base=False, differs=f"{_ON_WEIGHTS}; {_LENGTH}"),
+    "nuslerp": Counterpart(
+        "slerp", ("weight", "nuslerp_flatten", "nuslerp_row_wise"), skips_base=False, differs=_LENGTH
+    ),
 }
 NO_COUNTERPART = {
     "multislerp": "karcher is nearest to it",
@@ -315,6 +319,8 @@ class _Conversion:
         """λ, and what the sum is divided by."""
         scale = self.one("lambda", is_number, "one number")
         divides = self.flag("normalize", self.rule.normalize)
+        if divides and self.rule.elects and self.negative():
+            self.note("parameters.normalize", "with negative weights mergekit divides by Σw, and here it is by Σ|w|")
         if self.name == "linear" and not divides:
             self.method = "task_arithmetic"
             self.note("parameters.normalize", "false, so a sum; mergekit multiplies the base by Σw as well")
@@ -330,6 +336,11 @@ class _Conversion:
         if scale is None and find_method(self.method).default_scale != 1:
             self.note("parameters.scale", "1.0, mergekit's lambda where none is given")
         self.shared.setdefault("scale", 1.0 if scale is None else scale)
+
+    def negative(self) -> bool:
+        """Whether a weight is."""
+        own = [entry["parameters"].get("weight", 1.0) for entry in self.entries]
+        return any(number < 0 for weight in own for number in Schedule.read(weight, "weight").numbers())
 
     def total_weight(self) -> float:
         """Σw, where no weight varies."""

@@ -9,8 +9,10 @@
     parameters: {density: 0.2, scale: 1.0, space: delta, rank: 32, seed: 0}
     dtype: bfloat16
 
-A weight or a density may differ from module to module (see `schedule`); `parameters: {weights: norm}`
-weighs all adapters to one length. `models:`, `model:` and `lambda:` are synonyms of `adapters:`,
+A weight or a density may differ from module to module (see `schedule`), the density in `parameters:`
+too, for every adapter that has none of its own. Under scope `adapter` a trim then ranks the modules of
+one adapter together that have the same density. A weight of 0 on some modules is absence there.
+`parameters: {weights: norm}` weighs all adapters to one length. `models:`, `model:` and `lambda:` are synonyms of `adapters:`,
 `adapter:` and `scale:`. A file of mergekit's is read as mergekit means it, and every difference is
 noted; how such a file is known stands in `mergekit`. A file that says `adapters:` never is one.
 
