@@ -135,8 +135,8 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     for adapter in [*adapters, *([signs] if signs else [])]:
         if not checked or adapter is signs:
             adapter.check()
-    dtype = _dtype(recipe.dtype, adapters)
     members = find_members(recipe, adapters, densities, warnings)
+    dtype = _dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
     compare_filters(members, modules, warnings)
     _check_weights(stages, space, members, modules)
@@ -271,7 +271,9 @@ def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: b
     first: dict[str, str] = {}
     for name, adapter in givers:
         for module in adapter.layout.values():
-            known = modules.setdefault(module.name, module) if name != "sign_from" else modules.get(module.name, module)
+            known = modules.get(module.name, module)
+            if adapter is not signs:
+                modules[module.name] = known
             first.setdefault(module.name, name)
             if (known.shape, known.on_input) != (module.shape, module.on_input):
                 faults.append((printable(module.name), first[module.name], known, name, module))
