@@ -1,0 +1,65 @@
+"""What `make demo` runs, on a few made-up rows."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SAMPLES
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """adapters/demo.py as a module."""
+    monkeypatch.syspath_prepend(SAMPLES)
+    return importlib.import_module("demo")
+
+
+def run(demo: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+    return int(demo.main())
+
+
+def made_up_rows(demo: Any, folder: Path) -> Path:
+    for task in demo.minilm.TASKS:
+        (folder / task).mkdir(parents=True)
+        (folder / task / "task.json").write_text(json.dumps({"labels": ["age limit", "card arrival"]}))
+        lines = [json.dumps({"text": f"row {label} of {task}", "label": label}) for label in (0, 1)]
+        (folder / task / "test.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_demo_merges_compares_and_judges(
+    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = made_up_rows(demo, tmp_path / "data"), tmp_path / "out"
+    assert run(demo, monkeypatch, "--out", str(out), "--data", str(data), "--rows", "1") == 0
+    said = capsys.readouterr().out
+    assert said.count(": the same\n") == 2
+    assert all(word in said for word in ("average", "task arithmetic", "TIES", "own adapter", "trained on all"))
+    saved = {"lora", "lora-average", "lora-task_arithmetic", "ia3", "ia3-average", "ia3-task_arithmetic"}
+    assert {folder.name for folder in out.iterdir()} == saved
+
+
+def test_demo_notices_a_wrong_forward_pass(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tokenizer = demo.load_base()
+    for _ in range(2):  # the second run replaces what the first one wrote
+        assert demo.merge_and_check("ia3", base, tokenizer, tmp_path)
+    monkeypatch.setattr(demo, "with_deltas", lambda base, merged: copy.deepcopy(base))
+    assert not demo.merge_and_check("ia3", base, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("faithful", [True, False])
+def test_without_rows_demo_says_what_to_give(
+    faithful: bool, demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "DATA", tmp_path / "none")
+    monkeypatch.setattr(demo, "merge_and_check", lambda *_: faithful)
+    assert run(demo, monkeypatch, "--out", str(tmp_path / "out")) == (0 if faithful else 1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--data" in line]
+    assert "--data hub" in line and "--data DIR" in line
