@@ -6,7 +6,7 @@ A file is mergekit's if its `merge_method` is one that mergekit has, it lists wh
     a key         base_model, out_dtype, tokenizer_source, tokenizer, chat_template
     a reference   base+lora
     a method      that only mergekit has: linear, dare_linear, nuslerp, …
-    a parameter   that only mergekit has: int8_mask, rescale, select_topk, …
+    a parameter   that only mergekit has: int8_mask, rescale, …
 
 Whoever wants a file read as ours writes `adapters:`. Parameters of ours (`rank`, `space`, `scope`, …)
 may stand in mergekit's file too, and win over what is converted. Whatever means something else here,
@@ -29,7 +29,7 @@ from .schedule import Schedule, is_number
 MARKS = ("base_model", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
 IGNORED = ("tokenizer_source", "tokenizer", "chat_template")  # of the model as a whole
 LAYOUTS = ("slices", "modules")  # which layers of which models stand where
-ONLY_MERGEKIT = ("int8_mask", "rescale", "select_topk", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise")
+ONLY_MERGEKIT = ("int8_mask", "rescale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise")
 SUM = ("weight", "normalize", "rescale", "lambda", "int8_mask")
 
 
@@ -161,6 +161,8 @@ class _Conversion:
             self.note("merge_method", f"mergekit's {self.name} is {self.method} here")
         if self.rule.differs:
             self.note("merge_method", self.rule.differs)
+        if self.name == "nuslerp" and "base_model" not in self.top:
+            self.note("merge_method", _ON_WEIGHTS)
         self.keys()
         base = self.base()
         self.references(base)

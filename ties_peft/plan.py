@@ -140,7 +140,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     modules = _modules(members, signs, recipe.allow_disjoint)
     compare_filters(members, modules, warnings)
     _check_weights(stages, space, members, modules)
-    arithmetic = find_space("core")() if space.name == "delta" and any(s.spectral for s in stages.all) else space
+    arithmetic = _arithmetic(space, stages)
     _check_ranks(arithmetic, [*(m.adapter for m in members), *([signs] if signs else [])], modules)
     rank = _rank(recipe.rank, stages, arithmetic, members, modules, warnings)
     _compare_bases(members, recipe, warnings)
@@ -150,7 +150,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
         stages=stages,
         space=space,
         arithmetic=arithmetic,
-        scale=_scale(recipe.scale, stages.method),
+        scale=_scale(recipe.scale, stages),
         trim=_trim(stages.method, space),
         rank=rank,
         dtype=dtype,
@@ -171,6 +171,19 @@ def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule
         raise RecipeError(f"{len(densities)} densities for {count} adapters. Give one per adapter, or None.")
     settings = settle(recipe.method, recipe.space, recipe.parameters, densities)
     return settings.space, settings.stages, settings.densities
+
+
+def _arithmetic(space: Space, stages: Stages) -> Space:
+    """`core` for spectral methods in space `delta`, where the result is the same and the matrices are small."""
+    if space.name != "delta" or not any(stage.spectral for stage in stages.all):
+        return space
+    entrywise = [stage.name for stage in stages.all if stage.entrywise]
+    if entrywise:
+        raise MethodError(
+            f"'{entrywise[0]}' works entry by entry and another stage on singular vectors; together they need the small "
+            "coordinates of space 'core' (--space core), where entries mean something else than in 'delta'."
+        )
+    return find_space("core")()
 
 
 def _check_space(stages: Stages, space: Space) -> None:
@@ -224,9 +237,10 @@ def _seed(seed: int) -> int:
     return seed
 
 
-def _scale(scale: float | None, method: Method) -> float:
-    if scale is None:
-        return method.default_scale
+def _scale(scale: float | None, stages: Stages) -> float:
+    if scale is None:  # a stage that closes with a norm of its own, such as pico, has the last word
+        closing = [stage for stage in stages.before if stage.finishes]
+        return (closing or [stages.method])[-1].default_scale
     if not is_number(scale):
         raise RecipeError(f"the scale is {printable(repr(scale))}; expected a finite number.")
     return float(scale)

@@ -341,6 +341,8 @@ def test_linear_rules_are_the_same_in_every_space(families: dict[str, list[Path]
 
 def spaces_of(method: str) -> list[str]:
     classes = [method_classes()[name] for name in method.split("+")]
+    if any(cls.spectral for cls in classes) and any(cls.entrywise for cls in classes):
+        return ["core"]
     return [space for space in ("delta", "core", "knots") if all(space in cls.spaces for cls in classes)]
 
 
@@ -598,10 +600,16 @@ def test_the_polar_factor_turns_with_its_matrix_and_ignores_what_is_not_there(sh
 def test_dropping_at_random_goes_before(families: dict[str, list[Path]], method: str) -> None:
     if "dare" not in method_classes():
         pytest.skip("there is no dare")
-    kept = merged(families["mixed"], f"dare+{method}", density=1.0)
-    assert off(kept, merged(families["mixed"], method)) < 1e-5
-    dropped = [merged(families["mixed"], f"dare+{method}", density=0.5, seed=seed) for seed in (0, 0, 1)]
+    kept = merged(families["mixed"], f"dare+{method}", "core", density=1.0)
+    assert off(kept, merged(families["mixed"], method, "core")) < 1e-5
+    dropped = [merged(families["mixed"], f"dare+{method}", "core", density=0.5, seed=seed) for seed in (0, 0, 1)]
     assert off(dropped[0], dropped[1]) == 0 < off(dropped[2], dropped[1])
+
+
+def test_entries_and_singular_vectors_go_together_in_core_alone(families: dict[str, list[Path]]) -> None:
+    for method in ("ties+iso_c", "dare+tsv"):
+        with pytest.raises(ties_peft.MethodError, match="space core"):
+            ties_peft.merge(families["mixed"], method=method)
 
 
 def test_matrix_methods_are_refused_where_there_is_no_matrix(make_ia3: Callable[..., Path]) -> None:

@@ -108,7 +108,7 @@ def test_a_prepared_merge_takes_it(unequal: list[Path]) -> None:
 
 @pytest.mark.parametrize("weights", ["norms", "1,2", 1.0, [1, "norm"]])
 def test_what_is_neither_norm_nor_weights(unequal: list[Path], weights: Any) -> None:
-    with pytest.raises(RecipeError, match=r"expected|finite"):
+    with pytest.raises(RecipeError, match=r"expected (norm|a finite)"):
         merge(unequal[:2], weights=weights)
 
 
