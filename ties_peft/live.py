@@ -21,8 +21,8 @@ All but the last are what they are in PEFT, but for this:
 - Trims rank magnitudes module by module (scope `module`), as PEFT's do. A density has a default.
 - `majority_sign_method`: `total` is elect `mass`, `frequency` is elect `count`.
 - Weights: in the ties family PEFT elects signs on unweighted values and divides by the count. Here the
-  weights come first: the election sees w·τ, the mean divides by Σ|w|. The same with weights of 1 (and,
-  on A and B apart, where there the lora scaling has no vote, with equal ones).
+  weights come first: the election sees w·τ, the mean divides by Σ|w|. With weights of 1 it is the same
+  (with equal lora scalings for A and B apart, where PEFT's election does not see these either).
 - Random masks come from `seed`, in PEFT from PyTorch's generator.
 - One adapter is merged by the rule asked for; PEFT turns to `linear`.
 - The new adapter has a config of its own. PEFT's inherits the first adapter's, whose rsLoRA, excluded

@@ -34,6 +34,13 @@ def read(folder: Path) -> Vectors:
     return {n: scaling * tensors[f"{n}.lora_B.weight"] @ tensors[f"{n}.lora_A.weight"] for n in names}
 
 
+def merged_vectors(folders: Sequence[Path], method: str, **asked: Any) -> Vectors:
+    """What ties_peft makes of them, at full rank."""
+    kind = ties_peft.Adapter.load(folders[0]).kind
+    merged = ties_peft.merge(folders, method=method, rank="max" if kind.has_rank else "auto", **asked)
+    return {name: merged.delta(name).numpy().astype(np.float64) for name in merged.modules}
+
+
 def numbers(folder: Path, module: str, shape: tuple[int, ...], seed: int = 0, part: int = 0) -> Array:
     """The uniform numbers that an adapter's entries are given."""
     digest = ties_peft.Adapter.load(folder).digest
@@ -47,6 +54,10 @@ def distance(seen: Vectors, expected: Vectors) -> float:
     errors = [error / norm if norm else error for error, norm in norms]
     assert np.isfinite(errors).all()
     return float(max(errors))
+
+
+def same(first: Vectors, second: Vectors) -> bool:
+    return distance(first, second) < 1e-5
 
 
 # -- the definitions: of task vectors already weighted, in a stack (N, …) for each module
@@ -184,6 +195,7 @@ COMBINE: dict[str, Callable[..., Array]] = {
     "power_mean": power_mean,
     "product": product,
 }
+EVERY = sorted(COMBINE.keys() - {"power_mean", "product"})
 SPARSIFY = {"magnitude_prune": trimmed, "ties": trimmed, "breadcrumbs": band, "breadcrumbs_ties": band}
 
 

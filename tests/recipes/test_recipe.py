@@ -98,6 +98,8 @@ REFUSED = [
     ("adapters: [a]\nparameters:\n  space: core\n  balancd: true", 4, ["did you mean 'balanced'?"]),
     ("adapters: [a]\nparameters:\n  balanced: true", 3, ["unknown parameter 'balanced'"]),
     ("merge_method: teis\nadapters: [a]", 1, ["unknown method 'teis'", "did you mean 'ties'?"]),
+    ("adapters: [a]\nmerge_method: teis\nparameters: {}", 2, ["unknown method 'teis'"]),
+    ("adapters: [a]\nparameters: {}\nmerge_method: ties+teis", 3, ["unknown method 'teis'"]),
     ("merge_method: average\nadapters: [a]\nparameters:\n  density: 0.3", 4, ["method 'average'", "'density'"]),
     ("merge_method: average\nadapters:\n- adapter: a\n  parameters:\n    density: 0.3", 5, ["has no density"]),
     ("adapters: [a]\nparameters:\n  space: kore", 3, ["unknown space 'kore'", "did you mean 'core'?"]),

@@ -34,6 +34,7 @@ def test_one_number_is_the_same_everywhere() -> None:
 def test_a_gradient_is_straight_between_its_points() -> None:
     assert [at([1.0, 0.5, 0.0], layer(n)) for n in range(5)] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
     assert [at([0.0, 1.0], layer(n)) for n in range(5)] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+    assert [at([0.0, 1.0, 0.0], layer(n)) for n in range(5)] == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
     assert [at([3.0], layer(n)) for n in range(5)] == [3.0] * 5
 
 
@@ -199,6 +200,20 @@ def test_an_adapters_own_density_trims_it_where_the_method_trims_nothing(make_lo
     merged = merge_recipe(Recipe((str(folder),), densities=(0.25,), parameters={"density": 1.0}, rank="max"))
     by_hand.assert_close(merged, by_hand.trim(dict(sorted(by_hand.vectors(folder).items())), 0.25))
     assert merged.report.adapters[0].kept == (120 + 240 + 120) // 4
+
+
+def test_an_adapters_own_density_keeps_as_many_of_equal_magnitudes(make_lora: Make) -> None:
+    """Over more entries than are worked on at once."""
+    from safetensors.torch import load_file, save_file
+
+    file = make_lora("a", rank=1, alpha=1, shapes={"layers.0.q": (700, 512)}) / "adapter_model.safetensors"
+    ones = {name: tensor.fill_(1.0) for name, tensor in load_file(file).items()}
+    save_file(ones, file, metadata={"format": "pt"})
+    recipe = Recipe((str(file.parent),), densities=(0.6,), parameters={"density": 1.0}, rank=64)
+    mixed = Recipe((str(file.parent),) * 2, densities=(0.6, 1.0), parameters={"density": 1.0}, rank=64)
+    for asked in (recipe, mixed):
+        merged = merge_recipe(asked).delta("layers.0.q").round()
+        assert int(merged.count_nonzero()) == (215040 if asked is recipe else 358400)
 
 
 def test_a_module_that_one_adapter_has_is_trimmed_by_its_own_density(make_lora: Make) -> None:

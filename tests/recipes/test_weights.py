@@ -112,6 +112,12 @@ def test_what_is_neither_norm_nor_weights(unequal: list[Path], weights: Any) -> 
         merge(unequal[:2], weights=weights)
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_must_be_finite(unequal: list[Path], weight: float) -> None:
+    with pytest.raises(RecipeError, match=f"the weights hold {weight}; expected finite numbers"):
+        merge(unequal, weights=[1, weight, 1])
+
+
 def negated(folder: Path) -> Path:
     """The adapter with every B, or every l − 1, negated."""
     tensors = load_file(folder / "adapter_model.safetensors")

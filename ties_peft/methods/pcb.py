@@ -25,13 +25,13 @@ class Pcb(Method):
     n counts one module, N all adapters; minmax maps a module's values of one adapter to 0 … 1. The
     smallest score that is kept gets the coefficient 0, unless it is also the largest: then 1.
 
-    Law: the order of the adapters does not matter; weights (2, 1) and (10, 5) mean nearly the same (the
-        tanh bends); an entry of the result lies within the range of what the adapters have there; of
-        one adapter each entry is the adapter's own (clamped) or 0.
+    Law: the order of the adapters does not matter; with unit weights and λ 1 an entry of the result lies
+        within the range of the adapters' own and 0; of one adapter it is the adapter's own or 0 (but for
+        the levelling). Weights (2, 1) and (10, 5) mean nearly the same: the tanh bends.
     Source: Du et al., Parameter Competition Balancing for Model Merging, NeurIPS 2024 (arXiv 2410.02396), in
-        the form of the authors' pcb-merging.py, which ranks over the whole adapter. The paper's formula has
-        a softmax for the exponential and for the tanh; the authors' scripts clamp 0.0001 or 0.01 and keep
-        0.05 or 0.1, with λ = 1.2.
+        the form of the authors' pcb-merging.py, which takes n and minmax over the whole adapter. Their
+        scripts differ among themselves: they level 0.0001 or 0.01, keep 0.05 or 0.1, and take the xⱼ in the
+        tanh as they are, as here, or normalised; λ is 1.2.
     """
 
     name: ClassVar[str] = "pcb"
