@@ -73,8 +73,6 @@ def merge(
     """
     if isinstance(adapters, (str, Path, Adapter)):
         raise RecipeError("the adapters are one adapter; expected a list of them: merge([...]).")
-    if weights is not None and not isinstance(weights, Iterable):
-        raise RecipeError(f"the weights are {weights!r}; expected a list of numbers, one per adapter.")
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     recipe = make_recipe(
         opened,

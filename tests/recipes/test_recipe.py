@@ -243,7 +243,7 @@ ASKED: list[list[object]] = [
     ["--weights", "1,0.5,-1", "--density", "0.3", "--scope", "module", "--rank", "3", "--restore-norm"],
     ["--set", "density=[0.1, 0.9]", "--set", "elect=count", "--space", "core", "--set", "balanced=false"],
     ["--set", "density=[{filter: up, value: 5e-1}, {value: 0.1}]", "--dtype", "float16", "--scale", "1.5"],
-    ["--method", "ties+iso_c", "--set", "ties.density=0.5", "--base-name", "my/base", "--seed", "5"],
+    ["--method", "ties+iso_c", "--space", "core", "--set", "ties.density=0.5", "--base-name", "my/base", "--seed", "5"],
 ]
 
 
