@@ -62,6 +62,11 @@ def ia3(vectors: Mapping[str, Tensor]) -> Adapter:
     return in_memory({"peft_type": "IA3"}, tensors)
 
 
+def lora_of_rank_three(seed: int, alpha: float, rslora: bool) -> Adapter:
+    """A LoRA on all modules, of one rank and any lora scaling."""
+    return in_memory(lora_config(SHAPES, 3, alpha, use_rslora=rslora), lora_tensors(SHAPES, 3, seed))
+
+
 def integer_lora(shapes: Shapes, seed: int) -> Adapter:
     """A LoRA whose task vector holds a few small integers, each of them many times."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,6 +78,7 @@ def integer_lora(shapes: Shapes, seed: int) -> Adapter:
 
 
 integer_loras = st.builds(integer_lora, st.just(INTEGER_SHAPES), seeds)
+equal_ranks = st.builds(lora_of_rank_three, seeds, st.sampled_from([-3.0, 1.0, 6.0]), st.booleans())
 adapters = loras() | ia3s()
 groups = st.lists(loras(), min_size=2, max_size=4) | st.lists(ia3s(), min_size=2, max_size=4)
 alike = st.lists(loras(whole=True), min_size=2, max_size=3) | st.lists(ia3s(whole=True), min_size=2, max_size=3)

@@ -16,6 +16,7 @@ from laws.strategies import (
     SHAPES,
     adapters,
     alike,
+    equal_ranks,
     groups,
     ia3,
     integer_lora,
@@ -42,6 +43,7 @@ from ties_peft import Adapter, TiesPeftError, merge
 from ties_peft.adapter import in_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
+WEIGHTS = [1.0, -2.0, 0.5]
 Asked = dict[str, Any]
 
 
@@ -92,10 +94,22 @@ def test_one_adapter_comes_back(adapter: Adapter, asked: Asked) -> None:
 
 
 @law
-@given(st.integers(1, 5), seeds)
-def test_one_adapter_comes_back_in_space_factors(rank: int, seed: int) -> None:
+@given(st.integers(1, 5), seeds, signed)
+def test_one_adapter_comes_back_in_space_factors_whatever_its_weight(rank: int, seed: int, weight: float) -> None:
     adapter = in_memory(lora_config(SHAPES, rank, alpha=-3), lora_tensors(SHAPES, rank, seed))
-    assert_same(merged([adapter], space="factors", density=1), adapter, within=1e-5)
+    result = merged([adapter], space="factors", density=1, weights=[weight])
+    assert_same(result, adapter, factor=np.sign(weight), within=1e-5)
+
+
+@law
+@given(st.lists(equal_ranks, min_size=2, max_size=3), st.permutations(WEIGHTS), percents)
+def test_space_factors_merges_a_and_b_apart(members: list[Adapter], weights: list[float], percent: int) -> None:
+    weights = weights[: len(members)]
+    result = merged(members, space="factors", weights=weights, density=percent / 100)
+    for module in result.modules:
+        parts = [definition.lora_parts(a.config, tensors(a, np.float64), module) for a in members]
+        expected = definition.ties_in_factors(parts, weights, percent / 100)
+        assert np.allclose(result.delta(module).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 @law
@@ -218,7 +232,7 @@ def test_equal_magnitudes_of_an_ia3_are_trimmed_by_position(seed: int, percent: 
 
 
 @law
-@given(st.lists(integer_loras, min_size=2, max_size=3), st.permutations([1.0, -2.0, 0.5]), ties)
+@given(st.lists(integer_loras, min_size=2, max_size=3), st.permutations(WEIGHTS), ties)
 def test_sums_of_exactly_zero_are_elected_as_defined(
     members: list[Adapter], weights: list[float], asked: Asked
 ) -> None:

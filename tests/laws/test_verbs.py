@@ -160,6 +160,11 @@ def test_factorise_is_within_a_hundredth_where_the_sides_are_large(wide: bool, i
     assert_balanced(factors.delta)
 
 
+def test_factorise_is_within_a_hundredth_even_of_noise() -> None:
+    matrix = noise(ROWS, COLUMNS, seed=0)
+    assert_best(factorise(matrix, 64), matrix, 64, slack=1.01)
+
+
 @pytest.mark.parametrize("rank", [5, 9])
 def test_factorise_is_exact_where_a_large_matrix_has_a_low_rank(rank: int) -> None:
     matrix = noise(ROWS, 5, seed=1) @ noise(5, COLUMNS, seed=2)

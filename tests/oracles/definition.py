@@ -33,15 +33,17 @@ def task_vectors(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Vec
     modules = sorted({re.sub(r"\.(lora_[AB]\.weight|ia3_l)$", "", key.removeprefix(PREFIX)) for key in tensors})
     if config["peft_type"] == "IA3":
         return {module: tensors[f"{PREFIX}{module}.ia3_l"].reshape(-1) - 1 for module in modules}
-    return {module: _lora(config, tensors, module) for module in modules}
+    parts = {module: lora_parts(config, tensors, module) for module in modules}
+    return {module: scaling * (B @ A) for module, (scaling, B, A) in parts.items()}
 
 
-def _lora(config: Mapping[str, Any], tensors: Mapping[str, Array], module: str) -> Array:
+def lora_parts(config: Mapping[str, Any], tensors: Mapping[str, Array], module: str) -> tuple[float, Array, Array]:
+    """(the lora scaling s, B, A) of one module."""
     rank = by_pattern(config.get("rank_pattern"), module, config["r"])
     alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
     A, B = (tensors[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
     assert A.shape[0] == B.shape[1] == rank
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * (B @ A)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), B, A
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
@@ -115,6 +117,16 @@ def ties(
         signs = np.where(given != 0, np.sign(given), signs)
         merged[module] = scale * disjoint_merge(stack, weights, signs, disjoint, normalize)
     return merged
+
+
+def ties_in_factors(members: Sequence[tuple[float, Array, Array]], weights: Sequence[float], density: float) -> Array:
+    """One module's (s, B, A): √|s|·B and sign(ws)·√|s|·A, each merged on its own by the weights √|w|, multiplied."""
+    factors = [
+        {"B": math.sqrt(abs(s)) * B, "A": math.copysign(math.sqrt(abs(s)), w * s) * A}
+        for w, (s, B, A) in zip(weights, members, strict=True)
+    ]
+    merged = ties(factors, [math.sqrt(abs(w)) for w in weights], density, scope="module")
+    return merged["B"] @ merged["A"]
 
 
 def trim_all(adapters: Sequence[Vectors], weights: Sequence[float], density: float, scope: str) -> list[Vectors]:
