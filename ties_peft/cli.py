@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from . import __version__, inspection
 from .adapter import Adapter
@@ -160,8 +161,11 @@ def methods_command(
         _print_json({"methods": [_method_dict(info) for info in chosen]})
         return
     console = Console()
-    for info in chosen:
-        _print_method(console, info, whole=name is not None)
+    if name is not None:
+        _print_method(console, chosen[0])
+        return
+    console.print(_method_table(chosen))
+    console.print("\nties-peft methods NAME explains one, with its parameters; two in a row: dare+ties, pico+ties")
 
 
 def _check_out(out: Path | None, asked: Recipe, force: bool, dry_run: bool) -> None:
@@ -243,18 +247,26 @@ def _print_loading(console: Console, base: str | None, out: Path, task: object) 
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_method(console: Console, info: MethodInfo, whole: bool) -> None:
-    console.print(f"[bold]{info.name}[/]  {escape(info.summary)}", highlight=False)
+def _method_table(found: list[MethodInfo]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("method", "what it does", "scale", "for"):
+        table.add_column(heading)
+    for info in found:
+        table.add_row(f"[bold]{info.name}[/]", escape(info.summary), f"{info.default_scale:g}", ", ".join(info.kinds))
+    return table
+
+
+def _print_method(console: Console, info: MethodInfo) -> None:
+    console.print(f"[bold]{info.name}[/]  {escape(info.summary)}\n", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("parameter", "default", "meaning"):
+        table.add_column(heading)
     for parameter in info.parameters:
-        console.print(
-            f"    {parameter.name} = {parameter.default!r}  [dim]{escape(parameter.meaning)}[/]", highlight=False
-        )
-    console.print(
-        f"    scale = {info.default_scale:g}; spaces: {', '.join(info.spaces)}; [dim]{escape(info.source)}[/]",
-        highlight=False,
-    )
-    if whole:
-        console.print("\n" + escape(info.text.partition("\n")[2].strip("\n")), highlight=False)
+        table.add_row(parameter.name, escape(repr(parameter.default)), escape(parameter.meaning))
+    table.add_row("scale", f"{info.default_scale:g}", "λ, on the merged task vector")
+    console.print(table)
+    console.print(f"\nspaces: {', '.join(info.spaces)}; for {', '.join(info.kinds)}\n", highlight=False)
+    console.print(escape(info.text.partition("\n")[2].strip("\n")), highlight=False)
 
 
 def _method_dict(info: MethodInfo) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class MethodInfo(NamedTuple):
     parameters: tuple[Parameter, ...]
     default_scale: float
     spaces: tuple[str, ...]
+    kinds: tuple[str, ...]
     source: str
     text: str
 
@@ -175,4 +176,6 @@ def methods() -> tuple[MethodInfo, ...]:
 def _info(cls: type[Method]) -> MethodInfo:
     text = inspect.cleandoc(cls.__doc__ or "")
     parameters = tuple(Parameter(n, f.default, f.description or "") for n, f in cls.model_fields.items())
-    return MethodInfo(cls.name, text.split("\n")[0], parameters, cls.default_scale, cls.spaces, cls.source, text)
+    return MethodInfo(
+        cls.name, text.split("\n")[0], parameters, cls.default_scale, cls.spaces, cls.kinds, cls.source, text
+    )
