@@ -62,9 +62,14 @@ def ia3(vectors: Mapping[str, Tensor]) -> Adapter:
     return in_memory({"peft_type": "IA3"}, tensors)
 
 
-def lora_of_rank_three(seed: int, alpha: float, rslora: bool) -> Adapter:
-    """A LoRA on all modules, of one rank and any lora scaling."""
-    return in_memory(lora_config(SHAPES, 3, alpha, use_rslora=rslora), lora_tensors(SHAPES, 3, seed))
+@st.composite
+def equal_ranks(draw: st.DrawFn) -> list[Adapter]:
+    """LoRAs on all modules, of one rank and any lora scaling, no two of them the same."""
+    scalings = draw(st.lists(st.tuples(st.sampled_from([-3.0, 1.0, 6.0]), st.booleans()), min_size=2, max_size=3))
+    return [
+        in_memory(lora_config(SHAPES, 3, alpha, use_rslora=rslora), lora_tensors(SHAPES, 3, seed))
+        for seed, (alpha, rslora) in enumerate(scalings)
+    ]
 
 
 def integer_lora(shapes: Shapes, seed: int) -> Adapter:
@@ -78,7 +83,6 @@ def integer_lora(shapes: Shapes, seed: int) -> Adapter:
 
 
 integer_loras = st.builds(integer_lora, st.just(INTEGER_SHAPES), seeds)
-equal_ranks = st.builds(lora_of_rank_three, seeds, st.sampled_from([-3.0, 1.0, 6.0]), st.booleans())
 adapters = loras() | ia3s()
 groups = st.lists(loras(), min_size=2, max_size=4) | st.lists(ia3s(), min_size=2, max_size=4)
 alike = st.lists(loras(whole=True), min_size=2, max_size=3) | st.lists(ia3s(whole=True), min_size=2, max_size=3)

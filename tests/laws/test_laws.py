@@ -102,7 +102,7 @@ def test_one_adapter_comes_back_in_space_factors_whatever_its_weight(rank: int, 
 
 
 @law
-@given(st.lists(equal_ranks, min_size=2, max_size=3), st.permutations(WEIGHTS), percents)
+@given(equal_ranks(), st.permutations(WEIGHTS), percents)
 def test_space_factors_merges_a_and_b_apart(members: list[Adapter], weights: list[float], percent: int) -> None:
     weights = weights[: len(members)]
     result = merged(members, space="factors", weights=weights, density=percent / 100)
