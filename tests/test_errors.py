@@ -313,3 +313,9 @@ def test_hostile_names_reach_no_terminal(make_lora: Make) -> None:
     for name in "bc":
         assert "\x1b" not in of_load(name)
     json.loads(json.dumps(merged.report.to_dict()))
+
+
+def test_the_report_is_text_inside_a_notebook_too(make_lora: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    report = ties_peft.merge([make_lora("a"), make_lora("b", seed=1)]).report
+    assert "2 LoRA adapters" in str(report) and repr(report) == str(report)

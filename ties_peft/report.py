@@ -59,7 +59,7 @@ class ModuleLine:
     conflict: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What went in, what came out, and what was lost.
 
@@ -102,8 +102,11 @@ class Report:
         del values["seconds"]
         return values
 
+    def __repr__(self) -> str:
+        return str(self)  # the last line of a notebook's cell shows the table, not its fields
+
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console = Console(file=io.StringIO(), width=100, color_system=None, force_jupyter=False, force_terminal=False)
         console.print(self)
         lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in lines)
