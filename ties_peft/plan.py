@@ -128,7 +128,6 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     """
     warnings = list(recipe.notes)
     space, stages, densities = _settings(recipe, len(adapters))
-    _check_space(stages, space)
     signs = _signs(stages.method)
     where = _device(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
@@ -170,6 +169,7 @@ def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule
     if len(densities) != count:
         raise RecipeError(f"{len(densities)} densities for {count} adapters. Give one per adapter, or None.")
     settings = settle(recipe.method, recipe.space, recipe.parameters, densities)
+    _check_space(settings.stages, settings.space)
     return settings.space, settings.stages, settings.densities
 
 

@@ -118,5 +118,4 @@ def _densities(
     used = {number for schedule in read for number in schedule.numbers()} or set(numbers)
     if len(used) == 1:
         return method.model_copy(update={DENSITY: used.pop()}), (None,) * len(own)
-    # the method's own density stands for all of them where it asks itself whether anything is trimmed
-    return method.model_copy(update={DENSITY: min(used)}), tuple(read)
+    return method, tuple(read)

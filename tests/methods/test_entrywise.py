@@ -75,6 +75,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("pcb", {"density": 0.5, "clamp": 0.2}),
     ("ties", {}),
     ("ties", {"elect": "none"}),
+    ("ties", {"elect": "none", "density": 1.0}),
     ("ties", {"elect": "none", "disjoint": "sum", "density": 0.4}),
     ("ties", {"elect": "none", "disjoint": "max", "density": 0.4}),
     ("ties", {"elect": "none", "normalize": False, "density": 0.4}),

@@ -209,11 +209,14 @@ def test_an_adapters_own_density_keeps_as_many_of_equal_magnitudes(make_lora: Ma
     file = make_lora("a", rank=1, alpha=1, shapes={"layers.0.q": (700, 512)}) / "adapter_model.safetensors"
     ones = {name: tensor.fill_(1.0) for name, tensor in load_file(file).items()}
     save_file(ones, file, metadata={"format": "pt"})
-    recipe = Recipe((str(file.parent),), densities=(0.6,), parameters={"density": 1.0}, rank=64)
-    mixed = Recipe((str(file.parent),) * 2, densities=(0.6, 1.0), parameters={"density": 1.0}, rank=64)
-    for asked in (recipe, mixed):
-        merged = merge_recipe(asked).delta("layers.0.q").round()
-        assert int(merged.count_nonzero()) == (215040 if asked is recipe else 358400)
+    other = make_lora("b", rank=1, shapes={"layers.0.q": (700, 512), "layers.0.k": (7, 5)})
+    mute = [{"filter": "layers.0.q", "value": 0}, {"value": 1}]
+    asked: dict[str, Any] = {"parameters": {"density": 1.0}, "rank": 64}
+    alone = Recipe((str(file.parent),), densities=(0.6,), **asked)
+    beside = Recipe((str(file.parent), str(other)), weights=(1, mute), densities=(0.6, None), **asked)
+    for recipe in (alone, beside):
+        merged = merge_recipe(recipe).delta("layers.0.q").round()
+        assert int(merged.count_nonzero()) == 215040  # 0.6 · 700 · 512
 
 
 def test_a_module_that_one_adapter_has_is_trimmed_by_its_own_density(make_lora: Make) -> None:
