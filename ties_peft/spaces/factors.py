@@ -15,13 +15,12 @@ class FactorsEncoding(Encoding):
     """√|c|·A (signed) and √|c|·B with c = w·s, each a part of its own."""
 
     def __init__(self, deltas: Sequence[Delta]) -> None:
-        self.parts = [_split(delta) for delta in deltas]
+        self.deltas = deltas
+        self.parts = [_split(delta, 1.0) for delta in deltas]
 
     def weighted(self, place: int, weight: float) -> tuple[Delta, ...]:
         """The weight split evenly, its sign on A."""
-        A, B = self.parts[place]
-        root = math.sqrt(abs(weight))
-        return A.scaled(math.copysign(root, weight)), B.scaled(root)
+        return _split(self.deltas[place], weight)
 
     def weights(self, weight: float) -> tuple[float, ...]:
         """Each factor carries √|w|, so that one adapter comes back unchanged."""
@@ -64,9 +63,10 @@ class FactorsSpace(Space):
         )
 
 
-def _split(delta: Delta) -> tuple[Delta, ...]:
-    """A and B with the lora scaling, which B holds, split evenly between them, its sign on A."""
+def _split(delta: Delta, weight: float) -> tuple[Delta, ...]:
+    """A and B with c = w·s split evenly between them in one step, so that equal c make equal parts; its sign on A."""
     if not isinstance(delta, LowRank):
         raise TypeError("space 'factors' is for LoRA")
-    held = math.copysign(math.sqrt(abs(delta.scaling)), delta.scaling) or 1.0
-    return Dense(delta.A * held), Dense(delta.B / held)
+    c = weight * delta.scaling
+    root = math.sqrt(abs(c))
+    return Dense(delta.A * math.copysign(root, c)), Dense(delta.B * (root / delta.scaling if delta.scaling else 0.0))
