@@ -64,14 +64,14 @@ class Ballot:
             torch.maximum(self.positive, values, out=self.positive)
             torch.minimum(self.negative, values, out=self.negative)
             self.sums += values
-        else:
-            self.positive += torch.clamp_min(values, 0, out=self.buffer)
-            self.negative += torch.clamp_max(values, 0, out=self.buffer)
         if self.heft is None and abs(weight) != 1 and self.normalize and self.disjoint == "mean":
             self.heft = (self.plus.clone(), self.minus.clone())
-        for side, (count, compare) in enumerate(((self.plus, torch.gt), (self.minus, torch.lt))):
-            compare(values, 0, out=self.buffer)
+        sides = ((self.plus, self.positive, torch.gt), (self.minus, self.negative, torch.lt))
+        for side, (count, mass, compare) in enumerate(sides):
+            compare(values, 0, out=self.buffer)  # as 0.0 and 1.0: torch is slow between bool and float
             count += self.buffer
+            if self.sums is None:
+                mass.addcmul_(values, self.buffer)
             if self.heft is not None:
                 self.heft[side].add_(self.buffer, alpha=abs(weight))
 
@@ -83,7 +83,7 @@ class Ballot:
             lead = self.positive + self.negative if self.sums is None else self.sums
         if signs is not None:
             lead = torch.where(signs != 0, signs, lead)
-        return torch.ge(lead, 0).to(torch.float32)
+        return torch.ge(lead, 0, out=self.buffer)
 
     def result(self, signs: Tensor | None = None) -> Tensor:
         """The disjoint merge of all that was cast, of the ballot's shape."""
@@ -91,7 +91,7 @@ class Ballot:
             plus = minus = torch.ones_like(self.positive)
         else:
             plus = self.elected(signs)
-            minus = 1 - plus
+            minus = plus.neg().add_(1)
         return self._combine(plus, minus)
 
     def _combine(self, plus: Tensor, minus: Tensor) -> Tensor:
@@ -112,8 +112,9 @@ class Ballot:
 
     def conflicts(self) -> tuple[int, int]:
         """(entries with both signs among the kept values, entries kept by two adapters or more)."""
-        both = (self.plus > 0) & (self.minus > 0)
-        return int(both.sum()), int((self.plus + self.minus >= 2).sum())
+        both = torch.sign(self.plus).mul_(self.minus.sign())
+        several = (self.plus + self.minus).sub_(1).clamp_(0, 1)
+        return int(both.sum()), int(several.sum())
 
 
 def elect(vectors: Tensor, by: Elect = "mass") -> Tensor:

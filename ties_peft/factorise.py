@@ -17,6 +17,7 @@ from the leading row space of the plain sum and iterating once or twice brings i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +25,13 @@ from torch import Tensor
 
 from .delta import Delta, LowRank
 
+Run = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]]
+
 OVERSAMPLE = 16  # directions carried beyond the rank asked for
 SMALL_SIDE = 640  # up to here a Gram matrix is cheaper than iterating, and exact
 HELPED = 5e-4  # a round that lowers the error by a smaller share than this was the last
 ROUNDS = 12
+BAND = 512  # rows of a large product that one thread computes at a time
 NOISE = 1e-14  # eigenvalues of a float64 Gram matrix below this share of the largest are rounding
 
 
@@ -62,12 +66,13 @@ class Factors:
         return min(1.0, self.kept / self.total) if self.total > 0 else 1.0
 
 
-def factorise(matrix: Tensor, rank: int, start: Tensor | None = None) -> Factors:
+def factorise(matrix: Tensor, rank: int, start: Tensor | None = None, run: Run = map) -> Factors:
     """The best rank-`rank` factors of a matrix.
 
     Args:
         matrix: (out, in), float32.
         rank: at least 1; more than min(out, in) is cut to that.
+        run: how to call a function on several blocks; `Workers.map` does it on threads.
         start: (in, l), a guess of the leading row space, l ≥ rank + OVERSAMPLE or more to be of use.
     Law: ‖M − B·A‖ is within 1 % of the optimum √(Σ_{i>r} σᵢ²), and equal to it (to rounding) where
         the smaller side is at most SMALL_SIDE or M has rank ≤ r.
@@ -77,7 +82,7 @@ def factorise(matrix: Tensor, rank: int, start: Tensor | None = None) -> Factors
     width = rank + OVERSAMPLE
     if side <= SMALL_SIDE or 3 * width > side:
         return _through_gram(matrix, rank)
-    return _by_iteration(matrix, rank, _orthonormal(_wide(matrix, width, start)))
+    return _by_iteration(matrix, rank, _orthonormal(_wide(matrix, width, start)), run)
 
 
 def compress(delta: LowRank, rank: int) -> Factors:
@@ -154,13 +159,13 @@ def _through_gram(matrix: Tensor, rank: int) -> Factors:
     return _balanced(Vt.T, S, U.T, total) if tall else _balanced(U, S, Vt, total)
 
 
-def _by_iteration(matrix: Tensor, rank: int, guess: Tensor) -> Factors:
+def _by_iteration(matrix: Tensor, rank: int, guess: Tensor, run: Run) -> Factors:
     """Subspace iteration until the error of the rank-r truncation stops falling."""
     total = _energy(matrix)
     before = math.inf
     for _ in range(ROUNDS):
-        Q = _orthonormal(matrix @ guess)
-        rest = (matrix.T @ Q).double().T  # Qᵀ·M, (l, in)
+        Q = _orthonormal(_product(matrix, guess, run))
+        rest = _product(matrix.T, Q, run).double().T  # Qᵀ·M, (l, in)
         values, vectors = torch.linalg.eigh(rest @ rest.T)
         kept = float(values[-rank:].clamp_min(0).sum())
         error = math.sqrt(max(0.0, total - kept))
@@ -173,6 +178,12 @@ def _by_iteration(matrix: Tensor, rank: int, guess: Tensor) -> Factors:
     keep = S.square() > NOISE * float(values[-1])
     top, S = top[:, keep], S[keep]
     return _balanced(Q.double() @ top, S, (top.T @ rest) / S.unsqueeze(1), total)
+
+
+def _product(matrix: Tensor, thin: Tensor, run: Run) -> Tensor:
+    """matrix · thin, in bands of rows that depend on the shape alone, so that threads change no bit."""
+    bands = [matrix[start : start + BAND] for start in range(0, matrix.shape[0], BAND)]
+    return torch.cat(list(run(lambda band: band @ thin, bands)))
 
 
 def _wide(matrix: Tensor, width: int, start: Tensor | None) -> Tensor:
@@ -198,8 +209,10 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 
 
 def _energy(matrix: Tensor) -> float:
-    """‖M‖², summed in float64 a band of rows at a time."""
-    return sum(float(matrix[start : start + 256].double().square().sum()) for start in range(0, matrix.shape[0], 256))
+    """‖M‖², a band of rows at a time, the bands summed in float64."""
+    return sum(
+        float(torch.linalg.vector_norm(matrix[start : start + 16])) ** 2 for start in range(0, matrix.shape[0], 16)
+    )
 
 
 def _root(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -167,7 +167,7 @@ def _one_module(
     account.add_inputs([place for place, _ in holders], deltas)
     tally: dict[str, int] = {}
     merged = _merge_parts(coordinates, module.name, deltas, cuts, crew, tally) if holders else zero(module.shape)
-    factors = _at_rank(merged, plan, deltas).scaled(plan.scale)
+    factors = _at_rank(merged, plan, deltas, crew).scaled(plan.scale)
     tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
     written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
     if not all(torch.isfinite(tensor).all() for tensor in written.values()):
@@ -243,7 +243,7 @@ def _merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[s
     return Dense(result)
 
 
-def _at_rank(merged: Delta, plan: Plan, deltas: Sequence[Delta]) -> Factors:
+def _at_rank(merged: Delta, plan: Plan, deltas: Sequence[Delta], crew: Workers) -> Factors:
     """The merged task vector at the rank asked for; as it is where its kind has none."""
     if plan.rank is None:
         energy = inner(merged, merged)
@@ -251,7 +251,7 @@ def _at_rank(merged: Delta, plan: Plan, deltas: Sequence[Delta]) -> Factors:
     if isinstance(merged, LowRank):
         factors = compress(merged, plan.rank)
     else:
-        factors = factorise(merged.dense(), plan.rank, row_space(factored(deltas), plan.rank + OVERSAMPLE))
+        factors = factorise(merged.dense(), plan.rank, row_space(factored(deltas), plan.rank + OVERSAMPLE), crew.map)
     return factors.restored() if plan.restore_norm else factors
 
 

@@ -29,9 +29,10 @@ from .delta import Delta, size
 from .errors import MethodError, printable
 from .plan import VOCABULARY, Plan
 from .tiles import Workers, tiles
-from .trim import KEEP_ALL, KEEP_NONE, Cut, kept_count
+from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, kept_count
 
-SAMPLE = 1 << 16
+SAMPLE = 1 << 14
+WHOLE = 1 << 18  # up to so many entries all are collected: nothing to sample
 SIGMAS = 4.0  # of the sample's quantile, on either side: the bracket misses once in thousands
 Cuts = dict[tuple[int, str], tuple[tuple[Cut, ...], ...]]  # (member, module) → for each part, a cut for each density
 Progress = Callable[[str, int, int], None]
@@ -182,8 +183,8 @@ def _share(group: Sequence[Place], found: Sequence[Census], threshold: float, sp
     for place, counts in zip(group, equal, strict=True):
         quota = []
         for count in counts:
-            quota.append(min(count, spare))
-            spare -= quota[-1]
+            quota.append(ALL if count <= spare else spare)
+            spare -= min(count, spare)
         cuts[place.module, place.part] = Cut(threshold, tuple(quota))
     return cuts
 
@@ -191,7 +192,7 @@ def _share(group: Sequence[Place], found: Sequence[Census], threshold: float, sp
 def _bracket(group: Sequence[Place], share: float, sigmas: float, entries: int) -> tuple[float, float]:
     """Magnitudes between which the one that `share` of all entries exceed lies, most likely."""
     spread = sigmas * math.sqrt(share * (1 - share) / SAMPLE)
-    if entries <= 4 * SAMPLE or spread >= 0.5:
+    if entries <= WHOLE or spread >= 0.5:
         return 0.0, math.inf
     sample = torch.cat([_sample(place, max(1, SAMPLE * place.size // entries)) for place in group])
     count = len(sample)
@@ -214,9 +215,11 @@ def _sample(place: Place, count: int) -> Tensor:
 def _census(delta: Delta, low: float, high: float, crew: Workers) -> Census:
     """Count the magnitudes above `high` and collect those in [low, high], tile by tile."""
 
+    device = delta.rows(0, 0).device
+
     def tile(rows: tuple[int, int]) -> tuple[int, np.ndarray]:
         shape = (rows[1] - rows[0], *delta.shape[1:])
-        values = delta.rows(*rows, out=crew.scratch("vector", shape, delta.rows(0, 0).device)).abs_()
+        values = delta.rows(*rows, out=crew.scratch("vector", shape, device)).abs_()
         return _count(values, low, high)
 
     found = crew.map(tile, tiles(delta.shape))

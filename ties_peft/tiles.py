@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-TILE = 1 << 17  # entries a tile holds, about: half a megabyte in float32
+TILE = 1 << 18  # entries a tile holds, about: a megabyte in float32; smaller ones make threads wait for each other
 Result = TypeVar("Result")
 
 

@@ -31,6 +31,9 @@ def kept_count(density: float, entries: int) -> int:
     return math.floor(Fraction(repr(float(density))) * entries)
 
 
+ALL = -1  # in place of a tile's number of places: every entry that equals the threshold stays
+
+
 @dataclass(frozen=True)
 class Cut:
     """Where one task vector is cut on one part of one module.
@@ -39,7 +42,7 @@ class Cut:
         threshold: the magnitude of the smallest kept entry; larger ones stay, smaller ones go.
             inf keeps nothing, 0 keeps everything.
         spare: for every tile, how many of the entries whose magnitude equals the threshold stay,
-            the first in row-major order; None where all of them do.
+            the first in row-major order, ALL of them included; None where all do in every tile.
     """
 
     threshold: float
@@ -51,7 +54,7 @@ class Cut:
             return values.zero_()
         if self.threshold == 0:
             return values
-        if self.spare is not None:
+        if self.spare is not None and self.spare[tile] != ALL:
             self._drop_surplus(values, self.spare[tile])
         # hardshrink keeps |x| > λ: the float just below the threshold makes that |x| ≥ threshold
         below = _float_below(self.threshold)
