@@ -72,10 +72,12 @@ def factorise(matrix: Tensor, rank: int, start: Tensor | None = None, run: Run =
     Args:
         matrix: (out, in), float32.
         rank: at least 1; more than min(out, in) is cut to that.
+        start: (in, l), a guess of the leading row space, l ≥ rank + OVERSAMPLE to be of use; such as
+            `row_space` of what was merged.
         run: how to call a function on several blocks; `Workers.map` does it on threads.
-        start: (in, l), a guess of the leading row space, l ≥ rank + OVERSAMPLE or more to be of use.
-    Law: ‖M − B·A‖ is within 1 % of the optimum √(Σ_{i>r} σᵢ²), and equal to it (to rounding) where
-        the smaller side is at most SMALL_SIDE or M has rank ≤ r.
+    Law: ‖M − B·A‖ equals the optimum √(Σ_{i>r} σᵢ²) (to rounding) where the smaller side is at most
+        SMALL_SIDE, and is within 1 % of it above that for merges started from their `row_space`. A
+        start orthogonal to all that matters can stop the iteration too early.
     """
     side = min(matrix.shape)
     rank = min(rank, side)
@@ -117,15 +119,6 @@ def balance(delta: LowRank) -> LowRank:
     canonical = compress(delta, delta.rank).delta
     assert isinstance(canonical, LowRank)
     return canonical
-
-
-def orthonormal_mix(gram: Tensor) -> Tensor:
-    """X, (K, k), such that S·X is an orthonormal basis of the columns of S, given gram = Sᵀ·S in float64.
-
-    The basis is that of the left singular vectors, the largest first; directions that are rounding
-    are left out.
-    """
-    return _root(gram)[1].flip(1)
 
 
 def row_space(deltas: list[LowRank], width: int, seed: int = 0) -> Tensor:

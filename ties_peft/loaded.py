@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .errors import AdapterError, CompatibilityError, RecipeError, printable, unknown
 from .kinds import kind_of
 from .kinds.base import PREFIX
-from .tensors import Info
+from .tensors import MemoryTensors
 
 
 def find_tuner(model: Any) -> Any:
@@ -120,21 +120,8 @@ def _slots(tuner: Any, adapter: str) -> dict[str, Slot]:
     return slots
 
 
-class LiveTensors:
+class LiveTensors(MemoryTensors):
     """The tensors of a loaded adapter, brought to the CPU one at a time."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(sorted(tensors.items()))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All names, sorted."""
-        return tuple(self._tensors)
-
-    def info(self, name: str) -> Info:
-        """Shape and dtype."""
-        tensor = self._tensors[name]
-        return Info(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU."""

@@ -37,8 +37,7 @@ class FactorsSpace(Space):
 
     The merged product holds cross terms: with masks Mᵢ for A and Nᵢ for B it is a mean over pairs of
     (Nᵢ∘Bᵢ)·(Mⱼ∘Aⱼ), of which only i = j is anybody's task vector. It also depends on how each adapter
-    happens to be factored: (B·G, G⁻¹·A) is the same adapter and gives another result. On real tasks it
-    is level with the plain average, about seven points under space `delta`.
+    happens to be factored: (B·G, G⁻¹·A) is the same adapter and gives another result.
 
     Law: with equal lora scalings and unit weights it equals PEFT's `ties`.
     """
