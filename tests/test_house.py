@@ -27,6 +27,7 @@ FLOORS = {
     "tensors": 1,
     "factorise": 1,
     "sources": 1,
+    "base_model": 2,
     "writer": 1,
     "schedule": 1,
     "document": 1,
@@ -57,7 +58,7 @@ FLOORS = {
     "cli": 13,
     "__main__": 14,
 }
-FOLDERS = ("kinds", "methods", "spaces")
+FOLDERS = ("cli", "kinds", "methods", "spaces")
 HEAVY = ("transformers", "peft", "accelerate")
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 
@@ -120,9 +121,10 @@ def test_files_of_a_folder_do_not_know_each_other(folder: str) -> None:
 
 
 def test_kinds_methods_and_spaces_do_not_know_each_other() -> None:
-    for folder in FOLDERS:
+    rooms = set(FOLDERS) - {"cli"}
+    for folder in rooms:
         for path in (ROOT / folder).glob("*.py"):
-            assert not {parts[0] for parts in imported(path) if parts} & (set(FOLDERS) - {folder})
+            assert not {parts[0] for parts in imported(path) if parts} & (rooms - {folder})
 
 
 def test_nothing_imports_the_heavy_packages_when_it_is_read() -> None:

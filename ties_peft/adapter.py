@@ -18,6 +18,14 @@ from .kinds import Kind, Module, kind_of
 from .tensors import FLOATING, MemoryTensors, PickleFile, SafetensorsFile, TensorSource, digest
 from .tiles import one_thread
 
+RIDERS = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_embedding_": "LoRA on embeddings",
+    "lora_B.bias": "a bias on lora_B",
+    "token_adapter": "trained token embeddings",
+    ".base_layer.": "base layers",
+}
+WHOLE = "whole layers (modules_to_save, heads, biases)"
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -33,6 +41,8 @@ class Adapter:
         source: the path or Hub id it came from, as the user wrote it, with its revision; None if it
             never had one.
         kind: its type: LoRA, (IA)³.
+        layout: its modules by name.
+        riders: the names of the tensors that belong to no module, sorted: heads, biases, embeddings.
     """
 
     def __init__(self, config: dict[str, Any], tensors: TensorSource, source: str | None = None) -> None:
@@ -41,6 +51,9 @@ class Adapter:
         self.source = source
         self.kind: Kind = kind_of(config.get("peft_type"), self.label)
         self.layout: dict[str, Module] = self.kind.layout(config, tensors, self.label)
+        claimed = {key for module in self.layout.values() for key in module.keys}
+        self.riders = tuple(key for key in tensors.names if key not in claimed)
+        _refuse_riders(self.riders, self.label)
         if not self.layout:
             raise AdapterError(
                 f"adapter '{self.label}' holds no {self.kind.title} tensors. Save it again with PEFT's save_pretrained."
@@ -183,6 +196,18 @@ class Adapter:
 def in_memory(config: dict[str, Any], tensors: dict[str, Tensor], source: str | None = None) -> Adapter:
     """An adapter made of a config and tensors that are not in a file."""
     return Adapter(config, MemoryTensors(tensors), source)
+
+
+def _refuse_riders(riders: tuple[str, ...], label: str) -> None:
+    """Refuse tensors that no module accounts for, each by what its name says it is."""
+    if not riders:
+        return
+    what = next((text for part, text in RIDERS.items() if any(part in key for key in riders)), WHOLE)
+    names = ", ".join(f"'{printable(key)}'" for key in riders[:4]) + (", …" if len(riders) > 4 else "")
+    raise AdapterError(
+        f"adapter '{label}' holds {len(riders)} tensor(s) of {what}, which ties_peft cannot merge yet: {names}. "
+        "Leaving them out would change what the adapter does; train or save it without, or leave the adapter out."
+    )
 
 
 def _read_config(folder: Path, label: str) -> dict[str, Any]:

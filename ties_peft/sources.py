@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import AdapterError, printable
@@ -31,10 +32,9 @@ def find(source: str, subfolder: str | None = None, token: str | None = None) ->
         return folder / subfolder if subfolder else folder
     if folder is not None:
         raise AdapterError(f"adapter '{printable(source)}' is a file; expected the folder that holds {CONFIG}.")
-    name, at, revision = source.partition("@")
-    if not HUB_ID.fullmatch(name) or (at and not revision):
-        raise AdapterError(f"adapter '{printable(source)}': there is no such folder. Check the path.")
-    return _download(source, name, revision or None, subfolder, token)
+    within = f"{subfolder.strip('/')}/" if subfolder else ""
+    root = download(source, [f"{within}{name}" for name in (CONFIG, *WEIGHTS)], token)
+    return root / subfolder if subfolder else root
 
 
 def local(source: str) -> Path | None:
@@ -72,21 +72,29 @@ def weights_in(folder: Path, label: str) -> Path:
     )
 
 
-def _download(source: str, repository: str, revision: str | None, subfolder: str | None, token: str | None) -> Path:
-    """The Hub's copy in its local cache; huggingface_hub is imported only here."""
+def download(source: str, patterns: Sequence[str], token: str | None = None, what: str = "adapter") -> Path:
+    """The Hub's copy, in its local cache, of the files of a repository that fit some patterns.
+
+    Args:
+        source: `org/name` or `org/name@revision`.
+        patterns: of file names, as `huggingface_hub` takes them.
+        token: likewise.
+        what: is looked for, in the message.
+    Raises: AdapterError where that is no id, or the Hub gives nothing; huggingface_hub is imported only here.
+    """
+    name, at, revision = source.partition("@")
+    if not HUB_ID.fullmatch(name) or (at and not revision):
+        raise AdapterError(f"{what} '{printable(source)}': there is no such folder. Check the path.")
     from huggingface_hub import snapshot_download
 
-    within = f"{subfolder.strip('/')}/" if subfolder else ""
-    wanted = [f"{within}{name}" for name in (CONFIG, *WEIGHTS)]
     try:
-        root = Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision or None, token=token, allow_patterns=list(patterns)))
     except Exception as error:  # the Hub's client raises its own, the network's and the file system's errors
         said = (str(error).strip().splitlines() or [""])[0]
         if token:
             said = said.replace(token, "…")
         raise AdapterError(
-            f"adapter '{printable(source)}': there is no such folder here, and the Hub gave no adapter of that id "
+            f"{what} '{printable(source)}': there is no such folder here, and the Hub gave no {what} of that id "
             f"({type(error).__name__}: {printable(said)}). "
             "Check the spelling, the network, and whether the repository is private."
         ) from None
-    return root / subfolder if subfolder else root

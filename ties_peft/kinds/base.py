@@ -45,17 +45,19 @@ class Kind(ABC):
         name: as users see it: `lora`, `ia3`.
         title: as it is written in text: LoRA, (IA)³.
         peft_type: as it stands in adapter_config.json.
+        writes: the name of the kind that a merge of it is written as; its own, if it has a form of its own.
         has_rank: whether `rank` means anything for it.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     peft_type: ClassVar[str]
+    writes: ClassVar[str]
     has_rank: ClassVar[bool]
 
     @abstractmethod
     def layout(self, config: Config, tensors: TensorSource, label: str) -> dict[str, Module]:
-        """The modules in a file, by name; every tensor accounted for.
+        """The modules in a file, by name. Tensors that belong to none are the adapter's riders.
 
         Raises: AdapterError, naming what of the config or of the tensors cannot be merged.
         """
@@ -95,18 +97,6 @@ def refuse_settings(config: Config, refused: Mapping[str, str], label: str) -> N
             f"adapter '{label}' uses {printable('; '.join(found))}, which ties_peft cannot merge yet, "
             "and leaving it out would change what the adapter does. Train or convert it without, or leave it out."
         )
-
-
-def refuse_leftovers(leftover: Sequence[str], kinds: Mapping[str, str], otherwise: str, label: str) -> None:
-    """Refuse tensors that no module accounts for, each by what its name says it is."""
-    if not leftover:
-        return
-    what = next((text for part, text in kinds.items() if any(part in key for key in leftover)), otherwise)
-    names = ", ".join(f"'{printable(key)}'" for key in leftover[:4]) + (", …" if len(leftover) > 4 else "")
-    raise AdapterError(
-        f"adapter '{label}' holds {len(leftover)} tensor(s) of {what}, which ties_peft cannot merge yet: {names}. "
-        "Leaving them out would change what the adapter does; train or save it without, or leave the adapter out."
-    )
 
 
 _OFF: tuple[Any, ...] = (None, False, "none", "", [], {}, 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..delta import Delta, Dense
 from ..errors import AdapterError, printable
 from ..tensors import TensorSource
-from .base import PREFIX, Config, Kind, Module, module_of, refuse_leftovers, refuse_settings
+from .base import PREFIX, Config, Kind, Module, module_of, refuse_settings
 
 SUFFIX = ".ia3_l"
 REFUSED_SETTINGS = {"modules_to_save": "whole modules saved beside the adapter"}
@@ -24,6 +24,7 @@ class IA3(Kind):
     """Infused adapters (Liu et al., Few-Shot Parameter-Efficient Fine-Tuning, NeurIPS 2022)."""
 
     name = "ia3"
+    writes = "ia3"
     title = "(IA)³"
     peft_type = "IA3"
     has_rank = False
@@ -32,8 +33,6 @@ class IA3(Kind):
         """The vectors; which side they multiply is told by their shape, (k, 1) or (1, k)."""
         refuse_settings(config, REFUSED_SETTINGS, label)
         vectors = [key for key in tensors.names if key.endswith(SUFFIX)]
-        leftover = [key for key in tensors.names if not key.endswith(SUFFIX)]
-        refuse_leftovers(leftover, {}, "whole layers (modules_to_save, heads)", label)
         modules = (_module(module_of(key, SUFFIX[1:], label), key, tensors, label) for key in vectors)
         return {module.name: module for module in modules}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..delta import Delta, LowRank
 from ..errors import AdapterError, printable
 from ..tensors import TensorSource
-from .base import PREFIX, Config, Kind, Module, module_of, refuse_leftovers, refuse_settings
+from .base import PREFIX, Config, Kind, Module, module_of, refuse_settings
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 
@@ -38,13 +38,6 @@ REFUSED_SETTINGS = {
     "velora_config": "VeLoRA",
     "megatron_config": "Megatron layers",
 }
-REFUSED_TENSORS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_embedding_": "LoRA on embeddings",
-    "lora_B.bias": "a bias on lora_B",
-    "token_adapter": "trained token embeddings",
-    ".base_layer.": "base layers",
-}
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # initialisations that alter the base's weights
 
 
@@ -52,6 +45,7 @@ class Lora(Kind):
     """Low-rank adapters (Hu et al., LoRA, ICLR 2022; Kalajdzievski, rsLoRA, 2023)."""
 
     name = "lora"
+    writes = "lora"
     title = "LoRA"
     peft_type = "LORA"
     has_rank = True
@@ -61,14 +55,10 @@ class Lora(Kind):
         refuse_settings(config, REFUSED_SETTINGS, label)
         _refuse_changed_base(config, label)
         pairs: dict[str, dict[str, str]] = {}
-        leftover = []
         for key in tensors.names:
             suffix = next((s for s in (A_SUFFIX, B_SUFFIX) if key.endswith(s)), None)
-            if suffix is None:
-                leftover.append(key)
-            else:
+            if suffix is not None:
                 pairs.setdefault(module_of(key, suffix[1:], label), {})[suffix] = key
-        refuse_leftovers(leftover, REFUSED_TENSORS, "whole layers (modules_to_save, heads, biases)", label)
         return {name: _module(name, pair, config, tensors, label) for name, pair in sorted(pairs.items())}
 
     def read(self, module: Module, tensors: TensorSource) -> LowRank:

@@ -1,0 +1,57 @@
+"""The command line: parses, calls, prints. One file in this folder for each command; the folder is the list.
+
+Exit status: 0 on success; 2 on bad input or usage, with one message on standard error; 1 on an
+unforeseen fault. With `--json` standard output holds one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pkgutil
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import TiesPeftError, TiesPeftWarning
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Merge many PEFT adapters into one adapter that PeftModel loads.",
+)
+ORDER = ("merge", "inspect", "methods")  # as the help lists them; others follow by name
+
+
+def main() -> None:
+    """Run the command line; every TiesPeftError becomes one message and exit status 2."""
+    warnings.simplefilter("ignore", TiesPeftWarning)  # the report's warnings are printed once, below
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a letter shows `?` instead
+            stream.reconfigure(errors="replace")
+    try:
+        app()
+    except TiesPeftError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        typer.echo(f"ties-peft {__version__}")
+        raise typer.Exit
+
+
+def _register() -> None:
+    names = [entry.name for entry in pkgutil.iter_modules(__path__) if entry.name != "base"]
+    for name in sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
+        importlib.import_module(f"{__name__}.{name}").register(app)
+
+
+_register()

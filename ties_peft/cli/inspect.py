@@ -1,0 +1,32 @@
+"""`ties-peft inspect`: what is in some adapters, and whether they can be merged."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .. import inspection
+from .base import Json, print_json
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("inspect")(inspect)
+
+
+def inspect(
+    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Show what is in an adapter, and whether several can be merged."""
+    seen = inspection.inspect(adapters)
+    if as_json:
+        print_json(seen.to_dict())
+    else:
+        Console().print(seen)
+    if seen.faults:
+        sys.stderr.write("".join(f"error: {fault}\n" for fault in seen.faults))
+        raise typer.Exit(2)

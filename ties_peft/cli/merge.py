@@ -1,0 +1,149 @@
+"""`ties-peft merge`: adapters in, one adapter out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ..adapter import Adapter
+from ..errors import RecipeError, printable
+from ..flags import Flags
+from ..merge import merge_recipe
+from ..merged import Merged, inputs
+from ..plan import Plan, make_plan
+from ..recipe import Recipe
+from ..spaces import spaces
+from ..writer import check_target
+from .base import Json, print_json, progress_bar, show_warnings
+
+Weights = Annotated[
+    str | None, typer.Option(help="One number per adapter: 1,0.5,1; or norm: all of one length.", show_default="1 each")
+]
+Scale = Annotated[float | None, typer.Option(help="λ, on the merged task vector.", show_default="the method's")]
+Scope = Annotated[str | None, typer.Option(help="Trim over the whole adapter or each module.", show_default="adapter")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="NAME=VALUE, a parameter of the method, in YAML; repeatable.", show_default=False),
+]
+RestoreNorm = Annotated[
+    bool, typer.Option("--restore-norm", help="Bring a result that the rank truncates back to the norm it had.")
+]
+BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the inputs'")]
+AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("merge")(merge)
+
+
+def merge(
+    adapters: Annotated[list[str] | None, typer.Argument(help="Folders or Hub ids.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option(help="See `ties-peft methods`.", show_default="ties")] = None,
+    space: Annotated[str | None, typer.Option(help=", ".join(spaces()) + ".", show_default="delta")] = None,
+    weights: Weights = None,
+    scale: Scale = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries the trim keeps.", show_default="0.2")] = None,
+    scope: Scope = None,
+    settings: Settings = None,
+    rank: Annotated[str | None, typer.Option(help="A whole number, max or auto.", show_default="auto")] = None,
+    restore_norm: RestoreNorm = False,
+    seed: Annotated[int | None, typer.Option(help="Of every random draw.", show_default="0")] = None,
+    device: Annotated[str, typer.Option(help="Where the arithmetic is done.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the inputs'")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.", show_default=False)] = None,
+    base_name: BaseName = None,
+    allow_disjoint: AllowDisjoint = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and stop before the work.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge adapters into one."""
+    flags = Flags(
+        recipe,
+        adapters,
+        method,
+        space,
+        weights,
+        scale,
+        density,
+        scope,
+        settings,
+        rank,
+        restore_norm,
+        seed,
+        dtype,
+        base_name,
+        allow_disjoint,
+    )
+    asked = flags.asked()
+    _check_out(out, asked, force, dry_run)
+    if dry_run:
+        plan = make_plan(asked, [Adapter.load(name) for name in asked.adapters], device)
+        _show_plan(plan, asked, as_json)
+        return
+    with progress_bar() as tell:
+        merged = merge_recipe(asked, device=device, progress=tell)
+    assert out is not None
+    merged.save(out, force)
+    _show_merged(merged, out, as_json)
+
+
+def _check_out(out: Path | None, asked: Recipe, force: bool, dry_run: bool) -> None:
+    if out is not None:
+        check_target(out, force, inputs(asked))
+    elif not dry_run:
+        raise RecipeError("no output was named. Say where to write: --out FOLDER.")
+
+
+def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
+    show_warnings(plan.warnings)
+    facts = {
+        "adapters": [member.name for member in plan.members],
+        "kind": plan.kind.title,
+        "modules": len(plan.modules),
+        "method": plan.method.name,
+        "space": plan.space.name,
+        "scale": plan.scale,
+        "rank": plan.rank,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+    }
+    if as_json:
+        print_json({"dry_run": True, "recipe": asked.to_dict(), "plan": facts})
+        return
+    for key, value in facts.items():
+        typer.echo(f"{key:<9} {', '.join(value) if isinstance(value, list) else value if value is not None else '–'}")
+    typer.echo("every check passed; nothing was written")
+
+
+def _show_merged(merged: Merged, out: Path, as_json: bool) -> None:
+    show_warnings(merged.report.warnings)
+    if as_json:
+        print_json({"out": str(out), "recipe": merged.recipe.to_dict(), "report": merged.report.to_dict()})
+        return
+    console = Console()
+    console.print(merged.report.tables())
+    console.print(f"\nwritten to {escape(str(out))}; load it with\n", highlight=False, soft_wrap=True)
+    _print_loading(console, merged.base, out, merged.config.get("task_type"))
+
+
+def _print_loading(console: Console, base: str | None, out: Path, task: object) -> None:
+    """The lines of Python that load the result."""
+    loader = {
+        "CAUSAL_LM": "AutoModelForCausalLM",
+        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+        "SEQ_CLS": "AutoModelForSequenceClassification",
+    }.get(str(task), "AutoModel")
+    name = printable(base or "your/base-model")
+    lines = (
+        f"from transformers import {loader}; from peft import PeftModel",
+        f"base = {loader}.from_pretrained({name!r})",
+        f"model = PeftModel.from_pretrained(base, {str(out)!r})",
+    )
+    for line in lines:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
