@@ -607,7 +607,7 @@ def test_an_unforeseen_fault_is_not_hidden(make: Maker, monkeypatch: pytest.Monk
         raise ZeroDivisionError
 
     a = make.lora("a")
-    monkeypatch.setattr(cli, "merge_recipe", broken)
+    monkeypatch.setattr("ties_peft.cli.merge.merge_recipe", broken)
     before = tree(make.root)
     with pytest.raises(ZeroDivisionError):
         run("merge", a, "--out", make.root / "new/out")
