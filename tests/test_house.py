@@ -27,6 +27,7 @@ FLOORS = {
     "tensors": 1,
     "factorise": 1,
     "sources": 1,
+    "statistics": 2,
     "base_model": 2,
     "writer": 1,
     "schedule": 1,

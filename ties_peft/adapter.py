@@ -15,6 +15,7 @@ from . import sources, writer
 from .delta import Delta, inner_root
 from .errors import AdapterError, RecipeError, printable, unknown
 from .kinds import Kind, Module, kind_of
+from .statistics import Statistics, file_name
 from .tensors import FLOATING, MemoryTensors, PickleFile, SafetensorsFile, TensorSource, digest
 from .tiles import one_thread
 
@@ -49,6 +50,7 @@ class Adapter:
         self.config = config
         self.tensors = tensors
         self.source = source
+        self._statistics: dict[str, Statistics] = {}
         self.kind: Kind = kind_of(config.get("peft_type"), self.label)
         self.layout: dict[str, Module] = self.kind.layout(config, tensors, self.label)
         claimed = {key for module in self.layout.values() for key in module.keys}
@@ -115,6 +117,30 @@ class Adapter:
         On GPT-2's Conv1D it is (out, in) too, where PEFT's `get_delta_weight` gives (in, out).
         """
         return self.read(name).dense()
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that its weights lie in; None in memory."""
+        path = getattr(self.tensors, "path", None)
+        return path.parent if isinstance(path, Path) else None
+
+    def statistics(self, kind: str) -> Statistics | None:
+        """What was gathered of it, `fisher` or `gram`; None if nothing was.
+
+        Raises: AdapterError or CompatibilityError where the file beside it is damaged or of another adapter.
+        """
+        path = None if self.folder is None else self.folder / file_name(kind)
+        if kind not in self._statistics and path is not None and path.is_file():
+            self.attach(Statistics.open(path, kind, self.label))
+        return self._statistics.get(kind)
+
+    def attach(self, statistics: Statistics) -> None:
+        """Give it statistics that do not lie beside it; they take the place of those that do.
+
+        Raises: CompatibilityError where they are of another adapter.
+        """
+        statistics.check(self.digest, {name: module.shape for name, module in self.layout.items()}, self.label)
+        self._statistics[statistics.kind] = statistics
 
     @property
     def ranks(self) -> tuple[int, ...]:

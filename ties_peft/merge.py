@@ -204,6 +204,8 @@ def _merge_parts(
             total_heft=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
             adapters=len(plan.members),
             signs=None if signs is None else signs[part],
+            statistics=plan.statistics(places, name),
+            inputs=encoding.inputs,
             streams=[coordinates.stream(place, name, part) for place in places],
             room=lambda purpose, shape: crew.scratch(purpose, shape, plan.device),
         )

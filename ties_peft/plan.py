@@ -21,6 +21,7 @@ from .recipe import DTYPES, NORM, Rank, Recipe
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
+from .statistics import Statistic, command
 
 AUTO_RANK = 64
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
@@ -110,6 +111,12 @@ class Plan:
         """Σ w over all adapters, also those that lack the module."""
         return sum(self.weights(module))
 
+    def statistics(self, places: Sequence[int], module: str) -> list[Statistic]:
+        """Of some adapters that have a module, what the method needs to know of it; none if it needs nothing."""
+        kind = self.method.needs
+        found = [self.members[place].adapter.statistics(kind) for place in places] if kind else []
+        return [one for statistics in found if statistics and (one := statistics.of(module))]
+
     def holders(self, module: str) -> list[tuple[int, Member]]:
         """The members that have a module and a weight on it, with their places."""
         return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) != 0]
@@ -135,6 +142,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
         if not checked or adapter is signs:
             adapter.check()
     members = find_members(recipe, adapters, densities, warnings)
+    _check_statistics(stages, members)
     dtype = _dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
     compare_filters(members, modules, warnings)
@@ -204,6 +212,18 @@ def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modu
             fault = stage.check([weight for weight in weights if weight != 0], space.name) if any(weights) else None
             if fault:
                 raise MethodError(f"method '{stage.name}': {fault}.")
+
+
+def _check_statistics(stages: Stages, members: Sequence[Member]) -> None:
+    """Every adapter has, beside it, the statistics that the method needs."""
+    kind = stages.method.needs
+    missing = [member.adapter.label for member in members if kind and member.adapter.statistics(kind) is None]
+    if kind and missing:
+        raise CompatibilityError(
+            f"method '{stages.method.name}' needs {kind} statistics beside every adapter, and {len(missing)} of "
+            f"{len(members)} have none: {', '.join(missing)}. Gather them once, with the base model and a few hundred "
+            f"rows of text: {command(missing[0], kind)}."
+        )
 
 
 def _signs(method: Method) -> Adapter | None:

@@ -20,7 +20,10 @@ from torch import Tensor
 from .errors import RecipeError, printable
 
 Content = str | dict[str, Tensor]  # a text file, or the tensors of a safetensors file
-OURS = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "provenance.json"})
+OURS = frozenset(
+    {"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "provenance.json"}
+    | {"fisher.safetensors", "gram.safetensors"}  # statistics, which are of no use without the adapter beside them
+)
 
 
 def json_text(value: Mapping[str, Any]) -> str:

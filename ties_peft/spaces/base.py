@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from ..delta import Delta
 from ..trim import Scope
@@ -21,9 +22,12 @@ class Encoding(ABC):
 
     Attributes:
         parts: for each of them, in the order given, its parts.
+        inputs: what the columns of a part stand for, orthonormal rows of inputs, (columns, in); None where
+            each column is an input.
     """
 
     parts: Sequence[tuple[Delta, ...]]
+    inputs: Tensor | None = None
 
     @abstractmethod
     def decode(self, merged: Sequence[Delta]) -> Delta:

@@ -36,6 +36,7 @@ class CoreEncoding(Encoding):
         gram_b, gram_a = B.T @ B, A @ A.T
         mix_b, mix_a = orthonormal(gram_b, negligible), orthonormal(gram_a, negligible)
         self.left, self.right = (B @ mix_b).float(), (mix_a.T @ A).float()
+        self.inputs = self.right
         to_left, to_right = mix_b.T @ gram_b, gram_a @ mix_a  # Lᵀ·B and A·R, a block of columns or rows for each
         ends = torch.tensor([d.rank for d in deltas]).cumsum(0).tolist()
         self.parts = [
@@ -68,6 +69,7 @@ class CompressedEncoding(Encoding):
         wanted = blend * norms + (1 - blend) * norms.mean()
         scaled = matrices * (wanted / norms.clamp_min(1e-300)).view(-1, 1, 1)
         self.left, self.right = _tucker(scaled, rank, self.ROUNDS, self.SETTLED)
+        self.inputs = self.right.T.float() @ core.right
         self.parts = [(Dense((self.left.T @ matrix @ self.right).float()),) for matrix in matrices]
 
     def decode(self, merged: Sequence[Delta]) -> Delta:
