@@ -55,9 +55,15 @@ FLOORS = {
     "merge": 11,
     "prepare": 12,
     "live": 12,
-    "__init__": 13,
-    "cli": 13,
-    "__main__": 14,
+    "rows": 2,
+    "task": 3,
+    "bench": 12,
+    "exam": 13,
+    "language": 14,
+    "evaluate": 15,
+    "__init__": 20,
+    "cli": 20,
+    "__main__": 21,
 }
 FOLDERS = ("cli", "kinds", "methods", "spaces")
 HEAVY = ("transformers", "peft", "accelerate")

@@ -1,6 +1,7 @@
 """Merge many PEFT adapters into one, by TIES-Merging and its rivals."""
 
 from .adapter import Adapter
+from .bench import Bench
 from .errors import (
     AdapterError,
     CompatibilityError,
@@ -9,6 +10,8 @@ from .errors import (
     TiesPeftError,
     TiesPeftWarning,
 )
+from .evaluate import evaluate
+from .exam import Score
 from .live import add_merged_adapter
 from .merge import merge
 from .merged import Merged
@@ -16,11 +19,13 @@ from .methods import methods
 from .prepare import Prepared, prepare
 from .recipe import Recipe
 from .report import Report
+from .task import Task
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterError",
+    "Bench",
     "CompatibilityError",
     "Merged",
     "MethodError",
@@ -28,9 +33,12 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "Score",
+    "Task",
     "TiesPeftError",
     "TiesPeftWarning",
     "add_merged_adapter",
+    "evaluate",
     "merge",
     "methods",
     "prepare",
