@@ -61,6 +61,7 @@ FLOORS = {
     "exam": 13,
     "language": 14,
     "evaluate": 15,
+    "gather": 16,
     "__init__": 20,
     "cli": 20,
     "__main__": 21,

@@ -12,6 +12,7 @@ from .errors import (
 )
 from .evaluate import evaluate
 from .exam import Score
+from .gather import gather_statistics
 from .live import add_merged_adapter
 from .merge import merge
 from .merged import Merged
@@ -39,6 +40,7 @@ __all__ = [
     "TiesPeftWarning",
     "add_merged_adapter",
     "evaluate",
+    "gather_statistics",
     "merge",
     "methods",
     "prepare",

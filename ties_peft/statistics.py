@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import AdapterError, CompatibilityError, printable
 from .tensors import Info, MemoryTensors, SafetensorsFile
+from .writer import write_tensors
 
 KINDS = ("fisher", "gram")
 FACTS = "ties_peft"  # the key of the file's metadata that holds them, as JSON
@@ -101,7 +101,7 @@ class Statistics:
         return cls(kind, file, facts)
 
     @classmethod
-    def make(cls, kind: str, adapter: str, tensors: Mapping[str, Tensor], rows: int) -> Statistics:
+    def make(cls, kind: str, adapter: str, tensors: Mapping[str, Tensor], rows: int, **more: Any) -> Statistics:
         """Of tensors in memory.
 
         Args:
@@ -109,6 +109,7 @@ class Statistics:
             adapter: its digest.
             tensors: by module.
             rows: how many were looked at.
+            more: facts that are worth keeping.
         """
         kept: dict[str, Tensor] = {}
         same: dict[str, str] = {}
@@ -118,7 +119,8 @@ class Statistics:
                 kept[name] = tensor
             else:
                 same[name] = twin
-        return cls(kind, MemoryTensors(kept), {"kind": kind, "adapter": adapter, "rows": rows, "same": same})
+        facts = {"kind": kind, "adapter": adapter, "rows": rows, **more, "same": same}
+        return cls(kind, MemoryTensors(kept), facts)
 
     def save(self, folder: Path) -> Path:
         """Write their file into an adapter's folder; one that is there gives way only to a whole new one.
@@ -129,9 +131,9 @@ class Statistics:
         staged = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             tensors = {name: self.source.rows(name, 0, self.source.info(name).shape[0]) for name in self.source.names}
-            save_file(tensors, staged, metadata={"format": "pt", FACTS: json.dumps(dict(self.facts))})
+            write_tensors(staged, tensors, {FACTS: json.dumps(dict(self.facts))})
             staged.replace(path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise AdapterError(f"the statistics cannot be written to '{path}': {error}.") from None
         finally:
             staged.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import save_file
@@ -104,9 +105,17 @@ def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False
 def _write(path: Path, content: Content) -> None:
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
-        return
+    else:
+        write_tensors(path, content)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, str] = MappingProxyType({})) -> None:
+    """A safetensors file, with facts in its metadata.
+
+    Raises: OSError.
+    """
     try:
-        save_file(content, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **facts})
     except Exception as error:  # safetensors wraps the file system's errors in its own
         raise OSError(None, str(error)) from None
     path.chmod(0o666 & ~_umask())
