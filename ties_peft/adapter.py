@@ -46,7 +46,7 @@ class Adapter:
         self.layout: dict[str, Module] = self.kind.layout(config, tensors, self.label)
         claimed = {key for module in self.layout.values() for key in module.keys}
         self.riders = tuple(key for key in tensors.names if key not in claimed)
-        check_riders(self.riders, self.label)
+        check_riders(self.riders, config, tensors, self.label)
         if not self.layout:
             raise AdapterError(
                 f"adapter '{self.label}' holds no {self.kind.title} tensors. Save it again with PEFT's save_pretrained."

@@ -44,6 +44,7 @@ from .riders import (
     is_head,
     is_policy,
     read_riders,
+    unfulfilled,
 )
 from .tensors import FLOATING
 
@@ -147,9 +148,11 @@ class Heads:
         if layer.form in (LAYER, TOKENS):
             return f"{PREFIX}{layer.module}.{name}"
         rows = any(other.form == TOKENS for other in self.kept)
-        keys = (own[name].key for own in layer.held.values() if name in own)
+        keys = [own[name].key for own in layer.held.values() if name in own]
         under = next((key for key in keys if UNDER in key and (rows or f".{WRAPPER}." not in key)), None)
-        return under or f"{PREFIX}{layer.module}{UNDER if layer.module in self.modules else '.'}{name}"
+        if under is None and layer.module in self.modules:
+            return f"{PREFIX}{layer.module}{UNDER}{name}"
+        return under or next((key for key in keys if UNDER not in key), f"{PREFIX}{layer.module}.{name}")
 
 
 def settle_heads(
@@ -207,6 +210,7 @@ def _collect(adapters: Sequence[Adapter], names: Sequence[str], warnings: list[s
         for rider in riders:
             own = held.setdefault((rider.module, rider.form == TOKENS), {}).setdefault(place, {})
             own[rider.tensor] = rider
+        warnings.extend(f"{names[place]}: {text}" for text in unfulfilled(adapter.config, riders))
         idle = copies(adapter.riders)
         if idle:
             warnings.append(

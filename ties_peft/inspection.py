@@ -17,7 +17,7 @@ from .delta import inner_root
 from .errors import TiesPeftError, printable
 from .plan import make_plan
 from .recipe import Recipe
-from .riders import copies, describe, entries, read_riders
+from .riders import copies, describe, entries, read_riders, unfulfilled
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
     silent = [name for name, norm in norms.items() if norm == 0]
     if silent:
         found.append(f"{len(silent)} of {len(norms)} modules do nothing (zero task vector)")
+    riders = read_riders(adapter.riders, config, adapter.tensors, entries([config]), adapter.label)
+    found += [text.removesuffix(".") for text in unfulfilled(config, riders)]
     if adapter.base is None:
         found.append("names no base model")
     return tuple(found)

@@ -67,8 +67,8 @@ class Recipe:
         dtype: of the tensors written; None for that of the inputs.
         base_model: the base's name in the output; None to keep the inputs'.
         allow_disjoint: whether adapters with no module in common may be merged.
-        heads: what becomes of whole tensors; see `heads`.
         notes: said in the report; a note on one thing starts with its name and a colon.
+        heads: what becomes of whole tensors; see `heads`.
     """
 
     adapters: tuple[str, ...]
@@ -84,8 +84,8 @@ class Recipe:
     dtype: str | None = None
     base_model: str | None = None
     allow_disjoint: bool = False
-    heads: str = ERROR
     notes: tuple[str, ...] = ()
+    heads: str = ERROR
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML form as plain values; what was left to a default is left out."""

@@ -82,10 +82,12 @@ def is_policy(value: object) -> bool:
     return isinstance(value, str) and (value in (ERROR, DROP, AVERAGE) or (value.startswith(KEEP) and value != KEEP))
 
 
-def check_riders(keys: Sequence[str], label: str) -> None:
+def check_riders(keys: Sequence[str], config: Mapping[str, Any], tensors: TensorSource, label: str) -> None:
     """Refuse what is no whole tensor: parameters of adapters that no kind claims, and names that PEFT does not read.
 
-    Raises: AdapterError.
+    Args:
+        keys, config, tensors, label: as in `read_riders`.
+    Raises: AdapterError, that of `read_riders` too.
     """
     parts = [(key, next((part for part in PARAMETERS if f".{part}" in key), None)) for key in keys]
     what = next((PARAMETERS[part] for _, part in parts if part is not None), None)
@@ -102,6 +104,7 @@ def check_riders(keys: Sequence[str], label: str) -> None:
             f"adapter '{label}' holds {len(strange)} tensor(s) whose names do not start with '{PREFIX}', as PEFT's do: "
             f"{_some(strange)}. Save the adapter with PEFT, or rename them."
         )
+    read_riders(keys, config, tensors, entries([config]), label)
 
 
 def copies(keys: Iterable[str]) -> list[str]:
@@ -153,11 +156,10 @@ def _rider(
         form = BIAS if "bias" in plain else BASE
         return Rider(_parent(plain), plain.rpartition(".")[2], form, key, shape)
     start = _start(path, starts)
-    if start is not None:
+    if start is not None and any(f"{layer}.".startswith(f"{start}.") for layer in weighty):
         return Rider(start, path[len(start) + 1 :], LAYER, key, shape)
-    module = _parent(path)
-    form = BIAS if "bias" in path and module not in weighty else PLAIN
-    return Rider(module, path.rpartition(".")[2], form, key, shape)
+    form = BIAS if "bias" in path and _parent(path) not in weighty else PLAIN
+    return Rider(_parent(path) or path, path.rpartition(".")[2], form, key, shape)
 
 
 def _trained(module: str, shape: tuple[int, ...], config: Mapping[str, Any], label: str) -> tuple[int, ...]:
@@ -179,6 +181,17 @@ def _start(path: str, starts: Sequence[str]) -> str | None:
     parts = path.split(".")[:-1]
     fronts = (".".join(parts[: i + 1]) for i in range(len(parts)))
     return next((front for front in fronts if front.endswith(tuple(starts))), None)
+
+
+def unfulfilled(config: Mapping[str, Any], riders: Sequence[Rider]) -> list[str]:
+    """What a config says is saved whole, and is not there, in words."""
+    forms = {rider.form for rider in riders}
+    named = {"modules_to_save": LAYER, "trainable_token_indices": TOKENS}
+    return [
+        f"its config asks for {key} {printable(repr(config[key]))}, but its file holds no such tensor."
+        for key, form in named.items()
+        if config.get(key) and form not in forms
+    ]
 
 
 def is_head(module: str) -> bool:
