@@ -137,8 +137,9 @@ class Adapter:
 
         Raises: AdapterError naming the tensors that hold NaN or infinity, or are not of a floating type.
         """
+        riders = frozenset(self.riders)
         for key in self.tensors.names:
-            allowed = FLOATING | WHOLE_NUMBERS if key in self.riders else FLOATING
+            allowed = FLOATING | WHOLE_NUMBERS if key in riders else FLOATING
             if (dtype := self.tensors.info(key).dtype) not in allowed:
                 raise AdapterError(
                     f"adapter '{self.label}': tensor '{printable(key)}' is {dtype}; expected "

@@ -25,7 +25,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .errors import CompatibilityError, RecipeError, printable, unknown
 from .kinds.base import PREFIX
-from .report import RiderLine
+from .report import RiderLine, rider_texts
 from .riders import (
     AVERAGE,
     BASE,
@@ -185,8 +185,10 @@ def settle_heads(
     _refuse_twice(layers, adapted, names, adapters)
     if chosen is not None and not any(layer.places for layer in layers):
         raise RecipeError(f"heads is '{printable(policy)}', but {names[chosen]} holds no whole layers. Leave it out.")
-    _say_dropped(layers, names, warnings)
-    return Heads(tuple(layers), adapted, tuple(names), dtype)
+    heads = Heads(tuple(layers), adapted, tuple(names), dtype)
+    lost = rider_texts([line for line in heads.lines() if line.fate == "left out"])
+    warnings.extend(f"{text}; the base's own will be used." for text in lost)
+    return heads
 
 
 def _chosen(policy: str, names: Sequence[str]) -> int | None:
@@ -323,23 +325,14 @@ def _refuse_twice(
             )
 
 
-def _say_dropped(layers: Sequence[Layer], names: Sequence[str], warnings: list[str]) -> None:
-    lost = [layer for layer in layers if not layer.places]
-    if lost:
-        holders = [names[place] for place in sorted({place for layer in lost for place in layer.held})]
-        what = ", ".join(printable(layer.module) for layer in lost[:4]) + (", …" if len(lost) > 4 else "")
-        warnings.append(
-            f"{len(lost)} whole layer(s) of {', '.join(holders)} are left out, so that the base's own will be used: {what}."
-        )
-
-
 def _table(layers: Sequence[Layer], names: Sequence[str]) -> str:
     """A row for each layer that differs: what each adapter holds of it."""
     rows = []
     for layer in layers[:ROWS]:
         sizes = {place: ", ".join(rider.size for rider in own.values()) for place, own in layer.held.items()}
         if len(set(sizes.values())) == 1:
-            text = f"{next(iter(sizes.values()))} in {', '.join(names[place] for place in sorted(sizes))}, other values"
+            holders = ", ".join(names[place] for place in sorted(sizes))
+            text = f"{next(iter(sizes.values()))}, with unlike values in {holders}"
         else:
             text = ", ".join(f"{names[place]} has {size}" for place, size in sorted(sizes.items()))
         rows.append(f"  {printable(layer.module)}: {text}")

@@ -135,7 +135,7 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
 
 def _shown(value: object) -> object:
     if isinstance(value, list):
-        return ", ".join(value) or "–"
+        return ("; " if any(": " in text for text in value) else ", ").join(value) or "–"
     return "–" if value is None else value
 
 
