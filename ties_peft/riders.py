@@ -130,12 +130,20 @@ def read_riders(
         tensors: where they are.
         starts: from `entries`.
         label: how messages name the adapter.
-    Raises: AdapterError where the config does not say which tokens were trained.
+    Raises: AdapterError where the config does not say which tokens were trained, or two tensors are for one place.
     """
     idle = set(copies(keys))
     paths = {key: key[len(PREFIX) :].replace(COPY, ".") for key in keys if key not in idle}
     weighty = {_parent(path) for path in paths.values() if "bias" not in path}  # layers that are there whole
-    return [_rider(key, path, weighty, starts, config, tensors, label) for key, path in paths.items()]
+    found: dict[tuple[str, str], Rider] = {}
+    for key, path in paths.items():
+        rider = _rider(key, path, weighty, starts, config, tensors, label)
+        twin = found.setdefault((rider.module, rider.tensor), rider)
+        if twin is not rider:
+            raise AdapterError(
+                f"adapter '{label}' holds two tensors for one place, {_some([twin.key, key])}. Leave one of them out."
+            )
+    return list(found.values())
 
 
 def _rider(

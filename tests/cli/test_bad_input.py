@@ -208,6 +208,12 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
         tensors(lambda t: t.update({f"base_model.model.wte.{ROWS}": torch.ones(2, 12)}), trainable_token_indices=[7]),
         ("2 × 12", "'wte'", "trainable_token_indices", "[7]"),
     ),
+    "two biases for one place": (
+        tensors(
+            lambda t: t.update({f"base_model.model.q{end}": torch.ones(3) for end in (".bias", ".base_layer.bias")})
+        ),
+        ("two tensors for one place", "'base_model.model.q.bias'", "Leave one of them out"),
+    ),
     "a LoRA of another form": (
         tensors(lambda t: t.update({"base_model.model.layers.0.q.lora_C.weight": torch.ones(2, 12)})),
         ("LoRA of an unknown form", "layers.0.q.lora_C.weight"),
