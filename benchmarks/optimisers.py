@@ -28,7 +28,7 @@ Optimiser = Callable[[Objective, int, int, int], None]  # (objective, numbers, b
 BOUND = 1.5
 BUDGETS = (20, 40, 100, 200)
 SIZES = (2, 6, 20, 50)
-SLOW = {"optuna gp": (20, 3, 100)}  # at most so many numbers, seeds and trials: each trial takes seconds beyond
+SLOW = {"optuna gp": (20, 2, 40), "nevergrad NGOpt": (50, 2, 100)}  # at most so many numbers, seeds and trials
 
 
 def objectives(size: int, seed: int) -> dict[str, Objective]:

@@ -15,18 +15,11 @@ from . import sources, writer
 from .delta import Delta, inner_root
 from .errors import AdapterError, RecipeError, printable, unknown
 from .kinds import Kind, Module, kind_of
+from .riders import WHOLE_NUMBERS, check_riders
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, MemoryTensors, PickleFile, SafetensorsFile, TensorSource, digest
 from .tiles import one_thread
 
-RIDERS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_embedding_": "LoRA on embeddings",
-    "lora_B.bias": "a bias on lora_B",
-    "token_adapter": "trained token embeddings",
-    ".base_layer.": "base layers",
-}
-WHOLE = "whole layers (modules_to_save, heads, biases)"
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -55,7 +48,7 @@ class Adapter:
         self.layout: dict[str, Module] = self.kind.layout(config, tensors, self.label)
         claimed = {key for module in self.layout.values() for key in module.keys}
         self.riders = tuple(key for key in tensors.names if key not in claimed)
-        _refuse_riders(self.riders, self.label)
+        check_riders(self.riders, config, tensors, self.label)
         if not self.layout:
             raise AdapterError(
                 f"adapter '{self.label}' holds no {self.kind.title} tensors. Save it again with PEFT's save_pretrained."
@@ -170,8 +163,10 @@ class Adapter:
 
         Raises: AdapterError naming the tensors that hold NaN or infinity, or are not of a floating type.
         """
+        riders = frozenset(self.riders)
         for key in self.tensors.names:
-            if (dtype := self.tensors.info(key).dtype) not in FLOATING:
+            allowed = FLOATING | WHOLE_NUMBERS if key in riders else FLOATING
+            if (dtype := self.tensors.info(key).dtype) not in allowed:
                 raise AdapterError(
                     f"adapter '{self.label}': tensor '{printable(key)}' is {dtype}; expected "
                     "float32, float16 or bfloat16. Save the adapter unquantised."
@@ -222,18 +217,6 @@ class Adapter:
 def in_memory(config: dict[str, Any], tensors: dict[str, Tensor], source: str | None = None) -> Adapter:
     """An adapter made of a config and tensors that are not in a file."""
     return Adapter(config, MemoryTensors(tensors), source)
-
-
-def _refuse_riders(riders: tuple[str, ...], label: str) -> None:
-    """Refuse tensors that no module accounts for, each by what its name says it is."""
-    if not riders:
-        return
-    what = next((text for part, text in RIDERS.items() if any(part in key for key in riders)), WHOLE)
-    names = ", ".join(f"'{printable(key)}'" for key in riders[:4]) + (", …" if len(riders) > 4 else "")
-    raise AdapterError(
-        f"adapter '{label}' holds {len(riders)} tensor(s) of {what}, which ties_peft cannot merge yet: {names}. "
-        "Leaving them out would change what the adapter does; train or save it without, or leave the adapter out."
-    )
 
 
 def _read_config(folder: Path, label: str) -> dict[str, Any]:

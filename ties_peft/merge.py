@@ -44,6 +44,7 @@ def merge(
     restore_norm: bool = False,
     allow_disjoint: bool = False,
     base_model: str | None = None,
+    heads: str = "error",
     progress: Progress | None = None,
     **parameters: Any,
 ) -> Merged:
@@ -65,6 +66,9 @@ def merge(
         restore_norm: bring a result that the rank truncates back to the norm it had.
         allow_disjoint: merge adapters that share no module.
         base_model: the base's name to write; by default the inputs'.
+        heads: what becomes of whole layers that ride along (task heads, embeddings, biases) where the
+            adapters differ: `error`, `drop`, `keep=NAME` (an adapter's short name) or `average`; see
+            `ties_peft.heads`.
         progress: called as progress(stage, done, of) while it works.
         **parameters: the method's own, such as density and scope; density may be a schedule.
     Returns: the merged adapter, in memory; all work is done.
@@ -86,6 +90,7 @@ def merge(
         dtype=dtype,
         base_model=base_model,
         allow_disjoint=allow_disjoint,
+        heads=heads,
         parameters=parameters,
     )
     return merge_recipe(recipe, opened, device, progress)
@@ -139,6 +144,7 @@ def carry_out(
 ) -> Merged:
     """Do the work of a checked plan."""
     tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None))
+    tensors |= plan.heads.tensors([member.adapter for member in plan.members], plan.weight)
     report = account.report(kept, time.perf_counter() - started)
     warn_caller(report.warnings)
     return Merged(_config(plan, recipe), tensors, report, recipe)
@@ -263,11 +269,13 @@ def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     named = recipe.base_model or next((a.base for a in (m.adapter for m in plan.members) if a.base), None)
     tasks = [config.get("task_type") for config in configs]
     task = tasks[0] if isinstance(tasks[0], str) and all(other == tasks[0] for other in tasks) else None
+    task = task if task and plan.heads.loads(task) else None
     return {
         "peft_type": plan.kind.peft_type,
         "base_model_name_or_path": named,
         **({"task_type": task} if task else {}),
         "inference_mode": True,
         **plan.kind.config(list(plan.modules.values()), plan.rank or 0),
+        **plan.heads.config(),
         **({"fan_in_fan_out": True} if any(config.get("fan_in_fan_out") for config in configs) else {}),
     }

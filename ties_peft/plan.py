@@ -14,6 +14,7 @@ import torch
 
 from .adapter import Adapter
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
+from .heads import Heads, settle_heads
 from .kinds import Kind, Module
 from .members import Member, compare_filters, find_members
 from .methods import Method, Stages, Trim, method_classes
@@ -41,6 +42,7 @@ class Plan:
         trim: the cuts that the method wants; None for none.
         rank: r of the output; None for kinds that have none.
         dtype: of the tensors written.
+        heads: what becomes of the whole tensors that ride along.
         device: where the arithmetic is done.
         signs: the adapter that decides the signs, if one was given.
         restore_norm: whether what the rank truncates is brought back to the norm it had.
@@ -57,6 +59,7 @@ class Plan:
     trim: Trim | None
     rank: int | None
     dtype: torch.dtype
+    heads: Heads
     device: torch.device
     seed: int
     signs: Adapter | None = None
@@ -161,12 +164,26 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
         trim=_trim(stages.method, space),
         rank=rank,
         dtype=dtype,
+        heads=_heads(recipe, members, modules, warnings),
         device=where,
         seed=_seed(recipe.seed),
         signs=signs,
         restore_norm=bool(recipe.restore_norm),
         weighting=NORM if recipe.weights == NORM else "given",
         warnings=warnings,
+    )
+
+
+def _heads(recipe: Recipe, members: Sequence[Member], modules: Iterable[str], warnings: list[str]) -> Heads:
+    layers = count_layers(modules)
+    return settle_heads(
+        recipe.heads,
+        [member.name for member in members],
+        [member.adapter for member in members],
+        modules,
+        lambda place, module: members[place].weight.at(module, layers),
+        None if recipe.dtype is None else _dtype(recipe.dtype, ()),
+        warnings,
     )
 
 

@@ -31,11 +31,12 @@ from typing import Any
 from . import mergekit
 from .document import Document, Place, dump
 from .errors import MethodError, RecipeError, TiesPeftError, printable, unknown
+from .riders import ERROR, POLICIES, is_policy
 from .schedule import Schedule, as_read, is_number
 from .settings import parameter_names, settle
 from .spaces import find_space
 
-TOP = ("merge_method", "adapters", "parameters", "dtype", "base_model", "allow_disjoint", "notes")
+TOP = ("merge_method", "adapters", "parameters", "dtype", "base_model", "allow_disjoint", "heads", "notes")
 SYNONYMS = {"models": "adapters", "model": "adapter", "lambda": "scale"}
 SHARED = ("space", "rank", "scale", "seed", "restore_norm", "weights")
 ENTRY = ("adapter", "model", "parameters")
@@ -67,6 +68,7 @@ class Recipe:
         base_model: the base's name in the output; None to keep the inputs'.
         allow_disjoint: whether adapters with no module in common may be merged.
         notes: said in the report; a note on one thing starts with its name and a colon.
+        heads: what becomes of whole tensors; see `heads`.
     """
 
     adapters: tuple[str, ...]
@@ -83,6 +85,7 @@ class Recipe:
     base_model: str | None = None
     allow_disjoint: bool = False
     notes: tuple[str, ...] = ()
+    heads: str = ERROR
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML form as plain values; what was left to a default is left out."""
@@ -96,6 +99,7 @@ class Recipe:
         shared["restore_norm"] = self.restore_norm or None
         shared["weights"] = self.weights if isinstance(self.weights, str) else None
         rest = {"dtype": self.dtype, "base_model": self.base_model, "allow_disjoint": self.allow_disjoint or None}
+        rest["heads"] = None if self.heads == ERROR else self.heads
         values: dict[str, Any] = plain(
             {
                 "merge_method": self.method,
@@ -156,6 +160,7 @@ class _Reader:
             dtype=top.get("dtype", None, lambda name: name in DTYPES, " or ".join(DTYPES)),
             base_model=top.text("base_model"),
             allow_disjoint=top.flag("allow_disjoint"),
+            heads=top.get("heads", ERROR, is_policy, f"one of {', '.join(POLICIES)}"),
             notes=tuple(top.get("notes", (), _is_texts, "a list of texts")),
         )
         self.check(recipe)

@@ -14,10 +14,9 @@ from torch import Tensor
 from ..delta import Delta, Dense
 from ..errors import AdapterError, printable
 from ..tensors import TensorSource
-from .base import PREFIX, Config, Kind, Module, module_of, refuse_settings
+from .base import PREFIX, Config, Kind, Module, module_of
 
 SUFFIX = ".ia3_l"
-REFUSED_SETTINGS = {"modules_to_save": "whole modules saved beside the adapter"}
 
 
 class IA3(Kind):
@@ -31,7 +30,6 @@ class IA3(Kind):
 
     def layout(self, config: Config, tensors: TensorSource, label: str) -> dict[str, Module]:
         """The vectors; which side they multiply is told by their shape, (k, 1) or (1, k)."""
-        refuse_settings(config, REFUSED_SETTINGS, label)
         vectors = [key for key in tensors.names if key.endswith(SUFFIX)]
         modules = (_module(module_of(key, SUFFIX[1:], label), key, tensors, label) for key in vectors)
         return {module.name: module for module in modules}

@@ -7,7 +7,6 @@ Conv1D (`fan_in_fan_out`) A and B are oriented as on a Linear, and so is Δ here
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..delta import Delta, LowRank
 from ..errors import AdapterError, printable
+from ..patterns import matches_end
 from ..tensors import TensorSource
 from .base import PREFIX, Config, Kind, Module, module_of, refuse_settings
 
@@ -26,9 +26,6 @@ REFUSED_SETTINGS = {
     "use_bdlora": "BD-LoRA",
     "use_qalora": "QA-LoRA",
     "lora_bias": "a bias on lora_B",
-    "bias": "trained biases",
-    "modules_to_save": "whole modules saved beside the adapter",
-    "trainable_token_indices": "trained token embeddings",
     "target_parameters": "adapted parameters (mixture of experts)",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "aLoRA",
@@ -98,7 +95,7 @@ def lora_scaling(config: Config, name: str, rank: int) -> float:
     """
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if matches_end(pattern, name):
             alpha = value
             break
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -119,7 +116,7 @@ def _module(name: str, pair: dict[str, str], config: Config, tensors: TensorSour
         )
     try:
         scaling = lora_scaling(config, name, shape_a[0])
-    except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(
             f"{where}: its lora scaling cannot be read from lora_alpha={config.get('lora_alpha')!r}, "
             f"alpha_pattern={printable(repr(config.get('alpha_pattern')))} ({error}). Mend adapter_config.json."
