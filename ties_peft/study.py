@@ -1,0 +1,381 @@
+"""Study: the trials of one search, in a store that any number of processes share and any later one finds again.
+
+A trial is a setting of knobs and what it was worth. Trials are numbered by the store, which gives no number
+twice; so each is done once, and a budget is met exactly: a number beyond it, counted without trials that were
+lost, is given back unused. A trial is lost when its process is gone (told by its id on the same machine, by its
+age on another), and is then asked for again, by whoever is first to say so.
+
+What is tried next depends on the trials that are there and on the seed and number alone, never on the memory of
+a process. So a search that was stopped goes on as if it had not been. Nothing that is read from the store is
+executed. Optuna keeps the store; it and scipy are imported only here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import RecipeError, printable
+from .tuning import Choice, Knob, Range
+
+PATIENCE = 3600.0  # seconds after which a trial of another machine is lost
+LOOK = 0.2  # seconds between two looks at trials that others are doing
+DIRECTION = "maximize"
+ASKED = "asked"  # the study's attribute that holds what was asked for
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting that was tried.
+
+    Attributes:
+        number: its own in the study.
+        setting: by knob.
+        value: what the search makes large.
+        facts: what else is known of it, such as the score without a penalty.
+    """
+
+    number: int
+    setting: Mapping[str, Any]
+    value: float
+    facts: Mapping[str, Any]
+
+
+Worth = Callable[[Mapping[str, Any]], tuple[float, Mapping[str, Any]]]  # (value, facts) of a setting
+Watch = Callable[[Trial, list[Trial]], None]
+
+
+class Study:
+    """The trials of one search.
+
+    Args:
+        storage: a path for an SQLite file, any database's URL as SQLAlchemy writes it, `journal:PATH` for a
+            journal that network file systems can share, or None for memory.
+        name: of the study in it.
+        knobs: what is set.
+        starts: the settings that are tried first, in order.
+        asked: everything that makes the search what it is; a study of that name with another is refused.
+        seed: of every draw.
+        sampler: `cobyla`, `tpe` or `random`; `auto` for the first where all knobs are ranges, else the second.
+    """
+
+    def __init__(
+        self,
+        storage: str | Path | None,
+        name: str,
+        knobs: Mapping[str, Knob],
+        starts: Sequence[Mapping[str, Any]],
+        asked: Mapping[str, Any],
+        seed: int = 0,
+        sampler: str = "auto",
+    ) -> None:
+        optuna = _optuna()
+        ranges = all(isinstance(knob, Range) for knob in knobs.values())
+        chosen = {"auto": "cobyla" if ranges else "tpe"}.get(sampler, sampler)
+        if chosen not in ("cobyla", "tpe", "random") or (chosen == "cobyla" and not ranges):
+            raise RecipeError(
+                f"the sampler is '{printable(sampler)}'; expected auto, tpe, random, or, where only ranges are tuned, cobyla."
+            )
+        self.knobs, self.starts, self.seed = dict(knobs), [dict(start) for start in starts], seed
+        self._complete = optuna.trial.TrialState.COMPLETE
+        self._running = optuna.trial.TrialState.RUNNING
+        self._failed = optuna.trial.TrialState.FAIL
+        self._waiting = optuna.trial.TrialState.WAITING
+        sampling = _sampler(optuna, chosen, self)
+        try:
+            self._study = optuna.create_study(
+                storage=_storage(optuna, storage),
+                study_name=name,
+                direction=DIRECTION,
+                sampler=sampling,
+                load_if_exists=True,
+            )
+        except Exception as error:  # the database's, its driver's and the file system's own
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise RecipeError(
+                f"the study cannot be kept in '{printable(str(storage))}' ({type(error).__name__}: {printable(first)}). "
+                "Name a path for SQLite, a database's URL whose driver is installed, or journal:PATH."
+            ) from None
+        self._claim(json.dumps({**asked, "sampler": chosen}, sort_keys=True, default=str))
+
+    def run(self, worth: Worth, budget: int, watch: Watch | None = None) -> list[Trial]:
+        """Do trials, with whoever else does, until `budget` of them are done.
+
+        Args:
+            worth: gives the worth of a setting; what it raises ends the run, and the trial is free again.
+            budget: how many in all, those that are done already counted.
+            watch: called after each trial done here, with all that are done.
+        Returns: the first `budget` trials, by number.
+        """
+        while len(self.trials()) < budget:
+            trial = self._ask(budget)
+            if trial is None:
+                time.sleep(LOOK)
+                continue
+            setting = {name: _suggested(trial, name, knob) for name, knob in self.knobs.items()}
+            try:
+                value, facts = worth(setting)
+                if not math.isfinite(value):
+                    raise RecipeError(
+                        f"the objective gave {value} for {printable(str(setting))}; expected a finite number."
+                    )
+            except BaseException:
+                self._study.tell(trial, state=self._failed, skip_if_finished=True)
+                raise
+            for key, fact in facts.items():
+                trial.set_user_attr(key, fact)
+            self._study.tell(trial, value, skip_if_finished=True)
+            if watch is not None:
+                watch(Trial(trial.number, setting, value, facts), self.trials())
+        return self.trials()[:budget]
+
+    def trials(self) -> list[Trial]:
+        """Those that are done, by number."""
+        found = self._study.get_trials(deepcopy=False, states=(self._complete,))
+        return sorted((Trial(t.number, t.params, float(t.value), t.user_attrs) for t in found), key=lambda t: t.number)
+
+    def fact(self, key: str) -> Any:
+        """What `keep` kept; None if nothing was."""
+        return self._study.user_attrs.get(key)
+
+    def keep(self, key: str, value: Any) -> None:
+        """Keep plain values beside the trials."""
+        self._study.set_user_attr(key, value)
+
+    def _claim(self, asked: str) -> None:
+        there = self._study.user_attrs.get(ASKED)
+        if there is None:
+            self._study.set_user_attr(ASKED, asked)
+        elif there != asked:
+            seen, new = json.loads(there), json.loads(asked)
+            odd = sorted(key for key in seen.keys() | new.keys() if seen.get(key) != new.get(key))
+            raise RecipeError(
+                f"the study '{printable(self._study.study_name)}' is of another search: it differs in "
+                f"{printable(', '.join(odd))}. Ask for the same again, or take another name (study) or storage."
+            )
+
+    def _ask(self, budget: int) -> Any:
+        """A trial to do here; None while others are doing all that are left."""
+        self._free_lost()
+        open_now = self._study.get_trials(deepcopy=False, states=(self._complete, self._running))
+        if len(open_now) >= budget:
+            return None
+        trial = self._study.ask()
+        trial.set_user_attr("worker", _worker())
+        before = [t for t in self._study.get_trials(deepcopy=False) if t.number < trial.number]
+        if sum(t.state in (self._complete, self._running) for t in before) >= budget:
+            self._study.tell(trial, state=self._failed)  # another process was quicker
+            return None
+        return trial
+
+    def _free_lost(self) -> None:
+        """Give up trials whose process is gone, and ask for the same settings again."""
+        for trial in self._study.get_trials(deepcopy=False, states=(self._running,)):
+            if not _lost(trial.user_attrs.get("worker"), trial.datetime_start):
+                continue
+            try:
+                self._study.tell(trial.number, state=self._failed)
+            except Exception:  # another process has said so already, or it ended after all
+                continue
+            setting = dict(trial.params) or self.start(trial.number)
+            if setting:
+                self._study.enqueue_trial(setting)
+
+    def under_way(self) -> list[Mapping[str, Any]]:
+        """The settings of trials that others are doing, as far as they are set."""
+        found = self._study.get_trials(deepcopy=False, states=(self._running,))
+        return [trial.params for trial in found if trial.params.keys() == self.knobs.keys()]
+
+    def start(self, number: int) -> dict[str, Any]:
+        """The setting with which a trial of this number starts the search; empty for later ones."""
+        return self.starts[number] if number < len(self.starts) else {}
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+        import scipy  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"a search needs the package '{error.name}', which is not installed: pip install 'ties-peft[search]'."
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def _storage(optuna: Any, storage: str | Path | None) -> Any:
+    if storage is None:
+        return optuna.storages.InMemoryStorage()
+    text = str(storage)
+    if text.startswith("journal:"):
+        journal = optuna.storages.journal
+        return journal.JournalStorage(journal.JournalFileBackend(text.removeprefix("journal:")))
+    url = text if "://" in text else f"sqlite:///{Path(text).absolute()}"
+    waits = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    return optuna.storages.RDBStorage(url, engine_kwargs=waits)
+
+
+def _suggested(trial: Any, name: str, knob: Knob) -> Any:
+    if isinstance(knob, Choice):
+        return trial.suggest_categorical(name, list(knob.values))
+    if knob.whole:
+        return trial.suggest_int(name, int(knob.low), int(knob.high), log=knob.log)
+    return trial.suggest_float(name, float(knob.low), float(knob.high), log=knob.log)
+
+
+def _worker() -> str:
+    """This process, told apart from a later one with its id."""
+    return f"{socket.gethostname()} {os.getpid()} {_born(os.getpid())}"
+
+
+def _born(process: int) -> str:
+    """When a process began, in the system's own count; empty where the system does not say."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _lost(worker: Any, started: datetime.datetime | None) -> bool:
+    """Whether the process that does a trial is gone."""
+    age = math.inf if started is None else (datetime.datetime.now() - started).total_seconds()
+    if not isinstance(worker, str):  # it has not said its name yet
+        return age > 30
+    host, process, born = [*worker.split(" "), "", ""][:3]
+    if host != socket.gethostname() or not process.isdigit():
+        return age > PATIENCE
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return _born(int(process)) != born
+
+
+def _sampler(optuna: Any, name: str, study: Study) -> Any:
+    """An Optuna sampler that begins with the starts and has no memory but the store."""
+
+    class Sampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
+        def infer_relative_search_space(self, of: Any, trial: Any) -> dict[str, Any]:
+            if study.start(trial.number):
+                return {}
+            if name == "cobyla":
+                return {knob: _distribution(optuna, own) for knob, own in study.knobs.items()}
+            return dict(self.inner(trial).infer_relative_search_space(of, trial))
+
+        def sample_relative(self, of: Any, trial: Any, space: dict[str, Any]) -> dict[str, Any]:
+            if not space:
+                return {}
+            if name == "cobyla":
+                return _next_point(study, study.trials(), trial.number)
+            return dict(self.inner(trial).sample_relative(of, trial, space))
+
+        def sample_independent(self, of: Any, trial: Any, knob: str, distribution: Any) -> Any:
+            given = study.start(trial.number)
+            if knob in given:
+                return given[knob]
+            return self.inner(trial, knob).sample_independent(of, trial, knob, distribution)
+
+        def inner(self, trial: Any, knob: str = "") -> Any:
+            """Seeded by the trial's number, so that what it draws does not depend on who draws."""
+            seed = _seed(study.seed, trial.number, knob)
+            if name == "random":
+                return optuna.samplers.RandomSampler(seed=seed)
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=10)
+
+    return Sampler()
+
+
+def _seed(*parts: Any) -> int:
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
+
+
+def _distribution(optuna: Any, knob: Knob) -> Any:
+    assert isinstance(knob, Range)
+    if knob.whole:
+        return optuna.distributions.IntDistribution(int(knob.low), int(knob.high), log=knob.log)
+    return optuna.distributions.FloatDistribution(float(knob.low), float(knob.high), log=knob.log)
+
+
+class _Unknown(Exception):
+    """COBYLA asks for a point that nobody has tried."""
+
+
+def _next_point(study: Study, done: Sequence[Trial], number: int) -> dict[str, Any]:
+    """The first point that COBYLA wants and nobody has tried; a draw near the best where it wants no more.
+
+    It is run anew from the best start on what is known, which costs less than a trial, and needs no memory.
+    While other processes have trials under way, what they will bring is not waited for: their points are taken
+    for as bad as the worst.
+    """
+    import numpy as np
+    from scipy.optimize import minimize
+
+    knobs = {name: knob for name, knob in study.knobs.items() if isinstance(knob, Range)}
+    known = {_key(_place(knobs, t.setting)): -t.value for t in done}
+    worst = max(known.values(), default=0.0)
+    for setting in study.under_way():
+        known.setdefault(_key(_place(knobs, setting)), worst)
+    first = max(done[: len(study.starts)], key=lambda t: t.value, default=None)
+    begin = np.array(_place(knobs, first.setting) if first else [0.0] * len(knobs))
+    asked: list[Any] = []
+
+    def look(x: Any) -> float:
+        point = np.clip(x, -1, 1)
+        found = known.get(_key(_place(knobs, _setting(knobs, point))))
+        if found is None:
+            asked.append(point)
+            raise _Unknown
+        return found
+
+    try:
+        minimize(
+            look,
+            begin,
+            method="COBYLA",
+            bounds=[(-1, 1)] * len(knobs),
+            options={"rhobeg": 1 / 3, "maxiter": 10_000},
+            tol=1e-3,
+        )
+    except _Unknown:
+        return _setting(knobs, asked[0])
+    best = max(done, key=lambda t: t.value)
+    drawn = np.random.default_rng(_seed(study.seed, number)).normal(_place(knobs, best.setting), 0.1)
+    return _setting(knobs, np.clip(drawn, -1, 1))
+
+
+def _place(knobs: Mapping[str, Range], setting: Mapping[str, Any]) -> list[float]:
+    """A setting as a point, every range from −1 to 1."""
+    return [
+        2 * (_bend(k, setting[n]) - _bend(k, k.low)) / (_bend(k, k.high) - _bend(k, k.low)) - 1
+        for n, k in knobs.items()
+    ]
+
+
+def _setting(knobs: Mapping[str, Range], point: Sequence[float]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for (name, knob), x in zip(knobs.items(), point, strict=True):
+        low, high = _bend(knob, knob.low), _bend(knob, knob.high)
+        value = low + (float(x) + 1) / 2 * (high - low)
+        value = math.exp(value) if knob.log else value
+        made[name] = min(max(round(value) if knob.whole else value, knob.low), knob.high)
+    return made
+
+
+def _bend(knob: Range, value: float) -> float:
+    return math.log(value) if knob.log else float(value)
+
+
+def _key(point: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(x, 9) for x in point)
