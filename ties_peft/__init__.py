@@ -2,6 +2,8 @@
 
 from .adapter import Adapter
 from .bench import Bench
+from .distil import distil
+from .distilled import Distilled
 from .errors import (
     AdapterError,
     CompatibilityError,
@@ -27,6 +29,7 @@ __all__ = [
     "AdapterError",
     "Bench",
     "CompatibilityError",
+    "Distilled",
     "Merged",
     "MethodError",
     "Prepared",
@@ -38,6 +41,7 @@ __all__ = [
     "TiesPeftError",
     "TiesPeftWarning",
     "add_merged_adapter",
+    "distil",
     "evaluate",
     "merge",
     "methods",

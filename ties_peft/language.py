@@ -72,7 +72,8 @@ class Continuation(Exam):
     def log_probabilities(self, progress: Progress | None = None, size: int = BATCH) -> tuple[Tensor, Tensor]:
         """For each pair: the sum of its tokens' log-probabilities and their number, float64, (pairs,)."""
         totals = torch.zeros(len(self.pairs), dtype=torch.float64)
-        counts = torch.tensor([len(pair.asked) for pair in self.pairs], dtype=torch.float64)
+        causal = self.bench.form == "causal"
+        counts = torch.tensor([len(p.asked) - (causal and not p.given) for p in self.pairs], dtype=torch.float64)
         done = 0
         score = self._seq2seq if self.bench.form == "seq2seq" else self._causal
         with torch.no_grad():
