@@ -109,7 +109,10 @@ def write_ia3(folder: Path, vectors: Mapping[str, tuple[int, bool]], seed: int, 
 def sentences(count: int, seed: int, length: int = 6) -> list[str]:
     """Random words."""
     draw = torch.Generator().manual_seed(seed)
-    return [" ".join(WORDS[n] for n in torch.randint(len(WORDS), (length + place % 3,), generator=draw)) for place in range(count)]
+    return [
+        " ".join(WORDS[n] for n in torch.randint(len(WORDS), (length + place % 3,), generator=draw))
+        for place in range(count)
+    ]
 
 
 @pytest.fixture(scope="session")

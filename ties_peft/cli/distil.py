@@ -27,7 +27,9 @@ Rows = Annotated[
 Tasks = Annotated[
     list[Path] | None,
     typer.Option(
-        "--task", help="How predictions are read: once for each adapter, or one for all.", show_default="the model's own"
+        "--task",
+        help="How predictions are read: once for each adapter, or one for all.",
+        show_default="the model's own",
     ),
 ]
 State = Annotated[
@@ -95,7 +97,9 @@ def distil(
 def _rows(given: list[str] | None, count: int) -> Any:
     """Numbers as numbers, the rest as paths."""
     found = _each(given, count, "--rows")
-    numbers = [int(value) if str(value).isdecimal() else value for value in (found if isinstance(found, list) else [found])]
+    numbers = [
+        int(value) if str(value).isdecimal() else value for value in (found if isinstance(found, list) else [found])
+    ]
     return numbers if isinstance(found, list) else numbers[0]
 
 

@@ -50,7 +50,10 @@ def evaluate(
     show_warnings([str(one.message) for one in found if issubclass(one.category, TiesPeftWarning)])
     _say_cut(scores[0])
     if as_json:
-        lines = [{"adapter": label, "scores": [s.to_dict() for s in line]} for label, line in zip(labels, scores, strict=True)]
+        lines = [
+            {"adapter": label, "scores": [s.to_dict() for s in line]}
+            for label, line in zip(labels, scores, strict=True)
+        ]
         print_json({"evaluated": lines})
         return
     console = Console()
@@ -59,7 +62,9 @@ def evaluate(
 
 
 def _say_cut(line: list[Score]) -> None:
-    show_warnings([f"task '{s.task}': {s.cut} of {s.rows} rows are longer than max_tokens, and were cut." for s in line if s.cut])
+    show_warnings(
+        [f"task '{s.task}': {s.cut} of {s.rows} rows are longer than max_tokens, and were cut." for s in line if s.cut]
+    )
 
 
 def _table(labels: list[str], scores: list[list[Score]]) -> Table:
@@ -87,4 +92,6 @@ def _legend(line: list[Score]) -> str:
     errors = [100 * score.error for score in line if score.error is not None]
     what = "accuracy in percent" if errors else "mean −log p per token"
     known = f"; one is known to about ± {math.fsum(errors) / len(errors):.1f}" if errors else ""
-    return f"{what}{' (losses: mean −log p per token)' if errors and len(errors) < len(line) else ''}; rows: {rows}{known}"
+    return (
+        f"{what}{' (losses: mean −log p per token)' if errors and len(errors) < len(line) else ''}; rows: {rows}{known}"
+    )
