@@ -2,6 +2,8 @@
 
 from .adapter import Adapter
 from .bench import Bench
+from .distil import distil
+from .distilled import Distilled
 from .errors import (
     AdapterError,
     CompatibilityError,
@@ -20,6 +22,7 @@ from .methods import methods
 from .prepare import Prepared, prepare
 from .recipe import Recipe
 from .report import Report
+from .search import Found, search
 from .task import Task
 
 __version__ = "0.1.0"
@@ -28,6 +31,8 @@ __all__ = [
     "AdapterError",
     "Bench",
     "CompatibilityError",
+    "Distilled",
+    "Found",
     "Merged",
     "MethodError",
     "Prepared",
@@ -39,9 +44,11 @@ __all__ = [
     "TiesPeftError",
     "TiesPeftWarning",
     "add_merged_adapter",
+    "distil",
     "evaluate",
     "gather_statistics",
     "merge",
     "methods",
     "prepare",
+    "search",
 ]

@@ -44,7 +44,7 @@ class Continuation(Exam):
             self.labels = torch.tensor(task.answers(rows))
             follow = [(text, choice) for text in texts for choice in task.choices]
         else:
-            follow = list(zip(texts, task.targets(rows), strict=True))
+            follow = [_apart(*one) for one in zip(texts, task.targets(rows), strict=True)]
         self.pairs = self._pairs(follow)
         empty = [place for place, pair in enumerate(self.pairs) if not pair.asked]
         if empty:
@@ -72,7 +72,8 @@ class Continuation(Exam):
     def log_probabilities(self, progress: Progress | None = None, size: int = BATCH) -> tuple[Tensor, Tensor]:
         """For each pair: the sum of its tokens' log-probabilities and their number, float64, (pairs,)."""
         totals = torch.zeros(len(self.pairs), dtype=torch.float64)
-        counts = torch.tensor([len(pair.asked) for pair in self.pairs], dtype=torch.float64)
+        causal = self.bench.form == "causal"
+        counts = torch.tensor([len(p.asked) - (causal and not p.given) for p in self.pairs], dtype=torch.float64)
         done = 0
         score = self._seq2seq if self.bench.form == "seq2seq" else self._causal
         with torch.no_grad():
@@ -108,24 +109,33 @@ class Continuation(Exam):
 
     def _pairs(self, follow: Sequence[tuple[str, str]]) -> list[Pair]:
         if self.bench.form == "seq2seq":
-            given, self.cut = self.bench.ids([text for text, _ in follow], self.task.max_tokens)
+            given, cut = self.bench.ids([text for text, _ in follow], self.task.max_tokens)
+            self.cut = cut // len(self.task.choices or (None,))
             asked, _ = self.bench.ids([target for _, target in follow], self.task.max_tokens)
             return [Pair(*pair) for pair in zip(given, asked, strict=True)]
         most = min(self.task.max_tokens, self.bench.longest)
         whole = [self._open(ids) for ids in self.bench.all_ids([text + target for text, target in follow])]
         alone = [self._open(ids) for ids in self.bench.all_ids([text.rstrip() for text, _ in follow])]
-        pairs = []
+        pairs, long = [], []
         for (_, target), together, before in zip(follow, whole, alone, strict=True):
             start = min(len(before), len(together)) if target else 0
             front, rest = together[:start], together[start:]
-            self.cut += len(together) > most
+            long.append(len(together) > most)
             pairs.append(Pair(front[max(0, len(together) - most) :], rest[-most:]) if target else Pair([], rest[:most]))
+        each = len(self.task.choices or (None,))
+        self.cut = sum(any(long[row : row + each]) for row in range(0, len(long), each))
         return [pair if pair.given or len(pair.asked) > 1 else Pair([], []) for pair in pairs]
 
     def _open(self, ids: list[int]) -> list[int]:
         """Without the end that some tokenizers write after every text."""
         end = getattr(self.bench.tokenizer, "eos_token_id", None)
         return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
+
+
+def _apart(text: str, target: str) -> tuple[str, str]:
+    """A text and the label that follows it, a blank between them where there is none."""
+    together = not target or not text or text[-1].isspace() or target[0].isspace()
+    return (text, target) if together else (text, f" {target}")
 
 
 class Generation(Exam):

@@ -33,7 +33,7 @@ def read_rows(
     readers: dict[str, Callable[[Path], list[Row]]] = {
         ".jsonl": _jsonl,
         ".csv": _csv,
-        LINES: lambda file: [{text: line} for line in file.read_text(encoding="utf-8").splitlines() if line.strip()],
+        LINES: lambda file: [{text: line} for line in _lines(file) if line.strip()],
     }
     if path.suffix not in readers:
         return _hub(str(source), split, config, limit)
@@ -63,9 +63,14 @@ def texts_of(rows: Sequence[Row], field: str, where: str) -> list[str]:
     return [str(value) for value in texts]
 
 
+def _lines(path: Path) -> list[str]:
+    """The lines of a file; `splitlines` would also part them at U+0085 and the like, inside a text."""
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
 def _jsonl(path: Path) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(_lines(path)):
         if not line.strip():
             continue
         try:

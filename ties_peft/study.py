@@ -28,6 +28,7 @@ from .tuning import Choice, Knob, Range
 
 PATIENCE = 3600.0  # seconds after which a trial of another machine is lost
 LOOK = 0.2  # seconds between two looks at trials that others are doing
+ATTEMPTS = 10  # to make a study while others do the same
 DIRECTION = "maximize"
 ASKED = "asked"  # the study's attribute that holds what was asked for
 
@@ -90,20 +91,7 @@ class Study:
         self._failed = optuna.trial.TrialState.FAIL
         self._waiting = optuna.trial.TrialState.WAITING
         sampling = _sampler(optuna, chosen, self)
-        try:
-            self._study = optuna.create_study(
-                storage=_storage(optuna, storage),
-                study_name=name,
-                direction=DIRECTION,
-                sampler=sampling,
-                load_if_exists=True,
-            )
-        except Exception as error:  # the database's, its driver's and the file system's own
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise RecipeError(
-                f"the study cannot be kept in '{printable(str(storage))}' ({type(error).__name__}: {printable(first)}). "
-                "Name a path for SQLite, a database's URL whose driver is installed, or journal:PATH."
-            ) from None
+        self._study = _open(optuna, storage, name, sampling)
         self._claim(json.dumps({**asked, "sampler": chosen}, sort_keys=True, default=str))
 
     def run(self, worth: Worth, budget: int, watch: Watch | None = None) -> list[Trial]:
@@ -209,6 +197,30 @@ def _optuna() -> Any:
         ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
+
+
+def _open(optuna: Any, storage: str | Path | None, name: str, sampler: Any) -> Any:
+    """The study in its store, made where it is not there; processes that make it at once get out of each other's way."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return optuna.create_study(
+                storage=_storage(optuna, storage),
+                study_name=name,
+                direction=DIRECTION,
+                sampler=sampler,
+                load_if_exists=True,
+            )
+        except Exception as error:  # the database's, its driver's and the file system's own
+            said = str(error)
+            if attempt + 1 < ATTEMPTS and any(word in said for word in ("exist", "UNIQUE", "unique", "locked")):
+                time.sleep(LOOK * (1 + os.getpid() % 7 / 7))
+                continue
+            first = (said.strip().splitlines() or [""])[0]
+            raise RecipeError(
+                f"the study cannot be kept in '{printable(str(storage))}' ({type(error).__name__}: {printable(first)}). "
+                "Name a path for SQLite, a database's URL whose driver is installed, or journal:PATH."
+            ) from None
+    raise AssertionError
 
 
 def _storage(optuna: Any, storage: str | Path | None) -> Any:
@@ -352,7 +364,7 @@ def _next_point(study: Study, done: Sequence[Trial], number: int) -> dict[str, A
         return _setting(knobs, asked[0])
     best = max(done, key=lambda t: t.value)
     drawn = np.random.default_rng(_seed(study.seed, number)).normal(_place(knobs, best.setting), 0.1)
-    return _setting(knobs, np.clip(drawn, -1, 1))
+    return _setting(knobs, np.clip(drawn, -1, 1).tolist())
 
 
 def _place(knobs: Mapping[str, Range], setting: Mapping[str, Any]) -> list[float]:

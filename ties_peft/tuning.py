@@ -23,7 +23,7 @@ from .methods import method_classes
 from .recipe import Recipe
 from .schedule import is_number
 from .settings import parameter_names, settle
-from .spaces import spaces
+from .spaces import find_space, spaces
 
 SHARED = ("method", "space", "scale", "rank", "seed")
 LISTED = ("weights", "adapters")
@@ -47,6 +47,13 @@ class Range:
     log: bool = False
     whole: bool = False
 
+    def drawn(self, share: float) -> float:
+        """The value at a share of the way from low to high, in [0, 1)."""
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        value = low + share * (high - low)
+        value = math.exp(value) if self.log else value
+        return min(max(round(value) if self.whole else value, self.low), self.high)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -57,6 +64,10 @@ class Choice:
     """
 
     values: tuple[Any, ...]
+
+    def drawn(self, share: float) -> Any:
+        """The value at a share of the list, in [0, 1)."""
+        return self.values[int(share * len(self.values))]
 
 
 Knob = Range | Choice
@@ -95,6 +106,21 @@ class Tuning:
     def weighs(self) -> bool:
         """Whether one weight for each adapter is searched."""
         return "weights.0" in self.knobs
+
+    def middle(self, weight: float = 1.0) -> dict[str, Any]:
+        """A setting to start from: weights as told, the recipe's own values, else the middle or the first."""
+        given = {name: getattr(self.recipe, name) for name in SHARED}
+        given |= dict(self.recipe.parameters)
+        setting: dict[str, Any] = {}
+        for name, knob in self.knobs.items():
+            own = weight if name.startswith("weights.") else given.get(name)
+            if isinstance(knob, Choice):
+                setting[name] = own if own in knob.values else knob.values[0]
+            elif own is not None and is_number(own):
+                setting[name] = min(max(own, knob.low), knob.high)
+            else:
+                setting[name] = knob.drawn(0.5)
+        return setting
 
     def to_recipe(self, setting: Setting) -> Recipe:
         """The recipe that a setting makes.
@@ -143,6 +169,11 @@ class Tuning:
                     settle(method, space, {**{k: v for k, v in self.recipe.parameters.items() if k in has}, **ends})
 
 
+def named(space: str) -> Sequence[str]:
+    """The parameters that are a space's own."""
+    return list(find_space(space).model_fields)
+
+
 def _knobs(name: str, value: Any, adapters: int) -> dict[str, Knob]:
     """Those that one line of the request makes."""
     if name == "adapters":
@@ -182,7 +213,7 @@ def _knob(name: str, value: Any) -> Knob:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise RecipeError(f"{name} is {printable(repr(value))}; expected [low, high], or a list of choices.")
     if len(value) == 2 and all(is_number(end) for end in value):
-        return _range(name, *value, log=False)
+        return _range(name, value[0], value[1], log=False)
     if not all(isinstance(choice, (str, int, float, bool)) for choice in value):
         raise RecipeError(f"{name} holds {printable(repr(value))}; expected texts, numbers, true or false.")
     return Choice(tuple(value))

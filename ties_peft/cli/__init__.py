@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Merge many PEFT adapters into one adapter that PeftModel loads.",
 )
-ORDER = ("merge", "inspect", "methods")  # as the help lists them; others follow by name
+ORDER = ("merge", "inspect", "methods", "evaluate", "distil")  # as the help lists them; others follow by name
 
 
 def main() -> None:

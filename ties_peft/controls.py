@@ -1,0 +1,123 @@
+"""Controls: what a search has to beat before it has found anything.
+
+    base            no adapter at all
+    mean            every adapter with weight 1/N
+    best single     the one adapter that does best on the same examples
+    random weights  the best of as many drawn weights as the search made trials
+    random adapters the same search over adapters of the same shapes and norms whose directions are drawn
+    trained         a new LoRA, trained on the same examples alone
+
+The last but one is the test of whether the adapters matter, or just so many numbers to turn: over a thousand
+adapters found in the wild it did as well as the adapters (arXiv 2602.12323).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, in_memory
+from .delta import Delta, Dense, LowRank, inner_root
+from .draws import key
+from .errors import RecipeError
+from .recipe import Recipe
+from .tuning import Tuning
+
+BASE, MEAN, SINGLE = "base", "mean", "best single"
+WEIGHTS, ADAPTERS, TRAINED = "random weights", "random adapters", "trained"
+CONTROLS = (BASE, MEAN, SINGLE, WEIGHTS, ADAPTERS)
+STEPS, RATE, DECAY = 60, 1e-3, 0.01
+
+
+def simple_recipes(recipe: Recipe) -> dict[str, list[Recipe]]:
+    """Recipes of the controls that are one merge each, by name: exact weighted sums of task vectors."""
+    count = len(recipe.adapters)
+    plain = replace(recipe, method="task_arithmetic", parameters={}, densities=None, scale=1.0, space="delta")
+    single = [tuple(float(i == j) for i in range(count)) for j in range(count)]
+    return {
+        BASE: [replace(plain, weights=(1.0,) * count, scale=0.0)],
+        MEAN: [replace(plain, weights=(1.0 / count,) * count)],
+        SINGLE: [replace(plain, weights=weights) for weights in single],
+    }
+
+
+def random_settings(tuning: Tuning, count: int, seed: int) -> list[dict[str, Any]]:
+    """Settings drawn evenly over the knobs."""
+    import numpy as np
+
+    draw = np.random.default_rng([seed, 1])
+    made = []
+    for _ in range(count):
+        setting: dict[str, Any] = {}
+        for name, knob in tuning.knobs.items():
+            setting[name] = knob.drawn(float(draw.random()))
+        made.append(setting)
+    return made
+
+
+def random_adapter(adapter: Adapter, seed: int) -> Adapter:
+    """One with the same modules, ranks and norms, whose numbers are drawn from a normal distribution.
+
+    Law: every module's task vector has the norm that it has in `adapter`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, module in sorted(adapter.layout.items()):
+        delta = adapter.read(name)
+        drawn = _drawn(delta, key(seed, name, 0, adapter.digest))
+        length = inner_root(drawn)
+        tensors |= adapter.kind.pack(module, drawn.scaled(inner_root(delta) / length if length else 0.0), module.rank)
+    rank = max(module.rank for module in adapter.layout.values())
+    config = {
+        "peft_type": adapter.kind.peft_type,
+        "base_model_name_or_path": adapter.base,
+        **adapter.kind.config(list(adapter.layout.values()), rank),
+        "rank_pattern": {},
+        "alpha_pattern": {name: module.rank for name, module in adapter.layout.items() if module.rank != rank},
+    }
+    return in_memory(config, tensors, f"random, as {adapter.label}")
+
+
+def _drawn(delta: Delta, stream: int) -> Delta:
+    generator = torch.Generator().manual_seed(stream % 2**63)
+    if isinstance(delta, LowRank):
+        B, A = (torch.randn(part.shape, generator=generator) for part in (delta.B, delta.A))
+        return LowRank(B, A)
+    return Dense(torch.randn(tuple(delta.shape), generator=generator))
+
+
+def train_adapter(
+    exam: Any, like: Sequence[Adapter], seed: int, progress: Callable[..., None] | None = None
+) -> Adapter:
+    """A new adapter of the first one's modules and ranks, trained on an exam's own rows and labels.
+
+    AdamW, 60 steps of all rows (at most 16) at 1e-3, A drawn and B zero: what a user would do instead.
+    """
+    from .exam import Classification
+    from .student import Student
+
+    if not isinstance(exam, Classification):
+        raise RecipeError("the control 'trained' trains on labels; it is for measures descriptions and head.")
+    start = random_adapter(like[0], seed)
+    for name, tensor in start.tensors._tensors.items():  # type: ignore[attr-defined]
+        if "lora_B" in name:
+            tensor.zero_()
+        elif "ia3_l" in name:
+            tensor.fill_(1.0)
+    student = Student(start, exam.bench, seed=seed)
+    leaves = list(student.numbers.values())
+    optimiser = torch.optim.AdamW(leaves, lr=RATE, weight_decay=DECAY)
+    generator = torch.Generator().manual_seed(seed)
+    with student.on():
+        for step in range(STEPS):
+            places = torch.randperm(exam.rows, generator=generator)[:16].tolist()
+            optimiser.zero_grad(set_to_none=False)
+            loss = torch.nn.functional.cross_entropy(exam.logits(places), exam.labels[torch.tensor(places)])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            if progress is not None:
+                progress("training a new adapter", step + 1, STEPS)
+    return in_memory(start.config, student.tensors(torch.float32), "trained on the examples")
