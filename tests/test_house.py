@@ -68,6 +68,8 @@ FLOORS = {
     "tuning": 6,
     "study": 7,
     "controls": 16,
+    "training": 14,
+    "signs": 16,
     "search": 17,
     "student": 13,
     "lessons": 14,

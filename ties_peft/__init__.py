@@ -23,6 +23,7 @@ from .prepare import Prepared, prepare
 from .recipe import Recipe
 from .report import Report
 from .search import Found, search
+from .signs import few_shot_signs
 from .task import Task
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "add_merged_adapter",
     "distil",
     "evaluate",
+    "few_shot_signs",
     "gather_statistics",
     "merge",
     "methods",

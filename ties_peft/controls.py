@@ -13,7 +13,6 @@ adapters found in the wild it did as well as the adapters (arXiv 2602.12323).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +22,12 @@ from torch import Tensor
 from .adapter import Adapter, in_memory
 from .delta import Delta, Dense, LowRank, inner_root
 from .draws import key
-from .errors import RecipeError
 from .recipe import Recipe
 from .tuning import Tuning
 
 BASE, MEAN, SINGLE = "base", "mean", "best single"
 WEIGHTS, ADAPTERS, TRAINED = "random weights", "random adapters", "trained"
 CONTROLS = (BASE, MEAN, SINGLE, WEIGHTS, ADAPTERS)
-STEPS, RATE, DECAY = 60, 1e-3, 0.01
 
 
 def simple_recipes(recipe: Recipe) -> dict[str, list[Recipe]]:
@@ -89,35 +86,13 @@ def _drawn(delta: Delta, stream: int) -> Delta:
     return Dense(torch.randn(tuple(delta.shape), generator=generator))
 
 
-def train_adapter(
-    exam: Any, like: Sequence[Adapter], seed: int, progress: Callable[..., None] | None = None
-) -> Adapter:
-    """A new adapter of the first one's modules and ranks, trained on an exam's own rows and labels.
-
-    AdamW, 60 steps of all rows (at most 16) at 1e-3, A drawn and B zero: what a user would do instead.
-    """
-    from .exam import Classification
-    from .student import Student
-
-    if not isinstance(exam, Classification):
-        raise RecipeError("the control 'trained' trains on labels; it is for measures descriptions and head.")
-    start = random_adapter(like[0], seed)
-    for name, tensor in start.tensors._tensors.items():  # type: ignore[attr-defined]
-        if "lora_B" in name:
+def new_adapter(like: Adapter, seed: int) -> Adapter:
+    """One with the modules and ranks of another that does nothing yet: A drawn, B zero; l = 1 for (IA)³."""
+    drawn = random_adapter(like, seed)
+    tensors = {name: drawn.tensors.read(name) for name in drawn.tensors.names}
+    for name, tensor in tensors.items():
+        if like.kind.has_rank and name.endswith("lora_B.weight"):
             tensor.zero_()
-        elif "ia3_l" in name:
+        elif not like.kind.has_rank:
             tensor.fill_(1.0)
-    student = Student(start, exam.bench, seed=seed)
-    leaves = list(student.numbers.values())
-    optimiser = torch.optim.AdamW(leaves, lr=RATE, weight_decay=DECAY)
-    generator = torch.Generator().manual_seed(seed)
-    with student.on():
-        for step in range(STEPS):
-            places = torch.randperm(exam.rows, generator=generator)[:16].tolist()
-            optimiser.zero_grad(set_to_none=False)
-            loss = torch.nn.functional.cross_entropy(exam.logits(places), exam.labels[torch.tensor(places)])
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            if progress is not None:
-                progress("training a new adapter", step + 1, STEPS)
-    return in_memory(start.config, student.tensors(torch.float32), "trained on the examples")
+    return in_memory(drawn.config, tensors, "a new adapter")

@@ -26,10 +26,10 @@ from .controls import (
     CONTROLS,
     TRAINED,
     WEIGHTS,
+    new_adapter,
     random_adapter,
     random_settings,
     simple_recipes,
-    train_adapter,
 )
 from .errors import RecipeError, printable, unknown
 from .evaluate import find_base, make_exam
@@ -40,6 +40,7 @@ from .prepare import Prepared, prepare
 from .recipe import Rank, Recipe
 from .study import Study, Trial
 from .task import read_task
+from .training import train
 from .tuning import Tuning, named
 
 BUDGET, PENALTY = 40, 0.05
@@ -332,7 +333,7 @@ def _held_against(
             elif name == TRAINED:
                 if judges.exam is None:
                     raise RecipeError("the control 'trained' needs a task with labels, not a function.")
-                adapter = train_adapter(judges.exam, hunt.adapters, hunt.seed, progress)
+                adapter = train(new_adapter(hunt.adapters[0], hunt.seed), [judges.exam], hunt.seed, progress=progress)
             kept[name] = [hunt.score(adapter), judges.judge(adapter)]
             shared.keep("controls", kept)
         made.append(Control(name, *kept[name]))

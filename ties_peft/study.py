@@ -27,6 +27,7 @@ from .errors import RecipeError, printable
 from .tuning import Choice, Knob, Range
 
 PATIENCE = 3600.0  # seconds after which a trial of another machine is lost
+INSTANT = 30.0  # seconds, at the most, from a trial's number to its setting
 LOOK = 0.2  # seconds between two looks at trials that others are doing
 ATTEMPTS = 10  # to make a study while others do the same
 DIRECTION = "maximize"
@@ -177,10 +178,19 @@ class Study:
             if setting:
                 self._study.enqueue_trial(setting)
 
-    def under_way(self) -> list[Mapping[str, Any]]:
-        """The settings of trials that others are doing, as far as they are set."""
-        found = self._study.get_trials(deepcopy=False, states=(self._running,))
-        return [trial.params for trial in found if trial.params.keys() == self.knobs.keys()]
+    def under_way(self, number: int) -> list[Mapping[str, Any]]:
+        """The settings of the trials before `number` that are not done.
+
+        A trial gets its number an instant before its setting; that instant is waited for, so that processes
+        that ask at the same time do not try the same.
+        """
+        deadline = time.monotonic() + INSTANT
+        while True:
+            found = self._study.get_trials(deepcopy=False, states=(self._running,))
+            before = [dict(trial.params) for trial in found if trial.number < number]
+            if all(len(setting) == len(self.knobs) for setting in before) or time.monotonic() > deadline:
+                return [setting for setting in before if len(setting) == len(self.knobs)]
+            time.sleep(LOOK / 10)
 
     def start(self, number: int) -> dict[str, Any]:
         """The setting with which a trial of this number starts the search; empty for later ones."""
@@ -260,7 +270,7 @@ def _lost(worker: Any, started: datetime.datetime | None) -> bool:
     """Whether the process that does a trial is gone."""
     age = math.inf if started is None else (datetime.datetime.now() - started).total_seconds()
     if not isinstance(worker, str):  # it has not said its name yet
-        return age > 30
+        return age > 2 * INSTANT
     host, process, born = [*worker.split(" "), "", ""][:3]
     if host != socket.gethostname() or not process.isdigit():
         return age > PATIENCE
@@ -288,7 +298,7 @@ def _sampler(optuna: Any, name: str, study: Study) -> Any:
             if not space:
                 return {}
             if name == "cobyla":
-                return _next_point(study, study.trials(), trial.number)
+                return _next_point(study, trial.number)
             return dict(self.inner(trial).sample_relative(of, trial, space))
 
         def sample_independent(self, of: Any, trial: Any, knob: str, distribution: Any) -> Any:
@@ -324,7 +334,7 @@ class _Unknown(Exception):
     """COBYLA asks for a point that nobody has tried."""
 
 
-def _next_point(study: Study, done: Sequence[Trial], number: int) -> dict[str, Any]:
+def _next_point(study: Study, number: int) -> dict[str, Any]:
     """The first point that COBYLA wants and nobody has tried; a draw near the best where it wants no more.
 
     It is run anew from the best start on what is known, which costs less than a trial, and needs no memory.
@@ -335,9 +345,11 @@ def _next_point(study: Study, done: Sequence[Trial], number: int) -> dict[str, A
     from scipy.optimize import minimize
 
     knobs = {name: knob for name, knob in study.knobs.items() if isinstance(knob, Range)}
+    open_now = study.under_way(number)
+    done = study.trials()
     known = {_key(_place(knobs, t.setting)): -t.value for t in done}
     worst = max(known.values(), default=0.0)
-    for setting in study.under_way():
+    for setting in open_now:
         known.setdefault(_key(_place(knobs, setting)), worst)
     first = max(done[: len(study.starts)], key=lambda t: t.value, default=None)
     begin = np.array(_place(knobs, first.setting) if first else [0.0] * len(knobs))
@@ -362,6 +374,11 @@ def _next_point(study: Study, done: Sequence[Trial], number: int) -> dict[str, A
         )
     except _Unknown:
         return _setting(knobs, asked[0])
+    if not done:  # all that there is are trials under way
+        return {
+            name: knob.drawn(float(np.random.default_rng(_seed(study.seed, number)).random()))
+            for name, knob in knobs.items()
+        }
     best = max(done, key=lambda t: t.value)
     drawn = np.random.default_rng(_seed(study.seed, number)).normal(_place(knobs, best.setting), 0.1)
     return _setting(knobs, np.clip(drawn, -1, 1).tolist())

@@ -70,8 +70,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         time.sleep(0.5)
         yield f"postgresql+psycopg2://tester@127.0.0.1:{port}/postgres"
     finally:
-        running.send_signal(signal.SIGINT)
-        running.wait(20)
+        process = int((folder / "data" / "postmaster.pid").read_text(encoding="utf-8").split()[0])
+        os.kill(process, signal.SIGINT)
+        running.wait(60)
 
 
 @pytest.fixture(params=["sqlite", "journal", "postgres"])
@@ -89,9 +90,12 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return {"sqlite": str(tmp_path / "study.db"), "journal": f"journal:{tmp_path / 'study.log'}"}[request.param]
 
 
-def start(storage: str, log: Path, folders: list[str], seconds: float = 0.0) -> subprocess.Popen[str]:
+def start(
+    storage: str, log: Path, folders: list[str], seconds: float = 0.0, together: int = 1
+) -> subprocess.Popen[str]:
     command = [sys.executable, str(HERE / "worker.py"), storage, str(BUDGET), str(seconds), str(log), *folders]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, "TOGETHER": str(together)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def result(process: subprocess.Popen[str]) -> list[Any]:
@@ -102,7 +106,7 @@ def result(process: subprocess.Popen[str]) -> list[Any]:
 
 def test_two_processes_share_the_trials(storage: str, folders: list[str], tmp_path: Path) -> None:
     log = tmp_path / "log"
-    first, second = (start(storage, log, folders, 0.15) for _ in range(2))
+    first, second = (start(storage, log, folders, 0.15, together=2) for _ in range(2))
     trials, again = result(first), result(second)
     assert trials == again
     assert len(trials) == BUDGET

@@ -1,7 +1,7 @@
 """A process that takes part in a search: python worker.py STORAGE BUDGET SECONDS LOG ADAPTER…
 
 Every trial is noted in LOG as it is begun; its worth is the distance to 0.7 of the first task vector less 0.4 of
-the last, and takes SECONDS.
+the last, and takes SECONDS. It begins when as many processes are there as TOGETHER says.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class Worth:
 if __name__ == "__main__":
     storage, budget, seconds, log, *folders = sys.argv[1:]
     warnings.simplefilter("ignore")
+    Path(f"{log}.{os.getpid()}").touch()
+    while len(list(Path(log).parent.glob(f"{Path(log).name}.*"))) < int(os.environ["TOGETHER"]):
+        time.sleep(0.01)
     found = ties_peft.search(
         folders, Worth(folders, float(seconds), Path(log)), budget=int(budget), storage=storage, controls=()
     )
