@@ -16,13 +16,13 @@ from .adapter import Adapter
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
 from .heads import Heads, settle_heads
 from .kinds import Kind, Module
-from .members import Member, compare_filters, find_members
+from .members import Member, check_statistics, compare_filters, find_members
 from .methods import Method, Stages, Trim, method_classes
 from .recipe import DTYPES, NORM, Rank, Recipe
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
-from .statistics import Statistic, command
+from .statistics import Statistic
 
 AUTO_RANK = 64
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
@@ -145,7 +145,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
         if not checked or adapter is signs:
             adapter.check()
     members = find_members(recipe, adapters, densities, warnings)
-    _check_statistics(stages, members)
+    check_statistics(stages.method, members)
     dtype = _dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
     compare_filters(members, modules, warnings)
@@ -229,18 +229,6 @@ def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modu
             fault = stage.check([weight for weight in weights if weight != 0], space.name) if any(weights) else None
             if fault:
                 raise MethodError(f"method '{stage.name}': {fault}.")
-
-
-def _check_statistics(stages: Stages, members: Sequence[Member]) -> None:
-    """Every adapter has, beside it, the statistics that the method needs."""
-    kind = stages.method.needs
-    missing = [member.adapter.label for member in members if kind and member.adapter.statistics(kind) is None]
-    if kind and missing:
-        raise CompatibilityError(
-            f"method '{stages.method.name}' needs {kind} statistics beside every adapter, and {len(missing)} of "
-            f"{len(members)} have none: {', '.join(missing)}. Gather them once, with the base model and a few hundred "
-            f"rows of text: {command(missing[0], kind)}."
-        )
 
 
 def _signs(method: Method) -> Adapter | None:

@@ -38,7 +38,8 @@ from .merge import Progress
 from .merged import Merged
 from .prepare import Prepared, prepare
 from .recipe import Rank, Recipe
-from .study import Study, Trial
+from .sampling import Trial
+from .study import Study
 from .task import read_task
 from .training import train
 from .tuning import Tuning, named
