@@ -60,7 +60,8 @@ class Account:
         self.conflicting += conflicting or 0
         self.shared += shared
         if self.plan.dtype != torch.float32:
-            again = self.plan.kind.read(self._as_written(module), MemoryTensors(written))
+            rank = self.plan.rank or 1
+            again = self.plan.kind.read(self.plan.kind.written(module, rank), MemoryTensors(written), None)
             self.lost += distance(again, factors.delta.to(torch.device("cpu"))) ** 2
         self.lines.append(
             ModuleLine(
@@ -73,11 +74,6 @@ class Account:
                 conflict=None if conflicting is None else _share(conflicting, shared),
             )
         )
-
-    def _as_written(self, module: Module) -> Module:
-        """The module with the keys and the lora scaling, 1, of the output."""
-        packed = self.plan.kind.keys(module.name)
-        return Module(module.name, module.shape, self.plan.rank or 1, packed, on_input=module.on_input)
 
     def report(self, kept: Sequence[Kept], seconds: float) -> Report:
         """The report, at the end."""
@@ -100,7 +96,7 @@ class Account:
         return Report(
             method="+".join(stage.name for stage in plan.stages.all),
             space=plan.space.name,
-            kind=plan.kind.title,
+            kind=plan.title,
             scale=plan.scale,
             rank=plan.rank,
             dtype=str(plan.dtype).removeprefix("torch."),

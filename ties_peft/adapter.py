@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import sources, writer
+from .base_model import BaseModel
 from .delta import Delta, inner_root
 from .errors import AdapterError, RecipeError, printable, unknown
 from .kinds import Kind, Module, kind_of
@@ -41,23 +42,31 @@ class Adapter:
         source: the path or Hub id it came from, as the user wrote it, with its revision; None if it
             never had one.
         kind: its type: LoRA, (IA)³.
+        weights: the tensors of its base model, where they were given.
         layout: its modules by name.
         riders: the names of the tensors that belong to no module, sorted: heads, biases, embeddings.
     """
 
-    def __init__(self, config: dict[str, Any], tensors: TensorSource, source: str | None = None) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        tensors: TensorSource,
+        source: str | None = None,
+        weights: BaseModel | None = None,
+    ) -> None:
         self.config = config
         self.tensors = tensors
         self.source = source
+        self.weights = weights
         self.kind: Kind = kind_of(config.get("peft_type"), self.label)
-        self.layout: dict[str, Module] = self.kind.layout(config, tensors, self.label)
-        claimed = {key for module in self.layout.values() for key in module.keys}
-        self.riders = tuple(key for key in tensors.names if key not in claimed)
-        _refuse_riders(self.riders, self.label)
+        self.layout: dict[str, Module] = self.kind.layout(config, tensors, self.label, weights)
         if not self.layout:
             raise AdapterError(
                 f"adapter '{self.label}' holds no {self.kind.title} tensors. Save it again with PEFT's save_pretrained."
             )
+        claimed = {key for module in self.layout.values() for key in module.keys}
+        self.riders = tuple(key for key in tensors.names if key not in claimed)
+        _refuse_riders(self.riders, self.label)
 
     @classmethod
     def load(
@@ -66,6 +75,7 @@ class Adapter:
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | None = None,
+        base: str | Path | BaseModel | None = None,
     ) -> Adapter:
         """Open an adapter's folder, or fetch it from the Hub.
 
@@ -75,6 +85,8 @@ class Adapter:
             revision: a branch, tag or commit on the Hub.
             subfolder: the folder inside it that holds the adapter.
             token: for private repositories; by default the one that `hf auth login` stored.
+            base: the base model's folder or Hub id, for the few kinds whose task vectors depend on its
+                weights (DoRA, say); just the tensors they need are read.
         Raises: AdapterError with one clear sentence where it cannot be read or merged.
         """
         named = sources.with_revision(str(source), revision)
@@ -84,7 +96,8 @@ class Adapter:
         kind_of(config.get("peft_type"), label)  # before the weights: their absence matters less than the type
         weights = sources.weights_in(folder, label)
         opened = SafetensorsFile if weights.suffix == ".safetensors" else PickleFile
-        return cls(config, opened(weights, label), named)
+        known = base if base is None or isinstance(base, BaseModel) else BaseModel.load(base, token)
+        return cls(config, opened(weights, label), named, known)
 
     @property
     def label(self) -> str:
@@ -107,7 +120,7 @@ class Adapter:
 
     def read(self, name: str) -> Delta:
         """The task vector of one module as it is held: factors for LoRA, values for (IA)³."""
-        return self.kind.read(self.module(name), self.tensors)
+        return self.kind.read(self.module(name), self.tensors, self.weights)
 
     def delta(self, name: str) -> Tensor:
         """The task vector of one module, float32: s·B·A, (out, in), for LoRA; l − 1, (k,), for (IA)³.
@@ -135,8 +148,14 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """A sha256 over tensor names, shapes, dtypes, bytes and lora scalings; never over paths."""
+        """A sha256 over tensor names, shapes, dtypes, bytes and lora scalings; never over paths.
+
+        Where task vectors depend on the base model's weights, also over those.
+        """
         scalings = [f"{name} {module.scaling!r}" for name, module in sorted(self.layout.items())]
+        needed = sorted({need for module in self.layout.values() for need in module.needs})
+        if needed and self.weights is not None:
+            scalings.append(digest(self.weights.only(needed)))
         return digest(self.tensors, "\n".join(scalings))
 
     def check(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .adapter import Adapter
-from .delta import Delta, LowRank
+from .delta import Delta, Dense, LowRank, whole
 from .draws import key
 from .plan import Plan
 from .spaces import Encoding
@@ -107,7 +107,10 @@ class Coordinates:
         return list(zip(*columns, strict=True))
 
     def _read(self, adapter: Adapter, module: str) -> Delta:
-        return adapter.read(module).to(self.plan.device)
+        delta = adapter.read(module)
+        if self.plan.arithmetic.in_factors and isinstance(delta, Dense):
+            delta = whole(delta)
+        return delta.to(self.plan.device)
 
 
 def factored(deltas: Sequence[Delta]) -> list[LowRank]:

@@ -168,6 +168,17 @@ def zero(shape: Sequence[int]) -> Delta:
     return LowRank(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]))
 
 
+def whole(delta: Dense) -> LowRank:
+    """A matrix as factors without any rounding: itself beside an identity, the smaller way round.
+
+    Law: whole(d).dense() = d.dense(), to the bit.
+    """
+    rows, columns = delta.values.shape
+    if rows <= columns:
+        return LowRank(torch.eye(rows), delta.values)
+    return LowRank(delta.values, torch.eye(columns))
+
+
 def stack(deltas: Sequence[Delta]) -> Delta:
     """Their exact sum: factors set side by side (rank Σrᵢ) or values added, in the order given.
 

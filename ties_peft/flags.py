@@ -19,7 +19,7 @@ class Flags:
 
     Attributes:
         recipe: a file that they override.
-        adapters, method, space, scale, seed, restore_norm, dtype, base_model, allow_disjoint: as in `Recipe`.
+        adapters, method, space, scale, seed, restore_norm, dtype, base, base_model, allow_disjoint: as in `Recipe`.
         weights: numbers with commas between, or `norm`.
         rank: a whole number, `max` or `auto`.
         density, scope: parameters of the method.
@@ -39,6 +39,7 @@ class Flags:
     restore_norm: bool
     seed: int | None
     dtype: str | None
+    base: str | None
     base_model: str | None
     allow_disjoint: bool
 
@@ -61,6 +62,7 @@ class Flags:
             "restore_norm": self.restore_norm or None,
             "seed": self.seed,
             "dtype": self.dtype,
+            "base": self.base,
             "base_model": self.base_model,
             "allow_disjoint": self.allow_disjoint or None,
         }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .account import Account
 from .adapter import Adapter
+from .base_model import BaseModel
 from .coordinates import Coordinates, Memory, factored
 from .delta import Delta, Dense, LowRank, inner, zero
 from .errors import RecipeError, printable, warn_caller
@@ -44,6 +45,7 @@ def merge(
     restore_norm: bool = False,
     allow_disjoint: bool = False,
     base_model: str | None = None,
+    base: str | Path | BaseModel | None = None,
     progress: Progress | None = None,
     **parameters: Any,
 ) -> Merged:
@@ -65,6 +67,8 @@ def merge(
         restore_norm: bring a result that the rank truncates back to the norm it had.
         allow_disjoint: merge adapters that share no module.
         base_model: the base's name to write; by default the inputs'.
+        base: the base model's folder or Hub id, for adapters whose task vectors depend on its weights
+            (DoRA, say); just the tensors they need are read.
         progress: called as progress(stage, done, of) while it works.
         **parameters: the method's own, such as density and scope; density may be a schedule.
     Returns: the merged adapter, in memory; all work is done.
@@ -73,7 +77,8 @@ def merge(
     """
     if isinstance(adapters, (str, Path, Adapter)):
         raise RecipeError("the adapters are one adapter; expected a list of them: merge([...]).")
-    opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
+    opened = [a if isinstance(a, Adapter) else Adapter.load(a, base=known) for a in adapters]
     recipe = make_recipe(
         opened,
         method=method,
@@ -85,6 +90,7 @@ def merge(
         seed=seed,
         dtype=dtype,
         base_model=base_model,
+        base=known.label if known is not None else None,
         allow_disjoint=allow_disjoint,
         parameters=parameters,
     )
@@ -130,8 +136,14 @@ def merge_recipe(
         device, progress: as in `merge`.
     """
     started = time.perf_counter()
-    opened = [Adapter.load(name) for name in recipe.adapters] if adapters is None else list(adapters)
+    opened = open_adapters(recipe) if adapters is None else list(adapters)
     return carry_out(make_plan(recipe, opened, device), recipe, started, None, progress)
+
+
+def open_adapters(recipe: Recipe) -> list[Adapter]:
+    """A recipe's adapters, with the base that it names."""
+    base = BaseModel.load(recipe.base) if recipe.base is not None else None
+    return [Adapter.load(name, base=base) for name in recipe.adapters]
 
 
 def carry_out(
@@ -154,7 +166,7 @@ def _merge_all(plan: Plan, memory: Memory | None, tell: Progress) -> tuple[dict[
         for done, module in enumerate(plan.modules.values()):
             tensors |= _one_module(coordinates, module, cuts, crew, account)
             tell("merge", done + 1, len(plan.modules))
-    return tensors, account, kept
+    return plan.kind.join(list(plan.modules.values()), tensors), account, kept
 
 
 def _one_module(
@@ -251,7 +263,9 @@ def _at_rank(merged: Delta, plan: Plan, deltas: Sequence[Delta], crew: Workers) 
     if isinstance(merged, LowRank):
         factors = compress(merged, plan.rank)
     else:
-        factors = factorise(merged.dense(), plan.rank, row_space(factored(deltas), plan.rank + OVERSAMPLE), crew.map)
+        given = factored(deltas)
+        start = row_space(given, plan.rank + OVERSAMPLE) if given else None
+        factors = factorise(merged.dense(), plan.rank, start, crew.map)
     return factors.restored() if plan.restore_norm else factors
 
 
@@ -268,4 +282,5 @@ def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
         "inference_mode": True,
         **plan.kind.config(list(plan.modules.values()), plan.rank or 0),
         **({"fan_in_fan_out": True} if any(config.get("fan_in_fan_out") for config in configs) else {}),
+        **({"layer_replication": configs[0]["layer_replication"]} if configs[0].get("layer_replication") else {}),
     }

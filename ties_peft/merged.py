@@ -58,7 +58,7 @@ class Merged(Adapter):
 
 def inputs(recipe: Recipe) -> list[Path]:
     """The folders on this machine that a recipe reads."""
-    named = [*recipe.adapters, plain(recipe.parameters.get("sign_from"))]
+    named = [*recipe.adapters, recipe.base, plain(recipe.parameters.get("sign_from"))]
     return [path for path in (sources.local(name) for name in named if isinstance(name, str)) if path is not None]
 
 

@@ -14,15 +14,16 @@ import torch
 
 from .adapter import Adapter
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
-from .kinds import Kind, Module
+from .kinds import Module, Written, written_as
+from .kinds.base import EMBEDDING
 from .members import Member, compare_filters, find_members
 from .methods import Method, Stages, Trim, method_classes
+from .ranks import output_rank
 from .recipe import DTYPES, NORM, Rank, Recipe
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
 
-AUTO_RANK = 64
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
 
 
@@ -64,9 +65,15 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def kind(self) -> Kind:
-        """The kind of all its adapters."""
-        return self.members[0].adapter.kind
+    def kind(self) -> Written:
+        """The kind that it is written as."""
+        return written_as(self.members[0].adapter.kind)
+
+    @property
+    def title(self) -> str:
+        """The kind that it is written as, and those that it is made of where they are others."""
+        others = sorted({member.adapter.kind.title for member in self.members} - {self.kind.title})
+        return f"{self.kind.title}, of {', '.join(others)}" if others else self.kind.title
 
     @property
     def method(self) -> Method:
@@ -115,6 +122,11 @@ class Plan:
         return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) != 0]
 
 
+def as_large_as_the_vocabulary(module: Module) -> bool:
+    """Whether a module is an embedding or a head over the vocabulary."""
+    return module.form == EMBEDDING or module.path.rsplit(".", 1)[-1] in VOCABULARY
+
+
 def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", checked: bool = False) -> Plan:
     """Check everything that can be checked without arithmetic, and settle every default.
 
@@ -128,7 +140,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     """
     warnings = list(recipe.notes)
     space, stages, densities = _settings(recipe, len(adapters))
-    signs = _signs(stages.method)
+    signs = _signs(stages.method, recipe.base)
     where = _device(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
     for adapter in [*adapters, *([signs] if signs else [])]:
@@ -137,6 +149,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     members = find_members(recipe, adapters, densities, warnings)
     dtype = _dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
+    _check_together(members, modules)
     compare_filters(members, modules, warnings)
     _check_weights(stages, space, members, modules)
     arithmetic = _arithmetic(space, stages)
@@ -206,9 +219,9 @@ def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modu
                 raise MethodError(f"method '{stage.name}': {fault}.")
 
 
-def _signs(method: Method) -> Adapter | None:
+def _signs(method: Method, base: str | None) -> Adapter | None:
     given = getattr(method, "sign_from", None)
-    return Adapter.load(given) if isinstance(given, (str, Path)) else given
+    return Adapter.load(given, base=base) if isinstance(given, (str, Path)) else given
 
 
 def _device(name: str) -> torch.device:
@@ -261,7 +274,7 @@ def _check_ranks(space: Space, adapters: Sequence[Adapter], modules: dict[str, M
 
 
 def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> None:
-    found = {adapter.kind.name: adapter.kind for adapter in adapters}
+    found = {adapter.kind.writes: written_as(adapter.kind) for adapter in adapters}
     if len(found) > 1:
         table = "\n".join(f"  {adapter.kind.title:<8} {adapter.label}" for adapter in adapters)
         raise CompatibilityError(
@@ -289,7 +302,7 @@ def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: b
             if adapter is not signs:
                 modules[module.name] = known
             first.setdefault(module.name, name)
-            if (known.shape, known.on_input) != (module.shape, module.on_input):
+            if known.place != module.place:
                 faults.append((printable(module.name), first[module.name], known, name, module))
     if faults:
         rows = "\n".join(f"  {n}: {a} has {_form(m)}, {b} has {_form(o)}" for n, a, m, b, o in faults[:8])
@@ -305,7 +318,25 @@ def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: b
 
 def _form(module: Module) -> str:
     side = {True: " on the input", False: ""}[module.on_input]
-    return f"{' × '.join(map(str, module.shape))}{side}"
+    form = "" if module.form == "linear" else f" ({module.form})"
+    kernel = f", kernel {' × '.join(map(str, module.kernel))}" if module.kernel else ""
+    experts = f", {module.expert[1]} experts" if module.expert[1] > 1 else ""
+    return f"{' × '.join(map(str, module.shape))}{side}{form}{kernel}{experts}"
+
+
+def _check_together(members: Sequence[Member], modules: dict[str, Module]) -> None:
+    """What one adapter cannot hold: modules that PEFT has no common config for, unequal replicated layers."""
+    fault = written_as(members[0].adapter.kind).fault(list(modules.values()))
+    if fault:
+        raise CompatibilityError(f"the adapters fit no one adapter: {fault}.")
+    replicated = {member.name: member.adapter.config.get("layer_replication") or None for member in members}
+    first = next(iter(replicated.values()))
+    if any(found != first for found in replicated.values()):
+        rows = "\n".join(f"  {name}: {printable(repr(found))}" for name, found in replicated.items())
+        raise CompatibilityError(
+            f"the adapters replicate the base's layers differently (layer_replication):\n{rows}\n"
+            "One adapter can hold one order of layers. Merge those that agree."
+        )
 
 
 def _refuse_strangers(members: Sequence[Member]) -> None:
@@ -333,27 +364,10 @@ def _rank(
     modules: dict[str, Module],
     warnings: list[str],
 ) -> int | None:
-    if not members[0].adapter.kind.has_rank:
-        if asked != "auto":
-            raise MethodError(
-                f"rank is {asked!r}, but {members[0].adapter.kind.title} vectors have no rank. Leave it out."
-            )
-        return None
-    total = max(sum(m.adapter.layout[name].rank for m in members if m.has(name)) for name in modules)
-    largest = max(member.adapter.ranks[-1] for member in members)
-    full = max(min(module.shape) for module in modules.values())
-    if asked == "auto":
-        rank = min(total, max(AUTO_RANK, largest))
-    elif asked == "max":
-        thinned = any(member.density is not None for member in members)
-        rank = total if space.lossless_rank or (_linear(stages, len(members)) and not thinned) else full
-    elif isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
-        rank = asked
-    else:
-        raise RecipeError(f"the rank is {printable(repr(asked))}; expected a whole number from 1 up, 'max' or 'auto'.")
-    if rank < largest:
-        warnings.append(f"rank {rank} is under the largest of the inputs' own, {largest}.")
-    return max(min(rank, *module.shape) for module in modules.values())
+    thinned = any(member.density is not None for member in members)
+    lossless = space.lossless_rank or (_linear(stages, len(members)) and not thinned)
+    adapters = {member.name: member.adapter for member in members}
+    return output_rank(asked, adapters, modules, lossless, warnings)
 
 
 def _linear(stages: Stages, adapters: int) -> bool:

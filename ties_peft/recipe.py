@@ -35,7 +35,7 @@ from .schedule import Schedule, as_read, is_number
 from .settings import parameter_names, settle
 from .spaces import find_space
 
-TOP = ("merge_method", "adapters", "parameters", "dtype", "base_model", "allow_disjoint", "notes")
+TOP = ("merge_method", "adapters", "parameters", "dtype", "base_model", "base", "allow_disjoint", "notes")
 SYNONYMS = {"models": "adapters", "model": "adapter", "lambda": "scale"}
 SHARED = ("space", "rank", "scale", "seed", "restore_norm", "weights")
 ENTRY = ("adapter", "model", "parameters")
@@ -67,6 +67,7 @@ class Recipe:
         base_model: the base's name in the output; None to keep the inputs'.
         allow_disjoint: whether adapters with no module in common may be merged.
         notes: said in the report; a note on one thing starts with its name and a colon.
+        base: where the base model's weights are, for adapters that need them; None if none does.
     """
 
     adapters: tuple[str, ...]
@@ -83,6 +84,7 @@ class Recipe:
     base_model: str | None = None
     allow_disjoint: bool = False
     notes: tuple[str, ...] = ()
+    base: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML form as plain values; what was left to a default is left out."""
@@ -95,7 +97,8 @@ class Recipe:
         shared = {"space": self.space, "rank": self.rank, "scale": self.scale, "seed": self.seed}
         shared["restore_norm"] = self.restore_norm or None
         shared["weights"] = self.weights if isinstance(self.weights, str) else None
-        rest = {"dtype": self.dtype, "base_model": self.base_model, "allow_disjoint": self.allow_disjoint or None}
+        rest: dict[str, Any] = {"dtype": self.dtype, "base_model": self.base_model, "base": self.base}
+        rest["allow_disjoint"] = self.allow_disjoint or None
         values: dict[str, Any] = plain(
             {
                 "merge_method": self.method,
@@ -155,6 +158,7 @@ class _Reader:
             restore_norm=shared.flag("restore_norm"),
             dtype=top.get("dtype", None, lambda name: name in DTYPES, " or ".join(DTYPES)),
             base_model=top.text("base_model"),
+            base=top.text("base"),
             allow_disjoint=top.flag("allow_disjoint"),
             notes=tuple(top.get("notes", (), _is_texts, "a list of texts")),
         )

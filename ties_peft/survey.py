@@ -27,7 +27,7 @@ from torch import Tensor
 from .coordinates import Coordinates
 from .delta import Delta, size
 from .errors import MethodError, printable
-from .plan import VOCABULARY, Plan
+from .plan import Plan, as_large_as_the_vocabulary
 from .tiles import Workers, tiles
 from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, kept_count
 
@@ -101,7 +101,7 @@ def trimmed_apart(plan: Plan) -> list[str]:
     """The modules as large as the vocabulary, whose entries would swamp the count of the others."""
     if plan.trim is None or plan.trim.scope != "adapter":
         return []
-    apart = [name for name in plan.modules if name.rsplit(".", 1)[-1] in VOCABULARY]
+    apart = [name for name, module in plan.modules.items() if as_large_as_the_vocabulary(module)]
     return apart if len(apart) < len(plan.modules) else []
 
 

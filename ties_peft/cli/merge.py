@@ -9,10 +9,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..adapter import Adapter
 from ..errors import RecipeError, printable
 from ..flags import Flags
-from ..merge import merge_recipe
+from ..merge import merge_recipe, open_adapters
 from ..merged import Merged, inputs
 from ..plan import Plan, make_plan
 from ..recipe import Recipe
@@ -31,6 +30,10 @@ Settings = Annotated[
 ]
 RestoreNorm = Annotated[
     bool, typer.Option("--restore-norm", help="Bring a result that the rank truncates back to the norm it had.")
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub id of the base's weights, where adapters need them.", show_default=False),
 ]
 BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the inputs'")]
 AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")]
@@ -57,6 +60,7 @@ def merge(
     device: Annotated[str, typer.Option(help="Where the arithmetic is done.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the inputs'")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.", show_default=False)] = None,
+    base: Base = None,
     base_name: BaseName = None,
     allow_disjoint: AllowDisjoint = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and stop before the work.")] = False,
@@ -78,13 +82,14 @@ def merge(
         restore_norm,
         seed,
         dtype,
+        base,
         base_name,
         allow_disjoint,
     )
     asked = flags.asked()
     _check_out(out, asked, force, dry_run)
     if dry_run:
-        plan = make_plan(asked, [Adapter.load(name) for name in asked.adapters], device)
+        plan = make_plan(asked, open_adapters(asked), device)
         _show_plan(plan, asked, as_json)
         return
     with progress_bar() as tell:
@@ -105,7 +110,7 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
     show_warnings(plan.warnings)
     facts = {
         "adapters": [member.name for member in plan.members],
-        "kind": plan.kind.title,
+        "kind": plan.title,
         "modules": len(plan.modules),
         "method": plan.method.name,
         "space": plan.space.name,

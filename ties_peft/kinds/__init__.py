@@ -7,9 +7,9 @@ import importlib
 import pkgutil
 
 from ..errors import AdapterError, printable
-from .base import Kind, Module
+from .base import Kind, Module, Written
 
-__all__ = ["Kind", "Module", "kind_of", "kinds"]
+__all__ = ["Kind", "Module", "Written", "kind_of", "kinds", "written_as"]
 
 
 @functools.cache
@@ -17,10 +17,19 @@ def kinds() -> dict[str, Kind]:
     """Every kind by its PEFT type."""
     found: dict[str, Kind] = {}
     for entry in pkgutil.iter_modules(__path__):
+        if entry.name == "base":
+            continue
         module = importlib.import_module(f"{__name__}.{entry.name}")
         own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-        found.update({c.peft_type: c() for c in own if issubclass(c, Kind) and c is not Kind})
+        found.update({kind.peft_type: kind for c in own if issubclass(c, Kind) for kind in c.all()})
     return dict(sorted(found.items()))
+
+
+def written_as(kind: Kind) -> Written:
+    """The kind that a merge of adapters of this kind is written as."""
+    found = next(other for other in kinds().values() if other.name == kind.writes)
+    assert isinstance(found, Written)
+    return found
 
 
 def kind_of(peft_type: object, label: str) -> Kind:

@@ -47,6 +47,7 @@ class Space(BaseModel, ABC):
         lossless_rank: whether the merged vector's rank is at most Σrᵢ for any method.
         scopes: over what a trim may rank magnitudes; the first is used where the user names none.
         kinds: the kinds of adapter it makes sense for.
+        in_factors: whether it takes every matrix as B·A.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,6 +57,7 @@ class Space(BaseModel, ABC):
     lossless_rank: ClassVar[bool] = False
     scopes: ClassVar[tuple[Scope, ...]] = ("adapter", "module")
     kinds: ClassVar[tuple[str, ...]] = ("lora", "ia3")
+    in_factors: ClassVar[bool] = True
 
     @abstractmethod
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:

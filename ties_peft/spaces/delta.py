@@ -27,6 +27,7 @@ class DeltaSpace(Space):
     """
 
     name: ClassVar[str] = "delta"
+    in_factors: ClassVar[bool] = False
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
         """As they are."""
