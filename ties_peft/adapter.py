@@ -27,6 +27,7 @@ RIDERS = {
     ".base_layer.": "base layers",
 }
 WHOLE = "whole layers (modules_to_save, heads, biases)"
+INTEGERS = ("I32", "I64", "int32", "int64")
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -164,7 +165,8 @@ class Adapter:
         Raises: AdapterError naming the tensors that hold NaN or infinity, or are not of a floating type.
         """
         for key in self.tensors.names:
-            if (dtype := self.tensors.info(key).dtype) not in FLOATING:
+            dtype = self.tensors.info(key).dtype
+            if dtype not in FLOATING and not (self.kind.indices and dtype in INTEGERS):
                 raise AdapterError(
                     f"adapter '{self.label}': tensor '{printable(key)}' is {dtype}; expected "
                     "float32, float16 or bfloat16. Save the adapter unquantised."

@@ -12,6 +12,19 @@ from .base import Kind, Module, Written
 __all__ = ["Kind", "Module", "Written", "kind_of", "kinds", "written_as"]
 
 
+_PROMPT = "which adds virtual tokens or hidden states to the input and changes no weight, so it has no task vector"
+_ROUTED = "whose effect depends on each input, so it has no one task vector"
+_WHOLE = "which trains the base's own parameters and no update beside them"
+_UNSERVED = "whose task vector PEFT does not tell from its files alone. Merge it into a checkpoint with PEFT instead"
+WITHOUT_DELTA = {
+    **dict.fromkeys(("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING"), _PROMPT),
+    **dict.fromkeys(("PREFIX_TUNING", "PROMPT_TUNING"), _PROMPT),
+    **dict.fromkeys(("LILY", "POLY", "SHADOW", "XLORA"), _ROUTED),
+    **dict.fromkeys(("BEFT", "LN_TUNING", "TRAINABLE_TOKENS"), _WHOLE),
+    **dict.fromkeys(("ADAMSS", "FROD", "GLORA", "PSOFT", "ROAD", "TINYLORA", "UNILORA"), _UNSERVED),
+}
+
+
 @functools.cache
 def kinds() -> dict[str, Kind]:
     """Every kind by its PEFT type."""
@@ -43,8 +56,6 @@ def kind_of(peft_type: object, label: str) -> Kind:
             f"expected one of {', '.join(kinds())}. Is this a PEFT adapter?"
         )
     if peft_type.upper() not in kinds():
-        raise AdapterError(
-            f"adapter '{label}' is of PEFT type '{printable(peft_type)}', which ties_peft cannot merge yet; "
-            f"it merges {', '.join(kinds())}. Leave it out."
-        )
+        why = WITHOUT_DELTA.get(peft_type.upper(), f"which is none that ties_peft merges ({', '.join(kinds())})")
+        raise AdapterError(f"adapter '{label}' is of PEFT type '{printable(peft_type)}', {why}. Leave it out.")
     return kinds()[peft_type.upper()]

@@ -10,7 +10,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -46,7 +46,7 @@ class Module:
         expert: (which, of how many), for EXPERT.
         own_rank: whether `rank` is the r it was trained at, and not merely what its shape allows.
         needs: the tensors of the base model without which it has no task vector.
-        draw: what a kind draws its numbers from that were not saved.
+        extra: what else its kind reads it by.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Module:
     expert: tuple[int, int] = (0, 1)
     own_rank: bool = True
     needs: tuple[str, ...] = ()
-    draw: tuple[int, ...] = ()
+    extra: Any = field(default=None, compare=False, repr=False)
 
     @property
     def path(self) -> str:
@@ -83,6 +83,7 @@ class Kind(ABC):
         peft_type: as it stands in adapter_config.json.
         writes: the name of the kind that a merge of it is written as; its own, if it has a form of its own.
         has_rank: whether `rank` means anything for it.
+        indices: whether tensors of whole numbers belong to it: which entries it changes.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Kind(ABC):
     peft_type: str
     writes: str = "lora"
     has_rank: bool = True
+    indices: bool = False
 
     @classmethod
     def all(cls) -> list[Kind]:

@@ -47,7 +47,7 @@ class Vera(Kind):
                 shapes[name],
                 tensors.info(parts[D_DIAGONAL]).shape[0],
                 (parts[B_DIAGONAL], parts[D_DIAGONAL], *shared),
-                draw=() if saved else seed,
+                extra=() if saved else seed,
             )
             for name, parts in layers.items()
         }
@@ -55,7 +55,7 @@ class Vera(Kind):
     def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> LowRank:
         """diag(b)·B and diag(d)·A, the corners that the layer uses."""
         b, d, *shared = (tensors.read(key).to(torch.float32) for key in module.keys)
-        first, second = shared or _drawn(module.rank, *module.draw)
+        first, second = shared or _drawn(module.rank, *module.extra)
         out, width = module.shape
         return LowRank(b.unsqueeze(1) * second[:out], (d.unsqueeze(1) * first[:, :width]).contiguous())
 
