@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -129,6 +132,18 @@ class Adapter:
         On GPT-2's Conv1D it is (out, in) too, where PEFT's `get_delta_weight` gives (in, out).
         """
         return self.read(name).dense()
+
+    def renamed(self, names: Mapping[str, str]) -> Adapter:
+        """The same adapter with other names for some of its modules (old → new); its tensors are as they were.
+
+        A module that is written goes by its new name; the base is still asked by the old.
+        """
+        other = copy.copy(self)
+        other.layout = {}
+        for name, module in self.layout.items():
+            layer = "" if module.path == name else names.get(module.path, module.path)
+            other.layout[names.get(name, name)] = replace(module, name=names.get(name, name), layer=layer)
+        return other
 
     @property
     def ranks(self) -> tuple[int, ...]:

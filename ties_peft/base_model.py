@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import sources
 from .errors import AdapterError, printable
+from .spellings import older
 from .tensors import Info, PickleFile, SafetensorsFile, TensorSource
 
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -62,6 +63,12 @@ class BaseModel:
         return tuple(sorted(self._files))
 
     def find(self, tensor: str) -> str | None:
+        """The checkpoint's name of a tensor, also where the checkpoint spells its module the older way."""
+        module, _, parameter = tensor.rpartition(".")
+        names = [tensor, *(f"{name}.{parameter}" for name in older(module))]
+        return next((found for name in names if (found := self._find(name)) is not None), None)
+
+    def _find(self, tensor: str) -> str | None:
         """The checkpoint's name of a tensor, such as `encoder.layer.0.attention.self.query.weight`.
 
         A model and its checkpoint often differ by what stands in front (`transformer.h.0…`, `h.0…`): the

@@ -11,6 +11,7 @@ from .adapter import Adapter
 from .errors import RecipeError, printable
 from .recipe import NORM, Recipe
 from .schedule import Schedule, count_layers
+from .spellings import agree
 
 
 @dataclass(frozen=True)
@@ -127,3 +128,16 @@ def _present(weights: Sequence[Schedule], adapters: Sequence[Adapter]) -> list[b
     if not any(found):
         raise RecipeError("every weight is 0, so nothing is left to merge. Give at least one adapter a weight.")
     return found
+
+
+def one_spelling(adapters: Sequence[Adapter], warnings: list[str]) -> list[Adapter]:
+    """The adapters with one name for each module, where versions of transformers gave it two."""
+    tables = agree([{name: module.place for name, module in adapter.layout.items()} for adapter in adapters])
+    for adapter, table in zip(adapters, tables, strict=True):
+        if table:
+            old = min(table)
+            warnings.append(
+                f"{adapter.label} names {len(table)} modules as an older transformers did ('{printable(old)}'); they "
+                f"are taken for those of the others ('{printable(table[old])}'), and written under that name."
+            )
+    return [a.renamed(table) if table else a for a, table in zip(adapters, tables, strict=True)]

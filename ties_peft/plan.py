@@ -16,7 +16,7 @@ from .adapter import Adapter
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
 from .kinds import Module, Written, written_as
 from .kinds.base import EMBEDDING
-from .members import Member, compare_filters, find_members
+from .members import Member, compare_filters, find_members, one_spelling
 from .methods import Method, Stages, Trim, method_classes
 from .ranks import output_rank
 from .recipe import DTYPES, NORM, Rank, Recipe
@@ -146,7 +146,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     for adapter in [*adapters, *([signs] if signs else [])]:
         if not checked or adapter is signs:
             adapter.check()
-    members = find_members(recipe, adapters, densities, warnings)
+    members = find_members(recipe, one_spelling(adapters, warnings), densities, warnings)
     dtype = _dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
     _check_together(members, modules)

@@ -14,10 +14,10 @@ from typing import Any
 
 import peft
 import torch
+from kinds.models import ARCHITECTURES, Architecture, make, output
 from torch import nn
 
 import ties_peft
-from kinds.models import ARCHITECTURES, Architecture, make, output
 
 PAGE = Path(__file__).parents[2] / "docs" / "what-can-be-merged.md"
 BEGIN, END = "<!-- the table is written by tests/kinds/matrix.py -->\n", "<!-- end of the table -->\n"
@@ -65,8 +65,6 @@ def plain(cls: type[peft.PeftConfig], **settings: Any) -> Make:
         return cls(target_modules=a.targets, **own, **settings)
 
     return config
-
-
 
 
 KINDS: dict[str, Make] = {

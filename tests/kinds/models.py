@@ -105,7 +105,10 @@ ARCHITECTURES = {
         whisper,
         ["q_proj", "v_proj", "fc2"],
         ["fc2"],
-        inputs={"input_features": torch.linspace(-1, 1, 256).reshape(2, 8, 16).sin(), "decoder_input_ids": TOKENS[:, :3]},
+        inputs={
+            "input_features": torch.linspace(-1, 1, 256).reshape(2, 8, 16).sin(),
+            "decoder_input_ids": TOKENS[:, :3],
+        },
     ),
 }
 

@@ -129,9 +129,7 @@ class Computed(Kind):
         return Dense(change.flatten(1).float().contiguous())
 
 
-def _shape(
-    name: str, label: str, transposed: bool, base: BaseModel | None
-) -> tuple[tuple[int, int], tuple[int, ...]]:
+def _shape(name: str, label: str, transposed: bool, base: BaseModel | None) -> tuple[tuple[int, int], tuple[int, ...]]:
     """((out, in), kernel) of a layer's weight in the base."""
     known = base_shape(base, name)
     if known is None or len(known) not in (2, 3, 4):
@@ -143,9 +141,7 @@ def _shape(
     return (out, width), known[2:]
 
 
-def _merged(
-    peft_type: str, module: Module, weight: Tensor, known: Recomputed, state: Mapping[str, Tensor]
-) -> Tensor:
+def _merged(peft_type: str, module: Module, weight: Tensor, known: Recomputed, state: Mapping[str, Tensor]) -> Tensor:
     """W′ − W by PEFT, on a model that has this layer alone."""
     import peft
 
@@ -153,12 +149,15 @@ def _merged(
     accepted = inspect.signature(cls).parameters
     given = {key: value for key, value in known.config.items() if key in accepted and key not in FILTERS}
     transposed = bool(known.config.get("fan_in_fan_out"))
-    layer, largest = _layer(weight, transposed), _layer(torch.zeros(known.largest[::-1] if transposed else known.largest), transposed)
+    layer, largest = (
+        _layer(weight, transposed),
+        _layer(torch.zeros(known.largest[::-1] if transposed else known.largest), transposed),
+    )
     root = nn.Module()
     _place(root, module.name, layer)
     root.add_module(LARGEST, largest)
     model = peft.PeftModel(root.double(), cls(**{**given, "target_modules": [module.name, LARGEST]}))
-    outcome = peft.set_peft_model_state_dict(model, dict(state))
+    outcome: Any = peft.set_peft_model_state_dict(model, dict(state))
     if outcome.unexpected_keys:
         raise AdapterError(
             f"{known.where}: PEFT has no place for tensor '{printable(outcome.unexpected_keys[0])}' in a layer of the "
@@ -172,8 +171,11 @@ def _merged(
         adapted.merge()
     plain = adapted.get_base_layer()
     if not torch.equal(plain.bias, bias):
-        raise AdapterError(f"{known.where}: {peft_type} changes the bias too, for which a LoRA has no form. Leave it out.")
-    return plain.weight.detach() - before
+        raise AdapterError(
+            f"{known.where}: {peft_type} changes the bias too, for which a LoRA has no form. Leave it out."
+        )
+    after: Tensor = plain.weight.detach()
+    return after - before
 
 
 FILTERS = ("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "modules_to_save", "task_type")
@@ -181,18 +183,22 @@ FILTERS = ("exclude_modules", "inference_mode", "layers_pattern", "layers_to_tra
 
 def _layer(weight: Tensor, transposed: bool) -> nn.Module:
     """A layer with this weight, and a bias that shows whether it is touched."""
+    width, out = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
     layer: Any
     if transposed:
         from transformers.pytorch_utils import Conv1D
 
-        layer = Conv1D(weight.shape[1], weight.shape[0])
+        layer = Conv1D(out, width)  # type: ignore[no-untyped-call]
     elif weight.dim() == 2:
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer = nn.Linear(width, out)
+    elif weight.dim() == 3:
+        layer = nn.Conv1d(width, out, weight.shape[2])
     else:
-        layer = (nn.Conv1d if weight.dim() == 3 else nn.Conv2d)(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]))  # type: ignore[arg-type]
+        layer = nn.Conv2d(width, out, (weight.shape[2], weight.shape[3]))
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = nn.Parameter(torch.linspace(1, 2, layer.bias.numel()), requires_grad=False)
-    return layer
+    layer.bias = nn.Parameter(torch.linspace(1, 2, out), requires_grad=False)
+    found: nn.Module = layer
+    return found
 
 
 def _place(root: nn.Module, path: str, layer: nn.Module) -> None:
