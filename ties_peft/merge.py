@@ -267,13 +267,14 @@ def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     named = recipe.base_model or next((a.base for a in (m.adapter for m in plan.members) if a.base), None)
     tasks = [config.get("task_type") for config in configs]
     task = tasks[0] if isinstance(tasks[0], str) and all(other == tasks[0] for other in tasks) else None
+    own = plan.kind.config(list(plan.modules.values()), plan.rank or 0)
     task = task if task and plan.heads.loads(task) else None
     return {
         "peft_type": plan.kind.peft_type,
         "base_model_name_or_path": named,
         **({"task_type": task} if task else {}),
         "inference_mode": True,
-        **plan.kind.config(list(plan.modules.values()), plan.rank or 0),
-        **plan.heads.config(),
+        **own,
+        **{key: value for key, value in plan.heads.config().items() if key != "bias" or key in own},  # (IA)³ has none
         **({"fan_in_fan_out": True} if any(config.get("fan_in_fan_out") for config in configs) else {}),
     }
