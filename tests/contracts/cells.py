@@ -123,7 +123,7 @@ def with_tensors(adapter: Adapter, change: Callable[[str, Tensor], Tensor]) -> A
 
 def negated(adapter: Adapter) -> Adapter:
     """The adapter of the opposite task vector: −A, 2 − l."""
-    opposite = {"lora_A.weight": torch.neg, "ia3_l": lambda l: 2 - l}
+    opposite = {"lora_A.weight": torch.neg, "ia3_l": lambda vector: 2 - vector}
     return with_tensors(
         adapter, lambda name, t: next((change(t) for end, change in opposite.items() if name.endswith(end)), t)
     )
