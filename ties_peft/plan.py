@@ -186,7 +186,6 @@ def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule
     if len(densities) != count:
         raise RecipeError(f"{len(densities)} densities for {count} adapters. Give one per adapter, or None.")
     settings = settle(recipe.method, recipe.space, recipe.parameters, densities)
-    _check_space(settings.stages, settings.space)
     return settings.space, settings.stages, settings.densities
 
 
@@ -203,12 +202,17 @@ def _arithmetic(space: Space, stages: Stages) -> Space:
     return find_space("core")()
 
 
-def _check_space(stages: Stages, space: Space) -> None:
+def _check_space(stages: Stages, space: Space, kind: Kind) -> None:
     for stage in stages.all:
         if space.name not in stage.spaces:
+            fitting = [name for name in stage.spaces if kind.name in find_space(name).kinds]
             raise MethodError(
-                f"method '{stage.name}' is not offered in space '{space.name}'; it works in {', '.join(stage.spaces)}."
+                f"method '{stage.name}' is not offered in space '{space.name}'; it works in {', '.join(fitting)}."
             )
+    if kind.name not in space.kinds:
+        raise MethodError(
+            f"space '{space.name}' is for {', '.join(space.kinds)}; these are {kind.title}. Use space 'delta'."
+        )
 
 
 def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modules: Iterable[str]) -> None:
@@ -285,14 +289,11 @@ def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> N
             f"the adapters are of {len(found)} types, which have no common form:\n{table}\nMerge each type on its own."
         )
     (kind,) = found.values()
-    if kind.name not in space.kinds:
-        raise MethodError(
-            f"space '{space.name}' is for {', '.join(space.kinds)}; these are {kind.title}. Use space 'delta'."
-        )
     for stage in stages.all:
         if kind.name not in stage.kinds:
             others = ", ".join(name for name, cls in method_classes().items() if kind.name in cls.kinds)
             raise MethodError(f"method '{stage.name}' is not for {kind.title} adapters. These are: {others}.")
+    _check_space(stages, space, kind)
 
 
 def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: bool) -> dict[str, Module]:

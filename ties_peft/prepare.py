@@ -32,7 +32,7 @@ class Prepared:
         self.recipe = recipe
         self.device = device
         self._memory = Memory()
-        plan = make_plan(replace(recipe, method="average", parameters=recipe.parameters), adapters, device)
+        plan = make_plan(replace(recipe, method="ties"), adapters, device)  # which every space offers
         self._everyone = len(plan.members)
         self._encode(plan)
 
