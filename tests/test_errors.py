@@ -159,15 +159,6 @@ def test_dora(make_lora: Make) -> None:
     )
 
 
-def test_a_head(make_lora: Make) -> None:
-    name = edit(make_lora("a"), lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 2)}))
-    assert of_load(name) == (
-        "adapter 'a' holds 1 tensor(s) of whole layers (modules_to_save, heads, biases), which ties_peft cannot merge "
-        "yet: 'base_model.model.score.weight'. Leaving them out would change what the adapter does; train or save it "
-        "without, or leave the adapter out."
-    )
-
-
 def test_pissa(make_lora: Make) -> None:
     make_lora("a", init_lora_weights="pissa")
     assert of_load("a") == (

@@ -110,6 +110,7 @@ class Account:
             adapters=inputs,
             modules=self.lines,
             warnings=[*plan.warnings, *self._warnings(inputs, cosines, energy)],
+            riders=plan.heads.lines(),
             weights=plan.weighting,
             seconds=seconds,
         )

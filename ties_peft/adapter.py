@@ -19,17 +19,10 @@ from .base_model import BaseModel
 from .delta import Delta, inner_root
 from .errors import AdapterError, RecipeError, printable, unknown
 from .kinds import Kind, Module, kind_of
+from .riders import WHOLE_NUMBERS, check_riders
 from .tensors import FLOATING, MemoryTensors, PickleFile, SafetensorsFile, TensorSource, digest
 from .tiles import one_thread
 
-RIDERS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_embedding_": "LoRA on embeddings",
-    "lora_B.bias": "a bias on lora_B",
-    "token_adapter": "trained token embeddings",
-    ".base_layer.": "base layers",
-}
-WHOLE = "whole layers (modules_to_save, heads, biases)"
 INTEGERS = ("I32", "I64", "int32", "int64")
 LARGEST = torch.finfo(torch.float32).max
 
@@ -70,7 +63,7 @@ class Adapter:
             )
         claimed = {key for module in self.layout.values() for key in module.keys}
         self.riders = tuple(key for key in tensors.names if key not in claimed)
-        _refuse_riders(self.riders, self.label)
+        check_riders(self.riders, config, tensors, self.label)
 
     @classmethod
     def load(
@@ -179,9 +172,11 @@ class Adapter:
 
         Raises: AdapterError naming the tensors that hold NaN or infinity, or are not of a floating type.
         """
+        riders = frozenset(self.riders)
         for key in self.tensors.names:
+            allowed = FLOATING | WHOLE_NUMBERS if key in riders else FLOATING
             dtype = self.tensors.info(key).dtype
-            if dtype not in FLOATING and not (self.kind.indices and dtype in INTEGERS):
+            if dtype not in allowed and not (self.kind.indices and dtype in INTEGERS):
                 raise AdapterError(
                     f"adapter '{self.label}': tensor '{printable(key)}' is {dtype}; expected "
                     "float32, float16 or bfloat16. Save the adapter unquantised."
@@ -232,18 +227,6 @@ class Adapter:
 def in_memory(config: dict[str, Any], tensors: dict[str, Tensor], source: str | None = None) -> Adapter:
     """An adapter made of a config and tensors that are not in a file."""
     return Adapter(config, MemoryTensors(tensors), source)
-
-
-def _refuse_riders(riders: tuple[str, ...], label: str) -> None:
-    """Refuse tensors that no module accounts for, each by what its name says it is."""
-    if not riders:
-        return
-    what = next((text for part, text in RIDERS.items() if any(part in key for key in riders)), WHOLE)
-    names = ", ".join(f"'{printable(key)}'" for key in riders[:4]) + (", …" if len(riders) > 4 else "")
-    raise AdapterError(
-        f"adapter '{label}' holds {len(riders)} tensor(s) of {what}, which ties_peft cannot merge yet: {names}. "
-        "Leaving them out would change what the adapter does; train or save it without, or leave the adapter out."
-    )
 
 
 def _read_config(folder: Path, label: str) -> dict[str, Any]:

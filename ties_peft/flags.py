@@ -19,7 +19,8 @@ class Flags:
 
     Attributes:
         recipe: a file that they override.
-        adapters, method, space, scale, seed, restore_norm, dtype, base, base_model, allow_disjoint: as in `Recipe`.
+        adapters, method, space, scale, seed, restore_norm, dtype, base, base_model, allow_disjoint, heads: as in
+            `Recipe`.
         weights: numbers with commas between, or `norm`.
         rank: a whole number, `max` or `auto`.
         density, scope: parameters of the method.
@@ -42,6 +43,7 @@ class Flags:
     base: str | None
     base_model: str | None
     allow_disjoint: bool
+    heads: str | None = None
 
     def asked(self) -> Recipe:
         """The recipe, with what was given in place of what it says.
@@ -65,6 +67,7 @@ class Flags:
             "base": self.base,
             "base_model": self.base_model,
             "allow_disjoint": self.allow_disjoint or None,
+            "heads": self.heads,
         }
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         changed = replace(recipe, **changes)

@@ -17,6 +17,7 @@ from .delta import inner_root
 from .errors import TiesPeftError, printable
 from .plan import make_plan
 from .recipe import Recipe
+from .riders import copies, describe, entries, read_riders, unfulfilled
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Facts:
         numbers: how many numbers its tensors hold.
         norm: Frobenius norm of its task vector.
         largest: the module whose task vector is the longest.
+        riders: the layers that it holds whole: heads, embeddings, biases.
         unusual: what most adapters are not.
     """
 
@@ -45,6 +47,7 @@ class Facts:
     numbers: int
     norm: float
     largest: str
+    riders: tuple[str, ...]
     unusual: tuple[str, ...]
 
 
@@ -119,8 +122,14 @@ def _facts(adapter: Adapter) -> Facts:
         numbers=sum(math.prod(adapter.tensors.info(key).shape) for key in adapter.tensors.names),
         norm=math.hypot(*norms.values()),
         largest=printable(max(norms, key=norms.__getitem__)),
+        riders=_riders(adapter),
         unusual=_unusual(adapter, norms),
     )
+
+
+def _riders(adapter: Adapter) -> tuple[str, ...]:
+    found = read_riders(adapter.riders, adapter.config, adapter.tensors, entries([adapter.config]), adapter.label)
+    return tuple(describe(found, len(copies(adapter.riders))))
 
 
 def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
@@ -138,6 +147,8 @@ def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
     silent = [name for name, norm in norms.items() if norm == 0]
     if silent:
         found.append(f"{len(silent)} of {len(norms)} modules do nothing (zero task vector)")
+    riders = read_riders(adapter.riders, config, adapter.tensors, entries([config]), adapter.label)
+    found += [text.removesuffix(".") for text in unfulfilled(config, riders)]
     if adapter.base is None:
         found.append("names no base model")
     return tuple(found)
@@ -159,6 +170,8 @@ def _table(facts: Facts) -> Table:
     )
     table.add_row("modules", f"{facts.modules}, {facts.numbers:,} numbers in {facts.dtype}")
     table.add_row("norm", f"{facts.norm:.4g}, most of it in {escape(facts.largest)}")
+    for number, text in enumerate(facts.riders):
+        table.add_row("" if number else "whole layers", escape(text))
     if facts.unusual:
         table.add_row("unusual", escape("; ".join(facts.unusual)))
     return table

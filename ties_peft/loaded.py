@@ -19,8 +19,14 @@ from .adapter import Adapter
 from .base_model import BaseModel
 from .errors import AdapterError, CompatibilityError, RecipeError, printable, unknown
 from .kinds import kind_of
-from .kinds.base import PREFIX
+from .kinds.base import PREFIX, refuse_settings
 from .tensors import MemoryTensors
+
+WHOLE = {  # they lie outside the adapter's layers, and PEFT has room for those of one adapter at a time
+    "modules_to_save": "whole modules saved beside the adapter",
+    "bias": "trained biases",
+    "trainable_token_indices": "trained token embeddings",
+}
 
 
 def find_tuner(model: Any) -> Any:
@@ -134,6 +140,7 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
 
     Raises: AdapterError, where its files could not be merged either, or its values are elsewhere.
     """
+    refuse_settings(_plain(tuner.peft_config[name].to_dict()), WHOLE, printable(name))
     tensors = {key: slot.tensor for key, slot in _slots(tuner, name).items()}
     for key, tensor in tensors.items():
         if tensor.device.type == "meta" or hasattr(tensor, "device_mesh"):

@@ -46,6 +46,7 @@ def merge(
     allow_disjoint: bool = False,
     base_model: str | None = None,
     base: str | Path | BaseModel | None = None,
+    heads: str = "error",
     progress: Progress | None = None,
     **parameters: Any,
 ) -> Merged:
@@ -69,6 +70,9 @@ def merge(
         base_model: the base's name to write; by default the inputs'.
         base: the base model's folder or Hub id, for adapters whose task vectors depend on its weights
             (DoRA, say); just the tensors they need are read.
+        heads: what becomes of whole layers that ride along (task heads, embeddings, biases) where the
+            adapters differ: `error`, `drop`, `keep=NAME` (an adapter's short name) or `average`; see
+            `ties_peft.heads`.
         progress: called as progress(stage, done, of) while it works.
         **parameters: the method's own, such as density and scope; density may be a schedule.
     Returns: the merged adapter, in memory; all work is done.
@@ -92,6 +96,7 @@ def merge(
         base_model=base_model,
         base=known.label if known is not None else None,
         allow_disjoint=allow_disjoint,
+        heads=heads,
         parameters=parameters,
     )
     return merge_recipe(recipe, opened, device, progress)
@@ -151,6 +156,7 @@ def carry_out(
 ) -> Merged:
     """Do the work of a checked plan."""
     tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None))
+    tensors |= plan.heads.tensors([member.adapter for member in plan.members], plan.weight)
     report = account.report(kept, time.perf_counter() - started)
     warn_caller(report.warnings)
     return Merged(_config(plan, recipe), tensors, report, recipe)
@@ -275,12 +281,15 @@ def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     named = recipe.base_model or next((a.base for a in (m.adapter for m in plan.members) if a.base), None)
     tasks = [config.get("task_type") for config in configs]
     task = tasks[0] if isinstance(tasks[0], str) and all(other == tasks[0] for other in tasks) else None
+    own = plan.kind.config(list(plan.modules.values()), plan.rank or 0)
+    task = task if task and plan.heads.loads(task) else None
     return {
         "peft_type": plan.kind.peft_type,
         "base_model_name_or_path": named,
         **({"task_type": task} if task else {}),
         "inference_mode": True,
-        **plan.kind.config(list(plan.modules.values()), plan.rank or 0),
+        **own,
+        **{key: value for key, value in plan.heads.config().items() if key != "bias" or key in own},  # (IA)³ has none
         **({"fan_in_fan_out": True} if any(config.get("fan_in_fan_out") for config in configs) else {}),
         **({"layer_replication": configs[0]["layer_replication"]} if configs[0].get("layer_replication") else {}),
     }

@@ -14,8 +14,8 @@ import torch
 
 from .adapter import Adapter
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
+from .heads import Heads, settle_heads
 from .kinds import Module, Written, written_as
-from .kinds.base import EMBEDDING
 from .members import Member, compare_filters, find_members, one_spelling
 from .methods import Method, Stages, Trim, method_classes
 from .ranks import output_rank
@@ -23,8 +23,6 @@ from .recipe import DTYPES, NORM, Rank, Recipe
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
-
-VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Plan:
         trim: the cuts that the method wants; None for none.
         rank: r of the output; None for kinds that have none.
         dtype: of the tensors written.
+        heads: what becomes of the whole tensors that ride along.
         device: where the arithmetic is done.
         signs: the adapter that decides the signs, if one was given.
         restore_norm: whether what the rank truncates is brought back to the norm it had.
@@ -57,6 +56,7 @@ class Plan:
     trim: Trim | None
     rank: int | None
     dtype: torch.dtype
+    heads: Heads
     device: torch.device
     seed: int
     signs: Adapter | None = None
@@ -122,11 +122,6 @@ class Plan:
         return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) != 0]
 
 
-def as_large_as_the_vocabulary(module: Module) -> bool:
-    """Whether a module is an embedding or a head over the vocabulary."""
-    return module.form == EMBEDDING or module.path.rsplit(".", 1)[-1] in VOCABULARY
-
-
 def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", checked: bool = False) -> Plan:
     """Check everything that can be checked without arithmetic, and settle every default.
 
@@ -166,12 +161,26 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
         trim=_trim(stages.method, space),
         rank=rank,
         dtype=dtype,
+        heads=_heads(recipe, members, modules, warnings),
         device=where,
         seed=_seed(recipe.seed),
         signs=signs,
         restore_norm=bool(recipe.restore_norm),
         weighting=NORM if recipe.weights == NORM else "given",
         warnings=warnings,
+    )
+
+
+def _heads(recipe: Recipe, members: Sequence[Member], modules: Iterable[str], warnings: list[str]) -> Heads:
+    layers = count_layers(modules)
+    return settle_heads(
+        recipe.heads,
+        [member.name for member in members],
+        [member.adapter for member in members],
+        modules,
+        lambda place, module: members[place].weight.at(module, layers),
+        None if recipe.dtype is None else _dtype(recipe.dtype, ()),
+        warnings,
     )
 
 
@@ -182,7 +191,6 @@ def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule
     if len(densities) != count:
         raise RecipeError(f"{len(densities)} densities for {count} adapters. Give one per adapter, or None.")
     settings = settle(recipe.method, recipe.space, recipe.parameters, densities)
-    _check_space(settings.stages, settings.space)
     return settings.space, settings.stages, settings.densities
 
 
@@ -199,12 +207,17 @@ def _arithmetic(space: Space, stages: Stages) -> Space:
     return find_space("core")()
 
 
-def _check_space(stages: Stages, space: Space) -> None:
+def _check_space(stages: Stages, space: Space, kind: Written) -> None:
     for stage in stages.all:
         if space.name not in stage.spaces:
+            fitting = [name for name in stage.spaces if kind.name in find_space(name).kinds]
             raise MethodError(
-                f"method '{stage.name}' is not offered in space '{space.name}'; it works in {', '.join(stage.spaces)}."
+                f"method '{stage.name}' is not offered in space '{space.name}'; it works in {', '.join(fitting)}."
             )
+    if kind.name not in space.kinds:
+        raise MethodError(
+            f"space '{space.name}' is for {', '.join(space.kinds)}; these are {kind.title}. Use space 'delta'."
+        )
 
 
 def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modules: Iterable[str]) -> None:
@@ -281,14 +294,11 @@ def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> N
             f"the adapters are of {len(found)} types, which have no common form:\n{table}\nMerge each type on its own."
         )
     (kind,) = found.values()
-    if kind.name not in space.kinds:
-        raise MethodError(
-            f"space '{space.name}' is for {', '.join(space.kinds)}; these are {kind.title}. Use space 'delta'."
-        )
     for stage in stages.all:
         if kind.name not in stage.kinds:
             others = ", ".join(name for name, cls in method_classes().items() if kind.name in cls.kinds)
             raise MethodError(f"method '{stage.name}' is not for {kind.title} adapters. These are: {others}.")
+    _check_space(stages, space, kind)
 
 
 def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: bool) -> dict[str, Module]:

@@ -32,7 +32,7 @@ class Prepared:
         self.recipe = recipe
         self.device = device
         self._memory = Memory()
-        plan = make_plan(replace(recipe, method="average", parameters=recipe.parameters), adapters, device)
+        plan = make_plan(replace(recipe, method="ties"), adapters, device)  # which every space offers
         self._everyone = len(plan.members)
         self._encode(plan)
 
@@ -65,6 +65,7 @@ class Prepared:
             restore_norm=restore_norm,
             parameters={**self.recipe.parameters, **parameters},
             allow_disjoint=self.recipe.allow_disjoint,
+            heads=self.recipe.heads,
         )
         plan = make_plan(asked, self.adapters, self.device, checked=True)
         return carry_out(plan, asked, started, self._memory if self._fits(plan) else None)
@@ -90,6 +91,7 @@ def prepare(
     device: str = "cpu",
     *,
     allow_disjoint: bool = False,
+    heads: str = "error",
     **parameters: Any,
 ) -> Prepared:
     """Read adapters and make their shared bases once; `.merge(method=…, density=…)` then takes milliseconds.
@@ -98,7 +100,7 @@ def prepare(
         adapters: folders, Hub ids or `Adapter`s.
         space: the coordinates of every merge.
         device: where the arithmetic is done.
-        allow_disjoint: as in `merge`.
+        allow_disjoint, heads: as in `merge`.
         **parameters: the space's own.
     Raises: as `merge`.
     """
@@ -108,5 +110,6 @@ def prepare(
         space=space,
         parameters=parameters,
         allow_disjoint=allow_disjoint,
+        heads=heads,
     )
     return Prepared(opened, recipe, device)

@@ -31,11 +31,12 @@ from typing import Any
 from . import mergekit
 from .document import Document, Place, dump
 from .errors import MethodError, RecipeError, TiesPeftError, printable, unknown
+from .riders import ERROR, POLICIES, is_policy
 from .schedule import Schedule, as_read, is_number
 from .settings import parameter_names, settle
 from .spaces import find_space
 
-TOP = ("merge_method", "adapters", "parameters", "dtype", "base_model", "base", "allow_disjoint", "notes")
+TOP = ("merge_method", "adapters", "parameters", "dtype", "base_model", "base", "allow_disjoint", "heads", "notes")
 SYNONYMS = {"models": "adapters", "model": "adapter", "lambda": "scale"}
 SHARED = ("space", "rank", "scale", "seed", "restore_norm", "weights")
 ENTRY = ("adapter", "model", "parameters")
@@ -67,6 +68,7 @@ class Recipe:
         base_model: the base's name in the output; None to keep the inputs'.
         allow_disjoint: whether adapters with no module in common may be merged.
         notes: said in the report; a note on one thing starts with its name and a colon.
+        heads: what becomes of whole tensors; see `heads`.
         base: where the base model's weights are, for adapters that need them; None if none does.
     """
 
@@ -84,6 +86,7 @@ class Recipe:
     base_model: str | None = None
     allow_disjoint: bool = False
     notes: tuple[str, ...] = ()
+    heads: str = ERROR
     base: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +102,7 @@ class Recipe:
         shared["weights"] = self.weights if isinstance(self.weights, str) else None
         rest: dict[str, Any] = {"dtype": self.dtype, "base_model": self.base_model, "base": self.base}
         rest["allow_disjoint"] = self.allow_disjoint or None
+        rest["heads"] = None if self.heads == ERROR else self.heads
         values: dict[str, Any] = plain(
             {
                 "merge_method": self.method,
@@ -160,6 +164,7 @@ class _Reader:
             base_model=top.text("base_model"),
             base=top.text("base"),
             allow_disjoint=top.flag("allow_disjoint"),
+            heads=top.get("heads", ERROR, is_policy, f"one of {', '.join(POLICIES)}"),
             notes=tuple(top.get("notes", (), _is_texts, "a list of texts")),
         )
         self.check(recipe)

@@ -27,10 +27,12 @@ from torch import Tensor
 from .coordinates import Coordinates
 from .delta import Delta, size
 from .errors import MethodError, printable
-from .plan import Plan, as_large_as_the_vocabulary
+from .kinds.base import EMBEDDING
+from .plan import Plan
 from .tiles import Workers, tiles
 from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, kept_count
 
+VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
 SAMPLE = 1 << 14
 WHOLE = 1 << 18  # up to so many entries all are collected: nothing to sample
 SIGMAS = 4.0  # of the sample's quantile, on either side: the bracket misses once in thousands
@@ -101,7 +103,11 @@ def trimmed_apart(plan: Plan) -> list[str]:
     """The modules as large as the vocabulary, whose entries would swamp the count of the others."""
     if plan.trim is None or plan.trim.scope != "adapter":
         return []
-    apart = [name for name, module in plan.modules.items() if as_large_as_the_vocabulary(module)]
+    apart = [
+        name
+        for name, module in plan.modules.items()
+        if module.form == EMBEDDING or name.rsplit(".", 1)[-1] in VOCABULARY
+    ]
     return apart if len(apart) < len(plan.modules) else []
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,6 +125,7 @@ class PickleFile:
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
         _refuse_unreadable(self.path, self.label)
+        _refuse_inflated(self.path, self.label)
         try:
             with warnings.catch_warnings():  # torch's remarks on the pickle would stand beside our one message
                 warnings.simplefilter("ignore")
@@ -148,6 +150,11 @@ class PickleFile:
                 raise AdapterError(
                     f"adapter '{self.label}': tensor '{printable(str(name))}' of {self.path.name} is sparse, quantised "
                     "or without values; expected plain numbers. Save the adapter again."
+                )
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise AdapterError(
+                    f"adapter '{self.label}': tensor '{printable(str(name))}' of {self.path.name} claims the shape "
+                    f"{list(tensor.shape)}, more numbers than the file holds. It is damaged: get the adapter again."
                 )
         return {str(name): loaded[name].detach() for name in loaded}
 
@@ -179,6 +186,22 @@ def digest(source: TensorSource, extra: str = "") -> str:
 def _info(shape: list[int], dtype: str) -> Info:
     known = DTYPES.get(dtype)
     return Info(tuple(shape), str(known).removeprefix("torch.") if known else dtype)
+
+
+def _refuse_inflated(path: Path, label: str) -> None:
+    """Refuse an archive whose members are larger than itself: PyTorch compresses nothing, a trap does."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # the loader says what is wrong with it
+    if size > path.stat().st_size:
+        raise AdapterError(
+            f"adapter '{label}': {path.name} would unpack from {path.stat().st_size:,} to {size:,} bytes; PyTorch's own "
+            "files are not compressed. It was not opened: get the adapter as safetensors."
+        )
 
 
 def _refuse_unreadable(path: Path, label: str) -> None:

@@ -6,6 +6,7 @@ that a failure, whenever it comes, leaves the target as it was.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from torch import Tensor
 from .errors import RecipeError, printable
 
 Content = str | dict[str, Tensor]  # a text file, or the tensors of a safetensors file
+ATTEMPTS = 20  # to get into the target while other processes do the same
 OURS = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "provenance.json"})
 
 
@@ -88,7 +90,7 @@ def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False
         staged.chmod(0o777 & ~_umask())
         for name, content in files.items():
             _write(staged / name, content)
-        _swap(staged, folder)
+        _swap(staged, folder, force)
     except OSError as error:
         _discard(staged, made)
         raise RecipeError(f"the output '{folder}' cannot be written: {error.strerror or error}.") from None
@@ -109,22 +111,53 @@ def _write(path: Path, content: Content) -> None:
     path.chmod(0o666 & ~_umask())
 
 
-def _swap(staged: Path, folder: Path) -> None:
-    """Put the staged folder in the target's place; an old one steps aside and comes back on failure."""
-    if not folder.exists():
+def _swap(staged: Path, folder: Path, force: bool) -> None:
+    """Put the staged folder in the target's place, which another process may be filling at the same time.
+
+    Without `force` whoever comes first stays; with it whoever comes last, either of them whole.
+    """
+    for _ in range(ATTEMPTS):
+        if _settles(staged, folder):
+            return
+        if not force:
+            break
+        _replace(staged, folder)
+        if not staged.exists():
+            return
+    raise RecipeError(
+        f"the output '{folder}' was written by another process meanwhile. Choose another folder, or replace it with "
+        "--force."
+    )
+
+
+def _settles(staged: Path, folder: Path) -> bool:
+    """Rename into place; False where something stands there. An empty folder gives way."""
+    try:
+        if os.name == "nt" and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
         staged.rename(folder)
-        return
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
+
+
+def _replace(staged: Path, folder: Path) -> None:
+    """Let what stands in the target step aside for the staged folder; it comes back if that fails."""
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     old = aside / "old"
     try:
         folder.rename(old)
-        staged.rename(folder)
+        _settles(staged, folder)
+    except FileNotFoundError:  # another process took it away first
+        pass
     except BaseException:
         if old.exists():
             old.rename(folder)
-        aside.rmdir()
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _missing_parents(folder: Path) -> list[Path]:

@@ -438,7 +438,7 @@ def test_a_narrow_console_is_no_fault(pair: tuple[str, str], encoding: str, comm
 
 FLAGS = {
     "merge": (
-        "--allow-disjoint --base-name --density --device --dry-run --dtype --force --json --method --out --rank "
+        "--allow-disjoint --base-name --density --device --dry-run --dtype --force --heads --json --method --out --rank "
         "--recipe --restore-norm --scale --scope --seed --set --space --weights"
     ),
     "inspect": "--json",

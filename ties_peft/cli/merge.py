@@ -15,6 +15,7 @@ from ..merge import merge_recipe, open_adapters
 from ..merged import Merged, inputs
 from ..plan import Plan, make_plan
 from ..recipe import Recipe
+from ..report import rider_texts
 from ..spaces import spaces
 from ..writer import check_target
 from .base import Json, print_json, progress_bar, show_warnings
@@ -37,6 +38,14 @@ Base = Annotated[
 ]
 BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the inputs'")]
 AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")]
+
+HeadsPolicy = Annotated[
+    str | None,
+    typer.Option(
+        help="Whole layers that differ (heads, embeddings, biases): error, drop, keep=NAME or average.",
+        show_default="error",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -63,6 +72,7 @@ def merge(
     base: Base = None,
     base_name: BaseName = None,
     allow_disjoint: AllowDisjoint = False,
+    heads: HeadsPolicy = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and stop before the work.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,
@@ -85,6 +95,7 @@ def merge(
         base,
         base_name,
         allow_disjoint,
+        heads,
     )
     asked = flags.asked()
     _check_out(out, asked, force, dry_run)
@@ -117,13 +128,20 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
         "scale": plan.scale,
         "rank": plan.rank,
         "dtype": str(plan.dtype).removeprefix("torch."),
+        "heads": rider_texts(plan.heads.lines()),
     }
     if as_json:
         print_json({"dry_run": True, "recipe": asked.to_dict(), "plan": facts})
         return
     for key, value in facts.items():
-        typer.echo(f"{key:<9} {', '.join(value) if isinstance(value, list) else value if value is not None else '–'}")
+        typer.echo(f"{key:<9} {_shown(value)}")
     typer.echo("every check passed; nothing was written")
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, list):
+        return ("; " if any(": " in text for text in value) else ", ").join(value) or "–"
+    return "–" if value is None else value
 
 
 def _show_merged(merged: Merged, out: Path, as_json: bool) -> None:

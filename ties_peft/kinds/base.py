@@ -7,7 +7,6 @@ read, and a merge of them is written as the kind that their `writes` names.
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..base_model import BaseModel
 from ..delta import Delta
 from ..errors import AdapterError, printable
+from ..patterns import matches_end, matches_whole
 from ..tensors import TensorSource
 
 PREFIX = "base_model.model."
@@ -174,7 +174,7 @@ def first_match(patterns: Any, name: str, default: Any) -> Any:
     It is PEFT's rule for rank_pattern and alpha_pattern: `re.match(rf"(.*\\.)?({key})$", path)`.
     """
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if matches_end(pattern, name):
             return value
     return default
 
@@ -186,7 +186,7 @@ def number(config: Config, key: str, patterns: str, name: str, default: float, w
     """
     try:
         value = float(first_match(config.get(patterns), name, config.get(key, default)))
-    except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(
             f"{where}: its lora scaling cannot be read from {key}={printable(repr(config.get(key)))}, "
             f"{patterns}={printable(repr(config.get(patterns)))} ({error}). Mend adapter_config.json."
@@ -200,8 +200,8 @@ def targets(chosen: Any, path: str) -> bool:
     """Whether PEFT's target_modules, a list of endings or one regex, name a path."""
     if isinstance(chosen, str):
         try:
-            return re.fullmatch(chosen, path) is not None
-        except re.error:
+            return matches_whole(chosen, path)
+        except ValueError:
             return False
     return isinstance(chosen, (list, tuple)) and any(path == end or path.endswith(f".{end}") for end in chosen)
 

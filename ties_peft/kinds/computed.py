@@ -174,8 +174,8 @@ def _merged(peft_type: str, module: Module, weight: Tensor, known: Recomputed, s
         raise AdapterError(
             f"{known.where}: {peft_type} changes the bias too, for which a LoRA has no form. Leave it out."
         )
-    after: Tensor = plain.weight.detach()
-    return after - before
+    change: Tensor = plain.weight.detach() - before
+    return change
 
 
 FILTERS = ("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "modules_to_save", "task_type")

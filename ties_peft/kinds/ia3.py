@@ -5,7 +5,6 @@ Its task vector is l − 1, the distance from doing nothing; a module that an ad
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,11 +15,11 @@ from torch import Tensor
 from ..base_model import BaseModel
 from ..delta import Delta, Dense
 from ..errors import AdapterError, printable
+from ..patterns import matches_whole
 from ..tensors import TensorSource
-from .base import PREFIX, Config, Module, Written, parts_of, refuse_settings
+from .base import PREFIX, Config, Module, Written, parts_of
 
 SUFFIX = "ia3_l"
-REFUSED_SETTINGS = {"modules_to_save": "whole modules saved beside the adapter"}
 
 
 class IA3(Written):
@@ -37,7 +36,6 @@ class IA3(Written):
 
         On a convolution it is (1, k, 1…) for both, and feedforward_modules of the config tell.
         """
-        refuse_settings(config, REFUSED_SETTINGS, label)
         layers = parts_of(tensors, (SUFFIX,), label)
         return {name: _module(name, parts[SUFFIX], config, tensors, label) for name, parts in layers.items()}
 
@@ -84,7 +82,7 @@ def _feedforward(config: Config, name: str) -> bool:
     chosen = config.get("feedforward_modules")
     try:
         if isinstance(chosen, str):
-            return re.fullmatch(chosen, name) is not None
+            return matches_whole(chosen, name)
         return isinstance(chosen, (list, tuple)) and any(name.endswith(str(end)) for end in chosen)
-    except re.error:
+    except ValueError:
         return False

@@ -54,9 +54,6 @@ ORDER = ("gate_up_proj", "down_proj")  # in which models define the parameters o
 REFUSED_SETTINGS = {
     "use_bdlora": "BD-LoRA",
     "use_qalora": "QA-LoRA",
-    "bias": "trained biases",
-    "modules_to_save": "whole modules saved beside the adapter",
-    "trainable_token_indices": "trained token embeddings",
     "alora_invocation_tokens": "aLoRA",
     "arrow_config": "an Arrow router",
     "kasa_config": "KaSA",

@@ -37,6 +37,8 @@ __all__ = [
     "methods",
 ]
 
+GROUP = "ties_peft.methods"
+
 
 class Parameter(NamedTuple):
     """One parameter of a method."""
@@ -61,14 +63,46 @@ class MethodInfo(NamedTuple):
 
 @functools.cache
 def method_classes() -> dict[str, type[Method]]:
-    """Every method's class by name."""
+    """Every method's class by name.
+
+    Raises: MethodError where another package adds one that cannot be had, or whose name is taken.
+    """
     found: list[type[Method]] = []
     for entry in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{entry.name}")
         own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
         found += [c for c in own if issubclass(c, Method) and "name" in vars(c)]
-    found += [point.load() for point in importlib.metadata.entry_points(group="ties_peft.methods")]
-    return {c.name: c for c in sorted(found, key=lambda c: c.name)}
+    known = {c.name: c for c in found}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        cls = _plugged(point)
+        if cls.name in known:
+            other = known[cls.name]
+            raise MethodError(
+                f"method '{cls.name}' is there twice: {other.__module__}.{other.__name__} and {point.value}. Rename "
+                "one, or uninstall the package that adds it."
+            )
+        known[cls.name] = cls
+    return dict(sorted(known.items()))
+
+
+def _plugged(point: importlib.metadata.EntryPoint) -> type[Method]:
+    """The class that another package adds.
+
+    Raises: MethodError naming the entry point, where it cannot be loaded or is no method.
+    """
+    try:
+        cls = point.load()
+    except Exception as error:
+        raise MethodError(
+            f"the entry point {point.name} = {point.value} of group {GROUP} cannot be loaded "
+            f"({printable(f'{type(error).__name__}: {error}')}). Mend the package that adds it, or uninstall it."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Method) and isinstance(getattr(cls, "name", None), str)):
+        raise MethodError(
+            f"the entry point {point.name} = {point.value} of group {GROUP} is {printable(repr(cls))}; expected a "
+            "subclass of ties_peft.methods.Method with a name. Mend the package that adds it, or uninstall it."
+        )
+    return cls
 
 
 def find_method(name: str) -> type[Method]:
