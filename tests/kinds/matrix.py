@@ -114,8 +114,9 @@ def save(name: str, config: peft.PeftConfig, folder: Path) -> str | None:
     """An adapter that PEFT makes and saves; why it cannot, where it cannot."""
     try:
         model = peft.get_peft_model(make(name), config)
-        randomised(model).save_pretrained(folder, save_embedding_layers=False)
-    except Exception as error:  # of PEFT, which has no such layer
+        output(randomised(model), name)
+        model.save_pretrained(folder, save_embedding_layers=False)
+    except Exception as error:  # of PEFT, which has no such layer or cannot run it
         return f"{type(error).__name__}: {error}"
     return None
 
