@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .adapter import Adapter
+from .base_model import BaseModel
 from .delta import inner_root
 from .errors import TiesPeftError, printable
 from .plan import make_plan
@@ -83,13 +84,19 @@ class Inspection:
         return Group(*parts)
 
 
-def inspect(sources: Sequence[str]) -> Inspection:
-    """Look at adapters; a fault in one does not hide the others."""
+def inspect(sources: Sequence[str], base: str | None = None) -> Inspection:
+    """Look at adapters; a fault in one does not hide the others.
+
+    Args:
+        sources: folders or Hub ids.
+        base: the base model's, for adapters whose task vectors depend on its weights.
+    """
+    weights = BaseModel.load(base) if base is not None else None
     opened: list[Adapter] = []
     faults = []
     for source in sources:
         try:
-            adapter = Adapter.load(source)
+            adapter = Adapter.load(source, base=weights)
             adapter.check()
             opened.append(adapter)
         except TiesPeftError as error:
@@ -132,17 +139,43 @@ def _riders(adapter: Adapter) -> tuple[str, ...]:
     return tuple(describe(found, len(copies(adapter.riders))))
 
 
+FORMS = {
+    "conv": "convolutions",
+    "embedding": "LoRA on embeddings",
+    "bias": "a bias on lora_B",
+    "expert": "experts (target_parameters)",
+}
+
+
+def _forms(adapter: Adapter) -> list[str]:
+    """What its modules are the task vectors of, where it is not linear layers; whether they need the base."""
+    forms = [module.form for module in adapter.layout.values()]
+    found = [f"{forms.count(form)} × {text}" for form, text in FORMS.items() if form in forms]
+    if any(module.needs for module in adapter.layout.values()):
+        kind = "DoRA" if adapter.kind.name == "lora" else adapter.kind.title
+        found.append(f"{kind}: its task vector is of full rank and depends on the base's weights")
+    if adapter.config.get("layer_replication"):
+        found.append("replicated layers")
+    return found
+
+
 def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
     """What most adapters are not, in words."""
     config = adapter.config
-    found = []
+    found = _forms(adapter)
     if config.get("use_rslora"):
         found.append("rsLoRA (scaling alpha/√r)")
+    full = any(module.needs for module in adapter.layout.values())
     if len(adapter.ranks) > 1:
         found.append(f"mixed ranks {', '.join(map(str, adapter.ranks))}")
     if config.get("alpha_pattern"):
         found.append("alpha pattern")
-    if adapter.kind.has_rank and isinstance(config.get("r"), int) and config["r"] not in adapter.ranks:
+    if (
+        adapter.kind.name == "lora"
+        and not full
+        and isinstance(config.get("r"), int)
+        and config["r"] not in adapter.ranks
+    ):
         found.append(f"the config says r = {config['r']}, the tensors {', '.join(map(str, adapter.ranks))}")
     silent = [name for name, norm in norms.items() if norm == 0]
     if silent:

@@ -71,9 +71,8 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """The kind that it is written as, and those that it is made of where they are others."""
-        others = sorted({member.adapter.kind.title for member in self.members} - {self.kind.title})
-        return f"{self.kind.title}, of {', '.join(others)}" if others else self.kind.title
+        """The kinds that it is made of, as text says them."""
+        return ", ".join(sorted({member.adapter.kind.title for member in self.members}))
 
     @property
     def method(self) -> Method:

@@ -94,8 +94,12 @@ KINDS: dict[str, Make] = {
     "HRA": plain(peft.HRAConfig, r=4),
     "MiSS": plain(peft.MissConfig, r=4),
     "OFT": plain(peft.OFTConfig, oft_block_size=4),
+    "OSF": plain(peft.OSFConfig),
+    "PEANuT": plain(peft.PeanutConfig),
+    "PVeRA": plain(peft.PveraConfig, r=6),
     "RandLoRA": plain(peft.RandLoraConfig, r=4),
     "SHiRA": plain(peft.ShiraConfig, r=2),
+    "Supertuning": plain(peft.SupertuningConfig),
     "VB-LoRA": plain(peft.VBLoRAConfig, vector_length=4, num_vectors=10, topk=2),
     "WaveFT": plain(peft.WaveFTConfig, n_frequency=20),
 }
