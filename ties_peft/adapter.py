@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import sources, writer
+from . import foreign, sources, writer
 from .delta import Delta, inner_root
-from .errors import AdapterError, RecipeError, printable, unknown
+from .errors import AdapterError, RecipeError, printable, unknown, warn_caller
 from .kinds import Kind, Module, kind_of
 from .riders import WHOLE_NUMBERS, check_riders
 from .tensors import FLOATING, MemoryTensors, PickleFile, SafetensorsFile, TensorSource, digest
@@ -60,22 +61,26 @@ class Adapter:
         subfolder: str | None = None,
         token: str | None = None,
     ) -> Adapter:
-        """Open an adapter's folder, or fetch it from the Hub.
+        """Open an adapter's files, or fetch them from the Hub.
 
         Args:
-            source: a folder that holds adapter_config.json, or a Hub id such as `org/name` or
-                `org/name@revision`.
+            source: a folder that holds adapter_config.json, a file of weights beside one, or a Hub id:
+                `org/name`, `org/name@revision`, `org/name@revision:subfolder`.
             revision: a branch, tag or commit on the Hub.
-            subfolder: the folder inside it that holds the adapter.
+            subfolder: the folder inside it that holds the adapter; it must lead into it.
             token: for private repositories; by default the one that `hf auth login` stored.
         Raises: AdapterError with one clear sentence where it cannot be read or merged.
         """
-        named = sources.with_revision(str(source), revision)
-        label = printable(f"{named}/{subfolder}" if subfolder else named)
-        folder = sources.find(named, subfolder, token)
-        config = _read_config(folder, label)
+        named = sources.spelled(str(source), revision, subfolder)
+        label = printable(named)
+        if subfolder and not sources.is_inside(subfolder):
+            raise AdapterError(f"adapter '{label}': the subfolder '{printable(subfolder)}' does not lead into it.")
+        found = sources.find(named, token)
+        config = read_config(found.folder, label)
+        foreign.refuse(found, config, label)
+        assert config is not None  # else it was refused
         kind_of(config.get("peft_type"), label)  # before the weights: their absence matters less than the type
-        weights = sources.weights_in(folder, label)
+        weights = found.weights or sources.weights_in(found.folder, label)
         opened = SafetensorsFile if weights.suffix == ".safetensors" else PickleFile
         return cls(config, opened(weights, label), named)
 
@@ -83,6 +88,12 @@ class Adapter:
     def label(self) -> str:
         """How messages name it."""
         return printable(self.source or "in memory")
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files lie on this machine; None if it is in memory alone."""
+        path = getattr(self.tensors, "path", None)
+        return path.parent if isinstance(path, Path) else None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -188,15 +199,32 @@ class Adapter:
         return f"Adapter({self.label!r}, {self.kind.name}, {len(self.layout)} modules, ranks {self.ranks})"
 
 
+def open_all(given: Iterable[str | Path | Adapter]) -> list[Adapter]:
+    """Adapters opened, in order; a pattern is all that fits it (see `sources`)."""
+    opened = []
+    for one in given:
+        if isinstance(one, Adapter):
+            opened.append(one)
+            continue
+        names, remarks = sources.expand_all([str(one)])
+        warn_caller(remark for remark in remarks if "left out" in remark)
+        opened += [Adapter.load(name) for name in names]
+    return opened
+
+
 def in_memory(config: dict[str, Any], tensors: dict[str, Tensor], source: str | None = None) -> Adapter:
     """An adapter made of a config and tensors that are not in a file."""
     return Adapter(config, MemoryTensors(tensors), source)
 
 
-def _read_config(folder: Path, label: str) -> dict[str, Any]:
+def read_config(folder: Path, label: str) -> dict[str, Any] | None:
+    """adapter_config.json of a folder; None where there is none.
+
+    Raises: AdapterError where it is not JSON, or no object.
+    """
     path = folder / sources.CONFIG
     if not path.is_file():
-        raise AdapterError(f"adapter '{label}': there is no {sources.CONFIG} in it. {sources.what_else(folder)}")
+        return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:

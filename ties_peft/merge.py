@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .account import Account
-from .adapter import Adapter
+from .adapter import Adapter, open_all
+from .companions import gather
 from .coordinates import Coordinates, Memory, factored
 from .delta import Delta, Dense, LowRank, inner, zero
 from .errors import RecipeError, printable, warn_caller
@@ -25,6 +26,7 @@ from .plan import Plan, make_plan
 from .recipe import IN_MEMORY, Rank, Recipe, Weights
 from .schedule import as_read
 from .survey import Cuts, Kept, find_cuts
+from .targets import check_written
 from .tiles import Workers, tiles, workers
 
 Progress = Callable[[str, int, int], None]
@@ -44,6 +46,7 @@ def merge(
     restore_norm: bool = False,
     allow_disjoint: bool = False,
     base_model: str | None = None,
+    target: str | None = None,
     heads: str = "error",
     progress: Progress | None = None,
     **parameters: Any,
@@ -51,7 +54,7 @@ def merge(
     """Merge adapters into one.
 
     Args:
-        adapters: folders, Hub ids or `Adapter`s, of one kind and for one base model.
+        adapters: folders, files, Hub ids, patterns (see `sources`) or `Adapter`s, of one kind and for one base model.
         method: how they are combined; see `ties_peft.methods()`.
         space: in which coordinates; `delta` is where an adapter's effect lives.
         weights: one per adapter, applied first; 1 each by default. A negative one negates, 0 is as
@@ -66,6 +69,7 @@ def merge(
         restore_norm: bring a result that the rank truncates back to the norm it had.
         allow_disjoint: merge adapters that share no module.
         base_model: the base's name to write; by default the inputs'.
+        target: the loader that the result is for: `peft`, `vllm` or `llama.cpp` (see `targets`).
         heads: what becomes of whole layers that ride along (task heads, embeddings, biases) where the
             adapters differ: `error`, `drop`, `keep=NAME` (an adapter's short name) or `average`; see
             `ties_peft.heads`.
@@ -77,7 +81,7 @@ def merge(
     """
     if isinstance(adapters, (str, Path, Adapter)):
         raise RecipeError("the adapters are one adapter; expected a list of them: merge([...]).")
-    opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    opened = open_all(adapters)
     recipe = make_recipe(
         opened,
         method=method,
@@ -89,6 +93,7 @@ def merge(
         seed=seed,
         dtype=dtype,
         base_model=base_model,
+        target=target,
         allow_disjoint=allow_disjoint,
         heads=heads,
         parameters=parameters,
@@ -135,6 +140,8 @@ def merge_recipe(
         device, progress: as in `merge`.
     """
     started = time.perf_counter()
+    if adapters is None:
+        recipe, _ = recipe.expanded()
     opened = [Adapter.load(name) for name in recipe.adapters] if adapters is None else list(adapters)
     return carry_out(make_plan(recipe, opened, device), recipe, started, None, progress)
 
@@ -145,9 +152,13 @@ def carry_out(
     """Do the work of a checked plan."""
     tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None))
     tensors |= plan.heads.tensors([member.adapter for member in plan.members], plan.weight)
-    report = account.report(kept, time.perf_counter() - started)
+    companions = gather((member.name, member.adapter.folder) for member in plan.members)
+    plan.warnings.extend([companions.remark] if companions.remark else [])
+    report = replace(account.report(kept, time.perf_counter() - started), copied=sorted(companions.files))
     warn_caller(report.warnings)
-    return Merged(_config(plan, recipe), tensors, report, recipe)
+    config = _config(plan, recipe)
+    check_written(recipe.target, config, tensors)
+    return Merged(config, tensors, report, recipe, companions)
 
 
 def _merge_all(plan: Plan, memory: Memory | None, tell: Progress) -> tuple[dict[str, Tensor], Account, list[Kept]]:

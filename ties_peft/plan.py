@@ -22,6 +22,7 @@ from .recipe import DTYPES, NORM, Rank, Recipe
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
+from .targets import check_modules, fit_rank
 
 AUTO_RANK = 64
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
@@ -145,6 +146,9 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     arithmetic = _arithmetic(space, stages)
     _check_ranks(arithmetic, [*(m.adapter for m in members), *([signs] if signs else [])], modules)
     rank = _rank(recipe.rank, stages, arithmetic, members, modules, warnings)
+    base = recipe.base_model or next((m.adapter.base for m in members if m.adapter.base), None)
+    rank = fit_rank(recipe.target, rank, recipe.rank, members[0].adapter.kind.title, warnings)
+    check_modules(recipe.target, {name: module.shape for name, module in modules.items()}, base, warnings)
     _compare_bases(members, recipe, warnings)
     return Plan(
         members=members,
