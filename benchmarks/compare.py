@@ -38,6 +38,9 @@ LORA = [
     Setting("flat_tsv", rank=32),
     Setting("flat_tsv", rank=16),
     Setting("tsv"),
+    Setting("tsv", scale=FOURTH_ROOT_N),
+    *(Setting("tsv", scale=FOURTH_ROOT_N, rank=rank) for rank in (32, 16)),
+    Setting("tsv", scale=FOURTH_ROOT_N, rank=16, extra={"restore_norm": True}),
     Setting("tsv", scale=0.6),
     Setting("tsv", scale=0.6, rank=32),
     Setting("tsv", scale=0.6, rank=16),
@@ -55,7 +58,6 @@ LORA = [
     Setting("ties", space="core", rank=16, extra={"compress_first": True}),
     Setting("ties", space="knots"),
     Setting("ties", space="knots", scale=1.5),
-    Setting("ties", space="factors"),
     Setting("ties", extra={"density": 1}),
     Setting("ties", extra={"elect": "none"}),
     Setting("ties", extra={"disjoint": "mean_elected"}),
@@ -100,21 +102,12 @@ TABLES = {"lora": LORA, "ia3": IA3}
 CANDIDATES = {
     "lora": [
         REFERENCE,
-        Setting("average"),
-        Setting("task_arithmetic"),
         Setting("task_arithmetic", scale=ROOT_N),
-        Setting("flat_tsv"),
-        Setting("iso_c", scale=1.3),
         Setting("tsv", scale=FOURTH_ROOT_N),
-        Setting("ties", space="knots"),
+        Setting("flat_tsv"),
+        Setting("iso_c"),
     ],
-    "ia3": [
-        REFERENCE,
-        Setting("average"),
-        Setting("task_arithmetic"),
-        Setting("task_arithmetic", scale=ROOT_N),
-        Setting("power_mean"),
-    ],
+    "ia3": [REFERENCE, Setting("task_arithmetic"), Setting("task_arithmetic", scale=ROOT_N), Setting("power_mean")],
 }
 
 
@@ -150,7 +143,7 @@ def line(label: str, record: Mapping[str, Any], own: Mapping[str, float], agains
         against: the record of what it is compared with, row by row.
     """
     accuracy = record["accuracy"]
-    difference, error = paired(rights(record, minilm.TASKS), rights(against, minilm.TASKS))
+    difference, error = paired([(rights(record, minilm.TASKS), rights(against, minilm.TASKS))])
     return {
         "method": label,
         "space": record.get("space", ""),
@@ -184,45 +177,39 @@ def whole(bench: Bench, kind: str, console: Console) -> list[dict[str, Any]]:
 
 
 def subsets(bench: Bench, kind: str) -> list[dict[str, Any]]:
-    """The candidates for a default on sets of two to six adapters: accuracies relative to the own adapters'."""
+    """The candidates for a default, one row each: accuracies relative to the own adapters', by groups of sets."""
     rows = []
-    for chosen in sets():
-        own = {task: bench.single(kind, task, gain)["accuracy"][task] for task, gain in chosen.items()}
-        against = bench.merged(kind, chosen, REFERENCE, list(chosen))
-        for setting in CANDIDATES[kind]:
-            record = bench.merged(kind, chosen, setting, list(chosen))
-            difference, error = paired(rights(record, list(chosen)), rights(against, list(chosen)))
-            accuracy = record["accuracy"]
-            rows.append(
-                {
-                    "method": setting.label,
-                    "space": setting.space,
-                    "set": chosen,
-                    "normalised": round(100 * sum(accuracy[t] / own[t] for t in chosen) / len(chosen), 2),
-                    "difference": round(difference, 2),
-                    "error": round(error, 2),
-                    "loss": round(sum(record["loss"].values()) / len(chosen), 4),
-                }
-            )
+    chosen = sets()
+    against = [bench.merged(kind, one, REFERENCE, list(one)) for one in chosen]
+    for setting in CANDIDATES[kind]:
+        records = [bench.merged(kind, one, setting, list(one)) for one in chosen]
+        columns: dict[str, list[float]] = {}
+        for one, record in zip(chosen, records, strict=True):
+            columns.setdefault(group(one), []).append(relative(bench, kind, one, record))
+        row: dict[str, Any] = {"method": setting.label, "space": setting.space}
+        row |= {name: _mean(values) for name, values in columns.items()}
+        row["loss"] = _mean([_mean(list(record["loss"].values()), 5) for record in records], 4)
+        for name, unlike in (("", False), (", unlike", True)):
+            pairs = [
+                (rights(record, list(one)), rights(other, list(one)))
+                for one, record, other in zip(chosen, records, against, strict=True)
+                if (one in UNLIKE) == unlike
+            ]
+            difference, error = paired(pairs)
+            row |= {f"difference{name}": round(difference, 2), f"error{name}": round(error, 2)}
+        rows.append(row)
     return rows
+
+
+def relative(bench: Bench, kind: str, chosen: Set, record: Mapping[str, Any]) -> float:
+    """Mean accuracy, each own adapter's, stretched alike, being 100."""
+    own = {task: bench.single(kind, task, gain)["accuracy"][task] for task, gain in chosen.items()}
+    return 100 * _mean([record["accuracy"][task] / own[task] for task in chosen], 6)
 
 
 def group(chosen: Set) -> str:
     """The column of a set: how many adapters, and whether their lengths were made unlike."""
     return f"{len(chosen)} adapters" if set(chosen.values()) == {1.0} else "unlike lengths"
-
-
-def grouped(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a method, a mean for each group of sets; differences with their standard errors over all sets."""
-    result = []
-    for label, space in dict.fromkeys((row["method"], row["space"]) for row in rows):
-        mine = [row for row in rows if (row["method"], row["space"]) == (label, space)]
-        columns = dict.fromkeys(group(row["set"]) for row in mine)
-        means = {c: _mean([row["normalised"] for row in mine if group(row["set"]) == c]) for c in columns}
-        found = {"method": label, "space": space, **means, "loss": _mean([row["loss"] for row in mine], 4)}
-        error = sum(row["error"] ** 2 for row in mine) ** 0.5 / len(mine)
-        result.append({**found, "difference": _mean([row["difference"] for row in mine]), "error": round(error, 2)})
-    return result
 
 
 def _mean(values: Sequence[float], digits: int = 2) -> float:
@@ -232,7 +219,7 @@ def _mean(values: Sequence[float], digits: int = 2) -> float:
 def show(rows: Sequence[Mapping[str, Any]], console: Console, title: str) -> None:
     """Print rows as a table; a column for every key."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "error"]
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if not key.startswith("error")]
     for heading in columns:
         table.add_column(heading, justify="left" if heading in ("method", "space") else "right")
     for row in rows:
@@ -242,11 +229,17 @@ def show(rows: Sequence[Mapping[str, Any]], console: Console, title: str) -> Non
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
-    if key == "difference":
-        return f"{value:+.1f} ± {row['error']:.1f}"
+    if key.startswith("difference"):
+        return f"{value:+.1f} ± {row[key.replace('difference', 'error')]:.1f}"
     if isinstance(value, float):
-        return f"{value:.{ {'seconds': 2, 'energy': 2, 'loss': 3}.get(key, 1)}f}"
+        return f"{value:.{ {'seconds': 2, 'energy': 2, 'loss': 3}.get(key, 1) }f}"
     return "–" if value is None else str(value)
+
+
+def command(asked: argparse.Namespace) -> str:
+    """What makes the figures again, wherever the rows are."""
+    subsets = " --subsets" if asked.subsets else ""
+    return f"python benchmarks/compare.py --data DIR{subsets} --rows {asked.rows} --split {asked.split}"
 
 
 def versions() -> dict[str, str]:
@@ -275,11 +268,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     console = Console(width=200)
     bench = Bench(asked.data, asked.split, asked.rows, asked.log)
-    found: dict[str, Any] = {"split": asked.split, "rows": asked.rows, "versions": versions()}
+    found: dict[str, Any] = {
+        "command": command(asked),
+        "split": asked.split,
+        "rows": asked.rows,
+        "versions": versions(),
+    }
     for kind in asked.kinds:
-        rows = grouped(found_sets := subsets(bench, kind)) if asked.subsets else whole(bench, kind, console)
-        show(rows, console, f"{kind}, {asked.rows} {asked.split} rows a task")
-        found[kind] = {"methods": rows, "sets": found_sets} if asked.subsets else rows
+        found[kind] = subsets(bench, kind) if asked.subsets else whole(bench, kind, console)
+        show(found[kind], console, f"{kind}, {asked.rows} {asked.split} rows a task")
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
         asked.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

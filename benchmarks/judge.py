@@ -127,15 +127,25 @@ def stretched(path: Path, gain: float) -> ties_peft.Adapter:
     """An adapter with its task vector times a gain, as if trained longer, shorter or with another alpha."""
     if gain == 1:
         return ties_peft.Adapter.load(path)
-    return ties_peft.merge([path], "task_arithmetic", scale=gain, rank="max" if path.parent.name == "lora" else "auto", dtype="float32")
+    return ties_peft.merge(
+        [path], "task_arithmetic", scale=gain, rank="max" if path.parent.name == "lora" else "auto", dtype="float32"
+    )
 
 
-def paired(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, float]:
+Rights = Mapping[str, Tensor]  # which rows of each task were right, (rows,) each
+
+
+def paired(sets: Sequence[tuple[Rights, Rights]]) -> tuple[float, float]:
     """Difference of two mean accuracies over the same rows, a − b in points, and its standard error.
 
     Args:
-        a, b: which rows of each task were right, (rows,) each.
+        sets: (a, b) for each set of tasks; the mean is over tasks, then over sets. A row that is judged
+            in several sets is one draw, so its differences are added up before their variance is taken.
     """
-    differences = [100.0 * (a[task].double() - b[task].double()) for task in a]
-    variance = sum(float(d.var(correction=1)) / len(d) for d in differences)
-    return sum(float(d.mean()) for d in differences) / len(differences), variance**0.5 / len(differences)
+    totals: dict[str, Tensor] = {}
+    for a, b in sets:
+        for task in a:
+            difference = 100.0 * (a[task].double() - b[task].double()) / (len(a) * len(sets))
+            totals[task] = totals[task] + difference if task in totals else difference
+    variance = sum(float(total.var(correction=1)) / len(total) for total in totals.values())
+    return sum(float(total.mean()) for total in totals.values()), variance**0.5

@@ -59,7 +59,10 @@ def test_it_is_found_refused_and_composed_as_any_other(make_lora: Callable[..., 
     assert "level" in {info.name for info in ties_peft.methods()}
     with pytest.raises(ties_peft.MethodError, match=r"method 'level', parameter 'share' is 2"):
         ties_peft.merge([make_lora("a")], "level", share=2)
-    assert ties_peft.merge([make_lora("a"), make_lora("b", seed=1)], "dare+level", density=0.5).recipe.method == "dare+level"
+    assert (
+        ties_peft.merge([make_lora("a"), make_lora("b", seed=1)], "dare+level", density=0.5).recipe.method
+        == "dare+level"
+    )
 
 
 def test_a_name_registered_anew_replaces_the_class(make_lora: Callable[..., Path]) -> None:

@@ -128,7 +128,9 @@ def register(cls: type[Method]) -> type[Method]:
     if missing:
         raise MethodError(f"the method {cls.__name__} lacks {' and '.join(missing)}.")
     if not cls.name.isidentifier():
-        raise MethodError(f"the method {cls.__name__} has the name {printable(repr(cls.name))}; expected letters, digits and _.")
+        raise MethodError(
+            f"the method {cls.__name__} has the name {printable(repr(cls.name))}; expected letters, digits and _."
+        )
     if cls.name in method_classes() and cls.name not in _REGISTERED:
         raise MethodError(f"there is a method '{cls.name}' already. Give yours another name.")
     _REGISTERED[cls.name] = cls
