@@ -24,6 +24,7 @@ FLOORS = {
     "trim": 0,
     "elect": 0,
     "draws": 0,
+    "threshold": 0,
     "tensors": 1,
     "factorise": 1,
     "sources": 1,

@@ -21,6 +21,7 @@ from .recipe import DTYPES, NORM, Rank, Recipe
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
+from .tiles import workers
 
 AUTO_RANK = 64
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
@@ -131,9 +132,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     signs = _signs(stages.method)
     where = _device(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
-    for adapter in [*adapters, *([signs] if signs else [])]:
-        if not checked or adapter is signs:
-            adapter.check()
+    _check_values([*(() if checked else adapters), *([signs] if signs else [])])
     members = find_members(recipe, adapters, densities, warnings)
     dtype = _dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
@@ -276,6 +275,12 @@ def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> N
         if kind.name not in stage.kinds:
             others = ", ".join(name for name, cls in method_classes().items() if kind.name in cls.kinds)
             raise MethodError(f"method '{stage.name}' is not for {kind.title} adapters. These are: {others}.")
+
+
+def _check_values(adapters: Sequence[Adapter]) -> None:
+    """Look through the tensors, several adapters at a time; the first in order that is at fault speaks."""
+    with workers() as crew:
+        crew.map(Adapter.check, list(dict.fromkeys(adapters)))
 
 
 def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: bool) -> dict[str, Module]:
