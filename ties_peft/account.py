@@ -11,6 +11,7 @@ from torch import Tensor
 from .delta import distance, inner
 from .errors import printable
 from .factorise import Factors
+from .fast import kernels
 from .kinds import Module
 from .plan import Plan
 from .report import AdapterLine, ModuleLine, Report
@@ -84,7 +85,7 @@ class Account:
 
     def report(self, kept: Sequence[Kept], seconds: float) -> Report:
         """The report, at the end."""
-        plan = self.plan
+        plan, loops = self.plan, kernels()
         cosines = self._cosines()
         inputs = [
             AdapterLine(
@@ -119,6 +120,7 @@ class Account:
             warnings=[*plan.warnings, *self._warnings(inputs, cosines, energy)],
             weights=plan.weighting,
             seconds=seconds,
+            loops=loops.name if loops is not None else "torch",
         )
 
     def _cosines(self) -> list[list[float]] | None:

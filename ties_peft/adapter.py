@@ -125,6 +125,11 @@ class Adapter:
         """The task vector of one module as it is held: factors for LoRA, values for (IA)³."""
         return self.kind.read(self.module(name), self.tensors)
 
+    def expect(self, name: str) -> None:
+        """Have the system fetch a module's bytes from the disk meanwhile; nothing waits for it."""
+        if isinstance(self.tensors, SafetensorsFile):
+            self.tensors.expect(self.module(name).keys)
+
     def delta(self, name: str) -> Tensor:
         """The task vector of one module, float32: s·B·A, (out, in), for LoRA; l − 1, (k,), for (IA)³.
 

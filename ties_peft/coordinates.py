@@ -41,6 +41,11 @@ class Coordinates:
         """One adapter's task vector on one module, unweighted."""
         return self._read(self.plan.members[place].adapter, module)
 
+    def expect(self, module: str | None) -> None:
+        """Have the system fetch what the files say of a module, while another one is worked on."""
+        for place, _ in self.plan.holders(module) if module is not None and self.memory is None else ():
+            self.plan.members[place].adapter.expect(module or "")
+
     def signs(self, module: str) -> Delta | None:
         """The task vector that decides the signs of a module, if there is one."""
         giver = self.plan.signs

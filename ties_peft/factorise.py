@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .delta import Delta, LowRank, Span
+from .delta import Delta, LowRank, Span, gram
 
 Run = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]]
 
@@ -251,8 +251,14 @@ def _gaussian(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(matrix.double()).Q
-    return basis.float()
+    """An orthonormal basis of the columns, (n, l), by the Gram matrix in float64; short of it where they depend."""
+    square = gram([matrix])
+    values, vectors = torch.linalg.eigh(square)
+    keep = values > NOISE * values[-1].clamp_min(0)
+    once = (matrix.double() @ (vectors[:, keep] / values[keep].sqrt())).float()
+    root = torch.linalg.cholesky(gram([once]))  # near the identity: what rounding left is taken out
+    basis: Tensor = torch.linalg.solve_triangular(root.T, once.double(), upper=True, left=False).float()
+    return basis
 
 
 def _energy(matrix: Tensor) -> float:

@@ -18,6 +18,7 @@ from .coordinates import Coordinates, Memory
 from .delta import Delta, Dense, zero
 from .errors import RecipeError, printable, warn_caller
 from .factorise import Factors
+from .fast import load
 from .kinds import Module
 from .merged import Merged
 from .methods import Method, TaskVectors
@@ -148,10 +149,14 @@ def _merge_all(plan: Plan, memory: Memory | None, tell: Progress) -> tuple[dict[
     """For each module: read, encode, merge, decode."""
     tensors: dict[str, Tensor] = {}
     account = Account(plan)
+    if plan.method.entrywise and not plan.arithmetic.shared:
+        load(plan.entries)
     with torch.no_grad(), workers() as crew:
         coordinates = Coordinates(plan, memory)
         survey = Survey(coordinates, crew, tell)
+        following = iter([*list(plan.modules)[1:], None])
         for done, module in enumerate(plan.modules.values()):
+            coordinates.expect(next(following))
             tensors |= _one_module(coordinates, module, survey, crew, account)
             tell("merge", done + 1, len(plan.modules))
     return tensors, account, survey.kept

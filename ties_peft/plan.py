@@ -5,6 +5,7 @@ After `make_plan` the merge cannot fail for a reason that could have been known 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -110,6 +111,11 @@ class Plan:
     def total_weight(self, module: str) -> float:
         """Σ w over all adapters, also those that lack the module."""
         return sum(self.weights(module))
+
+    @property
+    def entries(self) -> int:
+        """Of all task vectors together, multiplied out."""
+        return sum(math.prod(module.shape) for m in self.members for module in m.adapter.layout.values())
 
     def holders(self, module: str) -> list[tuple[int, Member]]:
         """The members that have a module and a weight on it, with their places."""

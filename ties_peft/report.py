@@ -77,6 +77,7 @@ class Report:
         warnings: what is possible but unwise, and the notes of the recipe.
         weights: `given`, or `norm` where they were made to bring all adapters to one length.
         seconds: how long it took.
+        loops: what ran the inner loops: torch, or what compiled them; the numbers are the same.
     """
 
     method: str
@@ -95,6 +96,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     weights: str = "given"
     seconds: float = 0.0
+    loops: str = "torch"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, but for the time, which no two runs share."""
@@ -162,7 +164,7 @@ class Report:
             table.add_row("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy{note}")
         rounding = f", rounding {self.rounding:.1e}" if self.rounding else ""
         table.add_row("written as", f"{self.dtype}{rounding}")
-        table.add_row("time", f"{self.seconds:.1f} s")
+        table.add_row("time", f"{self.seconds:.1f} s, inner loops by {self.loops}")
         return table
 
 

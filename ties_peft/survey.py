@@ -17,6 +17,7 @@ from torch import Tensor
 from .coordinates import Coordinates
 from .delta import Delta, size
 from .errors import MethodError, printable
+from .fast import kernels
 from .plan import VOCABULARY, Plan
 from .threshold import WHOLE, Search
 from .tiles import Workers, tiles
@@ -213,7 +214,7 @@ def _sample(spot: Spot, delta: Delta, modules: int) -> tuple[np.ndarray, float]:
     """Some magnitudes, at places that depend on the module's name alone, and how many each stands for."""
     _, module, part = spot
     entries = size(delta)
-    count = max(64, min(max(SAMPLE[0] // modules, entries // SPARSE), SAMPLE[1] // modules))
+    count = max(1, min(max(SAMPLE[0] // modules, entries // SPARSE), SAMPLE[1] // modules))
     draw = np.random.default_rng([zlib.crc32(module.encode()), part])
     where = torch.from_numpy(draw.integers(0, entries, count))
     return delta.sample(where.to(delta.rows(0, 0).device)).abs().cpu().numpy(), entries / count
@@ -228,8 +229,17 @@ def _census(delta: Delta, brackets: Sequence[tuple[np.float32, np.float32]], cre
 
     def tile(rows: tuple[int, int]) -> Tallies:
         shape = (rows[1] - rows[0], *delta.shape[1:])
-        values = delta.rows(*rows, out=crew.scratch("vector", shape, device)).abs_()
-        return [_count(values, low, high) for low, high in brackets]
+        values = delta.rows(*rows, out=crew.scratch("vector", shape, device))
+        loops = kernels()
+        if loops is None or values.device.type != "cpu":
+            values = values.abs_()
+            return [_count(values, low, high) for low, high in brackets]
+        flat, room = values.view(-1).numpy(), crew.scratch("inside", (values.numel(),), device).numpy()
+        found = []
+        for low, high in brackets:
+            above, inside = loops.count(flat, low, high, room)
+            found.append((above, room[:inside].copy()))
+        return found
 
     return crew.map(tile, tiles(delta.shape))
 

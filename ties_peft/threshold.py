@@ -30,6 +30,7 @@ class Search:
     Attributes:
         entries, keep: how many there are and how many to keep, 0 < keep < entries.
         sample: magnitudes of some of them, and how many entries each of those stands for.
+        wider: by how much the bracket is wider than a first one.
         expected: how many are likely inside the bracket.
         low, high: the bracket, as the bits of its ends: those of positive float32 rise with the value.
         above: how many entries exceed it.
@@ -42,7 +43,7 @@ class Search:
     entries: int
     keep: int
     sample: Sequence[tuple[np.ndarray, float]] = ()
-    sigmas: float = SIGMAS
+    wider: float = 1.0
     expected: float = 0.0
     low: int = 0
     high: int = INFINITY
@@ -68,7 +69,7 @@ class Search:
         """Forget what was counted, before a pass."""
         self.above, self.values = 0, []
         few = self.expected <= FEW
-        self.counts = None if few else np.zeros(((self.high - self.low) >> self.shift) + 1, np.int64)
+        self.counts = None if few else np.zeros(((self.high - self.low) >> self.shift) + 1, np.uint32)
 
     def add(self, above: int, inside: np.ndarray) -> None:
         """Count what a pass found in one place."""
@@ -77,7 +78,7 @@ class Search:
             self.values.append(inside)
         else:
             steps = (inside.view(np.int32) - np.int32(self.low)) >> self.shift
-            self.counts += np.bincount(steps, minlength=len(self.counts))
+            self.counts += np.bincount(steps, minlength=len(self.counts)).astype(np.uint32)
 
     def close(self) -> None:
         """Settle the threshold, or the next bracket."""
@@ -91,7 +92,7 @@ class Search:
             self.equal = int(np.count_nonzero(inside == self.threshold))
             self.spare = missing - int(np.count_nonzero(inside > self.threshold))
         else:
-            larger = np.cumsum(self.counts[::-1])[::-1]  # in a step or above it
+            larger = np.cumsum(self.counts[::-1], dtype=np.int64)[::-1]  # in a step or above it
             step = int(np.count_nonzero(larger >= missing)) - 1
             self.equal = int(self.counts[step])
             self.spare = missing - int(larger[step] - self.equal)
@@ -102,7 +103,7 @@ class Search:
     def _widen(self) -> None:
         if (self.low, self.high) == (0, INFINITY):  # all were counted, so some have no place in an order
             raise OverflowError
-        self.sigmas *= 4
+        self.wider *= 4
         self.bracket()
 
     def bracket(self) -> None:
@@ -112,7 +113,7 @@ class Search:
             return
         weights = np.concatenate([np.full(len(values), weight) for values, weight in self.sample])
         share, independent = self.keep / self.entries, weights.sum() ** 2 / (weights**2).sum()
-        spread = self.sigmas * math.sqrt(share * (1 - share) / independent)
+        spread = SIGMAS * self.wider * math.sqrt(share * (1 - share) / independent)
         values = np.concatenate([values for values, _ in self.sample])
         order = np.argsort(-values, kind="stable")
         exceeded = np.cumsum(weights[order]) / weights.sum()
