@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,25 @@ from .delta import Delta, inner_root
 from .errors import AdapterError, RecipeError, printable, unknown, warn_caller
 from .kinds import Kind, Module, kind_of
 from .riders import WHOLE_NUMBERS, check_riders
-from .tensors import FLOATING, MemoryTensors, PickleFile, SafetensorsFile, TensorSource, digest
+from .tensors import FLOATING, Digest, MemoryTensors, PickleFile, SafetensorsFile, TensorSource
 from .tiles import one_thread
 
 LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one reading of all of an adapter's tensors tells.
+
+    Attributes:
+        digest: as in `Adapter.digest`.
+        norm: of the whole task vector; not finite where `bad` is not empty.
+        bad: the names of tensors that hold NaN or infinity.
+    """
+
+    digest: str
+    norm: float
+    bad: tuple[str, ...]
 
 
 class Adapter:
@@ -113,6 +129,11 @@ class Adapter:
         """The task vector of one module as it is held: factors for LoRA, values for (IA)³."""
         return self.kind.read(self.module(name), self.tensors)
 
+    def expect(self, name: str) -> None:
+        """Have the system fetch a module's bytes from the disk meanwhile; nothing waits for it."""
+        if isinstance(self.tensors, SafetensorsFile):
+            self.tensors.expect(self.module(name).keys)
+
     def delta(self, name: str) -> Tensor:
         """The task vector of one module, float32: s·B·A, (out, in), for LoRA; l − 1, (k,), for (IA)³.
 
@@ -137,11 +158,14 @@ class Adapter:
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """A sha256 over tensor names, shapes, dtypes, bytes and lora scalings; never over paths."""
-        scalings = [f"{name} {module.scaling!r}" for name, module in sorted(self.layout.items())]
-        return digest(self.tensors, "\n".join(scalings))
+        return self._look.digest
+
+    def norm(self) -> float:
+        """The Frobenius norm of the whole task vector."""
+        return self._look.norm
 
     def check(self) -> None:
         """Read every tensor once and refuse what no merge survives.
@@ -156,7 +180,7 @@ class Adapter:
                     f"adapter '{self.label}': tensor '{printable(key)}' is {dtype}; expected "
                     "float32, float16 or bfloat16. Save the adapter unquantised."
                 )
-        bad = [printable(key) for key in self.tensors.names if not torch.isfinite(self.tensors.read(key)).all()]
+        bad = [printable(key) for key in self._look.bad]
         if bad:
             raise AdapterError(
                 f"adapter '{self.label}' holds NaN or infinity in {len(bad)} tensor(s): "
@@ -168,14 +192,27 @@ class Adapter:
                 "lora_alpha is wrong: mend adapter_config.json, or leave it out."
             )
 
-    def norm(self) -> float:
-        """The Frobenius norm of the whole task vector."""
-        return self._norm
-
     @cached_property
-    def _norm(self) -> float:
+    def _look(self) -> _Look:
+        """All that takes a reading of every tensor, from one reading."""
+        scalings = [f"{name} {module.scaling!r}" for name, module in sorted(self.layout.items())]
+        running = Digest("\n".join(scalings))
+        owners = {key: module for module in self.layout.values() for key in module.keys}
+        held: dict[str, Tensor] = {}
+        norms, bad = [], []
         with one_thread():
-            return math.hypot(*(inner_root(self.read(name)) for name in self.modules))
+            for key in self.tensors.names:
+                held[key] = self.tensors.read(key)
+                running.add(key, held[key])
+                keys = owners[key].keys if key in owners else (key,)
+                if not all(other in held for other in keys):
+                    continue
+                whole = {other: held.pop(other) for other in keys}
+                norms += [inner_root(self.kind.read(owners[key], MemoryTensors(whole)))] if key in owners else []
+                # a finite norm says that all its tensors are finite, at a fraction of the cost of asking
+                if key not in owners or not math.isfinite(norms[-1]):
+                    bad += [other for other, tensor in whole.items() if not torch.isfinite(tensor).all()]
+        return _Look(str(running), math.hypot(*norms), tuple(bad))
 
     def files(self) -> dict[str, writer.Content]:
         """The files that make it again, by name."""

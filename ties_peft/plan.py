@@ -5,6 +5,7 @@ After `make_plan` the merge cannot fail for a reason that could have been known 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
 from .targets import check_modules, fit_rank
+from .tiles import workers
 
 AUTO_RANK = 64
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
@@ -114,6 +116,11 @@ class Plan:
         """Σ w over all adapters, also those that lack the module."""
         return sum(self.weights(module))
 
+    @property
+    def entries(self) -> int:
+        """Of all task vectors together, multiplied out."""
+        return sum(math.prod(module.shape) for m in self.members for module in m.adapter.layout.values())
+
     def holders(self, module: str) -> list[tuple[int, Member]]:
         """The members that have a module and a weight on it, with their places."""
         return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) != 0]
@@ -135,9 +142,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     signs = _signs(stages.method)
     where = _device(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
-    for adapter in [*adapters, *([signs] if signs else [])]:
-        if not checked or adapter is signs:
-            adapter.check()
+    _check_values([*(() if checked else adapters), *([signs] if signs else [])])
     members = find_members(recipe, adapters, densities, warnings)
     dtype = _dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
@@ -298,6 +303,12 @@ def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> N
             others = ", ".join(name for name, cls in method_classes().items() if kind.name in cls.kinds)
             raise MethodError(f"method '{stage.name}' is not for {kind.title} adapters. These are: {others}.")
     _check_space(stages, space, kind)
+
+
+def _check_values(adapters: Sequence[Adapter]) -> None:
+    """Look through the tensors, several adapters at a time; the first in order that is at fault speaks."""
+    with workers() as crew:
+        crew.map(Adapter.check, list(dict.fromkeys(adapters)))
 
 
 def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: bool) -> dict[str, Module]:

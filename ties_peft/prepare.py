@@ -80,9 +80,7 @@ class Prepared:
         with torch.no_grad(), workers():
             coordinates = Coordinates(plan, self._memory)
             for module in plan.modules:
-                deltas = coordinates.deltas(module)
-                if plan.arithmetic.shared:
-                    coordinates.encoding(module, deltas)
+                coordinates.encoding(module)
 
 
 def prepare(

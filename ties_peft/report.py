@@ -129,6 +129,7 @@ class Report:
         riders: a line for each layer that an input holds whole (heads, embeddings, biases).
         weights: `given`, or `norm` where they were made to bring all adapters to one length.
         seconds: how long it took.
+        loops: what ran the inner loops: torch, or what compiled them; the numbers are the same.
     """
 
     method: str
@@ -149,6 +150,7 @@ class Report:
     riders: list[RiderLine] = field(default_factory=list)
     weights: str = "given"
     seconds: float = 0.0
+    loops: str = "torch"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, but for the time, which no two runs share."""
@@ -220,7 +222,7 @@ class Report:
         table.add_row("written as", f"{self.dtype}{rounding}")
         if self.copied:
             table.add_row("beside it", ", ".join(self.copied))
-        table.add_row("time", f"{self.seconds:.1f} s")
+        table.add_row("time", f"{self.seconds:.1f} s, inner loops by {self.loops}")
         return table
 
 
