@@ -59,7 +59,10 @@ def test_no_folder() -> None:
 
 def test_no_config(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    assert of_load("a") == "adapter 'a': there is no adapter_config.json in it. Is this a PEFT adapter's folder?"
+    assert of_load("a") == (
+        "adapter 'a': there is no adapter_config.json in it. It holds nothing. "
+        "Name the folder that PEFT's save_pretrained wrote."
+    )
 
 
 def test_not_json(make_lora: Make) -> None:

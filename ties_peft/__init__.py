@@ -1,6 +1,7 @@
 """Merge many PEFT adapters into one, by TIES-Merging and its rivals."""
 
 from .adapter import Adapter
+from .convert import convert
 from .errors import (
     AdapterError,
     CompatibilityError,
@@ -14,6 +15,7 @@ from .merge import merge
 from .merged import Merged
 from .methods import methods
 from .prepare import Prepared, prepare
+from .push import push
 from .recipe import Recipe
 from .report import Report
 
@@ -31,7 +33,9 @@ __all__ = [
     "TiesPeftError",
     "TiesPeftWarning",
     "add_merged_adapter",
+    "convert",
     "merge",
     "methods",
     "prepare",
+    "push",
 ]

@@ -13,19 +13,22 @@ import torch
 from torch import Tensor
 
 from .account import Account
-from .adapter import Adapter
+from .adapter import Adapter, open_all
 from .base_model import BaseModel
-from .coordinates import Coordinates, Memory, factored
-from .delta import Delta, Dense, LowRank, inner, zero
+from .companions import gather
+from .coordinates import Coordinates, Memory
+from .delta import Delta, Dense, zero
 from .errors import RecipeError, printable, warn_caller
-from .factorise import OVERSAMPLE, Factors, compress, factorise, row_space
+from .factorise import Factors
+from .fast import load
 from .kinds import Module
 from .merged import Merged
 from .methods import Method, TaskVectors
 from .plan import Plan, make_plan
 from .recipe import IN_MEMORY, Rank, Recipe, Weights
 from .schedule import as_read
-from .survey import Cuts, Kept, find_cuts
+from .survey import Cuts, Kept, Survey
+from .targets import check_written
 from .tiles import Workers, tiles, workers
 
 Progress = Callable[[str, int, int], None]
@@ -46,6 +49,7 @@ def merge(
     allow_disjoint: bool = False,
     base_model: str | None = None,
     base: str | Path | BaseModel | None = None,
+    target: str | None = None,
     heads: str = "error",
     progress: Progress | None = None,
     **parameters: Any,
@@ -53,7 +57,7 @@ def merge(
     """Merge adapters into one.
 
     Args:
-        adapters: folders, Hub ids or `Adapter`s, of one kind and for one base model.
+        adapters: folders, files, Hub ids, patterns (see `sources`) or `Adapter`s, of one kind and for one base model.
         method: how they are combined; see `ties_peft.methods()`.
         space: in which coordinates; `delta` is where an adapter's effect lives.
         weights: one per adapter, applied first; 1 each by default. A negative one negates, 0 is as
@@ -70,6 +74,7 @@ def merge(
         base_model: the base's name to write; by default the inputs'.
         base: the base model's folder or Hub id, for adapters whose task vectors depend on its weights
             (DoRA, say); just the tensors they need are read.
+        target: the loader that the result is for: `peft`, `vllm` or `llama.cpp` (see `targets`).
         heads: what becomes of whole layers that ride along (task heads, embeddings, biases) where the
             adapters differ: `error`, `drop`, `keep=NAME` (an adapter's short name) or `average`; see
             `ties_peft.heads`.
@@ -82,7 +87,7 @@ def merge(
     if isinstance(adapters, (str, Path, Adapter)):
         raise RecipeError("the adapters are one adapter; expected a list of them: merge([...]).")
     known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
-    opened = [a if isinstance(a, Adapter) else Adapter.load(a, base=known) for a in adapters]
+    opened = open_all(adapters, known)
     recipe = make_recipe(
         opened,
         method=method,
@@ -95,6 +100,7 @@ def merge(
         dtype=dtype,
         base_model=base_model,
         base=known.label if known is not None else None,
+        target=target,
         allow_disjoint=allow_disjoint,
         heads=heads,
         parameters=parameters,
@@ -141,6 +147,8 @@ def merge_recipe(
         device, progress: as in `merge`.
     """
     started = time.perf_counter()
+    if adapters is None:
+        recipe, _ = recipe.expanded()
     opened = open_adapters(recipe) if adapters is None else list(adapters)
     return carry_out(make_plan(recipe, opened, device), recipe, started, None, progress)
 
@@ -157,35 +165,45 @@ def carry_out(
     """Do the work of a checked plan."""
     tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None))
     tensors |= plan.heads.tensors([member.adapter for member in plan.members], plan.weight)
-    report = account.report(kept, time.perf_counter() - started)
+    companions = gather((member.name, member.adapter.folder) for member in plan.members)
+    plan.warnings.extend([companions.remark] if companions.remark else [])
+    report = replace(account.report(kept, time.perf_counter() - started), copied=sorted(companions.files))
     warn_caller(report.warnings)
-    return Merged(_config(plan, recipe), tensors, report, recipe)
+    config = _config(plan, recipe)
+    check_written(recipe.target, config, tensors)
+    return Merged(config, tensors, report, recipe, companions)
 
 
 def _merge_all(plan: Plan, memory: Memory | None, tell: Progress) -> tuple[dict[str, Tensor], Account, list[Kept]]:
-    """For each module: read, encode, merge, decode, factorise."""
+    """For each module: read, encode, merge, decode."""
     tensors: dict[str, Tensor] = {}
     account = Account(plan)
+    if plan.method.entrywise and not plan.arithmetic.shared:
+        load(plan.entries)
     with torch.no_grad(), workers() as crew:
         coordinates = Coordinates(plan, memory)
-        cuts, kept = find_cuts(coordinates, crew, tell)
+        survey = Survey(coordinates, crew, tell)
+        following = iter([*list(plan.modules)[1:], None])
         for done, module in enumerate(plan.modules.values()):
-            tensors |= _one_module(coordinates, module, cuts, crew, account)
+            coordinates.expect(next(following))
+            tensors |= _one_module(coordinates, module, survey, crew, account)
             tell("merge", done + 1, len(plan.modules))
-    return plan.kind.join(list(plan.modules.values()), tensors), account, kept
+    return plan.kind.join(list(plan.modules.values()), tensors), account, survey.kept
 
 
 def _one_module(
-    coordinates: Coordinates, module: Module, cuts: Cuts, crew: Workers, account: Account
+    coordinates: Coordinates, module: Module, survey: Survey, crew: Workers, account: Account
 ) -> dict[str, Tensor]:
     """The tensors of one module of the result."""
     plan = coordinates.plan
     holders = plan.holders(module.name)
-    deltas = coordinates.deltas(module.name)
-    account.add_inputs([place for place, _ in holders], deltas)
     tally: dict[str, int] = {}
-    merged = _merge_parts(coordinates, module.name, deltas, cuts, crew, tally) if holders else zero(module.shape)
-    factors = _at_rank(merged, plan, deltas, crew).scaled(plan.scale)
+    if holders:
+        account.add_inputs([place for place, _ in holders], coordinates.encoding(module.name))
+        factors = _merge_parts(coordinates, module.name, survey.cuts(module.name), crew, tally)
+    else:
+        factors = Factors(zero(module.shape), 0.0, 0.0)
+    factors = (factors.restored() if plan.restore_norm else factors).scaled(plan.scale)
     tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
     written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
     if not all(torch.isfinite(tensor).all() for tensor in written.values()):
@@ -193,30 +211,23 @@ def _one_module(
             f"module '{printable(module.name)}': the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
             "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype)."
         )
-    account.add_result(module, deltas, factors, written, tally)
+    account.add_result(module, [m.adapter.layout[module.name].rank for _, m in holders], factors, written, tally)
     return written
 
 
-def _merge_parts(
-    coordinates: Coordinates,
-    name: str,
-    deltas: Sequence[Delta],
-    cuts: Cuts,
-    crew: Workers,
-    tally: dict[str, int],
-) -> Delta:
+def _merge_parts(coordinates: Coordinates, name: str, cuts: Cuts, crew: Workers, tally: dict[str, int]) -> Factors:
     """The merged task vector of one module, part by part."""
     plan = coordinates.plan
     places = [place for place, _ in plan.holders(name)]
-    encoding = coordinates.encoding(name, deltas)
-    seen = coordinates.prepared(name, encoding)
-    signs = encoding.parts[len(deltas)] if len(encoding.parts) > len(deltas) else None
+    encoding = coordinates.encoding(name)
+    seen = coordinates.prepared(name)
+    signs = encoding.parts[len(places)] if len(encoding.parts) > len(places) else None
     merged = []
     for part in range(len(seen[0])):
         tasks = TaskVectors(
             deltas=[parts[part] for parts in seen],
             weights=[encoding.weights(plan.weight(place, name))[part] for place in places],
-            cuts=[cuts[place, name][part] for place in places] if cuts else [],
+            cuts=[tuple(cuts[place, name, part]) for place in places] if cuts else [],
             densities=_densities(plan, name, places),
             total_weight=plan.total_weight(name),
             total_heft=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
@@ -231,7 +242,7 @@ def _merge_parts(
             for stage in plan.finishes:
                 result = stage.finish(result, replace(tasks, deltas=plain))
         merged.append(result)
-    return encoding.decode(merged)
+    return encoding.decode(merged, plan.rank, crew.map)
 
 
 def _densities(plan: Plan, name: str, places: Sequence[int]) -> list[float]:
@@ -259,20 +270,6 @@ def _merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[s
         for key, value in counts.items():
             tally[key] = tally.get(key, 0) + value
     return Dense(result)
-
-
-def _at_rank(merged: Delta, plan: Plan, deltas: Sequence[Delta], crew: Workers) -> Factors:
-    """The merged task vector at the rank asked for; as it is where its kind has none."""
-    if plan.rank is None:
-        energy = inner(merged, merged)
-        return Factors(merged, energy, energy)
-    if isinstance(merged, LowRank):
-        factors = compress(merged, plan.rank)
-    else:
-        given = factored(deltas)
-        start = row_space(given, plan.rank + OVERSAMPLE) if given else None
-        factors = factorise(merged.dense(), plan.rank, start, crew.map)
-    return factors.restored() if plan.restore_norm else factors
 
 
 def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:

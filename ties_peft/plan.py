@@ -5,6 +5,7 @@ After `make_plan` the merge cannot fail for a reason that could have been known 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,13 +17,15 @@ from .adapter import Adapter
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
 from .heads import Heads, settle_heads
 from .kinds import Module, Written, written_as
-from .members import Member, compare_filters, find_members, one_spelling
+from .members import Member, check_together, compare_filters, find_members, one_spelling
 from .methods import Method, Stages, Trim, method_classes
 from .ranks import output_rank
 from .recipe import DTYPES, NORM, Rank, Recipe
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
+from .targets import check_modules, fit_rank
+from .tiles import workers
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,11 @@ class Plan:
         """Σ w over all adapters, also those that lack the module."""
         return sum(self.weights(module))
 
+    @property
+    def entries(self) -> int:
+        """Of all task vectors together, multiplied out."""
+        return sum(math.prod(module.shape) for m in self.members for module in m.adapter.layout.values())
+
     def holders(self, module: str) -> list[tuple[int, Member]]:
         """The members that have a module and a weight on it, with their places."""
         return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) != 0]
@@ -137,18 +145,19 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     signs = _signs(stages.method, recipe.base)
     where = _device(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
-    for adapter in [*adapters, *([signs] if signs else [])]:
-        if not checked or adapter is signs:
-            adapter.check()
+    _check_values([*(() if checked else adapters), *([signs] if signs else [])])
     members = find_members(recipe, one_spelling(adapters, warnings), densities, warnings)
     dtype = _dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
-    _check_together(members, modules)
+    check_together(members, modules)
     compare_filters(members, modules, warnings)
     _check_weights(stages, space, members, modules)
     arithmetic = _arithmetic(space, stages)
     _check_ranks(arithmetic, [*(m.adapter for m in members), *([signs] if signs else [])], modules)
     rank = _rank(recipe.rank, stages, arithmetic, members, modules, warnings)
+    base = recipe.base_model or next((m.adapter.base for m in members if m.adapter.base), None)
+    rank = fit_rank(recipe.target, rank, recipe.rank, members[0].adapter.kind.title, warnings)
+    check_modules(recipe.target, {name: module.shape for name, module in modules.items()}, base, warnings)
     _compare_bases(members, recipe, warnings)
     return Plan(
         members=members,
@@ -300,6 +309,12 @@ def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> N
     _check_space(stages, space, kind)
 
 
+def _check_values(adapters: Sequence[Adapter]) -> None:
+    """Look through the tensors, several adapters at a time; the first in order that is at fault speaks."""
+    with workers() as crew:
+        crew.map(Adapter.check, list(dict.fromkeys(adapters)))
+
+
 def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: bool) -> dict[str, Module]:
     modules: dict[str, Module] = {}
     faults = []
@@ -331,21 +346,6 @@ def _form(module: Module) -> str:
     kernel = f", kernel {' × '.join(map(str, module.kernel))}" if module.kernel else ""
     experts = f", {module.expert[1]} experts" if module.expert[1] > 1 else ""
     return f"{' × '.join(map(str, module.shape))}{side}{form}{kernel}{experts}"
-
-
-def _check_together(members: Sequence[Member], modules: dict[str, Module]) -> None:
-    """What one adapter cannot hold: modules that PEFT has no common config for, unequal replicated layers."""
-    fault = written_as(members[0].adapter.kind).fault(list(modules.values()))
-    if fault:
-        raise CompatibilityError(f"the adapters fit no one adapter: {fault}.")
-    replicated = {member.name: member.adapter.config.get("layer_replication") or None for member in members}
-    first = next(iter(replicated.values()))
-    if any(found != first for found in replicated.values()):
-        rows = "\n".join(f"  {name}: {printable(repr(found))}" for name, found in replicated.items())
-        raise CompatibilityError(
-            f"the adapters replicate the base's layers differently (layer_replication):\n{rows}\n"
-            "One adapter can hold one order of layers. Merge those that agree."
-        )
 
 
 def _refuse_strangers(members: Sequence[Member]) -> None:

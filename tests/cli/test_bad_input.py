@@ -138,7 +138,11 @@ def no_folder(make: Maker) -> Path:
 
 
 def a_file(make: Maker) -> Path:
-    return make.lora("bad") / WEIGHTS
+    return make.lora("bad") / "adapter_config.json"
+
+
+def weights_without_config(make: Maker) -> Path:
+    return no_config(make) / WEIGHTS
 
 
 def no_config(make: Maker) -> Path:
@@ -158,7 +162,8 @@ AGAIN = "again"
 FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "no such folder": (no_folder, ("no such folder", "Check the path")),
     "a file": (a_file, ("is a file", "adapter_config.json")),
-    "no config": (no_config, ("no adapter_config.json",)),
+    "no config": (no_config, ("no adapter_config.json", "lora_alpha stands nowhere else", "--alpha")),
+    "weights without config": (weights_without_config, ("no adapter_config.json", "ties-peft convert", "--alpha")),
     "not JSON": (raw_config('{"peft_type": None}'), ("not JSON", AGAIN)),
     "empty config": (raw_config(""), ("not JSON", AGAIN)),
     "nested without end": (raw_config("[" * 100_000), ("not JSON", AGAIN)),
@@ -408,7 +413,7 @@ def test_no_output(make: Maker) -> None:
     ("arguments", "words"),
     [
         (("merge", "--bogus", "1"), ("--bogus",)),
-        (("merge", "x", "--target", "vllm"), ("--target",)),  # a flag of a later issue is unknown, not ignored
+        (("merge", "x", "--target", "tgi", "--out", "y"), ("x",)),
         (("merge", "x", "--density", "much"), ("--density",)),
         (("merge", "x", "--scale", "big"), ("--scale",)),
         (("merge", "x", "--seed", "1.5"), ("--seed",)),
@@ -416,7 +421,9 @@ def test_no_output(make: Maker) -> None:
         (("mergee",), ("mergee",)),
         (("inspect",), ("adapters",)),
         (("inspect", "x", "--deep"), ("--deep",)),
-        (("convert", "x"), ("convert",)),
+        (("convert", "x"), ("--out",)),
+        (("convert",), ("adapter",)),
+        (("push", "x"), ("repo",)),
     ],
 )
 def test_usage(make: Maker, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:

@@ -17,8 +17,9 @@ from ..plan import Plan, make_plan
 from ..recipe import Recipe
 from ..report import rider_texts
 from ..spaces import spaces
+from ..targets import TARGETS
 from ..writer import check_target
-from .base import Json, print_json, progress_bar, show_warnings
+from .base import Json, print_json, progress_bar, show_notes, show_warnings
 
 Weights = Annotated[
     str | None, typer.Option(help="One number per adapter: 1,0.5,1; or norm: all of one length.", show_default="1 each")
@@ -37,6 +38,7 @@ Base = Annotated[
     typer.Option(help="Folder or Hub id of the base's weights, where adapters need them.", show_default=False),
 ]
 BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the inputs'")]
+Target = Annotated[str | None, typer.Option(help=f"The loader it is for: {', '.join(TARGETS)}.", show_default="peft")]
 AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")]
 
 HeadsPolicy = Annotated[
@@ -54,7 +56,9 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
-    adapters: Annotated[list[str] | None, typer.Argument(help="Folders or Hub ids.", show_default=False)] = None,
+    adapters: Annotated[
+        list[str] | None, typer.Argument(help="Folders, files, Hub ids, quoted patterns.", show_default=False)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
     method: Annotated[str | None, typer.Option(help="See `ties-peft methods`.", show_default="ties")] = None,
     space: Annotated[str | None, typer.Option(help=", ".join(spaces()) + ".", show_default="delta")] = None,
@@ -71,6 +75,7 @@ def merge(
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.", show_default=False)] = None,
     base: Base = None,
     base_name: BaseName = None,
+    target: Target = None,
     allow_disjoint: AllowDisjoint = False,
     heads: HeadsPolicy = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and stop before the work.")] = False,
@@ -94,10 +99,12 @@ def merge(
         dtype,
         base,
         base_name,
+        target,
         allow_disjoint,
         heads,
     )
-    asked = flags.asked()
+    asked, patterns = flags.asked().expanded()
+    show_notes(patterns)
     _check_out(out, asked, force, dry_run)
     if dry_run:
         plan = make_plan(asked, open_adapters(asked), device)

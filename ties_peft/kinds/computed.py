@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ SERVED = {
     "OSF": ("OSF", "osf_"),
 }
 INDEXED = ("SHIRA", "SUPERTUNING")  # their files say which entries of a weight they change
+ONE_AT_A_TIME = threading.Lock()  # warnings and random numbers are the whole process's
 LARGEST = "of_the_largest_sizes"
 
 
@@ -113,7 +115,7 @@ class Computed(Kind):
         weight = base_weight(base, module.needs[0], f"{self.title} on module '{printable(module.name)}'")
         state = {key: tensors.read(key) for key in module.keys}
         try:
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            with ONE_AT_A_TIME, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
                 torch.manual_seed(0)
                 change = _merged(self.peft_type, module, weight, known, state)

@@ -1,7 +1,8 @@
 """The methods there are, found by looking into this folder and at the entry points of other packages.
 
 A package of yours adds one with an entry point in the group `ties_peft.methods` that names a subclass
-of `Method`; nothing here changes.
+of `Method`; nothing here changes. In a notebook or a script `register` makes one known for as long as
+the process lives.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ __all__ = [
     "masked",
     "method_classes",
     "methods",
+    "register",
 ]
 
 GROUP = "ties_peft.methods"
+_REGISTERED: dict[str, type[Method]] = {}
 
 
 class Parameter(NamedTuple):
@@ -82,6 +85,7 @@ def method_classes() -> dict[str, type[Method]]:
                 "one, or uninstall the package that adds it."
             )
         known[cls.name] = cls
+    known |= _REGISTERED
     return dict(sorted(known.items()))
 
 
@@ -102,6 +106,35 @@ def _plugged(point: importlib.metadata.EntryPoint) -> type[Method]:
             f"the entry point {point.name} = {point.value} of group {GROUP} is {printable(repr(cls))}; expected a "
             "subclass of ties_peft.methods.Method with a name. Mend the package that adds it, or uninstall it."
         )
+    return cls
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Make a method of your own known by its name, in this process; stands above a class as `@register`.
+
+    A result's recipe names the method, and runs again where it is registered again. To be known
+    everywhere a method needs an entry point (see above). Registering a name anew replaces the class.
+
+    Args:
+        cls: a subclass of `Method` with a `name`, a `source`, a docstring and a `merge`.
+    Returns: the class.
+    Raises: MethodError for anything else, and for a name that a method of another origin has.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise MethodError(f"{printable(repr(cls))} is no method; expected a subclass of ties_peft.methods.Method.")
+    missing = [name for name in ("name", "source") if not isinstance(getattr(cls, name, None), str)]
+    missing += [] if vars(cls).get("__doc__") else ["a docstring"]
+    missing += ["merge"] if inspect.isabstract(cls) else []
+    if missing:
+        raise MethodError(f"the method {cls.__name__} lacks {' and '.join(missing)}.")
+    if not cls.name.isidentifier():
+        raise MethodError(
+            f"the method {cls.__name__} has the name {printable(repr(cls.name))}; expected letters, digits and _."
+        )
+    if cls.name in method_classes() and cls.name not in _REGISTERED:
+        raise MethodError(f"there is a method '{cls.name}' already. Give yours another name.")
+    _REGISTERED[cls.name] = cls
+    method_classes.cache_clear()
     return cls
 
 
