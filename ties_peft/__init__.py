@@ -2,6 +2,7 @@
 
 from .adapter import Adapter
 from .bench import Bench
+from .convert import convert
 from .distil import distil
 from .distilled import Distilled
 from .errors import (
@@ -20,6 +21,7 @@ from .merge import merge
 from .merged import Merged
 from .methods import methods
 from .prepare import Prepared, prepare
+from .push import push
 from .recipe import Recipe
 from .report import Report
 from .search import Found, search
@@ -45,6 +47,7 @@ __all__ = [
     "TiesPeftError",
     "TiesPeftWarning",
     "add_merged_adapter",
+    "convert",
     "distil",
     "evaluate",
     "few_shot_signs",
@@ -52,5 +55,6 @@ __all__ = [
     "merge",
     "methods",
     "prepare",
+    "push",
     "search",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor
 from .adapter import Adapter, in_memory
 from .delta import Delta, Dense, LowRank, inner_root
 from .draws import key
+from .kinds import written_as
 from .recipe import Recipe
 from .tuning import Tuning
 
@@ -59,19 +60,22 @@ def random_settings(tuning: Tuning, count: int, seed: int) -> list[dict[str, Any
 def random_adapter(adapter: Adapter, seed: int) -> Adapter:
     """One with the same modules, ranks and norms, whose numbers are drawn from a normal distribution.
 
+    It is written as a LoRA or (IA)³, whatever kind `adapter` is of.
+
     Law: every module's task vector has the norm that it has in `adapter`.
     """
+    kind = written_as(adapter.kind)
     tensors: dict[str, Tensor] = {}
     for name, module in sorted(adapter.layout.items()):
         delta = adapter.read(name)
         drawn = _drawn(delta, key(seed, name, 0, adapter.digest))
         length = inner_root(drawn)
-        tensors |= adapter.kind.pack(module, drawn.scaled(inner_root(delta) / length if length else 0.0), module.rank)
+        tensors |= kind.pack(module, drawn.scaled(inner_root(delta) / length if length else 0.0), module.rank)
     rank = max(module.rank for module in adapter.layout.values())
     config = {
-        "peft_type": adapter.kind.peft_type,
+        "peft_type": kind.peft_type,
         "base_model_name_or_path": adapter.base,
-        **adapter.kind.config(list(adapter.layout.values()), rank),
+        **kind.config(list(adapter.layout.values()), rank),
         "rank_pattern": {},
         "alpha_pattern": {name: module.rank for name, module in adapter.layout.items() if module.rank != rank},
     }

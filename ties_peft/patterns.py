@@ -28,6 +28,17 @@ def matches_end(pattern: str, name: str) -> bool:
         raise ValueError(f"it is no pattern: {error}") from None
 
 
+def matches_whole(pattern: str, name: str) -> bool:
+    """Whether a pattern fits a module's whole path, as PEFT asks of a regex in target_modules.
+
+    Raises: ValueError for what is no pattern, or takes too long.
+    """
+    try:
+        return _bounded(rf"(?:{pattern})\Z", name) if REPEATS & set(pattern) else bool(re.fullmatch(pattern, name))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"it is no pattern: {error}") from None
+
+
 def _bounded(pattern: str, name: str) -> bool:
     import regex
 

@@ -125,9 +125,11 @@ class Report:
         cosines: between the inputs' task vectors, (N, N); None beyond `PAIRS` adapters.
         adapters, modules: a line each.
         warnings: what is possible but unwise, and the notes of the recipe.
+        copied: the tokenizer files that lay beside the inputs, the same in all, and go with the result.
         riders: a line for each layer that an input holds whole (heads, embeddings, biases).
         weights: `given`, or `norm` where they were made to bring all adapters to one length.
         seconds: how long it took.
+        loops: what ran the inner loops: torch, or what compiled them; the numbers are the same.
     """
 
     method: str
@@ -144,9 +146,11 @@ class Report:
     adapters: list[AdapterLine]
     modules: list[ModuleLine]
     warnings: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
     riders: list[RiderLine] = field(default_factory=list)
     weights: str = "given"
     seconds: float = 0.0
+    loops: str = "torch"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, but for the time, which no two runs share."""
@@ -216,7 +220,9 @@ class Report:
             table.add_row("" if number else "whole layers", escape(text))
         rounding = f", rounding {self.rounding:.1e}" if self.rounding else ""
         table.add_row("written as", f"{self.dtype}{rounding}")
-        table.add_row("time", f"{self.seconds:.1f} s")
+        if self.copied:
+            table.add_row("beside it", ", ".join(self.copied))
+        table.add_row("time", f"{self.seconds:.1f} s, inner loops by {self.loops}")
         return table
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,6 +143,11 @@ class Statistics:
         """That of one module; None if there is none."""
         name = self.facts["same"].get(module, module)
         return Statistic(self.source, name) if name in self.source.names else None
+
+    def renamed(self, names: Mapping[str, str]) -> Statistics:
+        """The same under other names for some modules (old → new)."""
+        same = {**self.facts["same"], **{new: self.facts["same"].get(old, old) for old, new in names.items()}}
+        return replace(self, facts={**self.facts, "same": same})
 
     def check(self, digest: str, shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
         """Refuse statistics that are not of this adapter, or not of all its modules.

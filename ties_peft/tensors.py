@@ -7,10 +7,12 @@ weights-only loader. A file that cannot be read ends in an `AdapterError` that s
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,7 +82,11 @@ class MemoryTensors:
 
 
 class SafetensorsFile:
-    """A safetensors file, opened anew for each look so that none of it stays mapped into memory."""
+    """A safetensors file, read a tensor at a time into memory of its own, so that none of it stays mapped.
+
+    The library checks the header; where the bytes lie is then read from it once, so that a tensor
+    costs a copy of its bytes and not another parse.
+    """
 
     def __init__(self, path: Path, label: str) -> None:
         self.path, self.label = path, label
@@ -95,6 +101,16 @@ class SafetensorsFile:
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise self._damaged(error) from None
 
+    @cached_property
+    def _bytes(self) -> dict[str, tuple[int, int]]:
+        """Where each tensor's bytes start in the file, and how many they are."""
+        assert self._index is not None  # the header has been checked
+        with self.path.open("rb") as file:
+            start = 8 + int.from_bytes(header := file.read(8), "little")
+            entries = json.loads(file.read(start - len(header)))
+        spans = {name: entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"}
+        return {name: (start + begin, end - begin) for name, (begin, end) in spans.items()}
+
     @property
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""
@@ -106,9 +122,19 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """The tensor, copied out of the file."""
+        info = self._index[name]
         try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+            if info.dtype not in FLOATING:  # no merge takes it: as the library reads it
+                with safe_open(self.path, framework="pt", device="cpu") as opened:
+                    return opened.get_tensor(name).clone()  # type: ignore[no-any-return]
+            tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
+            start, length = self._bytes[name]
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(start)
+                found = file.readinto(_raw(tensor)) if length else 0
+            if found != length:
+                raise OSError(f"{found} of the {length} bytes of '{name}'")
+            return tensor
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise self._damaged(error) from None
 
@@ -119,6 +145,14 @@ class SafetensorsFile:
                 return file.get_slice(name)[start:stop].clone()  # type: ignore[no-any-return]
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise self._damaged(error) from None
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Ask the system to fetch the bytes of some tensors from the disk while something else is done."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with self.path.open("rb", buffering=0) as file:
+            for start, length in (self._bytes[name] for name in names):
+                os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def _damaged(self, error: Exception) -> AdapterError:
         return AdapterError(
@@ -184,15 +218,25 @@ class PickleFile:
         return self._tensors[name]
 
 
-def digest(source: TensorSource, extra: str = "") -> str:
-    """A sha256 over names, shapes, dtypes, bytes, and `extra`; in hexadecimal."""
-    running = hashlib.sha256(extra.encode())
-    for name in source.names:
-        info = source.info(name)
-        tensor = source.read(name).contiguous()
-        running.update(f"\n{name} {info.dtype} {list(info.shape)}\n".encode())
-        running.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return running.hexdigest()
+class Digest:
+    """A sha256 over names, shapes, dtypes and bytes, a tensor at a time."""
+
+    def __init__(self, extra: str = "") -> None:
+        self._running = hashlib.sha256(extra.encode())
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take in one tensor; their order matters."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self._running.update(f"\n{name} {dtype} {list(tensor.shape)}\n".encode())
+        self._running.update(_raw(tensor.contiguous()))
+
+    def __str__(self) -> str:
+        return self._running.hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, where they lie."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _info(shape: list[int], dtype: str) -> Info:

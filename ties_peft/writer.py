@@ -7,6 +7,7 @@ that a failure, whenever it comes, leaves the target as it was.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from .errors import RecipeError, printable
 
-Content = str | dict[str, Tensor]  # a text file, or the tensors of a safetensors file
-ATTEMPTS = 20  # to get into the target while other processes do the same
+Content = str | bytes | dict[str, Tensor]  # a text file, any file, or the tensors of a safetensors file
+PROVENANCE = "provenance.json"
+COPIED = "copied"  # in it: the files that were copied from beside the inputs, a sha256 each
 OURS = frozenset(
-    {"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "provenance.json"}
+    {"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", PROVENANCE}
     | {"fisher.safetensors", "gram.safetensors"}  # statistics, which are of no use without the adapter beside them
 )
+ATTEMPTS = 20  # to get into the target while other processes do the same
 
 
 def json_text(value: Mapping[str, Any]) -> str:
@@ -67,12 +70,34 @@ def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path
         raise RecipeError(
             f"the output '{folder}' exists and is not empty. Choose another folder, or replace it with --force."
         )
-    foreign = [path.name for path in there if path.name not in OURS or not path.is_file()]
+    foreign = [printable(path.name) for path in foreign_files(folder)]
     if foreign:
         raise RecipeError(
             f"the output '{folder}' holds files that ties_peft did not write ({', '.join(foreign[:4])}), "
             "so --force does not replace it. Choose another folder, or empty it yourself."
         )
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """What lies in a folder and is none of ours: not of our names, nor as we copied it there."""
+    copied = _copied(folder / PROVENANCE)
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if not path.is_file() or (path.name not in OURS and not (path.name in copied and _is(path, copied[path.name])))
+    ]
+
+
+def _copied(provenance: Path) -> dict[str, str]:
+    try:
+        copied = json.loads(provenance.read_text(encoding="utf-8"))[COPIED]
+        return {str(name): str(digest) for name, digest in copied.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _is(path: Path, digest: str) -> bool:
+    return hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
 
 def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False, inputs: Iterable[Path] = ()) -> Path:
@@ -107,6 +132,8 @@ def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False
 def _write(path: Path, content: Content) -> None:
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
     else:
         write_tensors(path, content)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PREFIX, lora_config, lora_tensors, write_adapter
+from safetensors.torch import load_file
 from torch import Tensor
 
 import ties_peft
@@ -154,6 +155,20 @@ def test_a_bias_goes_under_the_layer_that_another_adapts(hold: Hold) -> None:
     assert list(whole(merged)) == ["layers.0.up.base_layer.bias"]
     assert merged.config["bias"] == "lora_only"
     assert ties_peft.merge([a]).config["bias"] == "all"
+
+
+def test_one_bias_outside_the_modules_makes_it_all(hold: Hold) -> None:
+    riders = {"layers.0.q.base_layer.bias": torch.ones(12), "layers.0.k.bias": torch.ones(4)}
+    assert ties_peft.merge([hold("a", riders)]).config["bias"] == "all"
+
+
+def test_an_ia3_config_has_no_bias(make_ia3: Callable[..., Path], hold: Hold, tmp_path: Path) -> None:
+    """PEFT's IA3Config knows no such key; the tensor is read from the file without it."""
+    folder = make_ia3("v")
+    tensors = load_file(folder / "adapter_model.safetensors") | {f"{PREFIX}layers.0.q.bias": torch.ones(4)}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    merged = ties_peft.merge([write_adapter(tmp_path / "w", config, tensors)])
+    assert "bias" not in merged.config and list(whole(merged)) == ["layers.0.q.bias"]
 
 
 def test_copies_are_left_out_and_said(hold: Hold) -> None:

@@ -203,3 +203,14 @@ def test_a_result_with_statistics_beside_it_can_be_replaced(make_lora: Make, tmp
     attach_drawn(out, "fisher", 0)
     ties_peft.merge([make_lora("a")]).save(out, force=True)
     assert not (out / "fisher.safetensors").exists()
+
+
+def test_modules_under_new_names_keep_their_statistics(make_lora: Make) -> None:
+    folder = make_lora("a")
+    attach_drawn(folder, "gram", 0)
+    own = Adapter.load(folder)
+    renamed = own.renamed({MODULE: "model.up"})
+    found = renamed.statistics("gram")
+    assert found is not None
+    assert torch.equal(found.of("model.up").whole(), own.statistics("gram").of(MODULE).whole())  # type: ignore[union-attr]
+    near(ties_peft.merge([renamed], method="regmean", rank="max").delta("model.up"), own.delta(MODULE).double().numpy())
