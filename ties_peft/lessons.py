@@ -215,8 +215,7 @@ def random_rows(bench: Bench, count: int, seed: int, digest: str) -> list[list[i
 
 def _frame(bench: Bench) -> tuple[list[int], list[int]]:
     """The special tokens that stand before and after a text."""
-    special = set(bench.tokenizer.all_special_ids)
-    (whole,) = bench.all_ids(["a"])
-    front = next((place for place, own in enumerate(whole) if own not in special), len(whole))
-    back = next((place for place, own in enumerate(reversed(whole)) if own not in special), 0)
-    return whole[:front], whole[len(whole) - back :] if back else []
+    (whole,), (plain,) = bench.all_ids(["a"]), bench.all_ids(["a"], special=False)
+    fits = (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain)
+    start = next(fits, 0)
+    return whole[:start], whole[start + len(plain) :]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from learn.models import VOCABULARY, bases, linear_shapes, make_model, make_tokenizer, sentences, write_ia3, write_lora  # noqa: F401
+from learn.models import VOCABULARY, bases, linear_shapes, make_model, make_tokenizer, sentences, write_ia3, write_lora
 from peft import PeftModel
 
 import ties_peft
@@ -53,7 +53,7 @@ def test_one_adapter_imitates_several(
     loras: list[Path],
     vectors: list[Path],
     tmp_path: Path,
-    bases: dict[str, Path],  # noqa: F811
+    bases: dict[str, Path],
 ) -> None:
     """The divergences reported are those of the written files, computed by PEFT on the rows held back."""
     teachers = {"lora": loras, "ia3": vectors, "mixed": [loras[0], vectors[0]]}[kinds]
@@ -76,7 +76,7 @@ def test_one_adapter_imitates_several(
         assert line.agreement[1] == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()))
 
 
-def test_without_text_rows_are_random_tokens(loras: list[Path], bases: dict[str, Path]) -> None:  # noqa: F811
+def test_without_text_rows_are_random_tokens(loras: list[Path], bases: dict[str, Path]) -> None:
     made = ties_peft.distil(loras, tasks=TASK, rows=50, base=bases["encoder"], **QUICK)
     assert [line.origin for line in made.report.lessons] == ["random tokens"] * 2
     bench = Bench.load(bases["encoder"], "encoder")
@@ -89,7 +89,7 @@ def test_without_text_rows_are_random_tokens(loras: list[Path], bases: dict[str,
 def test_the_same_bytes_twice_and_when_stopped(
     loras: list[Path],
     tmp_path: Path,
-    bases: dict[str, Path],  # noqa: F811
+    bases: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped in the middle, it goes on from the last look: its teachers are not run again."""
@@ -119,7 +119,7 @@ def test_the_same_bytes_twice_and_when_stopped(
         ties_peft.distil(loras, rows=41, tasks=TASK, base=bases["encoder"], steps=60, state=tmp_path / "state")
 
 
-def test_never_worse_than_the_start(loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_never_worse_than_the_start(loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A step far too large: the rate is lowered three times, and what is given back is the start, said so."""
     monkeypatch.setitem(ties_peft.distil.__globals__["RATES"], "factors", 1e6)
     with pytest.warns(ties_peft.TiesPeftWarning, match="the start itself"):
@@ -132,7 +132,7 @@ def test_never_worse_than_the_start(loras: list[Path], bases: dict[str, Path], m
     assert all(before == after for before, after in (line.divergence for line in made.report.lessons))
 
 
-def test_gains_only_scale_the_directions_of_the_start(loras: list[Path], bases: dict[str, Path]) -> None:  # noqa: F811
+def test_gains_only_scale_the_directions_of_the_start(loras: list[Path], bases: dict[str, Path]) -> None:
     made = ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], fit="gains", **QUICK)
     start = ties_peft.merge(loras, "flat_tsv", rank="max")
     assert made.report.rank == 4
@@ -142,7 +142,7 @@ def test_gains_only_scale_the_directions_of_the_start(loras: list[Path], bases: 
         assert (core - core.diag().diag()).abs().max() < 1e-4 * core.abs().max()
 
 
-def test_the_rank_asked_for_may_exceed_the_merges(loras: list[Path], bases: dict[str, Path]) -> None:  # noqa: F811
+def test_the_rank_asked_for_may_exceed_the_merges(loras: list[Path], bases: dict[str, Path]) -> None:
     """Directions that start at nothing are woken, so that they can learn; the start's function stays."""
     made = ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], rank=6, **QUICK)
     assert made.ranks == (6,)
@@ -151,7 +151,7 @@ def test_the_rank_asked_for_may_exceed_the_merges(loras: list[Path], bases: dict
 
 
 @pytest.mark.parametrize("form", ["gpt2", "llama"])
-def test_causal_models_by_their_next_tokens(form: str, tmp_path: Path, bases: dict[str, Path]) -> None:  # noqa: F811
+def test_causal_models_by_their_next_tokens(form: str, tmp_path: Path, bases: dict[str, Path]) -> None:
     """Two LoRAs trained on two languages: the distilled one is nearer to both than its start, by the labels' loss."""
     base, languages = bases[form], {"up": 1, "down": -1}
     texts = {
@@ -193,7 +193,7 @@ def train(form: str, texts: list[str], folder: Path) -> Path:
 
 def test_of_a_large_vocabulary_the_likeliest_are_kept(
     loras: list[Path],
-    bases: dict[str, Path],  # noqa: F811
+    bases: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -223,15 +223,15 @@ def test_of_a_large_vocabulary_the_likeliest_are_kept(
         ({"rows": {"nobody": ["w1"] * 9}}, ["rows", "unknown adapter 'nobody'"]),
         ({"rows": [50]}, ["1 rows for 2 adapters"]),
         ({"rows": 4}, ["has 4 rows", "expected 5 at least"]),
-        ({"rows": ["w1", 7.5]}, ["expected a list of texts"]),
+        ({"rows": [["w1"] * 9, 7.5]}, ["expected a list of texts"]),
         ({"tasks": None}, ["how its predictions are read is not known"]),
         ({"fit": "gain"}, ["unknown fit 'gain'", "gains"]),
         ({"rank": 0}, ["rank is 0"]),
         ({"kind": "ia3"}, ["none of the adapters is"]),
-        ({"start": {"method": "tys"}}, ["did you mean 'ties'"]),
+        ({"start": {"method": "tys"}}, ["unknown method 'tys'"]),
     ],
 )
-def test_wrong_input(asked: dict[str, Any], parts: list[str], loras: list[Path], bases: dict[str, Path]) -> None:  # noqa: F811
+def test_wrong_input(asked: dict[str, Any], parts: list[str], loras: list[Path], bases: dict[str, Path]) -> None:
     with pytest.raises(TiesPeftError) as caught:
         ties_peft.distil(loras, **{"base": bases["encoder"], "tasks": TASK, **QUICK, **asked})
     assert all(part in str(caught.value) for part in parts), caught.value
