@@ -1,70 +1,72 @@
 """Methods on real tasks: `python benchmarks/compare.py --data DIR`, on the sample adapters.
 
-For every method, space and rank: accuracy on the rows of each task, their mean, the mean of what each
-own adapter reaches (normalised), accuracy on mr, which no adapter was trained on (held out), seconds of
-merging and energy kept. One base model stays loaded; each merged task vector is added to its weights
-and taken out again. `--subsets` asks the same of some pairs, triples, … of the adapters instead.
+For every method, space and rank: accuracy on the rows of each task, their mean, the same with each own
+adapter's accuracy as 100 (normalised), the mean's difference from TIES as it comes with its paired
+standard error, accuracy on mr, which no adapter was trained on (held out), seconds of processor time
+for the merge, and energy kept. `--subsets` tries the rules that need no tuning on pairs, triples, … of
+the adapters instead, and on adapters whose task vectors were stretched or shrunk.
+
+With `--log FILE` a run that was stopped goes on where it was; `--json FILE` writes the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import random
-import sys
-import time
+import platform
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from cases import FOURTH_ROOT_N, ROOT_N, Bench, Set, Setting, unpack
+from judge import ROOT, minilm, paired
 from rich.console import Console
 from rich.table import Table
 
 import ties_peft
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "adapters"))
-import minilm  # noqa: E402  (the samples' setting lies beside the adapters)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way of merging."""
-
-    method: str
-    space: str = "delta"
-    rank: int | str = "auto"
-    scale: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        extra = "".join(f", {key} {value}" for key, value in self.extra.items())
-        return f"{self.method}{'' if self.scale is None else f' λ {self.scale:g}'}{extra}"
-
-
+REFERENCE = Setting("ties")
+SIGNS = {"sign_from": "multitask"}
 LORA = [
+    REFERENCE,
     Setting("average"),
     Setting("task_arithmetic"),
-    *(Setting("ties", rank=rank) for rank in (16, 32, "auto", "max")),
+    Setting("task_arithmetic", scale=ROOT_N),
+    Setting("flat_tsv"),
+    Setting("flat_tsv", rank=32),
+    Setting("flat_tsv", rank=16),
+    Setting("tsv"),
+    Setting("tsv", scale=FOURTH_ROOT_N),
+    *(Setting("tsv", scale=FOURTH_ROOT_N, rank=rank) for rank in (32, 16)),
+    Setting("tsv", scale=FOURTH_ROOT_N, rank=16, extra={"restore_norm": True}),
+    Setting("tsv", scale=0.6),
+    Setting("tsv", scale=0.6, rank=32),
+    Setting("tsv", scale=0.6, rank=16),
+    Setting("tsv", scale=0.6, rank=16, extra={"restore_norm": True}),
+    Setting("iso_c"),
+    Setting("iso_c", scale=1.3),
+    Setting("iso_cts", scale=1.3),
+    *(Setting("ties", rank=rank) for rank in (16, 32, "max")),
     Setting("ties", rank=16, extra={"restore_norm": True}),
+    Setting("ties", rank=32, extra={"restore_norm": True}),
     Setting("ties", extra={"scope": "module"}),
+    Setting("ties", extra=SIGNS),
     Setting("ties", space="core"),
     Setting("ties", space="core", extra={"balanced": False}),
     Setting("ties", space="core", rank=16, extra={"compress_first": True}),
     Setting("ties", space="knots"),
     Setting("ties", space="knots", scale=1.5),
-    Setting("ties", space="factors"),
+    Setting("ties", extra={"density": 1}),
+    Setting("ties", extra={"elect": "none"}),
+    Setting("ties", extra={"disjoint": "mean_elected"}),
     Setting("magnitude_prune"),
     Setting("dare"),
     Setting("dare_ties"),
     Setting("dare_ties", space="core"),
     Setting("della"),
+    Setting("della_linear"),
     Setting("breadcrumbs"),
     Setting("breadcrumbs_ties"),
     Setting("sce"),
@@ -73,16 +75,6 @@ LORA = [
     Setting("emr"),
     Setting("karcher"),
     Setting("model_stock"),
-    Setting("tsv"),
-    Setting("tsv", scale=0.6),
-    Setting("tsv", scale=0.6, rank=16),
-    Setting("tsv", scale=0.6, rank=16, extra={"restore_norm": True}),
-    Setting("flat_tsv"),
-    Setting("flat_tsv", rank=16),
-    Setting("flat_tsv", rank=32),
-    Setting("iso_c"),
-    Setting("iso_c", scale=1.3),
-    Setting("iso_cts"),
     Setting("pico"),
     Setting("pico+ties", space="core"),
     Setting("boosting", scale=0.4),
@@ -91,187 +83,203 @@ LORA = [
     Setting("lego"),
 ]
 IA3 = [
-    *(
-        Setting(name)
-        for name in ("average", "task_arithmetic", "ties", "magnitude_prune", "dare", "dare_ties", "della")
-    ),
-    *(Setting(name) for name in ("breadcrumbs", "breadcrumbs_ties", "sce", "consensus", "pcb", "emr", "karcher")),
-    *(Setting(name) for name in ("model_stock", "power_mean", "product")),
+    REFERENCE,
+    Setting("average"),
+    Setting("task_arithmetic"),
+    Setting("task_arithmetic", scale=ROOT_N),
+    Setting("power_mean"),
+    Setting("product"),
+    Setting("ties", extra=SIGNS),
+    Setting("ties", extra={"scope": "module"}),
     Setting("ties", extra={"density": 1}),
+    Setting("ties", extra={"elect": "none"}),
+    Setting("ties", extra={"disjoint": "mean_elected"}),
+    *(Setting(name) for name in ("magnitude_prune", "dare", "dare_ties", "della", "della_linear")),
+    *(Setting(name) for name in ("breadcrumbs", "breadcrumbs_ties", "sce", "consensus", "pcb", "emr")),
+    *(Setting(name) for name in ("karcher", "model_stock")),
 ]
+TABLES = {"lora": LORA, "ia3": IA3}
 CANDIDATES = {
     "lora": [
-        Setting("average"),
-        Setting("task_arithmetic"),
-        Setting("ties"),
-        Setting("ties", space="knots"),
-        Setting("tsv", scale=0.6),
-        Setting("iso_c"),
-        Setting("iso_c", scale=1.3),
+        REFERENCE,
+        Setting("task_arithmetic", scale=ROOT_N),
+        Setting("tsv", scale=FOURTH_ROOT_N),
         Setting("flat_tsv"),
+        Setting("iso_c"),
     ],
-    "ia3": [Setting("average"), Setting("task_arithmetic"), Setting("ties"), Setting("power_mean")],
+    "ia3": [REFERENCE, Setting("task_arithmetic"), Setting("task_arithmetic", scale=ROOT_N), Setting("power_mean")],
 }
 
 
-class Judge:
-    """The base, its heads and the rows to judge by."""
-
-    def __init__(self, data: Path, split: str, rows: int) -> None:
-        self.base, self.tokenizer = minilm.load_base()
-        self.tasks = (*minilm.TASKS, *minilm.HELD_OUT)
-        self.heads = minilm.make_heads(self.base, self.tokenizer, self.tasks, data)
-        self.rows = {task: minilm.read_rows(task, split, data, rows) for task in self.tasks}
-        self.weights = {name: module.weight for name, module in self.base.named_modules() if hasattr(module, "weight")}
-
-    def score(self, adapter: ties_peft.Adapter | None, tasks: Sequence[str]) -> dict[str, float]:
-        """Accuracy on each task with an adapter, or of the bare base."""
-        with self.wearing(adapter):
-            return {t: minilm.accuracy(self.base, self.tokenizer, self.heads[t], self.rows[t]) for t in tasks}
-
-    @contextmanager
-    def wearing(self, adapter: ties_peft.Adapter | None) -> Iterator[None]:
-        """The base with the adapter's effect in its weights (and, for (IA)³, biases), put back afterwards."""
-        modules = dict(self.base.named_modules())
-        names = adapter.modules if adapter else ()
-        kept = {n: (modules[n].weight.data.clone(), modules[n].bias.data.clone()) for n in names}
-        for name in names:
-            wear(modules[name], adapter, name)
-        yield
-        for name, (weight, bias) in kept.items():
-            modules[name].weight.data, modules[name].bias.data = weight, bias
+def sets() -> list[Set]:
+    """Two to six adapters: every task in as many pairs, triples, fours as any other; then unlike lengths."""
+    pairs = [("sst2", "trec"), ("subj", "banking77"), ("cr", "ag_news")]
+    triples = [("sst2", "subj", "ag_news"), ("trec", "cr", "banking77")]
+    fours = [tuple(task for pair in pairs if pair != left for task in pair) for left in pairs]
+    plain = [*pairs, *triples, *fours, minilm.TASKS]
+    return [dict.fromkeys(tasks, 1.0) for tasks in plain] + UNLIKE
 
 
-def wear(layer: Any, adapter: ties_peft.Adapter, name: str) -> None:
-    """Put one module's task vector into a linear layer."""
-    delta = adapter.delta(name)
-    if delta.dim() == 2:
-        layer.weight.data += delta
-    elif adapter.module(name).on_input:
-        layer.weight.data *= 1 + delta
-    else:
-        layer.weight.data *= (1 + delta).unsqueeze(1)
-        layer.bias.data *= 1 + delta
+UNLIKE: list[Set] = [
+    {"sst2": 1.0, "trec": 0.3, "subj": 1.8, "cr": 1.0, "ag_news": 1.8, "banking77": 0.3},
+    {"sst2": 0.3, "trec": 1.8, "subj": 1.0, "cr": 1.8, "ag_news": 0.3, "banking77": 1.0},
+    {"trec": 0.3, "subj": 1.8, "ag_news": 1.0},
+    {"cr": 1.8, "banking77": 0.3},
+]
 
 
-def merge(setting: Setting, paths: Sequence[Path]) -> tuple[ties_peft.Merged, float]:
-    started = time.perf_counter()
-    merged = ties_peft.merge(
-        paths, setting.method, setting.space, scale=setting.scale, rank=setting.rank, dtype="float32", **setting.extra
-    )
-    return merged, time.perf_counter() - started
+def rights(record: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Which rows of some tasks were right."""
+    return {task: unpack(record["right"][task]) for task in tasks}
 
 
-def line(judge: Judge, setting: Setting, paths: Sequence[Path], own: dict[str, float]) -> dict[str, Any]:
-    """One row of the table."""
-    merged, seconds = merge(setting, paths)
-    scores = judge.score(merged, judge.tasks)
-    seen = [task for task in minilm.TASKS if task in own]
+def line(label: str, record: Mapping[str, Any], own: Mapping[str, float], against: Mapping[str, Any]) -> dict[str, Any]:
+    """One row of a table of all six tasks.
+
+    Args:
+        label: what it is.
+        record: what came of it.
+        own: what each own adapter reaches, in percent.
+        against: the record of what it is compared with, row by row.
+    """
+    accuracy = record["accuracy"]
+    difference, error = paired([(rights(record, minilm.TASKS), rights(against, minilm.TASKS))])
     return {
-        "method": setting.label,
-        "space": setting.space,
-        "rank": merged.report.rank,
-        **scores,
-        "mean": sum(scores[t] for t in seen) / len(seen),
-        "normalised": 100 * sum(scores[t] / own[t] for t in seen) / len(seen),
-        "seconds": seconds,
-        "energy": merged.report.energy,
+        "method": label,
+        "space": record.get("space", ""),
+        "rank": record.get("rank"),
+        **{task: round(value, 1) for task, value in accuracy.items()},
+        "mean": round(sum(accuracy[task] for task in minilm.TASKS) / len(minilm.TASKS), 2),
+        "normalised": round(100 * sum(accuracy[task] / own[task] for task in minilm.TASKS) / len(minilm.TASKS), 2),
+        "difference": round(difference, 2),
+        "error": round(error, 2),
+        **{key: round(record[key], 3) for key in ("seconds", "energy") if record.get(key) is not None},
     }
 
 
-def references(judge: Judge, kind: str, own: dict[str, float]) -> list[dict[str, Any]]:
-    """What merges are measured against: the base, each own adapter, the multitask-trained adapter."""
-    rows = []
-    multitask = ROOT / "adapters" / "multitask" / kind
-    givers: list[tuple[str, dict[str, float]]] = [("base", judge.score(None, judge.tasks)), ("own adapters", own)]
-    if multitask.exists():
-        givers.append(("multitask-trained", judge.score(ties_peft.Adapter.load(multitask), judge.tasks)))
-    for label, scores in givers:
-        mean = sum(scores[t] for t in minilm.TASKS) / len(minilm.TASKS)
-        normalised = 100 * sum(scores[t] / own[t] for t in minilm.TASKS) / len(minilm.TASKS)
-        rows.append({"method": label, "space": "", "rank": None, **scores, "mean": mean, "normalised": normalised})
-    return rows
-
-
-def whole(judge: Judge, kind: str, console: Console) -> list[dict[str, Any]]:
-    """Every setting on all six adapters."""
-    paths = {task: ROOT / "adapters" / kind / task for task in minilm.TASKS}
-    own = {task: judge.score(ties_peft.Adapter.load(path), [task])[task] for task, path in paths.items()}
-    rows = references(judge, kind, own)
-    for setting in LORA if kind == "lora" else IA3:
+def whole(bench: Bench, kind: str, console: Console) -> list[dict[str, Any]]:
+    """Every setting on all six adapters, after what merges are measured against."""
+    everyone = dict.fromkeys(minilm.TASKS, 1.0)
+    against = bench.merged(kind, everyone, REFERENCE, bench.tasks)
+    singles = {task: bench.single(kind, task) for task in minilm.TASKS}
+    own = {task: single["accuracy"][task] for task, single in singles.items()}
+    together = {key: {task: singles[task][key][task] for task in singles} for key in ("right", "accuracy")}
+    references = {"base": bench.base(), "own adapters": together, "multitask-trained": bench.multitask(kind)}
+    rows = [line(label, record, own, against) for label, record in references.items()]
+    for setting in TABLES[kind]:
         try:
-            rows.append(line(judge, setting, list(paths.values()), own))
+            record = bench.merged(kind, everyone, setting, bench.tasks)
         except ties_peft.TiesPeftError as error:
             console.print(f"{setting.label}, {setting.space}: {error}", style="red")
+            continue
+        rows.append(line(setting.label, {**record, "space": setting.space}, own, against))
     return rows
 
 
-def subsets(judge: Judge, kind: str, per_size: int) -> list[dict[str, Any]]:
-    """The candidates for a default on some subsets of two to six adapters: mean normalised accuracy."""
-    paths = {task: ROOT / "adapters" / kind / task for task in minilm.TASKS}
-    own = {task: judge.score(ties_peft.Adapter.load(path), [task])[task] for task, path in paths.items()}
+def subsets(bench: Bench, kind: str) -> list[dict[str, Any]]:
+    """The candidates for a default, one row each: accuracies relative to the own adapters', by groups of sets."""
     rows = []
-    for size in range(2, len(paths) + 1):
-        everyone = list(itertools.combinations(paths, size))
-        chosen = random.Random(size).sample(everyone, min(per_size, len(everyone)))
-        for setting in CANDIDATES[kind]:
-            found = []
-            for tasks in chosen:
-                merged, _ = merge(setting, [paths[task] for task in tasks])
-                scores = judge.score(merged, tasks)
-                found.append(100 * sum(scores[t] / own[t] for t in tasks) / size)
-            rows.append(
-                {"method": setting.label, "space": setting.space, "size": size, "sets": chosen, "normalised": found}
-            )
+    chosen = sets()
+    against = [bench.merged(kind, one, REFERENCE, list(one)) for one in chosen]
+    for setting in CANDIDATES[kind]:
+        records = [bench.merged(kind, one, setting, list(one)) for one in chosen]
+        columns: dict[str, list[float]] = {}
+        for one, record in zip(chosen, records, strict=True):
+            columns.setdefault(group(one), []).append(relative(bench, kind, one, record))
+        row: dict[str, Any] = {"method": setting.label, "space": setting.space}
+        row |= {name: _mean(values) for name, values in columns.items()}
+        row["loss"] = _mean([_mean(list(record["loss"].values()), 5) for record in records], 4)
+        for name, unlike in (("", False), (", unlike", True)):
+            pairs = [
+                (rights(record, list(one)), rights(other, list(one)))
+                for one, record, other in zip(chosen, records, against, strict=True)
+                if (one in UNLIKE) == unlike
+            ]
+            difference, error = paired(pairs)
+            row |= {f"difference{name}": round(difference, 2), f"error{name}": round(error, 2)}
+        rows.append(row)
     return rows
 
 
-def print_whole(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
-    table = Table(title=title, box=None, pad_edge=False)
-    columns = (*minilm.TASKS, "mean", "normalised", *minilm.HELD_OUT, "seconds", "energy")
-    for heading in ("method", "space", "rank", *columns):
+def relative(bench: Bench, kind: str, chosen: Set, record: Mapping[str, Any]) -> float:
+    """Mean accuracy, each own adapter's, stretched alike, being 100."""
+    own = {task: bench.single(kind, task, gain)["accuracy"][task] for task, gain in chosen.items()}
+    return 100 * _mean([record["accuracy"][task] / own[task] for task in chosen], 6)
+
+
+def group(chosen: Set) -> str:
+    """The column of a set: how many adapters, and whether their lengths were made unlike."""
+    return f"{len(chosen)} adapters" if set(chosen.values()) == {1.0} else "unlike lengths"
+
+
+def _mean(values: Sequence[float], digits: int = 2) -> float:
+    return round(sum(values) / len(values), digits)
+
+
+def show(rows: Sequence[Mapping[str, Any]], console: Console, title: str) -> None:
+    """Print rows as a table; a column for every key."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if not key.startswith("error")]
+    for heading in columns:
         table.add_column(heading, justify="left" if heading in ("method", "space") else "right")
     for row in rows:
-        digits = {"energy": 2, "seconds": 2}
-        cells = [f"{row[c]:.{digits.get(c, 1)}f}" if row.get(c) is not None else "–" for c in columns]
-        table.add_row(row["method"], row["space"], str(row["rank"] or "–"), *cells)
+        table.add_row(*(_cell(row, key) for key in columns))
     console.print(table)
 
 
-def print_subsets(rows: Sequence[dict[str, Any]], console: Console, title: str) -> None:
-    sizes = sorted({row["size"] for row in rows})
-    table = Table(title=title, box=None, pad_edge=False)
-    for heading in ("method", "space", *(f"N = {size}" for size in sizes)):
-        table.add_column(heading, justify="left" if heading in ("method", "space") else "right")
-    for label, space in dict.fromkeys((row["method"], row["space"]) for row in rows):
-        own = {row["size"]: row["normalised"] for row in rows if (row["method"], row["space"]) == (label, space)}
-        table.add_row(label, space, *(f"{sum(own[s]) / len(own[s]):.1f}" for s in sizes))
-    console.print(table)
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if key.startswith("difference"):
+        return f"{value:+.1f} ± {row[key.replace('difference', 'error')]:.1f}"
+    if isinstance(value, float):
+        return f"{value:.{ {'seconds': 2, 'energy': 2, 'loss': 3}.get(key, 1) }f}"
+    return "–" if value is None else str(value)
+
+
+def command(asked: argparse.Namespace) -> str:
+    """What makes the figures again, wherever the rows are."""
+    subsets = " --subsets" if asked.subsets else ""
+    return f"python benchmarks/compare.py --data DIR{subsets} --rows {asked.rows} --split {asked.split}"
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on."""
+    import transformers
+
+    return {
+        "ties_peft": ties_peft.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--kinds", nargs="*", default=["lora", "ia3"])
-    parser.add_argument("--rows", type=int, default=300)
+    """Print the tables that were asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="a folder for each task")
+    parser.add_argument("--kinds", nargs="*", default=list(TABLES), choices=list(TABLES))
+    parser.add_argument("--rows", type=int, default=300, help="of each task (300)")
     parser.add_argument("--split", default="test", help="validation, when something is to be chosen")
-    parser.add_argument("--subsets", type=int, metavar="PER_SIZE", help="so many subsets of each size")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--subsets", action="store_true", help="two to six adapters, of like and unlike lengths")
+    parser.add_argument("--log", type=Path, help="keep every result there, a line each, and do none twice")
+    parser.add_argument("--json", type=Path, help="write the table there")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     console = Console(width=200)
-    judge = Judge(asked.data, asked.split, asked.rows)
-    found = {}
+    bench = Bench(asked.data, asked.split, asked.rows, asked.log)
+    found: dict[str, Any] = {
+        "command": command(asked),
+        "split": asked.split,
+        "rows": asked.rows,
+        "versions": versions(),
+    }
     for kind in asked.kinds:
-        title = f"{kind}, {asked.rows} {asked.split} rows a task"
-        if asked.subsets:
-            found[kind] = subsets(judge, kind, asked.subsets)
-            print_subsets(found[kind], console, f"{title}: mean accuracy, own adapters = 100")
-        else:
-            found[kind] = whole(judge, kind, console)
-            print_whole(found[kind], console, title)
+        found[kind] = subsets(bench, kind) if asked.subsets else whole(bench, kind, console)
+        show(found[kind], console, f"{kind}, {asked.rows} {asked.split} rows a task")
     if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        asked.json.parent.mkdir(parents=True, exist_ok=True)
+        asked.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PREFIX, SHAPES
 from safetensors.torch import load_file, save_file
 
 import ties_peft
 from ties_peft import Recipe, TiesPeftError
 from ties_peft.errors import printable, unknown
+from ties_peft.kinds import kinds
 
 Make = Callable[..., Path]
 WEIGHTS = "adapter_model.safetensors"
@@ -57,7 +59,10 @@ def test_no_folder() -> None:
 
 def test_no_config(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    assert of_load("a") == "adapter 'a': there is no adapter_config.json in it. Is this a PEFT adapter's folder?"
+    assert of_load("a") == (
+        "adapter 'a': there is no adapter_config.json in it. It holds nothing. "
+        "Name the folder that PEFT's save_pretrained wrote."
+    )
 
 
 def test_not_json(make_lora: Make) -> None:
@@ -71,15 +76,14 @@ def test_not_json(make_lora: Make) -> None:
 def test_no_peft_type(make_lora: Make) -> None:
     make_lora("a", peft_type=None)
     assert of_load("a") == (
-        "adapter 'a': peft_type is None in adapter_config.json; expected one of IA3, LORA. Is this a PEFT adapter?"
+        "adapter 'a': peft_type is None in adapter_config.json; expected one of "
+        f"{', '.join(kinds())}. Is this a PEFT adapter?"
     )
 
 
 def test_another_peft_type(make_lora: Make) -> None:
     make_lora("a", peft_type="LOHA")
-    assert of_load("a") == (
-        "adapter 'a' is of PEFT type 'LOHA', which ties_peft cannot merge yet; it merges IA3, LORA. Leave it out."
-    )
+    assert of_load("a") == ("adapter 'a' holds no LoHa tensors. Save it again with PEFT's save_pretrained.")
 
 
 def test_no_weights(make_lora: Make) -> None:
@@ -144,19 +148,17 @@ def test_nan(make_lora: Make) -> None:
 
 
 def test_dora(make_lora: Make) -> None:
-    make_lora("a", use_dora=True)
-    assert of_load("a") == (
-        "adapter 'a' uses DoRA (use_dora=True), which ties_peft cannot merge yet, and leaving it out would change "
-        "what the adapter does. Train or convert it without, or leave it out."
-    )
-
-
-def test_a_head(make_lora: Make) -> None:
-    name = edit(make_lora("a"), lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 2)}))
+    name = make_lora("a", use_dora=True).name
     assert of_load(name) == (
-        "adapter 'a' holds 1 tensor(s) of whole layers (modules_to_save, heads, biases), which ties_peft cannot merge "
-        "yet: 'base_model.model.score.weight'. Leaving them out would change what the adapter does; train or save it "
-        "without, or leave the adapter out."
+        "adapter 'a', module 'layers.0.q': use_dora is True, but there is no lora_magnitude_vector. "
+        "Save the adapter again."
+    )
+    sizes = {module: shape[0] for module, shape in SHAPES.items()}
+    magnitudes = {f"{PREFIX}{module}.lora_magnitude_vector": torch.ones(size) for module, size in sizes.items()}
+    edit(Path("a"), lambda t: t.update(magnitudes))
+    assert of_load(name) == (
+        "adapter 'a' is a DoRA, whose task vector depends on the weights it was trained on. Name its base: "
+        "--base PATH_OR_ID (base=...); just the tensors it needs are read."
     )
 
 

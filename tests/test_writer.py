@@ -331,7 +331,7 @@ def test_rounding_is_what_the_dtype_lost(make_lora: Make) -> None:
 
 def test_provenance(merged: Merged, tmp_path: Path) -> None:
     found = json.loads((merged.save(tmp_path / "out") / "provenance.json").read_text())
-    assert sorted(found) == ["recipe", "report", "versions"]
+    assert sorted(found) == ["copied", "recipe", "report", "versions"]
     assert found["recipe"] == merged.recipe.to_dict()
     assert found["report"] == json.loads(json.dumps(merged.report.to_dict()))
     digests = [Adapter.load(tmp_path / name).digest for name in "ab"]

@@ -2,6 +2,7 @@
 
 from .adapter import Adapter
 from .bench import Bench
+from .convert import convert
 from .distil import distil
 from .distilled import Distilled
 from .errors import (
@@ -19,6 +20,7 @@ from .merge import merge
 from .merged import Merged
 from .methods import methods
 from .prepare import Prepared, prepare
+from .push import push
 from .recipe import Recipe
 from .report import Report
 from .task import Task
@@ -41,9 +43,11 @@ __all__ = [
     "TiesPeftError",
     "TiesPeftWarning",
     "add_merged_adapter",
+    "convert",
     "distil",
     "evaluate",
     "merge",
     "methods",
     "prepare",
+    "push",
 ]

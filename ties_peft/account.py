@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .delta import Delta, distance, inner
+from .delta import distance, inner
 from .errors import printable
 from .factorise import Factors
+from .fast import kernels
 from .kinds import Module
 from .plan import Plan
 from .report import AdapterLine, ModuleLine, Report
+from .spaces import Encoding
 from .survey import Kept, trimmed_apart
 from .tensors import MemoryTensors
 
@@ -35,20 +37,22 @@ class Account:
         self.kept = self.total = self.lost = self.written = 0.0
         self.conflicting = self.shared = 0
 
-    def add_inputs(self, places: Sequence[int], deltas: Sequence[Delta]) -> None:
+    def add_inputs(self, places: Sequence[int], encoding: Encoding) -> None:
         """Norms and inner products of the unweighted task vectors of one module."""
-        for first, delta in zip(places, deltas, strict=True):
-            self.squares[first] += inner(delta, delta)
         if self.products is None:
+            for first, delta in zip(places, encoding.deltas, strict=False):
+                self.squares[first] += inner(delta, delta)
             return
+        table = encoding.products.tolist()
         for i, first in enumerate(places):
+            self.squares[first] += table[i][i]
             for j in range(i):
-                self.products[first][places[j]] += inner(deltas[i], deltas[j])
+                self.products[first][places[j]] += table[i][j]
 
     def add_result(
         self,
         module: Module,
-        deltas: Sequence[Delta],
+        ranks: Sequence[int],
         factors: Factors,
         written: Mapping[str, Tensor],
         tally: Mapping[str, int],
@@ -60,28 +64,24 @@ class Account:
         self.conflicting += conflicting or 0
         self.shared += shared
         if self.plan.dtype != torch.float32:
-            again = self.plan.kind.read(self._as_written(module), MemoryTensors(written))
+            rank = self.plan.rank or 1
+            again = self.plan.kind.read(self.plan.kind.written(module, rank), MemoryTensors(written), None)
             self.lost += distance(again, factors.delta.to(torch.device("cpu"))) ** 2
         self.lines.append(
             ModuleLine(
                 name=module.name,
                 shape=module.shape,
-                adapters=len(deltas),
-                rank=sum(delta.rank for delta in deltas),
+                adapters=len(ranks),
+                rank=sum(ranks),
                 norm=math.sqrt(factors.total),
                 energy=factors.energy,
                 conflict=None if conflicting is None else _share(conflicting, shared),
             )
         )
 
-    def _as_written(self, module: Module) -> Module:
-        """The module with the keys and the lora scaling, 1, of the output."""
-        packed = self.plan.kind.keys(module.name)
-        return Module(module.name, module.shape, self.plan.rank or 1, packed, on_input=module.on_input)
-
     def report(self, kept: Sequence[Kept], seconds: float) -> Report:
         """The report, at the end."""
-        plan = self.plan
+        plan, loops = self.plan, kernels()
         cosines = self._cosines()
         inputs = [
             AdapterLine(
@@ -100,7 +100,7 @@ class Account:
         return Report(
             method="+".join(stage.name for stage in plan.stages.all),
             space=plan.space.name,
-            kind=plan.kind.title,
+            kind=plan.title,
             scale=plan.scale,
             rank=plan.rank,
             dtype=str(plan.dtype).removeprefix("torch."),
@@ -114,8 +114,10 @@ class Account:
             adapters=inputs,
             modules=self.lines,
             warnings=[*plan.warnings, *self._warnings(inputs, cosines, energy)],
+            riders=plan.heads.lines(),
             weights=plan.weighting,
             seconds=seconds,
+            loops=loops.name if loops is not None else "torch",
         )
 
     def _cosines(self) -> list[list[float]] | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,22 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import sources, writer
+from . import foreign, sources, writer
+from .base_model import BaseModel
 from .delta import Delta, inner_root
-from .errors import AdapterError, RecipeError, printable, unknown
+from .errors import AdapterError, RecipeError, printable, unknown, warn_caller
 from .kinds import Kind, Module, kind_of
-from .tensors import FLOATING, MemoryTensors, PickleFile, SafetensorsFile, TensorSource, digest
+from .riders import WHOLE_NUMBERS, check_riders
+from .tensors import FLOATING, Digest, MemoryTensors, PickleFile, SafetensorsFile, TensorSource
 from .tiles import one_thread
 
-RIDERS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_embedding_": "LoRA on embeddings",
-    "lora_B.bias": "a bias on lora_B",
-    "token_adapter": "trained token embeddings",
-    ".base_layer.": "base layers",
-}
-WHOLE = "whole layers (modules_to_save, heads, biases)"
+INTEGERS = ("I32", "I64", "int32", "int64")
 LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one reading of all of an adapter's tensors tells.
+
+    Attributes:
+        digest: as in `Adapter.digest`.
+        norm: of the whole task vector; not finite where `bad` is not empty.
+        bad: the names of tensors that hold NaN or infinity.
+    """
+
+    digest: str
+    norm: float
+    bad: tuple[str, ...]
 
 
 class Adapter:
@@ -41,23 +54,31 @@ class Adapter:
         source: the path or Hub id it came from, as the user wrote it, with its revision; None if it
             never had one.
         kind: its type: LoRA, (IA)³.
+        weights: the tensors of its base model, where they were given.
         layout: its modules by name.
         riders: the names of the tensors that belong to no module, sorted: heads, biases, embeddings.
     """
 
-    def __init__(self, config: dict[str, Any], tensors: TensorSource, source: str | None = None) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        tensors: TensorSource,
+        source: str | None = None,
+        weights: BaseModel | None = None,
+    ) -> None:
         self.config = config
         self.tensors = tensors
         self.source = source
+        self.weights = weights
         self.kind: Kind = kind_of(config.get("peft_type"), self.label)
-        self.layout: dict[str, Module] = self.kind.layout(config, tensors, self.label)
-        claimed = {key for module in self.layout.values() for key in module.keys}
-        self.riders = tuple(key for key in tensors.names if key not in claimed)
-        _refuse_riders(self.riders, self.label)
+        self.layout: dict[str, Module] = self.kind.layout(config, tensors, self.label, weights)
         if not self.layout:
             raise AdapterError(
                 f"adapter '{self.label}' holds no {self.kind.title} tensors. Save it again with PEFT's save_pretrained."
             )
+        claimed = {key for module in self.layout.values() for key in module.keys}
+        self.riders = tuple(key for key in tensors.names if key not in claimed)
+        check_riders(self.riders, config, tensors, self.label)
 
     @classmethod
     def load(
@@ -66,30 +87,44 @@ class Adapter:
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | None = None,
+        base: str | Path | BaseModel | None = None,
     ) -> Adapter:
-        """Open an adapter's folder, or fetch it from the Hub.
+        """Open an adapter's files, or fetch them from the Hub.
 
         Args:
-            source: a folder that holds adapter_config.json, or a Hub id such as `org/name` or
-                `org/name@revision`.
+            source: a folder that holds adapter_config.json, a file of weights beside one, or a Hub id:
+                `org/name`, `org/name@revision`, `org/name@revision:subfolder`.
             revision: a branch, tag or commit on the Hub.
-            subfolder: the folder inside it that holds the adapter.
+            subfolder: the folder inside it that holds the adapter; it must lead into it.
             token: for private repositories; by default the one that `hf auth login` stored.
+            base: the base model's folder or Hub id, for the few kinds whose task vectors depend on its
+                weights (DoRA, say); just the tensors they need are read.
         Raises: AdapterError with one clear sentence where it cannot be read or merged.
         """
-        named = sources.with_revision(str(source), revision)
-        label = printable(f"{named}/{subfolder}" if subfolder else named)
-        folder = sources.find(named, subfolder, token)
-        config = _read_config(folder, label)
+        named = sources.spelled(str(source), revision, subfolder)
+        label = printable(named)
+        if subfolder and not sources.is_inside(subfolder):
+            raise AdapterError(f"adapter '{label}': the subfolder '{printable(subfolder)}' does not lead into it.")
+        found = sources.find(named, token)
+        config = read_config(found.folder, label)
+        foreign.refuse(found, config, label)
+        assert config is not None  # else it was refused
         kind_of(config.get("peft_type"), label)  # before the weights: their absence matters less than the type
-        weights = sources.weights_in(folder, label)
+        weights = found.weights or sources.weights_in(found.folder, label)
         opened = SafetensorsFile if weights.suffix == ".safetensors" else PickleFile
-        return cls(config, opened(weights, label), named)
+        known = base if base is None or isinstance(base, BaseModel) else BaseModel.load(base, token)
+        return cls(config, opened(weights, label), named, known)
 
     @property
     def label(self) -> str:
         """How messages name it."""
         return printable(self.source or "in memory")
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files lie on this machine; None if it is in memory alone."""
+        path = getattr(self.tensors, "path", None)
+        return path.parent if isinstance(path, Path) else None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -107,7 +142,12 @@ class Adapter:
 
     def read(self, name: str) -> Delta:
         """The task vector of one module as it is held: factors for LoRA, values for (IA)³."""
-        return self.kind.read(self.module(name), self.tensors)
+        return self.kind.read(self.module(name), self.tensors, self.weights)
+
+    def expect(self, name: str) -> None:
+        """Have the system fetch a module's bytes from the disk meanwhile; nothing waits for it."""
+        if isinstance(self.tensors, SafetensorsFile):
+            self.tensors.expect(self.module(name).keys)
 
     def delta(self, name: str) -> Tensor:
         """The task vector of one module, float32: s·B·A, (out, in), for LoRA; l − 1, (k,), for (IA)³.
@@ -115,6 +155,18 @@ class Adapter:
         On GPT-2's Conv1D it is (out, in) too, where PEFT's `get_delta_weight` gives (in, out).
         """
         return self.read(name).dense()
+
+    def renamed(self, names: Mapping[str, str]) -> Adapter:
+        """The same adapter with other names for some of its modules (old → new); its tensors are as they were.
+
+        A module that is written goes by its new name; the base is still asked by the old.
+        """
+        other = copy.copy(self)
+        other.layout = {}
+        for name, module in self.layout.items():
+            layer = "" if module.path == name else names.get(module.path, module.path)
+            other.layout[names.get(name, name)] = replace(module, name=names.get(name, name), layer=layer)
+        return other
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -133,24 +185,33 @@ class Adapter:
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """A sha256 over tensor names, shapes, dtypes, bytes and lora scalings; never over paths."""
-        scalings = [f"{name} {module.scaling!r}" for name, module in sorted(self.layout.items())]
-        return digest(self.tensors, "\n".join(scalings))
+        """A sha256 over tensor names, shapes, dtypes, bytes and lora scalings; never over paths.
+
+        Where task vectors depend on the base model's weights, also over those.
+        """
+        return self._look.digest
+
+    def norm(self) -> float:
+        """The Frobenius norm of the whole task vector."""
+        return self._look.norm
 
     def check(self) -> None:
         """Read every tensor once and refuse what no merge survives.
 
         Raises: AdapterError naming the tensors that hold NaN or infinity, or are not of a floating type.
         """
+        riders = frozenset(self.riders)
         for key in self.tensors.names:
-            if (dtype := self.tensors.info(key).dtype) not in FLOATING:
+            allowed = FLOATING | WHOLE_NUMBERS if key in riders else FLOATING
+            dtype = self.tensors.info(key).dtype
+            if dtype not in allowed and not (self.kind.indices and dtype in INTEGERS):
                 raise AdapterError(
                     f"adapter '{self.label}': tensor '{printable(key)}' is {dtype}; expected "
                     "float32, float16 or bfloat16. Save the adapter unquantised."
                 )
-        bad = [printable(key) for key in self.tensors.names if not torch.isfinite(self.tensors.read(key)).all()]
+        bad = [printable(key) for key in self._look.bad]
         if bad:
             raise AdapterError(
                 f"adapter '{self.label}' holds NaN or infinity in {len(bad)} tensor(s): "
@@ -162,14 +223,49 @@ class Adapter:
                 "lora_alpha is wrong: mend adapter_config.json, or leave it out."
             )
 
-    def norm(self) -> float:
-        """The Frobenius norm of the whole task vector."""
-        return self._norm
-
     @cached_property
-    def _norm(self) -> float:
+    def _look(self) -> _Look:
+        """All that takes a reading of every tensor, from one reading; each is let go when its last module is done."""
+        running = Digest("\n".join(self._beside()))
+        left = {name: set(module.keys) for name, module in self.layout.items()}
+        users: dict[str, set[str]] = {}
+        for name, module in self.layout.items():
+            for key in module.keys:
+                users.setdefault(key, set()).add(name)
+        held: dict[str, Tensor] = {}
+        norms: list[float] = []
+        bad: dict[str, None] = {}
         with one_thread():
-            return math.hypot(*(inner_root(self.read(name)) for name in self.modules))
+            for key in self.tensors.names:
+                held[key] = self.tensors.read(key)
+                running.add(key, held[key])
+                if key not in users:
+                    bad |= dict.fromkeys(_not_finite({key: held.pop(key)}))
+                    continue
+                for name in sorted(users[key]):
+                    left[name].discard(key)
+                    if left[name]:
+                        continue
+                    own = {other: held[other] for other in self.layout[name].keys}
+                    norms.append(inner_root(self.kind.read(self.layout[name], MemoryTensors(own), self.weights)))
+                    # a finite norm says that all its tensors are finite, at a fraction of the cost of asking
+                    bad |= {} if math.isfinite(norms[-1]) else dict.fromkeys(_not_finite(own))
+                    for other in own:
+                        users[other].discard(name)
+                        _ = users[other] or held.pop(other)
+        return _Look(str(running), math.hypot(*norms), tuple(bad))
+
+    def _beside(self) -> list[str]:
+        """What the digest covers beside the tensors: lora scalings, and the base's tensors that are needed."""
+        lines = [f"{name} {module.scaling!r}" for name, module in sorted(self.layout.items())]
+        needed = sorted({need for module in self.layout.values() for need in module.needs})
+        if needed and self.weights is not None:
+            base = Digest()
+            chosen = self.weights.only(needed)
+            for name in chosen.names:
+                base.add(name, chosen.read(name))
+            lines.append(str(base))
+        return lines
 
     def files(self) -> dict[str, writer.Content]:
         """The files that make it again, by name."""
@@ -193,27 +289,36 @@ class Adapter:
         return f"Adapter({self.label!r}, {self.kind.name}, {len(self.layout)} modules, ranks {self.ranks})"
 
 
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+
+
+def open_all(given: Iterable[str | Path | Adapter], base: BaseModel | None = None) -> list[Adapter]:
+    """Adapters opened, in order; a pattern is all that fits it (see `sources`)."""
+    opened = []
+    for one in given:
+        if isinstance(one, Adapter):
+            opened.append(one)
+            continue
+        names, remarks = sources.expand_all([str(one)])
+        warn_caller(remark for remark in remarks if "left out" in remark)
+        opened += [Adapter.load(name, base=base) for name in names]
+    return opened
+
+
 def in_memory(config: dict[str, Any], tensors: dict[str, Tensor], source: str | None = None) -> Adapter:
     """An adapter made of a config and tensors that are not in a file."""
     return Adapter(config, MemoryTensors(tensors), source)
 
 
-def _refuse_riders(riders: tuple[str, ...], label: str) -> None:
-    """Refuse tensors that no module accounts for, each by what its name says it is."""
-    if not riders:
-        return
-    what = next((text for part, text in RIDERS.items() if any(part in key for key in riders)), WHOLE)
-    names = ", ".join(f"'{printable(key)}'" for key in riders[:4]) + (", …" if len(riders) > 4 else "")
-    raise AdapterError(
-        f"adapter '{label}' holds {len(riders)} tensor(s) of {what}, which ties_peft cannot merge yet: {names}. "
-        "Leaving them out would change what the adapter does; train or save it without, or leave the adapter out."
-    )
+def read_config(folder: Path, label: str) -> dict[str, Any] | None:
+    """adapter_config.json of a folder; None where there is none.
 
-
-def _read_config(folder: Path, label: str) -> dict[str, Any]:
+    Raises: AdapterError where it is not JSON, or no object.
+    """
     path = folder / sources.CONFIG
     if not path.is_file():
-        raise AdapterError(f"adapter '{label}': there is no {sources.CONFIG} in it. {sources.what_else(folder)}")
+        return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:

@@ -8,6 +8,7 @@ read; the rest of the checkpoint stays on the disk.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import sources
 from .errors import AdapterError, printable
+from .spellings import older
 from .tensors import Info, PickleFile, SafetensorsFile, TensorSource
 
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -61,6 +63,12 @@ class BaseModel:
         return tuple(sorted(self._files))
 
     def find(self, tensor: str) -> str | None:
+        """The checkpoint's name of a tensor, also where the checkpoint spells its module the older way."""
+        module, _, parameter = tensor.rpartition(".")
+        names = [tensor, *(f"{name}.{parameter}" for name in older(module))]
+        return next((found for name in names if (found := self._find(name)) is not None), None)
+
+    def _find(self, tensor: str) -> str | None:
         """The checkpoint's name of a tensor, such as `encoder.layer.0.attention.self.query.weight`.
 
         A model and its checkpoint often differ by what stands in front (`transformer.h.0…`, `h.0…`): the
@@ -84,6 +92,10 @@ class BaseModel:
         """One of `names`, on the CPU, in its own dtype."""
         return self._files[name].read(name)
 
+    def only(self, tensors: Sequence[str]) -> TensorSource:
+        """Some of its tensors, by the names that `find` knows them by; what is not there is left out."""
+        return _Chosen(self, {name: found for name in tensors if (found := self.find(name)) is not None})
+
     def need(self, tensor: str, what: str) -> Tensor:
         """A tensor by the model's name for it.
 
@@ -100,6 +112,23 @@ class BaseModel:
                 "adapter was trained on, unquantised?"
             )
         return self.read(name)
+
+
+class _Chosen:
+    """Some tensors of a base model, under names of the model's."""
+
+    def __init__(self, base: BaseModel, found: Mapping[str, str]) -> None:
+        self._base, self._found = base, dict(found)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._found))
+
+    def info(self, name: str) -> Info:
+        return self._base.info(self._found[name])
+
+    def read(self, name: str) -> Tensor:
+        return self._base.read(self._found[name])
 
 
 def _whole(path: Path, label: str) -> dict[str, TensorSource]:

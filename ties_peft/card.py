@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from .report import Report
+from .report import Report, rider_texts
 
 KIND_TAGS = {"LoRA": "lora", "(IA)³": "ia3"}
 
@@ -32,6 +32,7 @@ def card(report: Report, recipe: str, config: dict[str, Any]) -> str:
     kept = (
         f" Its rank, {report.rank}, keeps {report.energy:.1%} of the merged energy." if report.rank is not None else ""
     )
+    whole = "".join(f"\n- {text}" for text in rider_texts(report.riders))
     notes = "".join(f"\n- {warning}" for warning in report.warnings)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
@@ -43,7 +44,7 @@ Made by [ties_peft](https://pypi.org/project/ties-peft/) with the method `{repor
 | adapter | weight | rank | norm | digest |
 |---|---|---|---|---|
 {rows}
-
+{f"{chr(10)}Layers that some of them hold whole:{chr(10)}{whole}{chr(10)}" if whole else ""}
 ```python
 from peft import PeftModel
 

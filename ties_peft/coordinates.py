@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .adapter import Adapter
-from .delta import Delta, LowRank
+from .delta import Delta, Dense, whole
 from .draws import key
 from .plan import Plan
 from .spaces import Encoding
@@ -18,14 +18,8 @@ from .spaces import Encoding
 
 @dataclass
 class Memory:
-    """What a prepared merge keeps between merges.
+    """What a prepared merge keeps between merges: by module, the coordinates of all its adapters."""
 
-    Attributes:
-        deltas: by (adapter, module).
-        encodings: by module, for the adapters of the preparation.
-    """
-
-    deltas: dict[tuple[int, str], Delta] = field(default_factory=dict)
     encodings: dict[str, Encoding] = field(default_factory=dict)
 
 
@@ -40,51 +34,52 @@ class Coordinates:
     def __init__(self, plan: Plan, memory: Memory | None = None) -> None:
         self.plan = plan
         self.memory = memory
-        self._kept: dict[str, list[tuple[Delta, ...]]] = {}
+        self._encoded: tuple[str, Encoding] | None = None  # the last module asked for
+        self._seen: tuple[str, list[tuple[Delta, ...]]] | None = None
 
     def delta(self, place: int, module: str) -> Delta:
         """One adapter's task vector on one module, unweighted."""
-        if self.memory is None:
-            return self._read(self.plan.members[place].adapter, module)
-        found = self.memory.deltas.get((place, module))
-        if found is None:
-            found = self.memory.deltas[place, module] = self._read(self.plan.members[place].adapter, module)
-        return found
+        return self._read(self.plan.members[place].adapter, module)
 
-    def deltas(self, module: str) -> list[Delta]:
-        """Those of all adapters that have the module, in order."""
-        return [self.delta(place, module) for place, _ in self.plan.holders(module)]
+    def expect(self, module: str | None) -> None:
+        """Have the system fetch what the files say of a module, while another one is worked on."""
+        for place, _ in self.plan.holders(module) if module is not None and self.memory is None else ():
+            self.plan.members[place].adapter.expect(module or "")
 
     def signs(self, module: str) -> Delta | None:
         """The task vector that decides the signs of a module, if there is one."""
         giver = self.plan.signs
         return self._read(giver, module) if giver is not None and module in giver.layout else None
 
-    def encoding(self, module: str, deltas: Sequence[Delta]) -> Encoding:
-        """The coordinates of a module; the giver of signs, if there is one, comes last."""
-        if self.memory is not None and module in self.memory.encodings and self.plan.signs is None:
+    def encoding(self, module: str) -> Encoding:
+        """The coordinates of all adapters that have a module; the giver of signs, if there is one, comes last."""
+        keep = self.memory is not None and self.plan.signs is None
+        if keep and self.memory is not None and module in self.memory.encodings:
             return self.memory.encodings[module]
-        signs = self.signs(module)
-        made = self.plan.arithmetic.encode([*deltas, *([signs] if signs is not None else [])], self.plan.rank)
-        if self.memory is not None and self.plan.signs is None and self.plan.arithmetic.shared:
-            self.memory.encodings[module] = made
-        return made
+        if self._encoded is None or self._encoded[0] != module:
+            deltas = [self.delta(place, module) for place, _ in self.plan.holders(module)]
+            signs = self.signs(module)
+            everyone = deltas if signs is None else [*deltas, signs]
+            self._encoded = module, self.plan.arithmetic.encode(everyone, self.plan.rank)
+        if keep and self.memory is not None:
+            self.memory.encodings[module] = self._encoded[1]
+        return self._encoded[1]
 
-    def prepared(self, module: str, encoding: Encoding) -> list[tuple[Delta, ...]]:
+    def prepared(self, module: str) -> list[tuple[Delta, ...]]:
         """The weighted parts of all adapters that have the module, as the method shall see them."""
-        holders = self.plan.holders(module)
-        parts = [encoding.weighted(i, self.plan.weight(place, module)) for i, (place, _) in enumerate(holders)]
-        return self._prepare([place for place, _ in holders], module, parts)
+        if self._seen is None or self._seen[0] != module:
+            encoding, holders = self.encoding(module), self.plan.holders(module)
+            parts = [encoding.weighted(i, self.plan.weight(place, module)) for i, (place, _) in enumerate(holders)]
+            self._seen = module, self._prepare([place for place, _ in holders], module, parts)
+        return self._seen[1]
 
     def parts(self, place: int, module: str) -> tuple[Delta, ...]:
         """One adapter's weighted parts on one module, for the survey."""
-        if not self.joint:
-            delta = self.delta(place, module)
-            alone = self.plan.arithmetic.encode([delta]).weighted(0, self.plan.weight(place, module))
-            return self._prepare([place], module, [alone])[0]
-        if module not in self._kept:
-            self._kept[module] = self.prepared(module, self.encoding(module, self.deltas(module)))
-        return self._kept[module][[holder for holder, _ in self.plan.holders(module)].index(place)]
+        by_module = self.plan.trim is not None and self.plan.trim.scope == "module"
+        if self.joint or by_module or self.memory is not None:
+            return self.prepared(module)[[holder for holder, _ in self.plan.holders(module)].index(place)]
+        alone = self.plan.arithmetic.encode([self.delta(place, module)])
+        return self._prepare([place], module, [alone.weighted(0, self.plan.weight(place, module))])[0]
 
     @property
     def joint(self) -> bool:
@@ -107,9 +102,7 @@ class Coordinates:
         return list(zip(*columns, strict=True))
 
     def _read(self, adapter: Adapter, module: str) -> Delta:
-        return adapter.read(module).to(self.plan.device)
-
-
-def factored(deltas: Sequence[Delta]) -> list[LowRank]:
-    """Those that are held in factors."""
-    return [delta for delta in deltas if isinstance(delta, LowRank)]
+        delta = adapter.read(module)
+        if self.plan.arithmetic.in_factors and isinstance(delta, Dense):
+            delta = whole(delta)
+        return delta.to(self.plan.device)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+GRAM_ROWS = 1024  # rows of a Gram matrix's factor that are held in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,17 @@ def zero(shape: Sequence[int]) -> Delta:
     return LowRank(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]))
 
 
+def whole(delta: Dense) -> LowRank:
+    """A matrix as factors without any rounding: itself beside an identity, the smaller way round.
+
+    Law: whole(d).dense() = d.dense(), to the bit.
+    """
+    rows, columns = delta.values.shape
+    if rows <= columns:
+        return LowRank(torch.eye(rows), delta.values)
+    return LowRank(delta.values, torch.eye(columns))
+
+
 def stack(deltas: Sequence[Delta]) -> Delta:
     """Their exact sum: factors set side by side (rank Σrᵢ) or values added, in the order given.
 
@@ -180,6 +194,65 @@ def stack(deltas: Sequence[Delta]) -> Delta:
     for delta in deltas:
         total += delta.dense()
     return Dense(total)
+
+
+def gram(columns: Sequence[Tensor]) -> Tensor:
+    """XᵀX of X, columns side by side, in float64, (K, K); a band of rows at a time, so that X is never made.
+
+    Args:
+        columns: (n, kᵢ) each, float32; Σkᵢ = K.
+    """
+    width = sum(part.shape[1] for part in columns)
+    strip = max(32, width // 8)  # XᵀX is symmetric: strips that end at the diagonal are half the work
+    edges = [(start, min(start + strip, width)) for start in range(0, width, strip)]
+    total = torch.zeros(width, width, dtype=torch.float64, device=columns[0].device)
+    for start in range(0, columns[0].shape[0], GRAM_ROWS):
+        band = torch.cat([part[start : start + GRAM_ROWS] for part in columns], 1).double()
+        for first, last in edges:
+            total[first:last, :last] += band[:, first:last].T @ band[:, :last]
+    return total.tril() + total.tril(-1).T
+
+
+class Span:
+    """What factored task vectors span, by their Gram matrices: all that small factorisations need.
+
+    Attributes:
+        deltas: Δᵢ = Bᵢ·Aᵢ, N of them, of one shape; K = Σrᵢ.
+        left, right: BᵀB and A·Aᵀ of [B₁ … B_N] and [A₁; …; A_N], (K, K), float64.
+        places: for each delta, its range of the K.
+    """
+
+    def __init__(self, deltas: Sequence[LowRank]) -> None:
+        self.deltas = list(deltas)
+        self.left = gram([delta.B for delta in deltas])
+        self.right = gram([delta.A.T for delta in deltas])
+        ends = [0]
+        for delta in deltas:
+            ends.append(ends[-1] + delta.rank)
+        self.places = [slice(start, end) for start, end in pairwise(ends)]
+
+    def products(self) -> Tensor:
+        """⟨Δᵢ, Δⱼ⟩, (N, N), float64: sums over the blocks of the Gram matrices' entrywise product."""
+        both = self.left * self.right
+        return torch.stack([both[:, at].sum(1)[other].sum() for other in self.places for at in self.places]).view(
+            len(self.places), -1
+        )
+
+    def columns(self, mix: Tensor) -> Tensor:
+        """[B₁ … B_N]·mix, (out, r), float32, summed in float64; mix is (K, r)."""
+        first, *rest = zip(self.deltas, self.places, strict=True)
+        total = first[0].B.double() @ mix[first[1]]
+        for delta, at in rest:
+            total.addmm_(delta.B.double(), mix[at])
+        return total.float()
+
+    def rows(self, mix: Tensor) -> Tensor:
+        """mix·[A₁; …; A_N], (r, in), float32, summed in float64; mix is (r, K)."""
+        first, *rest = zip(self.deltas, self.places, strict=True)
+        total = mix[:, first[1]] @ first[0].A.double()
+        for delta, at in rest:
+            total.addmm_(mix[:, at], delta.A.double())
+        return total.float()
 
 
 def inner(first: Delta, second: Delta) -> float:

@@ -173,6 +173,11 @@ class _Outcome:
                 "no step made the adapter better on the rows held back, so the result is the start itself. More rows, "
                 "or rows nearer to the adapters' tasks, may help."
             )
+        if self.student.bench.form == "classifier" and any(lesson.adapter.riders for lesson in self.lessons):
+            warnings.append(
+                "each adapter was imitated under its own head, and the result has none: put the head of the task at hand "
+                "on the base."
+            )
         return DistilReport(
             kind=start.kind.title,
             rank=start.report.rank if isinstance(start, Merged) else None,

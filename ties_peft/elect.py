@@ -24,6 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .fast import kernels
+
 Elect = Literal["mass", "count"]
 Disjoint = Literal["mean", "sum", "max"]
 Vote = Literal["mass", "count", "none"]  # an election, or none
@@ -66,6 +68,11 @@ class Ballot:
             self.sums += values
         if self.heft is None and abs(weight) != 1 and self.normalize and self.disjoint == "mean":
             self.heft = (self.plus.clone(), self.minus.clone())
+        loops = kernels()
+        if loops is not None and self.sums is None and self.heft is None and values.is_contiguous() and _on_cpu(values):
+            sides_of = (self.positive, self.negative, self.plus, self.minus)
+            loops.cast(values.view(-1).numpy(), *(side.view(-1).numpy() for side in sides_of))
+            return
         sides = ((self.plus, self.positive, torch.gt), (self.minus, self.negative, torch.lt))
         for side, (count, mass, compare) in enumerate(sides):
             compare(values, 0, out=self.buffer)  # as 0.0 and 1.0: torch is slow between bool and float
@@ -115,6 +122,10 @@ class Ballot:
         both = torch.sign(self.plus).mul_(self.minus.sign())
         several = (self.plus + self.minus).sub_(1).clamp_(0, 1)
         return int(both.sum()), int(several.sum())
+
+
+def _on_cpu(values: Tensor) -> bool:
+    return values.device.type == "cpu"
 
 
 def elect(vectors: Tensor, by: Elect = "mass") -> Tensor:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .delta import Delta, LowRank
+from .delta import Delta, LowRank, Span, gram
 
 Run = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]]
 
@@ -87,28 +87,71 @@ def factorise(matrix: Tensor, rank: int, start: Tensor | None = None, run: Run =
     return _by_iteration(matrix, rank, _orthonormal(_wide(matrix, width, start)), run)
 
 
-def compress(delta: LowRank, rank: int) -> Factors:
-    """The best rank-`rank` factors of B·A, never multiplied out; exact to rounding.
+@dataclass(frozen=True)
+class Small:
+    """The singular value decomposition of B·A in the coordinates of its factors: B·A = (B·X)·diag(S)·(Y·A).
+
+    Attributes:
+        X: (K, k); B·X has orthonormal columns.
+        S: (k,), falling, no zeros.
+        Y: (k, K); Y·A has orthonormal rows.
+        total: ‖B·A‖².
+    """
+
+    X: Tensor
+    S: Tensor
+    Y: Tensor
+    total: float
+
+    def top(self, rank: int) -> Small:
+        """Its `rank` largest directions."""
+        return Small(self.X[:, :rank], self.S[:rank], self.Y[:rank], self.total)
+
+    def balanced(self) -> tuple[Tensor, Tensor]:
+        """X·√S and √S·Y."""
+        root = self.S.sqrt()
+        return self.X * root, root.unsqueeze(1) * self.Y
+
+
+def decompose(left: Tensor, right: Tensor) -> Small:
+    """The singular value decomposition of B·A from BᵀB and A·Aᵀ alone.
 
     Each column of B shares its norm with its row of A first, so that the result does not depend on
     how an adapter happens to be scaled. With BᵀB = W·Λ·Wᵀ, B = Q·R for R = √Λ·Wᵀ and Q orthonormal
     (and likewise for Aᵀ), the singular values of B·A are those of the small R_B·R_Aᵀ.
 
     Args:
+        left, right: BᵀB and A·Aᵀ, (K, K), float64.
+    """
+    norms_b, norms_a = left.diagonal().sqrt(), right.diagonal().sqrt()
+    there = (norms_b > 0) & (norms_a > 0)
+    share = torch.where(there, (norms_a / norms_b.clamp_min(1e-300)).sqrt(), 0.0)
+    inverse = torch.where(there, 1 / share, 0.0)
+    root_b, back_b = _root(left * share * share.unsqueeze(1))
+    root_a, back_a = _root(right * inverse * inverse.unsqueeze(1))
+    U, S, Vt = torch.linalg.svd(root_b @ root_a.T, full_matrices=False)
+    count = int((S[:1] * math.sqrt(NOISE) < S).sum())
+    X, Y = share.unsqueeze(1) * (back_b @ U[:, :count]), (Vt[:count] @ back_a.T) * inverse
+    return Small(X, S[:count], Y, float(S.square().sum()))
+
+
+def compress(delta: LowRank, rank: int) -> Factors:
+    """The best rank-`rank` factors of B·A, never multiplied out; exact to rounding.
+
+    Args:
         delta: B (out, K) and A (K, in).
         rank: at least 1.
     Law: equals `factorise(delta.dense(), rank)`.
     """
-    B, A = delta.B.double(), delta.A.double()
-    norms_b, norms_a = B.norm(dim=0), A.norm(dim=1)
-    share = torch.where((norms_b > 0) & (norms_a > 0), (norms_a / norms_b.clamp_min(1e-300)).sqrt(), 0.0)
-    B, A = B * share, A / torch.where(share > 0, share, 1.0).unsqueeze(1) * (share > 0).unsqueeze(1)
-    left, left_inverse = _root(B.T @ B)
-    right, right_inverse = _root(A @ A.T)
-    U, S, Vt = torch.linalg.svd(left @ right.T)
-    total = float(S.square().sum())
-    U, S, Vt = _leading(U, S, Vt, rank)
-    return _balanced(B @ (left_inverse @ U), S, (Vt @ right_inverse.T) @ A, total)
+    return compress_span(Span([delta]), rank)
+
+
+def compress_span(span: Span, rank: int) -> Factors:
+    """The best rank-`rank` factors of ΣΔᵢ, from Gram matrices that are there."""
+    small = decompose(span.left, span.right).top(rank)
+    left, right = small.balanced()
+    kept = float(small.S.square().sum())
+    return Factors(LowRank(span.columns(left), span.rows(right)), kept, small.total)
 
 
 def balance(delta: LowRank) -> LowRank:
@@ -121,18 +164,29 @@ def balance(delta: LowRank) -> LowRank:
     return canonical
 
 
-def row_space(deltas: list[LowRank], width: int, seed: int = 0) -> Tensor:
-    """The leading row space of Σ B·A, (in, width), by a few rounds of subspace iteration.
+def expand(factors: Factors, span: Span, left: Tensor | None, right: Tensor | None) -> Factors:
+    """Factors in small coordinates, brought back: L·B and A·Rᵀ with L = [B₁ … B_N]·left, Rᵀ = right·[A₁; …; A_N].
 
-    It streams over the deltas, so that its memory does not grow with their number: the informed
-    start of `factorise`.
+    Args:
+        factors: of a matrix in the coordinates of L and R, whose columns are orthonormal.
+        span: of the task vectors.
+        left, right: (K, k) and (k, K), float64; None where that side is as it shall be.
     """
-    first = deltas[0]
-    guess = _gaussian(first.A.shape[1], width, seed).to(first.A.device)
-    for _ in range(3):
-        image = sum((d.B @ (d.A @ guess) for d in deltas[1:]), first.B @ (first.A @ guess))
-        guess = _orthonormal(sum((d.A.T @ (d.B.T @ image) for d in deltas[1:]), first.A.T @ (first.B.T @ image)))
-    return guess
+    small = factors.delta
+    assert isinstance(small, LowRank)
+    B = small.B if left is None else span.columns(left @ small.B.double())
+    A = small.A if right is None else span.rows(small.A.double() @ right)
+    return Factors(LowRank(B, A), factors.kept, factors.total)
+
+
+def truncate(merged: Delta, rank: int, start: Tensor | None = None, run: Run = map) -> Factors:
+    """The best rank-`rank` factors of a merged task vector, by the road that its form allows."""
+    return compress(merged, rank) if isinstance(merged, LowRank) else factorise(merged.dense(), rank, start, run)
+
+
+def leading_rows(span: Span, width: int) -> Tensor:
+    """The leading row space of ΣΔᵢ, (in, ≤ width), orthonormal: the informed start of `factorise`."""
+    return span.rows(decompose(span.left, span.right).top(width).Y).T
 
 
 def _through_gram(matrix: Tensor, rank: int) -> Factors:
@@ -197,8 +251,14 @@ def _gaussian(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(matrix.double()).Q
-    return basis.float()
+    """An orthonormal basis of the columns, (n, l), by the Gram matrix in float64; short of it where they depend."""
+    square = gram([matrix])
+    values, vectors = torch.linalg.eigh(square)
+    keep = values > NOISE * values[-1].clamp_min(0)
+    once = (matrix.double() @ (vectors[:, keep] / values[keep].sqrt())).float()
+    root = torch.linalg.cholesky(gram([once]))  # near the identity: what rounding left is taken out
+    basis: Tensor = torch.linalg.solve_triangular(root.T, once.double(), upper=True, left=False).float()
+    return basis
 
 
 def _energy(matrix: Tensor) -> float:
@@ -214,11 +274,6 @@ def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
     keep = values > NOISE * values[-1].clamp_min(0)
     root = values[keep].sqrt()
     return (vectors[:, keep] * root).T, vectors[:, keep] / root
-
-
-def _leading(U: Tensor, S: Tensor, Vt: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    count = min(rank, int((S[:1] * math.sqrt(NOISE) < S).sum())) if len(S) else 0
-    return U[:, :count], S[:count], Vt[:count]
 
 
 def _balanced(U: Tensor, S: Tensor, Vt: Tensor, total: float) -> Factors:

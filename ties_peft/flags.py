@@ -19,7 +19,8 @@ class Flags:
 
     Attributes:
         recipe: a file that they override.
-        adapters, method, space, scale, seed, restore_norm, dtype, base_model, allow_disjoint: as in `Recipe`.
+        adapters, method, space, scale, seed, restore_norm, dtype, base, base_model, target, allow_disjoint, heads: as in
+            `Recipe`.
         weights: numbers with commas between, or `norm`.
         rank: a whole number, `max` or `auto`.
         density, scope: parameters of the method.
@@ -39,8 +40,11 @@ class Flags:
     restore_norm: bool
     seed: int | None
     dtype: str | None
+    base: str | None
     base_model: str | None
+    target: str | None
     allow_disjoint: bool
+    heads: str | None = None
 
     def asked(self) -> Recipe:
         """The recipe, with what was given in place of what it says.
@@ -57,12 +61,15 @@ class Flags:
             "method": self.method,
             "space": self.space,
             "scale": self.scale,
-            "rank": _rank(self.rank),
+            "rank": read_rank(self.rank),
             "restore_norm": self.restore_norm or None,
             "seed": self.seed,
             "dtype": self.dtype,
+            "base": self.base,
             "base_model": self.base_model,
+            "target": self.target,
             "allow_disjoint": self.allow_disjoint or None,
+            "heads": self.heads,
         }
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         changed = replace(recipe, **changes)
@@ -115,7 +122,8 @@ def _weights(text: str | None) -> tuple[float, ...] | str | None:
         ) from None
 
 
-def _rank(text: str | None) -> Rank | None:
+def read_rank(text: str | None) -> Rank | None:
+    """What --rank says: a whole number, `max` or `auto`."""
     if text is None or text in ("max", "auto"):
         return text
     try:

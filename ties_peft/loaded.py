@@ -16,10 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .base_model import BaseModel
 from .errors import AdapterError, CompatibilityError, RecipeError, printable, unknown
 from .kinds import kind_of
-from .kinds.base import PREFIX
+from .kinds.base import PREFIX, refuse_settings
 from .tensors import MemoryTensors
+
+WHOLE = {  # they lie outside the adapter's layers, and PEFT has room for those of one adapter at a time
+    "modules_to_save": "whole modules saved beside the adapter",
+    "bias": "trained biases",
+    "trainable_token_indices": "trained token embeddings",
+}
 
 
 def find_tuner(model: Any) -> Any:
@@ -133,6 +140,7 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
 
     Raises: AdapterError, where its files could not be merged either, or its values are elsewhere.
     """
+    refuse_settings(_plain(tuner.peft_config[name].to_dict()), WHOLE, printable(name))
     tensors = {key: slot.tensor for key, slot in _slots(tuner, name).items()}
     for key, tensor in tensors.items():
         if tensor.device.type == "meta" or hasattr(tensor, "device_mesh"):
@@ -141,16 +149,39 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
                 f"adapter '{printable(name)}': tensor '{printable(key)}' is {where}, so its values are not at hand. "
                 "Save the adapters and merge the folders with ties_peft.merge."
             )
-    adapter = Adapter(_plain(tuner.peft_config[name].to_dict()), LiveTensors(tensors), name)
+    config = _plain(tuner.peft_config[name].to_dict())
+    kind = kind_of(config.get("peft_type"), printable(name))
+    if kind.writes != kind.name:
+        raise AdapterError(
+            f"adapter '{printable(name)}' is of type {kind.title}: a merge of it is a LoRA, for which a model of "
+            f"{kind.title} layers has no room. Save the adapters and merge the folders with ties_peft.merge."
+        )
+    adapter = Adapter(config, LiveTensors(tensors), name, _dora_weights(tuner, name))
     for path, layer in _layers(tuner):
-        if name in getattr(layer, "lora_variant", ()):
-            raise AdapterError(
-                f"adapter '{printable(name)}', module '{printable(path)}' works by "
-                f"{type(layer.lora_variant[name]).__name__}, not by s·B·A, so ties_peft cannot merge it yet. Leave it out."
-            )
-        if path in adapter.layout and name in getattr(layer, "scaling", ()):
-            adapter.layout[path] = replace(adapter.layout[path], scaling=float(layer.scaling[name]))
+        if name in getattr(layer, "scaling", ()):
+            for module in [m for m in adapter.layout.values() if m.keys[0].startswith(f"{PREFIX}{path}.lora_")]:
+                adapter.layout[module.name] = replace(module, scaling=float(layer.scaling[name]))
     return adapter
+
+
+def _dora_weights(tuner: Any, name: str) -> BaseModel | None:
+    """The base's weights of an adapter's DoRA layers, which are at hand here.
+
+    Raises: AdapterError for other variants of LoRA, which do not work by s·B·A.
+    """
+    weights = {}
+    for path, layer in _layers(tuner):
+        variant = getattr(layer, "lora_variant", {})
+        if name not in variant:
+            continue
+        if not type(variant[name]).__name__.startswith("Dora"):
+            raise AdapterError(
+                f"adapter '{printable(name)}', module '{printable(path)}' works by {type(variant[name]).__name__}, "
+                "not by s·B·A, so ties_peft cannot merge it. Leave it out."
+            )
+        weights[f"{path}.weight"] = layer.get_base_layer().weight
+    found = LiveTensors(weights)
+    return BaseModel(dict.fromkeys(found.names, found), "the model's own") if weights else None
 
 
 def _plain(value: Any) -> Any:
@@ -238,11 +269,11 @@ def _inject(tuner: Any, name: str, config: Any) -> None:
 
 def _config(tuner: Any, merged: Adapter, adapters: Sequence[str]) -> Any:
     """The merged adapter's own few keys as PEFT's config; nothing is inherited from an adapter."""
-    targets = set(merged.modules)
+    targets = set(merged.config["target_modules"])
     ends = tuple(f".{target}" for target in targets)
     config = dict(merged.config)
     if any(path.endswith(ends) and path not in targets for path, _ in tuner.model.named_modules()):
-        config["target_modules"] = "|".join(map(re.escape, merged.modules))  # PEFT takes a list's entries as endings
+        config["target_modules"] = "|".join(map(re.escape, sorted(targets)))  # PEFT takes a list's entries as endings
     return type(tuner.peft_config[adapters[0]])(**config)
 
 

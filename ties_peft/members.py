@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .adapter import Adapter
-from .errors import RecipeError, printable
+from .errors import CompatibilityError, RecipeError, printable
+from .kinds import Module, written_as
 from .recipe import NORM, Recipe
 from .schedule import Schedule, count_layers
+from .spellings import agree
 
 
 @dataclass(frozen=True)
@@ -127,3 +129,31 @@ def _present(weights: Sequence[Schedule], adapters: Sequence[Adapter]) -> list[b
     if not any(found):
         raise RecipeError("every weight is 0, so nothing is left to merge. Give at least one adapter a weight.")
     return found
+
+
+def one_spelling(adapters: Sequence[Adapter], warnings: list[str]) -> list[Adapter]:
+    """The adapters with one name for each module, where versions of transformers gave it two."""
+    tables = agree([{name: module.place for name, module in adapter.layout.items()} for adapter in adapters])
+    for adapter, table in zip(adapters, tables, strict=True):
+        if table:
+            old = min(table)
+            warnings.append(
+                f"{adapter.label} names {len(table)} modules as an older transformers did ('{printable(old)}'); they "
+                f"are taken for those of the others ('{printable(table[old])}'), and written under that name."
+            )
+    return [a.renamed(table) if table else a for a, table in zip(adapters, tables, strict=True)]
+
+
+def check_together(members: Sequence[Member], modules: dict[str, Module]) -> None:
+    """What one adapter cannot hold: modules that PEFT has no common config for, unequal replicated layers."""
+    fault = written_as(members[0].adapter.kind).fault(list(modules.values()))
+    if fault:
+        raise CompatibilityError(f"the adapters fit no one adapter: {fault}.")
+    replicated = {member.name: member.adapter.config.get("layer_replication") or None for member in members}
+    first = next(iter(replicated.values()))
+    if any(found != first for found in replicated.values()):
+        rows = "\n".join(f"  {name}: {printable(repr(found))}" for name, found in replicated.items())
+        raise CompatibilityError(
+            f"the adapters replicate the base's layers differently (layer_replication):\n{rows}\n"
+            "One adapter can hold one order of layers. Merge those that agree."
+        )

@@ -13,18 +13,22 @@ import torch
 from torch import Tensor
 
 from .account import Account
-from .adapter import Adapter
-from .coordinates import Coordinates, Memory, factored
-from .delta import Delta, Dense, LowRank, inner, zero
+from .adapter import Adapter, open_all
+from .base_model import BaseModel
+from .companions import gather
+from .coordinates import Coordinates, Memory
+from .delta import Delta, Dense, zero
 from .errors import RecipeError, printable, warn_caller
-from .factorise import OVERSAMPLE, Factors, compress, factorise, row_space
+from .factorise import Factors
+from .fast import load
 from .kinds import Module
 from .merged import Merged
 from .methods import Method, TaskVectors
 from .plan import Plan, make_plan
 from .recipe import IN_MEMORY, Rank, Recipe, Weights
 from .schedule import as_read
-from .survey import Cuts, Kept, find_cuts
+from .survey import Cuts, Kept, Survey
+from .targets import check_written
 from .tiles import Workers, tiles, workers
 
 Progress = Callable[[str, int, int], None]
@@ -44,13 +48,16 @@ def merge(
     restore_norm: bool = False,
     allow_disjoint: bool = False,
     base_model: str | None = None,
+    base: str | Path | BaseModel | None = None,
+    target: str | None = None,
+    heads: str = "error",
     progress: Progress | None = None,
     **parameters: Any,
 ) -> Merged:
     """Merge adapters into one.
 
     Args:
-        adapters: folders, Hub ids or `Adapter`s, of one kind and for one base model.
+        adapters: folders, files, Hub ids, patterns (see `sources`) or `Adapter`s, of one kind and for one base model.
         method: how they are combined; see `ties_peft.methods()`.
         space: in which coordinates; `delta` is where an adapter's effect lives.
         weights: one per adapter, applied first; 1 each by default. A negative one negates, 0 is as
@@ -65,6 +72,12 @@ def merge(
         restore_norm: bring a result that the rank truncates back to the norm it had.
         allow_disjoint: merge adapters that share no module.
         base_model: the base's name to write; by default the inputs'.
+        base: the base model's folder or Hub id, for adapters whose task vectors depend on its weights
+            (DoRA, say); just the tensors they need are read.
+        target: the loader that the result is for: `peft`, `vllm` or `llama.cpp` (see `targets`).
+        heads: what becomes of whole layers that ride along (task heads, embeddings, biases) where the
+            adapters differ: `error`, `drop`, `keep=NAME` (an adapter's short name) or `average`; see
+            `ties_peft.heads`.
         progress: called as progress(stage, done, of) while it works.
         **parameters: the method's own, such as density and scope; density may be a schedule.
     Returns: the merged adapter, in memory; all work is done.
@@ -73,7 +86,8 @@ def merge(
     """
     if isinstance(adapters, (str, Path, Adapter)):
         raise RecipeError("the adapters are one adapter; expected a list of them: merge([...]).")
-    opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
+    opened = open_all(adapters, known)
     recipe = make_recipe(
         opened,
         method=method,
@@ -85,7 +99,10 @@ def merge(
         seed=seed,
         dtype=dtype,
         base_model=base_model,
+        base=known.label if known is not None else None,
+        target=target,
         allow_disjoint=allow_disjoint,
+        heads=heads,
         parameters=parameters,
     )
     return merge_recipe(recipe, opened, device, progress)
@@ -130,8 +147,16 @@ def merge_recipe(
         device, progress: as in `merge`.
     """
     started = time.perf_counter()
-    opened = [Adapter.load(name) for name in recipe.adapters] if adapters is None else list(adapters)
+    if adapters is None:
+        recipe, _ = recipe.expanded()
+    opened = open_adapters(recipe) if adapters is None else list(adapters)
     return carry_out(make_plan(recipe, opened, device), recipe, started, None, progress)
+
+
+def open_adapters(recipe: Recipe) -> list[Adapter]:
+    """A recipe's adapters, with the base that it names."""
+    base = BaseModel.load(recipe.base) if recipe.base is not None else None
+    return [Adapter.load(name, base=base) for name in recipe.adapters]
 
 
 def carry_out(
@@ -139,35 +164,46 @@ def carry_out(
 ) -> Merged:
     """Do the work of a checked plan."""
     tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None))
-    report = account.report(kept, time.perf_counter() - started)
+    tensors |= plan.heads.tensors([member.adapter for member in plan.members], plan.weight)
+    companions = gather((member.name, member.adapter.folder) for member in plan.members)
+    plan.warnings.extend([companions.remark] if companions.remark else [])
+    report = replace(account.report(kept, time.perf_counter() - started), copied=sorted(companions.files))
     warn_caller(report.warnings)
-    return Merged(_config(plan, recipe), tensors, report, recipe)
+    config = _config(plan, recipe)
+    check_written(recipe.target, config, tensors)
+    return Merged(config, tensors, report, recipe, companions)
 
 
 def _merge_all(plan: Plan, memory: Memory | None, tell: Progress) -> tuple[dict[str, Tensor], Account, list[Kept]]:
-    """For each module: read, encode, merge, decode, factorise."""
+    """For each module: read, encode, merge, decode."""
     tensors: dict[str, Tensor] = {}
     account = Account(plan)
+    if plan.method.entrywise and not plan.arithmetic.shared:
+        load(plan.entries)
     with torch.no_grad(), workers() as crew:
         coordinates = Coordinates(plan, memory)
-        cuts, kept = find_cuts(coordinates, crew, tell)
+        survey = Survey(coordinates, crew, tell)
+        following = iter([*list(plan.modules)[1:], None])
         for done, module in enumerate(plan.modules.values()):
-            tensors |= _one_module(coordinates, module, cuts, crew, account)
+            coordinates.expect(next(following))
+            tensors |= _one_module(coordinates, module, survey, crew, account)
             tell("merge", done + 1, len(plan.modules))
-    return tensors, account, kept
+    return plan.kind.join(list(plan.modules.values()), tensors), account, survey.kept
 
 
 def _one_module(
-    coordinates: Coordinates, module: Module, cuts: Cuts, crew: Workers, account: Account
+    coordinates: Coordinates, module: Module, survey: Survey, crew: Workers, account: Account
 ) -> dict[str, Tensor]:
     """The tensors of one module of the result."""
     plan = coordinates.plan
     holders = plan.holders(module.name)
-    deltas = coordinates.deltas(module.name)
-    account.add_inputs([place for place, _ in holders], deltas)
     tally: dict[str, int] = {}
-    merged = _merge_parts(coordinates, module.name, deltas, cuts, crew, tally) if holders else zero(module.shape)
-    factors = _at_rank(merged, plan, deltas, crew).scaled(plan.scale)
+    if holders:
+        account.add_inputs([place for place, _ in holders], coordinates.encoding(module.name))
+        factors = _merge_parts(coordinates, module.name, survey.cuts(module.name), crew, tally)
+    else:
+        factors = Factors(zero(module.shape), 0.0, 0.0)
+    factors = (factors.restored() if plan.restore_norm else factors).scaled(plan.scale)
     tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
     written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
     if not all(torch.isfinite(tensor).all() for tensor in written.values()):
@@ -175,30 +211,23 @@ def _one_module(
             f"module '{printable(module.name)}': the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
             "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype)."
         )
-    account.add_result(module, deltas, factors, written, tally)
+    account.add_result(module, [m.adapter.layout[module.name].rank for _, m in holders], factors, written, tally)
     return written
 
 
-def _merge_parts(
-    coordinates: Coordinates,
-    name: str,
-    deltas: Sequence[Delta],
-    cuts: Cuts,
-    crew: Workers,
-    tally: dict[str, int],
-) -> Delta:
+def _merge_parts(coordinates: Coordinates, name: str, cuts: Cuts, crew: Workers, tally: dict[str, int]) -> Factors:
     """The merged task vector of one module, part by part."""
     plan = coordinates.plan
     places = [place for place, _ in plan.holders(name)]
-    encoding = coordinates.encoding(name, deltas)
-    seen = coordinates.prepared(name, encoding)
-    signs = encoding.parts[len(deltas)] if len(encoding.parts) > len(deltas) else None
+    encoding = coordinates.encoding(name)
+    seen = coordinates.prepared(name)
+    signs = encoding.parts[len(places)] if len(encoding.parts) > len(places) else None
     merged = []
     for part in range(len(seen[0])):
         tasks = TaskVectors(
             deltas=[parts[part] for parts in seen],
             weights=[encoding.weights(plan.weight(place, name))[part] for place in places],
-            cuts=[cuts[place, name][part] for place in places] if cuts else [],
+            cuts=[tuple(cuts[place, name, part]) for place in places] if cuts else [],
             densities=_densities(plan, name, places),
             total_weight=plan.total_weight(name),
             total_heft=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
@@ -213,7 +242,7 @@ def _merge_parts(
             for stage in plan.finishes:
                 result = stage.finish(result, replace(tasks, deltas=plain))
         merged.append(result)
-    return encoding.decode(merged)
+    return encoding.decode(merged, plan.rank, crew.map)
 
 
 def _densities(plan: Plan, name: str, places: Sequence[int]) -> list[float]:
@@ -243,29 +272,21 @@ def _merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[s
     return Dense(result)
 
 
-def _at_rank(merged: Delta, plan: Plan, deltas: Sequence[Delta], crew: Workers) -> Factors:
-    """The merged task vector at the rank asked for; as it is where its kind has none."""
-    if plan.rank is None:
-        energy = inner(merged, merged)
-        return Factors(merged, energy, energy)
-    if isinstance(merged, LowRank):
-        factors = compress(merged, plan.rank)
-    else:
-        factors = factorise(merged.dense(), plan.rank, row_space(factored(deltas), plan.rank + OVERSAMPLE), crew.map)
-    return factors.restored() if plan.restore_norm else factors
-
-
 def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     """adapter_config.json: as few keys as every loader needs, so that old releases load it too."""
     configs = [member.adapter.config for member in plan.members]
     named = recipe.base_model or next((a.base for a in (m.adapter for m in plan.members) if a.base), None)
     tasks = [config.get("task_type") for config in configs]
     task = tasks[0] if isinstance(tasks[0], str) and all(other == tasks[0] for other in tasks) else None
+    own = plan.kind.config(list(plan.modules.values()), plan.rank or 0)
+    task = task if task and plan.heads.loads(task) else None
     return {
         "peft_type": plan.kind.peft_type,
         "base_model_name_or_path": named,
         **({"task_type": task} if task else {}),
         "inference_mode": True,
-        **plan.kind.config(list(plan.modules.values()), plan.rank or 0),
+        **own,
+        **{key: value for key, value in plan.heads.config().items() if key != "bias" or key in own},  # (IA)³ has none
         **({"fan_in_fan_out": True} if any(config.get("fan_in_fan_out") for config in configs) else {}),
+        **({"layer_replication": configs[0]["layer_replication"]} if configs[0].get("layer_replication") else {}),
     }

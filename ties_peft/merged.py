@@ -12,6 +12,7 @@ from torch import Tensor
 from . import sources, writer
 from .adapter import Adapter
 from .card import card
+from .companions import Companions
 from .recipe import Recipe, plain
 from .report import Report
 from .tensors import MemoryTensors
@@ -23,22 +24,37 @@ class Merged(Adapter):
     Attributes:
         report: what the merge did; prints well.
         recipe: what was asked, with YAML round trip.
+        companions: tokenizer files that are saved beside it.
     """
 
-    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], report: Report, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        tensors: dict[str, Tensor],
+        report: Report,
+        recipe: Recipe,
+        companions: Companions | None = None,
+    ) -> None:
         super().__init__(config, MemoryTensors(tensors))
         self.report = report
         self.recipe = recipe
+        self.companions = companions or Companions()
 
     def files(self) -> dict[str, writer.Content]:
-        """Config and weights, and beside them the card, the recipe and the provenance."""
+        """Config and weights, and beside them the card, the recipe, the provenance and tokenizer files."""
         recipe = self.recipe.to_yaml()
-        provenance = {"versions": versions(), "recipe": self.recipe.to_dict(), "report": self.report.to_dict()}
+        provenance = {
+            "versions": versions(),
+            "recipe": self.recipe.to_dict(),
+            "report": self.report.to_dict(),
+            writer.COPIED: self.companions.digests,
+        }
         return {
+            **self.companions.files,
             **super().files(),
             "README.md": card(self.report, recipe, self.config),
             "recipe.yaml": recipe,
-            "provenance.json": writer.json_text(provenance),
+            writer.PROVENANCE: writer.json_text(provenance),
         }
 
     def save(self, folder: str | Path, force: bool = False) -> Path:
@@ -58,7 +74,7 @@ class Merged(Adapter):
 
 def inputs(recipe: Recipe) -> list[Path]:
     """The folders on this machine that a recipe reads."""
-    named = [*recipe.adapters, plain(recipe.parameters.get("sign_from"))]
+    named = [*recipe.adapters, recipe.base, plain(recipe.parameters.get("sign_from"))]
     return [path for path in (sources.local(name) for name in named if isinstance(name, str)) if path is not None]
 
 

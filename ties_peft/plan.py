@@ -5,6 +5,7 @@ After `make_plan` the merge cannot fail for a reason that could have been known 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,16 +15,17 @@ import torch
 
 from .adapter import Adapter
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
-from .kinds import Kind, Module
-from .members import Member, compare_filters, find_members
+from .heads import Heads, settle_heads
+from .kinds import Module, Written, written_as
+from .members import Member, check_together, compare_filters, find_members, one_spelling
 from .methods import Method, Stages, Trim, method_classes
+from .ranks import output_rank
 from .recipe import DTYPES, NORM, Rank, Recipe
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
-
-AUTO_RANK = 64
-VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
+from .targets import check_modules, fit_rank
+from .tiles import workers
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Plan:
         trim: the cuts that the method wants; None for none.
         rank: r of the output; None for kinds that have none.
         dtype: of the tensors written.
+        heads: what becomes of the whole tensors that ride along.
         device: where the arithmetic is done.
         signs: the adapter that decides the signs, if one was given.
         restore_norm: whether what the rank truncates is brought back to the norm it had.
@@ -56,6 +59,7 @@ class Plan:
     trim: Trim | None
     rank: int | None
     dtype: torch.dtype
+    heads: Heads
     device: torch.device
     seed: int
     signs: Adapter | None = None
@@ -64,9 +68,14 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def kind(self) -> Kind:
-        """The kind of all its adapters."""
-        return self.members[0].adapter.kind
+    def kind(self) -> Written:
+        """The kind that it is written as."""
+        return written_as(self.members[0].adapter.kind)
+
+    @property
+    def title(self) -> str:
+        """The kinds that it is made of, as text says them."""
+        return ", ".join(sorted({member.adapter.kind.title for member in self.members}))
 
     @property
     def method(self) -> Method:
@@ -110,6 +119,11 @@ class Plan:
         """Σ w over all adapters, also those that lack the module."""
         return sum(self.weights(module))
 
+    @property
+    def entries(self) -> int:
+        """Of all task vectors together, multiplied out."""
+        return sum(math.prod(module.shape) for m in self.members for module in m.adapter.layout.values())
+
     def holders(self, module: str) -> list[tuple[int, Member]]:
         """The members that have a module and a weight on it, with their places."""
         return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) != 0]
@@ -128,20 +142,22 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     """
     warnings = list(recipe.notes)
     space, stages, densities = _settings(recipe, len(adapters))
-    signs = _signs(stages.method)
+    signs = _signs(stages.method, recipe.base)
     where = _device(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
-    for adapter in [*adapters, *([signs] if signs else [])]:
-        if not checked or adapter is signs:
-            adapter.check()
-    members = find_members(recipe, adapters, densities, warnings)
+    _check_values([*(() if checked else adapters), *([signs] if signs else [])])
+    members = find_members(recipe, one_spelling(adapters, warnings), densities, warnings)
     dtype = _dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
+    check_together(members, modules)
     compare_filters(members, modules, warnings)
     _check_weights(stages, space, members, modules)
     arithmetic = _arithmetic(space, stages)
     _check_ranks(arithmetic, [*(m.adapter for m in members), *([signs] if signs else [])], modules)
     rank = _rank(recipe.rank, stages, arithmetic, members, modules, warnings)
+    base = recipe.base_model or next((m.adapter.base for m in members if m.adapter.base), None)
+    rank = fit_rank(recipe.target, rank, recipe.rank, members[0].adapter.kind.title, warnings)
+    check_modules(recipe.target, {name: module.shape for name, module in modules.items()}, base, warnings)
     _compare_bases(members, recipe, warnings)
     return Plan(
         members=members,
@@ -153,12 +169,26 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
         trim=_trim(stages.method, space),
         rank=rank,
         dtype=dtype,
+        heads=_heads(recipe, members, modules, warnings),
         device=where,
         seed=_seed(recipe.seed),
         signs=signs,
         restore_norm=bool(recipe.restore_norm),
         weighting=NORM if recipe.weights == NORM else "given",
         warnings=warnings,
+    )
+
+
+def _heads(recipe: Recipe, members: Sequence[Member], modules: Iterable[str], warnings: list[str]) -> Heads:
+    layers = count_layers(modules)
+    return settle_heads(
+        recipe.heads,
+        [member.name for member in members],
+        [member.adapter for member in members],
+        modules,
+        lambda place, module: members[place].weight.at(module, layers),
+        None if recipe.dtype is None else _dtype(recipe.dtype, ()),
+        warnings,
     )
 
 
@@ -169,7 +199,6 @@ def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule
     if len(densities) != count:
         raise RecipeError(f"{len(densities)} densities for {count} adapters. Give one per adapter, or None.")
     settings = settle(recipe.method, recipe.space, recipe.parameters, densities)
-    _check_space(settings.stages, settings.space)
     return settings.space, settings.stages, settings.densities
 
 
@@ -186,12 +215,17 @@ def _arithmetic(space: Space, stages: Stages) -> Space:
     return find_space("core")()
 
 
-def _check_space(stages: Stages, space: Space) -> None:
+def _check_space(stages: Stages, space: Space, kind: Written) -> None:
     for stage in stages.all:
         if space.name not in stage.spaces:
+            fitting = [name for name in stage.spaces if kind.name in find_space(name).kinds]
             raise MethodError(
-                f"method '{stage.name}' is not offered in space '{space.name}'; it works in {', '.join(stage.spaces)}."
+                f"method '{stage.name}' is not offered in space '{space.name}'; it works in {', '.join(fitting)}."
             )
+    if kind.name not in space.kinds:
+        raise MethodError(
+            f"space '{space.name}' is for {', '.join(space.kinds)}; these are {kind.title}. Use space 'delta'."
+        )
 
 
 def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modules: Iterable[str]) -> None:
@@ -206,9 +240,9 @@ def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modu
                 raise MethodError(f"method '{stage.name}': {fault}.")
 
 
-def _signs(method: Method) -> Adapter | None:
+def _signs(method: Method, base: str | None) -> Adapter | None:
     given = getattr(method, "sign_from", None)
-    return Adapter.load(given) if isinstance(given, (str, Path)) else given
+    return Adapter.load(given, base=base) if isinstance(given, (str, Path)) else given
 
 
 def _device(name: str) -> torch.device:
@@ -261,21 +295,24 @@ def _check_ranks(space: Space, adapters: Sequence[Adapter], modules: dict[str, M
 
 
 def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> None:
-    found = {adapter.kind.name: adapter.kind for adapter in adapters}
+    found = {adapter.kind.writes: written_as(adapter.kind) for adapter in adapters}
     if len(found) > 1:
         table = "\n".join(f"  {adapter.kind.title:<8} {adapter.label}" for adapter in adapters)
         raise CompatibilityError(
             f"the adapters are of {len(found)} types, which have no common form:\n{table}\nMerge each type on its own."
         )
     (kind,) = found.values()
-    if kind.name not in space.kinds:
-        raise MethodError(
-            f"space '{space.name}' is for {', '.join(space.kinds)}; these are {kind.title}. Use space 'delta'."
-        )
     for stage in stages.all:
         if kind.name not in stage.kinds:
             others = ", ".join(name for name, cls in method_classes().items() if kind.name in cls.kinds)
             raise MethodError(f"method '{stage.name}' is not for {kind.title} adapters. These are: {others}.")
+    _check_space(stages, space, kind)
+
+
+def _check_values(adapters: Sequence[Adapter]) -> None:
+    """Look through the tensors, several adapters at a time; the first in order that is at fault speaks."""
+    with workers() as crew:
+        crew.map(Adapter.check, list(dict.fromkeys(adapters)))
 
 
 def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: bool) -> dict[str, Module]:
@@ -289,7 +326,7 @@ def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: b
             if adapter is not signs:
                 modules[module.name] = known
             first.setdefault(module.name, name)
-            if (known.shape, known.on_input) != (module.shape, module.on_input):
+            if known.place != module.place:
                 faults.append((printable(module.name), first[module.name], known, name, module))
     if faults:
         rows = "\n".join(f"  {n}: {a} has {_form(m)}, {b} has {_form(o)}" for n, a, m, b, o in faults[:8])
@@ -305,7 +342,10 @@ def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: b
 
 def _form(module: Module) -> str:
     side = {True: " on the input", False: ""}[module.on_input]
-    return f"{' × '.join(map(str, module.shape))}{side}"
+    form = "" if module.form == "linear" else f" ({module.form})"
+    kernel = f", kernel {' × '.join(map(str, module.kernel))}" if module.kernel else ""
+    experts = f", {module.expert[1]} experts" if module.expert[1] > 1 else ""
+    return f"{' × '.join(map(str, module.shape))}{side}{form}{kernel}{experts}"
 
 
 def _refuse_strangers(members: Sequence[Member]) -> None:
@@ -333,27 +373,10 @@ def _rank(
     modules: dict[str, Module],
     warnings: list[str],
 ) -> int | None:
-    if not members[0].adapter.kind.has_rank:
-        if asked != "auto":
-            raise MethodError(
-                f"rank is {asked!r}, but {members[0].adapter.kind.title} vectors have no rank. Leave it out."
-            )
-        return None
-    total = max(sum(m.adapter.layout[name].rank for m in members if m.has(name)) for name in modules)
-    largest = max(member.adapter.ranks[-1] for member in members)
-    full = max(min(module.shape) for module in modules.values())
-    if asked == "auto":
-        rank = min(total, max(AUTO_RANK, largest))
-    elif asked == "max":
-        thinned = any(member.density is not None for member in members)
-        rank = total if space.lossless_rank or (_linear(stages, len(members)) and not thinned) else full
-    elif isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
-        rank = asked
-    else:
-        raise RecipeError(f"the rank is {printable(repr(asked))}; expected a whole number from 1 up, 'max' or 'auto'.")
-    if rank < largest:
-        warnings.append(f"rank {rank} is under the largest of the inputs' own, {largest}.")
-    return max(min(rank, *module.shape) for module in modules.values())
+    thinned = any(member.density is not None for member in members)
+    lossless = space.lossless_rank or (_linear(stages, len(members)) and not thinned)
+    adapters = {member.name: member.adapter for member in members}
+    return output_rank(asked, adapters, modules, lossless, warnings)
 
 
 def _linear(stages: Stages, adapters: int) -> bool:

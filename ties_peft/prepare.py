@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Adapter
+from .adapter import Adapter, open_all
 from .coordinates import Coordinates, Memory
 from .merge import carry_out, make_recipe
 from .merged import Merged
@@ -32,7 +32,7 @@ class Prepared:
         self.recipe = recipe
         self.device = device
         self._memory = Memory()
-        plan = make_plan(replace(recipe, method="average", parameters=recipe.parameters), adapters, device)
+        plan = make_plan(replace(recipe, method="ties"), adapters, device)  # which every space offers
         self._everyone = len(plan.members)
         self._encode(plan)
 
@@ -65,6 +65,7 @@ class Prepared:
             restore_norm=restore_norm,
             parameters={**self.recipe.parameters, **parameters},
             allow_disjoint=self.recipe.allow_disjoint,
+            heads=self.recipe.heads,
         )
         plan = make_plan(asked, self.adapters, self.device, checked=True)
         return carry_out(plan, asked, started, self._memory if self._fits(plan) else None)
@@ -79,9 +80,7 @@ class Prepared:
         with torch.no_grad(), workers():
             coordinates = Coordinates(plan, self._memory)
             for module in plan.modules:
-                deltas = coordinates.deltas(module)
-                if plan.arithmetic.shared:
-                    coordinates.encoding(module, deltas)
+                coordinates.encoding(module)
 
 
 def prepare(
@@ -90,23 +89,25 @@ def prepare(
     device: str = "cpu",
     *,
     allow_disjoint: bool = False,
+    heads: str = "error",
     **parameters: Any,
 ) -> Prepared:
     """Read adapters and make their shared bases once; `.merge(method=…, density=…)` then takes milliseconds.
 
     Args:
-        adapters: folders, Hub ids or `Adapter`s.
+        adapters: folders, files, Hub ids, patterns (see `sources`) or `Adapter`s.
         space: the coordinates of every merge.
         device: where the arithmetic is done.
-        allow_disjoint: as in `merge`.
+        allow_disjoint, heads: as in `merge`.
         **parameters: the space's own.
     Raises: as `merge`.
     """
-    opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    opened = open_all(adapters)
     recipe = Recipe(
         adapters=tuple(a.source or "in memory" for a in opened),
         space=space,
         parameters=parameters,
         allow_disjoint=allow_disjoint,
+        heads=heads,
     )
     return Prepared(opened, recipe, device)

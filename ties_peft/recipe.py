@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -31,11 +31,25 @@ from typing import Any
 from . import mergekit
 from .document import Document, Place, dump
 from .errors import MethodError, RecipeError, TiesPeftError, printable, unknown
+from .riders import ERROR, POLICIES, is_policy
 from .schedule import Schedule, as_read, is_number
 from .settings import parameter_names, settle
+from .sources import expand_all
 from .spaces import find_space
+from .targets import TARGETS
 
-TOP = ("merge_method", "adapters", "parameters", "dtype", "base_model", "allow_disjoint", "notes")
+TOP = (
+    "merge_method",
+    "adapters",
+    "parameters",
+    "dtype",
+    "base_model",
+    "base",
+    "target",
+    "allow_disjoint",
+    "heads",
+    "notes",
+)
 SYNONYMS = {"models": "adapters", "model": "adapter", "lambda": "scale"}
 SHARED = ("space", "rank", "scale", "seed", "restore_norm", "weights")
 ENTRY = ("adapter", "model", "parameters")
@@ -52,7 +66,7 @@ class Recipe:
     """What to merge, and how.
 
     Attributes:
-        adapters: paths or Hub ids, in order; a Hub id may end in `@revision`.
+        adapters: in order, as `sources` reads them: paths, Hub ids, patterns.
         weights: one per adapter, a number or a schedule (see `schedule`); `norm` for one length for
             all; None for 1 each.
         densities: one per adapter where some have their own; None inside for the method's.
@@ -67,6 +81,9 @@ class Recipe:
         base_model: the base's name in the output; None to keep the inputs'.
         allow_disjoint: whether adapters with no module in common may be merged.
         notes: said in the report; a note on one thing starts with its name and a colon.
+        heads: what becomes of whole tensors; see `heads`.
+        target: the loader that the output is for (see `targets`); None for PEFT.
+        base: where the base model's weights are, for adapters that need them; None if none does.
     """
 
     adapters: tuple[str, ...]
@@ -83,6 +100,9 @@ class Recipe:
     base_model: str | None = None
     allow_disjoint: bool = False
     notes: tuple[str, ...] = ()
+    heads: str = ERROR
+    target: str | None = None
+    base: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The YAML form as plain values; what was left to a default is left out."""
@@ -95,13 +115,16 @@ class Recipe:
         shared = {"space": self.space, "rank": self.rank, "scale": self.scale, "seed": self.seed}
         shared["restore_norm"] = self.restore_norm or None
         shared["weights"] = self.weights if isinstance(self.weights, str) else None
-        rest = {"dtype": self.dtype, "base_model": self.base_model, "allow_disjoint": self.allow_disjoint or None}
+        rest: dict[str, Any] = {"dtype": self.dtype, "base_model": self.base_model}
+        rest |= {"base": self.base, "target": self.target}
+        rest |= {"allow_disjoint": self.allow_disjoint or None, "heads": None if self.heads == ERROR else self.heads}
         values: dict[str, Any] = plain(
             {
                 "merge_method": self.method,
                 "adapters": entries,
                 "parameters": {**_given(shared), **self.parameters},
-                **_given({**rest, "notes": list(self.notes) or None}),
+                **_given(rest),
+                **_given({"notes": list(self.notes) or None}),
             }
         )
         return values
@@ -109,6 +132,19 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as text that `from_yaml` reads back."""
         return dump(self.to_dict())
+
+    def expanded(self) -> tuple[Recipe, list[str]]:
+        """(the recipe with every pattern replaced by what it stands for, a remark on each).
+
+        One weight or density for a pattern is that of every adapter that fits it.
+        Raises: AdapterError where a pattern fits nothing.
+        """
+        found = [expand_all([source]) for source in self.adapters]
+        names = tuple(name for own, _ in found for name in own)
+        remarks = [remark for _, own in found for remark in own]
+        counts = [len(own) for own, _ in found]
+        weights, densities = (_repeated(values, counts) for values in (self.weights, self.densities))
+        return replace(self, adapters=names, weights=weights, densities=densities), remarks
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
@@ -155,7 +191,10 @@ class _Reader:
             restore_norm=shared.flag("restore_norm"),
             dtype=top.get("dtype", None, lambda name: name in DTYPES, " or ".join(DTYPES)),
             base_model=top.text("base_model"),
+            base=top.text("base"),
+            target=top.get("target", None, lambda name: name in TARGETS, " or ".join(TARGETS)),
             allow_disjoint=top.flag("allow_disjoint"),
+            heads=top.get("heads", ERROR, is_policy, f"one of {', '.join(POLICIES)}"),
             notes=tuple(top.get("notes", (), _is_texts, "a list of texts")),
         )
         self.check(recipe)
@@ -274,6 +313,13 @@ class _Table:
         if key not in self.values:
             return None
         return Schedule.read(self.values[key], f"{self.at((*self.path, key))}: {key}").value
+
+
+def _repeated(values: Any, counts: Sequence[int]) -> Any:
+    """One value per pattern, as often as there are adapters that fit it; others as they are."""
+    if not isinstance(values, tuple) or len(values) != len(counts):
+        return values
+    return tuple(value for value, count in zip(values, counts, strict=True) for _ in range(count))
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import printable
+
+FATES = {
+    "identical": "kept, the same in",
+    "only": "kept, held by",
+    "kept": "kept from",
+    "average": "the weighted mean of",
+    "left out": "left out, held by",
+}
+FORMS = {"tokens": "trained tokens of ", "base": "the base's own under "}
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,46 @@ class ModuleLine:
     conflict: float | None
 
 
+@dataclass(frozen=True)
+class RiderLine:
+    """One layer that an input holds whole, and what became of it.
+
+    Attributes:
+        module: its path in the base model.
+        form: layer, plain, bias, base or tokens; see `riders`.
+        tensors: the name and shape of each of its tensors.
+        fate: identical, only, kept, average or left out.
+        adapters: whose values went into the result; where it is left out, who holds it.
+    """
+
+    module: str
+    form: str
+    tensors: list[str]
+    fate: str
+    adapters: list[str]
+
+
+def rider_texts(lines: Sequence[RiderLine]) -> list[str]:
+    """What became of the whole layers, a line for those with one fate."""
+    groups: dict[tuple[str, str], list[RiderLine]] = {}
+    for line in lines:
+        some = ", ".join(line.adapters[:8]) + (", …" if len(line.adapters) > 8 else "")
+        groups.setdefault((line.fate, some), []).append(line)
+    return [f"{_layers(own)}: {FATES[fate]} {some}" for (fate, some), own in groups.items()]
+
+
+def _layers(lines: Sequence[RiderLine]) -> str:
+    """Some layers by name, biases by their number."""
+    biases = sum(line.form == "bias" for line in lines)
+    named = [f"{FORMS.get(line.form, '')}{printable(line.module)}" for line in lines if line.form != "bias"]
+    shown = [
+        *named[:4],
+        *(["…"] if len(named) > 4 else []),
+        *([f"{biases} bias{'es' * (biases != 1)}"] if biases else []),
+    ]
+    return ", ".join(shown)
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """What went in, what came out, and what was lost.
@@ -75,8 +125,11 @@ class Report:
         cosines: between the inputs' task vectors, (N, N); None beyond `PAIRS` adapters.
         adapters, modules: a line each.
         warnings: what is possible but unwise, and the notes of the recipe.
+        copied: the tokenizer files that lay beside the inputs, the same in all, and go with the result.
+        riders: a line for each layer that an input holds whole (heads, embeddings, biases).
         weights: `given`, or `norm` where they were made to bring all adapters to one length.
         seconds: how long it took.
+        loops: what ran the inner loops: torch, or what compiled them; the numbers are the same.
     """
 
     method: str
@@ -93,8 +146,11 @@ class Report:
     adapters: list[AdapterLine]
     modules: list[ModuleLine]
     warnings: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    riders: list[RiderLine] = field(default_factory=list)
     weights: str = "given"
     seconds: float = 0.0
+    loops: str = "torch"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, but for the time, which no two runs share."""
@@ -160,9 +216,13 @@ class Report:
             worst = min(self.modules, key=lambda line: line.energy)
             note = "" if worst.energy > 0.9995 else f" (least: {worst.energy:.1%} in {escape(printable(worst.name))})"
             table.add_row("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy{note}")
+        for number, text in enumerate(rider_texts(self.riders)):
+            table.add_row("" if number else "whole layers", escape(text))
         rounding = f", rounding {self.rounding:.1e}" if self.rounding else ""
         table.add_row("written as", f"{self.dtype}{rounding}")
-        table.add_row("time", f"{self.seconds:.1f} s")
+        if self.copied:
+            table.add_row("beside it", ", ".join(self.copied))
+        table.add_row("time", f"{self.seconds:.1f} s, inner loops by {self.loops}")
         return table
 
 

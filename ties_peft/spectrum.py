@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .delta import Delta, LowRank, inner_root
-from .factorise import balance
+from .delta import Delta, LowRank, Span, inner_root
+from .factorise import balance, decompose
 
 SUPPORT = 1e-5  # of the largest singular value: float32 factors are exact to 1e-7 of it
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -115,6 +115,17 @@ def orthonormal(gram: Tensor, negligible: float | None = None) -> Tensor:
     """X, (K, k), such that M·X holds the left singular vectors of M; see `directions`."""
     values, vectors = directions(gram, negligible)
     return vectors / values.sqrt()
+
+
+def canonical(span: Span) -> list[tuple[Tensor, Tensor]]:
+    """For each task vector X, (rᵢ, k), and Y, (k, rᵢ): Bᵢ·X = U·√S and Y·Aᵢ = √S·Vᵀ of its own decomposition.
+
+    A task vector of zeros has one direction of zeros.
+
+    Law: the products depend on the task vector alone, not on its factors, up to the sign of each direction.
+    """
+    pairs = [decompose(span.left[at, at], span.right[at, at]).balanced() for at in span.places]
+    return [(X, Y) if len(Y) else (X.new_zeros(len(X), 1), Y.new_zeros(1, len(X))) for X, Y in pairs]
 
 
 def balanced(delta: Delta) -> LowRank:

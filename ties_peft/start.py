@@ -12,7 +12,7 @@ from .bench import Bench, transposed
 from .delta import LowRank
 from .errors import MethodError, RecipeError, printable, unknown
 from .factorise import factorise
-from .kinds import kinds
+from .kinds import Module, kinds, written_as
 from .merge import merge
 from .merged import Merged
 from .student import GAINS
@@ -49,6 +49,8 @@ def make_start(
     largest = max([a.ranks[-1] for a in teachers if a.kind.has_rank], default=RANK)
     ranked: dict[str, Any] = {"rank": rank or largest} if has_rank and (rank or fit != GAINS) else {}
     shared: dict[str, Any] = {"dtype": "float32", "base_model": base_model, "allow_disjoint": True}
+    if bench.form == "classifier":  # each lesson is judged by its teacher's own head
+        shared["heads"] = "drop"
     if start is not None and not isinstance(start, Mapping):
         adapter = start if isinstance(start, Adapter) else Adapter.load(start)
         if adapter.kind.peft_type != chosen:
@@ -75,7 +77,7 @@ def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:
     What its vectors do to biases has no place in a LoRA and is left out: the result is a start, no
     conversion.
     """
-    lora = kinds()["LORA"]
+    lora = written_as(kinds()["LORA"])
     tensors: dict[str, torch.Tensor] = {}
     modules = []
     for name in adapter.modules:
@@ -91,7 +93,7 @@ def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:
         plain = plain.T if transposed(layer) else plain
         delta = factorise(plain * (vector if module.on_input else vector.unsqueeze(1)), rank).delta
         assert isinstance(delta, LowRank)
-        packed = type(module)(name, (plain.shape[0], plain.shape[1]), rank, lora.keys(name))
+        packed = lora.written(Module(name, (plain.shape[0], plain.shape[1]), rank, ()), rank)
         tensors |= lora.pack(packed, delta, rank)
         modules.append(packed)
     config = {"peft_type": "LORA", "base_model_name_or_path": adapter.base, **lora.config(modules, rank)}

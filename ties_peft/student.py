@@ -24,6 +24,8 @@ from .bench import Bench
 from .delta import Dense, LowRank
 from .draws import key
 from .errors import CompatibilityError, printable
+from .kinds import written_as
+from .kinds.base import LINEAR
 
 FACTORS, GAINS, VECTORS = "factors", "gains", "vectors"
 SMALLEST = 1e-2  # the unit of a step where everything starts at nothing
@@ -78,11 +80,13 @@ class Student:
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What it has become, as an adapter's file holds it."""
+        kind = written_as(self.start.kind)
         made: dict[str, Tensor] = {}
         with torch.no_grad():
             for name in self.start.modules:
                 module = self.start.module(name)
-                made |= self.start.kind.pack(module, self._delta(name), module.rank)
+                made |= kind.pack(module, self._delta(name), module.rank)
+        made |= {name: self.start.tensors.read(name) for name in self.start.riders}
         return {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in made.items()}
 
     def _values(self, name: str) -> dict[str, Tensor]:
@@ -163,15 +167,15 @@ def _wake(values: dict[str, Tensor], units: dict[str, float], seed: int) -> None
 
 
 def _check_layers(start: Adapter, bench: Bench) -> None:
-    """Every module is a linear layer, and nothing rides along that would not be fitted."""
+    """Every module is a linear layer."""
     bench.check(start)
-    odd = [n for n in start.modules if not isinstance(bench.layer(n), nn.Linear) and _class(bench, n) != "Conv1D"]
+    odd = [name for name in start.modules if start.module(name).form != LINEAR or not _is_linear(bench.layer(name))]
     if odd:
         raise CompatibilityError(
-            f"the start adapts '{printable(odd[0])}', a {_class(bench, odd[0])}; what is fitted are linear layers. "
+            f"the start adapts '{printable(odd[0])}', a {start.module(odd[0]).form} module; what is fitted are linear layers. "
             "Start from an adapter without it, or leave out the adapters that have it."
         )
 
 
-def _class(bench: Bench, name: str) -> str:
-    return type(bench.layer(name)).__name__
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"

@@ -1,24 +1,14 @@
 """Survey: where each adapter's trim cuts, found exactly without holding or sorting the task vector.
 
-For every group of entries that are ranked together (a whole adapter, or one module):
-
-1. a sample of entries gives a bracket [low, high] that holds the threshold almost surely;
-2. one pass over all tiles counts the entries above it and collects those inside it, about one in a
-   hundred; if the counts show that the threshold is not inside, the bracket is widened and the pass
-   made again;
-3. the threshold is a rank among the few collected, and so exact.
-
 Tiles are computed here and in the merge by the same operation on the same ranges, hence with the
 same bits: the entries kept are exactly as many as asked.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,39 +17,19 @@ from torch import Tensor
 from .coordinates import Coordinates
 from .delta import Delta, size
 from .errors import MethodError, printable
-from .plan import VOCABULARY, Plan
+from .fast import kernels
+from .kinds.base import EMBEDDING
+from .plan import Plan
+from .threshold import WHOLE, Search
 from .tiles import Workers, tiles
 from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, kept_count
 
-SAMPLE = 1 << 14
-WHOLE = 1 << 18  # up to so many entries all are collected: nothing to sample
-SIGMAS = 4.0  # of the sample's quantile, on either side: the bracket misses once in thousands
-Cuts = dict[tuple[int, str], tuple[tuple[Cut, ...], ...]]  # (member, module) → for each part, a cut for each density
+VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
+SAMPLE = (1 << 14, 1 << 18)  # entries of a group that are sampled, at least and at most; about one in SPARSE
+SPARSE = 512
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Place:
-    """One part of one module of one adapter.
-
-    Attributes:
-        module, part: which.
-        size: how many entries it has.
-        read: gives the part; it may read it from the file anew.
-    """
-
-    module: str
-    part: int
-    size: int
-    read: Callable[[], Delta]
-
-
-@dataclass(frozen=True)
-class Census:
-    """What a pass over one place found: entries above the bracket, and those inside it by tile."""
-
-    above: int
-    inside: list[np.ndarray]
+Spot = tuple[int, str, int]  # member, module, part
+Cuts = dict[Spot, list[Cut]]  # a cut for each density
 
 
 @dataclass
@@ -70,66 +40,171 @@ class Kept:
     entries: int = 0
 
 
-def find_cuts(coordinates: Coordinates, crew: Workers, progress: Progress) -> tuple[Cuts, list[Kept]]:
-    """Every adapter's cuts, and how many of its entries are kept.
+@dataclass
+class Group:
+    """Entries that are ranked together.
+
+    Attributes:
+        member: whose.
+        modules: of which modules, sorted.
+        part: of which part of them; None for all parts.
+        densities: the shares of its bands of magnitudes, from the largest down.
+        sizes: the number of entries of each place, once it is known.
+        sample: magnitudes, and how many entries each stands for.
+    """
+
+    member: int
+    modules: list[str]
+    part: int | None
+    densities: tuple[float, ...]
+    sizes: dict[Spot, int] = field(default_factory=dict)
+    sample: list[tuple[np.ndarray, float]] = field(default_factory=list)
+
+    @property
+    def entries(self) -> int:
+        """How many there are."""
+        return sum(self.sizes.values())
+
+
+class Survey:
+    """The cuts of a merge: over whole adapters found at once, over modules when a module is asked for.
+
+    Args:
+        coordinates, crew: of the merge.
+        progress: told of every adapter that is done.
+
+    Attributes:
+        kept: for each member, how many of its entries stay; complete once every module was asked for.
 
     Law: over each group of n entries exactly ⌊density·n⌋ are kept.
     """
-    plan = coordinates.plan
-    cuts: Cuts = {}
-    kept = [Kept() for _ in plan.members]
-    if plan.trim is None:
-        return cuts, kept
-    for number, member in enumerate(plan.members):
-        modules = [name for name in member.adapter.modules if plan.weight(number, name) != 0]
-        found: dict[tuple[str, int], list[Cut]] = {}
-        for group, densities in _groups(coordinates, number, modules):
-            entries = sum(place.size for place in group)
-            kept[number].kept += kept_count(densities[-1], entries)
-            kept[number].entries += entries
-            for keep in _ends(densities, entries):
-                for key, cut in _cut(group, keep, crew).items():
-                    found.setdefault(key, []).append(cut)
-        for module in modules:
-            parts = sorted(part for name, part in found if name == module)
-            cuts[number, module] = tuple(tuple(found[module, part]) for part in parts)
-        progress("trim", number + 1, len(plan.members))
-    return cuts, kept
+
+    def __init__(self, coordinates: Coordinates, crew: Workers, progress: Progress) -> None:
+        self.coordinates, self.plan, self.crew = coordinates, coordinates.plan, crew
+        self.kept = [Kept() for _ in self.plan.members]
+        self._cuts: Cuts = {}
+        if self.plan.trim is None or self.plan.trim.scope == "module":
+            return
+        everyone = [self._groups(member) for member in range(len(self.plan.members))]
+        if coordinates.joint:
+            self._find([group for groups in everyone for group in groups])
+            progress("trim", len(everyone), len(everyone))
+            return
+        for member, groups in enumerate(everyone):
+            self._find(groups)
+            progress("trim", member + 1, len(everyone))
+
+    def cuts(self, module: str) -> Cuts:
+        """The cuts of one module, for every member that has it."""
+        if self.plan.trim is not None and self.plan.trim.scope == "module":
+            self._cuts, groups = {}, []
+            for member, _ in self.plan.holders(module):
+                densities = self._densities(member, module)
+                parts = range(len(self.coordinates.parts(member, module)))
+                groups += [Group(member, [module], part, densities) for part in parts]
+            self._find(groups)
+        return self._cuts
+
+    def _groups(self, member: int) -> list[Group]:
+        """The sets of one adapter's entries that are ranked together over its modules."""
+        apart = trimmed_apart(self.plan)
+        together: dict[tuple[str | None, tuple[float, ...]], Group] = {}
+        for module in self.plan.members[member].adapter.modules:
+            if self.plan.weight(member, module) == 0:
+                continue
+            densities = self._densities(member, module)
+            key = (module if module in apart else None, densities)
+            together.setdefault(key, Group(member, [], None, densities)).modules.append(module)
+        return list(together.values())
+
+    def _densities(self, member: int, module: str) -> tuple[float, ...]:
+        """The method's densities, the last replaced by one that was set for the adapter or the module."""
+        assert self.plan.trim is not None
+        *others, last = self.plan.trim.densities
+        return (*others, self.plan.density(member, module, last))
+
+    def _walk(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Spot, Delta]]:
+        """Every place of some groups, a module at a time."""
+        by_module: dict[str, list[Group]] = {}
+        for group in groups:
+            for module in group.modules:
+                by_module.setdefault(module, []).append(group)
+        for module in sorted(by_module):
+            for group in by_module[module]:
+                parts = self.coordinates.parts(group.member, module)
+                for part in range(len(parts)) if group.part is None else (group.part,):
+                    yield group, (group.member, module, part), parts[part]
+
+    def _find(self, groups: Sequence[Group]) -> None:
+        """The cuts of all places of some groups."""
+        for group, spot, delta in self._walk(groups):
+            group.sizes[spot] = size(delta)
+            if size(delta) > WHOLE // (4 * len(group.modules)):  # else the whole group is small
+                group.sample.append(_sample(spot, delta, len(group.modules)))
+        searches = []
+        for group in groups:
+            kept, entries = self.kept[group.member], group.entries
+            kept.kept += kept_count(group.densities[-1], entries)
+            kept.entries += entries
+            ends = _ends(group.densities, entries)
+            searches += [(group, Search(entries, keep, group.sample)) for keep in ends]
+        sought = [(group, search) for group, search in searches if 0 < search.keep < search.entries]
+        for _, search in sought:
+            search.bracket()
+        while unsettled := [(group, search) for group, search in sought if search.threshold is None]:
+            self._pass(unsettled)
+        for group, search in searches:
+            for spot, cut in self._share(group, search).items():
+                self._cuts.setdefault(spot, []).append(cut)
+
+    def _pass(self, searches: Sequence[tuple[Group, Search]]) -> None:
+        """One look at every entry."""
+        of_group: dict[int, list[Search]] = {}
+        for group, search in searches:
+            search.open()
+            of_group.setdefault(id(group), []).append(search)
+        groups = list({id(group): group for group, _ in searches}.values())
+        for group, _, delta in self._walk(groups):
+            mine = of_group[id(group)]
+            tallies = _census(delta, [search.ends for search in mine], self.crew)
+            for place, search in enumerate(mine):
+                found = [tile[place] for tile in tallies]
+                search.add(sum(above for above, _ in found), np.concatenate([inside for _, inside in found]))
+        for group, search in searches:
+            try:
+                search.close()
+            except OverflowError:
+                raise MethodError(
+                    f"module '{printable(group.modules[0])}': a weighted task vector is beyond what float32 can hold. "
+                    "Use smaller weights."
+                ) from None
+
+    def _share(self, group: Group, search: Search) -> dict[Spot, Cut]:
+        """The cut of each place; where too many equal the threshold, the first in order of position stay."""
+        if search.threshold is None:
+            return dict.fromkeys(group.sizes, KEEP_NONE if search.keep == 0 else KEEP_ALL)
+        if search.threshold == 0 or search.equal == search.spare:
+            return dict.fromkeys(group.sizes, Cut(search.threshold))
+        cuts, spare, at = {}, search.spare, np.float32(search.threshold)
+        for _, spot, delta in self._walk([group]):
+            quota = []
+            for ((_, equal),) in _census(delta, [(at, at)], self.crew):
+                quota.append(ALL if len(equal) <= spare else spare)
+                spare -= min(len(equal), spare)
+            cuts[spot] = Cut(search.threshold, tuple(quota))
+        return cuts
 
 
 def trimmed_apart(plan: Plan) -> list[str]:
     """The modules as large as the vocabulary, whose entries would swamp the count of the others."""
     if plan.trim is None or plan.trim.scope != "adapter":
         return []
-    apart = [name for name in plan.modules if name.rsplit(".", 1)[-1] in VOCABULARY]
+    apart = [
+        name
+        for name, module in plan.modules.items()
+        if module.form == EMBEDDING or name.rsplit(".", 1)[-1] in VOCABULARY
+    ]
     return apart if len(apart) < len(plan.modules) else []
-
-
-def _groups(
-    coordinates: Coordinates, number: int, modules: Sequence[str]
-) -> Iterator[tuple[list[Place], tuple[float, ...]]]:
-    """The sets of places whose entries are ranked together, each with its densities."""
-    plan = coordinates.plan
-    assert plan.trim is not None
-    apart = trimmed_apart(plan)
-    together: dict[tuple[float, ...], list[Place]] = {}
-    for module in modules:
-        densities = _densities(plan, number, module)
-        places = _places(coordinates, number, module)
-        if plan.trim.scope == "module":
-            yield from (([place], densities) for place in places)
-        elif module in apart:
-            yield places, densities
-        else:
-            together.setdefault(densities, []).extend(places)
-    yield from ((places, densities) for densities, places in together.items())
-
-
-def _densities(plan: Plan, number: int, module: str) -> tuple[float, ...]:
-    """The method's densities, the last replaced by one that was set for the adapter or the module."""
-    assert plan.trim is not None
-    *others, last = plan.trim.densities
-    return (*others, plan.density(number, module, last))
 
 
 def _ends(densities: Sequence[float], entries: int) -> list[int]:
@@ -141,96 +216,45 @@ def _ends(densities: Sequence[float], entries: int) -> list[int]:
     return [*ends, (ends[-1] if ends else 0) + last]
 
 
-def _places(coordinates: Coordinates, number: int, module: str) -> list[Place]:
-    def read(part: int) -> Delta:
-        return coordinates.parts(number, module)[part]
-
-    sizes = [size(part) for part in coordinates.parts(number, module)]
-    return [Place(module, part, count, partial(read, part)) for part, count in enumerate(sizes)]
-
-
-def _cut(group: Sequence[Place], keep: int, crew: Workers) -> dict[tuple[str, int], Cut]:
-    """The cut of each place of one group that keeps so many of its entries."""
-    entries = sum(place.size for place in group)
-    if keep in (0, entries):
-        return {(place.module, place.part): KEEP_NONE if keep == 0 else KEEP_ALL for place in group}
-    sigmas = SIGMAS
-    while True:
-        low, high = _bracket(group, keep / entries, sigmas, entries)
-        found = [_census(place.read(), low, high, crew) for place in group]
-        above = sum(census.above for census in found)
-        inside = np.concatenate([values for census in found for values in census.inside])
-        if above < keep <= above + len(inside):
-            break
-        if (low, high) == (0.0, math.inf):  # all were counted, so some have no place in an order
-            raise MethodError(
-                f"module '{printable(group[0].module)}': a weighted task vector is beyond what float32 can hold. "
-                "Use smaller weights."
-            )
-        sigmas *= 4
-    missing = keep - above  # so many of those inside are kept, the largest first
-    threshold = float(np.partition(inside, len(inside) - missing)[len(inside) - missing])
-    spare = missing - int(np.count_nonzero(inside > threshold))
-    return _share(group, found, threshold, spare)
+def _sample(spot: Spot, delta: Delta, modules: int) -> tuple[np.ndarray, float]:
+    """Some magnitudes, at places that depend on the module's name alone, and how many each stands for."""
+    _, module, part = spot
+    entries = size(delta)
+    count = max(1, min(max(SAMPLE[0] // modules, entries // SPARSE), SAMPLE[1] // modules))
+    draw = np.random.default_rng([zlib.crc32(module.encode()), part])
+    where = torch.from_numpy(draw.integers(0, entries, count))
+    return delta.sample(where.to(delta.rows(0, 0).device)).abs().cpu().numpy(), entries / count
 
 
-def _share(group: Sequence[Place], found: Sequence[Census], threshold: float, spare: int) -> dict[tuple[str, int], Cut]:
-    """Hand out the places left for entries that equal the threshold, in order of position."""
-    equal = [[int(np.count_nonzero(values == threshold)) for values in census.inside] for census in found]
-    if threshold == 0 or sum(map(sum, equal)) == spare:
-        return {(place.module, place.part): Cut(threshold) for place in group}
-    cuts = {}
-    for place, counts in zip(group, equal, strict=True):
-        quota = []
-        for count in counts:
-            quota.append(ALL if count <= spare else spare)
-            spare -= min(count, spare)
-        cuts[place.module, place.part] = Cut(threshold, tuple(quota))
-    return cuts
+Tallies = list[tuple[int, np.ndarray]]  # for each bracket: how many magnitudes exceed it, and those inside
 
 
-def _bracket(group: Sequence[Place], share: float, sigmas: float, entries: int) -> tuple[float, float]:
-    """Magnitudes between which the one that `share` of all entries exceed lies, most likely."""
-    spread = sigmas * math.sqrt(share * (1 - share) / SAMPLE)
-    if entries <= WHOLE or spread >= 0.5:
-        return 0.0, math.inf
-    sample = torch.cat([_sample(place, max(1, SAMPLE * place.size // entries)) for place in group])
-    count = len(sample)
-    top = count - 1 - math.floor((share - spread) * count)  # places from the smallest magnitude up
-    bottom = count - 1 - math.ceil((share + spread) * count)
-    ranked = np.partition(sample.abs().numpy(), (max(0, bottom), min(count - 1, top)))
-    low = 0.0 if bottom < 0 else float(ranked[bottom])
-    high = math.inf if top >= count - 1 else float(ranked[top])
-    return low, high
-
-
-def _sample(place: Place, count: int) -> Tensor:
-    """Some entries, at places that depend on the module's name alone; they only steer the search."""
-    draw = np.random.default_rng([zlib.crc32(place.module.encode()), place.part])
-    delta = place.read()
-    where = torch.from_numpy(draw.integers(0, place.size, count))
-    return delta.sample(where.to(delta.rows(0, 0).device)).cpu()
-
-
-def _census(delta: Delta, low: float, high: float, crew: Workers) -> Census:
-    """Count the magnitudes above `high` and collect those in [low, high], tile by tile."""
-
+def _census(delta: Delta, brackets: Sequence[tuple[np.float32, np.float32]], crew: Workers) -> list[Tallies]:
+    """What lies above and inside each bracket, tile by tile."""
     device = delta.rows(0, 0).device
 
-    def tile(rows: tuple[int, int]) -> tuple[int, np.ndarray]:
+    def tile(rows: tuple[int, int]) -> Tallies:
         shape = (rows[1] - rows[0], *delta.shape[1:])
-        values = delta.rows(*rows, out=crew.scratch("vector", shape, device)).abs_()
-        return _count(values, low, high)
+        values = delta.rows(*rows, out=crew.scratch("vector", shape, device))
+        loops = kernels()
+        if loops is None or values.device.type != "cpu":
+            values = values.abs_()
+            return [_count(values, low, high) for low, high in brackets]
+        flat, room = values.view(-1).numpy(), crew.scratch("inside", (values.numel(),), device).numpy()
+        found = []
+        for low, high in brackets:
+            above, inside = loops.count(flat, low, high, room)
+            found.append((above, room[:inside].copy()))
+        return found
 
-    found = crew.map(tile, tiles(delta.shape))
-    return Census(sum(above for above, _ in found), [inside for _, inside in found])
+    return crew.map(tile, tiles(delta.shape))
 
 
-def _count(values: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
+def _count(values: Tensor, low: np.float32, high: np.float32) -> tuple[int, np.ndarray]:
     """(how many exceed `high`, those in [low, high] in order); on the CPU by NumPy, whose counting is faster."""
     if values.device.type == "cpu":
         flat = values.numpy().reshape(-1)
-        above = flat > np.float32(high)
-        return int(np.count_nonzero(above)), flat[(flat >= np.float32(low)) ^ above]
-    larger = values > high
-    return int(larger.sum()), values[(values >= low) ^ larger].cpu().numpy()
+        above = flat > high
+        return int(np.count_nonzero(above)), flat[(flat >= low) ^ above]
+    larger = values > float(high)
+    return int(larger.sum()), values[(values >= float(low)) ^ larger].cpu().numpy()

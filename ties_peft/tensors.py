@@ -7,9 +7,12 @@ weights-only loader. A file that cannot be read ends in an `AdapterError` that s
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import pickle
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,7 +78,11 @@ class MemoryTensors:
 
 
 class SafetensorsFile:
-    """A safetensors file, opened anew for each look so that none of it stays mapped into memory."""
+    """A safetensors file, read a tensor at a time into memory of its own, so that none of it stays mapped.
+
+    The library checks the header; where the bytes lie is then read from it once, so that a tensor
+    costs a copy of its bytes and not another parse.
+    """
 
     def __init__(self, path: Path, label: str) -> None:
         self.path, self.label = path, label
@@ -90,6 +97,16 @@ class SafetensorsFile:
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise self._damaged(error) from None
 
+    @cached_property
+    def _bytes(self) -> dict[str, tuple[int, int]]:
+        """Where each tensor's bytes start in the file, and how many they are."""
+        assert self._index is not None  # the header has been checked
+        with self.path.open("rb") as file:
+            start = 8 + int.from_bytes(header := file.read(8), "little")
+            entries = json.loads(file.read(start - len(header)))
+        spans = {name: entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"}
+        return {name: (start + begin, end - begin) for name, (begin, end) in spans.items()}
+
     @property
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""
@@ -101,11 +118,29 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         """The tensor, copied out of the file."""
+        info = self._index[name]
         try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+            if info.dtype not in FLOATING:  # no merge takes it: as the library reads it
+                with safe_open(self.path, framework="pt", device="cpu") as opened:
+                    return opened.get_tensor(name).clone()  # type: ignore[no-any-return]
+            tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
+            start, length = self._bytes[name]
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(start)
+                found = file.readinto(_raw(tensor)) if length else 0
+            if found != length:
+                raise OSError(f"{found} of the {length} bytes of '{name}'")
+            return tensor
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise self._damaged(error) from None
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Ask the system to fetch the bytes of some tensors from the disk while something else is done."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with self.path.open("rb", buffering=0) as file:
+            for start, length in (self._bytes[name] for name in names):
+                os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def _damaged(self, error: Exception) -> AdapterError:
         return AdapterError(
@@ -124,6 +159,7 @@ class PickleFile:
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
         _refuse_unreadable(self.path, self.label)
+        _refuse_inflated(self.path, self.label)
         try:
             with warnings.catch_warnings():  # torch's remarks on the pickle would stand beside our one message
                 warnings.simplefilter("ignore")
@@ -149,6 +185,11 @@ class PickleFile:
                     f"adapter '{self.label}': tensor '{printable(str(name))}' of {self.path.name} is sparse, quantised "
                     "or without values; expected plain numbers. Save the adapter again."
                 )
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise AdapterError(
+                    f"adapter '{self.label}': tensor '{printable(str(name))}' of {self.path.name} claims the shape "
+                    f"{list(tensor.shape)}, more numbers than the file holds. It is damaged: get the adapter again."
+                )
         return {str(name): loaded[name].detach() for name in loaded}
 
     @property
@@ -165,20 +206,46 @@ class PickleFile:
         return self._tensors[name]
 
 
-def digest(source: TensorSource, extra: str = "") -> str:
-    """A sha256 over names, shapes, dtypes, bytes, and `extra`; in hexadecimal."""
-    running = hashlib.sha256(extra.encode())
-    for name in source.names:
-        info = source.info(name)
-        tensor = source.read(name).contiguous()
-        running.update(f"\n{name} {info.dtype} {list(info.shape)}\n".encode())
-        running.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return running.hexdigest()
+class Digest:
+    """A sha256 over names, shapes, dtypes and bytes, a tensor at a time."""
+
+    def __init__(self, extra: str = "") -> None:
+        self._running = hashlib.sha256(extra.encode())
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take in one tensor; their order matters."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self._running.update(f"\n{name} {dtype} {list(tensor.shape)}\n".encode())
+        self._running.update(_raw(tensor.contiguous()))
+
+    def __str__(self) -> str:
+        return self._running.hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, where they lie."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _info(shape: list[int], dtype: str) -> Info:
     known = DTYPES.get(dtype)
     return Info(tuple(shape), str(known).removeprefix("torch.") if known else dtype)
+
+
+def _refuse_inflated(path: Path, label: str) -> None:
+    """Refuse an archive whose members are larger than itself: PyTorch compresses nothing, a trap does."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # the loader says what is wrong with it
+    if size > path.stat().st_size:
+        raise AdapterError(
+            f"adapter '{label}': {path.name} would unpack from {path.stat().st_size:,} to {size:,} bytes; PyTorch's own "
+            "files are not compressed. It was not opened: get the adapter as safetensors."
+        )
 
 
 def _refuse_unreadable(path: Path, label: str) -> None:

@@ -6,6 +6,8 @@ that a failure, whenever it comes, leaves the target as it was.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -19,8 +21,11 @@ from torch import Tensor
 
 from .errors import RecipeError, printable
 
-Content = str | dict[str, Tensor]  # a text file, or the tensors of a safetensors file
-OURS = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "provenance.json"})
+Content = str | bytes | dict[str, Tensor]  # a text file, any file, or the tensors of a safetensors file
+PROVENANCE = "provenance.json"
+COPIED = "copied"  # in it: the files that were copied from beside the inputs, a sha256 each
+OURS = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", PROVENANCE})
+ATTEMPTS = 20  # to get into the target while other processes do the same
 
 
 def json_text(value: Mapping[str, Any]) -> str:
@@ -61,12 +66,34 @@ def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path
         raise RecipeError(
             f"the output '{folder}' exists and is not empty. Choose another folder, or replace it with --force."
         )
-    foreign = [path.name for path in there if path.name not in OURS or not path.is_file()]
+    foreign = [printable(path.name) for path in foreign_files(folder)]
     if foreign:
         raise RecipeError(
             f"the output '{folder}' holds files that ties_peft did not write ({', '.join(foreign[:4])}), "
             "so --force does not replace it. Choose another folder, or empty it yourself."
         )
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """What lies in a folder and is none of ours: not of our names, nor as we copied it there."""
+    copied = _copied(folder / PROVENANCE)
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if not path.is_file() or (path.name not in OURS and not (path.name in copied and _is(path, copied[path.name])))
+    ]
+
+
+def _copied(provenance: Path) -> dict[str, str]:
+    try:
+        copied = json.loads(provenance.read_text(encoding="utf-8"))[COPIED]
+        return {str(name): str(digest) for name, digest in copied.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _is(path: Path, digest: str) -> bool:
+    return hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
 
 def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False, inputs: Iterable[Path] = ()) -> Path:
@@ -88,7 +115,7 @@ def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False
         staged.chmod(0o777 & ~_umask())
         for name, content in files.items():
             _write(staged / name, content)
-        _swap(staged, folder)
+        _swap(staged, folder, force)
     except OSError as error:
         _discard(staged, made)
         raise RecipeError(f"the output '{folder}' cannot be written: {error.strerror or error}.") from None
@@ -102,6 +129,9 @@ def _write(path: Path, content: Content) -> None:
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
         return
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+        return
     try:
         save_file(content, path, metadata={"format": "pt"})
     except Exception as error:  # safetensors wraps the file system's errors in its own
@@ -109,22 +139,53 @@ def _write(path: Path, content: Content) -> None:
     path.chmod(0o666 & ~_umask())
 
 
-def _swap(staged: Path, folder: Path) -> None:
-    """Put the staged folder in the target's place; an old one steps aside and comes back on failure."""
-    if not folder.exists():
+def _swap(staged: Path, folder: Path, force: bool) -> None:
+    """Put the staged folder in the target's place, which another process may be filling at the same time.
+
+    Without `force` whoever comes first stays; with it whoever comes last, either of them whole.
+    """
+    for _ in range(ATTEMPTS):
+        if _settles(staged, folder):
+            return
+        if not force:
+            break
+        _replace(staged, folder)
+        if not staged.exists():
+            return
+    raise RecipeError(
+        f"the output '{folder}' was written by another process meanwhile. Choose another folder, or replace it with "
+        "--force."
+    )
+
+
+def _settles(staged: Path, folder: Path) -> bool:
+    """Rename into place; False where something stands there. An empty folder gives way."""
+    try:
+        if os.name == "nt" and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
         staged.rename(folder)
-        return
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
+
+
+def _replace(staged: Path, folder: Path) -> None:
+    """Let what stands in the target step aside for the staged folder; it comes back if that fails."""
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     old = aside / "old"
     try:
         folder.rename(old)
-        staged.rename(folder)
+        _settles(staged, folder)
+    except FileNotFoundError:  # another process took it away first
+        pass
     except BaseException:
         if old.exists():
             old.rename(folder)
-        aside.rmdir()
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _missing_parents(folder: Path) -> list[Path]:

@@ -58,6 +58,8 @@ def one_message(outcome: Outcome) -> str:
     return outcome.err.removeprefix("error: ").rstrip("\n")
 
 
+ROWS = "token_adapter.trainable_tokens_delta"
+
 # Faults of one adapter: each makes an adapter named `bad` and says what its message must hold.
 
 Fault = Callable[[Maker], Path]
@@ -136,7 +138,11 @@ def no_folder(make: Maker) -> Path:
 
 
 def a_file(make: Maker) -> Path:
-    return make.lora("bad") / WEIGHTS
+    return make.lora("bad") / "adapter_config.json"
+
+
+def weights_without_config(make: Maker) -> Path:
+    return no_config(make) / WEIGHTS
 
 
 def no_config(make: Maker) -> Path:
@@ -156,7 +162,8 @@ AGAIN = "again"
 FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "no such folder": (no_folder, ("no such folder", "Check the path")),
     "a file": (a_file, ("is a file", "adapter_config.json")),
-    "no config": (no_config, ("no adapter_config.json",)),
+    "no config": (no_config, ("no adapter_config.json", "lora_alpha stands nowhere else", "--alpha")),
+    "weights without config": (weights_without_config, ("no adapter_config.json", "ties-peft convert", "--alpha")),
     "not JSON": (raw_config('{"peft_type": None}'), ("not JSON", AGAIN)),
     "empty config": (raw_config(""), ("not JSON", AGAIN)),
     "nested without end": (raw_config("[" * 100_000), ("not JSON", AGAIN)),
@@ -164,7 +171,7 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "not text": (raw_config("\x00"), ("not JSON",)),
     "peft_type null": (config(peft_type=None), ("peft_type", "None", "LORA", "IA3")),
     "peft_type unknown": (config(peft_type="MY_OWN"), ("MY_OWN", "LORA", "IA3", "Leave it out")),
-    "peft_type of another kind": (config(peft_type="LOHA"), ("LOHA", "LORA", "IA3")),
+    "peft_type of another kind": (config(peft_type="LOHA"), ("LoHa", AGAIN)),
     "peft_type a number": (config(peft_type=7), ("peft_type", "7")),
     "truncated": (cut_short, ("truncated", "download or save the adapter again")),
     "truncated .bin": (cut_short_bin, ("adapter_model.bin", AGAIN)),
@@ -189,31 +196,46 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "a list": (pickled(lambda t: list(t.values())), ("not a table of tensors", AGAIN)),
     "no prefix": (tensors(lambda t: t.update({"q.lora_A.weight": torch.ones(4, 4)})), ("base_model.model.", "PEFT")),
     "values too large": (config(gain=1e30, alpha=1e30), ("bad",)),
-    "DoRA": (config(use_dora=True), ("DoRA", "use_dora")),
+    "DoRA": (config(use_dora=True), ("use_dora", "lora_magnitude_vector")),
     "DoRA by its tensors": (
         tensors(lambda t: t.update({"base_model.model.layers.0.q.lora_magnitude_vector.weight": torch.ones(12)})),
-        ("DoRA", "lora_magnitude_vector"),
+        ("use_dora", "lora_magnitude_vector"),
     ),
-    "modules_to_save": (config(modules_to_save=["classifier"]), ("modules_to_save", "classifier")),
-    "a head nobody names": (
-        tensors(lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 12)})),
-        ("base_model.model.score.weight", "modules_to_save"),
+    "a head without PEFT's prefix": (
+        tensors(lambda t: t.update({"score.weight": torch.ones(2, 12)})),
+        ("'score.weight'", "'base_model.model.'", "Save the adapter with PEFT"),
+    ),
+    "rows of tokens nobody names": (
+        tensors(lambda t: t.update({f"base_model.model.wte.{ROWS}": torch.ones(2, 12)})),
+        ("2 × 12", "'wte'", "trainable_token_indices", "None"),
+    ),
+    "rows of other tokens": (
+        tensors(lambda t: t.update({f"base_model.model.wte.{ROWS}": torch.ones(2, 12)}), trainable_token_indices=[7]),
+        ("2 × 12", "'wte'", "trainable_token_indices", "[7]"),
+    ),
+    "two biases for one place": (
+        tensors(
+            lambda t: t.update({f"base_model.model.q{end}": torch.ones(3) for end in (".bias", ".base_layer.bias")})
+        ),
+        ("two tensors for one place", "'base_model.model.q.bias'", "Leave one of them out"),
+    ),
+    "a LoRA of another form": (
+        tensors(lambda t: t.update({"base_model.model.layers.0.q.lora_C.weight": torch.ones(2, 12)})),
+        ("LoRA of an unknown form", "layers.0.q.lora_C.weight"),
     ),
     "embeddings": (
         tensors(lambda t: t.update({"base_model.model.wte.lora_embedding_A": torch.ones(4, 9)})),
-        ("embeddings", "lora_embedding_A"),
+        ("wte", "lora_embedding_A", "lora_embedding_B"),
     ),
-    "convolution": (
-        tensors(lambda t: t.update({Q_A: torch.ones(4, 10, 3, 3), Q_B: torch.ones(12, 4, 1, 1)})),
-        ("convolution", "layers.0.q"),
+    "grouped convolution": (
+        tensors(lambda t: t.update({Q_A: torch.ones(4, 10, 3, 3), Q_B: torch.ones(12, 2, 1, 1)})),
+        ("grouped convolution", "layers.0.q"),
     ),
     "lora_bias": (config(lora_bias=True), ("lora_bias",)),
     "lora_bias by its tensors": (
         tensors(lambda t: t.update({"base_model.model.layers.0.q.lora_B.bias": torch.ones(12)})),
         ("bias", "lora_B.bias"),
     ),
-    "trained biases": (config(bias="all"), ("biases", "bias='all'")),
-    "token embeddings": (config(trainable_token_indices=[1, 2]), ("token",)),
     "pissa": (config(init_lora_weights="pissa_niter_4"), ("pissa_niter_4", "path_initial_model_for_weight_conversion")),
     "olora": (config(init_lora_weights="OLoRA"), ("OLoRA", "path_initial_model_for_weight_conversion")),
     "no alpha": (config(lora_alpha=None), ("lora_alpha=None", "adapter_config.json")),
@@ -391,9 +413,7 @@ def test_no_output(make: Maker) -> None:
     ("arguments", "words"),
     [
         (("merge", "--bogus", "1"), ("--bogus",)),
-        (("merge", "x", "--heads", "drop"), ("--heads",)),  # a flag of a later issue is unknown, not ignored
-        (("merge", "x", "--target", "vllm"), ("--target",)),
-        (("merge", "x", "--base", "org/base"), ("--base",)),
+        (("merge", "x", "--target", "tgi", "--out", "y"), ("x",)),
         (("merge", "x", "--density", "much"), ("--density",)),
         (("merge", "x", "--scale", "big"), ("--scale",)),
         (("merge", "x", "--seed", "1.5"), ("--seed",)),
@@ -401,7 +421,9 @@ def test_no_output(make: Maker) -> None:
         (("mergee",), ("mergee",)),
         (("inspect",), ("adapters",)),
         (("inspect", "x", "--deep"), ("--deep",)),
-        (("convert", "x"), ("convert",)),
+        (("convert", "x"), ("--out",)),
+        (("convert",), ("adapter",)),
+        (("push", "x"), ("repo",)),
     ],
 )
 def test_usage(make: Maker, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:

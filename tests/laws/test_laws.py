@@ -67,8 +67,8 @@ def small_tiles(entries: int = 16, sample: int | None = None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ties_peft.tiles.TILE", entries)
         if sample is not None:
-            patch.setattr("ties_peft.survey.SAMPLE", sample)
-            patch.setattr("ties_peft.survey.SIGMAS", 0.5)
+            patch.setattr("ties_peft.survey.SAMPLE", (sample, sample))
+            patch.setattr("ties_peft.threshold.SIGMAS", 0.5)
         yield
 
 

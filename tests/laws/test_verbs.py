@@ -11,9 +11,9 @@ from laws.strategies import law, percents, seeds, signed
 from oracles import definition
 from torch import Tensor
 
-from ties_peft.delta import LowRank
+from ties_peft.delta import LowRank, Span
 from ties_peft.elect import Ballot, disjoint_merge, elect
-from ties_peft.factorise import OVERSAMPLE, SMALL_SIDE, Factors, compress, factorise, row_space
+from ties_peft.factorise import OVERSAMPLE, SMALL_SIDE, Factors, compress, factorise, leading_rows
 from ties_peft.trim import kept_count, trim
 
 elections = st.sampled_from(["mass", "count"])
@@ -154,7 +154,7 @@ def test_factorise_is_within_a_hundredth_where_the_sides_are_large(wide: bool, i
     shape = (COLUMNS, ROWS) if wide else (ROWS, COLUMNS)
     deltas = [LowRank(noise(shape[0], 8, seed=n), noise(8, shape[1], seed=n + 9)) for n in range(3)]
     flat = torch.stack([trim(delta.dense(), 0.2) for delta in deltas]).sum(0)
-    start = row_space(deltas, 12 + OVERSAMPLE) if informed else None
+    start = leading_rows(Span(deltas), 12 + OVERSAMPLE) if informed else None
     factors = factorise(flat, 12, start)
     assert_best(factors, flat, 12, slack=1.01)
     assert_balanced(factors.delta)

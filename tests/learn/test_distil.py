@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PREFIX
 from learn.models import VOCABULARY, bases, linear_shapes, make_model, make_tokenizer, sentences, write_ia3, write_lora
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 import ties_peft
 from ties_peft import fitting
@@ -97,6 +99,7 @@ def test_the_same_bytes_twice_and_when_stopped(
     def once(state: Path | None) -> str:
         return ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], steps=60, seed=3, state=state).digest
 
+    monkeypatch.setattr(fitting, "PATIENCE", 100)
     whole = once(None)
     assert once(None) == whole
     learn, count = fitting._learn, 0
@@ -148,6 +151,39 @@ def test_the_rank_asked_for_may_exceed_the_merges(loras: list[Path], bases: dict
     assert made.ranks == (6,)
     ranks = [int(torch.linalg.matrix_rank(made.delta(name).double(), rtol=1e-5)) for name in made.modules]
     assert min(ranks) > 4
+
+
+def test_each_teacher_is_imitated_under_its_own_head(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """Two classifiers with heads of their own: one adapter without a head serves under both, by PEFT."""
+    shapes = linear_shapes(make_model("classifier"), "query", "value", "output.dense")
+    folders = [write_lora(tmp_path / f"c{seed}", shapes, seed, task_type="SEQ_CLS") for seed in range(2)]
+    heads = [torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    for folder, head in zip(folders, heads, strict=True):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        own = {f"{PREFIX}classifier.weight": head, f"{PREFIX}classifier.bias": torch.zeros(3)}
+        save_file({**tensors, **own}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    texts = [sentences(60, seed) for seed in range(2)]
+    made = ties_peft.distil(folders, rows=texts, base=bases["classifier"], steps=120)
+    assert made.report.divergence[1] < made.report.divergence[0]
+    assert not made.riders
+    assert any("its own head" in warning for warning in made.report.warnings)
+    out = made.save(tmp_path / "out")
+    tokenizer = make_tokenizer(True)
+    for number, (folder, head, line) in enumerate(zip(folders, heads, made.report.lessons, strict=True)):
+        bench = Bench(make_model("classifier"), tokenizer)
+        lesson = TokenLesson(bench, ties_peft.Adapter.load(folder), bench.all_ids(texts[number]), "x", "x")
+        held = fitting.hold_back([lesson] * 2, 0)[number][1]
+        found = []
+        for own in (folder, out):
+            base = make_model("classifier")
+            base.classifier.weight.data, base.classifier.bias.data = head, torch.zeros(3)
+            model = PeftModel.from_pretrained(base, own).eval()
+            rows = [tokenizer(texts[number][place], return_tensors="pt", return_token_type_ids=False) for place in held]
+            with torch.no_grad():
+                found.append(torch.cat([model(**row).logits for row in rows]).double().log_softmax(-1))
+        log_p, log_q = found
+        divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        assert line.divergence[1] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("form", ["gpt2", "llama"])

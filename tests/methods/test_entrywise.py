@@ -385,7 +385,12 @@ def test_a_tie_goes_to_plus(make_ia3: Maker, method: str, asked: dict[str, Any])
 def test_a_density_may_be_set_for_each_adapter(make_ia3: Maker) -> None:
     folders = [make_ia3(name, seed=seed) for seed, name in enumerate("ab")]
     opened = [ties_peft.Adapter.load(folder) for folder in folders]
-    for method, parameters in (("dare", {}), ("breadcrumbs", {"gamma": 0.1}), ("magnitude_prune", {})):
+    for method, parameters in (
+        ("dare", {}),
+        ("della_linear", {}),
+        ("breadcrumbs", {"gamma": 0.1}),
+        ("magnitude_prune", {}),
+    ):
         recipe = ties_peft.Recipe(
             adapters=tuple(map(str, folders)),
             method=method,

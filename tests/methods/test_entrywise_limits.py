@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PREFIX, lora_tensors, write_adapter
-from methods.entrywise import COMBINE, EVERY, SCALES, merged_vectors
+from methods.entrywise import COMBINE, EVERY, SCALES, defined, distance, merged_vectors, read, same
 
 import ties_peft
 from ties_peft import tiles
@@ -99,3 +99,85 @@ def test_every_method_here_says_what_it_is() -> None:
         assert "Source:" in info.text, method
         assert all(parameter.meaning for parameter in info.parameters), method
         assert info.default_scale == SCALES.get(method, 1.0), method
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        ("ties", {}),
+        ("magnitude_prune", {}),
+        ("breadcrumbs", {"gamma": 0.1}),
+        ("breadcrumbs_ties", {"gamma": 0.1, "scope": "module"}),
+        ("dare", {}),
+        ("dare_ties", {}),
+        ("della", {"epsilon": 0.2}),
+        ("della_linear", {"epsilon": 0.2}),
+        ("pcb", {}),
+    ],
+)
+def test_one_adapter_that_is_thinned_has_more_than_its_rank(
+    make_lora: Maker, method: str, asked: dict[str, Any]
+) -> None:
+    folder = make_lora("a", seed=1)
+    seen = merged_vectors([folder], method, weights=[-2.0], density=0.4, **asked)
+    assert distance(seen, defined([folder], method, [-2.0], density=0.4, **asked)) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["magnitude_prune", "dare", "della_linear", "breadcrumbs"])
+def test_a_sum_of_which_nothing_is_dropped_is_exact_at_the_sum_of_the_ranks(make_lora: Maker, method: str) -> None:
+    folders = [make_lora("a", rank=2, seed=1), make_lora("b", rank=3, seed=2)]
+    report = ties_peft.merge(folders, method=method, density=1.0, rank="max").report
+    assert (report.rank, report.energy) == (5, pytest.approx(1.0, abs=1e-6))
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "breadcrumbs_ties"])
+def test_a_mean_over_the_number_keeps_a_single_weight(make_lora: Maker, method: str) -> None:
+    folder = make_lora("a", seed=1)
+    seen = merged_vectors([folder], method, weights=[-2.5], density=1.0, normalize=False)
+    assert same(seen, {name: -2.5 * vector for name, vector in read(folder).items()})
+
+
+def test_signs_from_another_decide_over_a_single_adapter(make_lora: Maker) -> None:
+    folder, giver = make_lora("a", seed=1), make_lora("b", seed=2)
+    seen = merged_vectors([folder], "ties", density=1.0, sign_from=str(giver))
+    own, signs = read(folder), read(giver)
+    assert same(seen, {name: own[name] * (own[name] * signs[name] > 0) for name in own})
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        ("ties", {"density": 1.0, "elect": "none", "disjoint": "sum"}),
+        ("ties", {"density": 1.0, "elect": "none", "disjoint": "mean_elected", "normalize": False}),
+        ("ties", {"density": 1.0, "disjoint": "mean_all", "normalize": False}),
+        ("breadcrumbs_ties", {"density": 0.4, "gamma": 0.1, "scope": "module", "normalize": False}),
+    ],
+)
+def test_sums_and_means_over_the_number_are_as_defined(make_lora: Maker, method: str, asked: dict[str, Any]) -> None:
+    folders, weights = [make_lora(name, seed=seed) for seed, name in enumerate("ab")], [2.0, -0.5]
+    assert (
+        distance(merged_vectors(folders, method, weights=weights, **asked), defined(folders, method, weights, **asked))
+        < 1e-4
+    )
+
+
+def test_a_large_power_of_small_entries_stays_in_range(make_ia3: Maker) -> None:
+    folders = [make_ia3(name, seed=seed) for seed, name in enumerate("ab")]
+    small = [{name: vector * 1.0 for name, vector in read(folder).items()} for folder in folders]
+    seen = merged_vectors(folders, "power_mean", p=64, scale=1.0)
+    for name, vector in seen.items():
+        first, second = small[0][name], small[1][name]
+        larger, other = (abs(first) > abs(second)), abs(first) / abs(second)
+        clear = (other > 1.5) | (other < 1 / 1.5)  # the power leaves the other next to nothing
+        assert vector[clear] == pytest.approx((larger * first + ~larger * second)[clear], rel=1e-4, abs=1e-6)
+
+
+def test_an_entry_of_zero_needs_nothing(tmp_path: Path) -> None:
+    """With threshold 0 whoever has an entry needs it; consensus asks for two."""
+    config = {"peft_type": "IA3", "target_modules": ["k"], "feedforward_modules": [], "base_model_name_or_path": "b"}
+    values = ([0.5, 0.5, 0.0], [0.0, 0.25, 0.0])
+    folders = [
+        write_adapter(tmp_path / str(n), config, {f"{PREFIX}k.ia3_l": 1 + torch.tensor(own).reshape(-1, 1)})
+        for n, own in enumerate(values)
+    ]
+    assert merged_vectors(folders, "consensus", threshold=0.0, scale=1.0)["k"].tolist() == [0.0, 0.75, 0.0]

@@ -128,6 +128,11 @@ def test_karcher_and_model_stock_are_their_definitions(
             assert off(merged(adapters, method, space, weights=weights, **asked), wanted) < 1e-4
 
 
+def test_karcher_needs_few_steps(kind: str, adapters: list[Path]) -> None:
+    wanted = {name: karcher(taus, (1.0, 1.0, 1.0)) for name, taus in stacked(adapters, (1.0, 1.0, 1.0)).items()}
+    assert off(merged(adapters, "karcher"), wanted) < 1e-3
+
+
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, -0.5)], ids=str)
 def test_slerp_is_its_definition(kind: str, adapters: list[Path], t: float, weights: tuple[float, float]) -> None:

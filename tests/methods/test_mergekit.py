@@ -130,3 +130,63 @@ def test_ties_with_negative_weights_differs_by_the_divisor(folders: list[Path]) 
     assert distance(seen, theirs(folders, "ties", weights, density=0.3, normalize=False)) < 1e-5
     seen = ours(folders, "ties", density=0.3, scope="module", weights=weights)
     assert distance(seen, theirs(folders, "ties", weights, density=0.3)) > 0.1  # Σw there, Σ|w| here
+
+
+def of_deltas(folders: Sequence[Path], method: str, base: bool = False, **asked: Any) -> Vectors:
+    """mergekit's merge of the deltas as they are, or over a base of zeros."""
+    stacks = [read(folder) for folder in folders]
+    merged = {}
+    for module in stacks[0]:
+        deltas = [torch.from_numpy(vectors[module]) for vectors in stacks]
+        inputs = [torch.zeros_like(deltas[0]), *deltas] if base else deltas
+        where = {"base_index": 0} if base or method == "slerp" else {}
+        merged[module] = merge_methods.merge_tensors(inputs, method, parameters=asked, **where).numpy()
+    return merged
+
+
+def test_linear_is_the_average(folders: list[Path]) -> None:
+    assert distance(ours(folders, "average"), of_deltas(folders, "linear", weight=list(WEIGHTS))) < 1e-5
+
+
+def test_karcher_agrees_on_the_deltas(folders: list[Path]) -> None:
+    seen = ours(folders, "karcher", weights=None, max_iter=100, tol=1e-9)
+    assert distance(seen, of_deltas(folders, "karcher", max_iter=100, tol=1e-9)) < 1e-4
+
+
+def test_model_stock_agrees_where_adapters_do_not_oppose(make_lora: Maker) -> None:
+    """Copies of one adapter with noise; below an agreement of 0 ours stops."""
+    folders = [make_lora(f"m{n}", rank=4, seed=n) for n in range(2)]
+    folders.append(make_lora("again", rank=4, alpha=12, seed=0))
+    agreements = {m: np.mean([cosine(a[m], b[m]) for a, b in pairs([read(f) for f in folders])]) for m in SHAPES}
+    assert min(agreements.values()) > 0.05
+    seen = ours(folders, "model_stock", weights=None)
+    assert distance(seen, of_deltas(folders, "model_stock", base=True)) < 1e-5
+
+
+def pairs(own: Sequence[Vectors]) -> list[tuple[Vectors, Vectors]]:
+    return [(own[i], own[j]) for i in range(len(own)) for j in range(i)]
+
+
+def cosine(first: Any, second: Any) -> float:
+    return float((first * second).sum() / np.linalg.norm(first) / np.linalg.norm(second))
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_slerp_agrees_in_direction_and_in_length_where_the_norms_are_equal(folders: list[Path], t: float) -> None:
+    seen, pair = ours(folders[:2], "slerp", t=t, weights=None), [read(folder) for folder in folders[:2]]
+    for module in SHAPES:
+        norms = [float(np.linalg.norm(vectors[module])) for vectors in pair]
+        units = [torch.from_numpy(v[module] / norm) for v, norm in zip(pair, norms, strict=True)]
+        turned = merge_methods.merge_tensors(units, "slerp", parameters={"t": t}, base_index=0).numpy()
+        length = (1 - t) * norms[0] + t * norms[1]
+        assert np.linalg.norm(seen[module] - length * turned) < 1e-4 * length
+        share = merge_methods.merge_tensors(units, "nuslerp", parameters={"weight": [1 - t, t]}).numpy()
+        assert np.linalg.norm(seen[module] - length * share) < 1e-4 * length
+
+
+def test_della_drops_and_elects_the_same(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With epsilon next to nothing every entry is divided by one probability, there by none."""
+    give_the_same_numbers(folders, monkeypatch)
+    expected = theirs(folders, "della", density=0.5, epsilon=1e-9, rescale=False)
+    seen = ours(folders, "della", density=0.5, epsilon=1e-9)
+    assert distance(seen, {m: v / 0.5 for m, v in expected.items()}) < 1e-5

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import pkgutil
 import sys
 import warnings
@@ -25,12 +26,22 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Merge many PEFT adapters into one adapter that PeftModel loads.",
 )
-ORDER = ("merge", "inspect", "methods", "evaluate", "distil")  # as the help lists them; others follow by name
+ORDER = (
+    "merge",
+    "inspect",
+    "convert",
+    "push",
+    "methods",
+    "evaluate",
+    "distil",
+)  # as the help lists them; others follow
 
 
 def main() -> None:
     """Run the command line; every TiesPeftError becomes one message and exit status 2."""
     warnings.simplefilter("ignore", TiesPeftWarning)  # the report's warnings are printed once, below
+    if not sys.stderr.isatty():  # progress is for a terminal, the Hub's too; read when its client is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that lacks a letter shows `?` instead
             stream.reconfigure(errors="replace")

@@ -45,6 +45,12 @@ def show_warnings(found: list[str]) -> None:
         sys.stderr.write(f"warning: {warning}\n")
 
 
+def show_notes(found: list[str]) -> None:
+    """A line each on standard error."""
+    for note in found:
+        sys.stderr.write(f"note: {note}\n")
+
+
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on standard output."""
     typer.echo(json.dumps(value, default=str))

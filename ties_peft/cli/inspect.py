@@ -19,10 +19,13 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base's weights, where adapters need them.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what is in an adapter, and whether several can be merged."""
-    seen = inspection.inspect(adapters)
+    seen = inspection.inspect(adapters, base)
     if as_json:
         print_json(seen.to_dict())
     else:

@@ -9,16 +9,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..adapter import Adapter
 from ..errors import RecipeError, printable
 from ..flags import Flags
-from ..merge import merge_recipe
+from ..merge import merge_recipe, open_adapters
 from ..merged import Merged, inputs
 from ..plan import Plan, make_plan
 from ..recipe import Recipe
+from ..report import rider_texts
 from ..spaces import spaces
+from ..targets import TARGETS
 from ..writer import check_target
-from .base import Json, print_json, progress_bar, show_warnings
+from .base import Json, print_json, progress_bar, show_notes, show_warnings
 
 Weights = Annotated[
     str | None, typer.Option(help="One number per adapter: 1,0.5,1; or norm: all of one length.", show_default="1 each")
@@ -32,8 +33,21 @@ Settings = Annotated[
 RestoreNorm = Annotated[
     bool, typer.Option("--restore-norm", help="Bring a result that the rank truncates back to the norm it had.")
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub id of the base's weights, where adapters need them.", show_default=False),
+]
 BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the inputs'")]
+Target = Annotated[str | None, typer.Option(help=f"The loader it is for: {', '.join(TARGETS)}.", show_default="peft")]
 AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")]
+
+HeadsPolicy = Annotated[
+    str | None,
+    typer.Option(
+        help="Whole layers that differ (heads, embeddings, biases): error, drop, keep=NAME or average.",
+        show_default="error",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -42,7 +56,9 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
-    adapters: Annotated[list[str] | None, typer.Argument(help="Folders or Hub ids.", show_default=False)] = None,
+    adapters: Annotated[
+        list[str] | None, typer.Argument(help="Folders, files, Hub ids, quoted patterns.", show_default=False)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
     method: Annotated[str | None, typer.Option(help="See `ties-peft methods`.", show_default="ties")] = None,
     space: Annotated[str | None, typer.Option(help=", ".join(spaces()) + ".", show_default="delta")] = None,
@@ -57,8 +73,11 @@ def merge(
     device: Annotated[str, typer.Option(help="Where the arithmetic is done.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the inputs'")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.", show_default=False)] = None,
+    base: Base = None,
     base_name: BaseName = None,
+    target: Target = None,
     allow_disjoint: AllowDisjoint = False,
+    heads: HeadsPolicy = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and stop before the work.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,
@@ -78,13 +97,17 @@ def merge(
         restore_norm,
         seed,
         dtype,
+        base,
         base_name,
+        target,
         allow_disjoint,
+        heads,
     )
-    asked = flags.asked()
+    asked, patterns = flags.asked().expanded()
+    show_notes(patterns)
     _check_out(out, asked, force, dry_run)
     if dry_run:
-        plan = make_plan(asked, [Adapter.load(name) for name in asked.adapters], device)
+        plan = make_plan(asked, open_adapters(asked), device)
         _show_plan(plan, asked, as_json)
         return
     with progress_bar() as tell:
@@ -105,20 +128,27 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
     show_warnings(plan.warnings)
     facts = {
         "adapters": [member.name for member in plan.members],
-        "kind": plan.kind.title,
+        "kind": plan.title,
         "modules": len(plan.modules),
         "method": plan.method.name,
         "space": plan.space.name,
         "scale": plan.scale,
         "rank": plan.rank,
         "dtype": str(plan.dtype).removeprefix("torch."),
+        "heads": rider_texts(plan.heads.lines()),
     }
     if as_json:
         print_json({"dry_run": True, "recipe": asked.to_dict(), "plan": facts})
         return
     for key, value in facts.items():
-        typer.echo(f"{key:<9} {', '.join(value) if isinstance(value, list) else value if value is not None else '–'}")
+        typer.echo(f"{key:<9} {_shown(value)}")
     typer.echo("every check passed; nothing was written")
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, list):
+        return ("; " if any(": " in text for text in value) else ", ").join(value) or "–"
+    return "–" if value is None else value
 
 
 def _show_merged(merged: Merged, out: Path, as_json: bool) -> None:

@@ -1,7 +1,8 @@
 """The methods there are, found by looking into this folder and at the entry points of other packages.
 
 A package of yours adds one with an entry point in the group `ties_peft.methods` that names a subclass
-of `Method`; nothing here changes.
+of `Method`; nothing here changes. In a notebook or a script `register` makes one known for as long as
+the process lives.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ __all__ = [
     "masked",
     "method_classes",
     "methods",
+    "register",
 ]
+
+GROUP = "ties_peft.methods"
+_REGISTERED: dict[str, type[Method]] = {}
 
 
 class Parameter(NamedTuple):
@@ -61,14 +66,76 @@ class MethodInfo(NamedTuple):
 
 @functools.cache
 def method_classes() -> dict[str, type[Method]]:
-    """Every method's class by name."""
+    """Every method's class by name.
+
+    Raises: MethodError where another package adds one that cannot be had, or whose name is taken.
+    """
     found: list[type[Method]] = []
     for entry in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{entry.name}")
         own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
         found += [c for c in own if issubclass(c, Method) and "name" in vars(c)]
-    found += [point.load() for point in importlib.metadata.entry_points(group="ties_peft.methods")]
-    return {c.name: c for c in sorted(found, key=lambda c: c.name)}
+    known = {c.name: c for c in found}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        cls = _plugged(point)
+        if cls.name in known:
+            other = known[cls.name]
+            raise MethodError(
+                f"method '{cls.name}' is there twice: {other.__module__}.{other.__name__} and {point.value}. Rename "
+                "one, or uninstall the package that adds it."
+            )
+        known[cls.name] = cls
+    known |= _REGISTERED
+    return dict(sorted(known.items()))
+
+
+def _plugged(point: importlib.metadata.EntryPoint) -> type[Method]:
+    """The class that another package adds.
+
+    Raises: MethodError naming the entry point, where it cannot be loaded or is no method.
+    """
+    try:
+        cls = point.load()
+    except Exception as error:
+        raise MethodError(
+            f"the entry point {point.name} = {point.value} of group {GROUP} cannot be loaded "
+            f"({printable(f'{type(error).__name__}: {error}')}). Mend the package that adds it, or uninstall it."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Method) and isinstance(getattr(cls, "name", None), str)):
+        raise MethodError(
+            f"the entry point {point.name} = {point.value} of group {GROUP} is {printable(repr(cls))}; expected a "
+            "subclass of ties_peft.methods.Method with a name. Mend the package that adds it, or uninstall it."
+        )
+    return cls
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Make a method of your own known by its name, in this process; stands above a class as `@register`.
+
+    A result's recipe names the method, and runs again where it is registered again. To be known
+    everywhere a method needs an entry point (see above). Registering a name anew replaces the class.
+
+    Args:
+        cls: a subclass of `Method` with a `name`, a `source`, a docstring and a `merge`.
+    Returns: the class.
+    Raises: MethodError for anything else, and for a name that a method of another origin has.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise MethodError(f"{printable(repr(cls))} is no method; expected a subclass of ties_peft.methods.Method.")
+    missing = [name for name in ("name", "source") if not isinstance(getattr(cls, name, None), str)]
+    missing += [] if vars(cls).get("__doc__") else ["a docstring"]
+    missing += ["merge"] if inspect.isabstract(cls) else []
+    if missing:
+        raise MethodError(f"the method {cls.__name__} lacks {' and '.join(missing)}.")
+    if not cls.name.isidentifier():
+        raise MethodError(
+            f"the method {cls.__name__} has the name {printable(repr(cls.name))}; expected letters, digits and _."
+        )
+    if cls.name in method_classes() and cls.name not in _REGISTERED:
+        raise MethodError(f"there is a method '{cls.name}' already. Give yours another name.")
+    _REGISTERED[cls.name] = cls
+    method_classes.cache_clear()
+    return cls
 
 
 def find_method(name: str) -> type[Method]:

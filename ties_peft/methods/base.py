@@ -184,6 +184,7 @@ class Method(BaseModel, ABC):
         spectral: whether it works on singular vectors. In space `delta` it is then handed the task
             vectors in shared orthonormal bases, where they are small and the result is the same.
         ordered: whether the order of the adapters matters.
+        random: whether it draws numbers, so that the seed matters.
         prepares: whether it can stand before another method; `joint` if it must see all adapters at once.
         finishes: whether it can stand after another method.
     """
@@ -198,6 +199,7 @@ class Method(BaseModel, ABC):
     entrywise: ClassVar[bool] = False
     spectral: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
+    random: ClassVar[bool] = False
     prepares: ClassVar[bool] = False
     joint: ClassVar[bool] = False
     finishes: ClassVar[bool] = False

@@ -71,7 +71,7 @@ class Karcher(Method):
         return True
 
 
-STRAIGHT = 1e-9  # sin of an angle that is 0 or π to rounding: nothing to follow
+STRAIGHT = 1e-4  # sin of an angle that is 0 or π to the rounding of factors in float32: nothing to follow
 
 
 def _size(mixed: Tensor, cosines: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Slerp(Method):
         return f"it turns one adapter into another; these are {len(weights)}. Use karcher" if len(weights) > 2 else None
 
 
-COLINEAR = 1e-6  # sin θ; below it the two sines are rounding
+COLINEAR = 1e-4  # sin θ; below it the two sines are the rounding of factors in float32
 
 
 def _turned(turn: float, first: float, second: float, inner: float) -> tuple[float, float]:

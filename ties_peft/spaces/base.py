@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
-from ..delta import Delta
+from ..delta import Delta, LowRank, Span, inner
+from ..factorise import Factors, Run
 from ..trim import Scope
 
 
@@ -20,14 +24,35 @@ class Encoding(ABC):
     """Some task vectors of one module in the coordinates that they share.
 
     Attributes:
+        deltas: the task vectors.
         parts: for each of them, in the order given, its parts.
     """
 
+    deltas: Sequence[Delta]
     parts: Sequence[tuple[Delta, ...]]
 
     @abstractmethod
-    def decode(self, merged: Sequence[Delta]) -> Delta:
-        """The task vector that the merged parts make."""
+    def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
+        """The task vector that the merged parts make, at a rank; as it is for None, where its kind has none.
+
+        Args:
+            merged: the parts.
+            rank: of the result, at most.
+            run: how to call a function on several blocks, see `factorise`.
+        """
+
+    @cached_property
+    def span(self) -> Span | None:
+        """What the task vectors span; None where they are not all held in factors."""
+        factored = [delta for delta in self.deltas if isinstance(delta, LowRank)]
+        return Span(factored) if len(factored) == len(self.deltas) > 0 else None
+
+    @cached_property
+    def products(self) -> Tensor:
+        """⟨τᵢ, τⱼ⟩, (N, N), float64."""
+        if self.span is not None:
+            return self.span.products()
+        return torch.tensor([[inner(a, b) for b in self.deltas] for a in self.deltas], dtype=torch.float64)
 
     def weighted(self, place: int, weight: float) -> tuple[Delta, ...]:
         """The parts of w·τ."""
@@ -47,6 +72,7 @@ class Space(BaseModel, ABC):
         lossless_rank: whether the merged vector's rank is at most Σrᵢ for any method.
         scopes: over what a trim may rank magnitudes; the first is used where the user names none.
         kinds: the kinds of adapter it makes sense for.
+        in_factors: whether it takes every matrix as B·A.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,6 +82,7 @@ class Space(BaseModel, ABC):
     lossless_rank: ClassVar[bool] = False
     scopes: ClassVar[tuple[Scope, ...]] = ("adapter", "module")
     kinds: ClassVar[tuple[str, ...]] = ("lora", "ia3")
+    in_factors: ClassVar[bool] = True
 
     @abstractmethod
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:

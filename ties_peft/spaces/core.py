@@ -13,8 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..delta import Delta, Dense, LowRank
-from ..spectrum import balanced, orthonormal
+from ..delta import Delta, Dense, LowRank, Span
+from ..factorise import Factors, Run, expand, truncate
+from ..spectrum import canonical, orthonormal
 from .base import Encoding, Space
 
 UNBALANCED = 1e-7  # share under which a direction is rounding where one adapter's B may dwarf another's
@@ -23,32 +24,35 @@ UNBALANCED = 1e-7  # share under which a direction is rounding where one adapter
 class CoreEncoding(Encoding):
     """The Mᵢ, and the bases that lead back.
 
+    All of it is algebra on the two Gram matrices of the factors: L = [B₁ … B_N]·left is never multiplied out.
+
     Attributes:
-        left: L, (out, k₁), float32.
-        right: Rᵀ, (k₂, in), float32.
+        left, right: (K, k₁) and (k₂, K), float64, which make L and Rᵀ of the factors.
 
     Args:
-        negligible: see `directions`.
+        deltas: the task vectors.
+        balance: whether each adapter is brought to its canonical form first.
     """
 
-    def __init__(self, deltas: Sequence[LowRank], negligible: float | None = None) -> None:
-        B, A = torch.cat([d.B for d in deltas], 1).double(), torch.cat([d.A for d in deltas], 0).double()
-        gram_b, gram_a = B.T @ B, A @ A.T
-        mix_b, mix_a = orthonormal(gram_b, negligible), orthonormal(gram_a, negligible)
-        self.left, self.right = (B @ mix_b).float(), (mix_a.T @ A).float()
-        to_left, to_right = mix_b.T @ gram_b, gram_a @ mix_a  # Lᵀ·B and A·R, a block of columns or rows for each
-        ends = torch.tensor([d.rank for d in deltas]).cumsum(0).tolist()
-        self.parts = [
-            (Dense((to_left[:, e - d.rank : e] @ to_right[e - d.rank : e]).float()),)
-            for d, e in zip(deltas, ends, strict=True)
-        ]
+    def __init__(self, deltas: Sequence[LowRank], balance: bool = True) -> None:
+        self.deltas = deltas
+        self.own = self.span or Span(deltas)
+        left, right = self.own.left, self.own.right
+        if balance:
+            pairs = canonical(self.own)
+            X, Y = (torch.block_diag(*side) for side in zip(*pairs, strict=True))  # type: ignore[no-untyped-call]
+            self.left = X @ orthonormal(X.T @ left @ X)
+            self.right = orthonormal(Y @ right @ Y.T).T @ Y
+        else:
+            self.left, self.right = orthonormal(left, UNBALANCED), orthonormal(right, UNBALANCED).T
+        to_left, to_right = self.left.T @ left, right @ self.right.T  # Lᵀ·B and A·R, a block for each
+        self.parts = [(Dense((to_left[:, at] @ to_right[at]).float()),) for at in self.own.places]
 
-    def decode(self, merged: Sequence[Delta]) -> Delta:
-        """L·M·Rᵀ, in factors."""
-        core = merged[0]
-        if isinstance(core, LowRank):
-            return LowRank(self.left @ core.B, core.A @ self.right)
-        return LowRank(self.left @ core.dense(), self.right)
+    def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
+        """L·M·Rᵀ: the small M at that rank, brought back."""
+        most = min(merged[0].shape)
+        small = truncate(merged[0], most if rank is None else min(rank, most), run=run)
+        return expand(small, self.own, self.left, self.right)
 
 
 class CompressedEncoding(Encoding):
@@ -62,7 +66,7 @@ class CompressedEncoding(Encoding):
     ROUNDS, SETTLED = 100, 1e-6
 
     def __init__(self, core: CoreEncoding, rank: int, blend: float) -> None:
-        self.core = core
+        self.core, self.deltas = core, core.deltas
         matrices = torch.stack([parts[0].dense().double() for parts in core.parts])
         norms = matrices.flatten(1).norm(dim=1)
         wanted = blend * norms + (1 - blend) * norms.mean()
@@ -70,10 +74,10 @@ class CompressedEncoding(Encoding):
         self.left, self.right = _tucker(scaled, rank, self.ROUNDS, self.SETTLED)
         self.parts = [(Dense((self.left.T @ matrix @ self.right).float()),) for matrix in matrices]
 
-    def decode(self, merged: Sequence[Delta]) -> Delta:
+    def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """(L·U₀)·O·(U₁ᵀ·Rᵀ), of rank r by construction."""
         inner = LowRank((self.left @ merged[0].dense().double()).float(), self.right.T.float())
-        return self.core.decode((inner,))
+        return self.core.decode((inner,), rank, run)
 
 
 class CoreSpace(Space):
@@ -102,8 +106,7 @@ class CoreSpace(Space):
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
         """Shared bases, and every Mᵢ in them."""
-        factored = [delta for delta in deltas if isinstance(delta, LowRank)]
-        core = CoreEncoding([balanced(d) for d in factored]) if self.balanced else CoreEncoding(factored, UNBALANCED)
+        core = CoreEncoding([delta for delta in deltas if isinstance(delta, LowRank)], self.balanced)
         if self.compress_first and rank is not None:
             return CompressedEncoding(core, rank, self.norm_blend)
         return core

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ..delta import Delta
+from ..delta import Delta, LowRank, inner
+from ..factorise import OVERSAMPLE, Factors, Run, leading_rows, truncate
 from .base import Encoding, Space
 
 
@@ -13,11 +14,17 @@ class DeltaEncoding(Encoding):
     """The entries of the task vectors, still in factors."""
 
     def __init__(self, deltas: Sequence[Delta]) -> None:
+        self.deltas = deltas
         self.parts = [(delta,) for delta in deltas]
 
-    def decode(self, merged: Sequence[Delta]) -> Delta:
+    def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """The merged vector is the task vector."""
-        return merged[0]
+        whole = merged[0]
+        if rank is None:
+            energy = inner(whole, whole)
+            return Factors(whole, energy, energy)
+        start = None if self.span is None or isinstance(whole, LowRank) else leading_rows(self.span, rank + OVERSAMPLE)
+        return truncate(whole, rank, start, run)
 
 
 class DeltaSpace(Space):
@@ -27,6 +34,7 @@ class DeltaSpace(Space):
     """
 
     name: ClassVar[str] = "delta"
+    in_factors: ClassVar[bool] = False
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
         """As they are."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from ..delta import Delta, Dense, LowRank
+from ..factorise import Factors, Run, compress
 from ..trim import Scope
 from .base import Encoding, Space
 
@@ -27,9 +28,10 @@ class FactorsEncoding(Encoding):
         root = math.sqrt(abs(weight))
         return root, root
 
-    def decode(self, merged: Sequence[Delta]) -> Delta:
+    def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """The product of the merged factors."""
-        return LowRank(merged[1].dense(), merged[0].dense())
+        product = LowRank(merged[1].dense(), merged[0].dense())
+        return compress(product, product.rank if rank is None else rank)
 
 
 class FactorsSpace(Space):

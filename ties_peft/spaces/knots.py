@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from ..delta import Delta, LowRank
-from ..spectrum import balanced, directions, orthonormal
+from ..delta import Delta, LowRank, Span
+from ..factorise import Factors, Run, expand, truncate
+from ..spectrum import canonical, directions, orthonormal
 from .base import Encoding, Space
 
 
@@ -16,31 +18,33 @@ class KnotsEncoding(Encoding):
     """Rᵢ = S·Vᵢᵀ of [Δ₁ | … | Δ_N] = U·S·[V₁ᵀ | … | V_Nᵀ], kept in factors.
 
     Attributes:
-        basis: U, (out, k), float32.
+        left: (K, k), float64, which makes U = [B₁ … B_N]·left of the factors.
     """
 
     def __init__(self, deltas: Sequence[LowRank]) -> None:
-        B = torch.cat([d.B for d in deltas], 1).double()
-        gram = B.T @ B
-        mix = orthonormal(gram)  # Q = B·mix is orthonormal, and T = mixᵀ·gram gives B = Q·T
+        self.deltas = deltas
+        self.own = self.span or Span(deltas)
+        pairs = canonical(self.own)
+        X: Tensor = torch.block_diag(*(X for X, _ in pairs))  # type: ignore[no-untyped-call]
+        gram = X.T @ self.own.left @ X
+        mix = orthonormal(gram)  # Q = B·X·mix is orthonormal, and T = mixᵀ·gram gives B·X = Q·T
         T = mix.T @ gram
-        blocks = torch.split(T, [d.rank for d in deltas], dim=1)
+        blocks = torch.split(T, [len(Y) for _, Y in pairs], dim=1)
         spread = torch.zeros(len(T), len(T), dtype=torch.float64, device=T.device)
-        for block, delta in zip(blocks, deltas, strict=True):  # Σ Qᵀ·Δᵢ·Δᵢᵀ·Q
-            A = delta.A.double()
-            spread += block @ (A @ A.T) @ block.T
+        for block, (_, Y), at in zip(blocks, pairs, self.own.places, strict=True):  # Σ Qᵀ·Δᵢ·Δᵢᵀ·Q
+            spread += block @ (Y @ self.own.right[at, at] @ Y.T) @ block.T
         turn = directions(spread)[1]
-        self.basis = (B @ (mix @ turn)).float()
+        self.left = X @ mix @ turn
         self.parts = [
-            (LowRank((turn.T @ block).float(), delta.A),) for block, delta in zip(blocks, deltas, strict=True)
+            (LowRank((turn.T @ block).float(), (Y @ delta.A.double()).float()),)
+            for block, (_, Y), delta in zip(blocks, pairs, deltas, strict=True)
         ]
 
-    def decode(self, merged: Sequence[Delta]) -> Delta:
-        """U·R."""
-        merged_rows = merged[0]
-        if isinstance(merged_rows, LowRank):
-            return LowRank(self.basis @ merged_rows.B, merged_rows.A)
-        return LowRank(self.basis, merged_rows.dense())
+    def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
+        """U·R: the rows R at that rank, brought back."""
+        most = min(merged[0].shape)
+        rows = truncate(merged[0], most if rank is None else min(rank, most), run=run)
+        return expand(rows, self.own, self.left, None)
 
 
 class KnotsSpace(Space):
@@ -62,4 +66,4 @@ class KnotsSpace(Space):
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
         """The common basis, and every Rᵢ in it."""
-        return KnotsEncoding([balanced(delta) for delta in deltas if isinstance(delta, LowRank)])
+        return KnotsEncoding([delta for delta in deltas if isinstance(delta, LowRank)])

@@ -1,0 +1,195 @@
+"""The matrix of kinds and architectures: every cell an adapter that PEFT makes, merged alone and loaded again.
+
+`python -m kinds.matrix` from the folder `tests` writes the table in `docs/what-can-be-merged.md`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from kinds.models import ARCHITECTURES, Architecture, make, output
+from torch import nn
+
+import ties_peft
+
+PAGE = Path(__file__).parents[2] / "docs" / "what-can-be-merged.md"
+BEGIN, END = "<!-- the table is written by tests/kinds/matrix.py -->\n", "<!-- end of the table -->\n"
+TOLERANCE = 1e-4
+
+Make = Callable[[Architecture], "peft.PeftConfig | None"]
+
+
+def _lora(**settings: Any) -> Make:
+    def config(a: Architecture) -> peft.PeftConfig:
+        return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": a.targets, **fan(a), **settings})
+
+    return config
+
+
+def fan(a: Architecture) -> dict[str, bool]:
+    return {"fan_in_fan_out": a.conv1d}
+
+
+def embedding(a: Architecture) -> peft.PeftConfig | None:
+    if a.embedding is None:
+        return None
+    return peft.LoraConfig(r=3, lora_alpha=5, target_modules=[a.embedding, a.targets[0]], **fan(a))
+
+
+def experts(a: Architecture) -> peft.PeftConfig | None:
+    if not a.parameters:
+        return None
+    return peft.LoraConfig(r=3, lora_alpha=5, target_modules=a.targets, target_parameters=a.parameters)
+
+
+def ia3(a: Architecture) -> peft.PeftConfig:
+    return peft.IA3Config(target_modules=a.targets, feedforward_modules=a.feedforward, **fan(a))
+
+
+def adalora(a: Architecture) -> peft.PeftConfig:
+    return peft.AdaLoraConfig(init_r=3, lora_alpha=5, total_step=10, target_modules=a.targets, **fan(a))
+
+
+def plain(cls: type[peft.PeftConfig], **settings: Any) -> Make:
+    """A kind that takes linear layers, and Conv1D where its config has fan_in_fan_out."""
+
+    def config(a: Architecture) -> peft.PeftConfig:
+        own = fan(a) if "fan_in_fan_out" in cls.__dataclass_fields__ else {}
+        return cls(target_modules=a.targets, **own, **settings)
+
+    return config
+
+
+KINDS: dict[str, Make] = {
+    "LoRA": _lora(),
+    "LoRA, rsLoRA and patterns": _lora(
+        use_rslora=True, rank_pattern={r".*\.0\..*": 2}, alpha_pattern={r".*(q_proj|query|c_attn|q)": 7}
+    ),
+    "LoRA, bias on lora_B": _lora(lora_bias=True),
+    "LoRA on embeddings": embedding,
+    "LoRA on experts": experts,
+    "DoRA": _lora(use_dora=True),
+    "(IA)³": ia3,
+    "AdaLoRA": adalora,
+    "LoHa": plain(peft.LoHaConfig, r=2, alpha=3),
+    "LoHa, Tucker": plain(peft.LoHaConfig, r=2, alpha=3, use_effective_conv2d=True),
+    "LoKr": plain(peft.LoKrConfig, r=2, alpha=3),
+    "LoKr, both of low rank": plain(peft.LoKrConfig, r=1, alpha=3, decompose_both=True, use_effective_conv2d=True),
+    "VeRA": plain(peft.VeraConfig, r=6, d_initial=0.4),
+    "VeRA, not saved": plain(peft.VeraConfig, r=6, d_initial=0.4, save_projection=False),
+    "BOFT": plain(peft.BOFTConfig, boft_block_size=4),
+    "C3A": plain(peft.C3AConfig, block_size=4),
+    "DEFT": plain(peft.DeftConfig) if hasattr(peft, "DeftConfig") else lambda a: None,
+    "DeLoRA": plain(peft.DeloraConfig),
+    "FourierFT": plain(peft.FourierFTConfig, n_frequency=20),
+    "GraLoRA": plain(peft.GraloraConfig, r=4),
+    "HiRA": plain(peft.HiraConfig, r=4) if hasattr(peft, "HiraConfig") else lambda a: None,
+    "HRA": plain(peft.HRAConfig, r=4),
+    "MiSS": plain(peft.MissConfig, r=4),
+    "OFT": plain(peft.OFTConfig, oft_block_size=4),
+    "OSF": plain(peft.OSFConfig),
+    "PEANuT": plain(peft.PeanutConfig),
+    "PVeRA": plain(peft.PveraConfig, r=6),
+    "RandLoRA": plain(peft.RandLoraConfig, r=4),
+    "SHiRA": plain(peft.ShiraConfig, r=2),
+    "Supertuning": plain(peft.SupertuningConfig),
+    "VB-LoRA": plain(peft.VBLoRAConfig, vector_length=4, num_vectors=10, topk=2),
+    "WaveFT": plain(peft.WaveFTConfig, n_frequency=20),
+}
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The adapter's own parameters moved to where each of them matters."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def save(name: str, config: peft.PeftConfig, folder: Path) -> str | None:
+    """An adapter that PEFT makes and saves; why it cannot, where it cannot."""
+    try:
+        model = peft.get_peft_model(make(name), config)
+        output(randomised(model), name)
+        model.save_pretrained(folder, save_embedding_layers=False)
+    except Exception as error:  # of PEFT, which has no such layer or cannot run it
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def cell(kind: str, name: str, folder: Path) -> tuple[str, str]:
+    """What becomes of one cell: (mark, what there is to say of it)."""
+    config = KINDS[kind](ARCHITECTURES[name])
+    if config is None:
+        return "", "the model has no such layer"
+    fault = save(name, config, folder / "adapter")
+    if fault is not None:
+        return "", f"PEFT makes none ({fault})"
+    base = make(name)
+    base.save_pretrained(folder / "base")
+    try:
+        asked = {} if kind == "(IA)³" else {"rank": "max"}
+        mark = "yes"
+        try:
+            merged = ties_peft.merge([folder / "adapter"], density=1, **asked)
+        except ties_peft.AdapterError as error:
+            if "--base" not in str(error):
+                raise
+            merged, mark = ties_peft.merge([folder / "adapter"], density=1, base=folder / "base", **asked), "with base"
+    except ties_peft.TiesPeftError as error:
+        return "refused", str(error)
+    merged.save(folder / "merged")
+    wanted = output(peft.PeftModel.from_pretrained(deepcopy(base), folder / "adapter"), name)
+    found = output(peft.PeftModel.from_pretrained(deepcopy(base), folder / "merged"), name)
+    error = float((wanted - found).abs().max() / max(1.0, float(wanted.abs().max())))
+    effect = float((wanted - output(base, name)).abs().max())
+    if error > TOLERANCE or effect < 1e-3:
+        return "WRONG", f"error {error:.1e}, effect {effect:.1e}"
+    return mark, ""
+
+
+def row(kind: str) -> list[tuple[str, str]]:
+    """All cells of one kind."""
+    cells = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ARCHITECTURES:
+            with tempfile.TemporaryDirectory() as folder:
+                cells.append(cell(kind, name, Path(folder)))
+    return cells
+
+
+def line(kind: str, marks: list[str]) -> str:
+    """One line of the table."""
+    return f"| {kind} | " + " | ".join(mark or "–" for mark in marks) + " |\n"
+
+
+def table(rows: dict[str, list[str]]) -> str:
+    """The whole table."""
+    head = "| | " + " | ".join(ARCHITECTURES) + " |\n" + "|---" * (len(ARCHITECTURES) + 1) + "|\n"
+    return head + "".join(line(kind, marks) for kind, marks in rows.items())
+
+
+def main() -> None:
+    rows = {}
+    for kind in KINDS:
+        cells = row(kind)
+        rows[kind] = [mark for mark, _ in cells]
+        print(line(kind, rows[kind]), end="", flush=True)
+        for (mark, note), name in zip(cells, ARCHITECTURES, strict=True):
+            if note:
+                print(f"    {name}: {mark or '–'} {note[:300]}", flush=True)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

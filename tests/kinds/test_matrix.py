@@ -1,0 +1,87 @@
+"""The matrix of kinds and architectures, its table in the docs, and merges of unlike kinds."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from kinds.matrix import BEGIN, END, KINDS, PAGE, line, row, save
+from kinds.models import ARCHITECTURES, make, output
+
+import ties_peft
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+FAST = ("LoRA", "LoRA, bias on lora_B", "LoRA on experts", "DoRA", "(IA)³", "LoKr")
+UNLIKE = ("LoRA", "LoRA, rsLoRA and patterns", "DoRA", "AdaLoRA", "LoHa", "LoKr", "VeRA", "HRA")
+
+
+@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def test_the_table_in_the_docs_is_what_is_found(kind: str) -> None:
+    cells = row(kind)
+    assert not [note for mark, note in cells if mark == "WRONG"]
+    assert line(kind, [mark for mark, _ in cells]) in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_table_names_every_kind_and_no_other() -> None:
+    text = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in text.splitlines()[2:]] == list(KINDS)
+
+
+@pytest.mark.parametrize("space", ["delta", "core", "knots"])
+def test_unlike_kinds_add_up_to_the_sum_of_what_peft_merges(space: str, tmp_path: Path) -> None:
+    """Σ wΔ against float64 sums of W′ − W by PEFT's own merge_and_unload, on every adapted layer."""
+    base = make("Llama")
+    base.save_pretrained(tmp_path / "base")
+    plain = {name: weight.double() for name, weight in base.state_dict().items()}
+    weights = [0.5, -1.0, 2.0, 1.0, 0.7, 1.5, -0.3, 1.1]
+    wanted = {name: torch.zeros_like(weight) for name, weight in plain.items()}
+    for kind, weight in zip(UNLIKE, weights, strict=True):
+        config = KINDS[kind](ARCHITECTURES["Llama"])
+        assert config is not None and save("Llama", config, tmp_path / kind) is None
+        model = peft.PeftModel.from_pretrained(deepcopy(base).double(), tmp_path / kind, autocast_adapter_dtype=False)
+        for name, moved in model.double().merge_and_unload().state_dict().items():
+            wanted[name] += weight * (moved - plain[name])
+    merged = ties_peft.merge(
+        [tmp_path / kind for kind in UNLIKE],
+        "task_arithmetic",
+        space,
+        weights,
+        scale=1,
+        rank="max",
+        base=tmp_path / "base",
+    )
+    for name in merged.modules:
+        delta = merged.delta(name).double()
+        assert torch.dist(delta, wanted[f"{name}.weight"]) < 2e-5 * wanted[f"{name}.weight"].norm()
+    assert sum(bool(change.any()) for change in wanted.values()) == len(merged.modules)
+
+
+def test_two_spellings_of_one_module_meet(tmp_path: Path) -> None:
+    """An adapter of transformers 5 for ViT, and the same with the names that older ones gave its modules."""
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj", "fc2"])
+    assert save("ViT", config, tmp_path / "new") is None
+    new = ties_peft.Adapter.load(tmp_path / "new")
+    if not any("q_proj" in name for name in new.modules):
+        pytest.skip("this transformers has the old names")
+    old = {"attention.q_proj": "attention.attention.query", "attention.v_proj": "attention.attention.value"}
+    old |= {"mlp.fc2": "output.dense", "vit.layers.": "vit.encoder.layer."}
+    tensors = {}
+    for key in new.tensors.names:
+        name = key
+        for there, here in old.items():
+            name = name.replace(there, here)
+        tensors[name] = new.tensors.read(key)
+    from ties_peft.adapter import in_memory
+
+    merged = ties_peft.merge([new, in_memory(new.config, tensors)], "average")
+    assert merged.modules == new.modules
+    assert any("older transformers" in warning for warning in merged.report.warnings)
+    for name in new.modules:
+        torch.testing.assert_close(merged.delta(name), new.delta(name), atol=1e-5, rtol=1e-4)
+    base = make("ViT")
+    found = output(peft.PeftModel.from_pretrained(deepcopy(base), merged.save(tmp_path / "out")), "ViT")
+    wanted = output(peft.PeftModel.from_pretrained(deepcopy(base), tmp_path / "new"), "ViT")
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,81 @@
+"""`ties-peft convert`: one adapter to LoRA, to another rank, dtype or loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .. import sources
+from ..convert import convert as convert_adapter
+from ..flags import read_rank
+from ..merged import Merged
+from ..targets import TARGETS
+from ..writer import check_target
+from .base import Json, print_json, progress_bar, show_warnings
+
+Part = Annotated[str | None, typer.Option(help="Of a pipeline's LoRA: unet, text_encoder, …", show_default=False)]
+Base = Annotated[str | None, typer.Option(help="The base's weights, for its modules' names.", show_default=False)]
+Modules = Annotated[Path | None, typer.Option(help="Those names, one a line, in its place.", show_default=False)]
+Alpha = Annotated[float | None, typer.Option(help="lora_alpha, if the file lacks it.", show_default=False)]
+BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the input's")]
+Target = Annotated[str | None, typer.Option(help=f"The loader it is for: {', '.join(TARGETS)}.", show_default="peft")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("convert")(convert)
+
+
+def convert(
+    adapter: Annotated[str, typer.Argument(help="Folder, file or Hub id; diffusers', kohya's, MLX's too.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    rank: Annotated[str | None, typer.Option(help="A whole number, max or auto.", show_default="max")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the input's")] = None,
+    target: Target = None,
+    part: Part = None,
+    base: Base = None,
+    modules: Modules = None,
+    alpha: Alpha = None,
+    base_name: BaseName = None,
+    device: Annotated[str, typer.Option(help="Where the arithmetic is done.")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn one adapter into a LoRA, or to another rank, dtype or loader."""
+    path = sources.local(adapter)
+    check_target(out, force, [path] if path else [])
+    with progress_bar() as tell:
+        made = convert_adapter(
+            adapter,
+            read_rank(rank),
+            dtype,
+            target,
+            device,
+            part=part,
+            base=base,
+            modules=modules,
+            alpha=alpha,
+            base_model=base_name,
+            progress=tell,
+        )
+    made.save(out, force)
+    _show(made, out, as_json)
+
+
+def _show(made: Merged, out: Path, as_json: bool) -> None:
+    show_warnings(made.report.warnings)
+    lost = 1 - made.report.energy
+    if as_json:
+        print_json({"out": str(out), "lost": lost, "recipe": made.recipe.to_dict(), "report": made.report.to_dict()})
+        return
+    console = Console()
+    console.print(made.report.tables())
+    rounding = (
+        f", rounding to {made.report.dtype} {made.report.rounding:.1e} of the norm" if made.report.rounding else ""
+    )
+    console.print(f"\nlost: {lost:.2%} of the energy{rounding}", highlight=False)
+    console.print(f"written to {escape(str(out))}", highlight=False, soft_wrap=True)

@@ -1,0 +1,43 @@
+"""`ties-peft push`: an adapter's folder to the Hub."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..push import push as push_adapter
+from .base import Json, print_json, show_warnings
+
+Private = Annotated[
+    bool | None, typer.Option("--private/--public", help="Of a new repository.", show_default="the account's")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("push")(push)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="org/name on the Hub.", show_default=False)],
+    private: Private = None,
+    revision: Annotated[str | None, typer.Option(help="The branch.", show_default="main")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload adapter with ties_peft",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send an adapter to the Hub, with its card; log in first with `hf auth login`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pushed = push_adapter(folder, repo, private=private, revision=revision, message=message, create_pr=create_pr)
+    if pushed.left:
+        show_warnings([f"not sent, being no adapter's files: {', '.join(pushed.left)}."])
+    if as_json:
+        print_json(asdict(pushed))
+        return
+    typer.echo(f"sent {', '.join(pushed.files)} to {pushed.repo}\n{pushed.url}")

@@ -1,0 +1,67 @@
+"""Ranks: r of the output, by what was asked and what the adapters have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .adapter import Adapter
+from .errors import MethodError, RecipeError, printable
+from .kinds import Module
+from .recipe import Rank
+
+AUTO_RANK = 64
+
+
+def output_rank(
+    asked: Rank, adapters: Mapping[str, Adapter], modules: Mapping[str, Module], lossless: bool, warnings: list[str]
+) -> int | None:
+    """One r for all modules; None for kinds that have none.
+
+    Args:
+        asked: a whole number; `max`: Σrᵢ where that loses nothing, else all there is; or `auto`:
+            min(Σrᵢ, max(64, largest rᵢ)). A task vector whose rank nobody chose, such as DoRA's, which
+            may have all that its shape allows, counts in that largest as at most 64, and is warned of.
+        adapters: by how they are named.
+        modules: of the merge.
+        lossless: whether Σrᵢ loses nothing.
+        warnings: added to.
+    Raises: RecipeError, MethodError.
+    """
+    first = next(iter(adapters.values()))
+    if not first.kind.has_rank:
+        if asked != "auto":
+            raise MethodError(f"rank is {asked!r}, but {first.kind.title} vectors have no rank. Leave it out.")
+        return None
+    layouts = [adapter.layout for adapter in adapters.values()]
+    total = max(sum(layout[name].rank for layout in layouts if name in layout) for name in modules)
+    largest = max(_chosen(module) for layout in layouts for module in layout.values())
+    full = max(min(module.shape) for module in modules.values())
+    if asked == "auto":
+        rank = min(total, max(AUTO_RANK, largest))
+    elif asked == "max":
+        rank = total if lossless else full
+    elif isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
+        rank = asked
+    else:
+        raise RecipeError(f"the rank is {printable(repr(asked))}; expected a whole number from 1 up, 'max' or 'auto'.")
+    if asked == "auto":
+        _warn_full(rank, adapters, warnings)
+    if rank < largest:
+        warnings.append(f"rank {rank} is under the largest of the inputs' own, {largest}.")
+    return max(min(rank, *module.shape) for module in modules.values())
+
+
+def _chosen(module: Module) -> int:
+    """The rank that counts in `auto`."""
+    return module.rank if module.own_rank else min(module.rank, AUTO_RANK)
+
+
+def _warn_full(rank: int, adapters: Mapping[str, Adapter], warnings: list[str]) -> None:
+    """Say where `auto` does not keep all of one adapter."""
+    for name, adapter in adapters.items():
+        most = max(module.rank for module in adapter.layout.values())
+        if most > rank:
+            warnings.append(
+                f"{name} ({adapter.kind.title}) has task vectors of rank up to {most}, of which rank auto keeps {rank}; "
+                "the report says how much that is, and rank max keeps all."
+            )

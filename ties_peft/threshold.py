@@ -1,0 +1,126 @@
+"""Threshold: the k-th largest of many magnitudes, exactly, without holding or sorting them.
+
+1. a sample gives a bracket [low, high] that holds it almost surely;
+2. one pass over all entries counts those above the bracket and keeps those inside it, or, where they
+   are many, counts how often each value occurs: a float32 is one of few in so narrow a bracket, so
+   that memory does not grow with the entries. If the counts show that the threshold is not inside,
+   the bracket is widened and the pass made again;
+3. the threshold is a rank among those inside, and so exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+WHOLE = 1 << 18  # of so few entries all are kept: nothing to sample
+FEW = 1 << 19  # values that are kept; of more the counts are
+STEPS = 1 << 19  # values told apart in one pass
+SIGMAS = 4.0  # of the sample's quantile, on either side: the bracket misses once in thousands
+INFINITY = int(np.float32(np.inf).view(np.int32))
+
+
+@dataclass
+class Search:
+    """The search for the magnitude that exactly `keep` of some entries reach, short of equals.
+
+    Attributes:
+        entries, keep: how many there are and how many to keep, 0 < keep < entries.
+        sample: magnitudes of some of them, and how many entries each of those stands for.
+        wider: by how much the bracket is wider than a first one.
+        expected: how many are likely inside the bracket.
+        low, high: the bracket, as the bits of its ends: those of positive float32 rise with the value.
+        above: how many entries exceed it.
+        values: those inside, if they are few; else
+        counts: how many are inside, by steps of 2^shift of their bits.
+        threshold: the magnitude of the smallest entry kept, once it is found.
+        equal, spare: how many equal it, and how many of those are to be kept.
+    """
+
+    entries: int
+    keep: int
+    sample: Sequence[tuple[np.ndarray, float]] = ()
+    wider: float = 1.0
+    expected: float = 0.0
+    low: int = 0
+    high: int = INFINITY
+    above: int = 0
+    values: list[np.ndarray] = field(default_factory=list)
+    counts: np.ndarray | None = None
+    threshold: float | None = None
+    equal: int = 0
+    spare: int = 0
+
+    @property
+    def ends(self) -> tuple[np.float32, np.float32]:
+        """The bracket as magnitudes."""
+        low, high = np.array([self.low, self.high], np.int32).view(np.float32)
+        return low, high
+
+    @property
+    def shift(self) -> int:
+        """How coarsely values are told apart."""
+        return max(0, (self.high - self.low).bit_length() - STEPS.bit_length() + 1)
+
+    def open(self) -> None:
+        """Forget what was counted, before a pass."""
+        self.above, self.values = 0, []
+        few = self.expected <= FEW
+        self.counts = None if few else np.zeros(((self.high - self.low) >> self.shift) + 1, np.uint32)
+
+    def add(self, above: int, inside: np.ndarray) -> None:
+        """Count what a pass found in one place."""
+        self.above += above
+        if self.counts is None:
+            self.values.append(inside)
+        else:
+            steps = (inside.view(np.int32) - np.int32(self.low)) >> self.shift
+            self.counts += np.bincount(steps, minlength=len(self.counts)).astype(np.uint32)
+
+    def close(self) -> None:
+        """Settle the threshold, or the next bracket."""
+        missing = self.keep - self.above  # so many of those inside are kept, the largest first
+        inside = np.concatenate(self.values) if self.counts is None else np.empty(0, np.float32)
+        found = len(inside) if self.counts is None else int(self.counts.sum())
+        if not 0 < missing <= found:
+            self._widen()
+        elif self.counts is None:
+            self.threshold = float(np.partition(inside, found - missing)[found - missing])
+            self.equal = int(np.count_nonzero(inside == self.threshold))
+            self.spare = missing - int(np.count_nonzero(inside > self.threshold))
+        else:
+            larger = np.cumsum(self.counts[::-1], dtype=np.int64)[::-1]  # in a step or above it
+            step = int(np.count_nonzero(larger >= missing)) - 1
+            self.equal = int(self.counts[step])
+            self.spare = missing - int(larger[step] - self.equal)
+            first, shift = self.low + (step << self.shift), self.shift
+            self.low, self.high, self.expected = first, min(self.high, first + (1 << shift) - 1), self.equal
+            self.threshold = None if shift else float(self.ends[0])
+
+    def _widen(self) -> None:
+        if (self.low, self.high) == (0, INFINITY):  # all were counted, so some have no place in an order
+            raise OverflowError
+        self.wider *= 4
+        self.bracket()
+
+    def bracket(self) -> None:
+        """Take the magnitudes between which the threshold lies, most likely."""
+        self.low, self.high, self.expected = 0, INFINITY, self.entries
+        if self.entries <= WHOLE:
+            return
+        weights = np.concatenate([np.full(len(values), weight) for values, weight in self.sample])
+        share, independent = self.keep / self.entries, weights.sum() ** 2 / (weights**2).sum()
+        spread = SIGMAS * self.wider * math.sqrt(share * (1 - share) / independent)
+        values = np.concatenate([values for values, _ in self.sample])
+        order = np.argsort(-values, kind="stable")
+        exceeded = np.cumsum(weights[order]) / weights.sum()
+        top, bottom = np.searchsorted(exceeded, (share - spread, share + spread))
+        ranked = values[order].view(np.int32)
+        if share - spread > 0:
+            self.high = int(ranked[min(top, len(ranked) - 1)])
+        if bottom < len(ranked) - 1:
+            self.low = int(ranked[bottom])
+        self.expected = min(1.0, 2 * spread) * self.entries
