@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .errors import CompatibilityError, RecipeError, printable
-from .kinds.base import PREFIX, Module
+from .kinds.base import BIAS, EXPERT, Module
+from .riders import BASE, TOKENS, Rider, entries, read_riders
 
 FORMS = {  # what a bench can hold, by the class of transformers that loads it
     "encoder": "AutoModel",
@@ -103,11 +104,7 @@ class Bench:
         Raises: CompatibilityError naming the modules that the model lacks, or whose shapes differ.
         """
         faults = [fault for name in adapter.modules if (fault := self._fault(adapter.module(name)))]
-        faults += [
-            f"{printable(path)}: the model has no such tensor"
-            for path in map(_plain_path, adapter.riders)
-            if self._parameter(path) is None
-        ]
+        faults += [fault for rider in _riders(adapter) if (fault := self._rider_fault(rider))]
         if faults:
             rows = "\n".join(f"  {fault}" for fault in faults[:4])
             more = f"\n  … and {len(faults) - 4} more" if len(faults) > 4 else ""
@@ -138,15 +135,27 @@ class Bench:
             with torch.no_grad():
                 for name in adapter.modules:
                     self._put_on(adapter, name, kept)
-                for key in adapter.riders:
-                    parameter = self._parameter(_plain_path(key))
-                    assert parameter is not None
-                    _replace(parameter, adapter.tensors.read(key), kept)
+                self._put_on_riders(adapter, kept)
             yield self
         finally:
             for parameter, data in reversed(kept):
                 parameter.data = data
             self.worn = None
+
+    @contextmanager
+    def heads(self, adapter: Adapter) -> Iterator[Bench]:
+        """The model with the whole tensors that ride along with an adapter, such as its task's head, and no more.
+
+        Law: as of `wear`, within which it may be used.
+        """
+        kept: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            with torch.no_grad():
+                self._put_on_riders(adapter, kept)
+            yield self
+        finally:
+            for parameter, data in reversed(kept):
+                parameter.data = data
 
     def bare(self) -> AbstractContextManager[Any]:
         """The model without any adapter that PEFT put on it."""
@@ -198,7 +207,13 @@ class Bench:
         return {key: tensor.to(self.device) for key, tensor in tensors.items()}
 
     def _fault(self, module: Module) -> str | None:
-        layer = self._modules.get(module.name)
+        if module.form == EXPERT:
+            return f"{printable(module.name)}: one expert of several, which is not put on yet"
+        layer = self._modules.get(module.path)
+        if module.form == BIAS:
+            held = getattr(_inner(layer), "bias", None)
+            fits = held is not None and held.numel() == module.shape[0]
+            return None if fits else f"{printable(module.path)}: the model has no bias of {module.shape[0]} there"
         weight = getattr(_inner(layer), "weight", None) if layer is not None else None
         if weight is None:
             return f"{printable(module.name)}: the model has no such layer"
@@ -219,10 +234,16 @@ class Bench:
         return found if isinstance(found, nn.Parameter) else None
 
     def _put_on(self, adapter: Adapter, name: str, kept: list[tuple[nn.Parameter, Tensor]]) -> None:
-        layer, module = self.layer(name), adapter.module(name)
+        module = adapter.module(name)
+        layer = self.layer(module.path)
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         delta = adapter.delta(name).to(weight.device)
+        if module.form == BIAS:
+            bias = layer.bias
+            assert isinstance(bias, nn.Parameter)
+            _replace(bias, bias.float() + delta[:, 0], kept)
+            return
         if len(module.shape) == 2:
             turned = delta.T if transposed(layer) else delta
             _replace(weight, weight.float() + turned.reshape(weight.shape), kept)
@@ -232,9 +253,30 @@ class Bench:
         shape = [1] * weight.dim()
         shape[side] = -1
         _replace(weight, weight.float() * factor.reshape(shape), kept)
-        bias = getattr(layer, "bias", None)
-        if bias is not None and not module.on_input:
-            _replace(bias, bias.float() * factor, kept)
+        own = getattr(layer, "bias", None)
+        if own is not None and not module.on_input:
+            _replace(own, own.float() * factor, kept)
+
+    def _rider_fault(self, rider: Rider) -> str | None:
+        """What keeps a rider off the model; None where nothing does."""
+        parameter = self._parameter(_path(rider))
+        if parameter is None:
+            return f"{printable(_path(rider))}: the model has no such tensor"
+        shape = (max(rider.rows, default=0) + 1, *rider.shape[1:]) if rider.form == TOKENS else rider.shape
+        seen = tuple(parameter.shape)
+        fits = seen[0] >= shape[0] and seen[1:] == shape[1:] if rider.form == TOKENS else seen == shape
+        return None if fits else f"{printable(_path(rider))}: {_times(shape)} for {_times(seen)}"
+
+    def _put_on_riders(self, adapter: Adapter, kept: list[tuple[nn.Parameter, Tensor]]) -> None:
+        for rider in _riders(adapter):
+            parameter, value = self._parameter(_path(rider)), adapter.tensors.read(rider.key)
+            if parameter is None:
+                raise CompatibilityError(f"adapter '{adapter.label}': {self._rider_fault(rider)}.")
+            if rider.form == TOKENS:
+                rows = parameter.data.clone()
+                rows[torch.tensor(rider.rows, device=rows.device)] = value.to(rows.device, rows.dtype)
+                value = rows
+            _replace(parameter, value, kept)
 
 
 def form_of(model: Any) -> str:
@@ -287,9 +329,16 @@ def _inner(layer: Any) -> Any:
     return getattr(layer, "base_layer", layer)
 
 
-def _plain_path(key: str) -> str:
+def _riders(adapter: Adapter) -> list[Rider]:
+    """What rides along and changes the model: all but the base's own weights."""
+    starts = entries([adapter.config])
+    found = read_riders(adapter.riders, adapter.config, adapter.tensors, starts, adapter.label)
+    return [rider for rider in found if rider.form != BASE]
+
+
+def _path(rider: Rider) -> str:
     """A rider's path in the model."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    return f"{rider.module}.weight" if rider.form == TOKENS else f"{rider.module}.{rider.tensor}"
 
 
 def _longest(model: Any) -> int:

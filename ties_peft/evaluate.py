@@ -63,8 +63,8 @@ def evaluate_all(
     Args: as `evaluate`; None among the adapters is the bare base.
     Law: the same scores as one call for each.
     """
-    opened = [a if a is None or isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     asked = [read_task(task) for task in tasks]
+    opened = [_open(a, base) for a in adapters]
     if not opened or not asked:
         raise RecipeError("there is nothing to evaluate. Name at least one adapter (or the base) and one task.")
     scores: list[list[Score]] = [[] for _ in opened]
@@ -111,6 +111,13 @@ def find_base(adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: s
     if others:
         warn_caller([f"the base is '{printable(chosen)}'; adapters name '{printable(', '.join(others))}' as theirs."])
     return chosen
+
+
+def _open(adapter: str | Path | Adapter | None, base: str | Path | None) -> Adapter | None:
+    """An adapter; the base's weights beside it where a folder was named, for the kinds that need them."""
+    if adapter is None or isinstance(adapter, Adapter):
+        return adapter
+    return Adapter.load(adapter, base=base if base is not None and Path(base).is_dir() else None)
 
 
 def _groups(tasks: Sequence[Task], bench: Bench | None) -> list[tuple[str, list[int]]]:

@@ -173,10 +173,10 @@ def _learn(
     lesson = lessons[number]
     student.gradient.zero_()
     width = lesson.split(len(places))
-    for start in range(0, len(places), width):
-        part = places[start : start + width]
-        loss = lesson.against(part).divergence.sum() / len(places)
-        loss.backward()  # type: ignore[no-untyped-call]
+    with lesson.dressed():
+        for start in range(0, len(places), width):
+            loss = lesson.against(places[start : start + width]).divergence.sum() / len(places)
+            loss.backward()  # type: ignore[no-untyped-call]
     state.step += 1
     share = min(1.0, state.step / WARM) * (1 + math.cos(math.pi * (state.step - 1) / course.steps)) / 2
     with torch.no_grad():

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +80,10 @@ class Lesson(ABC):
     def against(self, places: Sequence[int]) -> Against:
         """What is on the bench against the teacher, on some rows."""
 
+    def dressed(self) -> AbstractContextManager[Any]:
+        """The bench with what the lesson is judged by; what is differentiated stays in it until that is done."""
+        return nullcontext()
+
     def split(self, size: int) -> int:
         """How many rows of a batch are run at once: a matter of memory alone."""
         return size
@@ -86,7 +91,7 @@ class Lesson(ABC):
     def measure(self, places: Sequence[int], size: int = BATCH) -> tuple[float, float]:
         """Mean divergence and agreement over some rows."""
         divergence, agreement = 0.0, 0.0
-        with torch.no_grad():
+        with torch.no_grad(), self.dressed():
             for chosen in batches([len(self.sequences[place]) for place in places], self.split(size)):
                 found = self.against([places[number] for number in chosen])
                 divergence += float(found.divergence.double().sum())
@@ -116,6 +121,10 @@ class LabelLesson(Lesson):
     def keep(self, predictions: dict[str, Tensor]) -> None:
         """Log-probabilities, (rows, labels)."""
         self._log_p = predictions["log_p"].to(self.bench.device)
+
+    def dressed(self) -> AbstractContextManager[Any]:
+        """With the teacher's own head, where it has one."""
+        return self.bench.heads(self.adapter) if self.bench.form == "classifier" else nullcontext()
 
     def against(self, places: Sequence[int]) -> Against:
         """KL over the labels."""
@@ -215,8 +224,7 @@ def random_rows(bench: Bench, count: int, seed: int, digest: str) -> list[list[i
 
 def _frame(bench: Bench) -> tuple[list[int], list[int]]:
     """The special tokens that stand before and after a text."""
-    special = set(bench.tokenizer.all_special_ids)
-    (whole,) = bench.all_ids(["a"])
-    front = next((place for place, own in enumerate(whole) if own not in special), len(whole))
-    back = next((place for place, own in enumerate(reversed(whole)) if own not in special), 0)
-    return whole[:front], whole[len(whole) - back :] if back else []
+    (whole,), (plain,) = bench.all_ids(["a"]), bench.all_ids(["a"], special=False)
+    fits = (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain)
+    start = next(fits, 0)
+    return whole[:start], whole[start + len(plain) :]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from learn.models import bases, linear_shapes, make_model, sentences, write_lora  # noqa: F401
+from learn.models import bases, linear_shapes, make_model, sentences, write_lora
 
 import ties_peft
 from ties_peft.errors import TiesPeftError
@@ -69,7 +69,7 @@ def test_yaml_json_and_a_dict_are_the_same_task(tmp_path: Path) -> None:
         ({"txt": "w1", "label": 1}, ["row 2", "'text' is None", "txt, label"]),
     ],
 )
-def test_rows_without_labels_or_out_of_range(row: dict[str, Any], parts: list[str], bases: dict[str, Path]) -> None:  # noqa: F811
+def test_rows_without_labels_or_out_of_range(row: dict[str, Any], parts: list[str], bases: dict[str, Path]) -> None:
     task = {**DESCRIBED, "rows": [{"text": "w1", "label": "w2"}, row]}
     with pytest.raises(TiesPeftError) as caught:
         ties_peft.evaluate(None, task, base=bases["encoder"])
@@ -114,15 +114,15 @@ def test_an_adapter_for_another_base_is_refused_before_its_rows_are_read(
         assert part in str(caught.value)
 
 
-def test_a_measure_that_the_model_cannot_sit(bases: dict[str, Path]) -> None:  # noqa: F811
+def test_a_measure_that_the_model_cannot_sit(bases: dict[str, Path]) -> None:
     bench = ties_peft.Bench.load(bases["encoder"], "encoder")
     with pytest.raises(TiesPeftError, match="measure 'head' needs a classifier model"):
         ties_peft.evaluate(None, {"measure": "head", "rows": ["w1"]}, bench=bench)
 
 
-def test_a_head_of_another_size(bases: dict[str, Path]) -> None:  # noqa: F811
+def test_a_head_of_another_size(bases: dict[str, Path]) -> None:
     task = {"measure": "head", "labels": ["a", "b"], "rows": [{"text": "w1", "label": 0}]}
-    with pytest.raises(TiesPeftError, match="has 2 labels and the head of .* 3"):
+    with pytest.raises(TiesPeftError, match=r"has 2 labels and the head of .* 3"):
         ties_peft.evaluate(None, task, base=bases["classifier"])
 
 

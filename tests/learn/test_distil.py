@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from learn.models import VOCABULARY, bases, linear_shapes, make_model, make_tokenizer, sentences, write_ia3, write_lora  # noqa: F401
+from conftest import PREFIX
+from learn.models import VOCABULARY, bases, linear_shapes, make_model, make_tokenizer, sentences, write_ia3, write_lora
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 import ties_peft
 from ties_peft import fitting
@@ -53,7 +55,7 @@ def test_one_adapter_imitates_several(
     loras: list[Path],
     vectors: list[Path],
     tmp_path: Path,
-    bases: dict[str, Path],  # noqa: F811
+    bases: dict[str, Path],
 ) -> None:
     """The divergences reported are those of the written files, computed by PEFT on the rows held back."""
     teachers = {"lora": loras, "ia3": vectors, "mixed": [loras[0], vectors[0]]}[kinds]
@@ -76,7 +78,7 @@ def test_one_adapter_imitates_several(
         assert line.agreement[1] == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()))
 
 
-def test_without_text_rows_are_random_tokens(loras: list[Path], bases: dict[str, Path]) -> None:  # noqa: F811
+def test_without_text_rows_are_random_tokens(loras: list[Path], bases: dict[str, Path]) -> None:
     made = ties_peft.distil(loras, tasks=TASK, rows=50, base=bases["encoder"], **QUICK)
     assert [line.origin for line in made.report.lessons] == ["random tokens"] * 2
     bench = Bench.load(bases["encoder"], "encoder")
@@ -89,7 +91,7 @@ def test_without_text_rows_are_random_tokens(loras: list[Path], bases: dict[str,
 def test_the_same_bytes_twice_and_when_stopped(
     loras: list[Path],
     tmp_path: Path,
-    bases: dict[str, Path],  # noqa: F811
+    bases: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped in the middle, it goes on from the last look: its teachers are not run again."""
@@ -97,6 +99,7 @@ def test_the_same_bytes_twice_and_when_stopped(
     def once(state: Path | None) -> str:
         return ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], steps=60, seed=3, state=state).digest
 
+    monkeypatch.setattr(fitting, "PATIENCE", 100)
     whole = once(None)
     assert once(None) == whole
     learn, count = fitting._learn, 0
@@ -119,7 +122,7 @@ def test_the_same_bytes_twice_and_when_stopped(
         ties_peft.distil(loras, rows=41, tasks=TASK, base=bases["encoder"], steps=60, state=tmp_path / "state")
 
 
-def test_never_worse_than_the_start(loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_never_worse_than_the_start(loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A step far too large: the rate is lowered three times, and what is given back is the start, said so."""
     monkeypatch.setitem(ties_peft.distil.__globals__["RATES"], "factors", 1e6)
     with pytest.warns(ties_peft.TiesPeftWarning, match="the start itself"):
@@ -132,7 +135,7 @@ def test_never_worse_than_the_start(loras: list[Path], bases: dict[str, Path], m
     assert all(before == after for before, after in (line.divergence for line in made.report.lessons))
 
 
-def test_gains_only_scale_the_directions_of_the_start(loras: list[Path], bases: dict[str, Path]) -> None:  # noqa: F811
+def test_gains_only_scale_the_directions_of_the_start(loras: list[Path], bases: dict[str, Path]) -> None:
     made = ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], fit="gains", **QUICK)
     start = ties_peft.merge(loras, "flat_tsv", rank="max")
     assert made.report.rank == 4
@@ -142,7 +145,7 @@ def test_gains_only_scale_the_directions_of_the_start(loras: list[Path], bases: 
         assert (core - core.diag().diag()).abs().max() < 1e-4 * core.abs().max()
 
 
-def test_the_rank_asked_for_may_exceed_the_merges(loras: list[Path], bases: dict[str, Path]) -> None:  # noqa: F811
+def test_the_rank_asked_for_may_exceed_the_merges(loras: list[Path], bases: dict[str, Path]) -> None:
     """Directions that start at nothing are woken, so that they can learn; the start's function stays."""
     made = ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], rank=6, **QUICK)
     assert made.ranks == (6,)
@@ -150,8 +153,41 @@ def test_the_rank_asked_for_may_exceed_the_merges(loras: list[Path], bases: dict
     assert min(ranks) > 4
 
 
+def test_each_teacher_is_imitated_under_its_own_head(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """Two classifiers with heads of their own: one adapter without a head serves under both, by PEFT."""
+    shapes = linear_shapes(make_model("classifier"), "query", "value", "output.dense")
+    folders = [write_lora(tmp_path / f"c{seed}", shapes, seed, task_type="SEQ_CLS") for seed in range(2)]
+    heads = [torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    for folder, head in zip(folders, heads, strict=True):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        own = {f"{PREFIX}classifier.weight": head, f"{PREFIX}classifier.bias": torch.zeros(3)}
+        save_file({**tensors, **own}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    texts = [sentences(60, seed) for seed in range(2)]
+    made = ties_peft.distil(folders, rows=texts, base=bases["classifier"], steps=120)
+    assert made.report.divergence[1] < made.report.divergence[0]
+    assert not made.riders
+    assert any("its own head" in warning for warning in made.report.warnings)
+    out = made.save(tmp_path / "out")
+    tokenizer = make_tokenizer(True)
+    for number, (folder, head, line) in enumerate(zip(folders, heads, made.report.lessons, strict=True)):
+        bench = Bench(make_model("classifier"), tokenizer)
+        lesson = TokenLesson(bench, ties_peft.Adapter.load(folder), bench.all_ids(texts[number]), "x", "x")
+        held = fitting.hold_back([lesson] * 2, 0)[number][1]
+        found = []
+        for own in (folder, out):
+            base = make_model("classifier")
+            base.classifier.weight.data, base.classifier.bias.data = head, torch.zeros(3)
+            model = PeftModel.from_pretrained(base, own).eval()
+            rows = [tokenizer(texts[number][place], return_tensors="pt", return_token_type_ids=False) for place in held]
+            with torch.no_grad():
+                found.append(torch.cat([model(**row).logits for row in rows]).double().log_softmax(-1))
+        log_p, log_q = found
+        divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        assert line.divergence[1] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+
+
 @pytest.mark.parametrize("form", ["gpt2", "llama"])
-def test_causal_models_by_their_next_tokens(form: str, tmp_path: Path, bases: dict[str, Path]) -> None:  # noqa: F811
+def test_causal_models_by_their_next_tokens(form: str, tmp_path: Path, bases: dict[str, Path]) -> None:
     """Two LoRAs trained on two languages: the distilled one is nearer to both than its start, by the labels' loss."""
     base, languages = bases[form], {"up": 1, "down": -1}
     texts = {
@@ -193,7 +229,7 @@ def train(form: str, texts: list[str], folder: Path) -> Path:
 
 def test_of_a_large_vocabulary_the_likeliest_are_kept(
     loras: list[Path],
-    bases: dict[str, Path],  # noqa: F811
+    bases: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -223,15 +259,15 @@ def test_of_a_large_vocabulary_the_likeliest_are_kept(
         ({"rows": {"nobody": ["w1"] * 9}}, ["rows", "unknown adapter 'nobody'"]),
         ({"rows": [50]}, ["1 rows for 2 adapters"]),
         ({"rows": 4}, ["has 4 rows", "expected 5 at least"]),
-        ({"rows": ["w1", 7.5]}, ["expected a list of texts"]),
+        ({"rows": [["w1"] * 9, 7.5]}, ["expected a list of texts"]),
         ({"tasks": None}, ["how its predictions are read is not known"]),
         ({"fit": "gain"}, ["unknown fit 'gain'", "gains"]),
         ({"rank": 0}, ["rank is 0"]),
         ({"kind": "ia3"}, ["none of the adapters is"]),
-        ({"start": {"method": "tys"}}, ["did you mean 'ties'"]),
+        ({"start": {"method": "tys"}}, ["unknown method 'tys'"]),
     ],
 )
-def test_wrong_input(asked: dict[str, Any], parts: list[str], loras: list[Path], bases: dict[str, Path]) -> None:  # noqa: F811
+def test_wrong_input(asked: dict[str, Any], parts: list[str], loras: list[Path], bases: dict[str, Path]) -> None:
     with pytest.raises(TiesPeftError) as caught:
         ties_peft.distil(loras, **{"base": bases["encoder"], "tasks": TASK, **QUICK, **asked})
     assert all(part in str(caught.value) for part in parts), caught.value

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from learn.models import WORDS, bases, linear_shapes, make_model, make_tokenizer, sentences, write_ia3, write_lora  # noqa: F401
+from learn.models import WORDS, bases, linear_shapes, make_model, make_tokenizer, sentences, write_ia3, write_lora
 from peft import PeftModel
 
 import ties_peft
@@ -77,7 +77,7 @@ def logits_of(form: str, model: Any, asked: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", ENDINGS)
 @pytest.mark.parametrize("bare", [False, True], ids=["adapter", "bare"])
-def test_scores_are_those_of_peft(form: str, bare: bool, tmp_path: Path, bases: dict[str, Path]) -> None:  # noqa: F811
+def test_scores_are_those_of_peft(form: str, bare: bool, tmp_path: Path, bases: dict[str, Path]) -> None:
     folder = None if bare else adapter(form, tmp_path / "a")
     asked = task(form)
     score = ties_peft.evaluate(folder, asked, base=bases[form], batch_size=4)
@@ -89,7 +89,7 @@ def test_scores_are_those_of_peft(form: str, bare: bool, tmp_path: Path, bases: 
     assert score.rows == len(labels)
 
 
-def test_ia3_scores_are_those_of_peft(tmp_path: Path, bases: dict[str, Path]) -> None:  # noqa: F811
+def test_ia3_scores_are_those_of_peft(tmp_path: Path, bases: dict[str, Path]) -> None:
     vectors = {"encoder.layer.0.attention.self.key": (16, False), "encoder.layer.1.output.dense": (24, True)}
     folder = write_ia3(tmp_path / "i", vectors, 3)
     asked = task("encoder")
@@ -100,7 +100,7 @@ def test_ia3_scores_are_those_of_peft(tmp_path: Path, bases: dict[str, Path]) ->
 
 
 @pytest.mark.parametrize("form", ["gpt2", "t5"])
-def test_loss_is_per_token_of_the_label(form: str, bases: dict[str, Path]) -> None:  # noqa: F811
+def test_loss_is_per_token_of_the_label(form: str, bases: dict[str, Path]) -> None:
     given = [{"text": "w1 w2 w3", "label": "w4 w5"}, {"text": "w6", "label": "w7"}]
     score = ties_peft.evaluate(None, {"measure": "loss", "rows": given}, base=bases[form])
     asked = {"rows": given, "choices": ["w4 w5", "w7"]}  # as the blank between them makes them
@@ -109,7 +109,7 @@ def test_loss_is_per_token_of_the_label(form: str, bases: dict[str, Path]) -> No
     assert (score.accuracy, score.right) == (None, ())
 
 
-def test_loss_of_texts_alone_is_the_models_own(bases: dict[str, Path]) -> None:  # noqa: F811
+def test_loss_of_texts_alone_is_the_models_own(bases: dict[str, Path]) -> None:
     text = "w1 w2 w3 w4 w5"
     ids = make_tokenizer(False)(text, return_tensors="pt").input_ids
     score = ties_peft.evaluate(None, {"measure": "loss", "label": None, "rows": [text]}, base=bases["llama"])
@@ -119,7 +119,7 @@ def test_loss_of_texts_alone_is_the_models_own(bases: dict[str, Path]) -> None: 
 
 
 @pytest.mark.parametrize("form", ["gpt2", "llama", "t5"])
-def test_exact_match_is_greedy_text(form: str, bases: dict[str, Path]) -> None:  # noqa: F811
+def test_exact_match_is_greedy_text(form: str, bases: dict[str, Path]) -> None:
     tokenizer, model = make_tokenizer(False), make_model(form)
     texts = ["w1 w2", "w3 w4 w5 w6", "w7"]
     written = []
@@ -135,7 +135,7 @@ def test_exact_match_is_greedy_text(form: str, bases: dict[str, Path]) -> None: 
     assert ties_peft.evaluate(None, asked, base=bases[form]).right == (True, False, True)
 
 
-def test_choices_by_the_mean_are_another_order(bases: dict[str, Path]) -> None:  # noqa: F811
+def test_choices_by_the_mean_are_another_order(bases: dict[str, Path]) -> None:
     bench = ties_peft.Bench.load(bases["gpt2"], "language")
     exam = make_exam(bench, read_task(task("gpt2", mean=True)))
     totals, counts = exam.log_probabilities()  # type: ignore[attr-defined]
@@ -144,7 +144,7 @@ def test_choices_by_the_mean_are_another_order(bases: dict[str, Path]) -> None: 
     assert exam.score().right == tuple((means.argmax(-1) == exam.labels).tolist())
 
 
-def test_the_base_is_itself_again_after_wearing(tmp_path: Path, bases: dict[str, Path]) -> None:  # noqa: F811
+def test_the_base_is_itself_again_after_wearing(tmp_path: Path, bases: dict[str, Path]) -> None:
     bench = ties_peft.Bench.load(bases["encoder"], "encoder")
     before = {name: (p.data_ptr(), p.clone()) for name, p in bench.model.named_parameters()}
     own = ties_peft.Adapter.load(adapter("encoder", tmp_path / "a"))
@@ -157,7 +157,7 @@ def test_the_base_is_itself_again_after_wearing(tmp_path: Path, bases: dict[str,
     assert bench.worn is None
 
 
-def test_many_on_one_base_are_as_one_by_one(tmp_path: Path, bases: dict[str, Path]) -> None:  # noqa: F811
+def test_many_on_one_base_are_as_one_by_one(tmp_path: Path, bases: dict[str, Path]) -> None:
     folders = [adapter("encoder", tmp_path / name, seed) for seed, name in enumerate("ab")]
     other = task("encoder", rows=rows(7), name="other")
     table = evaluate_all([None, *folders], [task("encoder"), other], base=bases["encoder"])
@@ -167,7 +167,7 @@ def test_many_on_one_base_are_as_one_by_one(tmp_path: Path, bases: dict[str, Pat
         assert [s.loss for s in line] == pytest.approx([s.loss for s in alone], rel=1e-5)
 
 
-def test_a_loaded_peft_model_is_judged_as_its_adapter(tmp_path: Path, bases: dict[str, Path]) -> None:  # noqa: F811
+def test_a_loaded_peft_model_is_judged_as_its_adapter(tmp_path: Path, bases: dict[str, Path]) -> None:
     folder = adapter("encoder", tmp_path / "a")
     model = by_peft("encoder", folder)
     loaded = ties_peft.evaluate(model, task("encoder"), tokenizer=make_tokenizer(True))
@@ -176,7 +176,7 @@ def test_a_loaded_peft_model_is_judged_as_its_adapter(tmp_path: Path, bases: dic
     )
 
 
-def test_rows_that_are_cut_are_counted(bases: dict[str, Path]) -> None:  # noqa: F811
+def test_rows_that_are_cut_are_counted(bases: dict[str, Path]) -> None:
     long = [{"text": " ".join(WORDS[:9]), "label": 0}, {"text": "w1", "label": 1}]
     assert ties_peft.evaluate(None, task("encoder", rows=long, max_tokens=6), base=bases["encoder"]).cut == 1
     assert ties_peft.evaluate(None, task("gpt2", rows=long, max_tokens=6), base=bases["gpt2"]).cut == 1
