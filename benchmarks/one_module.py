@@ -1,10 +1,11 @@
-"""One large module: `python benchmarks/one_module.py`, against PEFT's `ties_svd` steps in the same process.
+"""One large module: `python benchmarks/one_module.py`, every space and method family against PEFT, in one process.
 
-Eight rank-16 adapters on one 4096 × 4096 module, TIES in delta space at density 0.2, output rank 16.
-PEFT's steps are those of `add_weighted_adapter(combination_type="ties_svd")` without the live model
-that it needs: multiply the deltas out, `merge_utils.ties`, full SVD. Ours reads the files, checks
-them, merges and factorises. Both have met a small module first, so that no library is being set up
-while the clock runs; ours is the median of three. Takes about a minute, nearly all of it PEFT's.
+Eight rank-16 adapters on one 4096 × 4096 module, from the files: opened, checked, digested, merged,
+factorised and reported. PEFT's steps are those of `add_weighted_adapter` without the live model that it
+needs: multiply the deltas out, `merge_utils.ties` (`ties_svd`) or a sum (`svd`), one full SVD, as PEFT
+asks for it. The SVD is timed once, of the TIES merge, and counted in both. All have met a small module
+first, so that no library is being set up while the clock runs; ours is the median of several. Takes
+about a minute, nearly all of it PEFT's; what is ours goes first, for a peak of memory only rises.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import statistics
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import synthetic
@@ -22,51 +24,106 @@ from rich.console import Console
 from rich.table import Table
 
 import ties_peft
+from ties_peft import fast
+
+MODULE = "layers.0.q"
+Measured = tuple[float, float, torch.Tensor | None]  # seconds, megabytes, merged delta
 
 
-def peft_ties_svd(
-    deltas: list[torch.Tensor], rank: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """PEFT's steps on deltas: (merged, U, S, Vh) of the full decomposition, as PEFT asks for it."""
-    merged = ties(deltas, torch.ones(len(deltas)), density=0.2)
-    U, S, Vh = torch.linalg.svd(merged, full_matrices=True)
-    return merged, U[:, :rank] * S[:rank], S, Vh[:rank]
+def timed(work: Callable[[], object], times: int) -> tuple[float, float]:
+    """(median seconds, megabytes by which the peak rose over all runs)."""
+    runs = []
+    for _ in range(times):
+        with synthetic.measured() as run:
+            work()
+        runs.append(run)
+    return statistics.median(run.seconds for run in runs), sum(run.megabytes for run in runs)
+
+
+def ours(paths: list[Path], rank: int) -> dict[str, Measured]:
+    """What each of our merges cost, and its result."""
+    common = {"rank": rank, "dtype": "float32"}
+    asked = {
+        "TIES, delta": {"scope": "module"},
+        "TIES, core": {"scope": "module", "space": "core"},
+        "TIES, KnOTS": {"scope": "module", "space": "knots"},
+        "sum (task arithmetic)": {"method": "task_arithmetic", "scale": 1.0},
+    }
+    found: dict[str, Measured] = {}
+    for name, given in asked.items():
+        last: list[ties_peft.Merged] = []
+
+        def work(given: dict[str, object] = given, last: list[ties_peft.Merged] = last) -> None:
+            last[:] = [ties_peft.merge(paths, **common, **given)]
+
+        seconds, megabytes = timed(work, 3 if name == "TIES, delta" else 9)
+        found[name] = seconds, megabytes, last[0].delta(MODULE)
+        if "space" in given:
+            plan = ties_peft.prepare(paths, space=str(given["space"]))
+            further, more = timed(lambda plan=plan: plan.merge(scope="module", **common), 9)  # type: ignore[misc]
+            found[f"{name}, a further merge of a prepared plan"] = further, more, None
+    return found
+
+
+def dense_knots(side: int, adapters: int, small: int) -> float:
+    """Seconds of KnOTS's dense SVD of the stacked deltas, measured at a small side and scaled by its cube."""
+    stacked = torch.randn(small, adapters * small, dtype=torch.float64)
+    seconds, _ = timed(lambda: torch.linalg.svd(stacked, full_matrices=False), 1)
+    return seconds * (side / small) ** 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--no-kernels", action="store_true", help="torch only, also where numba is installed")
+    parser.add_argument("--no-peft", action="store_true", help="only what is ours")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
+    fast.WORTH = 1 << 62 if asked.no_kernels else fast.WORTH
     with tempfile.TemporaryDirectory() as folder:
-        paths = synthetic.write_adapters(
-            Path(folder), asked.adapters, {"layers.0.q": (asked.side, asked.side)}, asked.rank
-        )
-        small = synthetic.write_adapters(Path(folder) / "small", 2, {"layers.0.q": (64, 64)}, asked.rank)
-        ties_peft.merge(small, scope="module", rank=asked.rank, dtype="float32")
-        peft_ties_svd([ties_peft.Adapter.load(path).delta("layers.0.q") for path in small], asked.rank)
-        runs = []
-        for _ in range(3):
-            with synthetic.measured() as run:
-                merged = ties_peft.merge(paths, scope="module", rank=asked.rank, dtype="float32")
-            runs.append(run)
-        ours = statistics.median(run.seconds for run in runs)
-        loaded = [ties_peft.Adapter.load(path) for path in paths]
-        with synthetic.measured() as theirs:
-            deltas = [adapter.delta("layers.0.q") for adapter in loaded]
-            dense, _, S, _ = peft_ties_svd(deltas, asked.rank)
-    best = float(S[asked.rank :].double().square().sum().sqrt())
-    reached = float(torch.linalg.vector_norm((dense - merged.delta("layers.0.q")).double()))
+        paths = synthetic.write_adapters(Path(folder), asked.adapters, {MODULE: (asked.side, asked.side)}, asked.rank)
+        small = synthetic.write_adapters(Path(folder) / "small", 2, {MODULE: (64, 64)}, asked.rank)
+        fast.load(fast.WORTH)
+        ours(small, asked.rank)
+        found = ours(paths, asked.rank)
+        deltas = [ties_peft.Adapter.load(path).delta(MODULE) for path in paths]
+    reference, dense = {}, None
+    if not asked.no_peft:
+        knots = dense_knots(asked.side, asked.adapters, min(512, asked.side))
+        total, _ = timed(lambda: sum(deltas), 1)
+        with synthetic.measured() as merging:
+            dense = ties(deltas, torch.ones(len(deltas)), density=0.2)
+        with synthetic.measured() as decomposing:
+            _, S, _ = torch.linalg.svd(dense, full_matrices=True)
+        svd = decomposing.seconds
+        reference = {
+            "TIES": ("PEFT ties_svd steps", merging.seconds + svd, merging.megabytes + decomposing.megabytes),
+            "sum": ("PEFT svd steps", total + svd, decomposing.megabytes),
+            "KnOTS": (f"dense SVD of the stacked deltas alone, scaled from {min(512, asked.side)}", knots, 0.0),
+        }
+    loops = fast.kernels()
     table = Table(title=f"{asked.adapters} adapters, rank {asked.rank}, {asked.side} × {asked.side}", box=None)
-    for heading in ("", "seconds", "extra MB", "error / optimum"):
+    for heading in ("", "seconds", "extra MB", "times faster"):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_row("PEFT ties_svd steps", f"{theirs.seconds:.2f}", f"{theirs.megabytes:.0f}", "1")
-    table.add_row("ties_peft", f"{ours:.2f}", f"{sum(run.megabytes for run in runs):.0f}", f"{reached / best:.5f}")
-    console = Console()
+    for name, seconds, megabytes in reference.values():
+        table.add_row(name, f"{seconds:.2f}", f"{megabytes:.0f}" if megabytes else "", "1")
+    for name, (seconds, megabytes, _) in found.items():
+        against = reference.get(name[:4].rstrip(), reference.get(name[:3]))
+        ratio = f"{against[1] / seconds:.0f}" if against else ""
+        if "KnOTS" in reference and "KnOTS" in name:
+            ratio += f" (dense SVD: {reference['KnOTS'][1] / seconds:.0f})"
+        table.add_row(name, f"{seconds:.4f}", f"{megabytes:.0f}", ratio)
+    console = Console(width=120)
     console.print(table)
-    console.print(f"{theirs.seconds / ours:.0f} times faster; {synthetic.machine()}")
+    if dense is not None:
+        best = float(S[asked.rank :].double().square().sum().sqrt())
+        merged = found["TIES, delta"][2]
+        assert merged is not None
+        reached = float(torch.linalg.vector_norm((dense - merged).double()))
+        console.print(f"error of TIES, delta, against the best rank {asked.rank} of PEFT's merge: {reached / best:.5f}")
+    console.print(f"inner loops by {loops.name if loops else 'torch'}; {synthetic.machine()}")
 
 
 if __name__ == "__main__":

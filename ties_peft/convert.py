@@ -39,7 +39,8 @@ def convert(
         target: the loader that it is for: `peft`, `vllm` or `llama.cpp` (see `targets`).
         device: where the arithmetic is done.
         part: which part of a pipeline's LoRA: `unet`, `text_encoder`, …
-        base: the base's weights, to tell a kohya file's modules apart and to check the others'.
+        base: the base's weights: for an adapter whose task vectors depend on them (DoRA), to tell a kohya
+            file's modules apart, and to check those of others.
         modules: a text file of the modules' names in place of the base.
         alpha: lora_alpha, where a file that is not PEFT's does not say it.
         base_model: the base's name to write; by default the adapter's.
@@ -59,6 +60,7 @@ def convert(
         rank=rank if rank is not None else "max" if opened.kind.has_rank else "auto",
         dtype=dtype,
         base_model=base_model,
+        base=None if opened.weights is None else hints.base,
         target=target,
     )
     plan = make_plan(recipe, [opened], device)

@@ -35,7 +35,7 @@ class Coordinates:
         self.plan = plan
         self.memory = memory
         self._encoded: tuple[str, Encoding] | None = None  # the last module asked for
-        self._seen: tuple[str, list[tuple[Delta, ...]]] | None = None
+        self._seen: tuple[str, dict[int, tuple[Delta, ...]]] | None = None
 
     def delta(self, place: int, module: str) -> Delta:
         """One adapter's task vector on one module, unweighted."""
@@ -65,19 +65,20 @@ class Coordinates:
             self.memory.encodings[module] = self._encoded[1]
         return self._encoded[1]
 
-    def prepared(self, module: str) -> list[tuple[Delta, ...]]:
-        """The weighted parts of all adapters that have the module, as the method shall see them."""
+    def prepared(self, module: str) -> dict[int, tuple[Delta, ...]]:
+        """The weighted parts of all adapters that have the module, as the method shall see them, by place."""
         if self._seen is None or self._seen[0] != module:
             encoding, holders = self.encoding(module), self.plan.holders(module)
             parts = [encoding.weighted(i, self.plan.weight(place, module)) for i, (place, _) in enumerate(holders)]
-            self._seen = module, self._prepare([place for place, _ in holders], module, parts)
+            places = [place for place, _ in holders]
+            self._seen = module, dict(zip(places, self._prepare(places, module, parts), strict=True))
         return self._seen[1]
 
     def parts(self, place: int, module: str) -> tuple[Delta, ...]:
         """One adapter's weighted parts on one module, for the survey."""
         by_module = self.plan.trim is not None and self.plan.trim.scope == "module"
         if self.joint or by_module or self.memory is not None:
-            return self.prepared(module)[[holder for holder, _ in self.plan.holders(module)].index(place)]
+            return self.prepared(module)[place]
         alone = self.plan.arithmetic.encode([self.delta(place, module)])
         return self._prepare([place], module, [alone.weighted(0, self.plan.weight(place, module))])[0]
 

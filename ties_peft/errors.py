@@ -69,5 +69,9 @@ def printable(text: str, limit: int = 200) -> str:
     >>> printable("a\\x1b[31m")
     'a\\\\x1b[31m'
     """
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    safe = (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    )
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"

@@ -31,6 +31,7 @@ OVERSAMPLE = 16  # directions carried beyond the rank asked for
 SMALL_SIDE = 640  # up to here a Gram matrix is cheaper than iterating, and exact
 HELPED = 5e-4  # a round that lowers the error by a smaller share than this was the last
 ROUNDS = 12
+WIDEST = 2048  # Σrᵢ up to which Gram matrices of Σrᵢ × Σrᵢ are made
 BAND = 512  # rows of a large product that one thread computes at a time
 NOISE = 1e-14  # eigenvalues of a float64 Gram matrix below this share of the largest are rounding
 
@@ -180,8 +181,13 @@ def expand(factors: Factors, span: Span, left: Tensor | None, right: Tensor | No
 
 
 def truncate(merged: Delta, rank: int, start: Tensor | None = None, run: Run = map) -> Factors:
-    """The best rank-`rank` factors of a merged task vector, by the road that its form allows."""
-    return compress(merged, rank) if isinstance(merged, LowRank) else factorise(merged.dense(), rank, start, run)
+    """The best rank-`rank` factors of a merged task vector, by the road that its form allows.
+
+    Of very many columns side by side it multiplies out, one matrix whatever their number.
+    """
+    if isinstance(merged, LowRank) and merged.rank <= WIDEST:
+        return compress(merged, rank)
+    return factorise(merged.dense(), rank, start, run)
 
 
 def leading_rows(span: Span, width: int) -> Tensor:
@@ -195,8 +201,9 @@ def _through_gram(matrix: Tensor, rank: int) -> Factors:
     tall = M.shape[0] > M.shape[1]
     if tall:
         M = M.T
-    total = float(M.square().sum())
-    values, vectors = torch.linalg.eigh(M @ M.T)
+    square = gram([matrix if tall else matrix.T])
+    total = float(square.diagonal().sum())
+    values, vectors = torch.linalg.eigh(square)
     U = vectors[:, -rank:].flip(1)
     rest = U.T @ M  # rows of length σ: √S·Vᵀ once divided by √σ
     S = rest.norm(dim=1)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 WORTH = 1 << 26  # entries of all task vectors together from which loading a compiler pays
-BLOCK = 16  # entries that are looked at together for one that lies in a bracket
+WORD = 8  # marks of a byte each that are looked at together
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class Kernels:
     Attributes:
         name: of what compiled them, with its version.
         cast: cast(values, positive, negative, plus, minus): one vote, see `Ballot.cast`.
-        count: count(values, low, high, room) → (how many |values| exceed high, how many lie in [low, high]);
-            the latter are written into `room`, in order.
+        count: count(values, low, high, room, marks) → (how many |values| exceed high, how many lie in
+            [low, high]); the latter are written into `room`, in order. `room` has an entry more than
+            `values`, and `marks` a byte for each.
     """
 
     name: str
@@ -62,20 +63,23 @@ def _cast(values: np.ndarray, positive: np.ndarray, negative: np.ndarray, plus: 
         minus[place] += one if value < none else none
 
 
-def _count(values: np.ndarray, low: np.float32, high: np.float32, room: np.ndarray) -> tuple[int, int]:
-    above, inside = 0, 0
-    for start in range(0, len(values), BLOCK):
-        stop = min(start + BLOCK, len(values))
-        larger, reaching = 0, 0
-        for place in range(start, stop):
-            size = abs(values[place])
-            larger += size > high
-            reaching += size >= low
-        above += larger
-        if reaching != larger:
-            for place in range(start, stop):
-                size = abs(values[place])
-                if size >= low and not size > high:
-                    room[inside] = size
-                    inside += 1
+def _count(
+    values: np.ndarray, low: np.float32, high: np.float32, room: np.ndarray, marks: np.ndarray
+) -> tuple[int, int]:
+    above: Any = np.int32(0)  # one that fits beside float32 lanes
+    inside: Any = 0
+    whole = len(values) // WORD * WORD
+    for place in range(len(values)):
+        size = abs(values[place])
+        above += np.int32(size > high)
+        marks[place] = np.uint8((size >= low) & (size <= high))
+    words = marks[:whole].view(np.uint64)
+    for word in range(len(words)):  # most hold no mark at all
+        if words[word]:
+            for place in range(WORD * word, WORD * (word + 1)):
+                room[inside] = abs(values[place])  # the next overwrites it unless it counts
+                inside += np.int64(marks[place])
+    for place in range(whole, len(values)):
+        room[inside] = abs(values[place])
+        inside += np.int64(marks[place])
     return above, inside

@@ -218,9 +218,9 @@ def _one_module(
 def _merge_parts(coordinates: Coordinates, name: str, cuts: Cuts, crew: Workers, tally: dict[str, int]) -> Factors:
     """The merged task vector of one module, part by part."""
     plan = coordinates.plan
-    places = [place for place, _ in plan.holders(name)]
     encoding = coordinates.encoding(name)
-    seen = coordinates.prepared(name)
+    prepared = coordinates.prepared(name)
+    places, seen = list(prepared), list(prepared.values())
     signs = encoding.parts[len(places)] if len(encoding.parts) > len(places) else None
     merged = []
     for part in range(len(seen[0])):

@@ -25,7 +25,7 @@ from .tiles import Workers, tiles
 from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, kept_count
 
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
-SAMPLE = (1 << 14, 1 << 18)  # entries of a group that are sampled, at least and at most; about one in SPARSE
+SAMPLE = (1 << 13, 1 << 18)  # entries of a group that are sampled, at least and at most; about one in SPARSE
 SPARSE = 512
 Progress = Callable[[str, int, int], None]
 Spot = tuple[int, str, int]  # member, module, part
@@ -240,10 +240,12 @@ def _census(delta: Delta, brackets: Sequence[tuple[np.float32, np.float32]], cre
         if loops is None or values.device.type != "cpu":
             values = values.abs_()
             return [_count(values, low, high) for low, high in brackets]
-        flat, room = values.view(-1).numpy(), crew.scratch("inside", (values.numel(),), device).numpy()
+        flat = values.view(-1).numpy()
+        room = crew.scratch("inside", (len(flat) + 1,), device).numpy()
+        marks = crew.scratch("marks", (len(flat) // 4 + 1,), device).numpy().view(np.uint8)
         found = []
         for low, high in brackets:
-            above, inside = loops.count(flat, low, high, room)
+            above, inside = loops.count(flat, low, high, room, marks)
             found.append((above, room[:inside].copy()))
         return found
 

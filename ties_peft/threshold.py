@@ -115,7 +115,7 @@ class Search:
         share, independent = self.keep / self.entries, weights.sum() ** 2 / (weights**2).sum()
         spread = SIGMAS * self.wider * math.sqrt(share * (1 - share) / independent)
         values = np.concatenate([values for values, _ in self.sample])
-        order = np.argsort(-values, kind="stable")
+        order = values.argsort()[::-1]
         exceeded = np.cumsum(weights[order]) / weights.sum()
         top, bottom = np.searchsorted(exceeded, (share - spread, share + spread))
         ranked = values[order].view(np.int32)

@@ -64,10 +64,10 @@ def open_any(source: str, hints: Hints) -> tuple[Adapter, list[str]]:
     config = read_config(found.folder, label)
     form = foreign.form_of(found, config, label)
     if form is None or (form.name == "PEFT" and config is not None):
-        given = [f"--{name}" for name in ("part", "base", "modules", "alpha") if getattr(hints, name) is not None]
+        given = [f"--{name}" for name in ("part", "modules", "alpha") if getattr(hints, name) is not None]
         if given:
             raise RecipeError(f"{', '.join(given)} is for files that are not PEFT's, and '{label}' is. Leave it out.")
-        return Adapter.load(source), []
+        return Adapter.load(source, base=hints.base), []
     if form.rest or form.name == "LyCORIS":
         foreign.refuse_form(form, config, label)
     entries, remarks = _choose(form, hints, label)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cli.running import run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ties_peft
 from ties_peft import Adapter, AdapterError, RecipeError
@@ -331,5 +331,24 @@ def test_the_command_that_a_refusal_names_works(tmp_path: Path, monkeypatch: pyt
 def test_hints_for_what_is_peft_are_refused(make_lora: Make) -> None:
     with pytest.raises(RecipeError, match="--alpha is for files that are not PEFT's"):
         ties_peft.convert(make_lora("a"), alpha=3)
-    with pytest.raises(RecipeError, match="--base is for files that are not PEFT's"):
-        ties_peft.convert(make_lora("a"), base="org/base")
+
+
+def test_an_adapter_that_needs_its_base_is_converted_with_it(make_lora: Make, tmp_path: Path) -> None:
+    """DoRA, by its definition in float64: ΔW = m·(W + s·B·A)/‖W + s·B·A‖ − W, the norm over each row."""
+    name, draw = "layers.0.q", torch.Generator().manual_seed(3)
+    folder = make_lora("dora", shapes={name: (12, 10)}, rank=4, alpha=8, use_dora=True)
+    held = load_file(folder / "adapter_model.safetensors")
+    magnitude, weight = torch.rand(12, generator=draw) + 1, torch.randn(12, 10, generator=draw)
+    save_file(
+        {**held, f"base_model.model.{name}.lora_magnitude_vector": magnitude}, folder / "adapter_model.safetensors"
+    )
+    save_file({f"{name}.weight": weight}, tmp_path / "base.safetensors")
+    with pytest.raises(AdapterError, match="--base"):
+        ties_peft.convert(folder)
+    made = ties_peft.convert(folder, base=tmp_path / "base.safetensors")
+    B, A = (held[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "BA")
+    moved = weight.double() + 2 * B @ A
+    wanted = magnitude.double().unsqueeze(1) * moved / moved.norm(dim=1, keepdim=True) - weight.double()
+    assert torch.allclose(made.delta(name).double(), wanted, atol=1e-5)
+    again = ties_peft.Recipe.from_yaml(made.recipe.to_yaml())
+    assert again.base == str(tmp_path / "base.safetensors")

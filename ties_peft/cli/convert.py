@@ -18,7 +18,9 @@ from ..writer import check_target
 from .base import Json, print_json, progress_bar, show_warnings
 
 Part = Annotated[str | None, typer.Option(help="Of a pipeline's LoRA: unet, text_encoder, …", show_default=False)]
-Base = Annotated[str | None, typer.Option(help="The base's weights, for its modules' names.", show_default=False)]
+Base = Annotated[
+    str | None, typer.Option(help="The base's weights: DoRA needs them; kohya, for names.", show_default=False)
+]
 Modules = Annotated[Path | None, typer.Option(help="Those names, one a line, in its place.", show_default=False)]
 Alpha = Annotated[float | None, typer.Option(help="lora_alpha, if the file lacks it.", show_default=False)]
 BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the input's")]

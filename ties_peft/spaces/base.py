@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ..delta import Delta, LowRank, Span, inner
-from ..factorise import Factors, Run
+from ..factorise import WIDEST, Factors, Run
 from ..trim import Scope
 
 
@@ -43,9 +43,10 @@ class Encoding(ABC):
 
     @cached_property
     def span(self) -> Span | None:
-        """What the task vectors span; None where they are not all held in factors."""
+        """What the task vectors span; None where they are not all held in factors, or have too many."""
         factored = [delta for delta in self.deltas if isinstance(delta, LowRank)]
-        return Span(factored) if len(factored) == len(self.deltas) > 0 else None
+        few = sum(delta.rank for delta in factored) <= WIDEST
+        return Span(factored) if few and len(factored) == len(self.deltas) > 0 else None
 
     @cached_property
     def products(self) -> Tensor:

@@ -9,6 +9,8 @@ from ..delta import Delta, LowRank, inner
 from ..factorise import OVERSAMPLE, Factors, Run, leading_rows, truncate
 from .base import Encoding, Space
 
+GUESSED = 512  # Σrᵢ beyond which an informed start costs more than the round that it saves
+
 
 class DeltaEncoding(Encoding):
     """The entries of the task vectors, still in factors."""
@@ -23,7 +25,8 @@ class DeltaEncoding(Encoding):
         if rank is None:
             energy = inner(whole, whole)
             return Factors(whole, energy, energy)
-        start = None if self.span is None or isinstance(whole, LowRank) else leading_rows(self.span, rank + OVERSAMPLE)
+        guess = not isinstance(whole, LowRank) and sum(delta.rank for delta in self.deltas) <= GUESSED
+        start = leading_rows(self.span, rank + OVERSAMPLE) if guess and self.span is not None else None
         return truncate(whole, rank, start, run)
 
 
