@@ -1,7 +1,10 @@
 """Merge many PEFT adapters into one, by TIES-Merging and its rivals."""
 
 from .adapter import Adapter
+from .bench import Bench
 from .convert import convert
+from .distil import distil
+from .distilled import Distilled
 from .errors import (
     AdapterError,
     CompatibilityError,
@@ -10,6 +13,8 @@ from .errors import (
     TiesPeftError,
     TiesPeftWarning,
 )
+from .evaluate import evaluate
+from .exam import Score
 from .live import add_merged_adapter
 from .merge import merge
 from .merged import Merged
@@ -18,22 +23,29 @@ from .prepare import Prepared, prepare
 from .push import push
 from .recipe import Recipe
 from .report import Report
+from .task import Task
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterError",
+    "Bench",
     "CompatibilityError",
+    "Distilled",
     "Merged",
     "MethodError",
     "Prepared",
     "Recipe",
     "RecipeError",
     "Report",
+    "Score",
+    "Task",
     "TiesPeftError",
     "TiesPeftWarning",
     "add_merged_adapter",
     "convert",
+    "distil",
+    "evaluate",
     "merge",
     "methods",
     "prepare",
