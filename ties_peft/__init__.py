@@ -15,6 +15,7 @@ from .errors import (
 )
 from .evaluate import evaluate
 from .exam import Score
+from .gather import gather_statistics
 from .live import add_merged_adapter
 from .merge import merge
 from .merged import Merged
@@ -23,6 +24,8 @@ from .prepare import Prepared, prepare
 from .push import push
 from .recipe import Recipe
 from .report import Report
+from .search import Found, search
+from .signs import few_shot_signs
 from .task import Task
 
 __version__ = "0.1.0"
@@ -32,6 +35,7 @@ __all__ = [
     "Bench",
     "CompatibilityError",
     "Distilled",
+    "Found",
     "Merged",
     "MethodError",
     "Prepared",
@@ -46,8 +50,11 @@ __all__ = [
     "convert",
     "distil",
     "evaluate",
+    "few_shot_signs",
+    "gather_statistics",
     "merge",
     "methods",
     "prepare",
     "push",
+    "search",
 ]

@@ -77,6 +77,10 @@ class MemoryTensors:
         """The tensor."""
         return self._tensors[name]
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start…stop of it."""
+        return self._tensors[name][start:stop]
+
 
 class SafetensorsFile:
     """A safetensors file, read a tensor at a time into memory of its own, so that none of it stays mapped.
@@ -134,6 +138,14 @@ class SafetensorsFile:
             if found != length:
                 raise OSError(f"{found} of the {length} bytes of '{name}'")
             return tensor
+        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+            raise self._damaged(error) from None
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start…stop of the tensor, copied out of the file without reading the others."""
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                return file.get_slice(name)[start:stop].clone()  # type: ignore[no-any-return]
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise self._damaged(error) from None
 
