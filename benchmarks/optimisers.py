@@ -103,7 +103,38 @@ def by_cma(objective: Objective, size: int, budget: int, seed: int) -> None:
         strategy.tell(points, [objective(point) for point in points])
 
 
+def by_cmaes(step: float, share: float) -> Optimiser:
+    """CMA-ES of the package `cmaes`: its first step as a share of the range, its population as one of the usual."""
+
+    def run(objective: Objective, size: int, budget: int, seed: int) -> None:
+        from cmaes import CMA
+
+        objective(np.zeros(size))
+        population = max(4, int(share * (4 + int(3 * np.log(size)))))
+        bounds = np.array([[-BOUND, BOUND]] * size)
+        strategy = CMA(np.zeros(size), step * 2 * BOUND, bounds=bounds, seed=seed, population_size=population)
+        while True:
+            points = [strategy.ask() for _ in range(population)]
+            strategy.tell([(point, objective(point)) for point in points])
+
+    return run
+
+
+def by_scipy(name: str, **options: Any) -> Optimiser:
+    """One of SciPy's methods that need no gradient."""
+
+    def run(objective: Objective, size: int, budget: int, seed: int) -> None:
+        from scipy.optimize import minimize
+
+        minimize(objective, np.zeros(size), method=name, bounds=[(-BOUND, BOUND)] * size, options=options)
+
+    return run
+
+
 OPTIMISERS: dict[str, Optimiser] = {
+    "scipy COBYLA": by_scipy("COBYLA", rhobeg=0.5),
+    "scipy Powell": by_scipy("Powell"),
+    **{f"cmaes {step} {share}": by_cmaes(step, share) for step in (0.03, 0.06, 0.1, 0.17) for share in (0.5, 1.0)},
     **{
         f"optuna {name}": by_optuna(name)
         for name in ("random", "qmc", "tpe", "tpe, joint", "gp", "cma-es", "cma-es, separable")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,19 @@ def encoder() -> Bench:
         initializer_range=0.3,
     )
     return Bench(BertModel(config), Words(), "tiny/bert")
+
+
+def saved_encoder(folder: Path) -> Path:
+    """The encoder and a tokenizer of words, as save_pretrained writes them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for text in (*TEXTS, *DESCRIPTIONS) for word in text.split()})
+    table = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1} | {w: i + 2 for i, w in enumerate(words)}, "[UNK]"))
+    table.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=table, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    encoder().model.save_pretrained(folder)
+    return folder
 
 
 def causal() -> Bench:

@@ -16,17 +16,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny encoder and a tokenizer of words, as save_pretrained writes them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = sorted({word for text in (*tiny.TEXTS, *tiny.DESCRIPTIONS) for word in text.split()})
-    table = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1} | {w: i + 2 for i, w in enumerate(words)}, "[UNK]"))
-    table.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder = tmp_path_factory.mktemp("base")
-    PreTrainedTokenizerFast(tokenizer_object=table, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    tiny.encoder().model.save_pretrained(folder)
-    return folder
+    return tiny.saved_encoder(tmp_path_factory.mktemp("base"))
 
 
 def test_gathers_once_and_says_so(base: Path, make_lora: Make, tmp_path: Path) -> None:
