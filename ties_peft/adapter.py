@@ -185,7 +185,7 @@ class Adapter:
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A sha256 over tensor names, shapes, dtypes, bytes and lora scalings; never over paths.
 
