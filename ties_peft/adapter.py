@@ -20,6 +20,7 @@ from .delta import Delta, inner_root
 from .errors import AdapterError, RecipeError, printable, unknown, warn_caller
 from .kinds import Kind, Module, kind_of
 from .riders import WHOLE_NUMBERS, check_riders
+from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, PickleFile, SafetensorsFile, TensorSource
 from .tiles import one_thread
 
@@ -69,6 +70,8 @@ class Adapter:
         self.config = config
         self.tensors = tensors
         self.source = source
+        self._statistics: dict[str, Statistics] = {}
+        self._renamed: tuple[Adapter, Mapping[str, str]] | None = None  # what it was, and the new names
         self.weights = weights
         self.kind: Kind = kind_of(config.get("peft_type"), self.label)
         self.layout: dict[str, Module] = self.kind.layout(config, tensors, self.label, weights)
@@ -162,11 +165,33 @@ class Adapter:
         A module that is written goes by its new name; the base is still asked by the old.
         """
         other = copy.copy(self)
+        other._renamed = (self, names)
         other.layout = {}
         for name, module in self.layout.items():
             layer = "" if module.path == name else names.get(module.path, module.path)
             other.layout[names.get(name, name)] = replace(module, name=names.get(name, name), layer=layer)
         return other
+
+    def statistics(self, kind: str) -> Statistics | None:
+        """What was gathered of it, `fisher` or `gram`; None if nothing was.
+
+        Raises: AdapterError or CompatibilityError where the file beside it is damaged or of another adapter.
+        """
+        if self._renamed is not None:
+            own = self._renamed[0].statistics(kind)
+            return None if own is None else own.renamed(self._renamed[1])
+        path = None if self.folder is None else self.folder / file_name(kind)
+        if kind not in self._statistics and path is not None and path.is_file():
+            self.attach(Statistics.open(path, kind, self.label))
+        return self._statistics.get(kind)
+
+    def attach(self, statistics: Statistics) -> None:
+        """Give it statistics that do not lie beside it; they take the place of those that do.
+
+        Raises: CompatibilityError where they are of another adapter.
+        """
+        statistics.check(self.digest, {name: module.shape for name, module in self.layout.items()}, self.label)
+        self._statistics[statistics.kind] = statistics
 
     @property
     def ranks(self) -> tuple[int, ...]:

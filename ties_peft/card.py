@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -33,6 +34,7 @@ def card(report: Report, recipe: str, config: dict[str, Any]) -> str:
         f" Its rank, {report.rank}, keeps {report.energy:.1%} of the merged energy." if report.rank is not None else ""
     )
     whole = "".join(f"\n- {text}" for text in rider_texts(report.riders))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))  # which no name in it can close
     notes = "".join(f"\n- {warning}" for warning in report.warnings)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
@@ -53,9 +55,9 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 
 The recipe, which makes the same bytes again from the same inputs:
 
-```yaml
+{fence}yaml
 {recipe.strip()}
-```
+{fence}
 {f"{chr(10)}Noted while merging:{chr(10)}{notes}{chr(10)}" if notes else ""}"""
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from .adapter import Adapter
 from .errors import CompatibilityError, RecipeError, printable
 from .kinds import Module, written_as
+from .methods import Method
 from .recipe import NORM, Recipe
 from .schedule import Schedule, count_layers
 from .spellings import agree
+from .statistics import Statistic, command
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,27 @@ def compare_filters(members: Sequence[Member], modules: Iterable[str], warnings:
     idle = [printable(part) for part in filters if not any(part in name for name in names)]
     if idle:
         warnings.append(f"no module's name contains {', '.join(idle)}, so that such a filter has no effect.")
+
+
+def statistics_of(method: Method, members: Sequence[Member], module: str) -> list[Statistic]:
+    """Of some adapters that have a module, what the method needs to know of it; none if it needs nothing."""
+    found = [member.adapter.statistics(method.needs) for member in members] if method.needs else []
+    return [one for statistics in found if statistics and (one := statistics.of(module))]
+
+
+def check_statistics(method: Method, members: Sequence[Member]) -> None:
+    """Every adapter has, beside it, the statistics that the method needs.
+
+    Raises: CompatibilityError naming those that have none, and what makes them.
+    """
+    kind = method.needs
+    missing = [member.adapter.label for member in members if kind and member.adapter.statistics(kind) is None]
+    if kind and missing:
+        raise CompatibilityError(
+            f"method '{method.name}' needs {kind} statistics beside every adapter, and {len(missing)} of "
+            f"{len(members)} have none: {', '.join(missing)}. Gather them once, with the base model and a few hundred "
+            f"rows of text: {command(missing[0], kind)}."
+        )
 
 
 def _read_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Schedule]:

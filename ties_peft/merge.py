@@ -22,6 +22,7 @@ from .errors import RecipeError, printable, warn_caller
 from .factorise import Factors
 from .fast import load
 from .kinds import Module
+from .members import statistics_of
 from .merged import Merged
 from .methods import Method, TaskVectors
 from .plan import Plan, make_plan
@@ -233,6 +234,8 @@ def _merge_parts(coordinates: Coordinates, name: str, cuts: Cuts, crew: Workers,
             total_heft=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
             adapters=len(plan.members),
             signs=None if signs is None else signs[part],
+            statistics=statistics_of(plan.method, [plan.members[place] for place in places], name),
+            inputs=encoding.inputs,
             streams=[coordinates.stream(place, name, part) for place in places],
             room=lambda purpose, shape: crew.scratch(purpose, shape, plan.device),
         )

@@ -17,7 +17,7 @@ from .adapter import Adapter
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
 from .heads import Heads, settle_heads
 from .kinds import Module, Written, written_as
-from .members import Member, check_together, compare_filters, find_members, one_spelling
+from .members import Member, check_statistics, check_together, compare_filters, find_members, one_spelling
 from .methods import Method, Stages, Trim, method_classes
 from .ranks import output_rank
 from .recipe import DTYPES, NORM, Rank, Recipe
@@ -147,6 +147,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
     _check_values([*(() if checked else adapters), *([signs] if signs else [])])
     members = find_members(recipe, one_spelling(adapters, warnings), densities, warnings)
+    check_statistics(stages.method, members)
     dtype = _dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
     check_together(members, modules)

@@ -13,10 +13,11 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,6 +77,10 @@ class MemoryTensors:
         """The tensor."""
         return self._tensors[name]
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start…stop of it."""
+        return self._tensors[name][start:stop]
+
 
 class SafetensorsFile:
     """A safetensors file, read a tensor at a time into memory of its own, so that none of it stays mapped.
@@ -90,6 +95,7 @@ class SafetensorsFile:
     @cached_property
     def _index(self) -> dict[str, Info]:
         _refuse_unreadable(self.path, self.label)
+        self._state = _state(self.path)
         try:
             with safe_open(self.path, framework="pt", device="cpu") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
@@ -127,10 +133,19 @@ class SafetensorsFile:
             start, length = self._bytes[name]
             with self.path.open("rb", buffering=0) as file:
                 file.seek(start)
-                found = file.readinto(_raw(tensor)) if length else 0
+                found = _fill(_raw(tensor), file) if length else 0
+            self._refuse_changed()
             if found != length:
                 raise OSError(f"{found} of the {length} bytes of '{name}'")
             return tensor
+        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+            raise self._damaged(error) from None
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start…stop of the tensor, copied out of the file without reading the others."""
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                return file.get_slice(name)[start:stop].clone()  # type: ignore[no-any-return]
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise self._damaged(error) from None
 
@@ -138,9 +153,17 @@ class SafetensorsFile:
         """Ask the system to fetch the bytes of some tensors from the disk while something else is done."""
         if not hasattr(os, "posix_fadvise"):
             return
-        with self.path.open("rb", buffering=0) as file:
+        with suppress(OSError), self.path.open("rb", buffering=0) as file:  # what is wrong, `read` will say
             for start, length in (self._bytes[name] for name in names):
                 os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
+    def _refuse_changed(self) -> None:
+        """A merge reads a file several times; what it reports and writes must be of one content."""
+        if _state(self.path) != self._state:
+            raise AdapterError(
+                f"adapter '{self.label}': {self.path.name} was changed while it was read. Nothing was written: wait until "
+                "whatever writes it is done, and merge again."
+            )
 
     def _damaged(self, error: Exception) -> AdapterError:
         return AdapterError(
@@ -230,6 +253,20 @@ def _raw(tensor: Tensor) -> memoryview:
 def _info(shape: list[int], dtype: str) -> Info:
     known = DTYPES.get(dtype)
     return Info(tuple(shape), str(known).removeprefix("torch.") if known else dtype)
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What tells one content of a file from the next: which file it is, its size, when it was written."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _fill(memory: memoryview, file: BinaryIO) -> int:
+    """How many bytes could be read into all of `memory`; one call to the system gives 2 GB at most."""
+    found = 0
+    while part := file.readinto(memory[found:]):  # type: ignore[attr-defined]
+        found += part
+    return found
 
 
 def _refuse_inflated(path: Path, label: str) -> None:

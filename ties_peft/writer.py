@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import save_file
@@ -24,7 +25,10 @@ from .errors import RecipeError, printable
 Content = str | bytes | dict[str, Tensor]  # a text file, any file, or the tensors of a safetensors file
 PROVENANCE = "provenance.json"
 COPIED = "copied"  # in it: the files that were copied from beside the inputs, a sha256 each
-OURS = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", PROVENANCE})
+OURS = frozenset(
+    {"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", PROVENANCE}
+    | {"fisher.safetensors", "gram.safetensors"}  # statistics, which are of no use without the adapter beside them
+)
 ATTEMPTS = 20  # to get into the target while other processes do the same
 
 
@@ -128,12 +132,19 @@ def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False
 def _write(path: Path, content: Content) -> None:
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
-        return
-    if isinstance(content, bytes):
+    elif isinstance(content, bytes):
         path.write_bytes(content)
-        return
+    else:
+        write_tensors(path, content)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, str] = MappingProxyType({})) -> None:
+    """A safetensors file, with facts in its metadata.
+
+    Raises: OSError.
+    """
     try:
-        save_file(content, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **facts})
     except Exception as error:  # safetensors wraps the file system's errors in its own
         raise OSError(None, str(error)) from None
     path.chmod(0o666 & ~_umask())

@@ -129,6 +129,12 @@ def negated(adapter: Adapter) -> Adapter:
     )
 
 
+def drawing_as(adapter: Adapter, other: Adapter) -> Adapter:
+    """The adapter, given the random numbers of another: they belong to its digest."""
+    adapter.__class__ = type("Drawing", (Adapter,), {"digest": other.digest})
+    return adapter
+
+
 def in_other_factors(adapter: Adapter, seed: int) -> Adapter:
     """(B·G, G⁻¹·A) for a random G on every module, its scale moved into one of the factors."""
     draw = torch.Generator().manual_seed(seed)

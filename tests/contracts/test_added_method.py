@@ -175,4 +175,4 @@ def test_the_battery_covers_it(tmp_path: Path) -> None:
     battery = str(TESTS / "contracts" / "test_battery.py")
     done = python(install(tmp_path / "site"), "-m", "pytest", battery, "-q", "-p", "no:cacheprovider", "-k", "clip")
     assert done.returncode == 0, done.stdout
-    assert "passed" in done.stdout
+    assert done.stdout.count(".") > 60, "tests of its cells"

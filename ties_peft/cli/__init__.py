@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Merge many PEFT adapters into one adapter that PeftModel loads.",
 )
-ORDER = ("merge", "inspect", "convert", "push", "methods")  # as the help lists them; others follow by name
+ORDER = ("merge", "inspect", "convert", "push", "methods", "evaluate", "distil", "search")  # as the help lists them
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..delta import Delta, Mapped, inner, stack
 from ..draws import key, uniform
 from ..elect import Ballot, Combine, Vote
+from ..statistics import Statistic
 from ..trim import KEEP_ALL, Cut, Scope
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -88,6 +89,9 @@ class TaskVectors:
         rows: the range of rows at hand; None for all.
         tile: the number of that range in the part's grid.
         signs: the vector that decides the signs, if the method was given one.
+        statistics: of each, where the method `needs` them, those of the whole module.
+        inputs: the directions among the module's inputs that the columns stand for, (columns, in), where the
+            space has coordinates of its own; None where each column is one input.
         streams: of each one's random numbers.
         room: gives memory by purpose and shape, its content left from the last use.
         tally: numbers that a method wants summed over tiles for the report.
@@ -103,6 +107,8 @@ class TaskVectors:
     rows: tuple[int, int] | None = None
     tile: int = 0
     signs: Delta | None = None
+    statistics: Sequence[Statistic] = ()
+    inputs: Tensor | None = None
     streams: Sequence[int] = ()
     room: Callable[[str, Sequence[int]], Tensor] = lambda purpose, shape: torch.empty(*shape)
     tally: dict[str, int] = field(default_factory=dict)
@@ -187,6 +193,7 @@ class Method(BaseModel, ABC):
         random: whether it draws numbers, so that the seed matters.
         prepares: whether it can stand before another method; `joint` if it must see all adapters at once.
         finishes: whether it can stand after another method.
+        needs: the statistics that every adapter must have beside it: `fisher` or `gram`; None for none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -203,6 +210,7 @@ class Method(BaseModel, ABC):
     prepares: ClassVar[bool] = False
     joint: ClassVar[bool] = False
     finishes: ClassVar[bool] = False
+    needs: ClassVar[str | None] = None
 
     @abstractmethod
     def merge(self, tasks: TaskVectors) -> Tensor | Delta:

@@ -31,6 +31,11 @@ class Encoding(ABC):
     deltas: Sequence[Delta]
     parts: Sequence[tuple[Delta, ...]]
 
+    @property
+    def inputs(self) -> Tensor | None:
+        """What the columns of a part stand for, orthonormal rows of inputs, (columns, in); None: an input each."""
+        return None
+
     @abstractmethod
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """The task vector that the merged parts make, at a rank; as it is for None, where its kind has none.

@@ -48,6 +48,12 @@ class CoreEncoding(Encoding):
         to_left, to_right = self.left.T @ left, right @ self.right.T  # Lᵀ·B and A·R, a block for each
         self.parts = [(Dense((to_left[:, at] @ to_right[at]).float()),) for at in self.own.places]
 
+    @property
+    def inputs(self) -> Tensor:
+        """Rᵀ, (k₂, in), float64."""
+        rows = torch.cat([delta.A for delta in self.deltas if isinstance(delta, LowRank)]).double()
+        return self.right @ rows
+
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """L·M·Rᵀ: the small M at that rank, brought back."""
         most = min(merged[0].shape)
@@ -73,6 +79,11 @@ class CompressedEncoding(Encoding):
         scaled = matrices * (wanted / norms.clamp_min(1e-300)).view(-1, 1, 1)
         self.left, self.right = _tucker(scaled, rank, self.ROUNDS, self.SETTLED)
         self.parts = [(Dense((self.left.T @ matrix @ self.right).float()),) for matrix in matrices]
+
+    @property
+    def inputs(self) -> Tensor:
+        """U₁ᵀ·Rᵀ, (r, in), float64."""
+        return self.right.T @ self.core.inputs
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """(L·U₀)·O·(U₁ᵀ·Rᵀ), of rank r by construction."""

@@ -1,0 +1,118 @@
+"""What a search from a few examples gives on a task that no adapter was trained on, against its controls.
+
+    python benchmarks/search.py [--data ../shared/data] [--kinds lora ia3] [--rows 5 20 50] [--seeds 10] [--judged 1000]
+
+The six sample adapters, the held-out task mr: for each number of examples and each seed, examples are drawn from
+mr's train split (as many of each label as can be), the search is made with its 40 trials, and what it found and
+every control are judged on mr's test rows. Every (kind, rows, seed) is stored as it is done, in
+benchmarks/results/search.json; what is there is not measured again, so that a stopped run goes on. Printed are the
+mean over seeds, the standard deviation between seeds, and the paired difference of the search to each control
+with its standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "adapters"))
+
+import minilm
+
+import ties_peft
+from ties_peft.controls import CONTROLS, TRAINED
+
+RESULTS = HERE / "results" / "search.json"
+TASK = "mr"
+
+
+def examples(data: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """Labelled rows of the train split, the labels in turn."""
+    rows = minilm.read_rows(TASK, "train", data)
+    order = list(range(len(rows.texts)))
+    random.Random(seed).shuffle(order)
+    by_label = {label: [place for place in order if rows.labels[place] == label] for label in sorted(set(rows.labels))}
+    chosen = [by_label[place % len(by_label)][place // len(by_label)] for place in range(count)]
+    return [{"text": rows.texts[place], "label": rows.labels[place]} for place in chosen]
+
+
+def task(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """As `evaluate` takes it."""
+    return {"measure": "descriptions", "descriptions": list(minilm.SENTIMENT), "rows": rows, "name": TASK}
+
+
+def measure(
+    bench: ties_peft.Bench, data: Path, kind: str, count: int, seed: int, judged: int, budget: int
+) -> dict[str, float]:
+    """Accuracy in percent of what was found and of each control."""
+    rows = minilm.read_rows(TASK, "test", data, judged)
+    judge = task([{"text": text, "label": label} for text, label in zip(rows.texts, rows.labels, strict=True)])
+    adapters = [HERE.parent / "adapters" / kind / name for name in minilm.TASKS]
+    found = ties_peft.search(
+        adapters,
+        task(examples(data, count, seed)),
+        budget=budget,
+        judge=judge,
+        controls=(*CONTROLS, TRAINED),
+        seed=seed,
+        bench=bench,
+    )
+    return {"search": 100 * (found.judged or 0), **{c.name: 100 * (c.judged or 0) for c in found.controls}}
+
+
+def table(results: dict[str, dict[str, float]], kind: str, count: int) -> list[str]:
+    """The lines for one kind and number of examples."""
+    seeds = [row for key, row in results.items() if key.startswith(f"{kind} {count} ")]
+    if not seeds:
+        return []
+    lines = [f"\n{kind}, {count} examples, {len(seeds)} seeds     mean    sd   search − it"]
+    for name in seeds[0]:
+        values = [row[name] for row in seeds]
+        gaps = [row["search"] - row[name] for row in seeds]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+        beside = "" if name == "search" else f"   {statistics.fmean(gaps):+5.1f} ± {error:.1f}"
+        lines.append(f"{name:<26}{statistics.fmean(values):8.1f}{spread:6.1f}{beside}")
+    return lines
+
+
+def main() -> None:
+    """Measure what is not there yet, and print all."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--kinds", nargs="+", default=["lora", "ia3"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[5, 20, 50])
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--judged", type=int, default=1000)
+    parser.add_argument("--budget", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    results: dict[str, dict[str, float]] = json.loads(asked.out.read_text("utf-8")) if asked.out.exists() else {}
+    bench = ties_peft.Bench.load(minilm.base_source(), "encoder")
+    for seed in range(asked.seeds):
+        for kind in asked.kinds:
+            for count in asked.rows:
+                key = f"{kind} {count} {seed} {asked.judged} {asked.budget}"
+                if key in results:
+                    continue
+                results[key] = measure(bench, asked.data, kind, count, seed, asked.judged, asked.budget)
+                asked.out.parent.mkdir(parents=True, exist_ok=True)
+                staged = asked.out.with_suffix(".part")
+                staged.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+                staged.replace(asked.out)
+                print(key, {name: round(value, 1) for name, value in results[key].items()}, flush=True)
+    for kind in asked.kinds:
+        for count in asked.rows:
+            print("\n".join(table(results, kind, count)))
+
+
+if __name__ == "__main__":
+    main()

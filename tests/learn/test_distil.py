@@ -1,0 +1,273 @@
+"""Distillation: it imitates, it is never worse than its start, it can be stopped, it is one ordinary adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PREFIX
+from learn.models import VOCABULARY, bases, linear_shapes, make_model, make_tokenizer, sentences, write_ia3, write_lora
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import ties_peft
+from ties_peft import fitting
+from ties_peft.bench import Bench
+from ties_peft.errors import TiesPeftError
+from ties_peft.lessons import TokenLesson, random_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.errors.TiesPeftWarning")
+TASK = {"measure": "descriptions", "descriptions": ["w1 w2", "w3 w4", "w5 w6"]}
+VECTORS = {"encoder.layer.0.attention.self.key": (16, False), "encoder.layer.1.output.dense": (24, True)}
+QUICK: dict[str, Any] = {"steps": 40}
+
+
+@pytest.fixture
+def loras(tmp_path: Path) -> list[Path]:
+    shapes = linear_shapes(make_model("encoder"), "query", "value", "output.dense")
+    return [write_lora(tmp_path / f"a{seed}", shapes, seed) for seed in range(2)]
+
+
+@pytest.fixture
+def vectors(tmp_path: Path) -> list[Path]:
+    return [write_ia3(tmp_path / f"i{seed}", VECTORS, seed + 5) for seed in range(2)]
+
+
+def predicted(base: str, folder: Path, texts: list[str]) -> torch.Tensor:
+    """log p of the labels, by PEFT and one text at a time."""
+    tokenizer, bare = make_tokenizer(True), make_model(base)
+    model = PeftModel.from_pretrained(make_model(base), folder).eval()
+
+    def embed(network: Any, text: str) -> torch.Tensor:
+        hidden = network(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).last_hidden_state
+        return torch.nn.functional.normalize(hidden.mean(1), dim=-1)
+
+    with torch.no_grad():
+        heads = torch.cat([embed(bare, text) for text in TASK["descriptions"]])
+        return torch.cat([20 * embed(model, text) @ heads.T for text in texts]).double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("kinds", ["lora", "ia3", "mixed"])
+def test_one_adapter_imitates_several(
+    kinds: str,
+    loras: list[Path],
+    vectors: list[Path],
+    tmp_path: Path,
+    bases: dict[str, Path],
+) -> None:
+    """The divergences reported are those of the written files, computed by PEFT on the rows held back."""
+    teachers = {"lora": loras, "ia3": vectors, "mixed": [loras[0], vectors[0]]}[kinds]
+    texts = {folder: sentences(60, seed) for seed, folder in enumerate(teachers)}
+    made = ties_peft.distil(teachers, rows=texts, tasks=TASK, base=bases["encoder"], steps=120)
+    report = made.report
+    assert report.improved
+    assert report.divergence[1] < report.divergence[0]
+    assert report.kind == ("(IA)³" if kinds == "ia3" else "LoRA")
+    out = made.save(tmp_path / "out")
+    assert {p.name for p in out.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "provenance.json"}
+    for number, (folder, line) in enumerate(zip(teachers, report.lessons, strict=True)):
+        bench = Bench(make_model("encoder"), make_tokenizer(True))
+        lesson = TokenLesson(bench, ties_peft.Adapter.load(folder), bench.all_ids(texts[folder]), "x", "x")
+        held = fitting.hold_back([lesson] * len(teachers), 0)[number][1]
+        rows = [texts[folder][place] for place in held]
+        log_p, log_q = predicted("encoder", folder, rows), predicted("encoder", out, rows)
+        divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        assert line.divergence[1] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+        assert line.agreement[1] == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()))
+
+
+def test_without_text_rows_are_random_tokens(loras: list[Path], bases: dict[str, Path]) -> None:
+    made = ties_peft.distil(loras, tasks=TASK, rows=50, base=bases["encoder"], **QUICK)
+    assert [line.origin for line in made.report.lessons] == ["random tokens"] * 2
+    bench = Bench.load(bases["encoder"], "encoder")
+    rows = random_rows(bench, 400, 0, "x")
+    assert all((ids[0], ids[-1]) == (1, 2) for ids in rows)  # [CLS] … [SEP]
+    assert {token for ids in rows for token in ids[1:-1]} == set(range(4, VOCABULARY))
+    assert rows != random_rows(bench, 400, 1, "x") != random_rows(bench, 400, 1, "y")
+
+
+def test_the_same_bytes_twice_and_when_stopped(
+    loras: list[Path],
+    tmp_path: Path,
+    bases: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped in the middle, it goes on from the last look: its teachers are not run again."""
+
+    def once(state: Path | None) -> str:
+        return ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], steps=60, seed=3, state=state).digest
+
+    monkeypatch.setattr(fitting, "PATIENCE", 100)
+    whole = once(None)
+    assert once(None) == whole
+    learn, count = fitting._learn, 0
+
+    def stopping(*given: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 33:
+            raise KeyboardInterrupt
+        learn(*given)
+
+    monkeypatch.setattr(fitting, "_learn", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        once(tmp_path / "state")
+    assert {p.name for p in (tmp_path / "state").iterdir()} == {"teachers.safetensors", "fit.safetensors"}
+    monkeypatch.setattr("ties_peft.lessons.LabelLesson.teach", lambda *_: pytest.fail("a teacher ran again"))
+    assert once(tmp_path / "state") == whole
+    assert 60 < count <= 33 + 30 + 5
+    with pytest.raises(TiesPeftError, match="is of other work"):
+        ties_peft.distil(loras, rows=41, tasks=TASK, base=bases["encoder"], steps=60, state=tmp_path / "state")
+
+
+def test_never_worse_than_the_start(loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step far too large: the rate is lowered three times, and what is given back is the start, said so."""
+    monkeypatch.setitem(ties_peft.distil.__globals__["RATES"], "factors", 1e6)
+    with pytest.warns(ties_peft.TiesPeftWarning, match="the start itself"):
+        made = ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], rank=2, **QUICK)
+    assert not made.report.improved
+    assert made.report.retries == 3
+    start = ties_peft.merge(loras, "tsv", scale=0.6, rank=2, restore_norm=True)
+    for name in start.modules:
+        torch.testing.assert_close(made.delta(name), start.delta(name))
+    assert all(before == after for before, after in (line.divergence for line in made.report.lessons))
+
+
+def test_gains_only_scale_the_directions_of_the_start(loras: list[Path], bases: dict[str, Path]) -> None:
+    made = ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], fit="gains", **QUICK)
+    start = ties_peft.merge(loras, "flat_tsv", rank="max")
+    assert made.report.rank == 4
+    for name in made.modules:
+        B, A = start.read(name).B.double(), start.read(name).A.double()
+        core = torch.linalg.pinv(B) @ made.delta(name).double() @ torch.linalg.pinv(A)
+        assert (core - core.diag().diag()).abs().max() < 1e-4 * core.abs().max()
+
+
+def test_the_rank_asked_for_may_exceed_the_merges(loras: list[Path], bases: dict[str, Path]) -> None:
+    """Directions that start at nothing are woken, so that they can learn; the start's function stays."""
+    made = ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], rank=6, **QUICK)
+    assert made.ranks == (6,)
+    ranks = [int(torch.linalg.matrix_rank(made.delta(name).double(), rtol=1e-5)) for name in made.modules]
+    assert min(ranks) > 4
+
+
+def test_each_teacher_is_imitated_under_its_own_head(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """Two classifiers with heads of their own: one adapter without a head serves under both, by PEFT."""
+    shapes = linear_shapes(make_model("classifier"), "query", "value", "output.dense")
+    folders = [write_lora(tmp_path / f"c{seed}", shapes, seed, task_type="SEQ_CLS") for seed in range(2)]
+    heads = [torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    for folder, head in zip(folders, heads, strict=True):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        own = {f"{PREFIX}classifier.weight": head, f"{PREFIX}classifier.bias": torch.zeros(3)}
+        save_file({**tensors, **own}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    texts = [sentences(60, seed) for seed in range(2)]
+    made = ties_peft.distil(folders, rows=texts, base=bases["classifier"], steps=120)
+    assert made.report.divergence[1] < made.report.divergence[0]
+    assert not made.riders
+    assert any("its own head" in warning for warning in made.report.warnings)
+    out = made.save(tmp_path / "out")
+    tokenizer = make_tokenizer(True)
+    for number, (folder, head, line) in enumerate(zip(folders, heads, made.report.lessons, strict=True)):
+        bench = Bench(make_model("classifier"), tokenizer)
+        lesson = TokenLesson(bench, ties_peft.Adapter.load(folder), bench.all_ids(texts[number]), "x", "x")
+        held = fitting.hold_back([lesson] * 2, 0)[number][1]
+        found = []
+        for own in (folder, out):
+            base = make_model("classifier")
+            base.classifier.weight.data, base.classifier.bias.data = head, torch.zeros(3)
+            model = PeftModel.from_pretrained(base, own).eval()
+            rows = [tokenizer(texts[number][place], return_tensors="pt", return_token_type_ids=False) for place in held]
+            with torch.no_grad():
+                found.append(torch.cat([model(**row).logits for row in rows]).double().log_softmax(-1))
+        log_p, log_q = found
+        divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        assert line.divergence[1] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["gpt2", "llama"])
+def test_causal_models_by_their_next_tokens(form: str, tmp_path: Path, bases: dict[str, Path]) -> None:
+    """Two LoRAs trained on two languages: the distilled one is nearer to both than its start, by the labels' loss."""
+    base, languages = bases[form], {"up": 1, "down": -1}
+    texts = {
+        name: [" ".join(f"w{(first + step * place) % 40}" for place in range(8)) for first in range(40)]
+        for name, step in languages.items()
+    }
+    teachers = {name: train(form, texts[name], tmp_path / name) for name in languages}
+    made = ties_peft.distil(
+        list(teachers.values()), rows={teachers[n]: texts[n] for n in languages}, base=base, rank=4, steps=200
+    )
+    start = ties_peft.merge(list(teachers.values()), "tsv", scale=0.6, rank=4, restore_norm=True)
+
+    def loss(adapter: Any) -> float:
+        tasks = [{"measure": "loss", "label": None, "rows": own} for own in texts.values()]
+        return sum(float(ties_peft.evaluate(adapter, task, base=base).loss or 0) for task in tasks)
+
+    assert made.report.divergence[1] < made.report.divergence[0]
+    assert loss(made) < loss(start) - 0.05
+    assert made.config["task_type"] == "CAUSAL_LM"
+
+
+def train(form: str, texts: list[str], folder: Path) -> Path:
+    """A LoRA trained by PEFT on next tokens, in a second."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    targets = ["c_attn", "c_fc"] if form == "gpt2" else ["q_proj", "v_proj", "up_proj"]
+    model = get_peft_model(make_model(form), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    ids = make_tokenizer(False)(texts, return_tensors="pt").input_ids
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    for _ in range(60):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_of_a_large_vocabulary_the_likeliest_are_kept(
+    loras: list[Path],
+    bases: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """KL of kept tokens and the rest in one sum: at most the whole one, and by the definition."""
+    monkeypatch.setattr("ties_peft.lessons.TOP", 5)
+    bench = Bench.load(bases["llama"], "language")
+    shapes = linear_shapes(bench.model, "q_proj", "up_proj")
+    teacher = ties_peft.Adapter.load(write_lora(tmp_path / "t", shapes, 0))
+    lesson = TokenLesson(bench, teacher, [[5, 6, 7, 8], [9, 10]], "t", "x")
+    lesson.keep(lesson.teach())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        q = make_model("llama")(ids).logits[0].double().softmax(-1)
+        p = PeftModel.from_pretrained(make_model("llama"), tmp_path / "t")(ids).logits[0].double().softmax(-1)
+    top = p.topk(5).indices
+    kept_p, kept_q = p.gather(1, top), q.gather(1, top)
+    rest_p, rest_q = 1 - kept_p.sum(1), 1 - kept_q.sum(1)
+    expected = ((kept_p * (kept_p / kept_q).log()).sum(1) + rest_p * (rest_p / rest_q).log()).mean()
+    found = lesson.against([0, 1]).divergence[0]
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    assert float(found) < float((p * (p / q).log()).sum(1).mean())
+
+
+@pytest.mark.parametrize(
+    ("asked", "parts"),
+    [
+        ({"rows": {"nobody": ["w1"] * 9}}, ["rows", "unknown adapter 'nobody'"]),
+        ({"rows": [50]}, ["1 rows for 2 adapters"]),
+        ({"rows": 4}, ["has 4 rows", "expected 5 at least"]),
+        ({"rows": [["w1"] * 9, 7.5]}, ["expected a list of texts"]),
+        ({"tasks": None}, ["how its predictions are read is not known"]),
+        ({"fit": "gain"}, ["unknown fit 'gain'", "gains"]),
+        ({"rank": 0}, ["rank is 0"]),
+        ({"kind": "ia3"}, ["none of the adapters is"]),
+        ({"start": {"method": "tys"}}, ["unknown method 'tys'"]),
+    ],
+)
+def test_wrong_input(asked: dict[str, Any], parts: list[str], loras: list[Path], bases: dict[str, Path]) -> None:
+    with pytest.raises(TiesPeftError) as caught:
+        ties_peft.distil(loras, **{"base": bases["encoder"], "tasks": TASK, **QUICK, **asked})
+    assert all(part in str(caught.value) for part in parts), caught.value

@@ -1,0 +1,115 @@
+"""`ties-peft distil`: one adapter that imitates several, on rows without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .. import sources
+from ..distil import BATCH, FITS
+from ..distil import distil as distil_adapters
+from ..errors import RecipeError, printable
+from ..writer import check_target
+from .base import Json, print_json, progress_bar, show_warnings
+
+Rows = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rows",
+        help="A .jsonl, .csv or .txt file, or a number of random-token rows: once for each adapter, or one for all.",
+        show_default="the tasks' rows, else 200 of random tokens",
+    ),
+]
+Tasks = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--task",
+        help="How predictions are read: once for each adapter, or one for all.",
+        show_default="the model's own",
+    ),
+]
+State = Annotated[
+    Path | None, typer.Option(help="Keep the work in this folder; the same command then goes on.", show_default=False)
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("distil")(distil)
+
+
+def distil(
+    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    rows: Rows = None,
+    task: Tasks = None,
+    base: Annotated[str | None, typer.Option(help="The base model.", show_default="the adapters'")] = None,
+    rank: Annotated[int | None, typer.Option(help="A whole number.", show_default="the adapters' largest")] = None,
+    start: Annotated[str | None, typer.Option(help="An adapter to start from.", show_default="a merge")] = None,
+    kind: Annotated[str | None, typer.Option(help="lora or ia3.", show_default="the adapters'")] = None,
+    fit: Annotated[str, typer.Option(help=" or ".join(FITS) + "; (IA)³ fits its vectors.")] = FITS[0],
+    steps: Annotated[int | None, typer.Option(help="At most.", show_default="by the rows")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = BATCH,
+    seed: Annotated[int, typer.Option(help="Of batches, held-back rows and random tokens.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the inputs'")] = None,
+    base_name: Annotated[str | None, typer.Option(help="The base's name to write.", show_default="the inputs'")] = None,
+    state: State = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge adapters, then let the one adapter imitate them on rows without labels."""
+    read = [path for path in map(sources.local, adapters) if path is not None]
+    check_target(out, force, read)
+    with progress_bar() as tell:
+        made = distil_adapters(
+            adapters,
+            start=start,
+            rows=_rows(rows, len(adapters)),
+            rank=rank,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            tasks=_each(task, len(adapters), "--task"),
+            base=base,
+            kind=kind,
+            fit=fit,
+            steps=steps,
+            batch_size=batch_size,
+            state=state,
+            base_model=base_name,
+            progress=tell,
+        )
+    made.save(out, force)
+    show_warnings(made.report.warnings)
+    if as_json:
+        print_json({"out": str(out), "distil": made.recipe, "report": made.report.to_dict()})
+        return
+    console = Console()
+    console.print(made.report.tables())
+    console.print(f"\nwritten to {escape(str(out))}", highlight=False, soft_wrap=True)
+
+
+def _rows(given: list[str] | None, count: int) -> Any:
+    """Numbers as numbers, the rest as paths."""
+    found = _each(given, count, "--rows")
+    numbers = [
+        int(value) if str(value).isdecimal() else value for value in (found if isinstance(found, list) else [found])
+    ]
+    return numbers if isinstance(found, list) else numbers[0]
+
+
+def _each(given: list[Any] | None, count: int, flag: str) -> Any:
+    """One for all, one for each, or none."""
+    if not given:
+        return None
+    if len(given) not in (1, count):
+        raise RecipeError(
+            f"{flag} is there {len(given)} times for {count} adapters ({printable(', '.join(map(str, given)))}). Give it "
+            "once, or once for each adapter in their order."
+        )
+    return given[0] if len(given) == 1 else given

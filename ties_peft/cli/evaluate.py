@@ -1,0 +1,97 @@
+"""`ties-peft evaluate`: adapters on labelled rows, on one loaded base."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import RecipeError, TiesPeftWarning
+from ..evaluate import evaluate_all
+from ..exam import BATCH, Score
+from ..members import short_names
+from .base import Json, print_json, progress_bar, show_warnings
+
+BARE = "base"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("evaluate")(evaluate)
+
+
+def evaluate(
+    adapters: Annotated[list[str] | None, typer.Argument(help="Folders or Hub ids.", show_default=False)] = None,
+    task: Annotated[
+        list[Path] | None, typer.Option("--task", help="A task's YAML or JSON file; repeatable.", show_default=False)
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's")] = None,
+    bare: Annotated[bool, typer.Option("--bare", help="Judge the base without an adapter too.")] = False,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = BATCH,
+    as_json: Json = False,
+) -> None:
+    """Measure adapters on labelled rows."""
+    if not task:
+        raise RecipeError("no task was named. Say which rows to judge by: --task FILE.yaml.")
+    names = list(adapters or [])
+    if not names and not bare:
+        raise RecipeError("no adapter was named. Name at least one folder or Hub id, or judge the base: --bare.")
+    labels = ([BARE] if bare else []) + (short_names(names) if names else [])
+    with warnings.catch_warnings(record=True) as found, progress_bar() as tell:
+        warnings.simplefilter("always", TiesPeftWarning)
+        scores = evaluate_all([*([None] if bare else []), *names], task, base, device, None, batch_size, tell)
+    show_warnings([str(one.message) for one in found if issubclass(one.category, TiesPeftWarning)])
+    _say_cut(scores[0])
+    if as_json:
+        lines = [
+            {"adapter": label, "scores": [s.to_dict() for s in line]}
+            for label, line in zip(labels, scores, strict=True)
+        ]
+        print_json({"evaluated": lines})
+        return
+    console = Console()
+    console.print(_table(labels, scores))
+    console.print(_legend(scores[0]), style="dim", highlight=False)
+
+
+def _say_cut(line: list[Score]) -> None:
+    show_warnings(
+        [f"task '{s.task}': {s.cut} of {s.rows} rows are longer than max_tokens, and were cut." for s in line if s.cut]
+    )
+
+
+def _table(labels: list[str], scores: list[list[Score]]) -> Table:
+    """A row for each adapter, a column for each task, and the mean where they can be added."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("adapter")
+    tasks = [score.task for score in scores[0]]
+    accuracies = all(score.accuracy is not None for score in scores[0])
+    for heading in [*tasks, *(["mean"] if len(tasks) > 1 and accuracies else [])]:
+        table.add_column(escape(heading), justify="right")
+    for label, line in zip(labels, scores, strict=True):
+        cells = [_cell(score) for score in line]
+        if len(tasks) > 1 and accuracies:
+            cells.append(f"{100 * sum(s.accuracy or 0.0 for s in line) / len(line):.1f}")
+        table.add_row(escape(label), *cells)
+    return table
+
+
+def _cell(score: Score) -> str:
+    return f"{score.loss:.4f}" if score.accuracy is None else f"{100 * score.accuracy:.1f}"
+
+
+def _legend(line: list[Score]) -> str:
+    rows = ", ".join(f"{score.rows}" for score in line)
+    errors = [100 * score.error for score in line if score.error is not None]
+    what = "accuracy in percent" if errors else "mean −log p per token"
+    known = f"; one is known to about ± {math.fsum(errors) / len(errors):.1f}" if errors else ""
+    return (
+        f"{what}{' (losses: mean −log p per token)' if errors and len(errors) < len(line) else ''}; rows: {rows}{known}"
+    )

@@ -1,0 +1,124 @@
+"""`ties-peft search`: the weights, or any numbers and choices of a recipe, that do best on a few examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..controls import CONTROLS, TRAINED
+from ..document import parse
+from ..errors import RecipeError, printable
+from ..merged import inputs
+from ..recipe import Recipe
+from ..search import BUDGET, PENALTY, Found
+from ..search import search as find
+from ..writer import check_target
+from .base import Json, print_json, progress_bar, show_warnings
+
+Tune = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=RANGE or NAME=CHOICES, in YAML: density=[0.05,1.0]; method=[ties,flat_tsv]; "
+        "'scale={low: 0.1, high: 3, log: true}'; adapters=some. Repeatable.",
+        show_default="weights=[-1.5,1.5]",
+    ),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the trials are kept: a path (SQLite), a database's URL, or journal:PATH.",
+        show_default="OUT.study.db",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="NAME=VALUE, a parameter that stays, in YAML; repeatable.", show_default=False),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("search")(search)
+
+
+def search(
+    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
+    task: Annotated[Path, typer.Option(help="A task file with the few labelled rows.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    tune: Tune = None,
+    budget: Annotated[int, typer.Option(help="Trials in all, over all processes.")] = BUDGET,
+    method: Annotated[str, typer.Option(help="Where it is not tuned.")] = "task_arithmetic",
+    space: Annotated[str, typer.Option(help="Likewise.")] = "delta",
+    scale: Annotated[
+        float | None, typer.Option(help="Likewise.", show_default="1 for task_arithmetic, else the method's")
+    ] = None,
+    rank: Annotated[str, typer.Option(help="A whole number, max or auto.")] = "max",
+    settings: Settings = None,
+    penalty: Annotated[float, typer.Option(help="On the mean of |w|, where weights are tuned.")] = PENALTY,
+    judge: Annotated[
+        Path | None, typer.Option(help="A task file with other rows, to judge by at the end.", show_default=False)
+    ] = None,
+    controls: Annotated[
+        bool, typer.Option("--controls/--no-controls", help=f"Also make {', '.join(CONTROLS)}.")
+    ] = True,
+    trained: Annotated[bool, typer.Option("--trained", help="Also train a new LoRA on the same rows.")] = False,
+    storage: Storage = None,
+    study: Annotated[str, typer.Option(help="Name of the search in the storage; it goes on where it was.")] = "search",
+    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    sampler: Annotated[str, typer.Option(help="auto, cobyla, tpe or random.")] = "auto",
+    base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's or adapters'")] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    allow_disjoint: Annotated[bool, typer.Option("--allow-disjoint", help="As in merge.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Search for what does best on a few examples."""
+    check_target(out, force, inputs(Recipe(adapters=tuple(adapters))))
+    with progress_bar() as tell:
+        found = find(
+            adapters,
+            task,
+            _pairs(tune, "--tune") if tune else None,
+            budget,
+            method=method,
+            space=space,
+            scale=scale,
+            rank=int(rank) if rank.isdecimal() else rank,
+            parameters=_pairs(settings, "--set"),
+            penalty=penalty,
+            judge=judge,
+            controls=(*(CONTROLS if controls else ()), *((TRAINED,) if trained else ())),
+            storage=storage or f"{out}.study.db",
+            study=study,
+            seed=seed,
+            sampler=sampler,
+            base=base,
+            device=device,
+            allow_disjoint=allow_disjoint,
+            progress=tell,
+        )
+    found.adapter.save(out, force)
+    _show(found, out, as_json)
+
+
+def _show(found: Found, out: Path, as_json: bool) -> None:
+    show_warnings(found.adapter.report.warnings)
+    if as_json:
+        print_json({"out": str(out), **found.to_dict()})
+        return
+    typer.echo(f"{found}\n\nbest of {len(found.trials)} trials:\n{found.recipe.to_yaml()}\nwritten to {out}")
+
+
+def _pairs(settings: list[str] | None, flag: str) -> Mapping[str, Any]:
+    pairs: dict[str, Any] = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise RecipeError(
+                f"{flag} is '{printable(setting)}'; expected NAME=VALUE, such as {flag} density=[0.1,1.0]."
+            )
+        pairs[key.strip()] = parse(value)
+    return pairs

@@ -1,0 +1,42 @@
+"""`ties-peft signs`: an adapter trained on a few examples, whose signs a TIES merge takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..merged import inputs
+from ..recipe import Recipe
+from ..signs import few_shot_signs
+from ..writer import check_target
+from .base import progress_bar
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("signs")(signs)
+
+
+def signs(
+    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
+    task: Annotated[
+        list[Path], typer.Option(help="A task file with a few labelled rows; repeatable.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's or adapters'")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of training, in all.", show_default="20 for each task")] = None,
+    seed: Annotated[int, typer.Option(help="Of the rows' draws.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
+) -> None:
+    """Estimate the signs that TIES elects from a few examples."""
+    check_target(out, force, inputs(Recipe(adapters=tuple(adapters))))
+    with progress_bar() as tell:
+        made = few_shot_signs(adapters, task, base, device, steps=steps, seed=seed, progress=tell)
+    made.save(out, force)
+    names = " ".join(adapters)
+    typer.echo(
+        f"written to {out}; take its signs with\n\n  ties-peft merge {names} --method ties --set sign_from={out} --out FOLDER"
+    )

@@ -1,0 +1,62 @@
+"""`ties-peft statistics`: what Fisher merging and RegMean must know of adapters, gathered once and kept beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..adapter import Adapter
+from ..errors import RecipeError
+from ..evaluate import find_base
+from ..gather import gather_statistics
+from ..statistics import KINDS, file_name
+from ..task import read_task
+from .base import Json, print_json, progress_bar
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("statistics")(statistics)
+
+
+def statistics(
+    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
+    task: Annotated[
+        list[Path],
+        typer.Option(help="A task file with rows of text; one for all, or one for each.", show_default=False),
+    ],
+    kind: Annotated[
+        list[str] | None, typer.Option(help=f"{' or '.join(KINDS)}; repeatable.", show_default="all that fit")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's or adapter's")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="For fisher: expected, sampled or given.", show_default="expected; sampled for texts"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of labels that are sampled.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    again: Annotated[bool, typer.Option("--again", help="Gather them anew where they are there already.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Gather the statistics that methods fisher and regmean need, and keep them beside each adapter."""
+    opened = [Adapter.load(name) for name in adapters]
+    if len(task) not in (1, len(opened)):
+        raise RecipeError(f"{len(task)} tasks for {len(opened)} adapters. Give one for all, or one for each.")
+    tasks = [read_task(path) for path in (task * len(opened) if len(task) == 1 else task)]
+    base = find_base(opened, tasks, base)
+    made = []
+    with progress_bar() as tell:
+        for adapter, own in zip(opened, tasks, strict=True):
+            for one in kind or [k for k in KINDS if k != "gram" or adapter.kind.has_rank]:
+                found = gather_statistics(
+                    adapter, own, one, base, device, labels=labels, seed=seed, again=again, progress=tell
+                )
+                facts = {key: value for key, value in found.facts.items() if key not in ("adapter", "same")}
+                made.append({"adapter": adapter.label, "digest": adapter.digest, "file": file_name(one), **facts})
+    if as_json:
+        print_json({"statistics": made})
+        return
+    for facts in made:
+        typer.echo(f"{facts['adapter']}/{facts['file']}: {facts['rows']} rows of {facts['task']} on {facts['base']}")

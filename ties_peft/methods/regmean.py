@@ -1,0 +1,95 @@
+"""RegMean."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..delta import Delta, Dense, LowRank, stack
+from .base import Method, TaskVectors
+
+
+class RegMean(Method):
+    """The matrix that answers each adapter's inputs most nearly as that adapter does.
+
+        G̃ᵢ = α·Gᵢ + (1 − α)·diag(Gᵢ),   Gᵢ = E[x·xᵀ] over the inputs of the module under adapter i
+        τ  = (Σ wᵢ·τᵢ·G̃ᵢ) · (Σ |wᵢ|·G̃ᵢ)⁻¹,   of least norm where no input tells them apart
+
+    the least squares solution of Σ wᵢ·E‖(τ − τᵢ)·x‖² at α = 1. Scaling down what is beside the diagonal keeps
+    the inverse tame: α is `off_diagonal`. The result has rank Σrᵢ and is computed in factors. In space `core`
+    the same is solved among matrices that read the adapters' own input directions alone: with R an
+    orthonormal basis of the rows of all A, τ = (Σ wᵢ·τᵢ·R·Cᵢ) · (Σ |wᵢ|·Cᵢ)⁻¹·Rᵀ and Cᵢ = Rᵀ·G̃ᵢ·R. An adapter
+    without a module has no part in it there. It needs the statistics `gram` beside every adapter
+    (`ties-peft statistics`).
+
+    Law: equal Gᵢ and positive weights: the average; one adapter with a positive weight comes back unchanged;
+        the order of the adapters does not matter; where every G̃ᵢ keeps the span of R apart from the rest,
+        spaces `delta` and `core` agree.
+    Source: Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models, ICLR 2023 (arXiv
+        2212.09849), on task vectors, which is the same thing since all share the base. G is a mean over
+        inputs, so that an adapter with more rows weighs no more than others; 0.9 is theirs.
+    """
+
+    name: ClassVar[str] = "regmean"
+    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
+    source: ClassVar[str] = "Jin et al., ICLR 2023, arXiv 2212.09849"
+    needs: ClassVar[str | None] = "gram"
+
+    off_diagonal: float = Field(0.9, ge=0, le=1, description="α, by which the off-diagonal of each Gram is scaled")
+
+    def merge(self, tasks: TaskVectors) -> Delta:
+        """One symmetric system for the module, its right-hand sides the rows of all adapters' A."""
+        grams = (self._gram(tasks, place) for place in range(len(tasks)))
+        total: Tensor | None = None
+        rows = []
+        for gram, delta, weight in zip(grams, tasks.deltas, tasks.weights, strict=True):
+            total = gram * abs(weight) if total is None else total.add_(gram, alpha=abs(weight))
+            rows.append((delta.A if isinstance(delta, LowRank) else delta.dense()).double() @ gram)
+        assert total is not None
+        solved = torch.split(_solve(total, torch.cat(rows)).float(), [len(one) for one in rows])
+        return stack(
+            [LowRank(d.B, A) if isinstance(d, LowRank) else Dense(A) for d, A in zip(tasks.deltas, solved, strict=True)]
+        )
+
+    def linear(self, adapters: int) -> bool:
+        """A sum of factors, each with an A of its own: exact at rank Σrᵢ."""
+        return True
+
+    def _gram(self, tasks: TaskVectors, place: int) -> Tensor:
+        """G̃ of one adapter in the coordinates of the columns, float64."""
+        gram = tasks.statistics[place].whole().to(tasks.device).double()
+        gram = self.off_diagonal * gram + (1 - self.off_diagonal) * torch.diag(gram.diagonal())
+        if tasks.inputs is None:
+            return gram
+        basis = tasks.inputs.double()
+        return basis @ gram @ basis.T
+
+
+def _solve(gram: Tensor, rows: Tensor) -> Tensor:
+    """rows · gram⁻¹; of least norm where gram is singular.
+
+    Args:
+        gram: (k, k), symmetric, no eigenvalue negative but by rounding.
+        rows: (m, k).
+    """
+    there = gram.diagonal() > 0  # an input that never was has no row, and gets none
+    if not there.any():
+        return torch.zeros_like(rows)
+    size = gram.diagonal()[there].sqrt()  # one that is a thousand times another would hide it otherwise
+    factor, failed = torch.linalg.cholesky_ex(gram[there][:, there] / size / size.unsqueeze(1))
+    if not failed and float(factor.diagonal().min()) > SINGULAR:
+        solved = torch.zeros_like(rows)
+        solved[:, there] = torch.cholesky_solve((rows[:, there] / size).T, factor).T / size
+        return solved
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > torch.finfo(torch.float32).eps * len(gram) * values[-1]
+    vectors = vectors[:, kept]
+    least: Tensor = ((rows @ vectors) / values[kept]) @ vectors.T
+    return least
+
+
+SINGULAR = 1e-2  # of a Cholesky factor's diagonal, 1 for an input that no other foretells; squared, far over float32's rounding

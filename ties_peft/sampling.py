@@ -1,0 +1,176 @@
+"""Sampling: which setting a study tries next, from what is there, the seed and the trial's number alone.
+
+COBYLA, Powell's trust region with linear models, where all knobs are ranges: at 20 to 200 trials in 2 to 50
+numbers it found most of those measured (`benchmarks/optimisers.py`). TPE, Parzen estimators of good and bad
+trials, where there are choices. Neither keeps anything in the store but the trials themselves (Optuna's CMA-ES
+keeps a pickle there, which whoever opens the store would execute).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .tuning import Knob, Range
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting that was tried.
+
+    Attributes:
+        number: its own in the study.
+        setting: by knob.
+        value: what the search makes large.
+        facts: what else is known of it, such as the score without a penalty.
+    """
+
+    number: int
+    setting: Mapping[str, Any]
+    value: float
+    facts: Mapping[str, Any]
+
+
+class History(Protocol):
+    """What sampling asks of a study."""
+
+    knobs: Mapping[str, Knob]
+    starts: Sequence[Mapping[str, Any]]
+    seed: int
+
+    def start(self, number: int) -> dict[str, Any]:
+        """The setting with which a trial of this number starts the search; empty for later ones."""
+
+    def trials(self) -> list[Trial]:
+        """Those that are done, by number."""
+
+    def under_way(self, number: int) -> list[Mapping[str, Any]]:
+        """The settings of the trials before `number` that are not done."""
+
+
+def make_sampler(optuna: Any, name: str, study: History) -> Any:
+    """An Optuna sampler that begins with the starts and has no memory but the store: `cobyla`, `tpe` or `random`."""
+
+    class Sampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
+        def infer_relative_search_space(self, of: Any, trial: Any) -> dict[str, Any]:
+            if study.start(trial.number):
+                return {}
+            if name == "cobyla":
+                return {knob: _distribution(optuna, own) for knob, own in study.knobs.items()}
+            return dict(self.inner(trial).infer_relative_search_space(of, trial))
+
+        def sample_relative(self, of: Any, trial: Any, space: dict[str, Any]) -> dict[str, Any]:
+            if not space:
+                return {}
+            if name == "cobyla":
+                return _next_point(study, trial.number)
+            return dict(self.inner(trial).sample_relative(of, trial, space))
+
+        def sample_independent(self, of: Any, trial: Any, knob: str, distribution: Any) -> Any:
+            given = study.start(trial.number)
+            if knob in given:
+                return given[knob]
+            return self.inner(trial, knob).sample_independent(of, trial, knob, distribution)
+
+        def inner(self, trial: Any, knob: str = "") -> Any:
+            """Seeded by the trial's number, so that what it draws does not depend on who draws."""
+            seed = _seed(study.seed, trial.number, knob)
+            if name == "random":
+                return optuna.samplers.RandomSampler(seed=seed)
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=10)
+
+    return Sampler()
+
+
+def _seed(*parts: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
+
+
+def _distribution(optuna: Any, knob: Knob) -> Any:
+    assert isinstance(knob, Range)
+    if knob.whole:
+        return optuna.distributions.IntDistribution(int(knob.low), int(knob.high), log=knob.log)
+    return optuna.distributions.FloatDistribution(float(knob.low), float(knob.high), log=knob.log)
+
+
+class _Unknown(Exception):
+    """COBYLA asks for a point that nobody has tried."""
+
+
+def _next_point(study: History, number: int) -> dict[str, Any]:
+    """The first point that COBYLA wants and nobody has tried; a draw near the best where it wants no more.
+
+    It is run anew from the best start on what is known, which costs less than a trial, and needs no memory.
+    While other processes have trials under way, what they will bring is not waited for: their points are taken
+    for as bad as the worst.
+    """
+    import numpy as np
+    from scipy.optimize import minimize
+
+    knobs = {name: knob for name, knob in study.knobs.items() if isinstance(knob, Range)}
+    open_now = study.under_way(number)
+    done = study.trials()
+    known = {_key(_place(knobs, t.setting)): -t.value for t in done}
+    worst = max(known.values(), default=0.0)
+    for setting in open_now:
+        known.setdefault(_key(_place(knobs, setting)), worst)
+    first = max(done[: len(study.starts)], key=lambda t: t.value, default=None)
+    begin = np.array(_place(knobs, first.setting) if first else [0.0] * len(knobs))
+    asked: list[Any] = []
+
+    def look(x: Any) -> float:
+        point = np.clip(x, -1, 1)
+        found = known.get(_key(_place(knobs, _setting(knobs, point))))
+        if found is None:
+            asked.append(point)
+            raise _Unknown
+        return found
+
+    try:
+        minimize(
+            look,
+            begin,
+            method="COBYLA",
+            bounds=[(-1, 1)] * len(knobs),
+            options={"rhobeg": 1 / 3, "maxiter": 10_000},
+            tol=1e-3,
+        )
+    except _Unknown:
+        return _setting(knobs, asked[0])
+    if not done:  # all that there is are trials under way
+        return {
+            name: knob.drawn(float(np.random.default_rng(_seed(study.seed, number)).random()))
+            for name, knob in knobs.items()
+        }
+    best = max(done, key=lambda t: t.value)
+    drawn = np.random.default_rng(_seed(study.seed, number)).normal(_place(knobs, best.setting), 0.1)
+    return _setting(knobs, np.clip(drawn, -1, 1).tolist())
+
+
+def _place(knobs: Mapping[str, Range], setting: Mapping[str, Any]) -> list[float]:
+    """A setting as a point, every range from −1 to 1."""
+    return [
+        2 * (_bend(k, setting[n]) - _bend(k, k.low)) / (_bend(k, k.high) - _bend(k, k.low)) - 1
+        for n, k in knobs.items()
+    ]
+
+
+def _setting(knobs: Mapping[str, Range], point: Sequence[float]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for (name, knob), x in zip(knobs.items(), point, strict=True):
+        low, high = _bend(knob, knob.low), _bend(knob, knob.high)
+        value = low + (float(x) + 1) / 2 * (high - low)
+        value = math.exp(value) if knob.log else value
+        made[name] = min(max(round(value) if knob.whole else value, knob.low), knob.high)
+    return made
+
+
+def _bend(knob: Range, value: float) -> float:
+    return math.log(value) if knob.log else float(value)
+
+
+def _key(point: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(x, 9) for x in point)

@@ -1,0 +1,59 @@
+"""Signs: what TIES elects, from a few examples of each task instead of by vote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .adapter import Adapter
+from .bench import Bench
+from .errors import CompatibilityError
+from .evaluate import find_base, make_exam
+from .exam import Progress, form_for
+from .merge import merge
+from .merged import Merged
+from .task import Given, read_task
+from .training import train
+
+STEPS_EACH = 20
+
+
+def few_shot_signs(
+    adapters: Sequence[str | Path | Adapter],
+    tasks: Sequence[Given],
+    base: str | Path | None = None,
+    device: str = "cpu",
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    bench: Bench | None = None,
+    progress: Progress | None = None,
+) -> Adapter:
+    """An adapter whose signs stand in for an election: `merge(adapters, method="ties", sign_from=…)`.
+
+    It begins as the average of the adapters, at the largest of their ranks, and is trained on a few labelled rows
+    of all tasks together; a merge takes its signs, untrimmed, and the magnitudes of the adapters.
+
+    Args:
+        adapters: folders, Hub ids or `Adapter`s.
+        tasks: with some labelled rows each (32 in the paper).
+        base, device, bench: as in `evaluate`.
+        steps: of training, in all; 20 for each task by default.
+        seed: of the rows' draws.
+        progress: called as progress(stage, done, of).
+    Raises: TiesPeftError, before the model is run.
+    Source: Yadav et al., TIES-Merging, NeurIPS 2023 (arXiv 2306.01708), section 7: the multitask signs are what the
+        election is short of, and 32 examples a task give part of them.
+    """
+    opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    asked = [read_task(task) for task in tasks]
+    if not asked:
+        raise CompatibilityError("no tasks were given. Name one with a few labelled rows for each adapter.")
+    largest = max((adapter.ranks[-1] for adapter in opened), default=1)
+    rank = largest if any(adapter.kind.has_rank for adapter in opened) else "auto"
+    start: Merged = merge(opened, method="average", rank=rank, dtype="float32")
+    if bench is None:
+        bench = Bench.load(find_base(opened, asked, base), form_for(asked[0]), device)
+    bench.check(start)
+    exams = [make_exam(bench, task) for task in asked]
+    return train(start, exams, seed, steps or STEPS_EACH * len(exams), progress=progress)
