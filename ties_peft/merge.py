@@ -186,10 +186,11 @@ def _merge_all(
     plan: Plan, memory: Memory | None, tell: Progress, team: Team
 ) -> tuple[dict[str, Tensor], Account, list[Kept]]:
     """For each module: read, encode, merge, decode; then what all processes made, in the modules' order."""
-    mine = team.share({name: plan.cost(name) for name in plan.modules})
+    costs = {name: plan.cost(name) for name in plan.modules}
+    mine = team.share(costs)
     own: dict[str, tuple[dict[str, Tensor], Record]] = {}
     if plan.method.entrywise and not plan.arithmetic.shared:
-        load(plan.entries)
+        load(sum(costs.values()))
     with torch.no_grad(), workers() as crew:
         coordinates = Coordinates(plan, memory)
         survey = Survey(coordinates, crew, tell, team, mine)

@@ -118,13 +118,8 @@ class Plan:
         """Σ w over all adapters, also those that lack the module."""
         return sum(self.weights(module))
 
-    @property
-    def entries(self) -> int:
-        """Of all task vectors together, multiplied out."""
-        return sum(math.prod(module.shape) for m in self.members for module in m.adapter.layout.values())
-
-    def cost(self, module: str) -> float:
-        """How much work a module is, next to the others."""
+    def cost(self, module: str) -> int:
+        """How much work a module is: entries of its task vectors, multiplied out, and of the result."""
         return math.prod(self.modules[module].shape) * (1 + len(self.holders(module)))
 
     def holders(self, module: str) -> list[tuple[int, Member]]:
