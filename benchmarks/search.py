@@ -24,10 +24,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "adapters"))
 
-import minilm
+import minilm  # noqa: E402
 
-import ties_peft
-from ties_peft.controls import CONTROLS, TRAINED
+import ties_peft  # noqa: E402
+from ties_peft.controls import CONTROLS, TRAINED  # noqa: E402
 
 RESULTS = HERE / "results" / "search.json"
 TASK = "mr"

@@ -445,6 +445,11 @@ FLAGS = {
     "convert": "--alpha --base --base-name --device --dtype --force --json --modules --out --part --rank --target",
     "push": "--create-pr --json --message --private --revision",
     "methods": "--json",
+    "evaluate": "--bare --base --batch-size --device --json --task",
+    "distil": (
+        "--base --base-name --batch-size --device --dtype --fit --force --json --kind --out --rank --rows --seed --start "
+        "--state --steps --task"
+    ),
 }
 
 

@@ -20,6 +20,7 @@ from ties_peft.adapter import in_memory
 from ties_peft.kinds import kinds
 from ties_peft.methods import Method, method_classes
 from ties_peft.spaces import spaces
+from ties_peft.statistics import Statistics
 
 SHAPES = {"layers.0.dot": (1, 1), "layers.0.up": (9, 6), "layers.1.q": (6, 5)}
 LENGTHS = {"layers.0.dot": 1, "layers.0.down": 14, "layers.1.k": 9}
@@ -145,6 +146,15 @@ def in_other_factors(adapter: Adapter, seed: int) -> Adapter:
         found[a] = torch.linalg.solve(G, found[a].double()).float()
         found[b] = (found[b].double() @ G).float()
     return in_memory(dict(adapter.config), found)
+
+
+def drawn_statistics(adapter: Adapter, kind: str) -> Statistics:
+    """Statistics as a function of the task vector that its sign and factors do not matter to: 0.1 + τ², I + τᵀ·τ."""
+    made = {}
+    for name in adapter.modules:
+        tau = adapter.delta(name).double()
+        made[name] = (0.1 + tau**2 if kind == "fisher" else torch.eye(tau.shape[-1]) + tau.T @ tau).float()
+    return Statistics.make(kind, adapter.digest, made, 1)
 
 
 # -- results

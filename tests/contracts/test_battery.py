@@ -22,6 +22,7 @@ from contracts.cells import (
     Cell,
     distance,
     drawing_as,
+    drawn_statistics,
     finite,
     in_other_factors,
     kind_named,
@@ -54,6 +55,12 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def with_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every adapter has whatever statistics a method needs."""
+    monkeypatch.setattr(Adapter, "statistics", drawn_statistics)
 
 
 # -- what is there, and what is not

@@ -52,7 +52,8 @@ class CoreEncoding(Encoding):
     def inputs(self) -> Tensor:
         """Rᵀ, (k₂, in), float64."""
         rows = torch.cat([delta.A for delta in self.deltas if isinstance(delta, LowRank)]).double()
-        return self.right @ rows
+        basis: Tensor = self.right @ rows
+        return basis
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """L·M·Rᵀ: the small M at that rank, brought back."""
