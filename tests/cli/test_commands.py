@@ -450,6 +450,12 @@ FLAGS = {
         "--base --base-name --batch-size --device --dtype --fit --force --json --kind --out --rank --rows --seed --start "
         "--state --steps --task"
     ),
+    "search": (
+        "--allow-disjoint --base --budget --controls --device --force --json --judge --method --out --penalty --rank "
+        "--sampler --scale --seed --set --space --storage --study --task --trained --tune"
+    ),
+    "signs": "--base --device --force --out --seed --steps --task",
+    "statistics": "--again --base --device --json --kind --labels --seed --task",
 }
 
 
