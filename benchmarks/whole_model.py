@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--no-kernels", action="store_true", help="torch only, also where numba is installed")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    fast.WORTH = 1 << 62 if asked.no_kernels else fast.WORTH
+    if asked.no_kernels:
+        fast.WORTH = 1 << 62
     shapes = {f"model.layers.{n}.{name}": shape for n in range(asked.layers) for name, shape in BLOCK.items()}
     home = asked.folder / f"{asked.layers}-layers"
     paths = [home / f"adapter-{n}" for n in range(asked.adapters)]

@@ -37,6 +37,7 @@ FLOORS = {
     "companions": 2,
     "targets": 2,
     "writer": 1,
+    "processes": 1,
     "schedule": 1,
     "document": 1,
     "report": 1,

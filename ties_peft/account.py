@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +26,65 @@ ALIKE = 0.97  # a cosine above this: two adapters that say the same
 LITTLE = 0.5  # energy kept under this deserves a word
 
 
+@dataclass(frozen=True)
+class Record:
+    """What one module adds to the sums.
+
+    Attributes:
+        line: of the report.
+        places: of the adapters that have it.
+        products: ⟨τᵢ, τⱼ⟩ of their unweighted task vectors; beyond `PAIRS` adapters only those with i = j.
+        kept, total: see `Factors`.
+        lost: ‖written − computed‖².
+        conflicting, shared: entries with both signs, and entries that two or more keep.
+    """
+
+    line: ModuleLine
+    places: Sequence[int]
+    products: Sequence[Mapping[int, float]]
+    kept: float
+    total: float
+    lost: float
+    conflicting: int
+    shared: int
+
+
+def record(
+    plan: Plan,
+    module: Module,
+    encoding: Encoding | None,
+    factors: Factors,
+    written: Mapping[str, Tensor],
+    tally: Mapping[str, int],
+) -> Record:
+    """What became of one module; `encoding` is None where nobody has a weight on it."""
+    holders = plan.holders(module.name)
+    conflicting, shared = tally.get("conflicting"), tally.get("shared", 0)
+    lost = 0.0
+    if plan.dtype != torch.float32:
+        as_written = plan.kind.written(module, plan.rank or 1)
+        again = plan.kind.read(as_written, MemoryTensors(written), None)
+        lost = distance(again, factors.delta.to(torch.device("cpu"))) ** 2
+    line = ModuleLine(
+        name=module.name,
+        shape=module.shape,
+        adapters=len(holders),
+        rank=sum(member.adapter.layout[module.name].rank for _, member in holders),
+        norm=math.sqrt(factors.total),
+        energy=factors.energy,
+        conflict=None if conflicting is None else _share(conflicting, shared),
+    )
+    products = [] if encoding is None else _products(encoding, len(holders), len(plan.members) <= PAIRS)
+    places = [place for place, _ in holders]
+    return Record(line, places, products, factors.kept, factors.total, lost, conflicting or 0, shared)
+
+
+def _products(encoding: Encoding, count: int, pairs: bool) -> list[Mapping[int, float]]:
+    if pairs:
+        return [dict(enumerate(row[: i + 1])) for i, row in enumerate(encoding.products[:count].tolist())]
+    return [{i: inner(delta, delta)} for i, delta in enumerate(encoding.deltas[:count])]
+
+
 class Account:
     """What is added up, module by module."""
 
@@ -37,47 +97,18 @@ class Account:
         self.kept = self.total = self.lost = self.written = 0.0
         self.conflicting = self.shared = 0
 
-    def add_inputs(self, places: Sequence[int], encoding: Encoding) -> None:
-        """Norms and inner products of the unweighted task vectors of one module."""
-        if self.products is None:
-            for first, delta in zip(places, encoding.deltas, strict=False):
-                self.squares[first] += inner(delta, delta)
-            return
-        table = encoding.products.tolist()
-        for i, first in enumerate(places):
-            self.squares[first] += table[i][i]
-            for j in range(i):
-                self.products[first][places[j]] += table[i][j]
-
-    def add_result(
-        self,
-        module: Module,
-        ranks: Sequence[int],
-        factors: Factors,
-        written: Mapping[str, Tensor],
-        tally: Mapping[str, int],
-    ) -> None:
-        """What became of one module."""
-        conflicting, shared = tally.get("conflicting"), tally.get("shared", 0)
-        self.kept += factors.kept
-        self.total += factors.total
-        self.conflicting += conflicting or 0
-        self.shared += shared
-        if self.plan.dtype != torch.float32:
-            rank = self.plan.rank or 1
-            again = self.plan.kind.read(self.plan.kind.written(module, rank), MemoryTensors(written), None)
-            self.lost += distance(again, factors.delta.to(torch.device("cpu"))) ** 2
-        self.lines.append(
-            ModuleLine(
-                name=module.name,
-                shape=module.shape,
-                adapters=len(ranks),
-                rank=sum(ranks),
-                norm=math.sqrt(factors.total),
-                energy=factors.energy,
-                conflict=None if conflicting is None else _share(conflicting, shared),
-            )
-        )
+    def add(self, record: Record) -> None:
+        """Take in one module; in the order of the modules, so that the sums have the same bits in any division."""
+        for i, first in enumerate(record.places):
+            self.squares[first] += record.products[i][i]
+            for j in range(i) if self.products is not None else ():
+                self.products[first][record.places[j]] += record.products[i][j]  # type: ignore[index]
+        self.kept += record.kept
+        self.total += record.total
+        self.lost += record.lost
+        self.conflicting += record.conflicting
+        self.shared += record.shared
+        self.lines.append(record.line)
 
     def report(self, kept: Sequence[Kept], seconds: float) -> Report:
         """The report, at the end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from .kinds import Kind, Module, kind_of
 from .riders import WHOLE_NUMBERS, check_riders
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, PickleFile, SafetensorsFile, TensorSource
-from .tiles import one_thread
+from .tiles import one_thread, workers
 
 INTEGERS = ("I32", "I64", "int32", "int64")
 LARGEST = torch.finfo(torch.float32).max
@@ -210,7 +210,7 @@ class Adapter:
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A sha256 over tensor names, shapes, dtypes, bytes and lora scalings; never over paths.
 
@@ -329,6 +329,12 @@ def open_all(given: Iterable[str | Path | Adapter], base: BaseModel | None = Non
         warn_caller(remark for remark in remarks if "left out" in remark)
         opened += [Adapter.load(name, base=base) for name in names]
     return opened
+
+
+def check_all(adapters: Sequence[Adapter]) -> None:
+    """Look through the tensors, several adapters at a time; the first in order that is at fault speaks."""
+    with workers() as crew:
+        crew.map(Adapter.check, list(dict.fromkeys(adapters)))
 
 
 def in_memory(config: dict[str, Any], tensors: dict[str, Tensor], source: str | None = None) -> Adapter:

@@ -4,7 +4,8 @@
     ├── AdapterError        a file: missing, damaged, or of a form that cannot be merged
     ├── CompatibilityError  files that are sound but do not fit each other
     ├── RecipeError         what was asked: an unknown name, a wrong number of weights, a folder in the way
-    └── MethodError         a parameter of a method: unknown, or out of its range
+    ├── MethodError         a parameter of a method: unknown, or out of its range
+    └── ProcessError        the processes of one job: one could not connect, or is gone
 
 Every message says what is wrong, where, what was seen against what was expected, and what to do.
 """
@@ -35,6 +36,10 @@ class RecipeError(TiesPeftError):
 
 class MethodError(TiesPeftError):
     """A parameter of a method is unknown or out of range."""
+
+
+class ProcessError(TiesPeftError):
+    """One of the processes that work on a merge is gone, or they cannot reach each other."""
 
 
 class TiesPeftWarning(UserWarning):

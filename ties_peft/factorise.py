@@ -229,7 +229,7 @@ def _by_iteration(matrix: Tensor, rank: int, guess: Tensor, run: Run) -> Factors
         guess = _orthonormal(rest.T.float())
     top = vectors[:, -rank:].flip(1)
     S = values[-rank:].flip(0).clamp_min(0).sqrt()
-    keep = S.square() > NOISE * float(values[-1])
+    keep = S.square() > NOISE * values[-1:]
     top, S = top[:, keep], S[keep]
     return _balanced(Q.double() @ top, S, (top.T @ rest) / S.unsqueeze(1), total)
 
@@ -261,7 +261,7 @@ def _orthonormal(matrix: Tensor) -> Tensor:
     """An orthonormal basis of the columns, (n, l), by the Gram matrix in float64; short of it where they depend."""
     square = gram([matrix])
     values, vectors = torch.linalg.eigh(square)
-    keep = values > NOISE * values[-1].clamp_min(0)
+    keep = values > NOISE * values[-1:].clamp_min(0)
     once = (matrix.double() @ (vectors[:, keep] / values[keep].sqrt())).float()
     root = torch.linalg.cholesky(gram([once]))  # near the identity: what rounding left is taken out
     basis: Tensor = torch.linalg.solve_triangular(root.T, once.double(), upper=True, left=False).float()
@@ -278,7 +278,7 @@ def _energy(matrix: Tensor) -> float:
 def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
     """R with RᵀR = gram, and the R⁻¹ that maps back (zero for directions that are rounding)."""
     values, vectors = torch.linalg.eigh(gram)
-    keep = values > NOISE * values[-1].clamp_min(0)
+    keep = values > NOISE * values[-1:].clamp_min(0)
     root = values[keep].sqrt()
     return (vectors[:, keep] * root).T, vectors[:, keep] / root
 

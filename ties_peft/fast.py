@@ -39,7 +39,7 @@ class Kernels:
 _loaded: list[Kernels] = []
 
 
-def load(entries: int) -> None:
+def load(entries: float) -> None:
     """Compile the loops if numba is there and so many entries are worth it."""
     if _loaded or entries < WORTH or find_spec("numba") is None:
         return

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .account import Account
+from .account import Account, Record, record
 from .adapter import Adapter, open_all
 from .base_model import BaseModel
 from .companions import gather
@@ -26,6 +26,7 @@ from .members import statistics_of
 from .merged import Merged
 from .methods import Method, TaskVectors
 from .plan import Plan, make_plan
+from .processes import ALONE, Team
 from .recipe import IN_MEMORY, Rank, Recipe, Weights
 from .schedule import as_read
 from .survey import Cuts, Kept, Survey
@@ -139,6 +140,7 @@ def merge_recipe(
     adapters: Sequence[Adapter] | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> Merged:
     """Do what a recipe says.
 
@@ -146,12 +148,13 @@ def merge_recipe(
         recipe: what to merge, and how.
         adapters: the recipe's adapters where they are open already.
         device, progress: as in `merge`.
+        team: the processes that share the work; each of them gets the whole result.
     """
     started = time.perf_counter()
     if adapters is None:
         recipe, _ = recipe.expanded()
     opened = open_adapters(recipe) if adapters is None else list(adapters)
-    return carry_out(make_plan(recipe, opened, device), recipe, started, None, progress)
+    return carry_out(make_plan(recipe, opened, device), recipe, started, None, progress, team)
 
 
 def open_adapters(recipe: Recipe) -> list[Adapter]:
@@ -161,10 +164,15 @@ def open_adapters(recipe: Recipe) -> list[Adapter]:
 
 
 def carry_out(
-    plan: Plan, recipe: Recipe, started: float, memory: Memory | None = None, progress: Progress | None = None
+    plan: Plan,
+    recipe: Recipe,
+    started: float,
+    memory: Memory | None = None,
+    progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> Merged:
     """Do the work of a checked plan."""
-    tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None))
+    tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None), team)
     tensors |= plan.heads.tensors([member.adapter for member in plan.members], plan.weight)
     companions = gather((member.name, member.adapter.folder) for member in plan.members)
     plan.warnings.extend([companions.remark] if companions.remark else [])
@@ -175,35 +183,42 @@ def carry_out(
     return Merged(config, tensors, report, recipe, companions)
 
 
-def _merge_all(plan: Plan, memory: Memory | None, tell: Progress) -> tuple[dict[str, Tensor], Account, list[Kept]]:
-    """For each module: read, encode, merge, decode."""
-    tensors: dict[str, Tensor] = {}
-    account = Account(plan)
+def _merge_all(
+    plan: Plan, memory: Memory | None, tell: Progress, team: Team
+) -> tuple[dict[str, Tensor], Account, list[Kept]]:
+    """For each module: read, encode, merge, decode; then what all processes made, in the modules' order."""
+    costs = {name: plan.cost(name) for name in plan.modules}
+    mine = team.share(costs)
+    own: dict[str, tuple[dict[str, Tensor], Record]] = {}
     if plan.method.entrywise and not plan.arithmetic.shared:
-        load(plan.entries)
+        load(sum(costs.values()))
     with torch.no_grad(), workers() as crew:
         coordinates = Coordinates(plan, memory)
-        survey = Survey(coordinates, crew, tell)
-        following = iter([*list(plan.modules)[1:], None])
-        for done, module in enumerate(plan.modules.values()):
-            coordinates.expect(next(following))
-            tensors |= _one_module(coordinates, module, survey, crew, account)
-            tell("merge", done + 1, len(plan.modules))
-    return plan.kind.join(list(plan.modules.values()), tensors), account, survey.kept
+        survey = Survey(coordinates, crew, tell, team, mine)
+        for done, name in enumerate(mine):
+            coordinates.expect(mine[done + 1] if done + 1 < len(mine) else None)
+            own[name] = _one_module(coordinates, plan.modules[name], survey, crew)
+            tell("merge", done + 1, len(mine))
+    tensors: dict[str, Tensor] = {}
+    account = Account(plan)
+    everything = {name: made for part in team.gather(own) for name, made in part.items()}
+    for name in plan.modules:
+        made, what = everything[name]
+        tensors |= made
+        account.add(what)
+    return plan.kind.join(list(plan.modules.values()), tensors), account, survey.kept()
 
 
 def _one_module(
-    coordinates: Coordinates, module: Module, survey: Survey, crew: Workers, account: Account
-) -> dict[str, Tensor]:
-    """The tensors of one module of the result."""
+    coordinates: Coordinates, module: Module, survey: Survey, crew: Workers
+) -> tuple[dict[str, Tensor], Record]:
+    """The tensors of one module of the result, and what the report shall say of it."""
     plan = coordinates.plan
-    holders = plan.holders(module.name)
+    encoding = coordinates.encoding(module.name) if plan.holders(module.name) else None
     tally: dict[str, int] = {}
-    if holders:
-        account.add_inputs([place for place, _ in holders], coordinates.encoding(module.name))
+    factors = Factors(zero(module.shape), 0.0, 0.0)
+    if encoding is not None:
         factors = _merge_parts(coordinates, module.name, survey.cuts(module.name), crew, tally)
-    else:
-        factors = Factors(zero(module.shape), 0.0, 0.0)
     factors = (factors.restored() if plan.restore_norm else factors).scaled(plan.scale)
     tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
     written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
@@ -212,8 +227,7 @@ def _one_module(
             f"module '{printable(module.name)}': the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
             "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype)."
         )
-    account.add_result(module, [m.adapter.layout[module.name].rank for _, m in holders], factors, written, tally)
-    return written
+    return written, record(plan, module, encoding, factors, written, tally)
 
 
 def _merge_parts(coordinates: Coordinates, name: str, cuts: Cuts, crew: Workers, tally: dict[str, int]) -> Factors:

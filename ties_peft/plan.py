@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .adapter import Adapter
+from .adapter import Adapter, check_all
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
 from .heads import Heads, settle_heads
 from .kinds import Module, Written, written_as
@@ -25,7 +25,6 @@ from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
 from .targets import check_modules, fit_rank
-from .tiles import workers
 
 
 @dataclass(frozen=True)
@@ -119,10 +118,9 @@ class Plan:
         """Σ w over all adapters, also those that lack the module."""
         return sum(self.weights(module))
 
-    @property
-    def entries(self) -> int:
-        """Of all task vectors together, multiplied out."""
-        return sum(math.prod(module.shape) for m in self.members for module in m.adapter.layout.values())
+    def cost(self, module: str) -> int:
+        """How much work a module is: entries of its task vectors, multiplied out, and of the result."""
+        return math.prod(self.modules[module].shape) * (1 + len(self.holders(module)))
 
     def holders(self, module: str) -> list[tuple[int, Member]]:
         """The members that have a module and a weight on it, with their places."""
@@ -145,7 +143,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     signs = _signs(stages.method, recipe.base)
     where = _device(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
-    _check_values([*(() if checked else adapters), *([signs] if signs else [])])
+    check_all([*(() if checked else adapters), *([signs] if signs else [])])
     members = find_members(recipe, one_spelling(adapters, warnings), densities, warnings)
     check_statistics(stages.method, members)
     dtype = _dtype(recipe.dtype, [member.adapter for member in members])
@@ -308,12 +306,6 @@ def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> N
             others = ", ".join(name for name, cls in method_classes().items() if kind.name in cls.kinds)
             raise MethodError(f"method '{stage.name}' is not for {kind.title} adapters. These are: {others}.")
     _check_space(stages, space, kind)
-
-
-def _check_values(adapters: Sequence[Adapter]) -> None:
-    """Look through the tensors, several adapters at a time; the first in order that is at fault speaks."""
-    with workers() as crew:
-        crew.map(Adapter.check, list(dict.fromkeys(adapters)))
 
 
 def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: bool) -> dict[str, Module]:

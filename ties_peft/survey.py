@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,13 +21,15 @@ from .errors import MethodError, printable
 from .fast import kernels
 from .kinds.base import EMBEDDING
 from .plan import Plan
-from .threshold import WHOLE, Search
+from .processes import Team
+from .threshold import WHOLE, Search, sum_of
 from .tiles import Workers, tiles
 from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, kept_count
 
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
 SAMPLE = (1 << 13, 1 << 18)  # entries of a group that are sampled, at least and at most; about one in SPARSE
 SPARSE = 512
+Value = TypeVar("Value")
 Progress = Callable[[str, int, int], None]
 Spot = tuple[int, str, int]  # member, module, part
 Cuts = dict[Spot, list[Cut]]  # a cut for each density
@@ -72,18 +75,20 @@ class Survey:
     Args:
         coordinates, crew: of the merge.
         progress: told of every adapter that is done.
-
-    Attributes:
-        kept: for each member, how many of its entries stay; complete once every module was asked for.
+        team, mine: the processes that share the work, and the modules that are this one's.
 
     Law: over each group of n entries exactly ⌊density·n⌋ are kept.
     """
 
-    def __init__(self, coordinates: Coordinates, crew: Workers, progress: Progress) -> None:
+    def __init__(
+        self, coordinates: Coordinates, crew: Workers, progress: Progress, team: Team, mine: Sequence[str]
+    ) -> None:
         self.coordinates, self.plan, self.crew = coordinates, coordinates.plan, crew
-        self.kept = [Kept() for _ in self.plan.members]
+        self.team, self.mine = team, set(mine)
+        self.by_module = self.plan.trim is not None and self.plan.trim.scope == "module"
+        self._kept = [Kept() for _ in self.plan.members]
         self._cuts: Cuts = {}
-        if self.plan.trim is None or self.plan.trim.scope == "module":
+        if self.plan.trim is None or self.by_module:
             return
         everyone = [self._groups(member) for member in range(len(self.plan.members))]
         if coordinates.joint:
@@ -94,9 +99,20 @@ class Survey:
             self._find(groups)
             progress("trim", member + 1, len(everyone))
 
+    def kept(self) -> list[Kept]:
+        """For each member, how many of its entries stay; once every module was asked for."""
+        if not self.by_module:
+            return self._kept
+        all_kept = zip(*self.team.gather(self._kept), strict=True)
+        return [Kept(sum(k.kept for k in parts), sum(k.entries for k in parts)) for parts in all_kept]
+
+    def _gather(self, value: Value) -> list[Value]:
+        """What all processes found, where groups go beyond the modules of one."""
+        return [value] if self.by_module else self.team.gather(value)
+
     def cuts(self, module: str) -> Cuts:
         """The cuts of one module, for every member that has it."""
-        if self.plan.trim is not None and self.plan.trim.scope == "module":
+        if self.by_module:
             self._cuts, groups = {}, []
             for member, _ in self.plan.holders(module):
                 densities = self._densities(member, module)
@@ -128,7 +144,8 @@ class Survey:
         by_module: dict[str, list[Group]] = {}
         for group in groups:
             for module in group.modules:
-                by_module.setdefault(module, []).append(group)
+                if module in self.mine:
+                    by_module.setdefault(module, []).append(group)
         for module in sorted(by_module):
             for group in by_module[module]:
                 parts = self.coordinates.parts(group.member, module)
@@ -141,9 +158,13 @@ class Survey:
             group.sizes[spot] = size(delta)
             if size(delta) > WHOLE // (4 * len(group.modules)):  # else the whole group is small
                 group.sample.append(_sample(spot, delta, len(group.modules)))
+        found = self._gather([(group.sizes, group.sample) for group in groups])
+        for group, parts in zip(groups, zip(*found, strict=True), strict=True):
+            group.sizes = {spot: count for sizes, _ in parts for spot, count in sizes.items()}
+            group.sample = [some for _, sample in parts for some in sample]
         searches = []
         for group in groups:
-            kept, entries = self.kept[group.member], group.entries
+            kept, entries = self._kept[group.member], group.entries
             kept.kept += kept_count(group.densities[-1], entries)
             kept.entries += entries
             ends = _ends(group.densities, entries)
@@ -170,7 +191,9 @@ class Survey:
             for place, search in enumerate(mine):
                 found = [tile[place] for tile in tallies]
                 search.add(sum(above for above, _ in found), np.concatenate([inside for _, inside in found]))
-        for group, search in searches:
+        counted = self._gather([search.counted for _, search in searches])
+        for (group, search), parts in zip(searches, zip(*counted, strict=True), strict=True):
+            search.counted = sum_of(parts)
             try:
                 search.close()
             except OverflowError:
@@ -185,14 +208,22 @@ class Survey:
             return dict.fromkeys(group.sizes, KEEP_NONE if search.keep == 0 else KEEP_ALL)
         if search.threshold == 0 or search.equal == search.spare:
             return dict.fromkeys(group.sizes, Cut(search.threshold))
-        cuts, spare, at = {}, search.spare, np.float32(search.threshold)
-        for _, spot, delta in self._walk([group]):
+        at = np.float32(search.threshold)
+        own = {spot: _equals(delta, at, self.crew) for _, spot, delta in self._walk([group])}
+        equal = {spot: counts for part in self._gather(own) for spot, counts in part.items()}
+        cuts, spare = {}, search.spare
+        for spot in sorted(equal):
             quota = []
-            for ((_, equal),) in _census(delta, [(at, at)], self.crew):
-                quota.append(ALL if len(equal) <= spare else spare)
-                spare -= min(len(equal), spare)
+            for count in equal[spot]:
+                quota.append(ALL if count <= spare else spare)
+                spare -= min(count, spare)
             cuts[spot] = Cut(search.threshold, tuple(quota))
         return cuts
+
+
+def _equals(delta: Delta, magnitude: np.float32, crew: Workers) -> list[int]:
+    """How many entries have a magnitude, in each tile."""
+    return [len(inside) for ((_, inside),) in _census(delta, [(magnitude, magnitude)], crew)]
 
 
 def trimmed_apart(plan: Plan) -> list[str]:

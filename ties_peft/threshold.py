@@ -24,6 +24,30 @@ INFINITY = int(np.float32(np.inf).view(np.int32))
 
 
 @dataclass
+class Counted:
+    """What a pass over some entries found.
+
+    Attributes:
+        above: how many exceed the bracket.
+        values: those inside, if they are few; else
+        steps: how many are inside, by steps of their bits.
+    """
+
+    above: int = 0
+    values: list[np.ndarray] = field(default_factory=list)
+    steps: np.ndarray | None = None
+
+
+def sum_of(parts: Sequence[Counted]) -> Counted:
+    """What passes over several sets of entries found together."""
+    first, *others = parts
+    steps = first.steps
+    for other in others:
+        steps = None if steps is None or other.steps is None else steps + other.steps
+    return Counted(sum(part.above for part in parts), [v for part in parts for v in part.values], steps)
+
+
+@dataclass
 class Search:
     """The search for the magnitude that exactly `keep` of some entries reach, short of equals.
 
@@ -33,9 +57,7 @@ class Search:
         wider: by how much the bracket is wider than a first one.
         expected: how many are likely inside the bracket.
         low, high: the bracket, as the bits of its ends: those of positive float32 rise with the value.
-        above: how many entries exceed it.
-        values: those inside, if they are few; else
-        counts: how many are inside, by steps of 2^shift of their bits.
+        counted: what a pass found.
         threshold: the magnitude of the smallest entry kept, once it is found.
         equal, spare: how many equal it, and how many of those are to be kept.
     """
@@ -47,9 +69,7 @@ class Search:
     expected: float = 0.0
     low: int = 0
     high: int = INFINITY
-    above: int = 0
-    values: list[np.ndarray] = field(default_factory=list)
-    counts: np.ndarray | None = None
+    counted: Counted = field(default_factory=lambda: Counted())
     threshold: float | None = None
     equal: int = 0
     spare: int = 0
@@ -67,34 +87,38 @@ class Search:
 
     def open(self) -> None:
         """Forget what was counted, before a pass."""
-        self.above, self.values = 0, []
         few = self.expected <= FEW
-        self.counts = None if few else np.zeros(((self.high - self.low) >> self.shift) + 1, np.uint32)
+        self.counted = Counted(0, [], None if few else np.zeros(((self.high - self.low) >> self.shift) + 1, np.uint32))
 
     def add(self, above: int, inside: np.ndarray) -> None:
         """Count what a pass found in one place."""
-        self.above += above
-        if self.counts is None:
-            self.values.append(inside)
+        found = self.counted
+        found.above += above
+        if found.steps is None:
+            found.values.append(inside)
         else:
             steps = (inside.view(np.int32) - np.int32(self.low)) >> self.shift
-            self.counts += np.bincount(steps, minlength=len(self.counts)).astype(np.uint32)
+            found.steps += np.bincount(steps, minlength=len(found.steps)).astype(np.uint32)
 
     def close(self) -> None:
-        """Settle the threshold, or the next bracket."""
-        missing = self.keep - self.above  # so many of those inside are kept, the largest first
-        inside = np.concatenate(self.values) if self.counts is None else np.empty(0, np.float32)
-        found = len(inside) if self.counts is None else int(self.counts.sum())
+        """Settle the threshold, or the next bracket.
+
+        Raises: OverflowError where some entries have no place in an order.
+        """
+        missing = self.keep - self.counted.above  # so many of those inside are kept, the largest first
+        steps = self.counted.steps
+        inside = np.concatenate([np.empty(0, np.float32), *self.counted.values])
+        found = len(inside) if steps is None else int(steps.sum())
         if not 0 < missing <= found:
             self._widen()
-        elif self.counts is None:
+        elif steps is None:
             self.threshold = float(np.partition(inside, found - missing)[found - missing])
             self.equal = int(np.count_nonzero(inside == self.threshold))
             self.spare = missing - int(np.count_nonzero(inside > self.threshold))
         else:
-            larger = np.cumsum(self.counts[::-1], dtype=np.int64)[::-1]  # in a step or above it
+            larger = np.cumsum(steps[::-1], dtype=np.int64)[::-1]  # in a step or above it
             step = int(np.count_nonzero(larger >= missing)) - 1
-            self.equal = int(self.counts[step])
+            self.equal = int(steps[step])
             self.spare = missing - int(larger[step] - self.equal)
             first, shift = self.low + (step << self.shift), self.shift
             self.low, self.high, self.expected = first, min(self.high, first + (1 << shift) - 1), self.equal

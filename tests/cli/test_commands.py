@@ -438,10 +438,10 @@ def test_a_narrow_console_is_no_fault(pair: tuple[str, str], encoding: str, comm
 
 FLAGS = {
     "merge": (
-        "--allow-disjoint --base-name --density --device --dry-run --dtype --force --heads --json --method --out --rank "
-        "--recipe --restore-norm --scale --scope --seed --set --space --target --weights"
+        "--allow-disjoint --base --base-name --density --device --dry-run --dtype --force --heads --json --method --out "
+        "--rank --recipe --restore-norm --scale --scope --seed --set --space --target --weights"
     ),
-    "inspect": "--json",
+    "inspect": "--base --json",
     "convert": "--alpha --base --base-name --device --dtype --force --json --modules --out --part --rank --target",
     "push": "--create-pr --json --message --private --revision",
     "methods": "--json",
@@ -450,6 +450,12 @@ FLAGS = {
         "--base --base-name --batch-size --device --dtype --fit --force --json --kind --out --rank --rows --seed --start "
         "--state --steps --task"
     ),
+    "search": (
+        "--allow-disjoint --base --budget --controls --device --force --json --judge --method --out --penalty --rank "
+        "--sampler --scale --seed --set --space --storage --study --task --trained --tune"
+    ),
+    "signs": "--base --device --force --out --seed --steps --task",
+    "statistics": "--again --base --device --json --kind --labels --seed --task",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from ..flags import Flags
 from ..merge import merge_recipe, open_adapters
 from ..merged import Merged, inputs
 from ..plan import Plan, make_plan
+from ..processes import team
 from ..recipe import Recipe
 from ..report import rider_texts
 from ..spaces import spaces
@@ -110,11 +112,12 @@ def merge(
         plan = make_plan(asked, open_adapters(asked), device)
         _show_plan(plan, asked, as_json)
         return
-    with progress_bar() as tell:
-        merged = merge_recipe(asked, device=device, progress=tell)
     assert out is not None
-    merged.save(out, force)
-    _show_merged(merged, out, as_json)
+    with team() as crew, progress_bar() if crew.leads else nullcontext(None) as tell:
+        merged = merge_recipe(asked, device=device, progress=tell, team=crew)
+    if crew.leads:
+        merged.save(out, force)
+        _show_merged(merged, out, as_json)
 
 
 def _check_out(out: Path | None, asked: Recipe, force: bool, dry_run: bool) -> None:
