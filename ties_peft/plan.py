@@ -205,11 +205,13 @@ def _arithmetic(space: Space, stages: Stages) -> Space:
     """`core` for spectral methods in space `delta`, where the result is the same and the matrices are small."""
     if space.name != "delta" or not any(stage.spectral for stage in stages.all):
         return space
-    entrywise = [stage.name for stage in stages.all if stage.entrywise]
+    entrywise = [stage for stage in stages.all if stage.entrywise]
     if entrywise:
+        where = "need the small coordinates of space 'core' (--space core), where entries mean something else than in 'delta'"
+        here = "do not go together: it is not offered in space 'core', where both could"
         raise MethodError(
-            f"'{entrywise[0]}' works entry by entry and another stage on singular vectors; together they need the small "
-            "coordinates of space 'core' (--space core), where entries mean something else than in 'delta'."
+            f"'{entrywise[0].name}' works entry by entry and another stage on singular vectors; together they "
+            f"{where if 'core' in entrywise[0].spaces else here}."
         )
     return find_space("core")()
 
