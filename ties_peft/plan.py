@@ -207,9 +207,14 @@ def _arithmetic(space: Space, stages: Stages) -> Space:
         return space
     entrywise = [stage.name for stage in stages.all if stage.entrywise]
     if entrywise:
+        together = all("core" in stage.spaces for stage in stages.all)
         raise MethodError(
-            f"'{entrywise[0]}' works entry by entry and another stage on singular vectors; together they need the small "
-            "coordinates of space 'core' (--space core), where entries mean something else than in 'delta'."
+            f"'{entrywise[0]}' works entry by entry and another stage on singular vectors; together they need small "
+            + (
+                "coordinates: those of space 'core' (--space core), where entries mean something else than in 'delta'."
+                if together
+                else "coordinates that all are offered in, and they have none in common. Use one of them alone."
+            )
         )
     return find_space("core")()
 
