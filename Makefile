@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format test-slow test-postgres bench clean
+.PHONY: demo test check format test-slow test-postgres fuzz bench clean
 
 demo: $(READY)  ## merge the sample adapters and judge the result
 	$(BIN)/python adapters/demo.py $(ARGS)
@@ -23,6 +23,9 @@ format: $(READY)
 
 test-slow: $(READY)  ## the checks that take longer than a test should
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(READY)  ## the readers on many thousand files that nobody wrote, other ones each time
+	FUZZ=2500 $(BIN)/python -m pytest tests/abuse/test_fuzz_readers.py
 
 test-postgres: $(READY)  ## searches on a PostgreSQL server, installed from Debian's packages where there is none
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || apt-get install --yes --no-install-recommends postgresql

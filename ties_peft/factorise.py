@@ -85,7 +85,7 @@ def factorise(matrix: Tensor, rank: int, start: Tensor | None = None, run: Run =
     width = rank + OVERSAMPLE
     if side <= SMALL_SIDE or 3 * width > side:
         return _through_gram(matrix, rank)
-    return _by_iteration(matrix, rank, _orthonormal(_wide(matrix, width, start)), run)
+    return _by_iteration(matrix, rank, _wide(matrix, width, start), run)
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,8 @@ def _through_gram(matrix: Tensor, rank: int) -> Factors:
 def _by_iteration(matrix: Tensor, rank: int, guess: Tensor, run: Run) -> Factors:
     """Subspace iteration until the error of the rank-r truncation stops falling."""
     total = _energy(matrix)
+    if total == 0:
+        return Factors(LowRank(matrix[:, :0].clone(), matrix[:0].clone()), 0.0, 0.0)
     before = math.inf
     for _ in range(ROUNDS):
         Q = _orthonormal(_product(matrix, guess, run))
@@ -259,8 +261,7 @@ def _gaussian(rows: int, columns: int, seed: int) -> Tensor:
 
 def _orthonormal(matrix: Tensor) -> Tensor:
     """An orthonormal basis of the columns, (n, l), by the Gram matrix in float64; short of it where they depend."""
-    square = gram([matrix])
-    values, vectors = torch.linalg.eigh(square)
+    values, vectors = torch.linalg.eigh(gram([matrix]))
     keep = values > NOISE * values[-1:].clamp_min(0)
     once = (matrix.double() @ (vectors[:, keep] / values[keep].sqrt())).float()
     root = torch.linalg.cholesky(gram([once]))  # near the identity: what rounding left is taken out

@@ -205,13 +205,16 @@ def _arithmetic(space: Space, stages: Stages) -> Space:
     """`core` for spectral methods in space `delta`, where the result is the same and the matrices are small."""
     if space.name != "delta" or not any(stage.spectral for stage in stages.all):
         return space
-    entrywise = [stage for stage in stages.all if stage.entrywise]
+    entrywise = [stage.name for stage in stages.all if stage.entrywise]
     if entrywise:
-        where = "need the small coordinates of space 'core' (--space core), where entries mean something else than in 'delta'"
-        here = "do not go together: it is not offered in space 'core', where both could"
+        together = all("core" in stage.spaces for stage in stages.all)
         raise MethodError(
-            f"'{entrywise[0].name}' works entry by entry and another stage on singular vectors; together they "
-            f"{where if 'core' in entrywise[0].spaces else here}."
+            f"'{entrywise[0]}' works entry by entry and another stage on singular vectors; together they need small "
+            + (
+                "coordinates: those of space 'core' (--space core), where entries mean something else than in 'delta'."
+                if together
+                else "coordinates that all are offered in, and they have none in common. Use one of them alone."
+            )
         )
     return find_space("core")()
 
