@@ -98,7 +98,7 @@ class Plan:
 
     def weight(self, place: int, module: str) -> float:
         """w of one adapter on one module."""
-        return self.members[place].weight.at(module, self.layers)
+        return self.weights(module)[place]
 
     def mean_weight(self, place: int) -> float:
         """w of one adapter, the mean over its modules where they differ."""
@@ -112,7 +112,13 @@ class Plan:
 
     def weights(self, module: str) -> list[float]:
         """w of all adapters on one module, also of those that lack it."""
-        return [self.weight(place, module) for place in range(len(self.members))]
+        if module not in self._weights:  # asked for many times, and read from schedules
+            self._weights[module] = [member.weight.at(module, self.layers) for member in self.members]
+        return self._weights[module]
+
+    @cached_property
+    def _weights(self) -> dict[str, list[float]]:
+        return {}
 
     def total_weight(self, module: str) -> float:
         """Σ w over all adapters, also those that lack the module."""
