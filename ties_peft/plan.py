@@ -47,6 +47,7 @@ class Plan:
         restore_norm: whether what the rank truncates is brought back to the norm it had.
         weighting: `norm` for equal-norm weights, else `given`.
         warnings: what is unwise, known from names and shapes alone.
+        read_weights: those read from the schedules so far, by module.
     """
 
     members: tuple[Member, ...]
@@ -65,6 +66,7 @@ class Plan:
     restore_norm: bool = False
     weighting: str = "given"
     warnings: list[str] = field(default_factory=list)
+    read_weights: dict[str, list[float]] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def kind(self) -> Written:
@@ -98,7 +100,7 @@ class Plan:
 
     def weight(self, place: int, module: str) -> float:
         """w of one adapter on one module."""
-        return self.members[place].weight.at(module, self.layers)
+        return self.weights(module)[place]
 
     def mean_weight(self, place: int) -> float:
         """w of one adapter, the mean over its modules where they differ."""
@@ -112,7 +114,9 @@ class Plan:
 
     def weights(self, module: str) -> list[float]:
         """w of all adapters on one module, also of those that lack it."""
-        return [self.weight(place, module) for place in range(len(self.members))]
+        if module not in self.read_weights:
+            self.read_weights[module] = [member.weight.at(module, self.layers) for member in self.members]
+        return self.read_weights[module]
 
     def total_weight(self, module: str) -> float:
         """Σ w over all adapters, also those that lack the module."""

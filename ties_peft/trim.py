@@ -11,6 +11,7 @@ magnitudes cut arbitrarily; both take `density` in binary, so that 0.29 of 100 i
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,6 +23,7 @@ from torch import Tensor
 Scope = Literal["adapter", "module"]  # over what a trim ranks magnitudes: the whole task vector, or each module
 
 
+@functools.lru_cache(1 << 12)
 def kept_count(density: float, entries: int) -> int:
     """k = ⌊density·n⌋ with density as the decimal that was written.
 
