@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .adapter import Adapter
+from .companions import Companions
 from .delta import Delta, Dense, whole
 from .draws import key
 from .plan import Plan
@@ -18,9 +19,15 @@ from .spaces import Encoding
 
 @dataclass
 class Memory:
-    """What a prepared merge keeps between merges: by module, the coordinates of all its adapters."""
+    """What a prepared merge keeps between merges.
+
+    Attributes:
+        encodings: by module, the coordinates of all its adapters.
+        companions: the tokenizer files beside them, once they were looked for.
+    """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
+    companions: Companions | None = None
 
 
 class Coordinates:

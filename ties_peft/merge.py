@@ -174,7 +174,10 @@ def carry_out(
     """Do the work of a checked plan."""
     tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None), team)
     tensors |= plan.heads.tensors([member.adapter for member in plan.members], plan.weight)
-    companions = gather((member.name, member.adapter.folder) for member in plan.members)
+    companions = memory.companions if memory is not None else None
+    companions = companions or gather((member.name, member.adapter.folder) for member in plan.members)
+    if memory is not None:
+        memory.companions = companions
     plan.warnings.extend([companions.remark] if companions.remark else [])
     report = replace(account.report(kept, time.perf_counter() - started), copied=sorted(companions.files))
     warn_caller(report.warnings)
@@ -249,7 +252,7 @@ def _merge_parts(coordinates: Coordinates, name: str, cuts: Cuts, crew: Workers,
             adapters=len(plan.members),
             signs=None if signs is None else signs[part],
             statistics=statistics_of(plan.method, [plan.members[place] for place in places], name),
-            inputs=encoding.inputs,
+            inputs=encoding.inputs if plan.method.needs else None,
             streams=[coordinates.stream(place, name, part) for place in places],
             room=lambda purpose, shape: crew.scratch(purpose, shape, plan.device),
         )
