@@ -48,6 +48,8 @@ FLOORS = {
     "methods": 3,
     "riders": 4,
     "adapter": 5,
+    "layers": 5,
+    "whole": 5,
     "heads": 6,
     "spaces": 3,
     "settings": 4,

@@ -6,34 +6,39 @@ By the policy `heads`, for each layer that any of the adapters holds whole:
     drop       left out: the result works with the base's own
     keep=NAME  those of one adapter, by its short name, and no others
     average    Σ w·t / Σ w over the adapters that hold it; what agrees is kept as it is
+    merge      t₀ + λ·rule(wᵢ·(tᵢ − t₀)) with the base's own t₀, by the merge's method; see `whole`. What all adapters
+               hold alike is kept as it is, as are rows of tokens and whole numbers that their holders agree on
 
 A layer stays whole: its weight and its bias have one fate. Tensors that are kept keep their values and,
 where no dtype was asked for, their dtype. A mean of a whole head is seldom a good head (the rows of two
 classifiers need not mean the same), so it is never taken unasked.
 
-Neither the method nor λ touches them: without the base's own tensor a whole tensor is no task vector.
+But for `merge` neither the method nor λ touches them: without the base's own tensor a whole tensor is no task
+vector. Where the base is at hand, a copy of its own weight under an adapted module that is unchanged in all is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .adapter import Adapter
+from .base_model import BaseModel
 from .errors import CompatibilityError, RecipeError, printable, unknown
 from .kinds.base import PREFIX
+from .layers import ROWS, Layer, agree, form_of, goes_in, has_mean, held_text, table, unchanged
 from .report import RiderLine, rider_texts
 from .riders import (
     AVERAGE,
-    BASE,
     BIAS,
     DROP,
     HEADED,
     KEEP,
     LAYER,
+    MERGE,
     POLICIES,
     TOKENS,
     UNDER,
@@ -46,35 +51,7 @@ from .riders import (
     read_riders,
     unfulfilled,
 )
-from .tensors import FLOATING
-
-ROWS = 8  # of a table in a message
-
-Weigh = Callable[[int, str], float]  # (place of an adapter, module) → w
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer that some adapters hold whole, and what becomes of it.
-
-    Attributes:
-        module: its path in the base model.
-        form: layer, plain, bias, base or tokens; see `riders`.
-        held: for each adapter that holds it, by its place, its tensors by name.
-        places: the adapters whose values go into the result; none where it is left out.
-        fate: identical, only, kept, average or left out.
-    """
-
-    module: str
-    form: str
-    held: Mapping[int, Mapping[str, Rider]]
-    places: tuple[int, ...] = ()
-    fate: str = ""
-
-    @property
-    def any(self) -> Mapping[str, Rider]:
-        """The tensors of the first adapter whose values are used, else of the first that holds it."""
-        return self.held[self.places[0] if self.places else min(self.held)]
+from .whole import OTHERS, Rule, Weigh
 
 
 @dataclass(frozen=True)
@@ -86,12 +63,14 @@ class Heads:
         modules: the modules of the merge, whose names decide how a bias is spelled.
         names: of the adapters.
         dtype: asked for; None to keep each tensor's own.
+        rule: by which they are merged, where they are.
     """
 
     layers: tuple[Layer, ...]
     modules: frozenset[str]
     names: tuple[str, ...]
     dtype: torch.dtype | None
+    rule: Rule | None = None
 
     @property
     def kept(self) -> list[Layer]:
@@ -140,7 +119,7 @@ class Heads:
         for layer in self.kept:
             for name in layer.any:
                 key = self._key(layer, name)
-                found[key] = _fit(_combined(layer, name, adapters, weigh), self.dtype, key)
+                found[key] = _fit(_combined(layer, name, adapters, weigh, self.rule), self.dtype, key)
         return dict(sorted(found.items()))
 
     def _key(self, layer: Layer, name: str) -> str:
@@ -163,6 +142,8 @@ def settle_heads(
     weigh: Weigh,
     dtype: torch.dtype | None,
     warnings: list[str],
+    rule: Rule | None = None,
+    base: BaseModel | None = None,
 ) -> Heads:
     """Decide what becomes of every whole tensor; nothing but what must be compared is read.
 
@@ -173,20 +154,24 @@ def settle_heads(
         weigh: their weights, for the average.
         dtype: asked for, if any.
         warnings: what is left out is said here.
+        rule: for policy merge.
+        base: the base model, where it is at hand.
     Raises: RecipeError for a policy that cannot be; CompatibilityError where the adapters differ and the policy
         does not say what to do.
     """
     chosen = _chosen(policy, names)
-    layers = [_decided(layer, policy, chosen, adapters) for layer in _collect(adapters, names, warnings)]
+    layers = [_decided(layer, policy, chosen, adapters, base) for layer in _collect(adapters, names, warnings)]
     adapted = frozenset(modules)
     _refuse_differing(layers, names, adapters)
     if policy == AVERAGE:
         _refuse_no_mean(layers, names, adapters, weigh)
+    if rule is not None:
+        _refuse_unmerged(layers, names, adapters, weigh, rule)
     _refuse_twice(layers, adapted, names, adapters)
-    if chosen is not None and not any(layer.places for layer in layers):
+    if chosen is not None and not any(chosen in layer.held for layer in layers):
         raise RecipeError(f"heads is '{printable(policy)}', but {names[chosen]} holds no whole layers. Leave it out.")
-    heads = Heads(tuple(layers), adapted, tuple(names), dtype)
-    lost = rider_texts([line for line in heads.lines() if line.fate == "left out"])
+    heads = Heads(tuple(layers), adapted, tuple(names), dtype, rule)
+    lost = rider_texts([line for line in heads.lines() if line.fate in ("left out", "unchanged")])
     warnings.extend(f"{text}; the base's own will be used." for text in lost)
     return heads
 
@@ -219,83 +204,57 @@ def _collect(adapters: Sequence[Adapter], names: Sequence[str], warnings: list[s
                 f"{names[place]} holds {len(idle)} tensor(s) that PEFT does not read, being copies of a whole layer or "
                 f"of the untrained one, so they are left out: {printable(idle[0])}{', …' if len(idle) > 1 else ''}."
             )
-    return [Layer(module, _form(own, tuple(own)), own) for (module, _), own in sorted(held.items())]
+    return [Layer(module, form_of(own, tuple(own)), own) for (module, _), own in sorted(held.items())]
 
 
-def _form(held: Mapping[int, Mapping[str, Rider]], places: Sequence[int]) -> str:
-    """The form of a layer that adapters may hold in several: trained whole in one, it is so."""
-    forms = [rider.form for place in places for rider in held[place].values()]
-    return next((form for form in (TOKENS, LAYER, BASE) if form in forms), forms[0])
-
-
-def _decided(layer: Layer, policy: str, chosen: int | None, adapters: Sequence[Adapter]) -> Layer:
+def _decided(
+    layer: Layer, policy: str, chosen: int | None, adapters: Sequence[Adapter], base: BaseModel | None
+) -> Layer:
     """The layer with its fate; an empty one where the adapters differ and nothing was said."""
     holders = tuple(sorted(layer.held))
     places: tuple[int, ...]
     if policy == DROP:
         places, fate = (), "left out"
+    elif base is not None and unchanged(layer, adapters, base):
+        places, fate = (), "unchanged"
     elif chosen is not None:
         places, fate = ((chosen,), "kept") if chosen in holders else ((), "left out")
+    elif policy == MERGE and goes_in(layer, adapters):
+        places, fate = holders, "merged"
     elif len(holders) == 1:
         places, fate = holders, "only"
-    elif _agree(layer, adapters):
+    elif agree(layer, adapters):
         places, fate = holders, "identical"
-    elif policy == AVERAGE:
-        places, fate = holders, "average"
+    elif policy in (AVERAGE, MERGE):
+        places, fate = holders, "average" if policy == AVERAGE else "merged"
     else:
         places, fate = (), ""
-    return Layer(layer.module, _form(layer.held, places or holders), layer.held, places, fate)
-
-
-def _agree(layer: Layer, adapters: Sequence[Adapter]) -> bool:
-    """Whether all that hold a layer hold the same values; two tensors are in memory at a time."""
-    if not _same_form(layer):
-        return False
-    first, *rest = sorted(layer.held)
-    for name, rider in layer.held[first].items():
-        tensor = adapters[first].tensors.read(rider.key)
-        for place in rest:
-            other = adapters[place].tensors.read(layer.held[place][name].key)
-            wide = torch.promote_types(tensor.dtype, other.dtype)
-            if not torch.equal(tensor.to(wide), other.to(wide)):
-                return False
-    return True
-
-
-def _same_form(layer: Layer) -> bool:
-    forms = [{name: (r.shape, r.rows) for name, r in own.items()} for own in layer.held.values()]
-    return all(form == forms[0] for form in forms)
-
-
-def _has_mean(layer: Layer, adapters: Sequence[Adapter]) -> bool:
-    """Whether all that hold a layer hold the same tensors of it, of numbers with a fraction."""
-    keys = [(place, rider.key) for place, own in layer.held.items() for rider in own.values()]
-    return _same_form(layer) and all(adapters[place].tensors.info(key).dtype in FLOATING for place, key in keys)
+    return Layer(layer.module, form_of(layer.held, places or holders), layer.held, places, fate)
 
 
 def _refuse_differing(layers: Sequence[Layer], names: Sequence[str], adapters: Sequence[Adapter]) -> None:
     odd = [layer for layer in layers if not layer.fate]
     if not odd:
         return
-    averages = all(_has_mean(layer, adapters) for layer in odd)
+    averages = all(has_mean(layer, adapters) for layer in odd)
     mean = (
         "or take their weighted mean with average"
         if averages
         else "(they have no average, being of unlike shapes or tensors, or of whole numbers)"
     )
     raise CompatibilityError(
-        f"the adapters hold {len(odd)} whole layer(s) that differ:\n{_table(odd, names)}\n"
+        f"the adapters hold {len(odd)} whole layer(s) that differ:\n{table(odd, names)}\n"
         f"Say which to keep: --heads {_keeps(odd, names)}; leave them out with drop, {mean} (heads=… in Python)."
     )
 
 
 def _refuse_no_mean(layers: Sequence[Layer], names: Sequence[str], adapters: Sequence[Adapter], weigh: Weigh) -> None:
     mixed = [layer for layer in layers if layer.fate == "average"]
-    odd = [layer for layer in mixed if not _has_mean(layer, adapters)]
+    odd = [layer for layer in mixed if not has_mean(layer, adapters)]
     if odd:
         raise CompatibilityError(
             f"heads is 'average', but {len(odd)} whole layer(s) have no mean, being of unlike shapes or tensors, or of "
-            f"whole numbers:\n{_table(odd, names)}\n"
+            f"whole numbers:\n{table(odd, names)}\n"
             f"Keep one adapter's, --heads {_keeps(odd, names)}, or leave them out, --heads drop."
         )
     for layer in mixed:
@@ -304,6 +263,20 @@ def _refuse_no_mean(layers: Sequence[Layer], names: Sequence[str], adapters: Seq
                 f"heads is 'average', but the weights of the adapters that hold '{printable(layer.module)}' sum to 0, "
                 "which an average divides by."
             )
+
+
+def _refuse_unmerged(
+    layers: Sequence[Layer], names: Sequence[str], adapters: Sequence[Adapter], weigh: Weigh, rule: Rule
+) -> None:
+    odd = [(layer, rule.fault(layer.module, layer.held, adapters, weigh)) for layer in layers if layer.fate == "merged"]
+    faults = {layer.module: f"{held_text(layer, names)}; {fault}" for layer, fault in odd if fault}
+    if faults:
+        rows = "\n".join(f"  {printable(module)}: {text}" for module, text in list(faults.items())[:ROWS])
+        more = f"\n  … and {len(faults) - ROWS} more" if len(faults) > ROWS else ""
+        raise CompatibilityError(
+            f"heads is 'merge', but {len(faults)} whole layer(s) cannot be merged as task vectors:\n"
+            f"{rows}{more}\n{OTHERS[0].upper()}{OTHERS[1:]}."
+        )
 
 
 def _refuse_twice(
@@ -325,28 +298,15 @@ def _refuse_twice(
             )
 
 
-def _table(layers: Sequence[Layer], names: Sequence[str]) -> str:
-    """A row for each layer that differs: what each adapter holds of it."""
-    rows = []
-    for layer in layers[:ROWS]:
-        sizes = {place: ", ".join(rider.size for rider in own.values()) for place, own in layer.held.items()}
-        if len(set(sizes.values())) == 1:
-            holders = ", ".join(names[place] for place in sorted(sizes))
-            text = f"{next(iter(sizes.values()))}, with unlike values in {holders}"
-        else:
-            text = ", ".join(f"{names[place]} has {size}" for place, size in sorted(sizes.items()))
-        rows.append(f"  {printable(layer.module)}: {text}")
-    more = f"\n  … and {len(layers) - ROWS} more" if len(layers) > ROWS else ""
-    return "\n".join(rows) + more
-
-
 def _keeps(layers: Sequence[Layer], names: Sequence[str]) -> str:
     holders = sorted({place for layer in layers for place in layer.held})
     return " or ".join(f"{KEEP}{names[place]}" for place in holders[:4]) + (" or …" if len(holders) > 4 else "")
 
 
-def _combined(layer: Layer, name: str, adapters: Sequence[Adapter], weigh: Weigh) -> Tensor:
-    """One tensor of a layer: as it is, or Σ w·t / Σ w; one is in memory beside the sum."""
+def _combined(layer: Layer, name: str, adapters: Sequence[Adapter], weigh: Weigh, rule: Rule | None) -> Tensor:
+    """One tensor of a layer: as it is, merged, or Σ w·t / Σ w; one is in memory beside the sum."""
+    if layer.fate == "merged" and rule is not None:
+        return rule.merged(layer.module, name, layer.held, adapters, weigh)
     if layer.fate != "average":
         place = layer.places[0]
         return adapters[place].tensors.read(layer.held[place][name].key)

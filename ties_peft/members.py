@@ -37,6 +37,10 @@ class Member:
         """Whether it adapts a module."""
         return module in self.adapter.layout
 
+    def density_at(self, module: str, layers: int, default: float) -> float:
+        """The density on one module, the method's where none was set."""
+        return default if self.density is None else self.density.at(module, layers, default)
+
 
 def equal_norm_weights(norms: Sequence[float]) -> list[float]:
     """Weights that bring task vectors of these norms to one length, the mean of their lengths.
@@ -97,6 +101,38 @@ def compare_filters(members: Sequence[Member], modules: Iterable[str], warnings:
     idle = [printable(part) for part in filters if not any(part in name for name in names)]
     if idle:
         warnings.append(f"no module's name contains {', '.join(idle)}, so that such a filter has no effect.")
+
+
+def compare_bases(members: Sequence[Member], recipe: Recipe, warnings: list[str]) -> None:
+    """Warn of several names for the base model."""
+    names = sorted({member.adapter.base or "none given" for member in members})
+    if len(names) > 1:
+        warnings.append(
+            f"the adapters name different base models ({printable(', '.join(names))}). Their modules fit each other, "
+            "but only you can tell whether it is one model under several names."
+        )
+    named = recipe.base_model if recipe.notes else None  # by a recipe that was converted, not as a new name
+    if named and any(name.rsplit("/", 1)[-1] != named.rsplit("/", 1)[-1] for name in names):
+        warnings.append(
+            f"the recipe's base model is {printable(named)}, the adapters name {printable(', '.join(names))}."
+        )
+
+
+def refuse_strangers(members: Sequence[Member]) -> None:
+    """Every adapter must be linked to every other through shared modules."""
+    linked, rest = set(members[0].adapter.layout), list(members[1:])
+    while near := [member for member in rest if linked & member.adapter.layout.keys()]:
+        for member in near:
+            linked |= member.adapter.layout.keys()
+            rest.remove(member)
+    if rest:
+        rows = "\n".join(
+            f"  {m.name}: {printable(m.adapter.modules[0])}, … ({len(m.adapter.modules)})" for m in members
+        )
+        raise CompatibilityError(
+            f"{', '.join(m.name for m in rest)} and {members[0].name} have no module in common:\n{rows}\n"
+            "They may be for different base models. If they are for one, say --allow-disjoint (allow_disjoint=True)."
+        )
 
 
 def statistics_of(method: Method, members: Sequence[Member], module: str) -> list[Statistic]:

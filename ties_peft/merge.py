@@ -17,21 +17,22 @@ from .adapter import Adapter, open_all
 from .base_model import BaseModel
 from .companions import gather
 from .coordinates import Coordinates, Memory
-from .delta import Delta, Dense, zero
+from .delta import zero
 from .errors import RecipeError, printable, warn_caller
 from .factorise import Factors
 from .fast import load
 from .kinds import Module
 from .members import statistics_of
 from .merged import Merged
-from .methods import Method, TaskVectors
+from .methods import TaskVectors
+from .methods.base import merge_part
 from .plan import Plan, make_plan
 from .processes import ALONE, Team
 from .recipe import IN_MEMORY, Rank, Recipe, Weights
 from .schedule import as_read
 from .survey import Cuts, Kept, Survey
 from .targets import check_written
-from .tiles import Workers, tiles, workers
+from .tiles import Workers, workers
 
 Progress = Callable[[str, int, int], None]
 
@@ -75,11 +76,11 @@ def merge(
         allow_disjoint: merge adapters that share no module.
         base_model: the base's name to write; by default the inputs'.
         base: the base model's folder or Hub id, for adapters whose task vectors depend on its weights
-            (DoRA, say); just the tensors they need are read.
+            (DoRA, say) and for heads `merge`; just the tensors that are needed are read.
         target: the loader that the result is for: `peft`, `vllm` or `llama.cpp` (see `targets`).
         heads: what becomes of whole layers that ride along (task heads, embeddings, biases) where the
-            adapters differ: `error`, `drop`, `keep=NAME` (an adapter's short name) or `average`; see
-            `ties_peft.heads`.
+            adapters differ: `error`, `drop`, `keep=NAME` (an adapter's short name), `average` or `merge`, which
+            needs `base`; see `ties_peft.heads`.
         progress: called as progress(stage, done, of) while it works.
         **parameters: the method's own, such as density and scope; density may be a schedule.
     Returns: the merged adapter, in memory; all work is done.
@@ -256,7 +257,7 @@ def _merge_parts(coordinates: Coordinates, name: str, cuts: Cuts, crew: Workers,
             streams=[coordinates.stream(place, name, part) for place in places],
             room=lambda purpose, shape: crew.scratch(purpose, shape, plan.device),
         )
-        result = _merge_part(plan.method, tasks, crew, tally)
+        result = merge_part(plan.method, tasks, crew, tally)
         if plan.finishes:
             plain = [encoding.weighted(i, plan.weight(place, name))[part] for i, place in enumerate(places)]
             for stage in plan.finishes:
@@ -269,27 +270,6 @@ def _densities(plan: Plan, name: str, places: Sequence[int]) -> list[float]:
     """The share to keep of each adapter that has a module; none if the method has no density."""
     own = getattr(plan.method, "density", None)
     return [] if own is None else [plan.density(place, name, own) for place in places]
-
-
-def _merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[str, int]) -> Delta:
-    """One part: whole, or tile by tile where the method works entry by entry."""
-    if not method.entrywise or (method.linear(len(tasks)) and tasks.untouched):
-        merged = method.merge(replace(tasks, tally=tally))
-        return Dense(merged.float()) if isinstance(merged, Tensor) else merged
-    result = torch.empty(tasks.deltas[0].shape, device=tasks.device)
-    grid = tiles(result.shape)
-
-    def tile(number: int) -> dict[str, int]:
-        start, stop = grid[number]
-        part = replace(tasks, rows=(start, stop), tile=number, tally={})
-        merged = method.merge(part)
-        result[start:stop] = merged if isinstance(merged, Tensor) else merged.dense()
-        return part.tally
-
-    for counts in crew.map(tile, range(len(grid))):
-        for key, value in counts.items():
-            tally[key] = tally.get(key, 0) + value
-    return Dense(result)
 
 
 def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:

@@ -8,23 +8,35 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from .adapter import Adapter, check_all
+from .base_model import BaseModel
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
 from .heads import Heads, settle_heads
 from .kinds import Module, Written, written_as
-from .members import Member, check_statistics, check_together, compare_filters, find_members, one_spelling
+from .members import (
+    Member,
+    check_statistics,
+    check_together,
+    compare_bases,
+    compare_filters,
+    find_members,
+    one_spelling,
+    refuse_strangers,
+)
 from .methods import Method, Stages, Trim, method_classes
 from .ranks import output_rank
 from .recipe import DTYPES, NORM, Rank, Recipe
+from .riders import MERGE
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
 from .targets import check_modules, fit_rank
+from .whole import make_rule
 
 
 @dataclass(frozen=True)
@@ -109,8 +121,7 @@ class Plan:
 
     def density(self, place: int, module: str, default: float) -> float:
         """The density of one adapter on one module, the method's where none was set."""
-        own = self.members[place].density
-        return default if own is None else own.at(module, self.layers, default)
+        return self.members[place].density_at(module, self.layers, default)
 
     def weights(self, module: str) -> list[float]:
         """w of all adapters on one module, also of those that lack it."""
@@ -161,7 +172,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     base = recipe.base_model or next((m.adapter.base for m in members if m.adapter.base), None)
     rank = fit_rank(recipe.target, rank, recipe.rank, members[0].adapter.kind.title, warnings)
     check_modules(recipe.target, {name: module.shape for name, module in modules.items()}, base, warnings)
-    _compare_bases(members, recipe, warnings)
+    compare_bases(members, recipe, warnings)
     return Plan(
         members=members,
         modules=modules,
@@ -172,7 +183,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
         trim=_trim(stages.method, space),
         rank=rank,
         dtype=dtype,
-        heads=_heads(recipe, members, modules, warnings),
+        heads=_heads(recipe, stages, members, modules, where, warnings),
         device=where,
         seed=_seed(recipe.seed),
         signs=signs,
@@ -182,8 +193,21 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     )
 
 
-def _heads(recipe: Recipe, members: Sequence[Member], modules: Iterable[str], warnings: list[str]) -> Heads:
+def _heads(
+    recipe: Recipe,
+    stages: Stages,
+    members: Sequence[Member],
+    modules: Iterable[str],
+    device: torch.device,
+    warnings: list[str],
+) -> Heads:
     layers = count_layers(modules)
+    base = next((m.adapter.weights for m in members if m.adapter.weights is not None), None)
+    rule = None
+    if recipe.heads == MERGE:
+        base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)
+        densities = [partial(member.density_at, layers=layers) for member in members]
+        rule = make_rule(stages, base, _scale(recipe.scale, stages), _seed(recipe.seed), densities, device)
     return settle_heads(
         recipe.heads,
         [member.name for member in members],
@@ -192,6 +216,8 @@ def _heads(recipe: Recipe, members: Sequence[Member], modules: Iterable[str], wa
         lambda place, module: members[place].weight.at(module, layers),
         None if recipe.dtype is None else _dtype(recipe.dtype, ()),
         warnings,
+        rule,
+        base,
     )
 
 
@@ -338,7 +364,7 @@ def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: b
             "They were trained on different base models, so their task vectors cannot be added. Leave some out."
         )
     if not allow_disjoint:
-        _refuse_strangers(members)
+        refuse_strangers(members)
     return dict(sorted(modules.items()))
 
 
@@ -348,23 +374,6 @@ def _form(module: Module) -> str:
     kernel = f", kernel {' × '.join(map(str, module.kernel))}" if module.kernel else ""
     experts = f", {module.expert[1]} experts" if module.expert[1] > 1 else ""
     return f"{' × '.join(map(str, module.shape))}{side}{form}{kernel}{experts}"
-
-
-def _refuse_strangers(members: Sequence[Member]) -> None:
-    """Every adapter must be linked to every other through shared modules."""
-    linked, rest = set(members[0].adapter.layout), list(members[1:])
-    while near := [member for member in rest if linked & member.adapter.layout.keys()]:
-        for member in near:
-            linked |= member.adapter.layout.keys()
-            rest.remove(member)
-    if rest:
-        rows = "\n".join(
-            f"  {m.name}: {printable(m.adapter.modules[0])}, … ({len(m.adapter.modules)})" for m in members
-        )
-        raise CompatibilityError(
-            f"{', '.join(m.name for m in rest)} and {members[0].name} have no module in common:\n{rows}\n"
-            "They may be for different base models. If they are for one, say --allow-disjoint (allow_disjoint=True)."
-        )
 
 
 def _rank(
@@ -383,17 +392,3 @@ def _rank(
 
 def _linear(stages: Stages, adapters: int) -> bool:
     return not stages.before and not stages.after and stages.method.linear(adapters)
-
-
-def _compare_bases(members: Sequence[Member], recipe: Recipe, warnings: list[str]) -> None:
-    names = sorted({member.adapter.base or "none given" for member in members})
-    if len(names) > 1:
-        warnings.append(
-            f"the adapters name different base models ({printable(', '.join(names))}). Their modules fit each other, "
-            "but only you can tell whether it is one model under several names."
-        )
-    named = recipe.base_model if recipe.notes else None  # by a recipe that was converted, not as a new name
-    if named and any(name.rsplit("/", 1)[-1] != named.rsplit("/", 1)[-1] for name in names):
-        warnings.append(
-            f"the recipe's base model is {printable(named)}, the adapters name {printable(', '.join(names))}."
-        )

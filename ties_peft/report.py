@@ -19,6 +19,8 @@ FATES = {
     "only": "kept, held by",
     "kept": "kept from",
     "average": "the weighted mean of",
+    "merged": "merged as task vectors of",
+    "unchanged": "left out, unchanged in",
     "left out": "left out, held by",
 }
 FORMS = {"tokens": "trained tokens of ", "base": "the base's own under "}
@@ -77,7 +79,7 @@ class RiderLine:
         module: its path in the base model.
         form: layer, plain, bias, base or tokens; see `riders`.
         tensors: the name and shape of each of its tensors.
-        fate: identical, only, kept, average or left out.
+        fate: identical, only, kept, average, merged, unchanged or left out.
         adapters: whose values went into the result; where it is left out, who holds it.
     """
 

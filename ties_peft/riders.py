@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import AdapterError, printable
 from .kinds.base import PREFIX
@@ -27,8 +27,8 @@ from .tensors import TensorSource
 
 HEADS = ("classifier", "score", "qa_outputs")  # PEFT adds these to modules_to_save by itself, by task
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # the tasks for which it does
-ERROR, DROP, AVERAGE, KEEP = "error", "drop", "average", "keep="
-POLICIES = (ERROR, DROP, f"{KEEP}NAME", AVERAGE)  # what becomes of them in a merge; see `heads`
+ERROR, DROP, AVERAGE, MERGE, KEEP = "error", "drop", "average", "merge", "keep="
+POLICIES = (ERROR, DROP, f"{KEEP}NAME", AVERAGE, MERGE)  # what becomes of them in a merge; see `heads`
 LAYER, PLAIN, BIAS, BASE, TOKENS = "layer", "plain", "bias", "base", "tokens"
 UNDER, COPY, UNTRAINED = ".base_layer.", ".modules_to_save.", ".original_module."
 WRAPPER = "token_adapter"
@@ -73,13 +73,28 @@ class Rider:
         """Its name and shape as messages give them: `weight 2 × 16`."""
         if self.form == TOKENS:
             ids = ", ".join(map(str, self.rows[:6])) + (", …" if len(self.rows) > 6 else "")
-            return f"rows {_sizes(self.shape)} for the tokens {ids}"
-        return f"{printable(self.tensor)} {_sizes(self.shape)}"
+            return f"rows {sizes(self.shape)} for the tokens {ids}"
+        return f"{printable(self.tensor)} {sizes(self.shape)}"
+
+
+Held = Mapping[int, Mapping[str, Rider]]  # for each adapter that holds a layer, by its place, its tensors by name
+
+
+class Holder(Protocol):
+    """What is asked of an adapter that holds riders."""
+
+    tensors: TensorSource
+
+    @property
+    def digest(self) -> str:
+        """Of its task vectors."""
 
 
 def is_policy(value: object) -> bool:
     """Whether a value is one of `POLICIES`, whatever the name in it."""
-    return isinstance(value, str) and (value in (ERROR, DROP, AVERAGE) or (value.startswith(KEEP) and value != KEEP))
+    return isinstance(value, str) and (
+        value in (ERROR, DROP, AVERAGE, MERGE) or (value.startswith(KEEP) and value != KEEP)
+    )
 
 
 def check_riders(keys: Sequence[str], config: Mapping[str, Any], tensors: TensorSource, label: str) -> None:
@@ -177,7 +192,7 @@ def _trained(module: str, shape: tuple[int, ...], config: Mapping[str, Any], lab
         given = next((ids for name, ids in given.items() if name and module.endswith(str(name))), None)
     if not isinstance(given, list) or not all(isinstance(i, int) for i in given) or len(given) != (*shape, 0)[0]:
         raise AdapterError(
-            f"adapter '{label}' holds {_sizes(shape)} numbers for trained tokens of '{printable(module)}', and "
+            f"adapter '{label}' holds {sizes(shape)} numbers for trained tokens of '{printable(module)}', and "
             f"trainable_token_indices in adapter_config.json is {printable(repr(given))}; expected the id of each row's "
             "token. Mend the config, or save the adapter again."
         )
@@ -224,7 +239,8 @@ def describe(riders: Sequence[Rider], idle: int = 0) -> list[str]:
     return lines + ([f"{idle} unused cop{'ies' if idle != 1 else 'y'} of whole layers"] if idle else [])
 
 
-def _sizes(shape: tuple[int, ...]) -> str:
+def sizes(shape: tuple[int, ...]) -> str:
+    """A shape as messages give it."""
     return " × ".join(map(str, shape)) or "one number"
 
 

@@ -24,7 +24,7 @@ from .plan import Plan
 from .processes import Team
 from .threshold import WHOLE, Search, sum_of
 from .tiles import Workers, tiles
-from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, kept_count
+from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
 SAMPLE = (1 << 13, 1 << 18)  # entries of a group that are sampled, at least and at most; about one in SPARSE
@@ -167,7 +167,7 @@ class Survey:
             kept, entries = self._kept[group.member], group.entries
             kept.kept += kept_count(group.densities[-1], entries)
             kept.entries += entries
-            ends = _ends(group.densities, entries)
+            ends = band_ends(group.densities, entries)
             searches += [(group, Search(entries, keep, group.sample)) for keep in ends]
         sought = [(group, search) for group, search in searches if 0 < search.keep < search.entries]
         for _, search in sought:
@@ -236,15 +236,6 @@ def trimmed_apart(plan: Plan) -> list[str]:
         if module.form == EMBEDDING or name.rsplit(".", 1)[-1] in VOCABULARY
     ]
     return apart if len(apart) < len(plan.modules) else []
-
-
-def _ends(densities: Sequence[float], entries: int) -> list[int]:
-    """How many entries lie above the lower end of each band; the last band is whole, the others give way."""
-    *others, last = [kept_count(density, entries) for density in densities]
-    ends: list[int] = []
-    for count in others:
-        ends.append(min(entries - last, (ends[-1] if ends else 0) + count))
-    return [*ends, (ends[-1] if ends else 0) + last]
 
 
 def _sample(spot: Spot, delta: Delta, modules: int) -> tuple[np.ndarray, float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -31,6 +32,15 @@ def kept_count(density: float, entries: int) -> int:
     (29, 28)
     """
     return math.floor(Fraction(repr(float(density))) * entries)
+
+
+def band_ends(densities: Sequence[float], entries: int) -> list[int]:
+    """How many entries lie above the lower end of each band; the last band is whole, the others give way."""
+    *others, last = [kept_count(density, entries) for density in densities]
+    ends: list[int] = []
+    for count in others:
+        ends.append(min(entries - last, (ends[-1] if ends else 0) + count))
+    return [*ends, (ends[-1] if ends else 0) + last]
 
 
 ALL = -1  # in place of a tile's number of places: every entry that equals the threshold stays

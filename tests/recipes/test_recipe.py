@@ -136,7 +136,7 @@ REFUSED = [
     ("adapters: [a]\nparameters:\n  weights: [1]", 3, ["weights is [1]", "norm"]),
     ("adapters:\n- adapter: a\n  parameters: {weight: 2}\nparameters:\n  weights: norm", 5, ["Keep one of the two"]),
     ("adapters: [a]\nallow_disjoint: 'no'", 2, ["allow_disjoint is 'no'", "true or false"]),
-    ("adapters: [a]\nheads: mean", 2, ["heads is 'mean'", "one of error, drop, keep=NAME, average"]),
+    ("adapters: [a]\nheads: mean", 2, ["heads is 'mean'", "one of error, drop, keep=NAME, average, merge"]),
     ("adapters: [a]\nheads: keep=", 2, ["heads is 'keep='"]),
     ("adapters: [a]\nheads: [drop]", 2, ["heads is ['drop']"]),
     ("adapters: [a]\ndtype: float31", 2, ["dtype is 'float31'", "float32 or float16 or bfloat16"]),

@@ -46,7 +46,7 @@ AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge ada
 HeadsPolicy = Annotated[
     str | None,
     typer.Option(
-        help="Whole layers that differ (heads, embeddings, biases): error, drop, keep=NAME or average.",
+        help="Whole layers that differ (heads, embeddings, biases): error, drop, keep=NAME, average or merge.",
         show_default="error",
     ),
 ]

@@ -12,17 +12,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..delta import Delta, Mapped, inner, stack
+from ..delta import Delta, Dense, Mapped, inner, stack
 from ..draws import key, uniform
 from ..elect import Ballot, Combine, Vote
 from ..statistics import Statistic
+from ..tiles import Workers, tiles
 from ..trim import KEEP_ALL, Cut, Scope
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -240,6 +241,27 @@ class Method(BaseModel, ABC):
         return None
 
 
+def merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[str, int]) -> Delta:
+    """One part: whole, or tile by tile where the method works entry by entry."""
+    if not method.entrywise or (method.linear(len(tasks)) and tasks.untouched):
+        merged = method.merge(replace(tasks, tally=tally))
+        return Dense(merged.float()) if isinstance(merged, Tensor) else merged
+    result = torch.empty(tasks.deltas[0].shape, device=tasks.device)
+    grid = tiles(result.shape)
+
+    def tile(number: int) -> dict[str, int]:
+        start, stop = grid[number]
+        part = replace(tasks, rows=(start, stop), tile=number, tally={})
+        merged = method.merge(part)
+        result[start:stop] = merged if isinstance(merged, Tensor) else merged.dense()
+        return part.tally
+
+    for counts in crew.map(tile, range(len(grid))):
+        for what, count in counts.items():
+            tally[what] = tally.get(what, 0) + count
+    return Dense(result)
+
+
 def elect_and_merge(
     tasks: TaskVectors,
     vectors: Iterable[Tensor],
@@ -299,6 +321,7 @@ __all__ = [
     "elect_and_merge",
     "key",
     "masked",
+    "merge_part",
     "only",
     "scope_fault",
 ]
