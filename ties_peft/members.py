@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .adapter import Adapter
+from .base_model import BaseModel
 from .errors import CompatibilityError, RecipeError, printable
 from .kinds import Module, written_as
 from .methods import Method
@@ -101,6 +102,21 @@ def compare_filters(members: Sequence[Member], modules: Iterable[str], warnings:
     idle = [printable(part) for part in filters if not any(part in name for name in names)]
     if idle:
         warnings.append(f"no module's name contains {', '.join(idle)}, so that such a filter has no effect.")
+
+
+def one_base(members: Sequence[Member]) -> BaseModel | None:
+    """The base that adapters were opened with, if any was; it is one for all of them.
+
+    Raises: CompatibilityError where they were opened with several.
+    """
+    found = {m.adapter.weights.label: m for m in reversed(members) if m.adapter.weights is not None}
+    if len(found) > 1:
+        rows = "\n".join(f"  {member.name}: {label}" for label, member in reversed(found.items()))
+        raise CompatibilityError(
+            f"the adapters were opened with {len(found)} base models:\n{rows}\nOpen all of them with the one that they "
+            "were trained on (Adapter.load(…, base=…))."
+        )
+    return next((member.adapter.weights for member in found.values()), None)
 
 
 def compare_bases(members: Sequence[Member], recipe: Recipe, warnings: list[str]) -> None:

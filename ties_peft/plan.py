@@ -25,6 +25,7 @@ from .members import (
     compare_bases,
     compare_filters,
     find_members,
+    one_base,
     one_spelling,
     refuse_strangers,
 )
@@ -202,7 +203,7 @@ def _heads(
     warnings: list[str],
 ) -> Heads:
     layers = count_layers(modules)
-    base = next((m.adapter.weights for m in members if m.adapter.weights is not None), None)
+    base = one_base(members)
     rule = None
     if recipe.heads == MERGE:
         base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)

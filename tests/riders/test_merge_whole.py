@@ -292,3 +292,16 @@ def test_adapters_that_are_open_already(hold: Hold) -> None:
     expected = whole(merge([folder]))[HEAD]
     assert torch.equal(whole(ties_peft.merge([Adapter.load(folder)], base="base", heads="merge"))[HEAD], expected)
     assert torch.equal(whole(ties_peft.merge([Adapter.load(folder, base="base")], heads="merge"))[HEAD], expected)
+
+
+@pytest.mark.parametrize("heads", ["merge", "drop"])
+def test_adapters_opened_with_two_bases_are_refused(hold: Hold, heads: str) -> None:
+    """Whichever came first would decide what the task vectors are."""
+    folders = [hold("a", {HEAD: drawn(1, 5, 7)}), hold("b", {HEAD: drawn(2, 5, 7)}, seed=1)]
+    Path("other").mkdir()
+    save_file({name: tensor + 1 for name, tensor in ORIGIN.items()}, "other/model.safetensors")
+    opened = [Adapter.load(folder, base=base) for folder, base in zip(folders, ("base", "other"), strict=True)]
+    with pytest.raises(ties_peft.CompatibilityError, match=r"2 base models:\n  a: base\n  b: other\n"):
+        ties_peft.merge(opened, heads=heads)
+    same = [Adapter.load(folder, base="base") for folder in folders]  # two objects, one base
+    assert ties_peft.merge(same, heads=heads).report is not None
