@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A process a core, each with one thread: tiny models gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 READY := $(VENV)/.ready
 
 .PHONY: demo test check format test-slow test-postgres fuzz bench clean
@@ -10,7 +12,7 @@ demo: $(READY)  ## merge the sample adapters and judge the result
 	$(BIN)/python adapters/demo.py $(ARGS)
 
 test: check  ## lint, format, types, tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -22,7 +24,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 test-slow: $(READY)  ## the checks that take longer than a test should
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 fuzz: $(READY)  ## the readers on many thousand files that nobody wrote, other ones each time
 	FUZZ=2500 $(BIN)/python -m pytest tests/abuse/test_fuzz_readers.py

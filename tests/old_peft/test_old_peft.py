@@ -69,7 +69,7 @@ def test_a_result_loads_in_an_old_release(release: str, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=True)
     python = environment / "bin" / "python"
-    wanted = (f"torch=={torch.__version__.partition('+')[0]}", f"peft=={release}", "numpy<2", "setuptools<70")
+    wanted = (f"torch=={torch.__version__.partition('+')[0]}", f"peft=={release}", "numpy<2")
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted, *RELEASES[release]]
     subprocess.run(install, check=True)
     for folder in write_results(tmp_path / "results"):
