@@ -96,6 +96,8 @@ def test_any_bytes_as_a_config(place: Callable[..., Path], content: bytes) -> No
 @example(changes={"alpha_pattern": {"(a+)+b|(l+.*)*x": 3}}, dropped=set())
 @example(changes={"lora_alpha": 10**400}, dropped=set())
 @example(changes={"peft_type": "\ud800"}, dropped=set())
+@example(changes={"target_parameters": 7.5, "target_modules": {}}, dropped=set())
+@example(changes={"target_parameters": ["x", 3], "target_modules": []}, dropped=set())
 def test_any_values_in_a_config(place: Callable[..., Path], changes: dict[str, Any], dropped: set[str]) -> None:
     config = {key: value for key, value in (SOUND | changes).items() if key not in dropped}
     survives(place(config=json.dumps(config).encode()))

@@ -242,7 +242,12 @@ class _Layer:
 
     def parameters(self, layer: str, nest: int) -> list[str]:
         """The names of a layer's adapted parameters, the outermost first, which models define last."""
-        listed = [str(target) for target in self.config["target_parameters"]]
+        listed = self.config["target_parameters"]
+        if not isinstance(listed, list) or not all(isinstance(target, str) for target in listed):
+            raise AdapterError(
+                f"{self.label}: target_parameters is {printable(repr(listed))}; expected a list of parameters' names. "
+                "Mend adapter_config.json."
+            )
         fitting = [t for t in listed if f"{layer}.{t.rpartition('.')[2]}".endswith(t)]
         dotted = [target for target in fitting if "." in target]
         names = sorted(
