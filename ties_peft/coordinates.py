@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from .adapter import Adapter
 from .companions import Companions
 from .delta import Delta, Dense, whole
@@ -23,10 +25,12 @@ class Memory:
 
     Attributes:
         encodings: by module, the coordinates of all its adapters.
+        samples: by member, module, part and modules ranked together, some magnitudes and how many each stands for.
         companions: the tokenizer files beside them, once they were looked for.
     """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
+    samples: dict[tuple[int, str, int, int], tuple[np.ndarray, float]] = field(default_factory=dict)
     companions: Companions | None = None
 
 

@@ -197,11 +197,9 @@ def leading_rows(span: Span, width: int) -> Tensor:
 
 def _through_gram(matrix: Tensor, rank: int) -> Factors:
     """Exact: the eigenvectors of M·Mᵀ or Mᵀ·M, whichever is smaller, in float64."""
-    M = matrix.double()
-    tall = M.shape[0] > M.shape[1]
-    if tall:
-        M = M.T
-    square = gram([matrix if tall else matrix.T])
+    tall = matrix.shape[0] > matrix.shape[1]
+    M = (matrix.T if tall else matrix).double()
+    square = gram([matrix]) if tall else M @ M.T
     total = float(square.diagonal().sum())
     values, vectors = torch.linalg.eigh(square)
     U = vectors[:, -rank:].flip(1)

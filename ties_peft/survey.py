@@ -157,7 +157,7 @@ class Survey:
         for group, spot, delta in self._walk(groups):
             group.sizes[spot] = size(delta)
             if size(delta) > WHOLE // (4 * len(group.modules)):  # else the whole group is small
-                group.sample.append(_sample(spot, delta, len(group.modules)))
+                group.sample.append(self._sample(spot, delta, len(group.modules)))
         found = self._gather([(group.sizes, group.sample) for group in groups])
         for group, parts in zip(groups, zip(*found, strict=True), strict=True):
             group.sizes = {spot: count for sizes, _ in parts for spot, count in sizes.items()}
@@ -177,6 +177,22 @@ class Survey:
         for group, search in searches:
             for spot, cut in self._share(group, search).items():
                 self._cuts.setdefault(spot, []).append(cut)
+
+    def _sample(self, spot: Spot, delta: Delta, modules: int) -> tuple[np.ndarray, float]:
+        """Some magnitudes of one place; a prepared merge keeps them, unweighted.
+
+        They only say where to look first, so that it does not matter that w·|τ| rounds otherwise than |w·τ|.
+        """
+        memory = self.coordinates.memory
+        if memory is None or self.plan.preparations:
+            return _sample(spot, delta, modules)
+        weight = abs(self.plan.weight(*spot[:2]))
+        key = (*spot, modules)
+        if key not in memory.samples:
+            values, each = _sample(spot, delta, modules)
+            memory.samples[key] = values / np.float32(weight), each
+        values, each = memory.samples[key]
+        return values * np.float32(weight), each
 
     def _pass(self, searches: Sequence[tuple[Group, Search]]) -> None:
         """One look at every entry."""
