@@ -79,6 +79,23 @@ def is_wide(deltas: Sequence[Delta]) -> bool:
     return sum(delta.rank for delta in deltas) > min(*deltas[0].shape, WIDEST)
 
 
+def shelved(pairs: Iterable[tuple[Tensor, Tensor]], numbers: int) -> list[LowRank]:
+    """Pairs of factors as float32 in one piece of memory, where what made them leaves no holes between them.
+
+    Args:
+        pairs: (k₁, rᵢ) and (rᵢ, k₂).
+        numbers: how many all of them hold.
+    """
+    found: list[LowRank] = []
+    room: Tensor | None = None
+    for pair in pairs:
+        room = pair[0].new_empty(numbers, dtype=torch.float32) if room is None else room
+        sizes = [side.numel() for side in pair]
+        left, right, room = torch.split(room, [*sizes, len(room) - sum(sizes)])
+        found.append(LowRank(left.view(pair[0].shape).copy_(pair[0]), right.view(pair[1].shape).copy_(pair[1])))
+    return found
+
+
 def missing(deltas: Iterable[Delta], seen: Iterable[Delta]) -> float:
     """The share of the energy of task vectors that is not in what a basis shows of them, in [0, 1]; 0 if it is rounding."""
     whole, there = (sum(inner(delta, delta) for delta in some) for some in (deltas, seen))

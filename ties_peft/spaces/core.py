@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..basis import Held, basis, canonical, canonical_one, is_wide, missing, orthonormal
+from ..basis import Held, basis, canonical, canonical_one, is_wide, missing, orthonormal, shelved
 from ..delta import Delta, Dense, LowRank, Span
 from ..factorise import Factors, Run, expand, truncate
 from .base import Encoding, Space
@@ -75,8 +75,9 @@ class CoreEncoding(Encoding):
             return ((Y @ d.A.double()).T for d, (_, Y) in zip(self._walk(), pairs, strict=True))
 
         (L, all_left), (R, all_right) = basis(columns, negligible), basis(rows, negligible)
-        both = zip(columns(), rows(), strict=True)
-        self.parts = [(_part(L.T @ B, A.T @ R, B.shape[0] + A.shape[0]),) for B, A in both]
+        both = ((L.T @ B, A.T @ R) for B, A in zip(columns(), rows(), strict=True))
+        count = sum(X.shape[1] for X, _ in pairs)
+        self.parts = [(part,) for part in shelved(both, count * (L.shape[1] + R.shape[1]))]
         self.own, self.left, self.right = Held(), L, R.T
         self.lost = 0.0 if all_left and all_right else missing(self.deltas, (part for (part,) in self.parts))
 

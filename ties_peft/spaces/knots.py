@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..basis import Held, basis, canonical, canonical_one, directions, is_wide, missing, orthonormal
+from ..basis import Held, basis, canonical, canonical_one, directions, is_wide, missing, orthonormal, shelved
 from ..delta import Delta, LowRank, Span
 from ..factorise import Factors, Run, expand, truncate
 from .base import Encoding, Space
@@ -61,10 +61,10 @@ class KnotsEncoding(Encoding):
                 yield (delta.B.double() @ X) * (Y @ delta.A.double()).norm(dim=1)
 
         U, everything = basis(columns)
-        self.parts = [
-            (LowRank((U.T @ (delta.B.double() @ X)).float(), (Y @ delta.A.double()).float()),)
-            for delta, (X, Y) in zip(self._walk(), pairs, strict=True)
-        ]
+        walk = zip(self._walk(), pairs, strict=True)
+        both = ((U.T @ (delta.B.double() @ X), Y @ delta.A.double()) for delta, (X, Y) in walk)
+        count = sum(len(Y) for _, Y in pairs)
+        self.parts = [(part,) for part in shelved(both, count * (U.shape[1] + self.deltas[0].shape[1]))]
         self.own, self.left = Held(), U
         self.lost = 0.0 if everything else missing(self.deltas, (part for (part,) in self.parts))
 
