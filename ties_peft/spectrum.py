@@ -8,13 +8,14 @@ are there; what lies under a share of the largest singular value is rounding, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .delta import Delta, LowRank, inner_root
+from .delta import Delta, LowRank
 from .factorise import balance
 
 SUPPORT = 1e-5  # of the largest singular value: float32 factors are exact to 1e-7 of it
@@ -111,5 +112,7 @@ def balanced(delta: Delta) -> LowRank:
 def norm(delta: Delta) -> float:
     """‖delta‖, the Frobenius norm, in float64 without a float64 copy of what is dense."""
     if isinstance(delta, LowRank):
-        return inner_root(delta)
+        B, A = delta.B.double(), delta.A.double()
+        square = float(((B.T @ B) * (A @ A.T)).sum())
+        return 0.0 if square < 0 else math.sqrt(square)  # NaN stays NaN
     return float(torch.linalg.vector_norm(delta.dense(), dtype=torch.float64))
