@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, LowRank, Span, gram, inner
-from .factorise import WIDEST, decompose
+from .factorise import WIDEST, decompose, few
 
 FLOAT32 = torch.finfo(torch.float32).eps
 SQUARE = 4096  # lengths up to which the Gram matrix of the rows is made
@@ -76,7 +76,7 @@ def _pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_wide(deltas: Sequence[Delta]) -> bool:
     """Whether task vectors have more columns together than a Gram matrix of them is worth, or may have."""
-    return sum(delta.rank for delta in deltas) > min(*deltas[0].shape, WIDEST)
+    return not few(sum(delta.rank for delta in deltas), min(deltas[0].shape))
 
 
 def shelved(pairs: Iterable[tuple[Tensor, Tensor]], numbers: int) -> list[LowRank]:
@@ -136,6 +136,12 @@ def basis(blocks: Blocks, negligible: float | None = None) -> tuple[Tensor, bool
     return _sketched(blocks, length), False
 
 
+def coordinates(vectors: Tensor, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Qᵀ·C of every block of columns C, (k, kᵢ), many of them in one product; Q is (n, k)."""
+    for batch in _batches(blocks):
+        yield from torch.split(vectors.T @ torch.cat(batch, 1), [block.shape[1] for block in batch], dim=1)
+
+
 def _spread(blocks: Blocks, length: int) -> Tensor:
     """Σ C·Cᵀ over all blocks C, (n, n)."""
     total: Tensor | None = None
@@ -171,16 +177,21 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return columns
 
 
-def _strips(blocks: Blocks) -> Iterator[Tensor]:
-    """The same columns, float64, some STRIP of them at a time."""
+def _batches(blocks: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The same blocks, float64, of some STRIP columns at a time."""
     waiting: list[Tensor] = []
-    for block in blocks():
+    for block in blocks:
         waiting.append(block.double())
         if sum(part.shape[1] for part in waiting) >= STRIP:
-            yield torch.cat(waiting, 1)
+            yield waiting
             waiting = []
     if waiting:
-        yield torch.cat(waiting, 1)
+        yield waiting
+
+
+def _strips(blocks: Blocks) -> Iterator[Tensor]:
+    """All columns, some STRIP of them at a time."""
+    return (torch.cat(batch, 1) for batch in _batches(blocks()))
 
 
 def products(deltas: Sequence[LowRank]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..basis import Held, basis, canonical, canonical_one, is_wide, missing, orthonormal, shelved
+from ..basis import Held, basis, canonical, canonical_one, coordinates, is_wide, missing, orthonormal, shelved
 from ..delta import Delta, Dense, LowRank, Span
 from ..factorise import Factors, Run, expand, truncate
 from .base import Encoding, Space
@@ -75,7 +75,7 @@ class CoreEncoding(Encoding):
             return ((Y @ d.A.double()).T for d, (_, Y) in zip(self._walk(), pairs, strict=True))
 
         (L, all_left), (R, all_right) = basis(columns, negligible), basis(rows, negligible)
-        both = ((L.T @ B, A.T @ R) for B, A in zip(columns(), rows(), strict=True))
+        both = zip(coordinates(L, columns()), (A.T for A in coordinates(R, rows())), strict=True)
         count = sum(X.shape[1] for X, _ in pairs)
         self.parts = [(part,) for part in shelved(both, count * (L.shape[1] + R.shape[1]))]
         self.own, self.left, self.right = Held(), L, R.T

@@ -8,7 +8,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..basis import Held, basis, canonical, canonical_one, directions, is_wide, missing, orthonormal, shelved
+from ..basis import (
+    Held,
+    basis,
+    canonical,
+    canonical_one,
+    coordinates,
+    directions,
+    is_wide,
+    missing,
+    orthonormal,
+    shelved,
+)
 from ..delta import Delta, LowRank, Span
 from ..factorise import Factors, Run, expand, truncate
 from .base import Encoding, Space
@@ -61,8 +72,9 @@ class KnotsEncoding(Encoding):
                 yield (delta.B.double() @ X) * (Y @ delta.A.double()).norm(dim=1)
 
         U, everything = basis(columns)
-        walk = zip(self._walk(), pairs, strict=True)
-        both = ((U.T @ (delta.B.double() @ X), Y @ delta.A.double()) for delta, (X, Y) in walk)
+        left = (delta.B.double() @ X for delta, (X, _) in zip(self._walk(), pairs, strict=True))
+        right = (Y @ delta.A.double() for delta, (_, Y) in zip(self._walk(), pairs, strict=True))
+        both = zip(coordinates(U, left), right, strict=True)
         count = sum(len(Y) for _, Y in pairs)
         self.parts = [(part,) for part in shelved(both, count * (U.shape[1] + self.deltas[0].shape[1]))]
         self.own, self.left = Held(), U
