@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .basis import SQUARE
 from .delta import distance
 from .errors import printable
 from .factorise import WIDEST, Factors
@@ -176,8 +177,8 @@ class Account:
         if self.beyond:
             worst = max(self.beyond, key=self.beyond.__getitem__)
             found.append(
-                f"space '{plan.arithmetic.name}' keeps {WIDEST} directions of each side at most, and on {len(self.beyond)} "
-                f"module(s) the adapters have more: up to {self.beyond[worst]:.2%} of their energy "
+                f"of a side longer than {SQUARE} space '{plan.arithmetic.name}' keeps the {WIDEST} leading directions, and on "
+                f"{len(self.beyond)} module(s) the adapters have more: up to {self.beyond[worst]:.2%} of their energy "
                 f"({printable(worst)}) has no place there. Space 'delta' has no such limit."
             )
         empty = [line.name for line in inputs if line.entries and line.kept == 0]

@@ -141,7 +141,7 @@ def test_a_merge_says_what_has_no_place(
     paths = [make_lora(f"a{n}", rank=4, seed=n) for n in range(4)]
     merged = ties_peft.merge(paths, method="task_arithmetic", space=space, rank="max")
     said = [warning for warning in merged.report.warnings if "has no place there" in warning]
-    assert len(said) == few and all("keeps 6 directions" in warning for warning in said)
+    assert len(said) == few and all("keeps the 6 leading directions" in warning for warning in said)
     assert merged.report.to_dict()["warnings"] == merged.report.warnings
 
 
@@ -245,3 +245,31 @@ def test_ties_of_many_is_the_definition(make_lora: Callable[..., Path], space: s
     for name, (left, right) in bases.items():
         whole = left @ wanted[name] @ right.T
         np.testing.assert_allclose(merged.delta(name).numpy(), whole, atol=2e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("space", ["delta", "core", "knots", "factors"])
+@pytest.mark.parametrize("setting", ["KEPT", "WIDEST"])
+def test_what_is_kept_and_what_is_read_again_changes_no_bit(
+    make_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, space: str, setting: str
+) -> None:
+    paths = [make_lora(f"a{n}", rank=5, seed=n) for n in range(4)]
+    asked: dict[str, Any] = {"space": space, "weights": [1, 2, -1, 0.5], "rank": 8}
+    if space != "factors":
+        asked["sign_from"] = paths[2]
+    plain = ties_peft.merge(paths, **asked)
+    monkeypatch.setattr(f"ties_peft.coordinates.{setting}", 0)
+    again = ties_peft.merge(paths, **asked)
+    assert all(torch.equal(plain.delta(name), again.delta(name)) for name in plain.modules)
+    assert plain.report.to_dict()["cosines"] == again.report.to_dict()["cosines"]
+
+
+def test_small_encodings_are_made_once(make_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    plain = CoreEncoding.__init__
+    monkeypatch.setattr(CoreEncoding, "__init__", lambda self, *given: (made.append(1), plain(self, *given))[1])
+    paths = [make_lora(f"a{n}", seed=n) for n in range(3)]
+    ties_peft.merge(paths, space="core", rank=8)
+    assert len(made) == 3  # modules
+    monkeypatch.setattr("ties_peft.coordinates.KEPT", 0)
+    ties_peft.merge(paths, space="core", rank=8)
+    assert len(made) > 6
