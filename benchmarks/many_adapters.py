@@ -1,7 +1,9 @@
 """From one adapter to hundreds: `python benchmarks/many_adapters.py`, time and memory against their number.
 
-TIES in delta space on one 1024 × 1024 module at rank 16, each number in a process of its own. The slope
-of memory is per adapter, beside the float32 factors of one adapter on the module.
+One 1024 × 1024 module at rank 16: TIES in delta space, TIES in core space, and the sum; each number in a
+process of its own. From 64 adapters on they have more columns together than a side, from 128 on 2048. The slope
+of memory is per adapter, beside the float32 factors of one adapter on the module. `--no-kernels` leaves out numba, whose
+100 MB have nothing to do with their number.
 """
 
 from __future__ import annotations
@@ -14,43 +16,55 @@ from pathlib import Path
 
 import synthetic
 
-SETTLED = 128  # adapters by which numba is loaded and the table of cosines, which stops at 64, is behind
 PROGRAM = """
 import resource, sys, time, warnings
 warnings.simplefilter("ignore")
 import ties_peft
+from ties_peft import fast
+fast.WORTH = int(sys.argv[3]) or fast.WORTH
 started = time.perf_counter()
-ties_peft.merge(sys.argv[2:], rank=16, method=sys.argv[1])
+ties_peft.merge(sys.argv[4:], rank=16, method=sys.argv[1], space=sys.argv[2])
 print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
+SETTLED = 64  # adapters from which the fixed cost of exact bases, some matrices of side × side, is behind
+CASES = ("ties/delta", "ties/core", "task_arithmetic/delta")
+
+
+def run(case: str, paths: list[Path], kernels: bool) -> tuple[float, float]:
+    """(seconds, megabytes at the peak) of one merge in a process of its own."""
+    worth = 0 if kernels else 1 << 62
+    command = [sys.executable, "-c", PROGRAM, *case.split("/"), str(worth), *map(str, paths)]
+    seconds, megabytes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return float(seconds), float(megabytes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=1024)
-    parser.add_argument("--method", default="ties")
+    parser.add_argument("--cases", default=",".join(CASES), help="method/space, separated by commas")
     parser.add_argument("--counts", default="1,8,64,128,256,512")
+    parser.add_argument("--no-kernels", action="store_true", help="torch only, also where numba is installed")
     asked = parser.parse_args()
     counts = [int(count) for count in asked.counts.split(",")]
     own = 2 * asked.side * 16 * 4 / 1e6
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         paths = synthetic.write_adapters(Path(folder), max(counts), {"layers.0.q": (asked.side, asked.side)})
-        for count in counts:
-            command = [sys.executable, "-c", PROGRAM, asked.method, *map(str, paths[:count])]
-            seconds, megabytes = map(
-                float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-            )
-            rows.append((count, seconds, megabytes))
-            print(
-                f"{count:4d} adapters: {seconds:7.2f} s, {1000 * seconds / count:6.1f} ms each, peak {megabytes:.0f} MB",
-                flush=True,
-            )
-    first = next((row for row in rows if row[0] >= SETTLED), rows[0])
-    slope = (rows[-1][2] - first[2]) / max(1, rows[-1][0] - first[0])
-    print(
-        f"memory from {first[0]} on: {slope:.2f} MB an adapter, {slope / own:.2f} × its float32 factors on the module ({own:.2f} MB)"
-    )
+        for case in asked.cases.split(","):
+            found = {}
+            for count in counts:
+                seconds, peak = found[count] = run(case, paths[:count], not asked.no_kernels)
+                each = 1000 * seconds / count
+                print(
+                    f"{case}, {count:3d} adapters: {seconds:6.2f} s, {each:6.1f} ms each, peak {peak:.0f} MB",
+                    flush=True,
+                )
+            many = counts[-1]
+            for few in (counts[0], next((count for count in counts if count >= SETTLED), counts[0])):
+                slope = (found[many][1] - found[few][1]) / max(1, many - few)
+                print(
+                    f"memory from {few} to {many}: {slope:.2f} MB an adapter, "
+                    f"{slope / own:.2f} × its float32 factors ({own:.2f} MB)"
+                )
     print(synthetic.machine())
 
 

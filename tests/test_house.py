@@ -43,6 +43,7 @@ FLOORS = {
     "report": 1,
     "sparsify": 1,
     "spectrum": 2,
+    "basis": 2,
     "card": 2,
     "kinds": 3,
     "methods": 3,

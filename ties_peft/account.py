@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .delta import distance, inner
+from .basis import SQUARE
+from .delta import distance
 from .errors import printable
-from .factorise import Factors
+from .factorise import WIDEST, Factors
 from .fast import kernels
 from .kinds import Module
 from .plan import Plan
@@ -37,6 +38,7 @@ class Record:
         kept, total: see `Factors`.
         lost: ‖written − computed‖².
         conflicting, shared: entries with both signs, and entries that two or more keep.
+        beyond: the share of the task vectors' energy that the space's coordinates had no room for.
     """
 
     line: ModuleLine
@@ -47,6 +49,7 @@ class Record:
     lost: float
     conflicting: int
     shared: int
+    beyond: float
 
 
 def record(
@@ -76,13 +79,14 @@ def record(
     )
     products = [] if encoding is None else _products(encoding, len(holders), len(plan.members) <= PAIRS)
     places = [place for place, _ in holders]
-    return Record(line, places, products, factors.kept, factors.total, lost, conflicting or 0, shared)
+    beyond = 0.0 if encoding is None else encoding.beyond
+    return Record(line, places, products, factors.kept, factors.total, lost, conflicting or 0, shared, beyond)
 
 
 def _products(encoding: Encoding, count: int, pairs: bool) -> list[Mapping[int, float]]:
     if pairs:
         return [dict(enumerate(row[: i + 1])) for i, row in enumerate(encoding.products[:count].tolist())]
-    return [{i: inner(delta, delta)} for i, delta in enumerate(encoding.deltas[:count])]
+    return [{i: square} for i, square in enumerate(encoding.squares()[:count])]
 
 
 class Account:
@@ -96,6 +100,7 @@ class Account:
         self.lines: list[ModuleLine] = []
         self.kept = self.total = self.lost = self.written = 0.0
         self.conflicting = self.shared = 0
+        self.beyond: dict[str, float] = {}
 
     def add(self, record: Record) -> None:
         """Take in one module; in the order of the modules, so that the sums have the same bits in any division."""
@@ -109,6 +114,8 @@ class Account:
         self.conflicting += record.conflicting
         self.shared += record.shared
         self.lines.append(record.line)
+        if record.beyond:
+            self.beyond[record.line.name] = record.beyond
 
     def report(self, kept: Sequence[Kept], seconds: float) -> Report:
         """The report, at the end."""
@@ -163,10 +170,17 @@ class Account:
         return table
 
     def _warnings(self, inputs: Sequence[AdapterLine], cosines: list[list[float]] | None, energy: float) -> list[str]:
-        found = []
-        apart = trimmed_apart(self.plan)
+        found, plan = [], self.plan
+        apart = trimmed_apart(plan)
         if apart:
             found.append(f"trimmed on its own, being as large as the vocabulary: {printable(', '.join(apart))}.")
+        if self.beyond:
+            worst = max(self.beyond, key=self.beyond.__getitem__)
+            found.append(
+                f"of a side longer than {SQUARE} space '{plan.arithmetic.name}' keeps the {WIDEST} leading directions, and on "
+                f"{len(self.beyond)} module(s) the adapters have more: up to {self.beyond[worst]:.2%} of their energy "
+                f"({printable(worst)}) has no place there. Space 'delta' has no such limit."
+            )
         empty = [line.name for line in inputs if line.entries and line.kept == 0]
         if empty:
             found.append(f"the density keeps no entry at all of {', '.join(empty)}.")

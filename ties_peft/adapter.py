@@ -16,10 +16,12 @@ from torch import Tensor
 
 from . import foreign, sources, writer
 from .base_model import BaseModel
-from .delta import Delta, inner_root
-from .errors import AdapterError, RecipeError, printable, unknown, warn_caller
+from .delta import Delta
+from .errors import AdapterError, RecipeError, TiesPeftError, printable, unknown, warn_caller
 from .kinds import Kind, Module, kind_of
+from .processes import ALONE, Team
 from .riders import WHOLE_NUMBERS, check_riders
+from .spectrum import norm
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, PickleFile, SafetensorsFile, TensorSource
 from .tiles import one_thread, workers
@@ -272,7 +274,7 @@ class Adapter:
                     if left[name]:
                         continue
                     own = {other: held[other] for other in self.layout[name].keys}
-                    norms.append(inner_root(self.kind.read(self.layout[name], MemoryTensors(own), self.weights)))
+                    norms.append(norm(self.kind.read(self.layout[name], MemoryTensors(own), self.weights)))
                     # a finite norm says that all its tensors are finite, at a fraction of the cost of asking
                     bad |= {} if math.isfinite(norms[-1]) else dict.fromkeys(_not_finite(own))
                     for other in own:
@@ -331,10 +333,29 @@ def open_all(given: Iterable[str | Path | Adapter], base: BaseModel | None = Non
     return opened
 
 
-def check_all(adapters: Sequence[Adapter]) -> None:
-    """Look through the tensors, several adapters at a time; the first in order that is at fault speaks."""
+def check_all(adapters: Sequence[Adapter], team: Team = ALONE) -> None:
+    """Look through the tensors, several adapters at a time; the first in order that is at fault speaks.
+
+    Args:
+        adapters: the same in every process.
+        team: the processes that share the work; each of them learns what the others found.
+    """
+    everyone = list(dict.fromkeys(adapters))
     with workers() as crew:
-        crew.map(Adapter.check, list(dict.fromkeys(adapters)))
+        found = team.gather(crew.map(_look_or_fault, everyone[team.number :: team.size]))
+    for place, adapter in enumerate(everyone):
+        look = found[place % team.size][place // team.size]
+        if isinstance(look, TiesPeftError):
+            raise look
+        adapter.__dict__["_look"] = look
+
+
+def _look_or_fault(adapter: Adapter) -> _Look | TiesPeftError:
+    try:
+        adapter.check()
+        return adapter._look
+    except TiesPeftError as fault:
+        return fault
 
 
 def in_memory(config: dict[str, Any], tensors: dict[str, Tensor], source: str | None = None) -> Adapter:

@@ -1,13 +1,16 @@
 """Coordinates: a merge's task vectors in its space, a module at a time, weighted and prepared.
 
 Where a space needs only one adapter to place it, one adapter is read; where the adapters share their
-coordinates, a module's encoding is made once and kept as long as something is left to ask of it.
+coordinates, a module's encoding is made once and kept as long as something is left to ask of it, if it is small.
+A space may walk the task vectors of a module several times; where they are many they are read anew each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +18,11 @@ from .adapter import Adapter
 from .companions import Companions
 from .delta import Delta, Dense, whole
 from .draws import key
+from .factorise import WIDEST
 from .plan import Plan
 from .spaces import Encoding
+
+KEPT = 1 << 28  # bytes of encodings that are kept between the passes of a merge
 
 
 @dataclass
@@ -45,7 +51,10 @@ class Coordinates:
     def __init__(self, plan: Plan, memory: Memory | None = None) -> None:
         self.plan = plan
         self.memory = memory
+        self._read_last: tuple[str, list[Delta]] | None = None
         self._encoded: tuple[str, Encoding] | None = None  # the last module asked for
+        self._kept: dict[str, Encoding] = {}  # of many modules, where that takes little
+        self._room = KEPT
         self._seen: tuple[str, dict[int, tuple[Delta, ...]]] | None = None
 
     def delta(self, place: int, module: str) -> Delta:
@@ -57,24 +66,41 @@ class Coordinates:
         for place, _ in self.plan.holders(module) if module is not None and self.memory is None else ():
             self.plan.members[place].adapter.expect(module or "")
 
-    def signs(self, module: str) -> Delta | None:
-        """The task vector that decides the signs of a module, if there is one."""
-        giver = self.plan.signs
-        return self._read(giver, module) if giver is not None and module in giver.layout else None
-
     def encoding(self, module: str) -> Encoding:
         """The coordinates of all adapters that have a module; the giver of signs, if there is one, comes last."""
-        keep = self.memory is not None and self.plan.signs is None
-        if keep and self.memory is not None and module in self.memory.encodings:
-            return self.memory.encodings[module]
         if self._encoded is None or self._encoded[0] != module:
-            deltas = [self.delta(place, module) for place, _ in self.plan.holders(module)]
-            signs = self.signs(module)
-            everyone = deltas if signs is None else [*deltas, signs]
-            self._encoded = module, self.plan.arithmetic.encode(everyone, self.plan.rank)
-        if keep and self.memory is not None:
-            self.memory.encodings[module] = self._encoded[1]
+            self._encoded = self._seen = None  # let go of one module before the next is read
+            self._encoded = module, self._find(module) or self._encode(module)
         return self._encoded[1]
+
+    def everyone(self, module: str) -> list[Delta]:
+        """The task vectors of all that share a module's coordinates; of the last module asked for they are kept."""
+        if self._read_last is None or self._read_last[0] != module:
+            self._read_last = None
+            self._read_last = module, [read() for read in self._readers(module)]
+        return self._read_last[1]
+
+    def _readers(self, module: str) -> list[Callable[[], Delta]]:
+        found = [partial(self.delta, place, module) for place, _ in self.plan.holders(module)]
+        giver = self.plan.signs
+        return [*found, *([partial(self._read, giver, module)] if giver is not None and module in giver.layout else [])]
+
+    def _find(self, module: str) -> Encoding | None:
+        """The encoding of a module where it was kept."""
+        prepared = self.memory.encodings if self.memory is not None and self.plan.signs is None else {}
+        return prepared.get(module) or self._kept.get(module)
+
+    def _encode(self, module: str) -> Encoding:
+        if self.memory is not None:  # what is prepared holds what it is made of
+            encoding = self.plan.arithmetic.encode(self.everyone(module), self.plan.rank)
+            if self.plan.signs is None:
+                self.memory.encodings[module] = encoding
+            return encoding
+        encoding = self.plan.arithmetic.encode(Vectors(self, module, self._readers(module)), self.plan.rank)
+        if self.plan.arithmetic.shared and encoding.bytes <= self._room:
+            self._room -= encoding.bytes
+            self._kept[module] = encoding
+        return encoding
 
     def prepared(self, module: str) -> dict[int, tuple[Delta, ...]]:
         """The weighted parts of all adapters that have the module, as the method shall see them, by place."""
@@ -118,3 +144,21 @@ class Coordinates:
         if self.plan.arithmetic.in_factors and isinstance(delta, Dense):
             delta = whole(delta)
         return delta.to(self.plan.device)
+
+
+class Vectors(Sequence[Delta]):
+    """The task vectors of one module, read when they are asked for.
+
+    They are held while they are few and their module is the last one asked for, and read one at a time if many.
+    """
+
+    def __init__(self, coordinates: Coordinates, module: str, readers: Sequence[Callable[[], Delta]]) -> None:
+        self._coordinates, self._module, self._readers = coordinates, module, readers
+        ranks = [member.adapter.layout[module].rank for _, member in coordinates.plan.holders(module)]
+        self._few = sum(ranks) <= WIDEST
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._coordinates.everyone(self._module)[place] if self._few else self._readers[place]()

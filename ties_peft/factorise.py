@@ -3,7 +3,8 @@
 Two roads to the truncated singular value decomposition M ≈ U·S·Vᵀ, none of which decomposes a large
 matrix in full:
 
-- `compress`: M is already B·A with few columns (a linear merge): exact, from two small Gram matrices.
+- `compress`: M is B·A with few columns (a linear merge): exact, from two small Gram matrices; with more
+  columns than M has on its smaller side, exact from the Gram matrix of that side.
 - `factorise`: M is a matrix: exact through the Gram matrix of its smaller side where that is small,
   else subspace iteration from an informed start, until another round no longer helps.
 
@@ -19,6 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +30,17 @@ from .delta import Delta, LowRank, Span, gram
 
 Run = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]]
 
+
+class Bases(Protocol):
+    """What small factors are brought back by: a `Span`, or bases that are held."""
+
+    def columns(self, mix: Tensor) -> Tensor:
+        """Mixed columns of the left side, (out, r), float32."""
+
+    def rows(self, mix: Tensor) -> Tensor:
+        """Mixed rows of the right side, (r, in), float32."""
+
+
 OVERSAMPLE = 16  # directions carried beyond the rank asked for
 SMALL_SIDE = 640  # up to here a Gram matrix is cheaper than iterating, and exact
 HELPED = 5e-4  # a round that lowers the error by a smaller share than this was the last
@@ -34,6 +48,59 @@ ROUNDS = 12
 WIDEST = 2048  # Σrᵢ up to which Gram matrices of Σrᵢ × Σrᵢ are made
 BAND = 512  # rows of a large product that one thread computes at a time
 NOISE = 1e-14  # eigenvalues of a float64 Gram matrix below this share of the largest are rounding
+
+
+class Sum(LowRank):
+    """Σ fᵢ·Δᵢ, exactly, at rank Σrᵢ: its factors side by side, which are set so only where somebody asks for them.
+
+    Attributes:
+        deltas: Δᵢ = Bᵢ·Aᵢ, of one shape.
+        factors: fᵢ.
+    """
+
+    def __init__(self, deltas: Sequence[LowRank], factors: Sequence[float]) -> None:
+        self.deltas, self.factors = tuple(deltas), tuple(factors)
+
+    @cached_property
+    def B(self) -> Tensor:
+        """[f₁·B₁ … f_N·B_N], (out, Σrᵢ)."""
+        return torch.cat([delta.scaled(f).B for delta, f in zip(self.deltas, self.factors, strict=True)], 1)
+
+    @cached_property
+    def A(self) -> Tensor:
+        """[A₁; …; A_N], (Σrᵢ, in)."""
+        return torch.cat([delta.A for delta in self.deltas], 0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.deltas[0].shape
+
+    @property
+    def rank(self) -> int:
+        """Σrᵢ."""
+        return sum(delta.rank for delta in self.deltas)
+
+    @property
+    def mix(self) -> Tensor:
+        """The factor of each column of [B₁ … B_N], (Σrᵢ,), float64."""
+        parts = [torch.full((d.rank,), f, dtype=torch.float64) for d, f in zip(self.deltas, self.factors, strict=True)]
+        return torch.cat(parts).to(self.deltas[0].B.device)
+
+    def scaled(self, factor: float) -> Sum:
+        """factor · Σ fᵢ·Δᵢ."""
+        return Sum(self.deltas, [f * factor for f in self.factors])
+
+    def to(self, device: torch.device) -> Sum:
+        """The same on another device."""
+        return Sum([delta.to(device) for delta in self.deltas], self.factors)
+
+    def exactly(self) -> Tensor:
+        """Multiplied out in float64, (out, in)."""
+        total = torch.zeros(self.shape, dtype=torch.float64, device=self.deltas[0].B.device)
+        for delta, factor in zip(self.deltas, self.factors, strict=True):
+            total.addmm_(delta.B.double(), delta.A.double(), alpha=factor)
+        return total
 
 
 @dataclass(frozen=True)
@@ -136,23 +203,35 @@ def decompose(left: Tensor, right: Tensor) -> Small:
     return Small(X, S[:count], Y, float(S.square().sum()))
 
 
-def compress(delta: LowRank, rank: int) -> Factors:
-    """The best rank-`rank` factors of B·A, never multiplied out; exact to rounding.
+def compress(delta: LowRank, rank: int, span: Span | None = None) -> Factors:
+    """The best rank-`rank` factors of B·A, or of a `Sum`; exact to rounding unless both K and a side are over WIDEST.
 
     Args:
         delta: B (out, K) and A (K, in).
         rank: at least 1.
+        span: of its factors, or of the deltas of a `Sum`, where that is there.
     Law: equals `factorise(delta.dense(), rank)`.
     """
-    return compress_span(Span([delta]), rank)
+    total = delta if isinstance(delta, Sum) else Sum([delta], [1.0])
+    side = min(delta.shape)
+    if few(delta.rank, side):
+        return _from_span(total, rank, span or Span(total.deltas))
+    if side <= WIDEST:
+        return _through_gram(total.exactly(), min(rank, side))
+    return factorise(total.dense(), rank)
 
 
-def compress_span(span: Span, rank: int) -> Factors:
-    """The best rank-`rank` factors of ΣΔᵢ, from Gram matrices that are there."""
-    small = decompose(span.left, span.right).top(rank)
+def few(columns: int, side: int) -> bool:
+    """Whether Gram matrices of so many columns cost less than one of the smaller side of their product."""
+    return columns <= WIDEST and columns <= (side if side <= SMALL_SIDE else 2 * side // 3)
+
+
+def _from_span(total: Sum, rank: int, span: Span) -> Factors:
+    mix = total.mix
+    small = decompose(span.left * mix * mix.unsqueeze(1), span.right).top(rank)
     left, right = small.balanced()
     kept = float(small.S.square().sum())
-    return Factors(LowRank(span.columns(left), span.rows(right)), kept, small.total)
+    return Factors(LowRank(span.columns(mix.unsqueeze(1) * left), span.rows(right)), kept, small.total)
 
 
 def balance(delta: LowRank) -> LowRank:
@@ -165,7 +244,7 @@ def balance(delta: LowRank) -> LowRank:
     return canonical
 
 
-def expand(factors: Factors, span: Span, left: Tensor | None, right: Tensor | None) -> Factors:
+def expand(factors: Factors, span: Bases, left: Tensor | None, right: Tensor | None) -> Factors:
     """Factors in small coordinates, brought back: L·B and A·Rᵀ with L = [B₁ … B_N]·left, Rᵀ = right·[A₁; …; A_N].
 
     Args:
@@ -180,14 +259,16 @@ def expand(factors: Factors, span: Span, left: Tensor | None, right: Tensor | No
     return Factors(LowRank(B, A), factors.kept, factors.total)
 
 
-def truncate(merged: Delta, rank: int, start: Tensor | None = None, run: Run = map) -> Factors:
+def truncate(
+    merged: Delta, rank: int, start: Tensor | None = None, run: Run = map, span: Span | None = None
+) -> Factors:
     """The best rank-`rank` factors of a merged task vector, by the road that its form allows.
 
-    Of very many columns side by side it multiplies out, one matrix whatever their number.
+    Args:
+        merged, rank, start, run: as in `factorise`.
+        span: as in `compress`.
     """
-    if isinstance(merged, LowRank) and merged.rank <= WIDEST:
-        return compress(merged, rank)
-    return factorise(merged.dense(), rank, start, run)
+    return compress(merged, rank, span) if isinstance(merged, LowRank) else factorise(merged.dense(), rank, start, run)
 
 
 def leading_rows(span: Span, width: int) -> Tensor:

@@ -155,7 +155,7 @@ def merge_recipe(
     if adapters is None:
         recipe, _ = recipe.expanded()
     opened = open_adapters(recipe) if adapters is None else list(adapters)
-    return carry_out(make_plan(recipe, opened, device), recipe, started, None, progress, team)
+    return carry_out(make_plan(recipe, opened, device, team=team), recipe, started, None, progress, team)
 
 
 def open_adapters(recipe: Recipe) -> list[Adapter]:

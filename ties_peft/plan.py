@@ -30,6 +30,7 @@ from .members import (
     refuse_strangers,
 )
 from .methods import Method, Stages, Trim, method_classes
+from .processes import ALONE, Team
 from .ranks import output_rank
 from .recipe import DTYPES, NORM, Rank, Recipe
 from .riders import MERGE
@@ -143,7 +144,9 @@ class Plan:
         return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) != 0]
 
 
-def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", checked: bool = False) -> Plan:
+def make_plan(
+    recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", checked: bool = False, team: Team = ALONE
+) -> Plan:
     """Check everything that can be checked without arithmetic, and settle every default.
 
     Args:
@@ -151,6 +154,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
         adapters: its adapters, open.
         device: where the arithmetic shall be done.
         checked: whether the adapters' tensors were looked through already.
+        team: the processes that share that.
 
     Raises: RecipeError, MethodError, CompatibilityError or AdapterError, with one clear message.
     """
@@ -159,7 +163,7 @@ def make_plan(recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", 
     signs = _signs(stages.method, recipe.base)
     where = _device(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
-    check_all([*(() if checked else adapters), *([signs] if signs else [])])
+    check_all([*(() if checked else adapters), *([signs] if signs else [])], team)
     members = find_members(recipe, one_spelling(adapters, warnings), densities, warnings)
     check_statistics(stages.method, members)
     dtype = _dtype(recipe.dtype, [member.adapter for member in members])

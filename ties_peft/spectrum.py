@@ -8,17 +8,17 @@ are there; what lies under a share of the largest singular value is rounding, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .delta import Delta, LowRank, Span, inner_root
-from .factorise import balance, decompose
+from .delta import Delta, LowRank
+from .factorise import balance
 
 SUPPORT = 1e-5  # of the largest singular value: float32 factors are exact to 1e-7 of it
-FLOAT32 = torch.finfo(torch.float32).eps
 ALIKE = 1e-4  # singular values of stacked unit vectors under this share say that some of them are one direction
 
 
@@ -93,41 +93,6 @@ def orthogonalised(parts: Sequence[Spectrum]) -> Tensor:
     return (left * torch.cat([p.S for p in parts])) @ right
 
 
-def directions(gram: Tensor, negligible: float | None = None) -> tuple[Tensor, Tensor]:
-    """The squared singular values of a matrix M and its right singular vectors, the largest first, given MᵀM.
-
-    Args:
-        gram: MᵀM, (K, K), float64.
-        negligible: the share of the largest singular value under which a direction is rounding; by
-            default that of K columns in float32. Adapters that share directions do so to rounding
-            only, and a basis that held the difference would have coordinates nobody is in.
-    Returns: (k,) and (K, k). k is at least 1, so that there is a space at all: M = 0 has one vector of zeros.
-    """
-    share = FLOAT32 * len(gram) if negligible is None else negligible
-    values, vectors = torch.linalg.eigh(gram)
-    there = values > share**2 * values[-1].clamp_min(0)
-    if not there.any():
-        return values.new_ones(1), vectors.new_zeros(len(gram), 1)
-    return values[there].flip(0), vectors[:, there].flip(1)
-
-
-def orthonormal(gram: Tensor, negligible: float | None = None) -> Tensor:
-    """X, (K, k), such that M·X holds the left singular vectors of M; see `directions`."""
-    values, vectors = directions(gram, negligible)
-    return vectors / values.sqrt()
-
-
-def canonical(span: Span) -> list[tuple[Tensor, Tensor]]:
-    """For each task vector X, (rᵢ, k), and Y, (k, rᵢ): Bᵢ·X = U·√S and Y·Aᵢ = √S·Vᵀ of its own decomposition.
-
-    A task vector of zeros has one direction of zeros.
-
-    Law: the products depend on the task vector alone, not on its factors, up to the sign of each direction.
-    """
-    pairs = [decompose(span.left[at, at], span.right[at, at]).balanced() for at in span.places]
-    return [(X, Y) if len(Y) else (X.new_zeros(len(X), 1), Y.new_zeros(1, len(X))) for X, Y in pairs]
-
-
 def balanced(delta: Delta) -> LowRank:
     """U·√S and √S·Vᵀ of a task vector's own singular value decomposition; one direction of zeros if it is zero.
 
@@ -147,5 +112,7 @@ def balanced(delta: Delta) -> LowRank:
 def norm(delta: Delta) -> float:
     """‖delta‖, the Frobenius norm, in float64 without a float64 copy of what is dense."""
     if isinstance(delta, LowRank):
-        return inner_root(delta)
+        B, A = delta.B.double(), delta.A.double()
+        square = float(((B.T @ B) * (A @ A.T)).sum())
+        return 0.0 if square < 0 else math.sqrt(square)  # NaN stays NaN
     return float(torch.linalg.vector_norm(delta.dense(), dtype=torch.float64))

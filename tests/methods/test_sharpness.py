@@ -15,10 +15,11 @@ from methods.test_spectral import factors, merged, off, random_factors, write
 
 import ties_peft
 from ties_peft import sparsify
+from ties_peft.basis import directions
 from ties_peft.delta import LowRank
 from ties_peft.spaces import find_space
 from ties_peft.spaces.core import CompressedEncoding, CoreEncoding
-from ties_peft.spectrum import directions, spectrum
+from ties_peft.spectrum import spectrum
 from ties_peft.trim import trim
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")

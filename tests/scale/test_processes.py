@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from ties_peft.adapter import Adapter, check_all
 from ties_peft.processes import ALONE, Team
+from ties_peft.tensors import SafetensorsFile
 
 SHAPES = {"layers.0.q": (37, 53), "layers.0.up": (90, 61), "layers.1.q": (24, 24)}
 LEAVES = "import torch.distributed as d; d.init_process_group('gloo')"  # connects, and is gone
@@ -61,6 +65,47 @@ def test_a_lost_process_ends_the_job_with_a_message_and_no_output(folders: list[
     assert (stays.returncode, out) == (2, "")
     assert error.startswith("error: process 0 of 2 lost another one") and "Traceback" not in error, error
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == []
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_damaged_adapter_is_named_whichever_process_looked_at_it(
+    folders: list[Path], tmp_path: Path, place: int
+) -> None:
+    weights = folders[place] / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors[next(iter(tensors))][0, 0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    port = free_port()
+    both = [start(command(folders, tmp_path / "out"), number, 2, port) for number in range(2)]
+    spoken = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [2, 2], spoken
+    for out, error in spoken:
+        assert out == "" and error.startswith(f"error: adapter '{folders[place]}' holds NaN"), spoken
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_file_is_looked_through_by_one_process(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: set[str] = set()
+    plain = SafetensorsFile.read
+    monkeypatch.setattr(SafetensorsFile, "read", lambda self, name: (read.add(self.label), plain(self, name))[1])
+    given: dict[int, Any] = {}
+
+    class Half(Team):
+        def gather(self, value: Any) -> list[Any]:
+            given[self.number] = value
+            return [given.get(number, value * 2) for number in range(self.size)]
+
+    opened = {number: [Adapter.load(folder) for folder in folders] for number in (1, 0)}
+    seen = {}
+    for number, adapters in opened.items():
+        read.clear()
+        check_all(adapters, Half(number, 2))
+        seen[number] = sorted(read)
+    assert seen == {1: [str(folders[1])], 0: [str(folders[0]), str(folders[2])]}
+    read.clear()
+    assert [(a.digest, a.norm()) for a in opened[0]] == [
+        (a.digest, a.norm()) for a in (Adapter.load(folder) for folder in folders)
+    ]
 
 
 def test_modules_are_shared_by_cost_each_once() -> None:

@@ -90,12 +90,15 @@ class Lora(Written):
         if module.form == BIAS:
             bias = tensors.read(module.keys[0]).to(torch.float32).reshape(-1, 1)
             return LowRank(bias * module.scaling, torch.ones(1, 1), module.scaling)
-        first, second, *magnitude = (tensors.read(key).to(torch.float32) for key in module.keys)
+        factors = (1.0, module.scaling, 1.0)  # on A, B and a magnitude
+        first, second, *magnitude = (
+            _float32(tensors.read(key), factor) for key, factor in zip(module.keys, factors, strict=False)
+        )
         if module.form == EXPERT:
             which, experts = module.expert
             first = first.reshape(experts, -1, first.shape[-1])[which]
             second = second.reshape(second.shape[0], -1, experts)[:, :, which].contiguous()
-        delta = LowRank(second.flatten(1) * module.scaling, first.flatten(1), module.scaling)
+        delta = LowRank(second.flatten(1), first.flatten(1), module.scaling)
         return _dora(delta, magnitude[0], module, base) if magnitude else delta
 
     def written(self, module: Module, rank: int) -> Module:
@@ -295,6 +298,14 @@ class _Layer:
                 f"{self.where}: {names[0]} is {list(first)} and {names[1]} is {list(second)}; expected [r, in] and "
                 "[out, r] with the same r, at least 1. The file is damaged: save the adapter again."
             )
+
+
+def _float32(tensor: Tensor, factor: float) -> Tensor:
+    """factor · a tensor in float32, with no copy but the one that this needs: those of many adapters leave holes."""
+    upcast = tensor.to(torch.float32)
+    if factor == 1:
+        return upcast
+    return upcast * factor if upcast is tensor else upcast.mul_(factor)
 
 
 def _dora(delta: LowRank, magnitude: Tensor, module: Module, base: BaseModel | None) -> Dense:

@@ -19,9 +19,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..delta import Delta, Dense, Mapped, inner, stack
+from ..delta import Delta, Dense, LowRank, Mapped, inner, stack
 from ..draws import key, uniform
 from ..elect import Ballot, Combine, Vote
+from ..factorise import Sum
 from ..statistics import Statistic
 from ..tiles import Workers, tiles
 from ..trim import KEEP_ALL, Cut, Scope
@@ -169,6 +170,9 @@ class TaskVectors:
     def sum(self, factor: float | Sequence[float] = 1.0) -> Delta:
         """Σ factorᵢ · wᵢ·τᵢ, exactly: factors side by side, at rank Σrᵢ."""
         factors = [factor] * len(self.deltas) if isinstance(factor, (int, float)) else factor
+        factored = [delta for delta in self.deltas if isinstance(delta, LowRank)]
+        if len(factored) == len(self.deltas):
+            return Sum(factored, factors)
         return stack([delta.scaled(f) for delta, f in zip(self.deltas, factors, strict=True)])
 
     def matrices(self) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ..delta import Delta, LowRank, Span, inner
+from ..basis import STRIP, products
+from ..delta import Delta, LowRank, Mapped, Span, inner
 from ..factorise import WIDEST, Factors, Run
 from ..trim import Scope
 
@@ -49,16 +50,37 @@ class Encoding(ABC):
     @cached_property
     def span(self) -> Span | None:
         """What the task vectors span; None where they are not all held in factors, or have too many."""
-        factored = [delta for delta in self.deltas if isinstance(delta, LowRank)]
-        few = sum(delta.rank for delta in factored) <= WIDEST
-        return Span(factored) if few and len(factored) == len(self.deltas) > 0 else None
+        factored = self._factored()
+        few = 0 < sum(delta.rank for delta in factored) <= WIDEST
+        return Span(factored) if few else None
+
+    @property
+    def beyond(self) -> float:
+        """The share of the task vectors' energy that the coordinates have no room for; 0 where they hold everything."""
+        return 0.0
+
+    @property
+    def bytes(self) -> int:
+        """What its parts take in memory."""
+        return sum(_bytes(part) for parts in self.parts for part in parts)
 
     @cached_property
     def products(self) -> Tensor:
         """⟨τᵢ, τⱼ⟩, (N, N), float64."""
-        if self.span is not None:
-            return self.span.products()
-        return torch.tensor([[inner(a, b) for b in self.deltas] for a in self.deltas], dtype=torch.float64)
+        factored = self._factored()
+        if not factored:
+            return torch.tensor([[inner(a, b) for b in self.deltas] for a in self.deltas], dtype=torch.float64)
+        few = sum(delta.rank for delta in factored) <= 2 * STRIP
+        return self.span.products() if few and self.span is not None else products(factored)
+
+    def squares(self) -> list[float]:
+        """‖τᵢ‖²."""
+        return [inner(delta, delta) for delta in self.deltas]
+
+    def _factored(self) -> list[LowRank]:
+        """The task vectors, if all of them are held in factors."""
+        factored = [delta for delta in self.deltas if isinstance(delta, LowRank)]
+        return factored if len(factored) == len(self.deltas) else []
 
     def weighted(self, place: int, weight: float) -> tuple[Delta, ...]:
         """The parts of w·τ."""
@@ -102,3 +124,10 @@ class Space(BaseModel, ABC):
     def check(self, ranks: Mapping[str, Sequence[int]]) -> str | None:
         """What is wrong with using it on modules of these ranks; None if nothing."""
         return None
+
+
+def _bytes(part: Delta) -> int:
+    if isinstance(part, Mapped):
+        return _bytes(part.source)
+    held = (part.B, part.A) if isinstance(part, LowRank) else (part.values,)
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)

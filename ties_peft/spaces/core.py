@@ -6,16 +6,16 @@ With L an orthonormal basis of all columns of [B₁ … B_N] and R one of all ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..basis import Held, basis, canonical, canonical_one, coordinates, is_wide, missing, orthonormal, shelved
 from ..delta import Delta, Dense, LowRank, Span
 from ..factorise import Factors, Run, expand, truncate
-from ..spectrum import canonical, orthonormal
 from .base import Encoding, Space
 
 UNBALANCED = 1e-7  # share under which a direction is rounding where one adapter's B may dwarf another's
@@ -24,42 +24,102 @@ UNBALANCED = 1e-7  # share under which a direction is rounding where one adapter
 class CoreEncoding(Encoding):
     """The Mᵢ, and the bases that lead back.
 
-    All of it is algebra on the two Gram matrices of the factors: L = [B₁ … B_N]·left is never multiplied out.
+    For few columns all of it is algebra on the two Gram matrices of the factors, and L = [B₁ … B_N]·left is
+    never multiplied out. For many the bases are held (see `basis`), and the task vectors are read anew for
+    each step, so that of an adapter no more is held than its Mᵢ, in factors. An Mᵢ is multiplied out where
+    that is no larger than the adapter's own factors.
 
     Attributes:
-        left, right: (K, k₁) and (k₂, K), float64, which make L and Rᵀ of the factors.
+        own: what leads back.
+        left, right: (K, k₁) and (k₂, K), float64, which make L and Rᵀ of the factors; L and Rᵀ where they are held.
 
     Args:
-        deltas: the task vectors.
+        deltas: the task vectors; they may be walked several times.
         balance: whether each adapter is brought to its canonical form first.
     """
 
-    def __init__(self, deltas: Sequence[LowRank], balance: bool = True) -> None:
+    own: Span | Held
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, deltas: Sequence[Delta], balance: bool = True) -> None:
         self.deltas = deltas
-        self.own = self.span or Span(deltas)
-        left, right = self.own.left, self.own.right
-        if balance:
-            pairs = canonical(self.own)
-            X, Y = (torch.block_diag(*side) for side in zip(*pairs, strict=True))  # type: ignore[no-untyped-call]
-            self.left = X @ orthonormal(X.T @ left @ X)
-            self.right = orthonormal(Y @ right @ Y.T).T @ Y
-        else:
-            self.left, self.right = orthonormal(left, UNBALANCED), orthonormal(right, UNBALANCED).T
+        self.lost = 0.0
+        (self._hold_bases if is_wide(deltas) else self._mix_columns)(balance)
+
+    def _mix_columns(self, balance: bool) -> None:
+        held, own = self._factored(), self.span
+        assert own is not None  # they are not many
+        left, right = own.left, own.right
+        pairs = canonical(own) if balance else [_identity(at, left) for at in own.places]
+        X, Y = (torch.block_diag(*side) for side in zip(*pairs, strict=True))  # type: ignore[no-untyped-call]
+        negligible = None if balance else UNBALANCED
+        self.left = X @ orthonormal(X.T @ left @ X, negligible)
+        self.right = orthonormal(Y @ right @ Y.T, negligible).T @ Y
         to_left, to_right = self.left.T @ left, right @ self.right.T  # Lᵀ·B and A·R, a block for each
-        self.parts = [(Dense((to_left[:, at] @ to_right[at]).float()),) for at in self.own.places]
+        self.parts = [
+            (_part(to_left[:, at] @ X, Y @ to_right[at], sum(delta.shape)),)
+            for at, (X, Y), delta in zip(own.places, pairs, held, strict=True)
+        ]
+        own.deltas = self.deltas  # type: ignore[assignment]  # walked again when the result is brought back
+        self.own = own
+
+    def _hold_bases(self, balance: bool) -> None:
+        pairs = [canonical_one(d) if balance else _identity(slice(0, d.rank), d.B.double()) for d in self._walk()]
+        negligible = None if balance else UNBALANCED
+
+        def columns() -> Iterable[Tensor]:
+            return (d.B.double() @ X for d, (X, _) in zip(self._walk(), pairs, strict=True))
+
+        def rows() -> Iterable[Tensor]:
+            return ((Y @ d.A.double()).T for d, (_, Y) in zip(self._walk(), pairs, strict=True))
+
+        (L, all_left), (R, all_right) = basis(columns, negligible), basis(rows, negligible)
+        both = zip(coordinates(L, columns()), (A.T for A in coordinates(R, rows())), strict=True)
+        count = sum(X.shape[1] for X, _ in pairs)
+        self.parts = [(part,) for part in shelved(both, count * (L.shape[1] + R.shape[1]))]
+        self.own, self.left, self.right = Held(), L, R.T
+        self.lost = 0.0 if all_left and all_right else missing(self.deltas, (part for (part,) in self.parts))
+
+    @property
+    def beyond(self) -> float:
+        """What bases cut to their largest directions lose of the task vectors, a share of their energy."""
+        return self.lost
+
+    @property
+    def bytes(self) -> int:
+        """Of the parts, and of what leads back."""
+        return super().bytes + 8 * (2 * self.left.numel() + 2 * self.right.numel())
 
     @property
     def inputs(self) -> Tensor:
         """Rᵀ, (k₂, in), float64."""
-        rows = torch.cat([delta.A for delta in self.deltas if isinstance(delta, LowRank)]).double()
-        basis: Tensor = self.right @ rows
-        return basis
+        if isinstance(self.own, Held):
+            return self.right
+        rows: Tensor = self.right @ torch.cat([delta.A for delta in self._walk()]).double()
+        return rows
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """L·M·Rᵀ: the small M at that rank, brought back."""
         most = min(merged[0].shape)
         small = truncate(merged[0], most if rank is None else min(rank, most), run=run)
         return expand(small, self.own, self.left, self.right)
+
+    def _walk(self) -> Iterable[LowRank]:
+        return (delta for delta in self.deltas if isinstance(delta, LowRank))
+
+
+def _part(left: Tensor, right: Tensor, most: int) -> Delta:
+    """One Mᵢ = left·right, (k₁, rᵢ)·(rᵢ, k₂), multiplied out where that takes no more than rᵢ·most numbers."""
+    if left.shape[0] * right.shape[1] <= left.shape[1] * most:
+        return Dense((left @ right).float())
+    return LowRank(left.float(), right.float())
+
+
+def _identity(at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+    """X and Y that leave factors as they are."""
+    one = torch.eye(at.stop - at.start).to(like)
+    return one, one
 
 
 class CompressedEncoding(Encoding):
@@ -118,7 +178,7 @@ class CoreSpace(Space):
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
         """Shared bases, and every Mᵢ in them."""
-        core = CoreEncoding([delta for delta in deltas if isinstance(delta, LowRank)], self.balanced)
+        core = CoreEncoding(deltas, self.balanced)
         if self.compress_first and rank is not None:
             return CompressedEncoding(core, rank, self.norm_blend)
         return core

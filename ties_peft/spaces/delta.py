@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ..delta import Delta, LowRank, inner
-from ..factorise import OVERSAMPLE, Factors, Run, leading_rows, truncate
+from ..delta import Delta, LowRank, Span, inner
+from ..factorise import OVERSAMPLE, Factors, Run, Sum, few, leading_rows, truncate
 from .base import Encoding, Space
 
 GUESSED = 512  # Σrᵢ beyond which an informed start costs more than the round that it saves
@@ -16,8 +16,8 @@ class DeltaEncoding(Encoding):
     """The entries of the task vectors, still in factors."""
 
     def __init__(self, deltas: Sequence[Delta]) -> None:
-        self.deltas = deltas
-        self.parts = [(delta,) for delta in deltas]
+        self.deltas = list(deltas)
+        self.parts = [(delta,) for delta in self.deltas]
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """The merged vector is the task vector."""
@@ -27,7 +27,13 @@ class DeltaEncoding(Encoding):
             return Factors(whole, energy, energy)
         guess = not isinstance(whole, LowRank) and sum(delta.rank for delta in self.deltas) <= GUESSED
         start = leading_rows(self.span, rank + OVERSAMPLE) if guess and self.span is not None else None
-        return truncate(whole, rank, start, run)
+        return truncate(whole, rank, start, run, self._span_of(whole))
+
+    def _span_of(self, whole: Delta) -> Span | None:
+        """The span of what a sum adds up, where that is the task vectors as they are; it was made for the report."""
+        if not isinstance(whole, Sum) or [*map(id, whole.deltas)] != [*map(id, self.deltas)]:
+            return None
+        return self.span if few(whole.rank, min(whole.shape)) else None
 
 
 class DeltaSpace(Space):

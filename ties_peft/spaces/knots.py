@@ -2,43 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..basis import (
+    Held,
+    basis,
+    canonical,
+    canonical_one,
+    coordinates,
+    directions,
+    is_wide,
+    missing,
+    orthonormal,
+    shelved,
+)
 from ..delta import Delta, LowRank, Span
 from ..factorise import Factors, Run, expand, truncate
-from ..spectrum import canonical, directions, orthonormal
 from .base import Encoding, Space
 
 
 class KnotsEncoding(Encoding):
     """Rᵢ = S·Vᵢᵀ of [Δ₁ | … | Δ_N] = U·S·[V₁ᵀ | … | V_Nᵀ], kept in factors.
 
+    For few columns all of it is algebra on the two Gram matrices of the factors; for many U is held (see `basis`).
+
     Attributes:
-        left: (K, k), float64, which makes U = [B₁ … B_N]·left of the factors.
+        own: what leads back.
+        left: (K, k), float64, which makes U = [B₁ … B_N]·left of the factors; U itself where it is held.
     """
 
-    def __init__(self, deltas: Sequence[LowRank]) -> None:
+    own: Span | Held
+    left: Tensor
+
+    def __init__(self, deltas: Sequence[Delta]) -> None:
         self.deltas = deltas
-        self.own = self.span or Span(deltas)
-        pairs = canonical(self.own)
+        self.lost = 0.0
+        (self._hold_basis if is_wide(deltas) else self._mix_columns)()
+
+    def _mix_columns(self) -> None:
+        held, own = self._factored(), self.span
+        assert own is not None  # they are not many
+        pairs = canonical(own)
         X: Tensor = torch.block_diag(*(X for X, _ in pairs))  # type: ignore[no-untyped-call]
-        gram = X.T @ self.own.left @ X
+        gram = X.T @ own.left @ X
         mix = orthonormal(gram)  # Q = B·X·mix is orthonormal, and T = mixᵀ·gram gives B·X = Q·T
         T = mix.T @ gram
         blocks = torch.split(T, [len(Y) for _, Y in pairs], dim=1)
         spread = torch.zeros(len(T), len(T), dtype=torch.float64, device=T.device)
-        for block, (_, Y), at in zip(blocks, pairs, self.own.places, strict=True):  # Σ Qᵀ·Δᵢ·Δᵢᵀ·Q
-            spread += block @ (Y @ self.own.right[at, at] @ Y.T) @ block.T
+        for block, (_, Y), at in zip(blocks, pairs, own.places, strict=True):  # Σ Qᵀ·Δᵢ·Δᵢᵀ·Q
+            spread += block @ (Y @ own.right[at, at] @ Y.T) @ block.T
         turn = directions(spread)[1]
         self.left = X @ mix @ turn
         self.parts = [
             (LowRank((turn.T @ block).float(), (Y @ delta.A.double()).float()),)
-            for block, (_, Y), delta in zip(blocks, pairs, deltas, strict=True)
+            for block, (_, Y), delta in zip(blocks, pairs, held, strict=True)
         ]
+        own.deltas = self.deltas  # type: ignore[assignment]  # walked again when the result is brought back
+        self.own = own
+
+    def _hold_basis(self) -> None:
+        pairs = [canonical_one(delta) for delta in self._walk()]
+
+        def columns() -> Iterable[Tensor]:  # C with C·Cᵀ = Δᵢ·Δᵢᵀ: U·S of each task vector's own decomposition
+            for delta, (X, Y) in zip(self._walk(), pairs, strict=True):
+                yield (delta.B.double() @ X) * (Y @ delta.A.double()).norm(dim=1)
+
+        U, everything = basis(columns)
+        left = (delta.B.double() @ X for delta, (X, _) in zip(self._walk(), pairs, strict=True))
+        right = (Y @ delta.A.double() for delta, (_, Y) in zip(self._walk(), pairs, strict=True))
+        both = zip(coordinates(U, left), right, strict=True)
+        count = sum(len(Y) for _, Y in pairs)
+        self.parts = [(part,) for part in shelved(both, count * (U.shape[1] + self.deltas[0].shape[1]))]
+        self.own, self.left = Held(), U
+        self.lost = 0.0 if everything else missing(self.deltas, (part for (part,) in self.parts))
+
+    @property
+    def beyond(self) -> float:
+        """What a basis cut to its largest directions loses of the task vectors, a share of their energy."""
+        return self.lost
+
+    @property
+    def bytes(self) -> int:
+        """Of the parts, and of what leads back."""
+        return super().bytes + 8 * 3 * self.left.numel()
+
+    def _walk(self) -> Iterable[LowRank]:
+        return (delta for delta in self.deltas if isinstance(delta, LowRank))
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """U·R: the rows R at that rank, brought back."""
@@ -66,4 +119,4 @@ class KnotsSpace(Space):
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
         """The common basis, and every Rᵢ in it."""
-        return KnotsEncoding([delta for delta in deltas if isinstance(delta, LowRank)])
+        return KnotsEncoding(deltas)
