@@ -64,6 +64,7 @@ FLOORS = {
     "merged": 6,
     "plan": 7,
     "coordinates": 8,
+    "strangers": 6,
     "inspection": 8,
     "survey": 9,
     "account": 10,

@@ -19,8 +19,9 @@ from .errors import AdapterError, printable
 from .spellings import older
 from .tensors import Info, PickleFile, SafetensorsFile, TensorSource
 
-INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE = ("model.safetensors", "pytorch_model.bin")
+PIPELINE = "diffusion_pytorch_model.safetensors"  # of a pipeline's part, as diffusers saves it
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json", f"{PIPELINE}.index.json")
+SINGLE = ("model.safetensors", "pytorch_model.bin", PIPELINE)
 
 
 class BaseModel:
@@ -37,7 +38,7 @@ class BaseModel:
 
     @classmethod
     def load(cls, source: str | Path, token: str | None = None) -> BaseModel:
-        """Open a checkpoint: a folder, one safetensors file, or a Hub id such as `org/name@revision`.
+        """Open a checkpoint: a folder, one safetensors file, or a Hub id such as `org/name@revision:subfolder`.
 
         Raises: AdapterError where there is no checkpoint, or none that can be read.
         """
@@ -45,14 +46,14 @@ class BaseModel:
         path = sources.local(str(source))
         if path is not None and path.is_file():
             return cls(_whole(path, label), label)
-        folder = path or sources.download(str(source), [*INDEX, *SINGLE, "*.safetensors"], token, "base model")
+        folder = path or _on_hub(str(source), token)
         index = next((folder / name for name in INDEX if (folder / name).is_file()), None)
         if index is not None:
             return cls(_shards(index, label), label)
         single = next((folder / name for name in SINGLE if (folder / name).is_file()), None)
         if single is None:
             raise AdapterError(
-                f"base model '{label}': there is no {' or '.join(SINGLE)} in it. Name the folder that "
+                f"base model '{label}': there is no {', '.join(SINGLE[:-1])} or {SINGLE[-1]} in it. Name the folder that "
                 "save_pretrained wrote, or its id on the Hub."
             )
         return cls(_whole(single, label), label)
@@ -129,6 +130,19 @@ class _Chosen:
 
     def read(self, name: str) -> Tensor:
         return self._base.read(self._found[name])
+
+
+def _on_hub(source: str, token: str | None) -> Path:
+    """The copy of a Hub id's checkpoint, in the Hub's cache."""
+    name, colon, inside = source.partition(":")
+    if colon and not sources.is_inside(inside):
+        raise AdapterError(
+            f"base model '{printable(source)}': there is no such folder, and '{printable(inside)}' is no path inside a "
+            "repository of the Hub. Expected org/name:folder."
+        )
+    within = f"{inside.rstrip('/')}/" if inside else ""
+    wanted = [f"{within}{file}" for file in (*INDEX, *SINGLE, "*.safetensors")]
+    return sources.download(name, wanted, token, "base model") / inside
 
 
 def _whole(path: Path, label: str) -> dict[str, TensorSource]:

@@ -28,6 +28,7 @@ def convert(
     modules: str | Path | None = None,
     alpha: float | None = None,
     base_model: str | None = None,
+    heads: str = "error",
     progress: Progress | None = None,
 ) -> Merged:
     """One adapter in another form, written as portably as a merge is.
@@ -44,6 +45,8 @@ def convert(
         modules: a text file of the modules' names in place of the base.
         alpha: lora_alpha, where a file that is not PEFT's does not say it.
         base_model: the base's name to write; by default the adapter's.
+        heads: what becomes of the whole layers that it holds: `drop` leaves them out, for a target that loads
+            none; see `ties_peft.heads`.
         progress: called as progress(stage, done, of) while it works.
     Returns: the adapter, in memory, with the report of what the rank and the dtype lost.
     Raises: TiesPeftError.
@@ -62,6 +65,7 @@ def convert(
         base_model=base_model,
         base=None if opened.weights is None else hints.base,
         target=target,
+        heads=heads,
     )
     plan = make_plan(recipe, [opened], device)
     return carry_out(replace(plan, warnings=[*remarks, *plan.warnings]), recipe, started, None, progress)

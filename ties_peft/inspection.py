@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -20,7 +20,8 @@ from .errors import TiesPeftError, printable
 from .plan import Plan, make_plan
 from .recipe import Recipe
 from .riders import copies, describe, entries, read_riders, unfulfilled
-from .sources import CONFIG, adapters_inside, expand_all, local
+from .sources import CONFIG, adapters_inside, expand_all, find, local
+from .strangers import Refused, look
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ class Inspection:
         adapters: facts of those that can be read.
         faults: why the others cannot, a message each.
         verdict: for two or more readable ones, whether they can be merged, else why not.
-        mergeable: the same as a yes or no; None for fewer than two.
+        mergeable: whether all that were given can be; None for fewer than two readable ones.
         rank: what `--rank auto` would give.
         warnings: what merging them would warn of.
         notes: what patterns and folders of several adapters stand for.
         losses: what merging them would lose.
+        refused: what is known of those that cannot be read.
     """
 
     adapters: tuple[Facts, ...]
@@ -77,6 +79,7 @@ class Inspection:
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
+    refused: tuple[Refused, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -85,6 +88,7 @@ class Inspection:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [Text(note) for note in self.notes]
         parts += [_table(facts) for facts in self.adapters]
+        parts += [_refused_table(one) for one in self.refused if one.what]
         if self.verdict is not None:
             parts.append(Text(self.verdict, style="green" if self.mergeable else "red"))
         parts += [Text(f"would be lost: {loss}", style="yellow") for loss in self.losses]
@@ -137,29 +141,76 @@ def inspect(sources: Sequence[str], base: str | None = None) -> Inspection:
         base: the base model's, for adapters whose task vectors depend on its weights.
     """
     weights = BaseModel.load(base) if base is not None else None
-    opened: list[Adapter] = []
     faults: list[str] = []
-    sources, notes = _all_of(sources, faults)
-    for source in sources:
-        try:
-            adapter = Adapter.load(source, base=weights)
-            adapter.check()
-            opened.append(adapter)
-        except TiesPeftError as error:
-            faults.append(str(error))
-    facts = tuple(_facts(adapter) for adapter in opened)
-    if len(sources) < 2 or len(opened) < 2:
-        return Inspection(facts, tuple(faults), None, None, None, (), tuple(notes))
+    names, notes = _all_of(sources, faults)
+    opened: list[Adapter] = []
+    refused: list[Refused] = []
+    for source in names:
+        found = _opened(source, weights)
+        (opened if isinstance(found, Adapter) else refused).append(found)  # type: ignore[arg-type]
+    faults += [one.fault for one in refused]
+    seen = Inspection(
+        tuple(_facts(adapter) for adapter in opened),
+        tuple(faults),
+        None,
+        None,
+        None,
+        (),
+        tuple(notes),
+        (),
+        tuple(refused),
+    )
+    return seen if len(names) < 2 or len(opened) < 2 else _together(seen, opened, base)
+
+
+def _opened(source: str, weights: BaseModel | None) -> Adapter | Refused:
+    """An adapter whose tensors are sound; else what is known of it."""
     try:
-        plan = make_plan(Recipe(tuple(str(a.source) for a in opened)), opened)
+        found = find(source)
     except TiesPeftError as error:
-        return Inspection(facts, tuple(faults), f"They cannot be merged: {error}", False, None, (), tuple(notes))
+        return Refused(printable(source), str(error))
+    try:
+        adapter = Adapter.load(source, base=weights)
+        adapter.check()
+    except TiesPeftError as error:
+        return look(source, found, str(error))
+    return adapter
+
+
+def _together(seen: Inspection, opened: Sequence[Adapter], base: str | None) -> Inspection:
+    """Whether those that can be read can be merged, and what that would lose and warn of."""
+    rest = f"; {len(seen.faults)} cannot be read" if seen.faults else ""
+    whom = f"The {len(opened)} that can be read" if rest else "They"
+    try:
+        plan = make_plan(Recipe(tuple(str(a.source) for a in opened), base=base), opened, checked=True)
+    except TiesPeftError as error:
+        return replace(seen, verdict=f"{whom} cannot be merged: {error}", mergeable=False)
     shared = sum(len(plan.holders(name)) == len(opened) for name in plan.modules)
     rank = f", at rank {plan.rank}" if plan.rank is not None else ""
-    verdict = f"They can be merged: {len(plan.modules)} modules, {shared} of them in all{rank}."
-    return Inspection(
-        facts, tuple(faults), verdict, True, plan.rank, tuple(plan.warnings), tuple(notes), tuple(_losses(opened, plan))
+    return replace(
+        seen,
+        verdict=f"{whom} can be merged: {len(plan.modules)} modules, {shared} of them in all{rank}{rest}.",
+        mergeable=not seen.faults,
+        rank=plan.rank,
+        warnings=(*plan.warnings, *_unlike(seen.adapters, opened)),
+        losses=tuple(_losses(opened, plan)),
     )
+
+
+def _unlike(facts: Sequence[Facts], opened: Sequence[Adapter]) -> list[str]:
+    """What is unusual of a set: norms far apart, one adapter twice."""
+    found = []
+    large, small = max(facts, key=lambda one: one.norm), min(facts, key=lambda one: one.norm)
+    if large.norm > UNEQUAL * small.norm > 0:
+        found.append(
+            f"norms differ {large.norm / small.norm:.0f}-fold: {large.source} ({large.norm:.3g}) will outvote "
+            f"{small.source} ({small.norm:.3g}). Weights can even them out."
+        )
+    for i, adapter in enumerate(opened):
+        twin = next((other for other in opened[:i] if other.digest == adapter.digest), None)
+        if twin is not None:
+            found.append(f"{adapter.label} is {twin.label} over again: the same task vectors.")
+    return found
 
 
 def _facts(adapter: Adapter) -> Facts:
@@ -187,6 +238,7 @@ def _riders(adapter: Adapter) -> tuple[str, ...]:
     return tuple(describe(found, len(copies(adapter.riders))))
 
 
+UNEQUAL = 10.0  # norms that differ by more than this deserve a word
 FORMS = {
     "conv": "convolutions",
     "embedding": "LoRA on embeddings",
@@ -214,7 +266,7 @@ def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
     if config.get("use_rslora"):
         found.append("rsLoRA (scaling alpha/√r)")
     full = any(module.needs for module in adapter.layout.values())
-    if len(adapter.ranks) > 1:
+    if len(adapter.ranks) > 1 and not full:
         found.append(f"mixed ranks {', '.join(map(str, adapter.ranks))}")
     if config.get("alpha_pattern"):
         found.append("alpha pattern")
@@ -238,24 +290,37 @@ def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _table(facts: Facts) -> Table:
-    table = Table(
-        title=escape(facts.source),
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        show_header=False,
-    )
+def _plain() -> Table:
+    return Table(box=None, pad_edge=False, show_header=False)
+
+
+def _table(facts: Facts) -> RenderableType:
+    table = _plain()
     rank = f", rank {', '.join(map(str, facts.ranks))}, scaling {', '.join(f'{s:g}' for s in facts.scalings)}"
     table.add_row("kind", facts.kind + (rank if facts.kind == "LoRA" else ""))
     table.add_row(
         "base", escape(facts.base or "not named") + (f", {escape(facts.task_type)}" if facts.task_type else "")
     )
     table.add_row("modules", f"{facts.modules}, {facts.numbers:,} numbers in {facts.dtype}")
-    table.add_row("norm", f"{facts.norm:.4g}, most of it in {escape(facts.largest)}")
+    table.add_row("norm", f"{facts.norm:.4g}" + (f", most of it in {escape(facts.largest)}" if facts.norm else ""))
     for number, text in enumerate(facts.riders):
         table.add_row("" if number else "whole layers", escape(text))
     if facts.unusual:
         table.add_row("unusual", escape("; ".join(facts.unusual)))
-    return table
+    return Group(Text(facts.source, style="bold"), table)
+
+
+def _refused_table(one: Refused) -> RenderableType:
+    """What is known of a source that is refused; why stands beneath, on standard error."""
+    table = _plain()
+    table.add_row("refused", escape(one.what))
+    if one.base or one.task_type:
+        table.add_row("base", escape(", ".join(filter(None, (one.base or "not named", one.task_type)))))
+    if one.file is not None:
+        held = "which cannot be read"
+        if one.tensors is not None:
+            held = f"{one.tensors:,} tensors, {one.numbers:,} numbers in {', '.join(one.dtypes) or 'none'}"
+        table.add_row("file", escape(f"{one.file}, {held}"))
+    for number, (part, count) in enumerate(one.parts.items()):
+        table.add_row("" if number else "modules", escape(f"{part}: {count}" if part else str(count)))
+    return Group(Text(one.source, style="bold"), table)

@@ -274,6 +274,9 @@ def _config(tuner: Any, merged: Adapter, adapters: Sequence[str]) -> Any:
     config = dict(merged.config)
     if any(path.endswith(ends) and path not in targets for path, _ in tuner.model.named_modules()):
         config["target_modules"] = "|".join(map(re.escape, sorted(targets)))  # PEFT takes a list's entries as endings
+    said = [getattr(tuner.peft_config[adapter], "target_parameters", None) for adapter in adapters]
+    if config.get("target_parameters") and all(said) and len({frozenset(own or ()) for own in said}) == 1:
+        config["target_parameters"] = sorted(said[0] or ())  # PEFT wants all adapters of a model to say the same
     return type(tuner.peft_config[adapters[0]])(**config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from .adapter import Adapter
 from .base_model import BaseModel
 from .errors import CompatibilityError, RecipeError, printable
 from .kinds import Module, written_as
+from .kinds.base import EXPERT
 from .methods import Method
 from .recipe import NORM, Recipe
 from .schedule import Schedule, count_layers
 from .spellings import agree
 from .statistics import Statistic, command
+
+APART = re.compile(r"\.experts\.\d+\.(w[123]|(gate|up|down)_proj)$")  # one layer for each expert
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,7 @@ def one_spelling(adapters: Sequence[Adapter], warnings: list[str]) -> list[Adapt
 
 def check_together(members: Sequence[Member], modules: dict[str, Module]) -> None:
     """What one adapter cannot hold: modules that PEFT has no common config for, unequal replicated layers."""
+    _refuse_two_forms_of_experts(members)
     fault = written_as(members[0].adapter.kind).fault(list(modules.values()))
     if fault:
         raise CompatibilityError(f"the adapters fit no one adapter: {fault}.")
@@ -231,4 +236,20 @@ def check_together(members: Sequence[Member], modules: dict[str, Module]) -> Non
         raise CompatibilityError(
             f"the adapters replicate the base's layers differently (layer_replication):\n{rows}\n"
             "One adapter can hold one order of layers. Merge those that agree."
+        )
+
+
+def _refuse_two_forms_of_experts(members: Sequence[Member]) -> None:
+    """Experts that transformers 4 held as layers of their own and transformers 5 holds fused are not merged apart."""
+    apart = [(m.name, n) for m in members for n in m.adapter.modules if APART.search(n)]
+    fused = [(m.name, n) for m in members for n, module in m.adapter.layout.items() if module.form == EXPERT]
+    if apart and fused:
+        rows = [
+            f"  {', '.join(dict.fromkeys(n for n, _ in some))}: '{printable(some[0][1])}'" for some in (apart, fused)
+        ]
+        raise CompatibilityError(
+            "the adapters name the experts of one base in two forms, each a layer and fused into one parameter:\n"
+            + "\n".join(rows)
+            + "\nMerged so, neither would be added to the other. Load the former in PEFT with transformers 5, which fuses "
+            "them, save it again, and merge that."
         )

@@ -37,7 +37,7 @@ from .riders import MERGE
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
-from .targets import check_modules, fit_rank
+from .targets import check_heads, check_modules, fit_rank
 from .whole import make_rule
 
 
@@ -176,7 +176,7 @@ def make_plan(
     rank = _rank(recipe.rank, stages, arithmetic, members, modules, warnings)
     base = recipe.base_model or next((m.adapter.base for m in members if m.adapter.base), None)
     rank = fit_rank(recipe.target, rank, recipe.rank, members[0].adapter.kind.title, warnings)
-    check_modules(recipe.target, {name: module.shape for name, module in modules.items()}, base, warnings)
+    check_modules(recipe.target, modules, base, warnings)
     compare_bases(members, recipe, warnings)
     return Plan(
         members=members,
@@ -213,7 +213,7 @@ def _heads(
         base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)
         densities = [partial(member.density_at, layers=layers) for member in members]
         rule = make_rule(stages, base, _scale(recipe.scale, stages), _seed(recipe.seed), densities, device)
-    return settle_heads(
+    heads = settle_heads(
         recipe.heads,
         [member.name for member in members],
         [member.adapter for member in members],
@@ -224,6 +224,8 @@ def _heads(
         rule,
         base,
     )
+    check_heads(recipe.target, [layer.module for layer in heads.kept])
+    return heads
 
 
 def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule | None, ...]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, open_all
+from .base_model import BaseModel
 from .coordinates import Coordinates, Memory
 from .merge import carry_out, make_recipe
 from .merged import Merged
@@ -66,6 +67,7 @@ class Prepared:
             parameters={**self.recipe.parameters, **parameters},
             allow_disjoint=self.recipe.allow_disjoint,
             heads=self.recipe.heads,
+            base=self.recipe.base,
         )
         plan = make_plan(asked, self.adapters, self.device, checked=True)
         return carry_out(plan, asked, started, self._memory if self._fits(plan) else None)
@@ -90,6 +92,7 @@ def prepare(
     *,
     allow_disjoint: bool = False,
     heads: str = "error",
+    base: str | Path | BaseModel | None = None,
     **parameters: Any,
 ) -> Prepared:
     """Read adapters and make their shared bases once; `.merge(method=…, density=…)` then takes milliseconds.
@@ -98,16 +101,18 @@ def prepare(
         adapters: folders, files, Hub ids, patterns (see `sources`) or `Adapter`s.
         space: the coordinates of every merge.
         device: where the arithmetic is done.
-        allow_disjoint, heads: as in `merge`.
+        allow_disjoint, heads, base: as in `merge`.
         **parameters: the space's own.
     Raises: as `merge`.
     """
-    opened = open_all(adapters)
+    known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
+    opened = open_all(adapters, known)
     recipe = Recipe(
         adapters=tuple(a.source or "in memory" for a in opened),
         space=space,
         parameters=parameters,
         allow_disjoint=allow_disjoint,
         heads=heads,
+        base=known.label if known is not None else None,
     )
     return Prepared(opened, recipe, device)

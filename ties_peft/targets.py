@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import CompatibilityError, RecipeError, printable, unknown
 
@@ -25,7 +25,29 @@ TARGETS = (PEFT, VLLM, LLAMA_CPP)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; 16 if it is not given
 VLLM_DEFAULT = 16
 PLAIN = re.compile(r"base_model\.model\..+\.lora_[AB]\.weight|base_model\.model\..+\.lora_embedding_[AB]")
+UNDER = ".base_layer."
 NESTED = re.compile(r"\.base_layer\.|\.experts\.lora_[AB]\.")  # one parameter of several in a module: experts
+SEVERAL = "belong to one parameter of several in a module, as experts have them"
+
+
+class Adapted(Protocol):
+    """What is asked of a module."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its task vector."""
+
+    @property
+    def form(self) -> str:
+        """What it is the task vector of."""
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Of a convolution."""
+
+    @property
+    def path(self) -> str:
+        """Of PEFT's layer."""
 
 
 def check_name(target: str | None) -> None:
@@ -73,27 +95,48 @@ def fit_rank(target: str | None, rank: int | None, asked: int | str, kind: str, 
     return rank
 
 
-def check_modules(
-    target: str | None, shapes: Mapping[str, tuple[int, ...]], base: str | None, warnings: list[str]
-) -> None:
+def check_modules(target: str | None, modules: Mapping[str, Adapted], base: str | None, warnings: list[str]) -> None:
     """Refuse modules that a target cannot load, and say what else it wants to know.
 
     Args:
         target: one of `TARGETS`; None for peft.
-        shapes: of the task vectors, by module.
+        modules: by name.
         base: the base model's name that is written.
     Raises: CompatibilityError naming the modules.
     """
     if target in (None, PEFT):
         return
-    odd = [name for name, shape in shapes.items() if len(shape) != 2]
-    if odd:
-        raise _cannot(target, odd, "are no linear layers")
+    faults = {name: fault for name, module in modules.items() if (fault := _fault(module)) is not None}
+    if faults:
+        first = next(iter(faults.values()))
+        raise _cannot(target, [name for name, fault in faults.items() if fault == first], first)
     if target == LLAMA_CPP and base is None:
         warnings.append(
             "target llama.cpp: the adapters name no base model, which its convert_lora_to_gguf.py looks up; "
             "name it here with --base-name, or there with --base."
         )
+
+
+def _fault(module: Adapted) -> str | None:
+    """Why neither vLLM nor llama.cpp loads a module; None where they do."""
+    if len(module.shape) != 2 or module.kernel:
+        return "are no linear layers"
+    if module.form == "bias":
+        return "are biases of lora_B"
+    return SEVERAL if module.form == "expert" or UNDER in module.path else None
+
+
+def check_heads(target: str | None, layers: Iterable[str]) -> None:
+    """Refuse whole layers, which neither vLLM nor llama.cpp loads from an adapter.
+
+    Args:
+        target: one of `TARGETS`; None for peft.
+        layers: those that would be written.
+    Raises: CompatibilityError naming them.
+    """
+    names = list(layers)
+    if target not in (None, PEFT) and names:
+        raise _cannot(target, names, "are whole layers; leave them out (--heads drop)")
 
 
 def check_written(target: str | None, config: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -117,7 +160,7 @@ def check_written(target: str | None, config: Mapping[str, Any], names: Iterable
         raise _cannot(target, whole, "are no lora_A or lora_B; leave them out (--heads drop)")
     nested = [name for name in found if NESTED.search(name)]
     if nested:
-        raise _cannot(target, nested, "belong to one parameter of several in a module, as experts have them")
+        raise _cannot(target, nested, SEVERAL)
 
 
 def _cannot(target: str | None, names: list[str], why: str) -> CompatibilityError:

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from . import foreign, sources
 from .adapter import Adapter, in_memory, read_config
-from .base_model import BaseModel
+from .base_model import PIPELINE, BaseModel
 from .errors import AdapterError, RecipeError, printable
 from .foreign import Entry, Form
 from .kinds.base import PREFIX
 
-PIPELINE_WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a pipeline's part, as diffusers saves it
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config in a safetensors file
 KEPT = ("lora_alpha", "alpha_pattern", "use_rslora")
 
@@ -118,11 +117,7 @@ def _choose(form: Form, hints: Hints, label: str) -> tuple[list[Entry], list[str
 
 
 def _base(hints: Hints) -> BaseModel | None:
-    if hints.base is None:
-        return None
-    path = sources.local(hints.base)
-    part = path / PIPELINE_WEIGHTS if path is not None and path.is_dir() else None
-    return BaseModel.load(part if part is not None and part.is_file() else hints.base)
+    return None if hints.base is None else BaseModel.load(hints.base)
 
 
 def _module_names(hints: Hints, base: BaseModel | None) -> list[str] | None:
@@ -150,7 +145,7 @@ def _resolve(form: Form, entries: Sequence[Entry], hints: Hints, base: BaseModel
         raise AdapterError(
             f"adapter '{label}': kohya's names have underscores for dots ('{printable(entries[0].module)}'), so the names "
             "of the base's modules are needed to tell them apart. Name the base's weights with --base (for a pipeline, "
-            f"those of its part, such as unet/{PIPELINE_WEIGHTS}), or a text file of the names with --modules."
+            f"those of its part, such as unet/{PIPELINE}), or a text file of the names with --modules."
         )
     table: dict[str, list[str]] = {}
     for name in known:

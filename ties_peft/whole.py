@@ -29,6 +29,7 @@ from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends
 
 OTHERS = f"choose another fate for them: --heads {', '.join(p for p in POLICIES if p != MERGE)} (heads=… in Python)"
 
+TIED = ("lm_head.weight", "embed_out.weight", "decoder.weight")  # what a checkpoint leaves out where it is tied
 Weigh = Callable[[int, str], float]  # (place of an adapter, module) → w
 
 
@@ -74,7 +75,8 @@ class Rule:
         """What is wrong with the base's own tensor."""
         found = self.base.find(tensor)
         if found is None:
-            return f"base model '{self.base.label}' has no tensor '{printable(tensor)}'"
+            tied = ", as where a head is tied to the embeddings, which it then shares" * tensor.endswith(TIED)
+            return f"base model '{self.base.label}' has no tensor '{printable(tensor)}'{tied}"
         own = self.base.info(found)
         if tuple(own.shape) != shape:
             return f"base model '{self.base.label}' has '{printable(found)}' {sizes(tuple(own.shape))}"

@@ -368,6 +368,17 @@ def test_inspect_names_what_is_unusual(make_lora: Make) -> None:
     assert "alpha pattern" in out and "names no base model" in out and "the config says r = 99" in out
 
 
+def test_inspect_says_what_is_unusual_of_a_set(make_lora: Make) -> None:
+    names = [make_lora("a").name, make_lora("b", seed=1, gain=30).name, make_lora("c").name]
+    seen = json.loads(run("inspect", *names, "--json").out)
+    norms = [adapter["norm"] for adapter in seen["adapters"]]
+    times = f"{max(norms) / min(norms):.0f}-fold"
+    assert seen["mergeable"] is True
+    assert [times in text and text.count("b (") == 1 for text in seen["warnings"]] == [True, False]
+    assert seen["warnings"][1] == "c is a over again: the same task vectors."
+    assert json.loads(run("inspect", *names[::2], "--json").out)["warnings"] == seen["warnings"][1:]
+
+
 # methods, version, help
 
 
@@ -442,7 +453,9 @@ FLAGS = {
         "--rank --recipe --restore-norm --scale --scope --seed --set --space --target --weights"
     ),
     "inspect": "--base --json",
-    "convert": "--alpha --base --base-name --device --dtype --force --json --modules --out --part --rank --target",
+    "convert": (
+        "--alpha --base --base-name --device --dtype --force --heads --json --modules --out --part --rank --target"
+    ),
     "push": "--create-pr --json --message --private --revision",
     "methods": "--json",
     "evaluate": "--bare --base --batch-size --device --json --task",

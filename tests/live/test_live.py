@@ -406,6 +406,23 @@ def test_multi_head_attention() -> None:
     assert torch.allclose(one, both, atol=1e-5)
 
 
+@NEW_PEFT
+def test_experts() -> None:
+    """PEFT wants all adapters of a model to name their parameters alike, so the new one says what they say."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "num_local_experts": 3, "num_hidden_layers": 1}
+    base = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval()
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    red, blue = (lora(["q_proj"], r, target_parameters=parameters) for r in (2, 3))
+    model = loaded(base, red=red, blue=blue)
+    model.base_model.set_adapter(["red", "blue"])
+    both = output(model)
+    merged = ties_peft.add_merged_adapter(model, ["red", "blue"], "merged", combination_type="cat")
+    assert sum("experts" in name for name in merged.modules) == 6
+    assert torch.allclose(output(model, "merged"), both, atol=1e-5)
+    assert (both - output(model, "red")).abs().max() > 1e-2
+
+
 def test_a_tuner_without_a_peft_model_around_it() -> None:
     model = two(llama)
     merged = ties_peft.add_merged_adapter(model.base_model, ["red", "blue"], "merged")

@@ -305,3 +305,17 @@ def test_adapters_opened_with_two_bases_are_refused(hold: Hold, heads: str) -> N
         ties_peft.merge(opened, heads=heads)
     same = [Adapter.load(folder, base="base") for folder in folders]  # two objects, one base
     assert ties_peft.merge(same, heads=heads).report is not None
+
+
+def test_what_a_base_ties_is_said_to_be_tied(hold: Hold) -> None:
+    folders = [hold("a", {"cls.decoder.weight": drawn(1, 5, 7)}), hold("b", {}, seed=1)]
+    assert "has no tensor 'cls.decoder.weight', as where a head is tied to the embeddings" in refusal(folders)
+
+
+def test_a_prepared_merge_knows_the_base_too(hold: Hold) -> None:
+    folders = [hold("a", {HEAD: drawn(1, 5, 7)}), hold("b", {HEAD: drawn(2, 5, 7)}, seed=1)]
+    prepared = ties_peft.prepare(folders, "delta", heads="merge", base="base").merge(density=0.5)
+    plain = merge(folders, density=0.5)
+    assert prepared.recipe == plain.recipe and prepared.recipe.base == "base"
+    assert prepared.digest == plain.digest
+    assert torch.equal(whole(prepared)[HEAD], whole(plain)[HEAD])

@@ -313,6 +313,49 @@ def test_it_is_refused_by_name(tmp_path: Path, make_lora: Make, name: str) -> No
     assert not (tmp_path / "out").exists()
 
 
+def test_inspect_tells_in_json_what_is_refused(tmp_path: Path, make_lora: Make) -> None:
+    """Facts by key of each source that cannot be merged as it is, beside the sentence that says why."""
+    names = ("two parts", "MLX", "LyCORIS", "somebody's own", "nothing known")
+    places = [REFUSED[name][0](tmp_path / name) for name in names]
+    prompt = config_alone(tmp_path / "prompt", {"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "org/base"})
+    found = json.loads(run("inspect", make_lora("a"), make_lora("b", seed=1), *places, prompt, "nowhere", "--json").out)
+    two, mlx_, lycoris, own, unknown, prompts, nowhere = found["refused"]
+    assert (two["what"], two["parts"]) == ("a LoRA of diffusers", {"text_encoder": 3, "unet": 3})
+    held = {**newest(PAIRS), **newest(PAIRS, "text_encoder.")}
+    assert (two["file"], two["tensors"], two["dtypes"]) == ("lora.safetensors", len(held), ["float32"])
+    assert two["numbers"] == sum(tensor.numel() for tensor in held.values())
+    assert (mlx_["what"], mlx_["parts"], mlx_["converts"]) == ("an adapter of MLX-LM", {"": 3}, True)
+    assert (lycoris["what"], lycoris["converts"]) == ("a LyCORIS adapter", False)
+    assert (own["what"], own["file"], own["tensors"]) == ("of a config that is not PEFT's", None, None)
+    assert (unknown["what"], unknown["tensors"]) == ("no adapter that is known here", 1)
+    assert (prompts["peft_type"], prompts["base"]) == ("PROMPT_TUNING", "org/base")
+    assert nowhere["what"] == "" and "no such folder" in nowhere["fault"]
+    assert [one["fault"] for one in found["refused"]] == found["faults"]
+    assert found["mergeable"] is False and found["verdict"].startswith(
+        "The 2 that can be read can be merged: 3 modules"
+    )
+
+
+def test_inspect_shows_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pointer = write(tmp_path / "lfs" / "adapter_model.safetensors", {}, config={"peft_type": "LORA"})
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    monkeypatch.chdir(tmp_path)
+    REFUSED["two parts"][0](tmp_path / "two")
+    out = run("inspect", "lfs", "two").out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[:3] == [
+        "lfs",
+        "refused a PEFT adapter of type LORA",
+        "file adapter_model.safetensors, which cannot be read",
+    ]
+    assert lines[-4:] == [
+        "refused a LoRA of diffusers",
+        "file lora.safetensors, 12 tensors, 232 numbers in float32",
+        "modules text_encoder: 3",
+        "unet: 3",
+    ]
+
+
 def test_the_command_that_a_refusal_names_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "a style", newest(PAIRS))

@@ -15,10 +15,12 @@ import torch
 from cli.running import run
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from safetensors.torch import save
 from sources.hub_stub import Stub, serving
 
 import ties_peft
 from ties_peft import Adapter, AdapterError, RecipeError
+from ties_peft.base_model import BaseModel
 
 Make = Callable[..., Path]
 WRONG = "hf_aTokenThatOpensNothing"
@@ -80,6 +82,21 @@ def test_a_source_of_the_hub(hub: Stub, source: str, there: str) -> None:
     assert adapter.digest == Adapter.load(there).digest
     assert adapter.source == source.rstrip("/")
     assert not any("optimizer" in request for request in hub.requests), "only what is needed is fetched"
+
+
+def test_a_base_model_in_a_folder_of_the_hub(hub: Stub) -> None:
+    """A pipeline's part, whose one file has diffusers' name; nothing else of the repository is fetched."""
+    file = "diffusion_pytorch_model.safetensors"
+    parts = {part: save({f"{part}.weight": torch.ones(2)}) for part in ("unet", "vae")}
+    hub.repos["org/pipeline"] = {"main": {f"{part}/{file}": content for part, content in parts.items()}}
+    for source in ("org/pipeline:unet", "org/pipeline@main:unet/"):
+        assert BaseModel.load(source).names == ("unet.weight",)
+    assert not any("vae/" in request for request in hub.requests)
+    for source in ("org/pipeline:../unet", "org/pipeline:/etc"):
+        with pytest.raises(AdapterError, match="no path inside a repository"):
+            BaseModel.load(source)
+    with pytest.raises(AdapterError, match=r"there is no model.safetensors"):
+        BaseModel.load("org/pipeline:text_encoder")
 
 
 def test_arguments_and_text_are_one_source(hub: Stub) -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from .. import sources
 from ..convert import convert as convert_adapter
+from ..errors import printable
 from ..flags import read_rank
 from ..merged import Merged
 from ..targets import TARGETS
@@ -24,6 +25,9 @@ Base = Annotated[
 Modules = Annotated[Path | None, typer.Option(help="Those names, one a line, in its place.", show_default=False)]
 Alpha = Annotated[float | None, typer.Option(help="lora_alpha, if the file lacks it.", show_default=False)]
 BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the input's")]
+Heads = Annotated[
+    str, typer.Option(help="drop: leave out whole layers (heads, embeddings, biases).", show_default="kept")
+]
 Target = Annotated[str | None, typer.Option(help=f"The loader it is for: {', '.join(TARGETS)}.", show_default="peft")]
 
 
@@ -43,6 +47,7 @@ def convert(
     modules: Modules = None,
     alpha: Alpha = None,
     base_name: BaseName = None,
+    heads: Heads = "error",
     device: Annotated[str, typer.Option(help="Where the arithmetic is done.")] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,
@@ -62,6 +67,7 @@ def convert(
             modules=modules,
             alpha=alpha,
             base_model=base_name,
+            heads=heads,
             progress=tell,
         )
     made.save(out, force)
@@ -80,4 +86,4 @@ def _show(made: Merged, out: Path, as_json: bool) -> None:
         f", rounding to {made.report.dtype} {made.report.rounding:.1e} of the norm" if made.report.rounding else ""
     )
     console.print(f"\nlost: {lost:.2%} of the energy{rounding}", highlight=False)
-    console.print(f"written to {escape(str(out))}", highlight=False, soft_wrap=True)
+    console.print(f"written to {escape(printable(str(out), 4096))}", highlight=False, soft_wrap=True)

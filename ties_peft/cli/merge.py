@@ -161,7 +161,7 @@ def _show_merged(merged: Merged, out: Path, as_json: bool) -> None:
         return
     console = Console()
     console.print(merged.report.tables())
-    console.print(f"\nwritten to {escape(str(out))}; load it with\n", highlight=False, soft_wrap=True)
+    console.print(f"\nwritten to {escape(printable(str(out), 4096))}; load it with\n", highlight=False, soft_wrap=True)
     _print_loading(console, merged.base, out, merged.config.get("task_type"))
 
 
