@@ -27,10 +27,8 @@ NAMES = ("toy_words", "toy_texts")
 class Manager:
     """As the harness's TaskManager, of two tasks."""
 
-    all_tasks = list(NAMES)
-
     def __init__(self, include_path: str | None = None) -> None:
-        self.include_path = include_path
+        self.all_tasks = list(NAMES)
 
     def match_tasks(self, names: list[str]) -> list[str]:
         return [name for name in names if name in NAMES]
