@@ -208,7 +208,8 @@ def _rights(packed: Mapping[str, str]) -> dict[str, torch.Tensor]:
 
 def _mean(several: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Row by row, over seeds."""
-    return {task: torch.stack([one[task] for one in several]).mean(0) for task in several[0]}
+    judged = {task: [one[task] for one in several if task in one] for one in several for task in one}
+    return {task: torch.stack(found).mean(0) for task, found in judged.items()}
 
 
 def _accuracy(right: torch.Tensor) -> float:
@@ -220,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="a folder for each task")
     parser.add_argument("--kinds", nargs="*", default=["lora", "ia3"], choices=["lora", "ia3"])
-    parser.add_argument("--rows", type=int, default=500, help="test rows judged in each task, at most (500)")
+    parser.add_argument("--rows", type=int, default=300, help="test rows judged in each task, at most (300)")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of distil (0 1 2)")
     parser.add_argument("--log", type=Path, default=ROOT / "benchmarks" / "choose.jsonl", help="a line for every way")
     parser.add_argument("--learn-log", type=Path, default=LOG, help="that of learn.py")

@@ -186,8 +186,8 @@ def paired_error(row: dict[str, Any], one: str, other: str) -> float:
 def summary(own: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The runs of one kind, size and source: means over the seeds, and the lowest and highest of what is normalised."""
 
-    def average(values: Sequence[float]) -> float:
-        return round(sum(values) / len(values), 2)
+    def average(values: Sequence[float]) -> float | None:
+        return round(sum(values) / len(values), 2) if values else None
 
     levels = {name: average([mean(r["right"][name], r["tasks"]) for r in own]) for name in ("start", "distil", "own")}
     together = [mean(r["right"]["multitask"], r["tasks"]) for r in own]
@@ -199,6 +199,7 @@ def summary(own: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "N": first["size"],
         "rows": first["source"],
         "seeds": len(own),
+        "judged": first["judged"],
         **levels,
         "multitask": average(together),
         "difference": average(gaps),
@@ -207,27 +208,30 @@ def summary(own: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "lowest": round(min(shares), 2),
         "highest": round(max(shares), 2),
         "multitask normalised": average([normalised(r, "multitask") for r in own]),
-        "mr": average([mean(r["right"]["distil"], ["mr"]) for r in own]),
+        "mr": average([mean(r["right"]["distil"], ["mr"]) for r in own if "mr" in r["right"]["distil"]]),
         "seconds": average([r["seconds"] for r in own]),
         "steps": average([r["steps"] for r in own]),
     }
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A summary for each kind, size and source."""
-    keys = dict.fromkeys((row["kind"], row["size"], row["source"]) for row in rows)
-    ordered = sorted(keys, key=lambda g: (g[0] == "ia3", -g[1], SOURCES.index(g[2])))
-    return [summary([r for r in rows if (r["kind"], r["size"], r["source"]) == key]) for key in ordered]
+    """A summary for each kind, size, source and number of rows judged."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault((row["kind"] == "ia3", -row["size"], SOURCES.index(row["source"]), row["judged"]), []).append(
+            row
+        )
+    return [summary(alike[key]) for key in sorted(alike)]
 
 
 def show(found: Sequence[dict[str, Any]], console: Console) -> None:
     """± is the standard error over rows, paired with the multitask-trained adapter."""
     table = Table(box=None, pad_edge=False)
-    columns = ("kind", "N", "rows", "seeds", "start", "distil", "multitask", "own", "mr", "seconds")
+    columns = ("kind", "N", "rows", "seeds", "judged", "start", "distil", "multitask", "own", "mr", "seconds")
     for heading in (*columns, "distil − multitask", "normalised", "of seeds"):
         table.add_column(heading, justify="left" if heading in ("kind", "rows") else "right")
     for row in found:
-        cells = [f"{row[c]:.1f}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+        cells = [f"{row[c]:.1f}" if isinstance(row[c], float) else str(row[c] or "") for c in columns]
         spread = f"{row['lowest']:.1f} … {row['highest']:.1f}" if row["seeds"] > 1 else ""
         gap = f"{row['difference']:+.1f} ± {row['error']:.1f}"
         table.add_row(*cells, gap, f"{row['normalised']:.1f}", spread)
@@ -242,7 +246,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="*", default=list(SOURCES), choices=SOURCES)
     parser.add_argument("--sizes", nargs="*", type=int, default=[6, 5, 4, 3, 2])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, default=500, help="test rows judged in each task, at most (500)")
+    parser.add_argument("--rows", type=int, default=300, help="test rows judged in each task, at most (300)")
     parser.add_argument("--log", type=Path, default=LOG, help="a line for every run")
     parser.add_argument("--json", type=Path, help="write the table of all runs in the log there")
     asked = parser.parse_args()
@@ -256,11 +260,15 @@ def main() -> None:
         console.print(
             f"{number + 1}/{len(wanted)} {kind}, N {size}, {source}, seed {seed}: {told} in {row['seconds']:.0f} s"
         )
-    found = groups([row for row in runs.known.values() if row["judged"] == asked.rows])
+    found = groups(list(runs.known.values()))
     show(found, console)
     if asked.json:
-        command = f"python benchmarks/learn.py --data DIR --rows {asked.rows}"
-        record = {"command": command, "split": "test", "rows": asked.rows, "versions": versions(), "runs": found}
+        record = {
+            "command": "python benchmarks/learn.py --data DIR",
+            "split": "test",
+            "versions": versions(),
+            "runs": found,
+        }
         asked.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
