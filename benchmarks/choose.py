@@ -160,7 +160,7 @@ def whole(kitchen: Kitchen, log: Log, runs: Runs, seeds: Sequence[int]) -> list[
         found[way.name] = (way.needs, _rights(made))
         if way.apart:
             left[way.name] = _left_out(kind, way, log, judge)
-    for source in SOURCES:
+    for source in SOURCES if seeds else ():
         needs = "base" if source == "random tokens" else TEXT
         lines = [runs.find(kind, source, len(minilm.TASKS), seed)["right"]["distil"] for seed in seeds]
         found[f"distil, {source}"] = (needs, _mean([_rights(line) for line in lines]))
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="a folder for each task")
     parser.add_argument("--kinds", nargs="*", default=["lora", "ia3"], choices=["lora", "ia3"])
     parser.add_argument("--rows", type=int, default=300, help="test rows judged in each task, at most (300)")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of distil (0 1 2)")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of distil (0 1 2); none leaves it out")
     parser.add_argument("--log", type=Path, default=ROOT / "benchmarks" / "choose.jsonl", help="a line for every way")
     parser.add_argument("--learn-log", type=Path, default=LOG, help="that of learn.py")
     parser.add_argument("--json", type=Path, help="write the tables there")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import pack, unpack
+from cases import multitask, pack, unpack
 from compare import versions
 from judge import ROOT, minilm, own_adapters
 from rich.console import Console
@@ -71,6 +71,10 @@ class Bench:
                     self._judged[digest, task] = pack(torch.tensor(self.exams[task].score().right))
         return {task: self._judged[digest, task] for task in tasks}
 
+    def recall(self, adapter: ties_peft.Adapter, right: Rights) -> None:
+        """What an earlier run found of an adapter."""
+        self._judged |= {(adapter.digest, task): own for task, own in right.items()}
+
     def texts(self, task: str, count: int, seed: int) -> list[str]:
         """Rows without labels, of the validation split."""
         rows = self.task(task, "validation").texts()
@@ -112,6 +116,11 @@ class Runs:
         self.log, self.bench = log, bench
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         self.known = {_key(row): row for row in map(json.loads, lines)}
+        for row in self.known.values():
+            if row["judged"] == bench.rows:
+                bench.recall(together(row["kind"]), row["right"]["multitask"])
+                for task, adapter in zip(row["tasks"], adapters(row["kind"], row["tasks"]), strict=True):
+                    bench.recall(adapter, {task: row["right"]["own"][task]})
 
     def find(self, kind: str, source: str, size: int, seed: int) -> dict[str, Any]:
         """One run, from the log or by doing it."""
@@ -129,8 +138,7 @@ class Runs:
         own = adapters(kind, tasks)
         rank = {"rank": max(adapter.ranks[-1] for adapter in own)} if kind == "lora" else {}
         start = ties_peft.merge(own, **DEFAULTS["ia3" if kind == "ia3" else "factors"], dtype="float32", **rank)
-        together = ties_peft.Adapter.load(ROOT / "adapters" / "multitask" / kind)
-        right = {"distil": bench.judge(made), "start": bench.judge(start), "multitask": bench.judge(together)}
+        right = {"distil": bench.judge(made), "start": bench.judge(start), "multitask": bench.judge(together(kind))}
         right["own"] = {task: bench.judge(adapter, [task])[task] for task, adapter in zip(tasks, own, strict=True)}
         report = made.report
         return {
@@ -163,6 +171,11 @@ def adapters(kind: str, tasks: Sequence[str]) -> list[ties_peft.Adapter]:
     return [ties_peft.Adapter.load(own_adapters(kind)[task]) for task in tasks]
 
 
+def together(kind: str) -> ties_peft.Adapter:
+    """The adapter trained on all tasks."""
+    return ties_peft.Adapter.load(multitask(kind))
+
+
 def mean(right: Mapping[str, str], tasks: Sequence[str]) -> float:
     """The mean accuracy over tasks, in percent."""
     return 100 * sum(float(unpack(right[task]).double().mean()) for task in tasks) / len(tasks)
@@ -190,8 +203,8 @@ def summary(own: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return round(sum(values) / len(values), 2) if values else None
 
     levels = {name: average([mean(r["right"][name], r["tasks"]) for r in own]) for name in ("start", "distil", "own")}
-    together = [mean(r["right"]["multitask"], r["tasks"]) for r in own]
-    gaps = [mean(r["right"]["distil"], r["tasks"]) - m for r, m in zip(own, together, strict=True)]
+    trained = [mean(r["right"]["multitask"], r["tasks"]) for r in own]
+    gaps = [mean(r["right"]["distil"], r["tasks"]) - m for r, m in zip(own, trained, strict=True)]
     shares = [normalised(r, "distil") for r in own]
     first = own[0]
     return {
@@ -201,7 +214,7 @@ def summary(own: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seeds": len(own),
         "judged": first["judged"],
         **levels,
-        "multitask": average(together),
+        "multitask": average(trained),
         "difference": average(gaps),
         "error": average([paired_error(r, "distil", "multitask") for r in own]),
         "normalised": average(shares),
