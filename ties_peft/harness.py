@@ -51,6 +51,10 @@ def harness(
     if not opened:
         raise RecipeError("there is nothing to evaluate. Name at least one adapter, or the base.")
     here = bench or Bench.load(find_base(opened, [], base), LANGUAGE, device)
+    if here.form not in ("causal", "seq2seq"):
+        raise RecipeError(
+            f"lm-evaluation-harness judges causal and sequence-to-sequence models; '{here.base}' is loaded as {here.form}."
+        )
     for adapter in opened:
         if adapter is not None:
             here.check(adapter)

@@ -131,6 +131,8 @@ def test_what_is_amiss_is_said_before_the_model_is_loaded(
 def test_what_stops_the_harness_is_one_message(fake: None, adapter: Path, bases: dict[str, Path]) -> None:
     with pytest.raises(RecipeError, match=r"stopped on .*ValueError: no rows\)"):
         ties_peft.harness([adapter], ["toy_words"], limit=13)
+    with pytest.raises(RecipeError, match="is loaded as encoder"):
+        ties_peft.harness([None], ["toy_words"], bench=Bench.load(bases["encoder"], "encoder"))
     with pytest.raises(CompatibilityError, match="does not fit"):
         ties_peft.harness([adapter], ["toy_words"], base=bases["llama"])
 
