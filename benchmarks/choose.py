@@ -2,9 +2,9 @@
 
 Every way to one adapter from all six, LoRA and (IA)³: accuracy on the test rows of each task, their mean, the same with each
 own adapter's accuracy as 100 (normalised), the mean's difference from TIES as it comes with its paired standard
-error, accuracy on mr, which no adapter was trained on, and, for ways that cost little, leave-one-out: each task judged with
-its own adapter left out, in the mean over the six. Left blank is what was not measured: leave-one-out of what is learnt,
-and of what an adapter trained on all tasks has part in.
+error, accuracy on mr, which no adapter was trained on, and, for ways that need nothing, leave-one-out: each task judged with
+its own adapter left out, in the mean over the six. Of the others leave-one-out is not measured: they cost too much, or an
+adapter trained on all tasks has part in them.
 
 Text is from the validation split, labels from its rows too: no adapter was trained on them. What distil gives is the mean over
 the seeds that were asked for (see `learn.py`, whose log is used and filled), of all else seed 0.
@@ -70,9 +70,9 @@ class Kitchen:
         best = Setting("tsv", scale=FOURTH_ROOT_N) if lora else Setting("task_arithmetic", scale=ROOT_N)
         plain = [Setting("average"), Setting("task_arithmetic"), Setting(REFERENCE), best]
         made = [Way(setting.label, NOTHING, self._merging(setting)) for setting in plain]
-        made.append(Way("fisher", TEXT, self._knowing("fisher")))
+        made.append(Way("fisher", TEXT, self._knowing("fisher"), apart=False))
         if lora:
-            made.append(Way("regmean", TEXT, self._knowing("regmean")))
+            made.append(Way("regmean", TEXT, self._knowing("regmean"), apart=False))
         made += [
             Way("ties, signs of 32 rows a task", LABELS, self._signs, apart=False),
             Way("search of weights, 32 rows a task", LABELS, self._search, apart=False),
