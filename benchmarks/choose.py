@@ -146,7 +146,7 @@ class Log:
         return self.known[key]
 
 
-def whole(kitchen: Kitchen, log: Log, runs: Runs, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def whole(kitchen: Kitchen, log: Log, runs: Runs, seeds: Sequence[int], sources: Sequence[str]) -> list[dict[str, Any]]:
     """A row for every way of one kind."""
     kind, judge = kitchen.kind, kitchen.bench.judge
     own: Rights = {}
@@ -160,7 +160,7 @@ def whole(kitchen: Kitchen, log: Log, runs: Runs, seeds: Sequence[int]) -> list[
         found[way.name] = (way.needs, _rights(made))
         if way.apart:
             left[way.name] = _left_out(kind, way, log, judge)
-    for source in SOURCES if seeds else ():
+    for source in sources if seeds else ():
         needs = "base" if source == "random tokens" else TEXT
         lines = [runs.find(kind, source, len(minilm.TASKS), seed)["right"]["distil"] for seed in seeds]
         found[f"distil, {source}"] = (needs, _mean([_rights(line) for line in lines]))
@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=["lora", "ia3"], choices=["lora", "ia3"])
     parser.add_argument("--rows", type=int, default=300, help="test rows judged in each task, at most (300)")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of distil (0 1 2); none leaves it out")
+    parser.add_argument("--sources", nargs="*", default=list(SOURCES), choices=SOURCES, help="of distil's rows")
     parser.add_argument("--log", type=Path, default=ROOT / "benchmarks" / "choose.jsonl", help="a line for every way")
     parser.add_argument("--learn-log", type=Path, default=LOG, help="that of learn.py")
     parser.add_argument("--json", type=Path, help="write the tables there")
@@ -235,7 +236,7 @@ def main() -> None:
     command = f"python benchmarks/choose.py --data DIR --rows {asked.rows} --seeds {seeds}"
     found: dict[str, Any] = {"command": command, "split": "test", "rows": asked.rows, "versions": versions()}
     for kind in asked.kinds:
-        found[kind] = whole(Kitchen(bench, kind), log, runs, asked.seeds)
+        found[kind] = whole(Kitchen(bench, kind), log, runs, asked.seeds, asked.sources)
         show(found[kind], console, f"{kind}, {asked.rows} test rows a task")
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
