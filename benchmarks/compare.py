@@ -27,6 +27,7 @@ from rich.table import Table
 
 import ties_peft
 
+LEFT = ("method", "space", "way", "needs")
 REFERENCE = Setting("ties")
 SIGNS = {"sign_from": "multitask"}
 LORA = [
@@ -221,7 +222,7 @@ def show(rows: Sequence[Mapping[str, Any]], console: Console, title: str) -> Non
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if not key.startswith("error")]
     for heading in columns:
-        table.add_column(heading, justify="left" if heading in ("method", "space") else "right")
+        table.add_column(heading, justify="left" if heading in LEFT else "right")
     for row in rows:
         table.add_row(*(_cell(row, key) for key in columns))
     console.print(table)

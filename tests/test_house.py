@@ -79,6 +79,7 @@ FLOORS = {
     "exam": 13,
     "language": 14,
     "evaluate": 15,
+    "harness": 16,
     "gather": 16,
     "tuning": 6,
     "sampling": 7,

@@ -16,6 +16,7 @@ from .errors import (
 from .evaluate import evaluate
 from .exam import Score
 from .gather import gather_statistics
+from .harness import harness
 from .live import add_merged_adapter
 from .merge import merge
 from .merged import Merged
@@ -52,6 +53,7 @@ __all__ = [
     "evaluate",
     "few_shot_signs",
     "gather_statistics",
+    "harness",
     "merge",
     "methods",
     "prepare",

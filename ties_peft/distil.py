@@ -41,7 +41,7 @@ from .teachers import Teacher, make_lessons, open_bench, read_teachers
 FITS = (FACTORS, GAINS)
 RATES = {"factors": 0.01, "gains": 0.1, "vectors": 0.05}  # found on the sample adapters, on rows held back
 BATCH = 16
-PASSES = 8  # over the rows, at most
+PASSES, RANDOM_PASSES = 8, 2  # over rows of text, and over random ones, which never run out
 FEWEST, MOST = 120, 1200  # steps
 
 
@@ -74,7 +74,7 @@ def distil(
             restored (`flat_tsv` for gains, `power_mean` for (IA)³).
         rows: for each adapter, by itself, its path or in order: a list of texts, the path of a .jsonl,
             .csv or .txt file, or a number of random-token rows; one of these alone is for every adapter.
-            By default the rows of `tasks`, and where they have none 200 random-token rows for each.
+            By default the rows of `tasks`, and where they have none 800 random-token rows for each.
         rank: of the result; by default the largest of the adapters', for gains Σrᵢ. (IA)³ has none.
         seed: of batches, held-back rows and random tokens.
         device: where the model runs.
@@ -87,7 +87,7 @@ def distil(
         kind: `lora` or `ia3`, of the result; LoRA as soon as one adapter is.
         fit: `factors` (A and B), or `gains`, one number for each direction of the start; (IA)³ fits its
             vectors.
-        steps: at most; by default eight passes over the rows, 120 to 1200 steps.
+        steps: at most; by default eight passes over rows of text and two over random ones, 120 to 1200 steps.
         batch_size: rows in a step.
         state: a folder in which the work is kept, so that it can be stopped and go on.
         base_model: the base's name to write; by default the adapters'.
@@ -105,7 +105,7 @@ def distil(
     beginning, told = make_start([t.adapter for t in teachers], here, start, kind, fit, rank, base_model)
     lessons = make_lessons(teachers, here, seed)
     student = Student(beginning, here, fit, seed)
-    course = Course(steps or _steps(lessons, batch_size), RATES[student.fit], batch_size, seed)
+    course = Course(steps or _steps(teachers, lessons, batch_size), RATES[student.fit], batch_size, seed)
     keeper = Keeper(state, _fingerprint(lessons, student, course, written))
     tell = progress or (lambda stage, done, of: None)
     with _frozen(here):
@@ -250,10 +250,11 @@ def _teach(lessons: Sequence[Lesson], keeper: Keeper, tell: Progress) -> None:
         lesson.keep({name.removeprefix(front): t for name, t in kept.items() if name.startswith(front)})
 
 
-def _steps(lessons: Sequence[Lesson], batch: int) -> int:
+def _steps(teachers: Sequence[Teacher], lessons: Sequence[Lesson], batch: int) -> int:
     """Some passes over the rows, within bounds."""
-    rows = sum(len(lesson.sequences) for lesson in lessons)
-    return min(MOST, max(FEWEST, math.ceil(PASSES * rows / batch)))
+    passes = [RANDOM_PASSES if teacher.texts is None else PASSES for teacher in teachers]
+    rows = sum(often * len(lesson.sequences) for often, lesson in zip(passes, lessons, strict=True))
+    return min(MOST, max(FEWEST, math.ceil(rows / batch)))
 
 
 def _fingerprint(lessons: Sequence[Lesson], student: Student, course: Course, dtype: torch.dtype) -> str:

@@ -134,6 +134,8 @@ def _benches(
     if bench is not None:
         return [(bench, members) for _, members in groups]
     chosen = find_base(adapters, tasks, base)
+    for task in tasks:
+        task.check_rows()
     return [(Bench.load(chosen, form, device), members) for form, members in groups]
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .bench import Bench, transposed
 from .draws import key, uniform
-from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
+from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown, warn_caller
 from .evaluate import find_base
 from .exam import Classification, Progress, check_form, form_for
 from .language import Continuation, Pair
@@ -72,9 +72,16 @@ def gather_statistics(
         raise RecipeError(unknown("kind of statistics", str(kind), KINDS))
     opened = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     there = None if again else _found(opened, kind)
-    if there is not None:
-        return there
     asked = read_task(task)
+    if there is not None:
+        if there.facts.get("task") != asked.name:
+            told = f"{there.facts.get('rows')} rows of {printable(str(there.facts.get('task')))}"
+            warn_caller(
+                [
+                    f"adapter '{opened.label}' has {kind} statistics already, of {told}; they stay. Gather anew: again=True, --again."
+                ]
+            )
+        return there
     labels = _labels(labels, asked)
     _check(opened, asked, kind, save)
     if bench is None:

@@ -269,7 +269,10 @@ class _Judges:
         if tasks and bench is None:
             if len({form_for(task) for task in tasks}) > 1:
                 raise RecipeError("the objective and the judge need models of two forms. Choose one measure for both.")
-            bench = Bench.load(find_base(adapters, tasks, base), form_for(tasks[0]), device)
+            chosen = find_base(adapters, tasks, base)
+            for task in tasks:
+                task.check_rows()
+            bench = Bench.load(chosen, form_for(tasks[0]), device)
         exams = [make_exam(bench, task) for task in tasks if bench is not None]
         if bench is not None:
             for adapter in adapters:

@@ -53,7 +53,10 @@ def few_shot_signs(
     rank = largest if any(adapter.kind.has_rank for adapter in opened) else "auto"
     start: Merged = merge(opened, method="average", rank=rank, dtype="float32")
     if bench is None:
-        bench = Bench.load(find_base(opened, asked, base), form_for(asked[0]), device)
+        chosen = find_base(opened, asked, base)
+        for task in asked:
+            task.check_rows()
+        bench = Bench.load(chosen, form_for(asked[0]), device)
     bench.check(start)
     exams = [make_exam(bench, task) for task in asked]
     return train(start, exams, seed, steps or STEPS_EACH * len(exams), progress=progress)

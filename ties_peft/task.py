@@ -105,6 +105,17 @@ class Task:
             return read_rows(self.rows, self.split, self.config, self.limit, self.text)
         return list(self.rows[: self.limit])
 
+    def check_rows(self) -> None:
+        """Refuse rows that are at fault, so that it is known before a model is loaded.
+
+        Raises: RecipeError where there are none, or a text or a label is missing, unknown or out of range; the labels
+            of `head` are the model's, and are not looked at.
+        """
+        rows = self.read()
+        self.filled(texts_of(rows, self.text, self.where))
+        if self.options is not None:
+            self.answers(rows)
+
     def texts(self) -> list[str]:
         """What the model reads of each row: its text in the template."""
         return self.filled(texts_of(self.read(), self.text, self.where))

@@ -17,7 +17,7 @@ from .members import short_names
 from .rows import read_rows, texts_of
 from .task import Task, read_task
 
-RANDOM_ROWS = 200
+RANDOM_ROWS = 800
 FEWEST = 5  # rows: one is held back of five
 FORMS = {"CAUSAL_LM": LANGUAGE, "SEQ_CLS": "classifier"}  # what a config says that needs no task
 WAYS = {LANGUAGE: Task("loss", label=None), "classifier": Task("head")}

@@ -103,11 +103,38 @@ def test_damaged_rows(name: str, text: str, parts: list[str], tmp_path: Path) ->
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-def test_an_adapter_for_another_base_is_refused_before_its_rows_are_read(
-    tmp_path: Path, bases: dict[str, Path]
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([{"text": "w1"}], "there is no label"),
+        ([{"text": "w1", "label": 2}], "the label is 2; expected a number from 0"),
+    ],
+)
+def test_labels_are_looked_at_before_a_model_is_loaded(
+    rows: list[Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whoever reads them: evaluate, search and the few-shot signs."""
+    shapes = linear_shapes(make_model("encoder"), "query")
+    adapters = [write_lora(tmp_path / name, shapes, seed) for seed, name in enumerate("ab")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    task = {**DESCRIBED, "rows": str(tmp_path / "rows.jsonl"), "base": "some/base"}
+    monkeypatch.setattr(ties_peft.Bench, "load", lambda *_: pytest.fail("a model was loaded"))
+    for use in (
+        lambda: ties_peft.evaluate(adapters[0], task),
+        lambda: ties_peft.search(adapters, task),
+        lambda: ties_peft.few_shot_signs(adapters, [task, task]),
+    ):
+        with pytest.raises(TiesPeftError, match=told) as caught:
+            use()
+        assert "rows.jsonl', row 1" in str(caught.value)
+
+
+def test_an_adapter_for_another_base_is_refused_before_the_model_is_run(
+    tmp_path: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = write_lora(tmp_path / "o", {"encoder.layer.0.attention.self.query": (32, 16), "h.7.mlp": (4, 4)}, 0)
-    task = {**DESCRIBED, "rows": str(tmp_path / "missing.jsonl")}
+    task = {**DESCRIBED, "rows": [{"text": "w1", "label": 0}]}
+    monkeypatch.setattr(type(make_model("encoder")), "forward", lambda *_, **__: pytest.fail("the model was run"))
     with pytest.raises(ties_peft.CompatibilityError) as caught:
         ties_peft.evaluate(other, task, base=bases["encoder"])
     for part in ("32 × 16 for a weight 16 × 16", "h.7.mlp: the model has no such layer", "2 of its 2 modules"):
@@ -130,4 +157,4 @@ def test_no_base_or_none_that_loads(tmp_path: Path) -> None:
     with pytest.raises(TiesPeftError, match="one base model is needed, and none is named"):
         ties_peft.evaluate(None, {**DESCRIBED, "rows": ["w1"]})
     with pytest.raises(TiesPeftError, match="cannot be loaded as AutoModel"):
-        ties_peft.evaluate(None, {**DESCRIBED, "rows": ["w1"]}, base=tmp_path)
+        ties_peft.evaluate(None, {**DESCRIBED, "rows": [{"text": "w1", "label": 0}]}, base=tmp_path)

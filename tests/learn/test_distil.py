@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +88,17 @@ def test_without_text_rows_are_random_tokens(loras: list[Path], bases: dict[str,
     assert all((ids[0], ids[-1]) == (1, 2) for ids in rows)  # [CLS] … [SEP]
     assert {token for ids in rows for token in ids[1:-1]} == set(range(4, VOCABULARY))
     assert rows != random_rows(bench, 400, 1, "x") != random_rows(bench, 400, 1, "y")
+
+
+@pytest.mark.parametrize(
+    ("texts", "random", "steps"), [(10, 0, 120), (600, 0, 300), (0, 1600, 200), (600, 1600, 500), (9000, 0, 1200)]
+)
+def test_steps_are_eight_passes_over_texts_and_two_over_random_rows(texts: int, random: int, steps: int) -> None:
+    """At 16 rows a step, and from 120 to 1200 of them."""
+    given = [(("w1",), texts), (None, random)]
+    teachers: list[Any] = [SimpleNamespace(texts=kind) for kind, _ in given]
+    lessons: list[Any] = [SimpleNamespace(sequences=[[1]] * count) for _, count in given]
+    assert sys.modules["ties_peft.distil"]._steps(teachers, lessons, 16) == steps  # type: ignore[attr-defined]
 
 
 def test_the_same_bytes_twice_and_when_stopped(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,10 +15,16 @@ from rich.table import Table
 from ..errors import RecipeError, TiesPeftWarning
 from ..evaluate import evaluate_all
 from ..exam import BATCH, Score
+from ..harness import harness as by_harness
 from ..members import short_names
 from .base import Json, print_json, progress_bar, show_warnings
 
 BARE = "base"
+Harness = Annotated[
+    list[str] | None,
+    typer.Option(help="Tasks of lm-evaluation-harness by name, A,B or repeated.", show_default=False),
+]
+Path_ = Annotated[Path | None, typer.Option(help="A folder with the harness's task files.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
@@ -35,19 +41,37 @@ def evaluate(
     bare: Annotated[bool, typer.Option("--bare", help="Judge the base without an adapter too.")] = False,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = BATCH,
+    harness: Harness = None,
+    harness_path: Path_ = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Rows of each task of the harness.", show_default="all")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure adapters on labelled rows."""
-    if not task:
-        raise RecipeError("no task was named. Say which rows to judge by: --task FILE.yaml.")
+    """Measure adapters on labelled rows, or by the tasks of lm-evaluation-harness."""
+    if not task and not harness:
+        raise RecipeError("no task was named. Say which rows to judge by: --task FILE.yaml, or --harness TASK.")
+    if task and harness:
+        raise RecipeError("--task and --harness are two ways of judging. Run the command once for each.")
+    if not harness and (limit or harness_path):
+        raise RecipeError("--limit and --harness-path go with --harness; a task file has its own limit.")
     names = list(adapters or [])
     if not names and not bare:
         raise RecipeError("no adapter was named. Name at least one folder or Hub id, or judge the base: --bare.")
     labels = ([BARE] if bare else []) + (short_names(names) if names else [])
+    judged = [*([None] if bare else []), *names]
     with warnings.catch_warnings(record=True) as found, progress_bar() as tell:
         warnings.simplefilter("always", TiesPeftWarning)
-        scores = evaluate_all([*([None] if bare else []), *names], task, base, device, None, batch_size, tell)
+        if harness:
+            tasks = [name for one in harness for name in one.split(",") if name]
+            given: dict[str, Any] = {"include_path": harness_path, "batch_size": batch_size, "limit": limit}
+            results = by_harness(judged, tasks, base, device, progress=tell, **given)
+        else:
+            scores = evaluate_all(judged, task or [], base, device, None, batch_size, tell)
     show_warnings([str(one.message) for one in found if issubclass(one.category, TiesPeftWarning)])
+    if harness:
+        _show_harness(labels, results, as_json)
+        return
     _say_cut(scores[0])
     if as_json:
         lines = [
@@ -59,6 +83,20 @@ def evaluate(
     console = Console()
     console.print(_table(labels, scores))
     console.print(_legend(scores[0]), style="dim", highlight=False)
+
+
+def _show_harness(labels: list[str], results: list[dict[str, dict[str, float]]], as_json: bool) -> None:
+    """A row for each task and metric, a column for each adapter; or JSON."""
+    if as_json:
+        print_json({"harness": [{"adapter": a, "results": r} for a, r in zip(labels, results, strict=True)]})
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("task", "metric", *labels):
+        table.add_column(escape(heading), justify="left" if heading in ("task", "metric") else "right")
+    for name, metrics in results[0].items():
+        for metric in metrics:
+            table.add_row(escape(name), escape(metric), *(f"{line[name][metric]:.4f}" for line in results))
+    Console().print(table)
 
 
 def _say_cut(line: list[Score]) -> None:
