@@ -59,6 +59,7 @@ FLOORS = {
     "loaded": 6,
     "recipe": 5,
     "members": 6,
+    "values": 6,
     "ranks": 6,
     "flags": 6,
     "merged": 6,

@@ -19,6 +19,7 @@ from .adapter import Adapter
 from .errors import CompatibilityError, RecipeError, printable
 from .kinds.base import BIAS, EXPERT, Module
 from .riders import BASE, TOKENS, Rider, entries, read_riders
+from .values import usable
 
 FORMS = {  # what a bench can hold, by the class of transformers that loads it
     "encoder": "AutoModel",
@@ -287,20 +288,6 @@ def form_of(model: Any) -> str:
     if getattr(model.config, "is_encoder_decoder", False) and "Conditional" in name:
         return "seq2seq"
     return "causal" if "CausalLM" in name or "LMHead" in name else "encoder"
-
-
-def usable(device: str) -> torch.device:
-    """A device that can be computed on.
-
-    Raises: RecipeError.
-    """
-    try:
-        where = torch.device(device)
-        torch.zeros(1, device=where).item()
-    except (TypeError, RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise RecipeError(f"device '{printable(str(device))}' cannot be used: {printable(first)}. Try cpu.") from None
-    return where
 
 
 def transposed(layer: nn.Module) -> bool:

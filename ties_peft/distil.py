@@ -32,11 +32,11 @@ from .fitting import Course, State, hold_back
 from .fitting import fit as fit_student
 from .lessons import Lesson
 from .merged import Merged, versions
-from .recipe import DTYPES
 from .start import make_start
 from .state import Keeper
 from .student import FACTORS, GAINS, Student
 from .teachers import Teacher, make_lessons, open_bench, read_teachers
+from .values import written_dtype
 
 FITS = (FACTORS, GAINS)
 RATES = {"factors": 0.01, "gains": 0.1, "vectors": 0.05}  # found on the sample adapters, on rows held back
@@ -100,7 +100,7 @@ def distil(
     started = time.perf_counter()
     _check(fit, rank, steps, batch_size, seed)
     teachers = read_teachers(adapters, rows, tasks)
-    written = _dtype(dtype, [teacher.adapter for teacher in teachers])
+    written = written_dtype(dtype, [teacher.adapter for teacher in teachers])
     here = open_bench(teachers, base, device, bench)
     beginning, told = make_start([t.adapter for t in teachers], here, start, kind, fit, rank, base_model)
     lessons = make_lessons(teachers, here, seed)
@@ -279,15 +279,3 @@ def _check(fit: str, rank: int | None, steps: int | None, batch: int, seed: int)
     for name, value, least in (("rank", rank, 1), ("steps", steps, 1), ("batch_size", batch, 1), ("seed", seed, 0)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise RecipeError(f"{name} is {printable(repr(value))}; expected a whole number, {least} or more.")
-
-
-def _dtype(asked: torch.dtype | str | None, adapters: Sequence[Adapter]) -> torch.dtype:
-    """That of the tensors written."""
-    if asked is None:
-        found = {adapter.dtype for adapter in adapters}
-        return found.pop() if len(found) == 1 else torch.float32
-    name = str(asked).removeprefix("torch.")
-    if name not in DTYPES:
-        raise RecipeError(unknown("dtype", name, DTYPES))
-    made: torch.dtype = getattr(torch, name)
-    return made

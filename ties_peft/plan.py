@@ -15,7 +15,7 @@ import torch
 
 from .adapter import Adapter, check_all
 from .base_model import BaseModel
-from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown
+from .errors import CompatibilityError, MethodError, RecipeError, printable
 from .heads import Heads, settle_heads
 from .kinds import Module, Written, written_as
 from .members import (
@@ -32,12 +32,13 @@ from .members import (
 from .methods import Method, Stages, Trim, method_classes
 from .processes import ALONE, Team
 from .ranks import output_rank
-from .recipe import DTYPES, NORM, Rank, Recipe
+from .recipe import NORM, Rank, Recipe
 from .riders import MERGE
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
 from .targets import check_heads, check_modules, fit_rank
+from .values import usable, written_dtype
 from .whole import make_rule
 
 
@@ -161,12 +162,12 @@ def make_plan(
     warnings = list(recipe.notes)
     space, stages, densities = _settings(recipe, len(adapters))
     signs = _signs(stages.method, recipe.base)
-    where = _device(device)
+    where = usable(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
     check_all([*(() if checked else adapters), *([signs] if signs else [])], team)
     members = find_members(recipe, one_spelling(adapters, warnings), densities, warnings)
     check_statistics(stages.method, members)
-    dtype = _dtype(recipe.dtype, [member.adapter for member in members])
+    dtype = written_dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
     check_together(members, modules)
     compare_filters(members, modules, warnings)
@@ -219,7 +220,7 @@ def _heads(
         [member.adapter for member in members],
         modules,
         lambda place, module: members[place].weight.at(module, layers),
-        None if recipe.dtype is None else _dtype(recipe.dtype, ()),
+        None if recipe.dtype is None else written_dtype(recipe.dtype, ()),
         warnings,
         rule,
         base,
@@ -284,26 +285,6 @@ def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modu
 def _signs(method: Method, base: str | None) -> Adapter | None:
     given = getattr(method, "sign_from", None)
     return Adapter.load(given, base=base) if isinstance(given, (str, Path)) else given
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (TypeError, RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise RecipeError(f"device '{printable(str(name))}' cannot be used: {printable(first)}. Try cpu.") from None
-    return device
-
-
-def _dtype(name: str | None, adapters: Sequence[Adapter]) -> torch.dtype:
-    if name is None:
-        found = {adapter.dtype for adapter in adapters}
-        return found.pop() if len(found) == 1 else torch.float32
-    if not isinstance(name, str) or name not in DTYPES:
-        raise RecipeError(unknown("dtype", str(name), DTYPES))
-    asked: torch.dtype = getattr(torch, name)
-    return asked
 
 
 def _seed(seed: int) -> int:

@@ -68,7 +68,7 @@ def look(source: str, found: Found, fault: str) -> Refused:
     return Refused(label, fault, **facts, **_said(config), **_weights(found, label), converts=CONVERTS in fault)
 
 
-def _said(config: Mapping[str, Any]) -> dict[str, str]:
+def _said(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says of itself."""
     named = {"peft_type": "peft_type", "base_model_name_or_path": "base", "task_type": "task_type"}
     return {ours: printable(str(config[theirs])) for theirs, ours in named.items() if config.get(theirs)}

@@ -1,0 +1,40 @@
+"""Values: a device and a dtype by their names, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .adapter import Adapter
+from .errors import RecipeError, printable, unknown
+from .recipe import DTYPES
+
+
+def usable(device: str) -> torch.device:
+    """A device that can be computed on.
+
+    Raises: RecipeError.
+    """
+    try:
+        where = torch.device(device)
+        torch.zeros(1, device=where).item()
+    except (TypeError, RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(f"device '{printable(str(device))}' cannot be used: {printable(first)}. Try cpu.") from None
+    return where
+
+
+def written_dtype(asked: torch.dtype | str | None, adapters: Sequence[Adapter]) -> torch.dtype:
+    """What tensors are written in: as asked; else as all adapters are; else float32.
+
+    Raises: RecipeError.
+    """
+    if asked is None:
+        found = {adapter.dtype for adapter in adapters}
+        return found.pop() if len(found) == 1 else torch.float32
+    name = str(asked).removeprefix("torch.")
+    if name not in DTYPES:
+        raise RecipeError(unknown("dtype", name, DTYPES))
+    made: torch.dtype = getattr(torch, name)
+    return made
