@@ -159,7 +159,7 @@ def _shards(index: Path, label: str) -> dict[str, TensorSource]:
         raise AdapterError(
             f"base model '{label}': {index.name} cannot be read ({type(error).__name__}: {printable(str(error))})."
         ) from None
-    missing = sorted({file for file in files.values() if not (index.parent / file).is_file()})
+    missing = sorted({file for file in files.values() if not _is_file(index.parent / file)})
     if missing:
         raise AdapterError(
             f"base model '{label}': {len(missing)} of its files are missing, first {printable(missing[0])}. "
@@ -170,3 +170,10 @@ def _shards(index: Path, label: str) -> dict[str, TensorSource]:
         for file in set(files.values())
     }
     return {name: opened[file] for name, file in files.items()}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long
+        return False

@@ -238,13 +238,13 @@ def _refuse_differing(layers: Sequence[Layer], names: Sequence[str], adapters: S
         return
     averages = all(has_mean(layer, adapters) for layer in odd)
     mean = (
-        "or take their weighted mean with average"
+        ", or take their weighted mean with average"
         if averages
-        else "(they have no average, being of unlike shapes or tensors, or of whole numbers)"
+        else " (they have no average, being of unlike shapes or tensors, or of whole numbers)"
     )
     raise CompatibilityError(
         f"the adapters hold {len(odd)} whole layer(s) that differ:\n{table(odd, names)}\n"
-        f"Say which to keep: --heads {_keeps(odd, names)}; leave them out with drop, {mean} (heads=… in Python)."
+        f"Say which to keep: --heads {_keeps(odd, names)}; leave them out with drop{mean} (heads=… in Python)."
     )
 
 

@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from ties_peft import Adapter, Recipe, TiesPeftError, inspection, merge
+from ties_peft import Adapter, Recipe, TiesPeftError, convert, inspection, merge
+from ties_peft.base_model import BaseModel
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 SOUND = lora_config(SHAPES, 4, 8)
@@ -36,6 +37,8 @@ fuzzed = settings(
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )
+
+fewer = settings(fuzzed, max_examples=TRIES or 60)
 
 json_values: st.SearchStrategy[Any] = st.recursive(
     st.none()
@@ -55,14 +58,16 @@ keys = st.sampled_from([*SOUND, *OTHERS.split()]) | st.text(max_size=8)
 
 
 def survives(folder: Path) -> None:
-    """Everything that reads an adapter, on this one."""
+    """Everything that reads an adapter, on this one; `inspect` tells of any."""
     with within(SECONDS):
+        seen = inspection.inspect([str(folder)])
+        assert len(seen.adapters) + len(seen.refused) == 1
+        assert "\x1b" not in json.dumps(seen.to_dict(), default=str, ensure_ascii=False)
         try:
             adapter = Adapter.load(folder)
             adapter.check()
             for name in adapter.modules:
                 adapter.delta(name)
-            str(inspection.inspect([str(folder)]))
             merge([adapter], method="average")
         except TiesPeftError as error:
             assert "\x1b" not in str(error)
@@ -127,6 +132,133 @@ ODD = (
     ),
 )
 names = st.sampled_from([*TENSORS, *ODD])
+
+
+PARTS = {
+    "LORA": "lora_A.weight lora_B.weight lora_B.bias lora_embedding_A lora_embedding_B lora_magnitude_vector",
+    "IA3": "ia3_l",
+    "ADALORA": "lora_A lora_B lora_E",
+    "LOHA": "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2",
+    "LOKR": "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2",
+    "VERA": "vera_lambda_b vera_lambda_d vera_A vera_B",
+    "HRA": "hra_u",
+    "SHIRA": "shira_weight shira_indices",
+}
+PATHS = [
+    "q",
+    "layers.0.q",
+    "conv",
+    "mha",
+    "mha.base_layer.out_proj",
+    "mlp.experts",
+    "mlp.experts.base_layer",
+    "mlp.experts.base_layer.base_layer",
+]
+WHOLE = [
+    "score.weight",
+    "score.modules_to_save.weight",
+    "score.original_module.weight",
+    "q.base_layer.bias",
+    "lm_head.base_layer.weight",
+    "embed.token_adapter.trainable_tokens_delta",
+    "q.bias",
+]
+FORMS = {
+    "use_dora": [True],
+    "lora_bias": [True],
+    "target_modules": [[], ["q"], "(a+)+b", None],
+    "target_parameters": [["mlp.experts.down_proj", "experts.gate_up_proj"], ["w"], 3],
+    "trainable_token_indices": [[1, 2], {"embed": [1]}, {"": [0]}, [[]]],
+    "r": [0, 1, 2, -1],
+    "layer_replication": [[[0, 2]], "x"],
+    "save_projection": [False],
+}
+
+
+@st.composite
+def kinds(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A config and tensors with the names of some kind, and of whole layers, of any small shapes."""
+    kind = draw(st.sampled_from(sorted(PARTS)))
+    chosen = draw(st.dictionaries(st.sampled_from(sorted(FORMS)), st.integers(0, 3), max_size=3))
+    ends = [f"{path}.{part}" for path in PATHS for part in PARTS[kind].split()]
+    found = draw(st.dictionaries(st.sampled_from(ends), st.lists(st.integers(0, 3), max_size=5), max_size=6))
+    if draw(st.booleans()):  # one sound layer, so that the others do not lie behind its absence
+        found |= {f"q.{part}": [2] * (3 - part.count("_")) for part in PARTS[kind].split()[:2]}
+    found |= draw(st.dictionaries(st.sampled_from(WHOLE), st.lists(st.integers(0, 3), max_size=3), max_size=3))
+    config = {"peft_type": kind, **{key: FORMS[key][at % len(FORMS[key])] for key, at in chosen.items()}}
+    return config, {f"base_model.model.{name}": torch.ones(shape) for name, shape in found.items()}
+
+
+@fewer
+@given(made=kinds())
+@example(
+    made=({"peft_type": "LORA", "target_parameters": 3}, {n.replace("layers.0.", ""): t for n, t in TENSORS.items()})
+)
+def test_any_shapes_of_any_kind(
+    place: Callable[..., Path], made: tuple[dict[str, Any], dict[str, torch.Tensor]]
+) -> None:
+    config, tensors = made
+    survives(place(config=json.dumps(config).encode(), weights=save(tensors)))
+
+
+STRANGE = [
+    "unet.a.to_q.lora.down.weight",
+    "unet.a.to_q.lora.up.weight",
+    "unet.a.to_q.lora_A.weight",
+    "unet.a.to_q.alpha",
+    "a.processor.to_q_lora.down.weight",
+    "a.processor.to_q_lora.up.weight",
+    "lora_unet_a_to_q.lora_down.weight",
+    "lora_unet_a_to_q.lora_up.weight",
+    "lora_unet_a_to_q.alpha",
+    "lora_te_a.lora_down.weight",
+    "lora_unet_a.hada_w1_a",
+    "layers.0.q.lora_a",
+    "layers.0.q.lora_b",
+    "layers.0.q.m",
+    "q.lora_A.weight",
+    "q.lora_B.weight",
+]
+
+
+@fewer
+@given(
+    held=st.dictionaries(st.sampled_from(STRANGE), st.lists(st.integers(0, 3), max_size=3), min_size=1, max_size=6),
+    config=st.none() | st.dictionaries(st.sampled_from(["lora_parameters", "fine_tune_type", "scale"]), json_values),
+    alpha=st.none() | st.floats(),
+)
+def test_any_shapes_in_files_of_others(
+    tmp_path_factory: pytest.TempPathFactory,
+    held: dict[str, list[int]],
+    config: dict[str, Any] | None,
+    alpha: float | None,
+) -> None:
+    """Known or not, converted or refused."""
+    folder = tmp_path_factory.mktemp("others")
+    (folder / "adapters.safetensors").write_bytes(save({name: torch.ones(shape) for name, shape in held.items()}))
+    if config is not None:
+        (folder / CONFIG).write_text(json.dumps(config))
+    survives(folder)
+    with within(SECONDS):
+        try:
+            convert(folder, alpha=alpha)
+        except TiesPeftError as error:
+            assert "\x1b" not in str(error)
+
+
+@fewer
+@given(table=json_values | st.fixed_dictionaries({"weight_map": json_values | st.dictionaries(names, json_values)}))
+@example(table={"weight_map": {"x": "../../etc/passwd"}})
+@example(table={"weight_map": {"x": ""}})
+@example(table={"weight_map": {"x": "n" * 500}})
+def test_any_index_of_a_base_model(tmp_path_factory: pytest.TempPathFactory, table: Any) -> None:
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(table))
+    with within(SECONDS):
+        try:
+            BaseModel.load(folder).need("x", "the test")
+        except TiesPeftError as error:
+            assert "\x1b" not in str(error)
 
 
 @fuzzed

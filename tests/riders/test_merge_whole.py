@@ -319,3 +319,38 @@ def test_a_prepared_merge_knows_the_base_too(hold: Hold) -> None:
     assert prepared.recipe == plain.recipe and prepared.recipe.base == "base"
     assert prepared.digest == plain.digest
     assert torch.equal(whole(prepared)[HEAD], whole(plain)[HEAD])
+
+
+@pytest.mark.parametrize("method", ["consensus", "pcb", "sce"])
+def test_lacking_a_tensor_is_leaving_it_as_it_was(hold: Hold, method: str) -> None:
+    """Also where a rule counts the adapters."""
+    folders = [hold(f"a{i}", {HEAD: drawn(i, 5, 7)}, seed=i) for i in range(2)]
+    lacking = merge([*folders, hold("none", {}, seed=2)], method)
+    equal = merge([*folders, hold("none", {HEAD: ORIGIN[HEAD]}, seed=2)], method)
+    torch.testing.assert_close(whole(lacking)[HEAD], whole(equal)[HEAD], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["karcher", "model_stock"])
+def test_a_negative_weight_alone_negates(hold: Hold, method: str) -> None:
+    found = whole(merge([hold("a", {HEAD: drawn(1, 5, 7)})], method, weights=[-2], scale=1))[HEAD]
+    torch.testing.assert_close(found, 2 * ORIGIN[HEAD] - drawn(1, 5, 7), atol=1e-5, rtol=0)
+
+
+def test_every_tensor_has_draws_of_its_own(hold: Hold) -> None:
+    """Two tensors of one layer and one shape lose other entries to the mask."""
+    names = [f"layers.0.norm.{name}" for name in ("weight", "bias")]
+    save_file({name: torch.zeros(64) for name in names}, "base/model.safetensors")
+    found = whole(merge([hold("a", {name: torch.ones(64) for name in names})], "dare", density=0.5))
+    assert not torch.equal(*((found[name] == 0) for name in names))
+
+
+def test_a_head_that_equals_the_bases_own_is_kept(hold: Hold) -> None:
+    """Only the copies that PEFT makes of itself are left out."""
+    merged = merge([hold("a", {HEAD: ORIGIN[HEAD]})], heads="error")
+    assert torch.equal(whole(merged)[HEAD], ORIGIN[HEAD])
+
+
+def test_a_base_of_whole_numbers_is_no_origin(hold: Hold) -> None:
+    folder = hold("a", {HEAD: drawn(1, 5, 7)})
+    save_file({HEAD: torch.ones(5, 7, dtype=torch.int8)}, "base/model.safetensors")
+    assert "has 'score.weight' in I8, no float" in refusal([folder])
