@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ties_peft
 from ties_peft.basis import products
 from ties_peft.delta import LowRank
-from ties_peft.factorise import Sum, compress
+from ties_peft.factorise import Sum, compress, few
 from ties_peft.spaces.core import CoreEncoding
 from ties_peft.spaces.knots import KnotsEncoding
 
@@ -169,6 +169,10 @@ def test_a_sum_has_the_best_factors(case: str) -> None:
         assert error <= optimum * (1 + 1e-6) + 1e-6 * S[0]
         assert found.total == pytest.approx(np.square(S).sum(), rel=1e-6)
         assert found.kept == pytest.approx(np.square(S[:rank]).sum(), rel=1e-6)
+
+
+def test_of_very_many_columns_no_gram_matrix_is_made_however_large_the_sides() -> None:
+    assert few(2048, 4096) and not few(2049, 4096)
 
 
 def test_a_sum_that_cancels_is_zero() -> None:
