@@ -277,3 +277,20 @@ def test_small_encodings_are_made_once(make_lora: Callable[..., Path], monkeypat
     monkeypatch.setattr("ties_peft.coordinates.KEPT", 0)
     ties_peft.merge(paths, space="core", rank=8)
     assert len(made) > 6
+
+
+@pytest.mark.parametrize("space", ["core", "knots"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_cuts_are_the_same_sought_a_few_adapters_at_a_time(
+    make_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, space: str, kept: bool
+) -> None:
+    paths = [make_lora(f"a{n}", seed=n) for n in range(5)]
+    plain = ties_peft.merge(paths, space=space, rank=8)
+    monkeypatch.setattr("ties_peft.survey.TOGETHER", 2)
+    if not kept:
+        monkeypatch.setattr("ties_peft.coordinates.KEPT", 0)
+    told: list[int] = []
+    again = ties_peft.merge(paths, space=space, rank=8, progress=lambda stage, done, of: told.append(done))
+    assert told[: 3 if kept else 1] == ([2, 4, 5] if kept else [5])
+    assert all(torch.equal(plain.delta(name), again.delta(name)) for name in plain.modules)
+    assert [line.kept for line in plain.report.adapters] == [line.kept for line in again.report.adapters]
