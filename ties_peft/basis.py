@@ -24,7 +24,6 @@ SQUARE = 4096  # lengths up to which the Gram matrix of the rows is made
 STRIP = 256  # columns that are worked on at a time
 ROUNDS = 3  # of a sketch, beyond its first look; of a flat spectrum it then loses under a fifth more than it must
 ROUNDING = 1e-6  # a share of energy that float32 may lose
-FAINT = 1e-7  # share of the largest under which what a sketch saw is rounding of float64
 
 Blocks = Callable[[], Iterable[Tensor]]  # columns side by side, (n, kᵢ) each, as often as one asks
 
@@ -161,20 +160,14 @@ def _sketched(blocks: Blocks, length: int) -> Tensor:
         seen = strip @ mix if seen is None else seen.addmm_(strip, mix)
     assert seen is not None
     for _ in range(ROUNDS):
-        Q = _orthonormal(seen)
+        Q = torch.linalg.qr(seen).Q
         seen = torch.zeros_like(seen[:, : Q.shape[1]])
         for strip in _strips(blocks):
             seen.addmm_(strip, strip.T @ Q)
-    Q = _orthonormal(seen)
+    Q = torch.linalg.qr(seen).Q
     turn = directions(_spread(lambda: (Q.T @ strip for strip in _strips(blocks)), Q.shape[1]))[1]
-    return Q @ turn
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of a few columns, float64; twice, because once leaves what rounding left."""
-    for _ in range(2):
-        columns = columns @ orthonormal(columns.T @ columns, FAINT)
-    return columns
+    leading: Tensor = Q @ turn
+    return leading
 
 
 def _batches(blocks: Iterable[Tensor]) -> Iterator[list[Tensor]]:

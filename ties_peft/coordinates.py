@@ -7,7 +7,7 @@ A space may walk the task vectors of a module several times; where they are many
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -72,6 +72,12 @@ class Coordinates:
             self._encoded = self._seen = None  # let go of one module before the next is read
             self._encoded = module, self._find(module) or self._encode(module)
         return self._encoded[1]
+
+    def holds(self, modules: Iterable[str]) -> bool:
+        """Whether the coordinates of modules are all kept, so that they may be walked often; they are found for it."""
+        shared = self.plan.arithmetic.shared and not self.plan.preparations
+        mine = [module for module in modules if self.plan.holders(module)]
+        return shared and all(self.encoding(module) is self._find(module) for module in mine)
 
     def everyone(self, module: str) -> list[Delta]:
         """The task vectors of all that share a module's coordinates; of the last module asked for they are kept."""

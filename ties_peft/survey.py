@@ -29,6 +29,7 @@ from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
 SAMPLE = (1 << 13, 1 << 18)  # entries of a group that are sampled, at least and at most; about one in SPARSE
 SPARSE = 512
+TOGETHER = 64  # adapters whose cuts are sought at once where all could be
 Value = TypeVar("Value")
 Progress = Callable[[str, int, int], None]
 Spot = tuple[int, str, int]  # member, module, part
@@ -94,13 +95,21 @@ class Survey:
         if self.plan.trim is None or self.by_module:
             return
         everyone = [self._groups(member) for member in range(len(self.plan.members))]
-        if coordinates.joint:
-            self._find([group for groups in everyone for group in groups])
-            progress("trim", len(everyone), len(everyone))
-            return
-        for member, groups in enumerate(everyone):
-            self._find(groups)
-            progress("trim", member + 1, len(everyone))
+        step = self._together(len(everyone))
+        for start in range(0, len(everyone), step):
+            self._find([group for groups in everyone[start : start + step] for group in groups])
+            progress("trim", min(start + step, len(everyone)), len(everyone))
+
+    def _together(self, adapters: int) -> int:
+        """How many adapters are looked at in one pass: one where it is there alone, all that share coordinates.
+
+        Of very many fewer, if another pass need not find the coordinates again: what a search holds adds up.
+        """
+        if not self.coordinates.joint:
+            return 1
+        if adapters <= TOGETHER or not all(self.team.gather(self.coordinates.holds(self.mine))):
+            return adapters
+        return TOGETHER
 
     def kept(self) -> list[Kept]:
         """For each member, how many of its entries stay; once every module was asked for."""

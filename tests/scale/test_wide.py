@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ties_peft
 from ties_peft.basis import products
 from ties_peft.delta import LowRank
-from ties_peft.factorise import Sum, compress
+from ties_peft.factorise import Sum, compress, few
 from ties_peft.spaces.core import CoreEncoding
 from ties_peft.spaces.knots import KnotsEncoding
 
@@ -171,6 +171,10 @@ def test_a_sum_has_the_best_factors(case: str) -> None:
         assert found.kept == pytest.approx(np.square(S[:rank]).sum(), rel=1e-6)
 
 
+def test_of_very_many_columns_no_gram_matrix_is_made_however_large_the_sides() -> None:
+    assert few(2048, 4096) and not few(2049, 4096)
+
+
 def test_a_sum_that_cancels_is_zero() -> None:
     deltas = random_deltas([16] * 3)
     found = compress(Sum([*deltas, *deltas], [1, 2, -1, -1, -2, 1]), 8)
@@ -273,3 +277,20 @@ def test_small_encodings_are_made_once(make_lora: Callable[..., Path], monkeypat
     monkeypatch.setattr("ties_peft.coordinates.KEPT", 0)
     ties_peft.merge(paths, space="core", rank=8)
     assert len(made) > 6
+
+
+@pytest.mark.parametrize("space", ["core", "knots"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_cuts_are_the_same_sought_a_few_adapters_at_a_time(
+    make_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, space: str, kept: bool
+) -> None:
+    paths = [make_lora(f"a{n}", seed=n) for n in range(5)]
+    plain = ties_peft.merge(paths, space=space, rank=8)
+    monkeypatch.setattr("ties_peft.survey.TOGETHER", 2)
+    if not kept:
+        monkeypatch.setattr("ties_peft.coordinates.KEPT", 0)
+    told: list[int] = []
+    again = ties_peft.merge(paths, space=space, rank=8, progress=lambda stage, done, of: told.append(done))
+    assert told[: 3 if kept else 1] == ([2, 4, 5] if kept else [5])
+    assert all(torch.equal(plain.delta(name), again.delta(name)) for name in plain.modules)
+    assert [line.kept for line in plain.report.adapters] == [line.kept for line in again.report.adapters]
