@@ -232,8 +232,9 @@ def main() -> None:
     console = Console(width=220)
     bench = Bench(asked.data, asked.rows)
     log, runs = Log(asked.log, asked.rows), Runs(asked.learn_log, bench)
-    seeds = " ".join(map(str, asked.seeds))
-    command = f"python benchmarks/choose.py --data DIR --rows {asked.rows} --seeds {seeds}"
+    command = f"python benchmarks/choose.py --data DIR --rows {asked.rows} --seeds {' '.join(map(str, asked.seeds))}"
+    if asked.sources != list(SOURCES):
+        command += f" --sources {' '.join(map(repr, asked.sources))}"
     found: dict[str, Any] = {"command": command, "split": "test", "rows": asked.rows, "versions": versions()}
     for kind in asked.kinds:
         found[kind] = whole(Kitchen(bench, kind), log, runs, asked.seeds, asked.sources)
