@@ -62,8 +62,7 @@ class LowRank:
         """The entries at flat, row-major `places` (int64), one float32 each."""
         width = self.A.shape[1]
         rows = torch.div(places, width, rounding_mode="floor")
-        left, right = self.B.index_select(0, rows), self.A.T.contiguous().index_select(0, places - rows * width)
-        return torch.einsum("ij,ij->i", left, right)
+        return (self.B[rows] * self.A.T.contiguous()[places % width]).sum(1)
 
     def to(self, device: torch.device) -> LowRank:
         """The same on another device."""

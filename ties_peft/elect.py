@@ -19,14 +19,12 @@ elects before it weighs and divides by the count; mergekit elects after, as here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .fast import A_MEAN, A_SUM, BY_COUNT, BY_MASS, BY_NOBODY, OVER_ALL, Kernels, kernels
+from .fast import kernels
 
 Elect = Literal["mass", "count"]
 Disjoint = Literal["mean", "sum", "max"]
@@ -70,6 +68,11 @@ class Ballot:
             self.sums += values
         if self.heft is None and abs(weight) != 1 and self.normalize and self.disjoint == "mean":
             self.heft = (self.plus.clone(), self.minus.clone())
+        loops = kernels()
+        if loops is not None and self.sums is None and self.heft is None and values.is_contiguous() and _on_cpu(values):
+            sides_of = (self.positive, self.negative, self.plus, self.minus)
+            loops.cast(values.view(-1).numpy(), *(side.view(-1).numpy() for side in sides_of))
+            return
         sides = ((self.plus, self.positive, torch.gt), (self.minus, self.negative, torch.lt))
         for side, (count, mass, compare) in enumerate(sides):
             compare(values, 0, out=self.buffer)  # as 0.0 and 1.0: torch is slow between bool and float
@@ -78,53 +81,6 @@ class Ballot:
                 mass.addcmul_(values, self.buffer)
             if self.heft is not None:
                 self.heft[side].add_(self.buffer, alpha=abs(weight))
-
-    def loops(self) -> Kernels | None:
-        """The compiled loops, where they serve."""
-        return kernels() if self.sums is None and self.buffer.device.type == "cpu" else None
-
-    def cast_all(self, values: Tensor, thresholds: Sequence[float], weights: Sequence[float]) -> None:
-        """Count several weighted task vectors, each cut below a magnitude: by the compiled loops.
-
-        Args:
-            values: (g, …), contiguous.
-            thresholds: g of them; what is smaller in magnitude has no vote.
-            weights: g of them.
-        Law: the same bits as `cast` on each of them, trimmed.
-        """
-        loops = self.loops()
-        assert loops is not None
-        if self.heft is None and self.normalize and self.disjoint == "mean" and any(abs(w) != 1 for w in weights):
-            self.heft = (self.plus.clone(), self.minus.clone())
-        loops.cast(
-            values.view(len(values), -1).numpy(),
-            np.array(thresholds, np.float32),
-            np.abs(np.array(weights, np.float32)),
-            _flat(self.positive),
-            _flat(self.negative),
-            (_flat(self.plus), _flat(self.minus)),
-            tuple(_flat(side) for side in self.heft or (self.buffer[:0], self.buffer[:0])),
-        )
-
-    def settle(self) -> tuple[Tensor, tuple[int, int]]:
-        """`result` without signs, and `conflicts`: by the compiled loops."""
-        loops = self.loops()
-        assert loops is not None
-        by = {"mass": BY_MASS, "count": BY_COUNT, "none": BY_NOBODY}[self.elect]
-        counts = _flat(self.plus), _flat(self.minus)
-        conflicts = loops.settle(
-            _flat(self.positive),
-            _flat(self.negative),
-            counts,
-            counts if self.heft is None else tuple(_flat(side) for side in self.heft),
-            (
-                BY_NOBODY if self.disjoint == "mean_all" else by,
-                {"mean": A_MEAN, "sum": A_SUM}.get(self.disjoint, OVER_ALL),
-            ),
-            np.float32(self.total),
-            _flat(self.buffer),
-        )
-        return self.buffer, conflicts
 
     def elected(self, signs: Tensor | None = None) -> Tensor:
         """1.0 where + is elected and 0.0 where −; where `signs` is not 0 it decides."""
@@ -168,9 +124,8 @@ class Ballot:
         return int(both.sum()), int(several.sum())
 
 
-def _flat(values: Tensor) -> np.ndarray:
-    """The numbers themselves, in order."""
-    return values.view(-1).numpy()
+def _on_cpu(values: Tensor) -> bool:
+    return values.device.type == "cpu"
 
 
 def elect(vectors: Tensor, by: Elect = "mass") -> Tensor:

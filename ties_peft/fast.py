@@ -1,4 +1,4 @@
-"""Fast: the inner loops of a trim and an election, compiled where numba is installed (the extra `fast`).
+"""Fast: the two inner loops of a trim and an election, compiled where numba is installed (the extra `fast`).
 
 Each does in one pass over a tile what takes torch or NumPy several, by the same operations on the
 same numbers in the same order: the results are the same, bit for bit. They are loaded for merges
@@ -17,9 +17,6 @@ import numpy as np
 
 WORTH = 1 << 26  # entries of all task vectors together from which loading a compiler pays
 WORD = 8  # marks of a byte each that are looked at together
-CHUNK = 2048  # entries that are voted on together
-BY_MASS, BY_COUNT, BY_NOBODY = range(3)  # who elects
-A_MEAN, A_SUM, OVER_ALL = range(3)  # what becomes of those that agree
 
 
 @dataclass(frozen=True)
@@ -28,10 +25,7 @@ class Kernels:
 
     Attributes:
         name: of what compiled them, with its version.
-        cast: cast(values (g, n), thresholds, hefts, positive, negative, (plus, minus), weighed): the votes of
-            g task vectors cut at a magnitude each, see `Ballot`; `weighed` are Σ|w| a side, or empty.
-        settle: settle(positive, negative, (plus, minus), hefts, (by, combine), total, result) → (conflicting,
-            shared): the disjoint merge, see `Ballot.result`.
+        cast: cast(values, positive, negative, plus, minus): one vote, see `Ballot.cast`.
         count: count(values, low, high, room, marks) → (how many |values| exceed high, how many lie in
             [low, high]); the latter are written into `room`, in order. `room` has an entry more than
             `values`, and `marks` a byte for each.
@@ -39,7 +33,6 @@ class Kernels:
 
     name: str
     cast: Callable[..., None]
-    settle: Callable[..., tuple[int, int]]
     count: Callable[..., tuple[int, int]]
 
 
@@ -52,7 +45,7 @@ def load(entries: float) -> None:
         return
     numba: Any = importlib.import_module("numba")
     compiled = numba.njit(nogil=True, cache=True)
-    _loaded.append(Kernels(f"numba {numba.__version__}", compiled(_cast), compiled(_settle), compiled(_count)))
+    _loaded.append(Kernels(f"numba {numba.__version__}", compiled(_cast), compiled(_count)))
 
 
 def kernels() -> Kernels | None:
@@ -60,68 +53,14 @@ def kernels() -> Kernels | None:
     return _loaded[0] if _loaded else None
 
 
-def _cast(
-    values: np.ndarray,
-    thresholds: np.ndarray,
-    hefts: np.ndarray,
-    positive: np.ndarray,
-    negative: np.ndarray,
-    counts: tuple[np.ndarray, np.ndarray],
-    weighed: tuple[np.ndarray, np.ndarray],
-) -> None:
+def _cast(values: np.ndarray, positive: np.ndarray, negative: np.ndarray, plus: np.ndarray, minus: np.ndarray) -> None:
     none, one = np.float32(0.0), np.float32(1.0)
-    for start in range(0, values.shape[1], CHUNK):  # the accumulators of a chunk stay in a core's nearest cache
-        chunk = slice(start, min(start + CHUNK, values.shape[1]))
-        above, below = positive[chunk], negative[chunk]
-        plus, minus = counts[0][chunk], counts[1][chunk]
-        for number in range(len(thresholds)):
-            vector, threshold = values[number][chunk], thresholds[number]
-            for place in range(len(vector)):
-                value = vector[place] if abs(vector[place]) >= threshold else none
-                above[place] += max(none, value)
-                below[place] += min(none, value)
-                plus[place] += one if value > none else none
-                minus[place] += one if value < none else none
-        if len(weighed[0]):
-            heavier, lighter = weighed[0][chunk], weighed[1][chunk]
-            for number in range(len(thresholds)):
-                vector, threshold, heft = values[number][chunk], thresholds[number], hefts[number]
-                for place in range(len(vector)):
-                    value = vector[place] if abs(vector[place]) >= threshold else none
-                    heavier[place] += heft if value > none else none
-                    lighter[place] += heft if value < none else none
-
-
-def _settle(
-    positive: np.ndarray,
-    negative: np.ndarray,
-    counts: tuple[np.ndarray, np.ndarray],
-    hefts: tuple[np.ndarray, np.ndarray],
-    rule: tuple[int, int],
-    total: np.float32,
-    result: np.ndarray,
-) -> tuple[int, int]:
-    none, one, nothing = np.float32(0.0), np.float32(1.0), np.float32(1e-30)
-    plus, minus = counts
-    by, combine = rule
-    for place in range(len(result)):
-        lead = plus[place] - minus[place] if by == BY_COUNT else positive[place] + negative[place]
-        up = one if lead >= none else none
-        down = one - up
-        if by == BY_NOBODY:
-            up, down = one, one
-        agreed = positive[place] * up + negative[place] * down
-        if combine == A_MEAN:
-            agreed = agreed / max(hefts[0][place] * up + hefts[1][place] * down, nothing)
-        elif combine == OVER_ALL:
-            agreed = agreed / total
-        result[place] = agreed
-    both: Any = np.int32(0)
-    several: Any = np.int32(0)
-    for place in range(len(result)):
-        both += np.int32((plus[place] > none) & (minus[place] > none))
-        several += np.int32(plus[place] + minus[place] > one)
-    return both, several
+    for place in range(len(values)):
+        value = values[place]
+        positive[place] += max(none, value)
+        negative[place] += min(none, value)
+        plus[place] += one if value > none else none
+        minus[place] += one if value < none else none
 
 
 def _count(

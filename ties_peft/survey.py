@@ -89,9 +89,6 @@ class Survey:
         self.by_module = self.plan.trim is not None and self.plan.trim.scope == "module"
         self._kept = [Kept() for _ in self.plan.members]
         self._cuts: Cuts = {}
-        self._inside: dict[
-            int, dict[Spot, list[np.ndarray]]
-        ] = {}  # by search and place: tile by tile, what the bracket held
         if self.plan.trim is None or self.by_module:
             return
         everyone = [self._groups(member) for member in range(len(self.plan.members))]
@@ -189,7 +186,6 @@ class Survey:
         for group, search in searches:
             for spot, cut in self._share(group, search).items():
                 self._cuts.setdefault(spot, []).append(cut)
-        self._inside.clear()
 
     def _sample(self, spot: Spot, delta: Delta, modules: int) -> tuple[np.ndarray, float]:
         """Some magnitudes of one place; a prepared merge keeps them, unweighted.
@@ -212,17 +208,14 @@ class Survey:
         of_group: dict[int, list[Search]] = {}
         for group, search in searches:
             search.open()
-            self._inside.pop(id(search), None)
             of_group.setdefault(id(group), []).append(search)
         groups = list({id(group): group for group, _ in searches}.values())
-        for group, spot, delta in self._walk(groups):
+        for group, _, delta in self._walk(groups):
             mine = of_group[id(group)]
             tallies = _census(delta, [search.ends for search in mine], self.crew)
             for place, search in enumerate(mine):
                 found = [tile[place] for tile in tallies]
                 search.add(sum(above for above, _ in found), np.concatenate([inside for _, inside in found]))
-                if search.counted.steps is None:
-                    self._inside.setdefault(id(search), {})[spot] = [inside for _, inside in found]
         counted = self._gather([search.counted for _, search in searches])
         for (group, search), parts in zip(searches, zip(*counted, strict=True), strict=True):
             search.counted = sum_of(parts)
@@ -241,11 +234,7 @@ class Survey:
         if search.threshold == 0 or search.equal == search.spare:
             return dict.fromkeys(group.sizes, Cut(search.threshold))
         at = np.float32(search.threshold)
-        seen = self._inside.get(id(search))
-        if seen is None:
-            own = {spot: _equals(delta, at, self.crew) for _, spot, delta in self._walk([group])}
-        else:
-            own = {spot: [int(np.count_nonzero(inside == at)) for inside in found] for spot, found in seen.items()}
+        own = {spot: _equals(delta, at, self.crew) for _, spot, delta in self._walk([group])}
         equal = {spot: counts for part in self._gather(own) for spot, counts in part.items()}
         cuts, spare = {}, search.spare
         for spot in sorted(equal):

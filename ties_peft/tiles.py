@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-TILE = 1 << 19  # entries a tile holds, about: two megabytes in float32; smaller ones make threads wait for each other
+TILE = 1 << 18  # entries a tile holds, about: a megabyte in float32; smaller ones make threads wait for each other
 Result = TypeVar("Result")
 
 
@@ -41,15 +41,7 @@ class Workers:
         """work(item) for every item; results in the items' order whatever thread made them."""
         if self._pool is None or len(items) < 2:
             return [work(item) for item in items]
-        results: list[Result | None] = [None] * len(items)
-        turns = iter(range(len(items)))  # one task a thread, not an item: handing over costs as much as a small tile
-
-        def share(_: int) -> None:
-            for turn in turns:
-                results[turn] = work(items[turn])
-
-        list(self._pool.map(share, range(min(self.threads, len(items)))))
-        return results  # type: ignore[return-value]
+        return list(self._pool.map(work, items))
 
     def scratch(self, name: str, shape: Sequence[int], like: torch.device) -> Tensor:
         """A float32 buffer of this thread, its content left from the last use."""

@@ -66,18 +66,16 @@ class Cut:
             return values.zero_()
         if self.threshold == 0:
             return values
-        self.drop_surplus_(values, tile)
+        if self.spare is not None and self.spare[tile] != ALL:
+            self._drop_surplus(values, self.spare[tile])
         # hardshrink keeps |x| > λ: the float just below the threshold makes that |x| ≥ threshold
         below = _float_below(self.threshold)
         return torch.ops.aten.hardshrink.out(values, below, out=values)  # type: ignore[no-any-return]
 
-    def drop_surplus_(self, values: Tensor, tile: int) -> None:
-        """Set to zero, in place, those that equal the threshold and are more than stay; nothing that is smaller."""
-        if self.spare is None or self.spare[tile] == ALL:
-            return
+    def _drop_surplus(self, values: Tensor, keep: int) -> None:
         equal = (values.abs() == self.threshold).reshape(-1).nonzero().reshape(-1)
         flat = values.view(-1)
-        flat[equal[self.spare[tile] :]] = 0.0
+        flat[equal[keep:]] = 0.0
 
 
 KEEP_ALL = Cut(0.0)

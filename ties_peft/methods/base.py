@@ -27,7 +27,6 @@ from ..statistics import Statistic
 from ..tiles import Workers, tiles
 from ..trim import KEEP_ALL, Cut, Scope
 
-TOGETHER = 8  # task vectors that are held at once
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
@@ -158,11 +157,6 @@ class TaskVectors:
         """The rows at hand of the vector that decides the signs."""
         return None if self.signs is None else self.signs.rows(*self.span)
 
-    def count_conflicts(self, conflicting: int, shared: int) -> None:
-        """Add to the tally: entries with both signs among the kept values, and entries that two or more keep."""
-        for name, count in (("conflicting", conflicting), ("shared", shared)):
-            self.tally[name] = self.tally.get(name, 0) + count
-
     def vectors(self) -> Iterator[Tensor | None]:
         """Of each, all of it if it is a vector; None if it is a matrix, whose tiles have whole rows."""
         yield from (delta.dense() if len(delta.shape) == 1 else None for delta in self.deltas)
@@ -286,38 +280,13 @@ def elect_and_merge(
         vectors: of each, in order, what is left; it is good until the next one is asked for.
         elect, disjoint, normalize: as in `Ballot`.
     """
-    ballot = _ballot(tasks, elect, disjoint, normalize)
+    total = tasks.total_heft if normalize else float(tasks.adapters)
+    ballot = Ballot(tasks.room("ballot", (5, *tasks.shape)), elect, disjoint, normalize, total)
     for vector, weight in zip(vectors, tasks.weights, strict=True):
         ballot.cast(vector, weight)
-    tasks.count_conflicts(*ballot.conflicts())
+    for name, count in zip(("conflicting", "shared"), ballot.conflicts(), strict=True):
+        tasks.tally[name] = tasks.tally.get(name, 0) + count
     return ballot.result(tasks.sign_vector())
-
-
-def trim_elect_and_merge(
-    tasks: TaskVectors, elect: Vote = "mass", disjoint: Combine = "mean", normalize: bool = True
-) -> Tensor:
-    """The disjoint merge of the trimmed task vectors, several at a time where the loops for that are compiled.
-
-    Law: the bits of `elect_and_merge` of each one's `trimmed`.
-    """
-    ballot = _ballot(tasks, elect, disjoint, normalize)
-    if ballot.loops() is None or tasks.signs is not None:
-        return elect_and_merge(tasks, (task.trimmed() for task in tasks), elect, disjoint, normalize)
-    for first in range(0, len(tasks), TOGETHER):
-        last = min(first + TOGETHER, len(tasks))
-        values = tasks.room("vectors", (last - first, *tasks.shape))
-        cuts = [tasks.cuts[place][0] if tasks.cuts else KEEP_ALL for place in range(first, last)]
-        for delta, cut, out in zip(tasks.deltas[first:last], cuts, values, strict=True):
-            cut.drop_surplus_(delta.rows(*tasks.span, out=out), tasks.tile)
-        ballot.cast_all(values, [cut.threshold for cut in cuts], tasks.weights[first:last])
-    merged, conflicts = ballot.settle()
-    tasks.count_conflicts(*conflicts)
-    return merged
-
-
-def _ballot(tasks: TaskVectors, elect: Vote, disjoint: Combine, normalize: bool) -> Ballot:
-    total = tasks.total_heft if normalize else float(tasks.adapters)
-    return Ballot(tasks.room("ballot", (5, *tasks.shape)), elect, disjoint, normalize, total)
 
 
 def only(tasks: TaskVectors, mean: bool) -> Delta:
@@ -359,5 +328,4 @@ __all__ = [
     "merge_part",
     "only",
     "scope_fault",
-    "trim_elect_and_merge",
 ]
