@@ -17,6 +17,7 @@ from .delta import Delta, Dense, whole
 from .draws import key
 from .plan import Plan
 from .spaces import Encoding
+from .tiles import Workers
 
 
 @dataclass
@@ -27,11 +28,13 @@ class Memory:
         encodings: by module, the coordinates of all its adapters.
         samples: by member, module, part and modules ranked together, some magnitudes and how many each stands for.
         companions: the tokenizer files beside them, once they were looked for.
+        crew: the threads of the last merge and their scratch memory, some 8 MB a thread whatever is merged.
     """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
     samples: dict[tuple[int, str, int, int], tuple[np.ndarray, float]] = field(default_factory=dict)
     companions: Companions | None = None
+    crew: list[Workers] = field(default_factory=list)
 
 
 class Coordinates:

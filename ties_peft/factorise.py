@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .delta import Delta, LowRank, Span, gram
+from .delta import GRAM_ROWS, Delta, LowRank, Span, gram
 
 Run = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]]
 
@@ -84,7 +84,7 @@ def factorise(matrix: Tensor, rank: int, start: Tensor | None = None, run: Run =
     rank = min(rank, side)
     width = rank + OVERSAMPLE
     if side <= SMALL_SIDE or 3 * width > side:
-        return _through_gram(matrix, rank)
+        return _through_gram(matrix, rank, run)
     return _by_iteration(matrix, rank, _wide(matrix, width, start), run)
 
 
@@ -195,11 +195,14 @@ def leading_rows(span: Span, width: int) -> Tensor:
     return span.rows(decompose(span.left, span.right).top(width).Y).T
 
 
-def _through_gram(matrix: Tensor, rank: int) -> Factors:
+def _through_gram(matrix: Tensor, rank: int, run: Run = map) -> Factors:
     """Exact: the eigenvectors of M·Mᵀ or Mᵀ·M, whichever is smaller, in float64."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    M = (matrix.T if tall else matrix).double()
-    square = gram([matrix]) if tall else M @ M.T
+    M = matrix.double()
+    tall = M.shape[0] > M.shape[1]
+    if tall:
+        M = M.T
+    bands = [M[:, start : start + GRAM_ROWS] for start in range(0, M.shape[1], GRAM_ROWS)]
+    square = sum(run(lambda band: gram([band.T]), bands), torch.zeros_like(M[:, :1]))
     total = float(square.diagonal().sum())
     values, vectors = torch.linalg.eigh(square)
     U = vectors[:, -rank:].flip(1)

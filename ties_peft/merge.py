@@ -196,7 +196,7 @@ def _merge_all(
     own: dict[str, tuple[dict[str, Tensor], Record]] = {}
     if plan.method.entrywise and not plan.arithmetic.shared:
         load(sum(costs.values()))
-    with torch.no_grad(), workers() as crew:
+    with torch.no_grad(), workers(None if memory is None else memory.crew) as crew:
         coordinates = Coordinates(plan, memory)
         survey = Survey(coordinates, crew, tell, team, mine)
         for done, name in enumerate(mine):

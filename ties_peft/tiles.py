@@ -8,6 +8,7 @@ arithmetic done in it.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ class Workers:
         self.threads = max(1, threads)
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._local = threading.local()
+        self._process = os.getpid()
 
     def map(self, work: Callable[..., Result], items: Sequence[object]) -> list[Result]:
         """work(item) for every item; results in the items' order whatever thread made them."""
@@ -55,6 +57,11 @@ class Workers:
             held[name, like] = flat
         return flat[:count].view(*shape)
 
+    @property
+    def usable(self) -> bool:
+        """Whether it is as many threads as torch would use now, and they are this process's: a fork has none."""
+        return self.threads == max(1, torch.get_num_threads()) and self._process == os.getpid()
+
     def close(self) -> None:
         """End the threads and let go of their memory."""
         if self._pool is not None:
@@ -62,18 +69,25 @@ class Workers:
 
 
 @contextmanager
-def workers() -> Iterator[Workers]:
+def workers(kept: list[Workers] | None = None) -> Iterator[Workers]:
     """Threads as many as torch would use, each computing alone; torch's own setting is put back after.
+
+    Args:
+        kept: holds those of an earlier call, and then of this one: threads to go on with, and memory that
+            is there already, which takes longer to get than to fill. None lets go of them after.
 
     One thread per operation is what makes a result independent of the number of threads, and on
     tiles it is also the faster way: a parallel region for 0.1 ms of work costs as much as the work.
     """
-    crew = Workers(torch.get_num_threads())
+    crew = kept[0] if kept and kept[0].usable else Workers(torch.get_num_threads())
+    if kept is not None:
+        kept[:] = [crew]
     try:
         with one_thread():
             yield crew
     finally:
-        crew.close()
+        if kept is None:
+            crew.close()
 
 
 @contextmanager
