@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, islice
 from typing import TypeVar
 
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import fused
 from .coordinates import Coordinates
 from .delta import Delta, size
 from .errors import MethodError, printable
-from .fast import kernels
 from .kinds.base import EMBEDDING
 from .plan import Plan
 from .processes import Team
@@ -284,8 +284,11 @@ def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers) -> list[list
         delta, brackets, rows = task
         device = delta.rows(0, 0).device
         shape = (rows[1] - rows[0], *delta.shape[1:])
+        loops = crew.loops
+        if loops is not None and fused.fits(delta):
+            memory = partial(crew.scratch, like=device)
+            return [fused.census(delta, rows, low, high, loops, memory) for low, high in brackets]
         values = delta.rows(*rows, out=crew.scratch("vector", shape, device))
-        loops = kernels()
         if loops is None or values.device.type != "cpu":
             values = values.abs_()
             return [_count(values, low, high) for low, high in brackets]
