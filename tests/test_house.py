@@ -20,10 +20,12 @@ ROOT = Path(ties_peft.__file__).parent
 FLOORS = {
     "errors": 0,
     "delta": 0,
-    "tiles": 0,
+    "tiles": 1,
     "trim": 0,
     "elect": 1,
     "fast": 0,
+    "loops": 0,
+    "fused": 1,
     "draws": 0,
     "spellings": 0,
     "patterns": 0,

@@ -13,7 +13,7 @@ from .basis import SQUARE
 from .delta import distance
 from .errors import printable
 from .factorise import WIDEST, Factors
-from .fast import kernels
+from .fast import Kernels
 from .kinds import Module
 from .plan import Plan
 from .report import AdapterLine, ModuleLine, Report
@@ -92,7 +92,8 @@ def _products(encoding: Encoding, count: int, pairs: bool) -> list[Mapping[int, 
 class Account:
     """What is added up, module by module."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, loops: Kernels | None = None) -> None:
+        self.loops = loops
         count = len(plan.members)
         self.plan = plan
         self.squares = [0.0] * count
@@ -119,7 +120,7 @@ class Account:
 
     def report(self, kept: Sequence[Kept], seconds: float) -> Report:
         """The report, at the end."""
-        plan, loops = self.plan, kernels()
+        plan = self.plan
         cosines = self._cosines()
         inputs = [
             AdapterLine(
@@ -155,7 +156,7 @@ class Account:
             riders=plan.heads.lines(),
             weights=plan.weighting,
             seconds=seconds,
-            loops=loops.name if loops is not None else "torch",
+            loops=self.loops.name if self.loops is not None else "torch",
         )
 
     def _cosines(self) -> list[list[float]] | None:

@@ -21,6 +21,7 @@ from .draws import key
 from .factorise import WIDEST
 from .plan import Plan
 from .spaces import Encoding
+from .tiles import Workers
 
 KEPT = 1 << 28  # bytes of encodings that are kept between the passes of a merge
 
@@ -33,11 +34,13 @@ class Memory:
         encodings: by module, the coordinates of all its adapters.
         samples: by member, module, part and modules ranked together, some magnitudes and how many each stands for.
         companions: the tokenizer files beside them, once they were looked for.
+        crew: the threads of the last merge and their scratch memory, some 8 MB a thread whatever is merged.
     """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
     samples: dict[tuple[int, str, int, int], tuple[np.ndarray, float]] = field(default_factory=dict)
     companions: Companions | None = None
+    crew: list[Workers] = field(default_factory=list)
 
 
 class Coordinates:

@@ -61,8 +61,8 @@ class LowRank:
     def sample(self, places: Tensor) -> Tensor:
         """The entries at flat, row-major `places` (int64), one float32 each."""
         width = self.A.shape[1]
-        rows = torch.div(places, width, rounding_mode="floor")
-        return (self.B[rows] * self.A.T.contiguous()[places % width]).sum(1)
+        rows, columns = torch.div(places, width, rounding_mode="floor"), places % width
+        return self.B.index_select(0, rows).mul_(self.A.T.contiguous().index_select(0, columns)).sum(1)
 
     def to(self, device: torch.device) -> LowRank:
         """The same on another device."""
@@ -207,10 +207,19 @@ def gram(columns: Sequence[Tensor]) -> Tensor:
     edges = [(start, min(start + strip, width)) for start in range(0, width, strip)]
     total = torch.zeros(width, width, dtype=torch.float64, device=columns[0].device)
     for start in range(0, columns[0].shape[0], GRAM_ROWS):
-        band = torch.cat([part[start : start + GRAM_ROWS] for part in columns], 1).double()
+        band = _beside([part[start : start + GRAM_ROWS] for part in columns]).double()
         for first, last in edges:
             total[first:last, :last] += band[:, first:last].T @ band[:, :last]
     return total.tril() + total.tril(-1).T
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor:
+    """Columns side by side; those that lie one after another in memory are not moved apart for it."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(part.stride(0) == 1 for part in parts):
+        return torch.cat([part.T for part in parts]).T
+    return torch.cat(list(parts), 1)
 
 
 class Span:

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .fast import kernels
+from .fast import Kernels
 
 Elect = Literal["mass", "count"]
 Disjoint = Literal["mean", "sum", "max"]
@@ -43,6 +43,7 @@ class Ballot:
             (of both signs) divide by `total` instead of what agrees.
         normalize: whether the mean divides by Σ|w| of the agreeing entries or by their number.
         total: Σ|w| of all adapters, or their number.
+        loops: the compiled loops, if there are any.
     Law: the result does not depend on the order of the casts beyond rounding, and equals that of
         `disjoint_merge` on the stack.
     """
@@ -54,7 +55,9 @@ class Ballot:
         disjoint: Combine = "mean",
         normalize: bool = True,
         total: float = 1.0,
+        loops: Kernels | None = None,
     ) -> None:
+        self.loops = loops
         self.elect, self.disjoint, self.normalize, self.total = elect, disjoint, normalize, total
         self.positive, self.negative, self.plus, self.minus, self.buffer = room.zero_()
         self.sums = torch.zeros_like(self.buffer) if disjoint == "max" else None
@@ -68,7 +71,7 @@ class Ballot:
             self.sums += values
         if self.heft is None and abs(weight) != 1 and self.normalize and self.disjoint == "mean":
             self.heft = (self.plus.clone(), self.minus.clone())
-        loops = kernels()
+        loops = self.loops
         if loops is not None and self.sums is None and self.heft is None and values.is_contiguous() and _on_cpu(values):
             sides_of = (self.positive, self.negative, self.plus, self.minus)
             loops.cast(values.view(-1).numpy(), *(side.view(-1).numpy() for side in sides_of))

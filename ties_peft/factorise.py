@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .delta import Delta, LowRank, Span, gram
+from .delta import GRAM_ROWS, Delta, LowRank, Span, gram
 
 Run = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]]
 
@@ -151,7 +151,7 @@ def factorise(matrix: Tensor, rank: int, start: Tensor | None = None, run: Run =
     rank = min(rank, side)
     width = rank + OVERSAMPLE
     if side <= SMALL_SIDE or 3 * width > side:
-        return _through_gram(matrix, rank)
+        return _through_gram(matrix, rank, run)
     return _by_iteration(matrix, rank, _wide(matrix, width, start), run)
 
 
@@ -276,11 +276,14 @@ def leading_rows(span: Span, width: int) -> Tensor:
     return span.rows(decompose(span.left, span.right).top(width).Y).T
 
 
-def _through_gram(matrix: Tensor, rank: int) -> Factors:
+def _through_gram(matrix: Tensor, rank: int, run: Run = map) -> Factors:
     """Exact: the eigenvectors of M·Mᵀ or Mᵀ·M, whichever is smaller, in float64."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    M = (matrix.T if tall else matrix).double()
-    square = gram([matrix]) if tall else M @ M.T
+    M = matrix.double()
+    tall = M.shape[0] > M.shape[1]
+    if tall:
+        M = M.T
+    bands = [M[:, start : start + GRAM_ROWS] for start in range(0, M.shape[1], GRAM_ROWS)]
+    square = sum(run(lambda band: gram([band.T]), bands), torch.zeros_like(M[:, :1]))
     total = float(square.diagonal().sum())
     values, vectors = torch.linalg.eigh(square)
     U = vectors[:, -rank:].flip(1)
@@ -293,26 +296,30 @@ def _through_gram(matrix: Tensor, rank: int) -> Factors:
 
 
 def _by_iteration(matrix: Tensor, rank: int, guess: Tensor, run: Run) -> Factors:
-    """Subspace iteration until the error of the rank-r truncation stops falling."""
-    total = _energy(matrix)
+    """Subspace iteration from side to side, until the error of the rank-r truncation stops falling."""
+    total = _energy(matrix, run)
     if total == 0:
         return Factors(LowRank(matrix[:, :0].clone(), matrix[:0].clone()), 0.0, 0.0)
     before = math.inf
-    for _ in range(ROUNDS):
-        Q = _orthonormal(_product(matrix, guess, run))
-        rest = _product(matrix.T, Q, run).double().T  # Qᵀ·M, (l, in)
-        values, vectors = torch.linalg.eigh(rest @ rest.T)
+    basis = _orthonormal(_product(matrix, guess, run))
+    for turn in range(2 * ROUNDS):
+        there = turn % 2 == 0  # from the output side to the input side
+        seen = _product(matrix.T if there else matrix, basis, run)
+        values, vectors = torch.linalg.eigh(gram([seen]))
         kept = float(values[-rank:].clamp_min(0).sum())
         error = math.sqrt(max(0.0, total - kept))
         if error >= before * (1 - HELPED) or error <= 1e-6 * math.sqrt(total):
             break
         before = error
-        guess = _orthonormal(rest.T.float())
+        basis, last = _orthonormal(seen), basis
+    else:
+        basis = last
     top = vectors[:, -rank:].flip(1)
     S = values[-rank:].flip(0).clamp_min(0).sqrt()
     keep = S.square() > NOISE * values[-1:]
     top, S = top[:, keep], S[keep]
-    return _balanced(Q.double() @ top, S, (top.T @ rest) / S.unsqueeze(1), total)
+    near, far = basis.double() @ top, (seen.double() @ top) / S
+    return _balanced(near, S, far.T, total) if there else _balanced(far, S, near.T, total)
 
 
 def _product(matrix: Tensor, thin: Tensor, run: Run) -> Tensor:
@@ -348,11 +355,14 @@ def _orthonormal(matrix: Tensor) -> Tensor:
     return basis
 
 
-def _energy(matrix: Tensor) -> float:
-    """‖M‖², a band of rows at a time, the bands summed in float64."""
-    return sum(
-        float(torch.linalg.vector_norm(matrix[start : start + 16])) ** 2 for start in range(0, matrix.shape[0], 16)
-    )
+def _energy(matrix: Tensor, run: Run = map) -> float:
+    """‖M‖², a few rows at a time, summed in float64."""
+
+    def some(band: Tensor) -> Tensor:
+        norms = [torch.linalg.vector_norm(band[row : row + 16]) for row in range(0, len(band), 16)]
+        return torch.stack(norms).double().square().sum()
+
+    return sum(map(float, run(some, [matrix[start : start + BAND] for start in range(0, len(matrix), BAND)])))
 
 
 def _root(gram: Tensor) -> tuple[Tensor, Tensor]:

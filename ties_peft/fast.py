@@ -1,8 +1,9 @@
-"""Fast: the two inner loops of a trim and an election, compiled where numba is installed (the extra `fast`).
+"""Fast: the inner loops of a trim and an election, compiled where numba is installed (the extra `fast`).
 
-Each does in one pass over a tile what takes torch or NumPy several, by the same operations on the
-same numbers in the same order: the results are the same, bit for bit. They are loaded for merges
-that are large enough to make up for loading them.
+`count` and `cast` do in one pass over a tile what takes torch or NumPy several, by the same operations
+on the same numbers in the same order: the results are the same, bit for bit. `census` and `vote` also make the
+products B·A that they work on, which may round otherwise than torch's do, within float32; see `loops`.
+Whether a merge uses them depends on its size alone, so that it has the same bytes whatever was merged before it.
 """
 
 from __future__ import annotations
@@ -13,73 +14,34 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
-
 WORTH = 1 << 26  # entries of all task vectors together from which loading a compiler pays
-WORD = 8  # marks of a byte each that are looked at together
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The compiled loops; arrays are flat float32.
+    """The compiled loops, each as described in `loops`.
 
     Attributes:
         name: of what compiled them, with its version.
-        cast: cast(values, positive, negative, plus, minus): one vote, see `Ballot.cast`.
-        count: count(values, low, high, room, marks) → (how many |values| exceed high, how many lie in
-            [low, high]); the latter are written into `room`, in order. `room` has an entry more than
-            `values`, and `marks` a byte for each.
+        panel, rows, group: the sizes of their blocks.
     """
 
     name: str
+    panel: int
+    rows: int
+    group: int
     cast: Callable[..., None]
     count: Callable[..., tuple[int, int]]
+    read: Callable[..., None]
+    census: Callable[..., tuple[int, int]]
+    vote: Callable[..., tuple[int, int]]
 
 
-_loaded: list[Kernels] = []
-
-
-def load(entries: float) -> None:
-    """Compile the loops if numba is there and so many entries are worth it."""
-    if _loaded or entries < WORTH or find_spec("numba") is None:
-        return
+def load(entries: float) -> Kernels | None:
+    """The compiled loops if numba is there and so many entries are worth it, else None."""
+    if entries < WORTH or find_spec("numba") is None:
+        return None
     numba: Any = importlib.import_module("numba")
-    compiled = numba.njit(nogil=True, cache=True)
-    _loaded.append(Kernels(f"numba {numba.__version__}", compiled(_cast), compiled(_count)))
-
-
-def kernels() -> Kernels | None:
-    """The compiled loops, if they are loaded."""
-    return _loaded[0] if _loaded else None
-
-
-def _cast(values: np.ndarray, positive: np.ndarray, negative: np.ndarray, plus: np.ndarray, minus: np.ndarray) -> None:
-    none, one = np.float32(0.0), np.float32(1.0)
-    for place in range(len(values)):
-        value = values[place]
-        positive[place] += max(none, value)
-        negative[place] += min(none, value)
-        plus[place] += one if value > none else none
-        minus[place] += one if value < none else none
-
-
-def _count(
-    values: np.ndarray, low: np.float32, high: np.float32, room: np.ndarray, marks: np.ndarray
-) -> tuple[int, int]:
-    above: Any = np.int32(0)  # one that fits beside float32 lanes
-    inside: Any = 0
-    whole = len(values) // WORD * WORD
-    for place in range(len(values)):
-        size = abs(values[place])
-        above += np.int32(size > high)
-        marks[place] = np.uint8((size >= low) & (size <= high))
-    words = marks[:whole].view(np.uint64)
-    for word in range(len(words)):  # most hold no mark at all
-        if words[word]:
-            for place in range(WORD * word, WORD * (word + 1)):
-                room[inside] = abs(values[place])  # the next overwrites it unless it counts
-                inside += np.int64(marks[place])
-    for place in range(whole, len(values)):
-        room[inside] = abs(values[place])
-        inside += np.int64(marks[place])
-    return above, inside
+    made: Any = importlib.import_module(f"{__package__}.loops")
+    loops = (made.cast, made.count, made.read, made.census, made.vote)
+    return Kernels(f"numba {numba.__version__}", made.PANEL, made.ROWS, made.GROUP, *loops)

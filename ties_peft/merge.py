@@ -194,9 +194,9 @@ def _merge_all(
     costs = {name: plan.cost(name) for name in plan.modules}
     mine = team.share(costs)
     own: dict[str, tuple[dict[str, Tensor], Record]] = {}
-    if plan.method.entrywise and not plan.arithmetic.shared:
-        load(sum(costs.values()))
-    with torch.no_grad(), workers() as crew:
+    compiled = plan.method.entrywise and not plan.arithmetic.shared
+    loops = load(sum(costs.values())) if compiled else None
+    with torch.no_grad(), workers(None if memory is None else memory.crew, loops) as crew:
         coordinates = Coordinates(plan, memory)
         survey = Survey(coordinates, crew, tell, team, mine)
         for done, name in enumerate(mine):
@@ -204,7 +204,7 @@ def _merge_all(
             own[name] = _one_module(coordinates, plan.modules[name], survey, crew)
             tell("merge", done + 1, len(mine))
     tensors: dict[str, Tensor] = {}
-    account = Account(plan)
+    account = Account(plan, loops)
     everything = {name: made for part in team.gather(own) for name, made in part.items()}
     for name in plan.modules:
         made, what = everything[name]
@@ -256,6 +256,7 @@ def _merge_parts(coordinates: Coordinates, name: str, cuts: Cuts, crew: Workers,
             inputs=encoding.inputs if plan.method.needs else None,
             streams=[coordinates.stream(place, name, part) for place in places],
             room=lambda purpose, shape: crew.scratch(purpose, shape, plan.device),
+            loops=crew.loops,
         )
         result = merge_part(plan.method, tasks, crew, tally)
         if plan.finishes:

@@ -131,7 +131,7 @@ class Report:
         riders: a line for each layer that an input holds whole (heads, embeddings, biases).
         weights: `given`, or `norm` where they were made to bring all adapters to one length.
         seconds: how long it took.
-        loops: what ran the inner loops: torch, or what compiled them; the numbers are the same.
+        loops: what ran the inner loops: torch, or what compiled them; the numbers are the same within float32.
     """
 
     method: str

@@ -9,16 +9,18 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import groupby, islice
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import fused
 from .coordinates import Coordinates
 from .delta import Delta, size
 from .errors import MethodError, printable
-from .fast import kernels
 from .kinds.base import EMBEDDING
 from .plan import Plan
 from .processes import Team
@@ -210,12 +212,13 @@ class Survey:
             search.open()
             of_group.setdefault(id(group), []).append(search)
         groups = list({id(group): group for group, _ in searches}.values())
-        for group, _, delta in self._walk(groups):
-            mine = of_group[id(group)]
-            tallies = _census(delta, [search.ends for search in mine], self.crew)
-            for place, search in enumerate(mine):
-                found = [tile[place] for tile in tallies]
-                search.add(sum(above for above, _ in found), np.concatenate([inside for _, inside in found]))
+        for _, walk in groupby(self._walk(groups), lambda step: step[1][1]):  # a module's in one go: no thread waits
+            steps = [(delta, of_group[id(group)]) for group, _, delta in walk]
+            asked = [(delta, [search.ends for search in mine]) for delta, mine in steps]
+            for (_, mine), tallies in zip(steps, _census(asked, self.crew), strict=True):
+                for place, search in enumerate(mine):
+                    found = [tile[place] for tile in tallies]
+                    search.add(sum(above for above, _ in found), np.concatenate([inside for _, inside in found]))
         counted = self._gather([search.counted for _, search in searches])
         for (group, search), parts in zip(searches, zip(*counted, strict=True), strict=True):
             search.counted = sum_of(parts)
@@ -248,7 +251,8 @@ class Survey:
 
 def _equals(delta: Delta, magnitude: np.float32, crew: Workers) -> list[int]:
     """How many entries have a magnitude, in each tile."""
-    return [len(inside) for ((_, inside),) in _census(delta, [(magnitude, magnitude)], crew)]
+    (tallies,) = _census([(delta, [(magnitude, magnitude)])], crew)
+    return [len(inside) for ((_, inside),) in tallies]
 
 
 def trimmed_apart(plan: Plan) -> list[str]:
@@ -268,22 +272,32 @@ def _sample(spot: Spot, delta: Delta, modules: int) -> tuple[np.ndarray, float]:
     _, module, part = spot
     entries = size(delta)
     count = max(1, min(max(SAMPLE[0] // modules, entries // SPARSE), SAMPLE[1] // modules))
-    draw = np.random.default_rng([zlib.crc32(module.encode()), part])
-    where = torch.from_numpy(draw.integers(0, entries, count))
+    where = _places(zlib.crc32(module.encode()), part, entries, count)
     return delta.sample(where.to(delta.rows(0, 0).device)).abs().cpu().numpy(), entries / count
 
 
+@lru_cache(1)
+def _places(seed: int, part: int, entries: int, count: int) -> Tensor:
+    """Where to look: the same for all adapters of a module."""
+    return torch.from_numpy(np.random.default_rng([seed, part]).integers(0, entries, count))
+
+
+Brackets = Sequence[tuple[np.float32, np.float32]]
 Tallies = list[tuple[int, np.ndarray]]  # for each bracket: how many magnitudes exceed it, and those inside
 
 
-def _census(delta: Delta, brackets: Sequence[tuple[np.float32, np.float32]], crew: Workers) -> list[Tallies]:
-    """What lies above and inside each bracket, tile by tile."""
-    device = delta.rows(0, 0).device
+def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers) -> list[list[Tallies]]:
+    """Of each task vector, what lies above and inside each of its brackets, tile by tile."""
 
-    def tile(rows: tuple[int, int]) -> Tallies:
+    def tile(task: tuple[Delta, Brackets, tuple[int, int]]) -> Tallies:
+        delta, brackets, rows = task
+        device = delta.rows(0, 0).device
         shape = (rows[1] - rows[0], *delta.shape[1:])
+        loops = crew.loops
+        if loops is not None and fused.fits(delta):
+            memory = partial(crew.scratch, like=device)
+            return [fused.census(delta, rows, low, high, loops, memory) for low, high in brackets]
         values = delta.rows(*rows, out=crew.scratch("vector", shape, device))
-        loops = kernels()
         if loops is None or values.device.type != "cpu":
             values = values.abs_()
             return [_count(values, low, high) for low, high in brackets]
@@ -296,7 +310,10 @@ def _census(delta: Delta, brackets: Sequence[tuple[np.float32, np.float32]], cre
             found.append((above, room[:inside].copy()))
         return found
 
-    return crew.map(tile, tiles(delta.shape))
+    grids = [tiles(delta.shape) for delta, _ in asked]
+    tasks = [(*each, rows) for each, grid in zip(asked, grids, strict=True) for rows in grid]
+    tallies = iter(crew.map(tile, tasks))
+    return [list(islice(tallies, len(grid))) for grid in grids]
 
 
 def _count(values: Tensor, low: np.float32, high: np.float32) -> tuple[int, np.ndarray]:

@@ -135,16 +135,23 @@ class Search:
         self.low, self.high, self.expected = 0, INFINITY, self.entries
         if self.entries <= WHOLE:
             return
-        weights = np.concatenate([np.full(len(values), weight) for values, weight in self.sample])
-        share, independent = self.keep / self.entries, weights.sum() ** 2 / (weights**2).sum()
+        share = self.keep / self.entries
+        ranked, exceeded, independent = self._ranked()
         spread = SIGMAS * self.wider * math.sqrt(share * (1 - share) / independent)
-        values = np.concatenate([values for values, _ in self.sample])
-        order = values.argsort()[::-1]
-        exceeded = np.cumsum(weights[order]) / weights.sum()
         top, bottom = np.searchsorted(exceeded, (share - spread, share + spread))
-        ranked = values[order].view(np.int32)
         if share - spread > 0:
             self.high = int(ranked[min(top, len(ranked) - 1)])
         if bottom < len(ranked) - 1:
             self.low = int(ranked[bottom])
         self.expected = min(1.0, 2 * spread) * self.entries
+
+    def _ranked(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """The sample from the largest down, as bits; the share at each place or above; how many draws it is worth."""
+        if len(self.sample) == 1:  # one weight: nothing to carry along
+            values = np.sort(self.sample[0][0])[::-1]
+            return values.view(np.int32), np.arange(1, len(values) + 1) / len(values), len(values)
+        values = np.concatenate([values for values, _ in self.sample])
+        weights = np.concatenate([np.full(len(values), weight) for values, weight in self.sample])
+        order = values.argsort()[::-1]
+        independent = weights.sum() ** 2 / (weights**2).sum()
+        return values[order].view(np.int32), np.cumsum(weights[order]) / weights.sum(), independent

@@ -8,14 +8,18 @@ arithmetic done in it.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .fast import Kernels
 
 TILE = 1 << 18  # entries a tile holds, about: a megabyte in float32; smaller ones make threads wait for each other
 Result = TypeVar("Result")
@@ -29,19 +33,49 @@ def tiles(shape: Sequence[int]) -> list[tuple[int, int]]:
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
+def empty(shape: Sequence[int], device: torch.device) -> Tensor:
+    """New float32 memory; large memory by NumPy, which asks for large pages: they come ten times as fast."""
+    return (
+        torch.from_numpy(np.empty(tuple(shape), np.float32))
+        if device.type == "cpu"
+        else torch.empty(*shape, device=device)
+    )
+
+
 class Workers:
-    """A few threads that work through tiles, each with its own scratch memory."""
+    """A few threads that work through tiles, each with its own scratch memory.
+
+    Attributes:
+        threads: how many.
+        loops: the compiled loops that they run; None for torch's.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = max(1, threads)
+        self.loops: Kernels | None = None
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._local = threading.local()
+        self._process = os.getpid()
 
     def map(self, work: Callable[..., Result], items: Sequence[object]) -> list[Result]:
         """work(item) for every item; results in the items' order whatever thread made them."""
         if self._pool is None or len(items) < 2:
             return [work(item) for item in items]
-        return list(self._pool.map(work, items))
+        results: list[Any] = [None] * len(items)
+        turns = iter(range(len(items)))  # whoever is free takes the next: a future for each would cost as much as it
+
+        def take() -> None:
+            try:
+                for turn in turns:
+                    results[turn] = work(items[turn])
+            except BaseException:
+                for _ in turns:  # nothing more to do for anybody
+                    pass
+                raise
+
+        for thread in [self._pool.submit(take) for _ in range(min(self.threads, len(items)))]:
+            thread.result()
+        return results
 
     def scratch(self, name: str, shape: Sequence[int], like: torch.device) -> Tensor:
         """A float32 buffer of this thread, its content left from the last use."""
@@ -55,6 +89,11 @@ class Workers:
             held[name, like] = flat
         return flat[:count].view(*shape)
 
+    @property
+    def usable(self) -> bool:
+        """Whether it is as many threads as torch would use now, and they are this process's: a fork has none."""
+        return self.threads == max(1, torch.get_num_threads()) and self._process == os.getpid()
+
     def close(self) -> None:
         """End the threads and let go of their memory."""
         if self._pool is not None:
@@ -62,18 +101,27 @@ class Workers:
 
 
 @contextmanager
-def workers() -> Iterator[Workers]:
+def workers(kept: list[Workers] | None = None, loops: Kernels | None = None) -> Iterator[Workers]:
     """Threads as many as torch would use, each computing alone; torch's own setting is put back after.
+
+    Args:
+        kept: holds those of an earlier call, and then of this one: threads to go on with, and memory that
+            is there already, which takes longer to get than to fill. None lets go of them after.
+        loops: what they run.
 
     One thread per operation is what makes a result independent of the number of threads, and on
     tiles it is also the faster way: a parallel region for 0.1 ms of work costs as much as the work.
     """
-    crew = Workers(torch.get_num_threads())
+    crew = kept[0] if kept and kept[0].usable else Workers(torch.get_num_threads())
+    crew.loops = loops
+    if kept is not None:
+        kept[:] = [crew]
     try:
         with one_thread():
             yield crew
     finally:
-        crew.close()
+        if kept is None:
+            crew.close()
 
 
 @contextmanager

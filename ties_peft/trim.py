@@ -69,8 +69,16 @@ class Cut:
         if self.spare is not None and self.spare[tile] != ALL:
             self._drop_surplus(values, self.spare[tile])
         # hardshrink keeps |x| > λ: the float just below the threshold makes that |x| ≥ threshold
-        below = _float_below(self.threshold)
-        return torch.ops.aten.hardshrink.out(values, below, out=values)  # type: ignore[no-any-return]
+        return torch.ops.aten.hardshrink.out(values, self.below, out=values)  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def below(self) -> float:
+        """The largest magnitude that is cut; 0 where none is, for zeros are nothing to keep."""
+        return self.threshold if self.threshold in (0, math.inf) else _float_below(self.threshold)
+
+    def whole(self, tile: int) -> bool:
+        """Whether all entries that equal the threshold stay in a tile."""
+        return self.spare is None or self.spare[tile] == ALL
 
     def _drop_surplus(self, values: Tensor, keep: int) -> None:
         equal = (values.abs() == self.threshold).reshape(-1).nonzero().reshape(-1)

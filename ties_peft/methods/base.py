@@ -19,12 +19,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from .. import fused
 from ..delta import Delta, Dense, LowRank, Mapped, inner, stack
 from ..draws import key, uniform
 from ..elect import Ballot, Combine, Vote
 from ..factorise import Sum
+from ..fast import Kernels
 from ..statistics import Statistic
-from ..tiles import Workers, tiles
+from ..tiles import Workers, empty, tiles
 from ..trim import KEEP_ALL, Cut, Scope
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -96,6 +98,8 @@ class TaskVectors:
             space has coordinates of its own; None where each column is one input.
         streams: of each one's random numbers.
         room: gives memory by purpose and shape, its content left from the last use.
+        loops: the compiled loops, if the merge uses them.
+        out: where the merge of the rows at hand may be written, of their shape, and then be returned.
         tally: numbers that a method wants summed over tiles for the report.
     """
 
@@ -113,6 +117,8 @@ class TaskVectors:
     inputs: Tensor | None = None
     streams: Sequence[int] = ()
     room: Callable[[str, Sequence[int]], Tensor] = lambda purpose, shape: torch.empty(*shape)
+    loops: Kernels | None = None
+    out: Tensor | None = None
     tally: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -121,7 +127,7 @@ class TaskVectors:
     def __iter__(self) -> Iterator[Task]:
         start = self.span[0] * math.prod(self.shape[1:])
         for place, (delta, weight) in enumerate(zip(self.deltas, self.weights, strict=True)):
-            vector = delta.rows(*self.span, out=self.room("vector", self.shape))
+            vector = fused.read(delta, self.span, self.room("vector", self.shape), self.loops, self.room)
             cuts = self.cuts[place] if self.cuts else ()
             stream = self.streams[place] if self.streams else place
             density = self.densities[place] if self.densities else None
@@ -250,14 +256,15 @@ def merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[st
     if not method.entrywise or (method.linear(len(tasks)) and tasks.untouched):
         merged = method.merge(replace(tasks, tally=tally))
         return Dense(merged.float()) if isinstance(merged, Tensor) else merged
-    result = torch.empty(tasks.deltas[0].shape, device=tasks.device)
+    result = empty(tasks.deltas[0].shape, tasks.device)
     grid = tiles(result.shape)
 
     def tile(number: int) -> dict[str, int]:
         start, stop = grid[number]
-        part = replace(tasks, rows=(start, stop), tile=number, tally={})
+        part = replace(tasks, rows=(start, stop), tile=number, tally={}, out=result[start:stop])
         merged = method.merge(part)
-        result[start:stop] = merged if isinstance(merged, Tensor) else merged.dense()
+        if merged is not part.out:
+            result[start:stop] = merged if isinstance(merged, Tensor) else merged.dense()
         return part.tally
 
     for counts in crew.map(tile, range(len(grid))):
@@ -281,12 +288,32 @@ def elect_and_merge(
         elect, disjoint, normalize: as in `Ballot`.
     """
     total = tasks.total_heft if normalize else float(tasks.adapters)
-    ballot = Ballot(tasks.room("ballot", (5, *tasks.shape)), elect, disjoint, normalize, total)
+    ballot = Ballot(tasks.room("ballot", (5, *tasks.shape)), elect, disjoint, normalize, total, tasks.loops)
     for vector, weight in zip(vectors, tasks.weights, strict=True):
         ballot.cast(vector, weight)
-    for name, count in zip(("conflicting", "shared"), ballot.conflicts(), strict=True):
-        tasks.tally[name] = tasks.tally.get(name, 0) + count
+    _tell(tasks, ballot.conflicts())
     return ballot.result(tasks.sign_vector())
+
+
+def trim_elect_and_merge(tasks: TaskVectors, elect: Vote, disjoint: Combine, normalize: bool) -> Tensor:
+    """`elect_and_merge` of the trimmed task vectors; in one loop where it is compiled and nothing is out of the way.
+
+    Law: the same within float32, of exactly the same entries.
+    """
+    loops, out = tasks.loops, tasks.out
+    plain = elect == "mass" and disjoint in ("mean", "sum") and tasks.signs is None and len(tasks.shape) == 2
+    plain = plain and len(tasks.cuts) == len(tasks) and all(cuts[0].whole(tasks.tile) for cuts in tasks.cuts)
+    if loops is None or out is None or not plain or not all(map(fused.fits, tasks.deltas)):
+        return elect_and_merge(tasks, (task.trimmed() for task in tasks), elect, disjoint, normalize)
+    below = [cuts[0].below for cuts in tasks.cuts]
+    hefts = [abs(weight) if normalize else 1.0 for weight in tasks.weights]
+    _tell(tasks, fused.vote(tasks.deltas, below, hefts, disjoint == "mean", tasks.span, out, loops, tasks.room))
+    return out
+
+
+def _tell(tasks: TaskVectors, conflicts: tuple[int, int]) -> None:
+    for name, count in zip(("conflicting", "shared"), conflicts, strict=True):
+        tasks.tally[name] = tasks.tally.get(name, 0) + count
 
 
 def only(tasks: TaskVectors, mean: bool) -> Delta:
@@ -328,4 +355,5 @@ __all__ = [
     "merge_part",
     "only",
     "scope_fault",
+    "trim_elect_and_merge",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..delta import Delta
 from ..elect import Combine, Vote
 from ..trim import Scope
-from .base import Density, Method, TaskVectors, Trim, elect_and_merge, only, scope_fault
+from .base import Density, Method, TaskVectors, Trim, only, scope_fault, trim_elect_and_merge
 
 
 class Ties(Method):
@@ -61,8 +61,7 @@ class Ties(Method):
             if self.disjoint in ("mean_elected", "mean_all"):
                 return tasks.sum(1 / (tasks.total_heft if self.normalize else tasks.adapters))
             return tasks.sum() if len(tasks) > 1 else only(tasks, self.disjoint == "mean" and self.normalize)
-        kept = (task.trimmed() for task in tasks)
-        return elect_and_merge(tasks, kept, self.elect, self.disjoint, self.normalize)
+        return trim_elect_and_merge(tasks, self.elect, self.disjoint, self.normalize)
 
     def trims(self) -> Trim:
         """One cut, at the density."""

@@ -1,0 +1,285 @@
+"""Loops: what numba compiles. Imported by `fast` alone, and only where numba is installed.
+
+A task vector B·A is multiplied out a few rows of a panel of columns at a time, into memory that stays in a
+core's first cache, and used where it lies: counted for a threshold, or trimmed and voted on. Both passes
+call `multiply` on the same rows and panels; each entry is a chain of fused multiply-adds in the order of k,
+so that what the first pass counts is to the bit what the second one cuts.
+
+Arrays are float32 and lie row by row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+PANEL = 256  # columns that are worked on together
+ROWS = 4  # rows that are worked on together, even
+GROUP = 4  # task vectors that vote together
+WORD = 8  # marks of a byte each that are looked at together
+NOTHING = np.float32(1e-30)  # as in `elect`
+
+carray: Any = numba.carray  # type: ignore[attr-defined]
+compiled: Any = numba.njit(nogil=True, cache=True)
+contracted: Any = numba.njit(nogil=True, cache=True, fastmath={"contract"})  # a·b + c may be one operation
+
+
+def _cast(values: np.ndarray, positive: np.ndarray, negative: np.ndarray, plus: np.ndarray, minus: np.ndarray) -> None:
+    """One vote, see `Ballot.cast`; arrays are flat."""
+    none, one = np.float32(0.0), np.float32(1.0)
+    for place in range(len(values)):
+        value = values[place]
+        positive[place] += max(none, value)
+        negative[place] += min(none, value)
+        plus[place] += one if value > none else none
+        minus[place] += one if value < none else none
+
+
+def _count(
+    values: np.ndarray, low: np.float32, high: np.float32, room: np.ndarray, marks: np.ndarray
+) -> tuple[int, int]:
+    """How many |values| exceed `high`, and how many lie in [low, high], written into `room` in order.
+
+    `room` has an entry more than `values`, which are flat, and `marks` a byte for each.
+    """
+    above: Any = np.int32(0)  # one that fits beside float32 lanes
+    inside: Any = 0
+    whole = len(values) // WORD * WORD
+    for place in range(len(values)):
+        size = abs(values[place])
+        marks[place] = np.uint8((size >= low) & (size <= high))
+    for place in range(len(values)):  # apart, for lanes of bytes and of numbers together are slow
+        above += np.int32(abs(values[place]) > high)
+    words = marks[:whole].view(np.uint64)
+    for word in range(len(words)):  # most hold no mark at all
+        if words[word]:
+            for place in range(WORD * word, WORD * (word + 1)):
+                room[inside] = abs(values[place])  # the next overwrites it unless it counts
+                inside += np.int64(marks[place])
+    for place in range(whole, len(values)):
+        room[inside] = abs(values[place])
+        inside += np.int64(marks[place])
+    return above, inside
+
+
+def _pack(A: np.ndarray, start: int, columns: int, panel: np.ndarray) -> None:
+    """Columns of A side by side: far apart in memory they would drive each other out of the cache."""
+    for k in range(len(A)):
+        there, here = A[k, start : start + columns], panel[k]
+        for column in range(columns):
+            here[column] = there[column]
+
+
+def _multiply(B: np.ndarray, panel: np.ndarray, first: int, rows: int, columns: int, out: np.ndarray) -> None:
+    """Rows first, first + 1, … of B times a panel, two rows and four of the panel at a time.
+
+    `out` has an even number of rows, at least `rows`.
+    """
+    rank, last = B.shape[1], first + rows - 1
+    for row in range(0, rows, 2):
+        upper, lower = out[row], out[row + 1]
+        one, two = B[first + row], B[min(first + row + 1, last)]  # an odd last row is done twice
+        for column in range(columns):
+            upper[column] = np.float32(0.0)
+            lower[column] = np.float32(0.0)
+        for k in range(0, rank - 3, 4):
+            a, b, c, d = panel[k], panel[k + 1], panel[k + 2], panel[k + 3]
+            a1, b1, c1, d1 = one[k], one[k + 1], one[k + 2], one[k + 3]
+            a2, b2, c2, d2 = two[k], two[k + 1], two[k + 2], two[k + 3]
+            for column in range(columns):
+                x, y = upper[column], lower[column]
+                x += a1 * a[column]
+                y += a2 * a[column]
+                x += b1 * b[column]
+                y += b2 * b[column]
+                x += c1 * c[column]
+                y += c2 * c[column]
+                x += d1 * d[column]
+                y += d2 * d[column]
+                upper[column], lower[column] = x, y
+        for k in range(rank // 4 * 4, rank):
+            a, a1, a2 = panel[k], one[k], two[k]
+            for column in range(columns):
+                upper[column] += a1 * a[column]
+                lower[column] += a2 * a[column]
+
+
+def _read(B: np.ndarray, A: np.ndarray, panel: np.ndarray, block: np.ndarray, out: np.ndarray) -> None:
+    """B·A into `out`, with the bits that `census` and `vote` see."""
+    width = A.shape[1]
+    for start in range(0, width, PANEL):
+        columns = min(PANEL, width - start)
+        pack(A, start, columns, panel)
+        for first in range(0, len(B), ROWS):
+            rows = min(ROWS, len(B) - first)
+            multiply(B, panel, first, rows, columns, block)
+            for row in range(rows):
+                there, here = block[row], out[first + row, start : start + columns]
+                for column in range(columns):
+                    here[column] = there[column]
+
+
+def _census(
+    B: np.ndarray,
+    A: np.ndarray,
+    low: np.float32,
+    high: np.float32,
+    room: np.ndarray,
+    marks: np.ndarray,
+    panel: np.ndarray,
+    block: np.ndarray,
+) -> tuple[int, int]:
+    """`count` of the entries of B·A, which is not made; panel by panel."""
+    width = A.shape[1]
+    above: Any = 0
+    inside: Any = 0
+    for start in range(0, width, PANEL):
+        columns = min(PANEL, width - start)
+        pack(A, start, columns, panel)
+        for first in range(0, len(B), ROWS):
+            rows = min(ROWS, len(B) - first)
+            multiply(B, panel, first, rows, columns, block)
+            flat = block.reshape(-1)
+            at_once, step = (1, rows * columns) if columns == PANEL else (rows, columns)
+            for row in range(at_once):
+                larger, found = count(flat[row * PANEL : row * PANEL + step], low, high, room[inside:], marks)
+                above += larger
+                inside += found
+    return above, inside
+
+
+def _poll(block: np.ndarray, below: np.ndarray, hefts: np.ndarray, ballot: np.ndarray) -> None:
+    """The votes of GROUP task vectors: what exceeds `below` in magnitude, and its heft, on the side of its sign."""
+    positive, negative, plus, minus, votes = ballot[0], ballot[1], ballot[2], ballot[3], ballot[4]
+    v1, v2, v3, v4 = block[0], block[1], block[2], block[3]
+    t1, t2, t3, t4 = below[0], below[1], below[2], below[3]
+    w1, w2, w3, w4 = hefts[0], hefts[1], hefts[2], hefts[3]
+    none, one = np.float32(0.0), np.float32(1.0)
+    for place in range(len(positive)):
+        up, down, heft_up, heft_down, cast_ = positive[place], negative[place], plus[place], minus[place], votes[place]
+        v = v1[place]
+        up += v if v > t1 else none
+        down += v if v < -t1 else none
+        heft_up += w1 if v > t1 else none
+        heft_down += w1 if v < -t1 else none
+        cast_ += one if abs(v) > t1 else none
+        v = v2[place]
+        up += v if v > t2 else none
+        down += v if v < -t2 else none
+        heft_up += w2 if v > t2 else none
+        heft_down += w2 if v < -t2 else none
+        cast_ += one if abs(v) > t2 else none
+        v = v3[place]
+        up += v if v > t3 else none
+        down += v if v < -t3 else none
+        heft_up += w3 if v > t3 else none
+        heft_down += w3 if v < -t3 else none
+        cast_ += one if abs(v) > t3 else none
+        v = v4[place]
+        up += v if v > t4 else none
+        down += v if v < -t4 else none
+        heft_up += w4 if v > t4 else none
+        heft_down += w4 if v < -t4 else none
+        cast_ += one if abs(v) > t4 else none
+        positive[place], negative[place], plus[place], minus[place] = up, down, heft_up, heft_down
+        votes[place] = cast_
+
+
+def _decide(ballot: np.ndarray, start: int, mean: bool, out: np.ndarray) -> tuple[int, int]:
+    """The elected mean or sum of the places from `start` on, into `out`; the numbers that `Ballot.conflicts` gives."""
+    end = start + len(out)
+    positive, negative, plus, minus, votes = (
+        ballot[0, start:end],
+        ballot[1, start:end],
+        ballot[2, start:end],
+        ballot[3, start:end],
+        ballot[4, start:end],
+    )
+    conflicting: Any = np.int32(0)
+    shared: Any = np.int32(0)
+    none = np.float32(0.0)
+    for place in range(len(out)):  # all is loaded first: a choice between two loads would be a branch
+        up, down, heft_up, heft_down = positive[place], negative[place], plus[place], minus[place]
+        lead = up + down >= none
+        agreed, heft = (up if lead else down), (heft_up if lead else heft_down)
+        out[place] = agreed / max(heft, NOTHING) if mean else agreed
+        conflicting += np.int32((up > none) & (down < none))
+        shared += np.int32(votes[place] > np.float32(1.5))
+    return conflicting, shared
+
+
+def _vote(
+    factors: np.ndarray,
+    ranks: np.ndarray,
+    below: np.ndarray,
+    hefts: np.ndarray,
+    mean: bool,
+    panels: np.ndarray,
+    block: np.ndarray,
+    ballot: np.ndarray,
+    out: np.ndarray,
+) -> tuple[int, int]:
+    """The disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `Ballot`.
+
+    Args:
+        factors: (N, 2), the addresses of B (rows, r) and A (r, columns) of each; N is filled up to a multiple of
+            GROUP with anything that lies still, whose `below` is infinite.
+        ranks: r of each, 0 for what fills up.
+        below: (N,), the largest magnitude that is cut.
+        hefts: (N,), what a vote adds to the divisor.
+        panels, block, ballot: room: (Σr, PANEL), (GROUP, ROWS, PANEL), (5, ROWS·PANEL).
+        out: (rows, columns).
+    Returns: how many entries have votes of both signs, how many have several votes.
+    """
+    rows, width = out.shape
+    conflicting: Any = 0
+    shared: Any = 0
+    flat = block.reshape(GROUP, ROWS * PANEL)
+    for start in range(0, width, PANEL):
+        columns = min(PANEL, width - start)
+        at = 0
+        for place in range(len(ranks)):
+            A = carray(pointer(factors[place, 1]), (ranks[place], width), np.float32)
+            pack(A, start, columns, panels[at:])
+            at += ranks[place]
+        for first in range(0, rows, ROWS):
+            some = min(ROWS, rows - first)
+            ballot[:] = np.float32(0.0)
+            at = 0
+            for group in range(0, len(ranks), GROUP):
+                for member in range(GROUP):
+                    rank = ranks[group + member]
+                    B = carray(pointer(factors[group + member, 0]), (rows, rank), np.float32)
+                    multiply(B, panels[at : at + rank], first, some, columns, block[member])
+                    at += rank
+                poll(flat, below[group:], hefts[group:], ballot)
+            for row in range(some):
+                both, several = decide(ballot, row * PANEL, mean, out[first + row, start : start + columns])
+                conflicting += both
+                shared += several
+    return conflicting, shared
+
+
+def _pointer(typing: Any, address: Any) -> Any:
+    """An address as numba's `carray` takes it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+pointer: Any = intrinsic(_pointer)
+pack = compiled(_pack)
+multiply = contracted(_multiply)
+count = compiled(_count)
+cast = compiled(_cast)
+poll = compiled(_poll)
+decide = compiled(_decide)
+read = compiled(_read)
+census = compiled(_census)
+vote = compiled(_vote)
