@@ -1,11 +1,16 @@
 """One large module: `python benchmarks/one_module.py`, every space and method family against PEFT, in one process.
 
 Eight rank-16 adapters on one 4096 × 4096 module, from the files: opened, checked, digested, merged,
-factorised and reported. PEFT's steps are those of `add_weighted_adapter` without the live model that it
-needs: multiply the deltas out, `merge_utils.ties` (`ties_svd`) or a sum (`svd`), one full SVD, as PEFT
-asks for it. The SVD is timed once, of the TIES merge, and counted in both. All have met a small module
-first, so that no library is being set up while the clock runs; ours is the median of several. Takes
-about a minute, nearly all of it PEFT's; what is ours goes first, for a peak of memory only rises.
+factorised and reported; `--shape 4096x4096 4096x14336 --adapters 2 8 32` for other sizes. PEFT's steps are those
+of `add_weighted_adapter` without the live model that it needs: multiply the deltas out, `merge_utils.ties`
+(`ties_svd`) or a sum (`svd`), one full SVD, as PEFT asks for it. The SVD is timed once, of the TIES merge, and
+counted in both. mergekit's TIES is its trim and its election on the dense deltas. These take a minute and more and
+are run for eight adapters on 4096 × 4096 only, unless `--slow` asks for them. PEFT's `linear` and `cat` work on the
+factors, which are in memory there. The floor is what the machine could do: two products of all the deltas with
+nothing else, at the speed of a large product, and one copy of a delta.
+
+All have met a small module first, so that no library is being set up while the clock runs; ours is the median of
+several. What is ours goes first, for a peak of memory only rises: that of a further case is what it adds.
 """
 
 from __future__ import annotations
@@ -14,20 +19,25 @@ import argparse
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import synthetic
 import torch
-from peft.utils.merge_utils import ties
+from mergekit.merge_methods.generalized_task_arithmetic import get_mask
+from mergekit.sparsify import SparsificationMethod, sparsify
+from peft.utils.merge_utils import task_arithmetic, ties
 from rich.console import Console
 from rich.table import Table
 
 import ties_peft
 from ties_peft import fast
+from ties_peft.delta import LowRank
 
 MODULE = "layers.0.q"
+TIES, SUM, KNOTS = "PEFT ties_svd steps", "PEFT svd steps", "dense SVD of the stacked deltas alone, scaled from 512"
 Measured = tuple[float, float, torch.Tensor | None]  # seconds, megabytes, merged delta
+Row = tuple[str, float, float | None, str]  # what, seconds, megabytes, how many times faster than what
 
 
 def timed(work: Callable[[], object], times: int) -> tuple[float, float]:
@@ -56,13 +66,54 @@ def ours(paths: list[Path], rank: int) -> dict[str, Measured]:
         def work(given: dict[str, object] = given, last: list[ties_peft.Merged] = last) -> None:
             last[:] = [ties_peft.merge(paths, **common, **given)]
 
-        seconds, megabytes = timed(work, 3 if name == "TIES, delta" else 9)
+        seconds, megabytes = timed(work, 5 if name == "TIES, delta" else 9)
         found[name] = seconds, megabytes, last[0].delta(MODULE)
         if "space" in given:
             plan = ties_peft.prepare(paths, space=str(given["space"]))
             further, more = timed(lambda plan=plan: plan.merge(scope="module", **common), 9)  # type: ignore[misc]
             found[f"{name}, a further merge of a prepared plan"] = further, more, None
     return found
+
+
+def in_factors(deltas: Sequence[LowRank]) -> list[Row]:
+    """PEFT's `linear` and `cat`."""
+    ones = torch.ones(len(deltas))
+
+    def linear() -> None:
+        task_arithmetic([d.A for d in deltas], ones)
+        task_arithmetic([d.B for d in deltas], ones)
+
+    def cat() -> None:
+        torch.cat([d.A for d in deltas]), torch.cat([d.B for d in deltas], 1)
+
+    return [
+        ("PEFT linear (sums A and B apart), from memory", *timed(linear, 5), ""),
+        ("PEFT cat (rank Σr), from memory", *timed(cat, 5), ""),
+    ]
+
+
+def floor(deltas: Sequence[LowRank]) -> list[Row]:
+    """Two products of all deltas at the speed of a large product; a copy of one delta at the speed of memory."""
+    big = torch.randn(2048, 2048)
+    out = torch.empty_like(big)
+    seconds, _ = timed(lambda: torch.mm(big, big, out=out), 3)
+    speed = 2 * 2048**3 / seconds
+    work = sum(2 * d.shape[0] * d.rank * d.shape[1] for d in deltas)
+    source = torch.ones(deltas[0].shape)
+    target = torch.zeros_like(source)
+    copy, _ = timed(lambda: target.copy_(source), 3)
+    rate = 8 * source.numel() / copy / 1e9
+    return [
+        (f"floor: all deltas multiplied out twice at {speed / 1e9:.0f} GFLOP/s", 2 * work / speed, None, ""),
+        (f"floor: one delta copied, {rate:.0f} GB/s", copy, None, ""),
+    ]
+
+
+def mergekit_ties(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    """mergekit's `ties` with unit weights and `normalize`, on the dense deltas."""
+    kept = torch.stack([sparsify(delta, 0.2, SparsificationMethod.magnitude) for delta in deltas])
+    mask = get_mask(kept, "sum")
+    return (kept * mask).sum(0) / mask.sum(0).clamp_min(1)
 
 
 def dense_knots(side: int, adapters: int, small: int) -> float:
@@ -72,60 +123,78 @@ def dense_knots(side: int, adapters: int, small: int) -> float:
     return seconds * (side / small) ** 3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=4096)
-    parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--no-kernels", action="store_true", help="torch only, also where numba is installed")
-    parser.add_argument("--no-peft", action="store_true", help="only what is ours")
-    asked = parser.parse_args()
-    warnings.simplefilter("ignore")
-    if asked.no_kernels:
-        fast.WORTH = 1 << 62
+def slow(factors: Sequence[LowRank], merged: torch.Tensor, rank: int) -> tuple[dict[str, Row], list[Row], str]:
+    """PEFT's and mergekit's steps on the dense deltas, and how near our TIES is to the best of its rank."""
+    deltas: list[torch.Tensor] = []
+    making, room = timed(lambda: deltas.extend(d.dense() for d in factors), 1)
+    total, _ = timed(lambda: sum(deltas), 1)
+    with synthetic.measured() as merging:
+        dense = ties(deltas, torch.ones(len(deltas)), density=0.2)
+    with synthetic.measured() as decomposing:
+        _, S, _ = torch.linalg.svd(dense, full_matrices=True)
+    svd = decomposing.seconds
+    knots = dense_knots(min(factors[0].shape), len(factors), 512)
+    theirs, extra = timed(lambda: mergekit_ties(deltas), 1)
+    best = float(S[rank:].double().square().sum().sqrt())
+    reached = float(torch.linalg.vector_norm((dense - merged).double()))
+    everything = room + merging.megabytes + decomposing.megabytes
+    rows = {
+        TIES: (TIES, making + merging.seconds + svd, everything, "1"),
+        SUM: (SUM, making + total + svd, None, "1"),
+        KNOTS: (KNOTS, knots, None, "1"),
+    }
+    more: list[Row] = [("mergekit ties on dense deltas, no factorisation", making + theirs, room + extra, "")]
+    return rows, more, f"error of TIES, delta, over that of the best rank {rank} of PEFT's merge: {reached / best:.5f}"
+
+
+def case(shape: tuple[int, int], adapters: int, rank: int, dear: bool) -> None:
+    """Measure one size, and print its table."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = synthetic.write_adapters(Path(folder), asked.adapters, {MODULE: (asked.side, asked.side)}, asked.rank)
-        small = synthetic.write_adapters(Path(folder) / "small", 2, {MODULE: (64, 64)}, asked.rank)
-        if not asked.no_kernels:
-            fast.load(fast.WORTH)  # before the clock runs, if numba is installed
-        ours(small, asked.rank)
-        found = ours(paths, asked.rank)
-        deltas = [ties_peft.Adapter.load(path).delta(MODULE) for path in paths]
-    reference, dense = {}, None
-    if not asked.no_peft:
-        knots = dense_knots(asked.side, asked.adapters, min(512, asked.side))
-        total, _ = timed(lambda: sum(deltas), 1)
-        with synthetic.measured() as merging:
-            dense = ties(deltas, torch.ones(len(deltas)), density=0.2)
-        with synthetic.measured() as decomposing:
-            _, S, _ = torch.linalg.svd(dense, full_matrices=True)
-        svd = decomposing.seconds
-        reference = {
-            "TIES": ("PEFT ties_svd steps", merging.seconds + svd, merging.megabytes + decomposing.megabytes),
-            "sum": ("PEFT svd steps", total + svd, decomposing.megabytes),
-            "KnOTS": (f"dense SVD of the stacked deltas alone, scaled from {min(512, asked.side)}", knots, 0.0),
-        }
-    loops = fast.kernels()
-    table = Table(title=f"{asked.adapters} adapters, rank {asked.rank}, {asked.side} × {asked.side}", box=None)
+        paths = synthetic.write_adapters(Path(folder), adapters, {MODULE: shape}, rank)
+        found = ours(paths, rank)
+        opened = [ties_peft.Adapter.load(path) for path in paths]
+        read = [adapter.read(MODULE) for adapter in opened]
+    factors = [delta for delta in read if isinstance(delta, LowRank)]
+    others = [*in_factors(factors), *floor(factors)]
+    merged = found["TIES, delta"][2]
+    assert merged is not None
+    reference, more, remark = slow(factors, merged, rank) if dear else ({}, [], "")
+    table = Table(title=f"{adapters} adapters, rank {rank}, {shape[0]} × {shape[1]}", box=None)
     for heading in ("", "seconds", "extra MB", "times faster"):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, seconds, megabytes in reference.values():
-        table.add_row(name, f"{seconds:.2f}", f"{megabytes:.0f}" if megabytes else "", "1")
+    for name, seconds, megabytes, ratio in [*reference.values(), *more, *others]:
+        table.add_row(name, f"{seconds:.4f}", "" if megabytes is None else f"{megabytes:.0f}", ratio)
     for name, (seconds, megabytes, _) in found.items():
-        against = reference.get(name[:4].rstrip(), reference.get(name[:3]))
-        ratio = f"{against[1] / seconds:.0f}" if against else ""
-        if "KnOTS" in reference and "KnOTS" in name:
-            ratio += f" (dense SVD: {reference['KnOTS'][1] / seconds:.0f})"
-        table.add_row(name, f"{seconds:.4f}", f"{megabytes:.0f}", ratio)
+        ratios = [f"{reference[TIES if 'TIES' in name else SUM][1] / seconds:.0f}"] if reference else []
+        ratios += [f"(dense SVD: {reference[KNOTS][1] / seconds:.0f})"] if reference and "KnOTS" in name else []
+        table.add_row(name, f"{seconds:.4f}", f"{megabytes:.0f}", " ".join(ratios))
     console = Console(width=120)
     console.print(table)
-    if dense is not None:
-        best = float(S[asked.rank :].double().square().sum().sqrt())
-        merged = found["TIES, delta"][2]
-        assert merged is not None
-        reached = float(torch.linalg.vector_norm((dense - merged).double()))
-        console.print(f"error of TIES, delta, against the best rank {asked.rank} of PEFT's merge: {reached / best:.5f}")
-    console.print(f"inner loops by {loops.name if loops else 'torch'}; {synthetic.machine()}")
+    if remark:
+        console.print(remark)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=["4096x4096"], help="rows x columns, several to go through them")
+    parser.add_argument("--adapters", nargs="+", type=int, default=[8], help="how many, several to go through them")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--no-kernels", action="store_true", help="torch only, also where numba is installed")
+    parser.add_argument("--no-peft", action="store_true", help="never the slow steps of others")
+    parser.add_argument("--slow", action="store_true", help="the slow steps of others at every size")
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        small = synthetic.write_adapters(Path(folder), 2, {MODULE: (64, 64)}, asked.rank)
+        worth, fast.WORTH = fast.WORTH, 1 << 62 if asked.no_kernels else 0
+        ours(small, asked.rank)  # before the clock runs: numba is loaded, if it is installed
+        fast.WORTH = fast.WORTH if asked.no_kernels else worth
+    for shape in [(int(rows), int(columns)) for rows, columns in (text.split("x") for text in asked.shape)]:
+        for adapters in asked.adapters:
+            usual = (shape, adapters) == ((4096, 4096), 8)
+            case(shape, adapters, asked.rank, (usual or asked.slow) and not asked.no_peft)
+    loops = "torch" if asked.no_kernels else getattr(fast.load(fast.WORTH), "name", "torch")
+    print(f"inner loops of large merges in delta space by {loops}; {synthetic.machine()}")
 
 
 if __name__ == "__main__":
