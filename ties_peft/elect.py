@@ -63,8 +63,11 @@ class Ballot:
         self.sums = torch.zeros_like(self.buffer) if disjoint == "max" else None
         self.heft: tuple[Tensor, Tensor] | None = None  # Σ|w| a side, from the first weight that is not ±1
 
-    def cast(self, values: Tensor, weight: float = 1.0) -> None:
-        """Count one trimmed, weighted task vector; zeros do not vote."""
+    def cast(self, values: Tensor, weight: float = 1.0, below: float = 0.0) -> None:
+        """Count one trimmed, weighted task vector; zeros do not vote.
+
+        What does not exceed `below` in magnitude does not either, which saves a trim of its own; it must be 0 for `max`.
+        """
         if self.sums is not None:
             torch.maximum(self.positive, values, out=self.positive)
             torch.minimum(self.negative, values, out=self.negative)
@@ -72,13 +75,20 @@ class Ballot:
         if self.heft is None and abs(weight) != 1 and self.normalize and self.disjoint == "mean":
             self.heft = (self.plus.clone(), self.minus.clone())
         loops = self.loops
-        if loops is not None and self.sums is None and self.heft is None and values.is_contiguous() and _on_cpu(values):
+        if (
+            loops is not None
+            and below == 0
+            and self.sums is None
+            and self.heft is None
+            and values.is_contiguous()
+            and _on_cpu(values)
+        ):
             sides_of = (self.positive, self.negative, self.plus, self.minus)
             loops.cast(values.view(-1).numpy(), *(side.view(-1).numpy() for side in sides_of))
             return
-        sides = ((self.plus, self.positive, torch.gt), (self.minus, self.negative, torch.lt))
-        for side, (count, mass, compare) in enumerate(sides):
-            compare(values, 0, out=self.buffer)  # as 0.0 and 1.0: torch is slow between bool and float
+        sides = ((self.plus, self.positive, torch.gt, below), (self.minus, self.negative, torch.lt, -below))
+        for side, (count, mass, compare, than) in enumerate(sides):
+            compare(values, than, out=self.buffer)  # as 0.0 and 1.0: torch is slow between bool and float
             count += self.buffer
             if self.sums is None:
                 mass.addcmul_(values, self.buffer)

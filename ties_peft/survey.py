@@ -163,12 +163,22 @@ class Survey:
                 for part in range(len(parts)) if group.part is None else (group.part,):
                     yield group, (group.member, module, part), parts[part]
 
+    def _by_module(self, groups: Iterable[Group]) -> Iterator[list[tuple[Group, Spot, Delta]]]:
+        """All places of a module in one go, so that no thread waits for another between adapters."""
+        for _, steps in groupby(self._walk(groups), lambda step: step[1][1]):
+            yield list(steps)
+
     def _find(self, groups: Sequence[Group]) -> None:
         """The cuts of all places of some groups."""
-        for group, spot, delta in self._walk(groups):
-            group.sizes[spot] = size(delta)
-            if size(delta) > WHOLE // (4 * len(group.modules)):  # else the whole group is small
-                group.sample.append(self._sample(spot, delta, len(group.modules)))
+        for steps in self._by_module(groups):
+            large = []
+            for group, spot, delta in steps:
+                group.sizes[spot] = size(delta)
+                if size(delta) > WHOLE // (4 * len(group.modules)):  # else the whole group is small
+                    large.append((group, spot, delta))
+            drawn = self.crew.map(lambda step: self._sample(step[1], step[2], len(step[0].modules)), large)
+            for (group, _, _), sample in zip(large, drawn, strict=True):
+                group.sample.append(sample)
         found = self._gather([(group.sizes, group.sample) for group in groups])
         for group, parts in zip(groups, zip(*found, strict=True), strict=True):
             group.sizes = {spot: count for sizes, _ in parts for spot, count in sizes.items()}
@@ -212,7 +222,7 @@ class Survey:
             search.open()
             of_group.setdefault(id(group), []).append(search)
         groups = list({id(group): group for group, _ in searches}.values())
-        for _, walk in groupby(self._walk(groups), lambda step: step[1][1]):  # a module's in one go: no thread waits
+        for walk in self._by_module(groups):
             steps = [(delta, of_group[id(group)]) for group, _, delta in walk]
             asked = [(delta, [search.ends for search in mine]) for delta, mine in steps]
             for (_, mine), tallies in zip(steps, _census(asked, self.crew), strict=True):
@@ -220,15 +230,9 @@ class Survey:
                     found = [tile[place] for tile in tallies]
                     search.add(sum(above for above, _ in found), np.concatenate([inside for _, inside in found]))
         counted = self._gather([search.counted for _, search in searches])
-        for (group, search), parts in zip(searches, zip(*counted, strict=True), strict=True):
+        for (_, search), parts in zip(searches, zip(*counted, strict=True), strict=True):
             search.counted = sum_of(parts)
-            try:
-                search.close()
-            except OverflowError:
-                raise MethodError(
-                    f"module '{printable(group.modules[0])}': a weighted task vector is beyond what float32 can hold. "
-                    "Use smaller weights."
-                ) from None
+        self.crew.map(_close, searches)
 
     def _share(self, group: Group, search: Search) -> dict[Spot, Cut]:
         """The cut of each place; where too many equal the threshold, the first in order of position stay."""
@@ -247,6 +251,17 @@ class Survey:
                 spare -= min(count, spare)
             cuts[spot] = Cut(search.threshold, tuple(quota))
         return cuts
+
+
+def _close(sought: tuple[Group, Search]) -> None:
+    group, search = sought
+    try:
+        search.close()
+    except OverflowError:
+        raise MethodError(
+            f"module '{printable(group.modules[0])}': a weighted task vector is beyond what float32 can hold. "
+            "Use smaller weights."
+        ) from None
 
 
 def _equals(delta: Delta, magnitude: np.float32, crew: Workers) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from ties_peft.delta import LowRank, Span, gram
 from ties_peft.factorise import _orthonormal, leading_rows
 from ties_peft.tensors import SafetensorsFile
 from ties_peft.threshold import Search
+from ties_peft.tiles import Workers
 
 SHAPES = {"layers.0.q": (37, 53), "layers.0.up": (130, 61), "layers.1.q": (24, 24)}
 
@@ -220,3 +222,47 @@ def test_orthonormal_bases_are_orthonormal_to_rounding_however_the_columns_lean(
     for matrix in (columns, leaning, columns * 10.0 ** torch.arange(-6, 6)):
         Q = _orthonormal(matrix).double()
         assert (Q.T @ Q - torch.eye(Q.shape[1])).abs().max() < 1e-6
+
+
+def test_threads_give_results_in_order_and_the_first_fault() -> None:
+    crew = Workers(3)
+    assert crew.map(lambda n: n * n, range(100)) == [n * n for n in range(100)]
+
+    def fails(n: int) -> int:
+        if n == 5:
+            raise ValueError(n)
+        return n
+
+    with pytest.raises(ValueError, match="5"):
+        crew.map(fails, range(50))
+    assert crew.map(lambda n: n, range(4)) == [0, 1, 2, 3]  # it goes on after a fault
+    crew.close()
+
+
+def test_a_plan_goes_on_with_the_threads_of_its_last_merge_but_not_with_another_processs(
+    make_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ties_peft.prepare(folders(make_lora), space="knots")
+    first = plan.merge(rank=8)
+    (crew,) = plan._memory.crew
+    plan.merge(rank=4)
+    assert plan._memory.crew == [crew]
+    process = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: process + 1)  # as in a fork, which has none of its parent's threads
+    again = plan.merge(rank=8)
+    assert plan._memory.crew != [crew]
+    assert all(torch.equal(first.delta(name), again.delta(name)) for name in SHAPES)
+
+
+def test_what_a_process_merged_before_changes_no_bit(
+    make_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    paths = folders(make_lora)
+    before = ties_peft.merge(paths, rank=8)
+    monkeypatch.setattr(fast, "WORTH", 0)
+    assert ties_peft.merge(paths, rank=8).report.loops.startswith("numba")
+    monkeypatch.undo()
+    after = ties_peft.merge(paths, rank=8)
+    assert (before.report.loops, after.report.loops) == ("torch", "torch")
+    assert all(torch.equal(before.delta(name), after.delta(name)) for name in SHAPES)

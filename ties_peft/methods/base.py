@@ -279,6 +279,7 @@ def elect_and_merge(
     elect: Vote = "mass",
     disjoint: Combine = "mean",
     normalize: bool = True,
+    below: Sequence[float] = (),
 ) -> Tensor:
     """The disjoint merge of what a method leaves of the task vectors, one at a time; it counts conflicts for the report.
 
@@ -286,11 +287,12 @@ def elect_and_merge(
         tasks: the task vectors.
         vectors: of each, in order, what is left; it is good until the next one is asked for.
         elect, disjoint, normalize: as in `Ballot`.
+        below: for each, the largest magnitude that has no vote; none for zeros alone.
     """
     total = tasks.total_heft if normalize else float(tasks.adapters)
     ballot = Ballot(tasks.room("ballot", (5, *tasks.shape)), elect, disjoint, normalize, total, tasks.loops)
-    for vector, weight in zip(vectors, tasks.weights, strict=True):
-        ballot.cast(vector, weight)
+    for vector, weight, least in zip(vectors, tasks.weights, below or [0.0] * len(tasks), strict=True):
+        ballot.cast(vector, weight, least)
     _tell(tasks, ballot.conflicts())
     return ballot.result(tasks.sign_vector())
 
@@ -301,11 +303,13 @@ def trim_elect_and_merge(tasks: TaskVectors, elect: Vote, disjoint: Combine, nor
     Law: the same within float32, of exactly the same entries.
     """
     loops, out = tasks.loops, tasks.out
-    plain = elect == "mass" and disjoint in ("mean", "sum") and tasks.signs is None and len(tasks.shape) == 2
-    plain = plain and len(tasks.cuts) == len(tasks) and all(cuts[0].whole(tasks.tile) for cuts in tasks.cuts)
-    if loops is None or out is None or not plain or not all(map(fused.fits, tasks.deltas)):
+    clear = disjoint != "max" and bool(tasks.cuts) and all(cuts[0].whole(tasks.tile) for cuts in tasks.cuts)
+    if not clear:
         return elect_and_merge(tasks, (task.trimmed() for task in tasks), elect, disjoint, normalize)
     below = [cuts[0].below for cuts in tasks.cuts]
+    plain = elect == "mass" and disjoint in ("mean", "sum") and tasks.signs is None and len(tasks.shape) == 2
+    if loops is None or out is None or not plain or not all(map(fused.fits, tasks.deltas)):
+        return elect_and_merge(tasks, (task.vector for task in tasks), elect, disjoint, normalize, below)
     hefts = [abs(weight) if normalize else 1.0 for weight in tasks.weights]
     _tell(tasks, fused.vote(tasks.deltas, below, hefts, disjoint == "mean", tasks.span, out, loops, tasks.room))
     return out
