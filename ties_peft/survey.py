@@ -198,6 +198,8 @@ class Survey:
         for group, search in searches:
             for spot, cut in self._share(group, search).items():
                 self._cuts.setdefault(spot, []).append(cut)
+        for group in groups:
+            group.sample = []  # those of hundreds of adapters add up
 
     def _sample(self, spot: Spot, delta: Delta, modules: int) -> tuple[np.ndarray, float]:
         """Some magnitudes of one place; a prepared merge keeps them, unweighted.
