@@ -31,6 +31,7 @@ from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
 SAMPLE = (1 << 13, 1 << 18)  # entries of a group that are sampled, at least and at most; about one in SPARSE
 SPARSE = 512
+TOGETHER = 8  # task vectors of a module that are looked at in one go
 TOGETHER = 64  # adapters whose cuts are sought at once where all could be
 Value = TypeVar("Value")
 Progress = Callable[[str, int, int], None]
@@ -164,9 +165,10 @@ class Survey:
                     yield group, (group.member, module, part), parts[part]
 
     def _by_module(self, groups: Iterable[Group]) -> Iterator[list[tuple[Group, Spot, Delta]]]:
-        """All places of a module in one go, so that no thread waits for another between adapters."""
+        """The places of a module, several in one go, so that threads seldom wait for each other between adapters."""
         for _, steps in groupby(self._walk(groups), lambda step: step[1][1]):
-            yield list(steps)
+            while some := list(islice(steps, TOGETHER)):
+                yield some
 
     def _find(self, groups: Sequence[Group]) -> None:
         """The cuts of all places of some groups."""
