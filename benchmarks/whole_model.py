@@ -8,6 +8,7 @@ the parts cost. `--layers 2` for a look. The adapters are made once in --folder.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -31,7 +32,7 @@ BLOCK = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/ties-peft-whole-model"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "ties-peft-whole-model"))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
