@@ -69,7 +69,10 @@ def ours(paths: list[Path], rank: int) -> dict[str, Measured]:
         seconds, megabytes = timed(work, 5 if name == "TIES, delta" else 9)
         found[name] = seconds, megabytes, last[0].delta(MODULE)
         if "space" in given:
-            plan = ties_peft.prepare(paths, space=str(given["space"]))
+            space = str(given["space"])
+            begun = timed(lambda space=space: ties_peft.prepare(paths, space=space).merge(scope="module", **common), 9)  # type: ignore[misc]
+            found[f"{name}, prepared and merged once"] = *begun, None
+            plan = ties_peft.prepare(paths, space=space)
             further, more = timed(lambda plan=plan: plan.merge(scope="module", **common), 9)  # type: ignore[misc]
             found[f"{name}, a further merge of a prepared plan"] = further, more, None
     return found
