@@ -159,7 +159,7 @@ def _poll(block: np.ndarray, below: np.ndarray, hefts: np.ndarray, ballot: np.nd
     t1, t2, t3, t4 = below[0], below[1], below[2], below[3]
     w1, w2, w3, w4 = hefts[0], hefts[1], hefts[2], hefts[3]
     none, one = np.float32(0.0), np.float32(1.0)
-    for place in range(len(positive)):
+    for place in range(len(positive)):  # written out four times: a loop over the four would leave the registers
         up, down, heft_up, heft_down, cast_ = positive[place], negative[place], plus[place], minus[place], votes[place]
         v = v1[place]
         up += v if v > t1 else none
