@@ -69,6 +69,7 @@ FLOORS = {
     "coordinates": 8,
     "strangers": 6,
     "inspection": 8,
+    "glance": 8,
     "survey": 9,
     "account": 10,
     "merge": 11,

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from .adapter import Adapter
 from .companions import Companions
 from .delta import Delta, Dense, whole
@@ -32,13 +30,11 @@ class Memory:
 
     Attributes:
         encodings: by module, the coordinates of all its adapters.
-        samples: by member, module, part and modules ranked together, some magnitudes and how many each stands for.
         companions: the tokenizer files beside them, once they were looked for.
         crew: the threads of the last merge and their scratch memory, some 8 MB a thread whatever is merged.
     """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
-    samples: dict[tuple[int, str, int, int], tuple[np.ndarray, float]] = field(default_factory=dict)
     companions: Companions | None = None
     crew: list[Workers] = field(default_factory=list)
 

@@ -34,7 +34,8 @@ class Kernels:
     count: Callable[..., tuple[int, int]]
     read: Callable[..., None]
     census: Callable[..., tuple[int, int]]
-    vote: Callable[..., tuple[int, int]]
+    vote: Callable[..., tuple[int, int, int]]
+    settle: Callable[..., tuple[int, int]]
 
 
 def load(entries: float) -> Kernels | None:
@@ -43,5 +44,5 @@ def load(entries: float) -> Kernels | None:
         return None
     numba: Any = importlib.import_module("numba")
     made: Any = importlib.import_module(f"{__package__}.loops")
-    loops = (made.cast, made.count, made.read, made.census, made.vote)
+    loops = (made.cast, made.count, made.read, made.census, made.vote, made.settle)
     return Kernels(f"numba {numba.__version__}", made.PANEL, made.ROWS, made.GROUP, *loops)

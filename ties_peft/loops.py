@@ -18,7 +18,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 PANEL = 256  # columns that are worked on together
-ROWS = 4  # rows that are worked on together, even
+ROWS = 2  # rows that are worked on together, even
 GROUP = 4  # task vectors that vote together
 WORD = 8  # marks of a byte each that are looked at together
 NOTHING = np.float32(1e-30)  # as in `elect`
@@ -152,6 +152,17 @@ def _census(
     return above, inside
 
 
+def _voted(value: Any, least: Any, heft: Any, up: Any, down: Any, heft_up: Any, heft_down: Any) -> tuple[Any, ...]:
+    """Both sides of an entry's ballot after one more vote, if `value` exceeds `least` in magnitude."""
+    none = np.float32(0.0)
+    return (
+        up + (value if value > least else none),
+        down + (value if value < -least else none),
+        heft_up + (heft if value > least else none),
+        heft_down + (heft if value < -least else none),
+    )
+
+
 def _poll(block: np.ndarray, below: np.ndarray, hefts: np.ndarray, ballot: np.ndarray) -> None:
     """The votes of GROUP task vectors: what exceeds `below` in magnitude, and its heft, on the side of its sign."""
     positive, negative, plus, minus, votes = ballot[0], ballot[1], ballot[2], ballot[3], ballot[4]
@@ -160,56 +171,95 @@ def _poll(block: np.ndarray, below: np.ndarray, hefts: np.ndarray, ballot: np.nd
     w1, w2, w3, w4 = hefts[0], hefts[1], hefts[2], hefts[3]
     none, one = np.float32(0.0), np.float32(1.0)
     for place in range(len(positive)):  # written out four times: a loop over the four would leave the registers
-        up, down, heft_up, heft_down, cast_ = positive[place], negative[place], plus[place], minus[place], votes[place]
-        v = v1[place]
-        up += v if v > t1 else none
-        down += v if v < -t1 else none
-        heft_up += w1 if v > t1 else none
-        heft_down += w1 if v < -t1 else none
-        cast_ += one if abs(v) > t1 else none
-        v = v2[place]
-        up += v if v > t2 else none
-        down += v if v < -t2 else none
-        heft_up += w2 if v > t2 else none
-        heft_down += w2 if v < -t2 else none
-        cast_ += one if abs(v) > t2 else none
-        v = v3[place]
-        up += v if v > t3 else none
-        down += v if v < -t3 else none
-        heft_up += w3 if v > t3 else none
-        heft_down += w3 if v < -t3 else none
-        cast_ += one if abs(v) > t3 else none
-        v = v4[place]
-        up += v if v > t4 else none
-        down += v if v < -t4 else none
-        heft_up += w4 if v > t4 else none
-        heft_down += w4 if v < -t4 else none
-        cast_ += one if abs(v) > t4 else none
-        positive[place], negative[place], plus[place], minus[place] = up, down, heft_up, heft_down
+        one_, two, three, four = v1[place], v2[place], v3[place], v4[place]
+        sides = positive[place], negative[place], plus[place], minus[place]
+        sides = voted(one_, t1, w1, *sides)
+        sides = voted(two, t2, w2, *sides)
+        sides = voted(three, t3, w3, *sides)
+        sides = voted(four, t4, w4, *sides)
+        positive[place], negative[place], plus[place], minus[place] = sides
+        cast_ = votes[place]
+        cast_ += one if abs(one_) > t1 else none
+        cast_ += one if abs(two) > t2 else none
+        cast_ += one if abs(three) > t3 else none
+        cast_ += one if abs(four) > t4 else none
         votes[place] = cast_
 
 
+def _doubt(block: np.ndarray, low: np.ndarray, high: np.ndarray, doubts: np.ndarray, above: np.ndarray) -> None:
+    """How many of GROUP task vectors lie in [low, high] in magnitude at each place; and above it, of each of them."""
+    v1, v2, v3, v4 = block[0], block[1], block[2], block[3]
+    l1, l2, l3, l4 = low[0], low[1], low[2], low[3]
+    h1, h2, h3, h4 = high[0], high[1], high[2], high[3]
+    n1 = n2 = n3 = n4 = np.int32(0)
+    for place in range(len(doubts)):
+        one, two, three, four = abs(v1[place]), abs(v2[place]), abs(v3[place]), abs(v4[place])
+        n1 = np.int32(n1 + np.int32(one > h1))  # cut back at every step, to fit beside float32 lanes
+        n2 = np.int32(n2 + np.int32(two > h2))
+        n3 = np.int32(n3 + np.int32(three > h3))
+        n4 = np.int32(n4 + np.int32(four > h4))
+        some = doubts[place]
+        some += np.float32(one >= l1) - np.float32(one > h1)
+        some += np.float32(two >= l2) - np.float32(two > h2)
+        some += np.float32(three >= l3) - np.float32(three > h3)
+        some += np.float32(four >= l4) - np.float32(four > h4)
+        doubts[place] = some
+    above[0] += n1
+    above[1] += n2
+    above[2] += n3
+    above[3] += n4
+
+
 def _decide(ballot: np.ndarray, start: int, mean: bool, out: np.ndarray) -> tuple[int, int]:
-    """The elected mean or sum of the places from `start` on, into `out`; the numbers that `Ballot.conflicts` gives."""
+    """The elected mean or sum of the places from `start` on, into `out`; the numbers that `Ballot.conflicts` gives.
+
+    Places in doubt are not counted.
+    """
     end = start + len(out)
-    positive, negative, plus, minus, votes = (
+    positive, negative, plus, minus, votes, doubts = (
         ballot[0, start:end],
         ballot[1, start:end],
         ballot[2, start:end],
         ballot[3, start:end],
         ballot[4, start:end],
+        ballot[5, start:end],
     )
     conflicting: Any = np.int32(0)
     shared: Any = np.int32(0)
     none = np.float32(0.0)
     for place in range(len(out)):  # all is loaded first: a choice between two loads would be a branch
         up, down, heft_up, heft_down = positive[place], negative[place], plus[place], minus[place]
-        lead = up + down >= none
+        lead, sure = up + down >= none, doubts[place] == none
         agreed, heft = (up if lead else down), (heft_up if lead else heft_down)
         out[place] = agreed / max(heft, NOTHING) if mean else agreed
-        conflicting += np.int32((up > none) & (down < none))
-        shared += np.int32(votes[place] > np.float32(1.5))
+        conflicting += np.int32((up > none) & (down < none) & sure)
+        shared += np.int32((votes[place] > np.float32(1.5)) & sure)
     return conflicting, shared
+
+
+def _note(
+    block: np.ndarray,
+    doubts: np.ndarray,
+    shape: tuple[int, int],
+    corner: int,
+    width: int,
+    spots: np.ndarray,
+    places: np.ndarray,
+    values: np.ndarray,
+) -> Any:
+    """Write down the places in doubt of a block, flat in what it is cut from, and all values there; how many."""
+    found: Any = 0
+    for row in range(shape[0]):
+        for spot in range(row * PANEL, row * PANEL + shape[1]):
+            spots[found] = spot  # the next overwrites it unless it counts
+            found += np.int64(doubts[spot] > np.float32(0.5))
+    for place in range(found):
+        places[place] = corner + spots[place] // PANEL * width + spots[place] % PANEL
+    for member in range(len(values)):
+        there, here = block[member], values[member]
+        for place in range(found):
+            here[place] = there[spots[place]]
+    return found
 
 
 def _vote(
@@ -222,8 +272,16 @@ def _vote(
     block: np.ndarray,
     ballot: np.ndarray,
     out: np.ndarray,
-) -> tuple[int, int]:
+    low: Any,
+    above: Any,
+    spots: Any,
+    places: Any,
+    values: Any,
+) -> tuple[int, int, int]:
     """The disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `Ballot`.
+
+    With `low` it is a glance: where the magnitude of any of them lies in [low, below], `out` is not yet decided,
+    and all values there are noted.
 
     Args:
         factors: (N, 2), the addresses of B (rows, r) and A (r, columns) of each; N is filled up to a multiple of
@@ -231,14 +289,21 @@ def _vote(
         ranks: r of each, 0 for what fills up.
         below: (N,), the largest magnitude that is cut.
         hefts: (N,), what a vote adds to the divisor.
-        panels, block, ballot: room: (Σr, PANEL), (GROUP, ROWS, PANEL), (5, ROWS·PANEL).
+        panels, block, ballot: room: (Σr, PANEL), (GROUP, ROWS, PANEL), or (N, …) for a glance, (6, ROWS·PANEL).
         out: (rows, columns).
-    Returns: how many entries have votes of both signs, how many have several votes.
+        low: (N,), NaN for one that is never in doubt; None, as are the next four, if nothing is.
+        above: (N,), int64, to which is added how many magnitudes exceed `below`.
+        spots: room: (ROWS·PANEL + 1,), int32.
+        places: (L + ROWS·PANEL,), int32, the flat place in `out` of those noted.
+        values: (M, L + ROWS·PANEL), the values of the first M there.
+    Returns: how many entries have votes of both signs, how many have several votes, doubtful ones apart, and how many
+        are noted; more than L if there was no room for all.
     """
     rows, width = out.shape
     conflicting: Any = 0
     shared: Any = 0
-    flat = block.reshape(GROUP, ROWS * PANEL)
+    found: Any = 0
+    flat = block.reshape(len(block), ROWS * PANEL)
     for start in range(0, width, PANEL):
         columns = min(PANEL, width - start)
         at = 0
@@ -251,16 +316,62 @@ def _vote(
             ballot[:] = np.float32(0.0)
             at = 0
             for group in range(0, len(ranks), GROUP):
+                base = group % len(block)
                 for member in range(GROUP):
                     rank = ranks[group + member]
                     B = carray(pointer(factors[group + member, 0]), (rows, rank), np.float32)
-                    multiply(B, panels[at : at + rank], first, some, columns, block[member])
+                    multiply(B, panels[at : at + rank], first, some, columns, block[base + member])
                     at += rank
-                poll(flat, below[group:], hefts[group:], ballot)
+                poll(flat[base:], below[group:], hefts[group:], ballot)
+                if low is not None:
+                    doubt(flat[base:], low[group:], below[group:], ballot[5], above[group:])
             for row in range(some):
                 both, several = decide(ballot, row * PANEL, mean, out[first + row, start : start + columns])
                 conflicting += both
                 shared += several
+            if low is not None and found + ROWS * PANEL <= len(places):
+                corner, shape = first * width + start, (some, columns)
+                found += note(flat, ballot[5], shape, corner, width, spots, places[found:], values[:, found:])
+    return conflicting, shared, found
+
+
+def _settle(
+    places: np.ndarray,
+    values: np.ndarray,
+    below: np.ndarray,
+    hefts: np.ndarray,
+    mean: bool,
+    block: np.ndarray,
+    ballot: np.ndarray,
+    decided: np.ndarray,
+    out: np.ndarray,
+) -> tuple[int, int]:
+    """Decide what a glance left in doubt, as `vote` would have, now that the cuts are known.
+
+    Args:
+        places: (L,), flat in `out`.
+        values: (M, L), the values of M task vectors there.
+        below, hefts: (N,), N ≥ M filled up as for `vote`.
+        block, ballot, decided: room: (GROUP, ROWS·PANEL), (6, ROWS·PANEL), (ROWS·PANEL,).
+        out: flat.
+    Returns: how many of them have votes of both signs, how many several votes.
+    """
+    conflicting: Any = 0
+    shared: Any = 0
+    for start in range(0, len(places), ROWS * PANEL):
+        end = min(start + ROWS * PANEL, len(places))
+        ballot[:] = np.float32(0.0)
+        for group in range(0, len(values), GROUP):
+            for member in range(min(GROUP, len(values) - group)):
+                there, here = values[group + member], block[member]
+                for place in range(start, end):
+                    here[place - start] = there[place]
+            poll(block, below[group:], hefts[group:], ballot)
+        both, several = decide(ballot, 0, mean, decided[: end - start])
+        for place in range(start, end):
+            out[places[place]] = decided[place - start]
+        conflicting += both
+        shared += several
     return conflicting, shared
 
 
@@ -278,8 +389,12 @@ pack = compiled(_pack)
 multiply = contracted(_multiply)
 count = compiled(_count)
 cast = compiled(_cast)
+voted = compiled(_voted)
 poll = compiled(_poll)
+doubt = compiled(_doubt)
+note = compiled(_note)
 decide = compiled(_decide)
 read = compiled(_read)
 census = compiled(_census)
 vote = compiled(_vote)
+settle = compiled(_settle)

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,12 +29,12 @@ class Counted:
 
     Attributes:
         above: how many exceed the bracket.
-        values: those inside, if they are few; else
+        values: those inside, by place and there by tile, if they are few; else
         steps: how many are inside, by steps of their bits.
     """
 
     above: int = 0
-    values: list[np.ndarray] = field(default_factory=list)
+    values: dict[Hashable, list[np.ndarray]] = field(default_factory=dict)
     steps: np.ndarray | None = None
 
 
@@ -44,7 +44,8 @@ def sum_of(parts: Sequence[Counted]) -> Counted:
     steps = first.steps
     for other in others:
         steps = None if steps is None or other.steps is None else steps + other.steps
-    return Counted(sum(part.above for part in parts), [v for part in parts for v in part.values], steps)
+    values = {place: some for part in parts for place, some in part.values.items()}
+    return Counted(sum(part.above for part in parts), values, steps)
 
 
 @dataclass
@@ -81,24 +82,35 @@ class Search:
         return low, high
 
     @property
+    def sought(self) -> bool:
+        """Whether there is anything to search: neither all entries are kept nor none."""
+        return 0 < self.keep < self.entries
+
+    @property
     def shift(self) -> int:
         """How coarsely values are told apart."""
         return max(0, (self.high - self.low).bit_length() - STEPS.bit_length() + 1)
 
-    def open(self) -> None:
-        """Forget what was counted, before a pass."""
-        few = self.expected <= FEW
-        self.counted = Counted(0, [], None if few else np.zeros(((self.high - self.low) >> self.shift) + 1, np.uint32))
+    def open(self, kept: bool = False) -> None:
+        """Forget what was counted, before a pass; with `kept` it will bring no more values than there is room for."""
+        few = kept or self.expected <= FEW
+        self.counted = Counted(0, {}, None if few else np.zeros(((self.high - self.low) >> self.shift) + 1, np.uint32))
 
-    def add(self, above: int, inside: np.ndarray) -> None:
-        """Count what a pass found in one place."""
+    def add(self, above: int, inside: Sequence[np.ndarray], place: Hashable) -> None:
+        """Count what a pass found in one place, tile by tile."""
         found = self.counted
         found.above += above
         if found.steps is None:
-            found.values.append(inside)
+            found.values[place] = list(inside)
         else:
-            steps = (inside.view(np.int32) - np.int32(self.low)) >> self.shift
+            steps = (np.concatenate(inside).view(np.int32) - np.int32(self.low)) >> self.shift
             found.steps += np.bincount(steps, minlength=len(found.steps)).astype(np.uint32)
+
+    def equals(self, place: Hashable) -> list[int] | None:
+        """How many entries of a place equal the threshold, in each tile; None where their values were not kept."""
+        tiles = self.counted.values.get(place)
+        at = np.float32(self.threshold or 0.0)
+        return None if tiles is None else [int(np.count_nonzero(values == at)) for values in tiles]
 
     def close(self) -> None:
         """Settle the threshold, or the next bracket.
@@ -107,7 +119,8 @@ class Search:
         """
         missing = self.keep - self.counted.above  # so many of those inside are kept, the largest first
         steps = self.counted.steps
-        inside = np.concatenate([np.empty(0, np.float32), *self.counted.values])
+        kept = [some for tiles in self.counted.values.values() for some in tiles]
+        inside = np.concatenate([np.empty(0, np.float32), *kept])
         found = len(inside) if steps is None else int(steps.sum())
         if not 0 < missing <= found:
             self._widen()

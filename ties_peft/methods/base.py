@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import fused
 from ..delta import Delta, Dense, LowRank, Mapped, inner, stack
 from ..draws import key, uniform
-from ..elect import Ballot, Combine, Vote
+from ..elect import Ballot, Combine, Election, Vote
 from ..factorise import Sum
 from ..fast import Kernels
 from ..statistics import Statistic
@@ -242,6 +242,10 @@ class Method(BaseModel, ABC):
         """The cuts to prepare, None for none."""
         return None
 
+    def election(self) -> Election | None:
+        """How what the trim leaves is elected and combined, of a method that does nothing else; None for others."""
+        return None
+
     def linear(self, adapters: int) -> bool:
         """Whether the result is a weighted sum, hence exact at rank Σrᵢ."""
         return False
@@ -297,22 +301,31 @@ def elect_and_merge(
     return ballot.result(tasks.sign_vector())
 
 
-def trim_elect_and_merge(tasks: TaskVectors, elect: Vote, disjoint: Combine, normalize: bool) -> Tensor:
+def trim_elect_and_merge(tasks: TaskVectors, election: Election) -> Tensor:
     """`elect_and_merge` of the trimmed task vectors; in one loop where it is compiled and nothing is out of the way.
 
     Law: the same within float32, of exactly the same entries.
     """
-    loops, out = tasks.loops, tasks.out
-    clear = disjoint != "max" and bool(tasks.cuts) and all(cuts[0].whole(tasks.tile) for cuts in tasks.cuts)
-    if not clear:
-        return elect_and_merge(tasks, (task.trimmed() for task in tasks), elect, disjoint, normalize)
+    how = election.elect, election.disjoint, election.normalize
+    clear = election.disjoint != "max" and all(cuts[0].whole(tasks.tile) for cuts in tasks.cuts)
+    if not clear or not tasks.cuts:
+        return elect_and_merge(tasks, (task.trimmed() for task in tasks), *how)
     below = [cuts[0].below for cuts in tasks.cuts]
-    plain = elect == "mass" and disjoint in ("mean", "sum") and tasks.signs is None and len(tasks.shape) == 2
-    if loops is None or out is None or not plain or not all(map(fused.fits, tasks.deltas)):
-        return elect_and_merge(tasks, (task.vector for task in tasks), elect, disjoint, normalize, below)
-    hefts = [abs(weight) if normalize else 1.0 for weight in tasks.weights]
-    _tell(tasks, fused.vote(tasks.deltas, below, hefts, disjoint == "mean", tasks.span, out, loops, tasks.room))
+    hefts, out, loops = fused_hefts(tasks, election), tasks.out, tasks.loops
+    if hefts is None or out is None or loops is None:
+        return elect_and_merge(tasks, (task.vector for task in tasks), *how, below)
+    mean = election.disjoint == "mean"
+    _tell(tasks, fused.vote(tasks.deltas, below, hefts, mean, tasks.span, out, loops, tasks.room))
     return out
+
+
+def fused_hefts(tasks: TaskVectors, election: Election) -> list[float] | None:
+    """What each one's vote adds to the divisor, where the compiled loops can hold the election; None where not."""
+    plain = election.elect == "mass" and election.disjoint in ("mean", "sum")
+    fit = tasks.signs is None and len(tasks.shape) == 2 and all(map(fused.fits, tasks.deltas))
+    if tasks.loops is None or not plain or not fit:
+        return None
+    return [abs(weight) if election.normalize else 1.0 for weight in tasks.weights]
 
 
 def _tell(tasks: TaskVectors, conflicts: tuple[int, int]) -> None:
