@@ -149,22 +149,27 @@ class Search:
         if self.entries <= WHOLE:
             return
         share = self.keep / self.entries
-        ranked, exceeded, independent = self._ranked()
-        spread = SIGMAS * self.wider * math.sqrt(share * (1 - share) / independent)
-        top, bottom = np.searchsorted(exceeded, (share - spread, share + spread))
+        total = sum(len(values) * each for values, each in self.sample)
+        draws = total**2 / sum(len(values) * each**2 for values, each in self.sample)  # of equal weight
+        spread = SIGMAS * self.wider * math.sqrt(share * (1 - share) / draws)
+        low, high = (self._one if len(self.sample) == 1 else self._weighted)(share + spread, share - spread)
+        self.low = int(np.float32(low).view(np.int32))
         if share - spread > 0:
-            self.high = int(ranked[min(top, len(ranked) - 1)])
-        if bottom < len(ranked) - 1:
-            self.low = int(ranked[bottom])
+            self.high = int(np.float32(high).view(np.int32))
         self.expected = min(1.0, 2 * spread) * self.entries
 
-    def _ranked(self) -> tuple[np.ndarray, np.ndarray, float]:
-        """The sample from the largest down, as bits; the share at each place or above; how many draws it is worth."""
-        if len(self.sample) == 1:  # one weight: nothing to carry along
-            values = np.sort(self.sample[0][0])[::-1]
-            return values.view(np.int32), np.arange(1, len(values) + 1) / len(values), len(values)
+    def _one(self, more: float, fewer: float) -> tuple[float, float]:
+        """The magnitudes that two shares of a sample of equal weights reach, 0 for all of it; without sorting it."""
+        values = self.sample[0][0]
+        last = len(values) - 1
+        low, high = (min(max(0, last + 1 - math.ceil((last + 1) * share)), last) for share in (more, fewer))
+        upper = np.partition(values, low)[low:]
+        return upper[0] if low else 0.0, np.partition(upper, high - low)[high - low]
+
+    def _weighted(self, more: float, fewer: float) -> tuple[float, float]:
+        """The same of unequal weights."""
         values = np.concatenate([values for values, _ in self.sample])
         weights = np.concatenate([np.full(len(values), weight) for values, weight in self.sample])
-        order = values.argsort()[::-1]
-        independent = weights.sum() ** 2 / (weights**2).sum()
-        return values[order].view(np.int32), np.cumsum(weights[order]) / weights.sum(), independent
+        order, last = values.argsort()[::-1], len(values) - 1
+        bottom, top = np.searchsorted(np.cumsum(weights[order]) / weights.sum(), (more, fewer))
+        return values[order[bottom]] if bottom < last else 0.0, values[order[min(top, last)]]
