@@ -79,7 +79,7 @@ class Look:
         above: for each task vector, how many of its magnitudes exceed its bracket.
         inside: for each, its magnitudes inside the bracket, in no certain order.
         places: (L,), int32, the entries that it did not decide, flat in the rows, in no certain order.
-        values: (N, L), of each task vector there.
+        values: (N, L) at least, of each task vector there; no more memory than is filled.
     """
 
     conflicts: tuple[int, int]
@@ -112,10 +112,8 @@ def glance(
     count = len(deltas) + -len(deltas) % loops.group
     block = loops.rows * loops.panel
     above = np.zeros(count, np.int64)
-    spots, places = (
-        room(name, (size,)).numpy().view(np.int32) for name, size in (("spots", block + 1), ("places", most + block))
-    )
-    values = room("values", (len(deltas), most + block)).numpy()
+    spots = room("spots", (block + 1,)).numpy().view(np.int32)
+    places, values = np.empty(most + block, np.int32), np.empty((len(deltas), most + block), np.float32)
     call = _call(factors, high, hefts, mean, out, loops, room, count)
     *conflicts, found = loops.vote(*call, _filled(low, UNCUT, count), above, spots, places, values)
     if found > most:
@@ -125,13 +123,7 @@ def glance(
     for own, (least, largest) in zip(values, brackets, strict=True):
         kept = room("inside", (found + 1,)).numpy()
         inside.append(kept[: loops.count(own[:found], least, largest, kept, marks)[1]].copy())
-    return Look(
-        (conflicts[0], conflicts[1]),
-        above[: len(deltas)].tolist(),
-        inside,
-        places[:found].copy(),
-        values[:, :found].copy(),
-    )
+    return Look((conflicts[0], conflicts[1]), above[: len(deltas)].tolist(), inside, places[:found], values)
 
 
 def settle(
@@ -146,7 +138,8 @@ def settle(
         _filled(hefts, 0.0, count),
         mean,
         room("blocks", (loops.group, loops.rows * loops.panel)).numpy(),
-        room("votes", (6, loops.rows * loops.panel)).numpy(),
+        room("votes", (4, loops.rows * loops.panel)).numpy(),
+        room("tallies", (2, loops.rows * loops.panel)).numpy().view(np.int32),
         room("decided", (loops.rows * loops.panel,)).numpy(),
         out.view(-1).numpy(),
     )
@@ -176,7 +169,9 @@ def _call(
         mean,
         room("panels", (max(1, int(ranks.sum())), loops.panel)).numpy(),
         room("blocks", (blocks, loops.rows, loops.panel)).numpy(),
-        room("votes", (6, loops.rows * loops.panel)).numpy(),
+        room("votes", (4, loops.rows * loops.panel)).numpy(),
+        room("tallies", (2, loops.rows * loops.panel)).numpy().view(np.int32),
+        room("decided", (loops.rows * loops.panel,)).numpy(),
         out.numpy(),
     )
 
