@@ -67,7 +67,7 @@ class LowRank:
         so that a share of the sample is at least as near to that of all entries as if each were drawn alone.
         """
         rows, columns = self.shape
-        side = min(LATTICE, 1 << max(0, count // max(rows, columns)).bit_length() >> 1)
+        side = min(LATTICE, 1 << max(1, count // max(rows, columns)).bit_length() - 1)
         blocks = -(-count // side**2)
         B = self.B.index_select(0, _turns(rows, blocks * side, draw).to(self.B.device))
         A = self.A.index_select(1, _turns(columns, blocks * side, draw).to(self.A.device))
@@ -170,8 +170,8 @@ Delta = LowRank | Dense | Mapped
 
 def _turns(length: int, count: int, draw: np.random.Generator) -> Tensor:
     """0, 1, … length − 1 in a random order, and then in another one, until there are so many."""
-    orders = [draw.permutation(length) for _ in range(-(-count // length))]
-    return torch.from_numpy(np.concatenate(orders)[:count])
+    orders = draw.permuted(np.tile(np.arange(length), (-(-count // length), 1)), axis=1)
+    return torch.from_numpy(orders.reshape(-1)[:count])
 
 
 def size(delta: Delta) -> int:
