@@ -26,7 +26,7 @@ class DeltaEncoding(Encoding):
             energy = inner(whole, whole)
             return Factors(whole, energy, energy)
         guess = not isinstance(whole, LowRank) and sum(delta.rank for delta in self.deltas) <= GUESSED
-        start = leading_rows(self.span, rank + OVERSAMPLE) if guess and self.span is not None else None
+        start = leading_rows(self.span, rank + OVERSAMPLE, run) if guess and self.span is not None else None
         return truncate(whole, rank, start, run, self._span_of(whole))
 
     def _span_of(self, whole: Delta) -> Span | None:
