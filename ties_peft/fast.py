@@ -32,6 +32,7 @@ class Kernels:
     group: int
     cast: Callable[..., None]
     count: Callable[..., tuple[int, int]]
+    within: Callable[..., Any]
     read: Callable[..., None]
     census: Callable[..., tuple[int, int]]
     vote: Callable[..., tuple[int, int, int]]
@@ -44,5 +45,5 @@ def load(entries: float) -> Kernels | None:
         return None
     numba: Any = importlib.import_module("numba")
     made: Any = importlib.import_module(f"{__package__}.loops")
-    loops = (made.cast, made.count, made.read, made.census, made.vote, made.settle)
+    loops = (made.cast, made.count, made.within, made.read, made.census, made.vote, made.settle)
     return Kernels(f"numba {numba.__version__}", made.PANEL, made.ROWS, made.GROUP, *loops)

@@ -114,15 +114,15 @@ def glance(
     above = np.zeros(count, np.int64)
     spots = room("spots", (block + 1,)).numpy().view(np.int32)
     places, values = np.empty(most + block, np.int32), np.empty((len(deltas), most + block), np.float32)
+    least, largest = _filled(low, UNCUT, count), _filled(high, UNCUT, count)
     call = _call(factors, high, hefts, mean, out, loops, room, count)
-    *conflicts, found = loops.vote(*call, _filled(low, UNCUT, count), above, spots, places, values)
+    *conflicts, found = loops.vote(*call, least, above, spots, places, values)
     if found > most:
         return None
     marks = room("marks", (found // 4 + 1,)).numpy().view(np.uint8)
-    inside = []
-    for own, (least, largest) in zip(values, brackets, strict=True):
-        kept = room("inside", (found + 1,)).numpy()
-        inside.append(kept[: loops.count(own[:found], least, largest, kept, marks)[1]].copy())
+    kept = room("inside", (len(deltas) * found + 1,)).numpy()
+    ends = loops.within(values, found, least, largest, kept, marks).cumsum()
+    inside = np.split(kept[: ends[-1]].copy(), ends[:-1])
     return Look((conflicts[0], conflicts[1]), above[: len(deltas)].tolist(), inside, places[:found], values)
 
 

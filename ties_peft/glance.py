@@ -22,7 +22,7 @@ from .delta import Delta, Dense, size
 from .fast import Kernels
 from .methods.base import Method, TaskVectors, fused_hefts
 from .threshold import Search
-from .tiles import Workers, empty, tiles
+from .tiles import Workers, empty
 from .trim import Cut
 
 SHARE = 0.5  # of the room for what is noted, that may be expected to be taken: tiles differ
@@ -79,7 +79,7 @@ class Glance:
             vectors = self.tasks.deltas, brackets, self.hefts, self.mean
             return fused.glance(*vectors, rows, out, self.loops, self.tasks.room, most)
 
-        looks = self.crew.map(look, tiles(merged.shape))
+        looks = self.crew.map(look, self.crew.tiles(merged.shape))
         found = [each for each in looks if each is not None]
         if len(found) < len(looks):
             return
@@ -93,7 +93,7 @@ class Glance:
         """The merge, the cut of each task vector being known; it counts conflicts for the report."""
         merged = self.merged
         assert merged is not None
-        grid = tiles(merged.shape)
+        grid = self.crew.tiles(merged.shape)
 
         def settle(tile: int) -> tuple[int, int]:
             look, out = self.looks[tile], merged[grid[tile][0] : grid[tile][1]]

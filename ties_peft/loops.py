@@ -64,6 +64,17 @@ def _count(
     return above, inside
 
 
+def _within(
+    values: np.ndarray, found: int, low: np.ndarray, high: np.ndarray, room: np.ndarray, marks: np.ndarray
+) -> np.ndarray:
+    """Of each row's first so many values the magnitudes in [low, high], one row after another in `room`; how many."""
+    counts, total = np.zeros(len(values), np.int64), 0
+    for row in range(len(values)):
+        _, counts[row] = count(values[row, :found], low[row], high[row], room[total:], marks)
+        total += counts[row]
+    return counts
+
+
 def _pack(A: np.ndarray, start: int, columns: int, panel: np.ndarray) -> None:
     """Columns of A side by side, filled up with zeros: far apart they would drive each other out of the cache."""
     for k in range(len(A)):
@@ -377,6 +388,7 @@ def _settle(
 pack = compiled(_pack)
 multiply = compiled(_multiply)
 count = compiled(_count)
+within = compiled(_within)
 cast = compiled(_cast)
 voted = compiled(_voted)
 poll = compiled(_poll)

@@ -25,7 +25,7 @@ from .kinds.base import EMBEDDING
 from .plan import Plan
 from .processes import Team
 from .threshold import WHOLE, Search, sum_of
-from .tiles import Workers, tiles
+from .tiles import Workers
 from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
@@ -323,7 +323,7 @@ def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers) -> list[list
             found.append((above, room[:inside].copy()))
         return found
 
-    grids = [tiles(delta.shape) for delta, _ in asked]
+    grids = [crew.tiles(delta.shape) for delta, _ in asked]
     tasks = [(*each, rows) for each, grid in zip(asked, grids, strict=True) for rows in grid]
     tallies = iter(crew.map(tile, tasks))
     return [list(islice(tallies, len(grid))) for grid in grids]

@@ -1,7 +1,7 @@
 """Tiles: the fixed row blocks in which a large task vector is worked on, and the threads that do it.
 
-A tile is small enough to stay in a core's cache. The grid depends on the shape alone, never on the
-number of threads, and every tile is computed by one thread: hence the same bits for any number of
+A tile is small enough to stay in a core's cache. The grid depends on the shape and on what loops work
+through it alone, never on the number of threads, and every tile is computed by one thread: hence the same bits for any number of
 threads. Buffers belong to a thread and are used again, because fresh memory costs more than the
 arithmetic done in it.
 """
@@ -22,14 +22,19 @@ from torch import Tensor
 from .fast import Kernels
 
 TILE = 1 << 18  # entries a tile holds, about: a megabyte in float32; smaller ones make threads wait for each other
+TALL = 2  # times as many for compiled loops, which hold a few of them at a time and read some factors anew for each
 Result = TypeVar("Result")
 
 
-def tiles(shape: Sequence[int]) -> list[tuple[int, int]]:
-    """The row ranges (start, stop) of a shape's tiles, in order; whole rows, at least one each."""
+def tiles(shape: Sequence[int], tall: int = 1) -> list[tuple[int, int]]:
+    """The row ranges (start, stop) of a shape's tiles, in order; whole rows, at least one each.
+
+    Args:
+        tall: how many times as large as others they are.
+    """
     length = shape[0]
     width = shape[1] if len(shape) > 1 else 1
-    step = max(1, TILE // max(1, width))
+    step = max(1, tall * TILE // max(1, width))
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -56,6 +61,10 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._local = threading.local()
         self._process = os.getpid()
+
+    def tiles(self, shape: Sequence[int]) -> list[tuple[int, int]]:
+        """The tiles in which it works through a shape."""
+        return tiles(shape, 1 if self.loops is None else TALL)
 
     def map(self, work: Callable[..., Result], items: Sequence[object]) -> list[Result]:
         """work(item) for every item; results in the items' order whatever thread made them."""

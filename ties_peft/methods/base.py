@@ -26,7 +26,7 @@ from ..elect import Ballot, Combine, Election, Vote
 from ..factorise import Sum
 from ..fast import Kernels
 from ..statistics import Statistic
-from ..tiles import Workers, empty, tiles
+from ..tiles import Workers, empty
 from ..trim import KEEP_ALL, Cut, Scope
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -261,7 +261,7 @@ def merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[st
         merged = method.merge(replace(tasks, tally=tally))
         return Dense(merged.float()) if isinstance(merged, Tensor) else merged
     result = empty(tasks.deltas[0].shape, tasks.device)
-    grid = tiles(result.shape)
+    grid = crew.tiles(result.shape)
 
     def tile(number: int) -> dict[str, int]:
         start, stop = grid[number]
