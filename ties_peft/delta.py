@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -249,20 +248,12 @@ class Span:
 
     def __init__(self, deltas: Sequence[LowRank]) -> None:
         self.deltas = list(deltas)
+        self.left = gram([delta.B for delta in deltas])
+        self.right = gram([delta.A.T for delta in deltas])
         ends = [0]
         for delta in deltas:
             ends.append(ends[-1] + delta.rank)
         self.places = [slice(start, end) for start, end in pairwise(ends)]
-
-    @cached_property
-    def left(self) -> Tensor:
-        """BᵀB."""
-        return gram([delta.B for delta in self.deltas])
-
-    @cached_property
-    def right(self) -> Tensor:
-        """A·Aᵀ."""
-        return gram([delta.A.T for delta in self.deltas])
 
     def products(self) -> Tensor:
         """⟨Δᵢ, Δⱼ⟩, (N, N), float64: sums over the blocks of the Gram matrices' entrywise product."""

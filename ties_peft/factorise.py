@@ -271,10 +271,9 @@ def truncate(
     return compress(merged, rank, span) if isinstance(merged, LowRank) else factorise(merged.dense(), rank, start, run)
 
 
-def leading_rows(span: Span, width: int, run: Callable[..., Iterable[Tensor]] = map) -> Tensor:
+def leading_rows(span: Span, width: int) -> Tensor:
     """The leading row space of ΣΔᵢ, (in, ≤ width), orthonormal: the informed start of `factorise`."""
-    left, right = run(lambda side: getattr(span, side), ("left", "right"))
-    return span.rows(decompose(left, right).top(width).Y).T
+    return span.rows(decompose(span.left, span.right).top(width).Y).T
 
 
 def _through_gram(matrix: Tensor, rank: int, run: Run = map) -> Factors:

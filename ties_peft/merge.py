@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -241,6 +242,8 @@ def _merge_parts(coordinates: Coordinates, name: str, survey: Survey, crew: Work
     encoding = coordinates.encoding(name)
     places = list(coordinates.prepared(name))
     parts = _parts(coordinates, name, crew)
+    dense = plan.method.entrywise and not plan.method.linear(len(places))
+    begun = crew.beside(partial(encoding.begin, plan.rank)) if dense and plan.rank is not None else None
     glance = Glance.of(plan.method, parts, crew)
     cuts = survey.cuts(name, glance)
     merged = []
@@ -255,6 +258,8 @@ def _merge_parts(coordinates: Coordinates, name: str, survey: Survey, crew: Work
             for stage in plan.finishes:
                 result = stage.finish(result, replace(tasks, deltas=plain))
         merged.append(result)
+    if begun is not None:
+        begun()
     return encoding.decode(merged, plan.rank, crew.map)
 
 

@@ -86,6 +86,13 @@ class Workers:
             thread.result()
         return results
 
+    def beside(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """Have one thread do something while the others go on; what comes back waits for it.
+
+        Where there are no others it is done then.
+        """
+        return work if self._pool is None else self._pool.submit(work).result
+
     def scratch(self, name: str, shape: Sequence[int], like: torch.device) -> Tensor:
         """A float32 buffer of this thread, its content left from the last use."""
         count = 1

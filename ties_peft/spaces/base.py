@@ -37,6 +37,10 @@ class Encoding(ABC):
         """What the columns of a part stand for, orthonormal rows of inputs, (columns, in); None: an input each."""
         return None
 
+    def begin(self, rank: int) -> None:
+        """Do beforehand what `decode` of a dense result at a rank will need that hangs on the task vectors alone."""
+        return
+
     @abstractmethod
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """The task vector that the merged parts make, at a rank; as it is for None, where its kind has none.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from torch import Tensor
+
 from ..delta import Delta, LowRank, Span, inner
 from ..factorise import OVERSAMPLE, Factors, Run, Sum, few, leading_rows, truncate
 from .base import Encoding, Space
@@ -18,6 +20,13 @@ class DeltaEncoding(Encoding):
     def __init__(self, deltas: Sequence[Delta]) -> None:
         self.deltas = list(deltas)
         self.parts = [(delta,) for delta in self.deltas]
+        self._start: tuple[int, Tensor] | None = None
+
+    def begin(self, rank: int) -> None:
+        """The informed start of a factorisation."""
+        few_enough = sum(delta.rank for delta in self.deltas) <= GUESSED
+        if few_enough and self.span is not None:
+            self._start = rank, leading_rows(self.span, rank + OVERSAMPLE)
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """The merged vector is the task vector."""
@@ -25,9 +34,10 @@ class DeltaEncoding(Encoding):
         if rank is None:
             energy = inner(whole, whole)
             return Factors(whole, energy, energy)
-        guess = not isinstance(whole, LowRank) and sum(delta.rank for delta in self.deltas) <= GUESSED
-        start = leading_rows(self.span, rank + OVERSAMPLE, run) if guess and self.span is not None else None
-        return truncate(whole, rank, start, run, self._span_of(whole))
+        if not isinstance(whole, LowRank) and (self._start is None or self._start[0] != rank):
+            self.begin(rank)
+        start, self._start = self._start, None  # not to be held by what is prepared
+        return truncate(whole, rank, start[1] if start else None, run, self._span_of(whole))
 
     def _span_of(self, whole: Delta) -> Span | None:
         """The span of what a sum adds up, where that is the task vectors as they are; it was made for the report."""
