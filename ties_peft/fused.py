@@ -79,7 +79,7 @@ class Look:
         above: for each task vector, how many of its magnitudes exceed its bracket.
         inside: for each, its magnitudes inside the bracket, in no certain order.
         places: (L,), int32, the entries that it did not decide, flat in the rows, in no certain order.
-        values: (N, L) at least, of each task vector there; no more memory than is filled.
+        values: (N, L), of each task vector there.
     """
 
     conflicts: tuple[int, int]
@@ -112,8 +112,9 @@ def glance(
     count = len(deltas) + -len(deltas) % loops.group
     block = loops.rows * loops.panel
     above = np.zeros(count, np.int64)
-    spots = room("spots", (block + 1,)).numpy().view(np.int32)
-    places, values = np.empty(most + block, np.int32), np.empty((len(deltas), most + block), np.float32)
+    ints = {"spots": block + 1, "places": most + block}
+    spots, places = (room(name, (size,)).numpy().view(np.int32) for name, size in ints.items())
+    values = room("values", (len(deltas), most + block)).numpy()
     least, largest = _filled(low, UNCUT, count), _filled(high, UNCUT, count)
     call = _call(factors, high, hefts, mean, out, loops, room, count)
     *conflicts, found = loops.vote(*call, least, above, spots, places, values)
@@ -123,7 +124,13 @@ def glance(
     kept = room("inside", (len(deltas) * found + 1,)).numpy()
     ends = loops.within(values, found, least, largest, kept, marks).cumsum()
     inside = np.split(kept[: ends[-1]].copy(), ends[:-1])
-    return Look((conflicts[0], conflicts[1]), above[: len(deltas)].tolist(), inside, places[:found], values)
+    return Look(
+        (conflicts[0], conflicts[1]),
+        above[: len(deltas)].tolist(),
+        inside,
+        places[:found].copy(),
+        values[:, :found].copy(),
+    )
 
 
 def settle(

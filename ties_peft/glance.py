@@ -120,5 +120,5 @@ def _bracket(search: Search) -> tuple[np.float32, np.float32]:
 def _drop_surplus(values: np.ndarray, places: np.ndarray, cut: Cut, tile: int) -> None:
     """As a cut does on a whole tile: of those that equal its threshold the first in order of position stay."""
     assert cut.spare is not None
-    equal = np.flatnonzero(np.abs(values[: len(places)]) == np.float32(cut.threshold))
+    equal = np.flatnonzero(np.abs(values) == np.float32(cut.threshold))
     values[equal[places[equal].argsort()][cut.spare[tile] :]] = 0

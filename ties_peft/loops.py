@@ -81,15 +81,13 @@ def _pack(A: np.ndarray, start: int, columns: int, panel: np.ndarray) -> None:
         there, here = A[k, start : start + columns], panel[k]
         for column in range(columns):
             here[column] = there[column]
-        for column in range(columns, PANEL):
-            here[column] = np.float32(0.0)
+        here[columns:] = np.float32(0.0)
 
 
 def _multiply(B: np.ndarray, panel: np.ndarray, first: int, rows: int, out: np.ndarray) -> None:
     """Rows first, first + 1, … of B times a panel, into `out` (ROWS, PANEL)."""
     for row in range(0, rows, 2):
-        upper = first + row
-        pair(B, upper, min(upper + 1, first + rows - 1), panel, out[row:])  # an odd last row is done twice
+        pair(B, first + row, first + min(row + 1, rows - 1), panel, out[row:])  # an odd last row is done twice
 
 
 def _read(B: np.ndarray, A: np.ndarray, panel: np.ndarray, block: np.ndarray, out: np.ndarray) -> None:
@@ -358,7 +356,7 @@ def _settle(
 
     Args:
         places: (L,), flat in `out`.
-        values: (M, L) at least, the values of M task vectors there.
+        values: (M, L), the values of M task vectors there.
         below, hefts: (N,), N ≥ M filled up as for `vote`.
         block: room, (GROUP, ROWS·PANEL); ballot, tallies, decided: as there.
         out: flat.
@@ -372,9 +370,7 @@ def _settle(
         tallies[:] = np.int32(0)
         for group in range(0, len(values), GROUP):
             for member in range(min(GROUP, len(values) - group)):
-                there, here = values[group + member], block[member]
-                for place in range(start, end):
-                    here[place - start] = there[place]
+                block[member, : end - start] = values[group + member, start:end]
             poll(block, below[group:], hefts[group:], ballot, end - start)
             reach(block, below[group:], tallies[0], end - start)
         both, several = decide(ballot, tallies[0], tallies[0], mean, decided, end - start)
