@@ -27,7 +27,7 @@ import torch
 from cases import FOURTH_ROOT_N, ROOT_N, Setting, multitask, unpack
 from compare import SIGNS, show, versions
 from judge import ROOT, minilm, own_adapters, paired
-from learn import LOG, SOURCES, TASKS, Bench, Runs
+from learn import LOG, RANDOM, SOURCES, TASKS, Bench, Runs
 from rich.console import Console
 
 import ties_peft
@@ -161,7 +161,7 @@ def whole(kitchen: Kitchen, log: Log, runs: Runs, seeds: Sequence[int], sources:
         if way.apart:
             left[way.name] = _left_out(kind, way, log, judge)
     for source in sources if seeds else ():
-        needs = "base" if source == "random tokens" else TEXT
+        needs = "base" if source == RANDOM else TEXT
         lines = [runs.find(kind, source, len(minilm.TASKS), seed)["right"]["distil"] for seed in seeds]
         found[f"distil, {source}"] = (needs, _mean([_rights(line) for line in lines]))
     against, singles = found[REFERENCE][1], found["own adapter of each task"][1]
