@@ -270,9 +270,9 @@ def inner(first: Delta, second: Delta) -> float:
     For factors: tr((B₁ᵀB₂)(A₂A₁ᵀ)), r₁·r₂·(out + in) products instead of out·in.
     """
     if isinstance(first, LowRank) and isinstance(second, LowRank):
-        left = first.B.double().T @ second.B.double()
-        right = first.A.double() @ second.A.double().T
-        return float((left * right).sum())
+        B, A = first.B.double(), first.A.double()
+        B2, A2 = (B, A) if second is first else (second.B.double(), second.A.double())
+        return float(((B.T @ B2) * (A @ A2.T)).sum())
     return float((first.dense().double() * second.dense().double()).sum())
 
 
