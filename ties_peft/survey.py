@@ -25,7 +25,7 @@ from .kinds.base import EMBEDDING
 from .plan import Plan
 from .processes import Team
 from .threshold import WHOLE, Search, sum_of
-from .tiles import Workers, tiles
+from .tiles import TILE, Workers, tiles
 from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
@@ -226,17 +226,18 @@ class Survey:
             search.open()
             of_group.setdefault(id(group), []).append(search)
         groups = list({id(group): group for group, _ in searches}.values())
+        little = sum(group.entries for group in groups) <= TILE
         for walk in self._by_module(groups):
             steps = [(delta, of_group[id(group)]) for group, _, delta in walk]
             asked = [(delta, [search.ends for search in mine]) for delta, mine in steps]
-            for (_, mine), tallies in zip(steps, _census(asked, self.crew), strict=True):
+            for (_, mine), tallies in zip(steps, _census(asked, self.crew, little), strict=True):
                 for place, search in enumerate(mine):
                     found = [tile[place] for tile in tallies]
                     search.add(sum(above for above, _ in found), np.concatenate([inside for _, inside in found]))
         counted = self._gather([search.counted for _, search in searches])
         for (_, search), parts in zip(searches, zip(*counted, strict=True), strict=True):
             search.counted = sum_of(parts)
-        self.crew.map(_close, searches)
+        self.crew.map(_close, searches, little)
 
     def _share(self, group: Group, search: Search) -> dict[Spot, Cut]:
         """The cut of each place; where too many equal the threshold, the first in order of position stay."""
@@ -305,7 +306,7 @@ Brackets = Sequence[tuple[np.float32, np.float32]]
 Tallies = list[tuple[int, np.ndarray]]  # for each bracket: how many magnitudes exceed it, and those inside
 
 
-def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers) -> list[list[Tallies]]:
+def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers, little: bool = False) -> list[list[Tallies]]:
     """Of each task vector, what lies above and inside each of its brackets, tile by tile."""
 
     def tile(task: tuple[Delta, Brackets, tuple[int, int]]) -> Tallies:
@@ -331,7 +332,7 @@ def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers) -> list[list
 
     grids = [tiles(delta.shape) for delta, _ in asked]
     tasks = [(*each, rows) for each, grid in zip(asked, grids, strict=True) for rows in grid]
-    tallies = iter(crew.map(tile, tasks))
+    tallies = iter(crew.map(tile, tasks, little))
     return [list(islice(tallies, len(grid))) for grid in grids]
 
 
