@@ -100,6 +100,13 @@ class Search:
             steps = (inside.view(np.int32) - np.int32(self.low)) >> self.shift
             found.steps += np.bincount(steps, minlength=len(found.steps)).astype(np.uint32)
 
+    def settle(self, ranked: np.ndarray) -> None:
+        """Settle the threshold from all magnitudes, the smallest first."""
+        smallest = ranked[self.entries - self.keep]
+        first, last = np.searchsorted(ranked, smallest), np.searchsorted(ranked, smallest, "right")
+        self.threshold, self.equal = float(smallest), int(last - first)
+        self.spare = self.keep - int(self.entries - last)
+
     def close(self) -> None:
         """Settle the threshold, or the next bracket.
 
