@@ -210,7 +210,7 @@ def gram(columns: Sequence[Tensor]) -> Tensor:
         band = _beside([part[start : start + GRAM_ROWS] for part in columns]).double()
         for first, last in edges:
             total[first:last, :last] += band[:, first:last].T @ band[:, :last]
-    return total.tril() + total.tril(-1).T
+    return total.tril_().add_(total.tril(-1).T)
 
 
 def _beside(parts: Sequence[Tensor]) -> Tensor:
