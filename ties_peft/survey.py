@@ -193,12 +193,12 @@ class Survey:
             ends = band_ends(group.densities, entries)
             searches += [(group, Search(entries, keep, group.sample)) for keep in ends]
         sought = [(group, search) for group, search in searches if 0 < search.keep < search.entries]
+        for _, search in sought:
+            search.bracket()
         for group, search in sought:
             ranked = self._ranked(group)
             if ranked is not None:
                 search.settle(ranked)
-            else:
-                search.bracket()
         while unsettled := [(group, search) for group, search in sought if search.threshold is None]:
             self._pass(unsettled)
         for group, search in searches:
