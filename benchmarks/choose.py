@@ -2,9 +2,9 @@
 
 Every way to one adapter from all six, LoRA and (IA)³: accuracy on the test rows of each task, their mean, the same with each
 own adapter's accuracy as 100 (normalised), the mean's difference from TIES as it comes with its paired standard
-error, accuracy on mr, which no adapter was trained on, and, for ways that need nothing, leave-one-out: each task judged with
-its own adapter left out, in the mean over the six. Of the others leave-one-out is not measured: they cost too much, or an
-adapter trained on all tasks has part in them.
+error, accuracy on mr, which no adapter was trained on, and leave-one-out: each task judged with its own adapter, its texts
+and its labels left out, in the mean over the six. Two have none: what an adapter trained on all tasks has part in, and
+what distil gives, which would have to be learnt six times over.
 
 Text is from the validation split, labels from its rows too: no adapter was trained on them. What distil gives is the mean over
 the seeds that were asked for (see `learn.py`, whose log is used and filled), of all else seed 0.
@@ -27,7 +27,7 @@ import torch
 from cases import FOURTH_ROOT_N, ROOT_N, Setting, multitask, unpack
 from compare import SIGNS, show, versions
 from judge import ROOT, minilm, own_adapters, paired
-from learn import LOG, SOURCES, TASKS, Bench, Runs
+from learn import LOG, RANDOM, SOURCES, TASKS, Bench, Runs
 from rich.console import Console
 
 import ties_peft
@@ -70,12 +70,12 @@ class Kitchen:
         best = Setting("tsv", scale=FOURTH_ROOT_N) if lora else Setting("task_arithmetic", scale=ROOT_N)
         plain = [Setting("average"), Setting("task_arithmetic"), Setting(REFERENCE), best]
         made = [Way(setting.label, NOTHING, self._merging(setting)) for setting in plain]
-        made.append(Way("fisher", TEXT, self._knowing("fisher"), apart=False))
+        made.append(Way("fisher", TEXT, self._knowing("fisher")))
         if lora:
-            made.append(Way("regmean", TEXT, self._knowing("regmean"), apart=False))
+            made.append(Way("regmean", TEXT, self._knowing("regmean")))
         made += [
-            Way("ties, signs of 32 rows a task", LABELS, self._signs, apart=False),
-            Way("search of weights, 32 rows a task", LABELS, self._search, apart=False),
+            Way("ties, signs of 32 rows a task", LABELS, self._signs),
+            Way("search of weights, 32 rows a task", LABELS, self._search),
             Way("ties, signs of the multitask adapter", TRAINING, self._merging(Setting("ties", extra=SIGNS)), apart=False),
             Way("multitask adapter", TRAINING, lambda tasks: ties_peft.Adapter.load(multitask(self.kind)), apart=False),
         ]  # fmt: skip
@@ -161,7 +161,7 @@ def whole(kitchen: Kitchen, log: Log, runs: Runs, seeds: Sequence[int], sources:
         if way.apart:
             left[way.name] = _left_out(kind, way, log, judge)
     for source in sources if seeds else ():
-        needs = "base" if source == "random tokens" else TEXT
+        needs = "base" if source == RANDOM else TEXT
         lines = [runs.find(kind, source, len(minilm.TASKS), seed)["right"]["distil"] for seed in seeds]
         found[f"distil, {source}"] = (needs, _mean([_rights(line) for line in lines]))
     against, singles = found[REFERENCE][1], found["own adapter of each task"][1]

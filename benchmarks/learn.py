@@ -1,10 +1,10 @@
 """What distil gives: `python benchmarks/learn.py --data DIR`, on the sample adapters.
 
 One adapter that imitates N = 2 … 6 of the samples, at their own largest rank, from 50 or 200 rows a task without labels,
-from rows of other tasks, and from random tokens; three seeds, each with adapters of its own choice (of five, seed s leaves
-out task s). The rows are of the validation split: no adapter was trained on them (the first 300 chose its best epoch).
-Judged on test rows of all tasks, the left-out ones and mr too, beside the start, the own adapters and the multitask-trained
-one, with standard errors paired by row.
+from rows of other tasks, and from random tokens mixed with the words of the labels' descriptions; three seeds, each with
+adapters of its own choice (of five, seed s leaves out task s). The rows are of the validation split: no adapter was
+trained on them (the first 300 chose its best epoch). Judged on test rows of all tasks, the left-out ones and mr too,
+beside the start, the own adapters and the multitask-trained one, with standard errors paired by row.
 
 Every finished run is a line of the log; the same command goes on where it was stopped. `--json FILE` writes the table.
 """
@@ -33,7 +33,8 @@ from ties_peft.evaluate import make_exam
 from ties_peft.exam import Exam
 from ties_peft.start import DEFAULTS
 
-SOURCES = ("50 rows", "200 rows", "200 rows of other tasks", "random tokens")
+RANDOM = "random tokens and words of the labels"
+SOURCES = ("50 rows", "200 rows", "200 rows of other tasks", RANDOM)
 TASKS = (*minilm.TASKS, *minilm.HELD_OUT)
 LOG = ROOT / "benchmarks" / "learn.jsonl"
 Rights = dict[str, str]  # which rows of each task were right, one character a row
@@ -92,7 +93,7 @@ class Bench:
 
     def _rows(self, source: str, tasks: Sequence[str], seed: int) -> list[Any] | None:
         """What each adapter learns from."""
-        if source == "random tokens":
+        if source == RANDOM:
             return [ties_peft.teachers.RANDOM_ROWS] * len(tasks)
         count = int(source.split()[0])
         if "other" not in source:

@@ -1,14 +1,20 @@
 """From one adapter to hundreds: `python benchmarks/many_adapters.py`, time and memory against their number.
 
-One 1024 × 1024 module at rank 16: TIES in delta space, TIES in core space, and the sum; each number in a
-process of its own. From 64 adapters on they have more columns together than a side, from 128 on 2048. The slope
-of memory is per adapter, beside the float32 factors of one adapter on the module. `--no-kernels` leaves out numba, whose
-100 MB have nothing to do with their number.
+One 1024 × 1024 module at rank 16: TIES in delta space, TIES in core space, and the sum; each number the median of
+several processes. From 64 adapters on they have more columns together than a side, from 128 on 2048. `--no-kernels`
+leaves out numba, whose 100 MB have nothing to do with their number.
+
+The slope of memory is per adapter, beside the float32 factors of one adapter on the module. From 64 on it is what a
+further adapter costs. From one on it has in it what comes once, between 8 and 64: exact bases and sums need some
+matrices of side × side in float64, 8 MB each, which do not grow after that. A process's peak is what it held and what
+the C library kept of what was let go: of its heap up to twice the largest block freed, 32 MB here, in some processes
+and not in others, which is why one process says little.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,12 +36,13 @@ SETTLED = 64  # adapters from which the fixed cost of exact bases, some matrices
 CASES = ("ties/delta", "ties/core", "task_arithmetic/delta")
 
 
-def run(case: str, paths: list[Path], kernels: bool) -> tuple[float, float]:
-    """(seconds, megabytes at the peak) of one merge in a process of its own."""
+def run(case: str, paths: list[Path], kernels: bool, times: int) -> tuple[float, float]:
+    """(seconds, megabytes at the peak) of one merge, each the median of some processes."""
     worth = 0 if kernels else 1 << 62
     command = [sys.executable, "-c", PROGRAM, *case.split("/"), str(worth), *map(str, paths)]
-    seconds, megabytes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return float(seconds), float(megabytes)
+    told = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(times)]
+    seconds, megabytes = (statistics.median(map(float, column)) for column in zip(*told, strict=True))
+    return seconds, megabytes
 
 
 def main() -> None:
@@ -43,6 +50,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--cases", default=",".join(CASES), help="method/space, separated by commas")
     parser.add_argument("--counts", default="1,8,64,128,256,512")
+    parser.add_argument("--times", type=int, default=3, help="processes that each number is the median of")
     parser.add_argument("--no-kernels", action="store_true", help="torch only, also where numba is installed")
     asked = parser.parse_args()
     counts = [int(count) for count in asked.counts.split(",")]
@@ -52,7 +60,7 @@ def main() -> None:
         for case in asked.cases.split(","):
             found = {}
             for count in counts:
-                seconds, peak = found[count] = run(case, paths[:count], not asked.no_kernels)
+                seconds, peak = found[count] = run(case, paths[:count], not asked.no_kernels, asked.times)
                 each = 1000 * seconds / count
                 print(
                     f"{case}, {count:3d} adapters: {seconds:6.2f} s, {each:6.1f} ms each, peak {peak:.0f} MB",

@@ -341,6 +341,8 @@ def check_all(adapters: Sequence[Adapter], team: Team = ALONE) -> None:
         team: the processes that share the work; each of them learns what the others found.
     """
     everyone = list(dict.fromkeys(adapters))
+    if not everyone:
+        return
     with workers() as crew:
         found = team.gather(crew.map(_look_or_fault, everyone[team.number :: team.size]))
     for place, adapter in enumerate(everyone):

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from .adapter import Adapter
 from .companions import Companions
 from .delta import Delta, Dense, whole
@@ -30,11 +32,14 @@ class Memory:
 
     Attributes:
         encodings: by module, the coordinates of all its adapters.
+        ranked: by member, module and part, the weight and the weighted magnitudes of a small part in order: as much
+            memory as the parts take.
         companions: the tokenizer files beside them, once they were looked for.
         crew: the threads of the last merge and their scratch memory, some 8 MB a thread whatever is merged.
     """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
+    ranked: dict[tuple[int, str, int], tuple[float, np.ndarray]] = field(default_factory=dict)
     companions: Companions | None = None
     crew: list[Workers] = field(default_factory=list)
 

@@ -8,7 +8,7 @@ are seen as a matrix of rows, which are read a block at a time: `rows(start, sto
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -218,14 +218,14 @@ def gram(columns: Sequence[Tensor]) -> Tensor:
         columns: (n, kᵢ) each, float32; Σkᵢ = K.
     """
     width = sum(part.shape[1] for part in columns)
-    strip = max(32, width // 8)  # XᵀX is symmetric: strips that end at the diagonal are half the work
+    strip = 48 if width <= 512 else 192  # XᵀX is symmetric: strips that end at the diagonal are half the work
     edges = [(start, min(start + strip, width)) for start in range(0, width, strip)]
     total = torch.zeros(width, width, dtype=torch.float64, device=columns[0].device)
     for start in range(0, columns[0].shape[0], GRAM_ROWS):
         band = _beside([part[start : start + GRAM_ROWS] for part in columns]).double()
         for first, last in edges:
             total[first:last, :last] += band[:, first:last].T @ band[:, :last]
-    return total.tril() + total.tril(-1).T
+    return total.tril_().add_(total.tril(-1).T)
 
 
 def _beside(parts: Sequence[Tensor]) -> Tensor:
@@ -264,19 +264,22 @@ class Span:
 
     def columns(self, mix: Tensor) -> Tensor:
         """[B₁ … B_N]·mix, (out, r), float32, summed in float64; mix is (K, r)."""
-        first, *rest = zip(self.deltas, self.places, strict=True)
-        total = first[0].B.double() @ mix[first[1]]
-        for delta, at in rest:
-            total.addmm_(delta.B.double(), mix[at])
-        return total.float()
+        return _mixed((delta.B for delta in self.deltas), mix.T).T.contiguous()
 
     def rows(self, mix: Tensor) -> Tensor:
         """mix·[A₁; …; A_N], (r, in), float32, summed in float64; mix is (r, K)."""
-        first, *rest = zip(self.deltas, self.places, strict=True)
-        total = mix[:, first[1]] @ first[0].A.double()
-        for delta, at in rest:
-            total.addmm_(mix[:, at], delta.A.double())
-        return total.float()
+        return _mixed((delta.A.T for delta in self.deltas), mix)
+
+
+def _mixed(parts: Iterable[Tensor], mix: Tensor) -> Tensor:
+    """mix·[C₁ … C_N]ᵀ, (r, n), float32, of columns Cᵢ, (n, kᵢ), summed in float64: few long rows are the faster way round."""
+    total, done = mix.new_zeros(1, 1), 0
+    for part in parts:
+        here = mix[:, done : done + part.shape[1]]
+        some = part.double().T
+        total = total.addmm_(here, some) if done else here @ some
+        done += part.shape[1]
+    return total.float()
 
 
 def inner(first: Delta, second: Delta) -> float:
@@ -285,9 +288,9 @@ def inner(first: Delta, second: Delta) -> float:
     For factors: tr((B₁ᵀB₂)(A₂A₁ᵀ)), r₁·r₂·(out + in) products instead of out·in.
     """
     if isinstance(first, LowRank) and isinstance(second, LowRank):
-        left = first.B.double().T @ second.B.double()
-        right = first.A.double() @ second.A.double().T
-        return float((left * right).sum())
+        B, A = first.B.double(), first.A.double()
+        B2, A2 = (B, A) if second is first else (second.B.double(), second.A.double())
+        return float(((B.T @ B2) * (A @ A2.T)).sum())
     return float((first.dense().double() * second.dense().double()).sum())
 
 

@@ -1,7 +1,8 @@
 """Distil: merge, then let the one merged adapter imitate each source adapter on rows without labels.
 
 The predictions of the sources are the only teacher. So no label is needed, kinds may be mixed, and where
-there is no text either, rows of random tokens of the vocabulary serve. The base model is needed.
+there is no text either, rows of random tokens of the vocabulary serve, mixed with words of the labels'
+descriptions where a task has those. The base model is needed.
 
 Source: the loss is that of Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network
 (2015), at temperature 1. For distilling a merge into one adapter none is known.
@@ -74,7 +75,8 @@ def distil(
             restored (`flat_tsv` for gains, `power_mean` for (IA)³).
         rows: for each adapter, by itself, its path or in order: a list of texts, the path of a .jsonl,
             .csv or .txt file, or a number of random-token rows; one of these alone is for every adapter.
-            By default the rows of `tasks`, and where they have none 800 random-token rows for each.
+            By default the rows of `tasks`, and where they have none 800 random-token rows for each; half of their
+            tokens come from the task's `descriptions`, where it has those.
         rank: of the result; by default the largest of the adapters', for gains Σrᵢ. (IA)³ has none.
         seed: of batches, held-back rows and random tokens.
         device: where the model runs.

@@ -203,6 +203,23 @@ def decompose(left: Tensor, right: Tensor) -> Small:
     return Small(X, S[:count], Y, float(S.square().sum()))
 
 
+def leading(left: Tensor, right: Tensor, rank: int) -> Small:
+    """The `rank` largest directions of B·A: `decompose(left, right).top(rank)` by one decomposition where they are few.
+
+    With A·Aᵀ = Rᵀ·R by Cholesky, R·BᵀB·Rᵀ = V·S²·Vᵀ; then X = Rᵀ·V/S and Y = Xᵀ·BᵀB/S, and nothing is inverted.
+    """
+    R, fault = torch.linalg.cholesky_ex(right, upper=True)
+    if int(fault) or 2 * rank > len(right):
+        return decompose(left, right).top(rank)
+    square = R @ left @ R.T
+    values, vectors = torch.linalg.eigh(square)
+    values, vectors = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
+    there = values > NOISE * values[:1].clamp_min(0)
+    S = values[there].sqrt()
+    X = R.T @ vectors[:, there] / S
+    return Small(X, S, X.T @ left / S.unsqueeze(1), float(square.diagonal().sum()))
+
+
 def compress(delta: LowRank, rank: int, span: Span | None = None) -> Factors:
     """The best rank-`rank` factors of B·A, or of a `Sum`; exact to rounding unless both K and a side are over WIDEST.
 
@@ -228,7 +245,7 @@ def few(columns: int, side: int) -> bool:
 
 def _from_span(total: Sum, rank: int, span: Span) -> Factors:
     mix = total.mix
-    small = decompose(span.left * mix * mix.unsqueeze(1), span.right).top(rank)
+    small = leading(span.left * mix * mix.unsqueeze(1), span.right, rank)
     left, right = small.balanced()
     kept = float(small.S.square().sum())
     return Factors(LowRank(span.columns(mix.unsqueeze(1) * left), span.rows(right)), kept, small.total)
@@ -273,7 +290,7 @@ def truncate(
 
 def leading_rows(span: Span, width: int) -> Tensor:
     """The leading row space of ΣΔᵢ, (in, ≤ width), orthonormal: the informed start of `factorise`."""
-    return span.rows(decompose(span.left, span.right).top(width).Y).T
+    return span.rows(leading(span.left, span.right, width).Y).T
 
 
 def _through_gram(matrix: Tensor, rank: int, run: Run = map) -> Factors:

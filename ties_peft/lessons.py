@@ -202,13 +202,19 @@ def _rest(log_p: Tensor) -> Tensor:
     return (1 - log_p.exp().sum(-1)).clamp_min(1e-6)
 
 
-def random_rows(bench: Bench, count: int, seed: int, digest: str) -> list[list[int]]:
+def random_rows(
+    bench: Bench, count: int, seed: int, digest: str, described: Sequence[str] | None = None
+) -> list[list[int]]:
     """Rows of random tokens of the vocabulary, each as likely, framed as a text is.
+
+    What the labels' descriptions are made of brings such rows nearer to the task: half of the tokens, at places
+    drawn too, come from there where there are descriptions.
 
     Args:
         bench: whose tokenizer's vocabulary, special tokens left out.
         count: how many rows; each of SHORTEST to LONGEST tokens between the frame's.
         seed, digest: what the draw depends on, the digest being the adapter's.
+        described: a text for each label.
     """
     tokenizer = bench.tokenizer
     special = set(tokenizer.all_special_ids)
@@ -219,7 +225,17 @@ def random_rows(bench: Bench, count: int, seed: int, digest: str) -> list[list[i
     most = max(1, min(LONGEST, bench.longest - len(front) - len(back)))
     lengths = torch.randint(min(SHORTEST, most), most + 1, (count,), generator=generator).tolist()
     drawn = [usable[torch.randint(len(usable), (length,), generator=generator)].tolist() for length in lengths]
+    words = torch.tensor([token for ids in bench.all_ids(described or (), special=False) for token in ids])
+    if len(words):
+        drawn = [_mixed(ids, words, generator) for ids in drawn]
     return [[*front, *ids, *back] for ids in drawn]
+
+
+def _mixed(ids: list[int], words: Tensor, generator: torch.Generator) -> list[int]:
+    """Half of the tokens replaced by draws from others, a token that comes twice there being twice as likely."""
+    chosen = torch.rand(len(ids), generator=generator) < 0.5
+    others = words[torch.randint(len(words), (len(ids),), generator=generator)]
+    return torch.where(chosen, others, torch.tensor(ids)).tolist()
 
 
 def _frame(bench: Bench) -> tuple[list[int], list[int]]:

@@ -34,7 +34,7 @@ class Prepared:
         self.device = device
         self._memory = Memory()
         plan = make_plan(replace(recipe, method="ties"), adapters, device)  # which every space offers
-        self._everyone = len(plan.members)
+        self._everyone, self._space = len(plan.members), plan.arithmetic
         self._encode(plan)
 
     def merge(
@@ -73,10 +73,18 @@ class Prepared:
         return carry_out(plan, asked, started, self._memory if self._fits(plan) else None)
 
     def _fits(self, plan: Plan) -> bool:
-        """Whether what is kept is what this merge needs: a weight of 0 takes an adapter out of the bases."""
+        """Whether what is kept is what this merge needs: a weight of 0 takes an adapter out of the bases.
+
+        So do other parameters of the space, which make other coordinates.
+        """
         everywhere = all(plan.weight(place, name) != 0 for place in range(len(plan.members)) for name in plan.modules)
         compresses = getattr(plan.arithmetic, "compress_first", False)
-        return len(plan.members) == self._everyone and everywhere and not compresses and plan.arithmetic == plan.space
+        return (
+            len(plan.members) == self._everyone
+            and everywhere
+            and not compresses
+            and plan.arithmetic == plan.space == self._space
+        )
 
     def _encode(self, plan: Plan) -> None:
         with torch.no_grad(), workers():

@@ -25,7 +25,7 @@ from .kinds.base import EMBEDDING
 from .plan import Plan
 from .processes import Team
 from .threshold import WHOLE, Search, sum_of
-from .tiles import Workers
+from .tiles import TILE, Workers
 from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
@@ -192,7 +192,12 @@ class Survey:
             ends = band_ends(group.densities, entries)
             searches += [(group, Search(entries, keep, group.sample)) for keep in ends]
         sought = [(group, search) for group, search in searches if search.sought]
-        self.crew.map(lambda each: each[1].bracket(), sought)
+        little = sum(group.entries for group, _ in sought) <= TILE
+        self.crew.map(lambda each: each[1].bracket(), sought, little)
+        for group, search in sought:
+            ranked = self._ranked(group)
+            if ranked is not None:
+                search.settle(ranked)
         if glance is not None and glance.suffices([search for _, search in searches]):
             self._glance(glance, searches)
         while unsettled := [(group, search) for group, search in sought if search.threshold is None]:
@@ -212,6 +217,21 @@ class Survey:
         if any(search.sought and search.threshold is None for _, search in searches):
             glance.looks = []
 
+    def _ranked(self, group: Group) -> np.ndarray | None:
+        """All magnitudes of one small part in order, which a prepared merge keeps; None where there is more to look at."""
+        memory, plan = self.coordinates.memory, self.plan
+        if memory is None or plan.preparations or plan.signs is not None or self.crew.loops is not None:
+            return None
+        if len(group.sizes) > 1 or group.entries > TILE:
+            return None
+        (spot,) = group.sizes
+        weight = plan.weight(*spot[:2])
+        if memory.ranked.get(spot, (None,))[0] != weight:
+            delta = self.coordinates.parts(*spot[:2])[spot[2]]
+            memory.ranked[spot] = weight, np.sort(delta.rows(0, delta.shape[0]).abs_().cpu().numpy(), axis=None)
+        values = memory.ranked[spot][1]
+        return values if values[-1] >= 0 else None  # NaN, which is last, has no place in an order
+
     def _pass(self, searches: Sequence[tuple[Group, Search]]) -> None:
         """One look at every entry."""
         of_group: dict[int, list[Search]] = {}
@@ -219,17 +239,18 @@ class Survey:
             search.open()
             of_group.setdefault(id(group), []).append(search)
         groups = list({id(group): group for group, _ in searches}.values())
+        little = sum(group.entries for group in groups) <= TILE
         for walk in self._by_module(groups):
             steps = [(delta, spot, of_group[id(group)]) for group, spot, delta in walk]
             asked = [(delta, [search.ends for search in mine]) for delta, _, mine in steps]
-            for (_, spot, mine), tallies in zip(steps, _census(asked, self.crew), strict=True):
+            for (_, spot, mine), tallies in zip(steps, _census(asked, self.crew, little), strict=True):
                 for number, search in enumerate(mine):
                     found = [tile[number] for tile in tallies]
                     search.add(sum(above for above, _ in found), [inside for _, inside in found], spot[1:])
         counted = self._gather([search.counted for _, search in searches])
         for (_, search), parts in zip(searches, zip(*counted, strict=True), strict=True):
             search.counted = sum_of(parts)
-        self.crew.map(_close, searches)
+        self.crew.map(_close, searches, little)
 
     def _share(self, group: Group, search: Search) -> dict[Spot, Cut]:
         """The cut of each place; where too many equal the threshold, the first in order of position stay."""
@@ -299,7 +320,7 @@ Brackets = Sequence[tuple[np.float32, np.float32]]
 Tallies = list[tuple[int, np.ndarray]]  # for each bracket: how many magnitudes exceed it, and those inside
 
 
-def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers) -> list[list[Tallies]]:
+def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers, little: bool = False) -> list[list[Tallies]]:
     """Of each task vector, what lies above and inside each of its brackets, tile by tile."""
 
     def tile(task: tuple[Delta, Brackets, tuple[int, int]]) -> Tallies:
@@ -325,7 +346,7 @@ def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers) -> list[list
 
     grids = [crew.tiles(delta.shape) for delta, _ in asked]
     tasks = [(*each, rows) for each, grid in zip(asked, grids, strict=True) for rows in grid]
-    tallies = iter(crew.map(tile, tasks))
+    tallies = iter(crew.map(tile, tasks, little))
     return [list(islice(tallies, len(grid))) for grid in grids]
 
 

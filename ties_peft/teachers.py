@@ -101,7 +101,7 @@ def _lesson(teacher: Teacher, bench: Bench, seed: int) -> Lesson:
     form = LANGUAGE if bench.form == "causal" else bench.form
     task = teacher.task or WAYS[form]
     if teacher.texts is None:
-        sequences = random_rows(bench, teacher.count, seed, teacher.adapter.digest)
+        sequences = random_rows(bench, teacher.count, seed, teacher.adapter.digest, task.descriptions)
     else:
         found, _ = bench.ids(task.filled(list(teacher.texts)), task.max_tokens)
         sequences = [ids for ids in found if ids]
@@ -123,7 +123,9 @@ def _teacher(adapter: Adapter, name: str, task: Task | None, rows: Any) -> Teach
         return Teacher(adapter, name, task, tuple(texts), 0, origin)
     if rows is None or (isinstance(rows, int) and not isinstance(rows, bool)):
         count = RANDOM_ROWS if rows is None else rows
-        return Teacher(adapter, name, task, None, count, "random tokens")
+        described = task is not None and task.descriptions is not None
+        origin = "random tokens and words of the labels" if described else "random tokens"
+        return Teacher(adapter, name, task, None, count, origin)
     if isinstance(rows, (str, Path)):
         field = "text" if task is None else task.text
         limit = None if task is None else task.limit

@@ -112,6 +112,13 @@ class Search:
         at = np.float32(self.threshold or 0.0)
         return None if tiles is None else [int(np.count_nonzero(values == at)) for values in tiles]
 
+    def settle(self, ranked: np.ndarray) -> None:
+        """Settle the threshold from all magnitudes, the smallest first."""
+        smallest = ranked[self.entries - self.keep]
+        first, last = np.searchsorted(ranked, smallest), np.searchsorted(ranked, smallest, "right")
+        self.threshold, self.equal = float(smallest), int(last - first)
+        self.spare = self.keep - int(self.entries - last)
+
     def close(self) -> None:
         """Settle the threshold, or the next bracket.
 

@@ -66,9 +66,12 @@ class Workers:
         """The tiles in which it works through a shape."""
         return tiles(shape, 1 if self.loops is None else TALL)
 
-    def map(self, work: Callable[..., Result], items: Sequence[object]) -> list[Result]:
-        """work(item) for every item; results in the items' order whatever thread made them."""
-        if self._pool is None or len(items) < 2:
+    def map(self, work: Callable[..., Result], items: Sequence[object], little: bool = False) -> list[Result]:
+        """work(item) for every item; results in the items' order whatever thread made them.
+
+        Where it is `little` all together, it is done here before others would have woken up.
+        """
+        if self._pool is None or len(items) < 2 or little:
             return [work(item) for item in items]
         results: list[Any] = [None] * len(items)
         turns = iter(range(len(items)))  # whoever is free takes the next: a future for each would cost as much as it

@@ -16,6 +16,7 @@ import pytest
 import torch
 from contracts.cells import (
     CELLS,
+    EQUAL_RANKS,
     OFFERED,
     REFUSED,
     SAMPLES,
@@ -246,6 +247,25 @@ def test_a_prepared_merge_is_the_merge(space: str, kind: str) -> None:
         plan = prepared.setdefault(len(cell.adapters), ties_peft.prepare(cell.adapters, space))
         rank = {"rank": "max"} if kind_named(kind).has_rank else {}
         assert same_bytes(plan.merge(cell.method, **rank), cell.plain), cell.method
+
+
+@pytest.mark.parametrize("space", spaces())
+def test_a_prepared_merge_of_one_setting_after_another_is_the_merge(space: str) -> None:
+    """By module, where it keeps magnitudes in order; many of them are equal."""
+    adapters = [with_tensors(adapter, lambda _, t: (2 * t).round()) for adapter in samples("lora", EQUAL_RANKS)]
+    plan = ties_peft.prepare(adapters, space)
+    settings: list[dict[str, object]] = [{"density": density} for density in (0.5, 0.21, LEAST, 1.0)]
+    settings += [{"weights": weights} for weights in ([3.0, 0.7, -1.0], [0.7, 3.0, 1.0], [1.0, 1.0, 0.0])]
+    settings += [{"sign_from": adapters[1]}, {"density": 0.4}, *({"scope": scope} for scope in spaces()[space].scopes)]
+    settings += [{"method": "dare+ties", "seed": seed} for seed in (0, 1)]
+    settings += [
+        {name: not field.default} for name, field in spaces()[space].model_fields.items() if field.default is True
+    ]
+    for asked in settings:
+        given: dict[str, object] = {"scope": "module", "rank": "max", **asked}
+        again, merged = plan.merge(**given), ties_peft.merge(adapters, space=space, **given)
+        assert same_bytes(again, merged), asked
+        assert again.report.to_dict() == merged.report.to_dict(), asked
 
 
 # -- factors

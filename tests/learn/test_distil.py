@@ -82,12 +82,28 @@ def test_one_adapter_imitates_several(
 
 def test_without_text_rows_are_random_tokens(loras: list[Path], bases: dict[str, Path]) -> None:
     made = ties_peft.distil(loras, tasks=TASK, rows=50, base=bases["encoder"], **QUICK)
-    assert [line.origin for line in made.report.lessons] == ["random tokens"] * 2
+    assert [line.origin for line in made.report.lessons] == ["random tokens and words of the labels"] * 2
     bench = Bench.load(bases["encoder"], "encoder")
     rows = random_rows(bench, 400, 0, "x")
     assert all((ids[0], ids[-1]) == (1, 2) for ids in rows)  # [CLS] … [SEP]
     assert {token for ids in rows for token in ids[1:-1]} == set(range(4, VOCABULARY))
     assert rows != random_rows(bench, 400, 1, "x") != random_rows(bench, 400, 1, "y")
+
+
+def test_half_of_the_random_tokens_are_of_the_descriptions(bases: dict[str, Path]) -> None:
+    """Of 400 rows of 6 to 32 tokens about one half; as often as they stand in the descriptions; the lengths stay."""
+    bench = Bench.load(bases["encoder"], "encoder")
+    plain, mixed = (random_rows(bench, 400, 0, "x", described) for described in (None, ["w1 w1 w1", "w2"]))
+    assert [len(ids) for ids in plain] == [len(ids) for ids in mixed]
+    assert all((ids[0], ids[-1]) == (1, 2) for ids in mixed)
+    ((_, often, _),), ((_, seldom, _),) = bench.all_ids(["w1"]), bench.all_ids(["w2"])
+    tokens = [token for ids in mixed for token in ids[1:-1]]
+    shares = [tokens.count(token) / len(tokens) for token in (often, seldom)]
+    others = 1 / (VOCABULARY - 4)
+    assert shares == pytest.approx([0.375 + others / 2, 0.125 + others / 2], abs=0.02)
+    kept = [new == old for one, other in zip(mixed, plain, strict=True) for new, old in zip(one, other, strict=True)]
+    assert mixed != random_rows(bench, 400, 1, "x", ["w1 w1 w1", "w2"])
+    assert sum(kept) / len(kept) > 0.5
 
 
 @pytest.mark.parametrize(

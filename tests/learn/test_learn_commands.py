@@ -56,7 +56,7 @@ def test_distil_writes_an_adapter(setting: Path) -> None:
     lines = said["report"]["lessons"]
     assert [(line["origin"], line["rows"] + line["held"]) for line in lines] == [
         ("texts.txt", 30),
-        ("random tokens", 40),
+        ("random tokens and words of the labels", 40),
     ]
     again = ties_peft.distil(["a", "b"], rows=["texts.txt", 40], tasks="toy.yaml", steps=20)
     assert ties_peft.Adapter.load("out").digest == again.digest

@@ -148,6 +148,7 @@ def test_a_merge_says_what_has_no_place(
 SUMS = {
     "rows": ([16] * 5, SHAPE, [1.0] * 5),
     "columns": ([2, 3], SHAPE, [0.5, -2.0]),
+    "few columns": ([8] * 6, (300, 260), [1, -2, 0.5, 3, 1, 1e-3]),
     "weights": ([16] * 5, SHAPE, [0.5, -1, 2, 1, 1]),
     "rank 1": ([1] * 60, SHAPE, [1.0] * 60),
     "very many": ([16] * 130, SHAPE, [1.0] * 130),  # 2080 columns
@@ -179,6 +180,23 @@ def test_a_sum_that_cancels_is_zero() -> None:
     deltas = random_deltas([16] * 3)
     found = compress(Sum([*deltas, *deltas], [1, 2, -1, -1, -2, 1]), 8)
     assert found.total < 1e-20 * sum(np.square(exact(delta)).sum() for delta in deltas)
+
+
+def test_a_sum_that_nearly_cancels_is_what_is_left() -> None:
+    first, other = random_deltas([16] * 2, (300, 260))
+    near = LowRank(first.B, first.A + 1e-5 * other.A)  # of A's rows none is quite another's
+    S = np.linalg.svd(exact(first) - exact(near), compute_uv=False)
+    found = compress(Sum([first, near], [1, -1]), 5)
+    assert found.total == pytest.approx(np.square(S).sum(), rel=1e-4)
+    assert found.kept == pytest.approx(np.square(S[:5]).sum(), rel=1e-4)
+
+
+def test_a_sum_has_no_more_directions_than_its_columns() -> None:
+    deltas = random_deltas([8] * 3, (300, 260))
+    found = compress(Sum([LowRank(deltas[0].B, delta.A) for delta in deltas], [1.0] * 3), 12)
+    whole = deltas[0].B.double() @ sum(delta.A.double() for delta in deltas)
+    assert found.delta.rank == 8
+    np.testing.assert_allclose(found.delta.dense().numpy(), whole.numpy(), atol=1e-4)
 
 
 def test_a_sum_is_a_task_vector_like_any_other() -> None:

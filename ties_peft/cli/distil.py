@@ -21,7 +21,7 @@ Rows = Annotated[
     typer.Option(
         "--rows",
         help="A .jsonl, .csv or .txt file, or a number of random-token rows: once for each adapter, or one for all.",
-        show_default="the tasks' rows, else 200 of random tokens",
+        show_default="the tasks' rows, else 800 of random tokens",
     ),
 ]
 Tasks = Annotated[

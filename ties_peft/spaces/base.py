@@ -7,7 +7,7 @@ own, and turns the merged parts back into one task vector.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar
 
@@ -37,9 +37,9 @@ class Encoding(ABC):
         """What the columns of a part stand for, orthonormal rows of inputs, (columns, in); None: an input each."""
         return None
 
-    def begin(self, rank: int) -> None:
-        """Do beforehand what `decode` of a dense result at a rank will need that hangs on the task vectors alone."""
-        return
+    def beforehand(self, rank: int) -> Callable[[], None] | None:
+        """What `decode` of a dense result at a rank needs that hangs on the task vectors alone, to be done before; or None."""
+        return None
 
     @abstractmethod
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
