@@ -25,6 +25,7 @@ from .threshold import Search
 from .tiles import Workers, empty
 from .trim import Cut
 
+MOST = 9  # task vectors; of more, brackets from any sample that is worth its memory leave too many places open
 SHARE = 0.5  # of the room for what is noted, that may be expected to be taken: tiles differ
 
 
@@ -53,7 +54,7 @@ class Glance:
     def of(cls, method: Method, parts: Sequence[TaskVectors], crew: Workers) -> Glance | None:
         """At the parts of a module; None where the method, or how they are held, needs more than a glance."""
         election, tasks = method.election(), parts[0]
-        if election is None or crew.loops is None or len(parts) > 1 or method.linear(len(tasks)):
+        if election is None or crew.loops is None or len(parts) > 1 or len(tasks) > MOST or method.linear(len(tasks)):
             return None
         hefts = fused_hefts(tasks, election)
         return None if hefts is None else cls(tasks, hefts, election.disjoint == "mean", crew.loops, crew)

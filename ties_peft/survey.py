@@ -30,7 +30,7 @@ from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
 SAMPLE = (1 << 13, 1 << 18)  # entries of a group that are sampled, at least and at most; about one in SPARSE
-SPARSE = 64
+SPARSE, FINE = 512, 64  # and in FINE for a glance, which notes the less the narrower its brackets are
 TOGETHER = 64  # adapters whose cuts are sought at once where all could be, and task vectors looked at in one go
 Value = TypeVar("Value")
 Progress = Callable[[str, int, int], None]
@@ -171,13 +171,14 @@ class Survey:
 
     def _find(self, groups: Sequence[Group], glance: Glance | None = None) -> None:
         """The cuts of all places of some groups."""
+        sparse = SPARSE if glance is None else FINE
         for steps in self._by_module(groups):
             large = []
             for group, spot, delta in steps:
                 group.sizes[spot] = size(delta)
                 if size(delta) > WHOLE // (4 * len(group.modules)):  # else the whole group is small
                     large.append((group, spot, delta))
-            drawn = self.crew.map(lambda step: _sample(step[1], step[2], len(step[0].modules)), large)
+            drawn = self.crew.map(lambda step: _sample(step[1], step[2], len(step[0].modules), sparse), large)
             for (group, _, _), sample in zip(large, drawn, strict=True):
                 group.sample.append(sample)
         found = self._gather([(group.sizes, group.sample) for group in groups])
@@ -307,11 +308,11 @@ def trimmed_apart(plan: Plan) -> list[str]:
     return apart if len(apart) < len(plan.modules) else []
 
 
-def _sample(spot: Spot, delta: Delta, modules: int) -> tuple[np.ndarray, float]:
+def _sample(spot: Spot, delta: Delta, modules: int, sparse: int) -> tuple[np.ndarray, float]:
     """Some magnitudes, drawn by the module's name alone, and how many each stands for."""
     _, module, part = spot
     entries = size(delta)
-    count = max(1, min(max(SAMPLE[0] // modules, entries // SPARSE), SAMPLE[1] // modules))
+    count = max(1, min(max(SAMPLE[0] // modules, entries // sparse), SAMPLE[1] // modules))
     drawn = delta.sample(count, np.random.default_rng([zlib.crc32(module.encode()), part]))
     return drawn.abs_().cpu().numpy(), entries / drawn.numel()
 

@@ -39,6 +39,7 @@ def walks(glances: bool, **others: Callable[..., Any]) -> Iterator[list[int]]:
         return plain(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ties_peft.glance.MOST", 99)
         patch.setattr(Glance, "suffices", lambda self, searches: glances)
         patch.setattr(Glance, "most", lambda self, entries: entries)
         patch.setattr(Glance, "result", result)
