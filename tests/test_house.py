@@ -25,6 +25,7 @@ FLOORS = {
     "elect": 1,
     "fast": 0,
     "loops": 0,
+    "triton_loops": 0,
     "fused": 1,
     "draws": 0,
     "spellings": 0,

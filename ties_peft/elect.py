@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .fast import Kernels
+from .fast import Kernels, Loops
 
 Elect = Literal["mass", "count"]
 Disjoint = Literal["mean", "sum", "max"]
@@ -55,7 +55,7 @@ class Ballot:
         disjoint: Combine = "mean",
         normalize: bool = True,
         total: float = 1.0,
-        loops: Kernels | None = None,
+        loops: Loops | None = None,
     ) -> None:
         self.loops = loops
         self.elect, self.disjoint, self.normalize, self.total = elect, disjoint, normalize, total
@@ -76,12 +76,11 @@ class Ballot:
             self.heft = (self.plus.clone(), self.minus.clone())
         loops = self.loops
         if (
-            loops is not None
+            isinstance(loops, Kernels)
             and below == 0
             and self.sums is None
             and self.heft is None
             and values.is_contiguous()
-            and _on_cpu(values)
         ):
             sides_of = (self.positive, self.negative, self.plus, self.minus)
             loops.cast(values.view(-1).numpy(), *(side.view(-1).numpy() for side in sides_of))
@@ -135,10 +134,6 @@ class Ballot:
         both = torch.sign(self.plus).mul_(self.minus.sign())
         several = (self.plus + self.minus).sub_(1).clamp_(0, 1)
         return int(both.sum()), int(several.sum())
-
-
-def _on_cpu(values: Tensor) -> bool:
-    return values.device.type == "cpu"
 
 
 def elect(vectors: Tensor, by: Elect = "mass") -> Tensor:

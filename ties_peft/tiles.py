@@ -1,6 +1,6 @@
 """Tiles: the fixed row blocks in which a large task vector is worked on, and the threads that do it.
 
-A tile is small enough to stay in a core's cache. The grid depends on the shape alone, never on the
+A tile is small enough to stay in a core's cache. The grid depends on the shape and on the sort of device, never on the
 number of threads, and every tile is computed by one thread: hence the same bits for any number of
 threads. Buffers belong to a thread and are used again, because fresh memory costs more than the
 arithmetic done in it.
@@ -19,17 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fast import Kernels
+from .fast import Loops
 
 TILE = 1 << 18  # entries a tile holds, about: a megabyte in float32; smaller ones make threads wait for each other
+TILE_ELSEWHERE = 1 << 22  # on another device, where an operation on less takes as long as asking for it
 Result = TypeVar("Result")
 
 
-def tiles(shape: Sequence[int]) -> list[tuple[int, int]]:
-    """The row ranges (start, stop) of a shape's tiles, in order; whole rows, at least one each."""
+def tiles(shape: Sequence[int], device: torch.device) -> list[tuple[int, int]]:
+    """The row ranges (start, stop) of a shape's tiles on a device, in order; whole rows, at least one each."""
     length = shape[0]
     width = shape[1] if len(shape) > 1 else 1
-    step = max(1, TILE // max(1, width))
+    step = max(1, (TILE if device.type == "cpu" else TILE_ELSEWHERE) // max(1, width))
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -52,7 +53,7 @@ class Workers:
 
     def __init__(self, threads: int) -> None:
         self.threads = max(1, threads)
-        self.loops: Kernels | None = None
+        self.loops: Loops | None = None
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._local = threading.local()
         self._process = os.getpid()
@@ -104,7 +105,7 @@ class Workers:
 
 
 @contextmanager
-def workers(kept: list[Workers] | None = None, loops: Kernels | None = None) -> Iterator[Workers]:
+def workers(kept: list[Workers] | None = None, loops: Loops | None = None) -> Iterator[Workers]:
     """Threads as many as torch would use, each computing alone; torch's own setting is put back after.
 
     Args:

@@ -203,5 +203,6 @@ def vote(
 def _launch(kernel: Any, shape: Sequence[int], *given: Any) -> None:
     """Run a kernel on every block of a matrix."""
     blocks = triton.cdiv(shape[0], ROWS) * triton.cdiv(shape[1], COLUMNS)
-    with _launching, torch.cuda.device_of(next(each for each in given if isinstance(each, Tensor))):
+    on_device: Any = torch.cuda.device_of  # a thread's own device is the first one, whatever the tensors'
+    with _launching, on_device(next(each for each in given if isinstance(each, Tensor))):
         kernel[(blocks,)](*given, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS)

@@ -12,6 +12,8 @@ import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -20,6 +22,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import ties_peft
 
 pytest.importorskip("triton", reason="the extra gpu is not installed")
 Run = Callable[..., Any]
@@ -176,6 +181,62 @@ def test_a_vote_is_the_definition_in_float64_on_what_is_read(
     np.testing.assert_allclose(out[clear], expected[clear], rtol=2e-6, atol=1e-30)
     assert clear.all() or clear.mean() > 0.98
     assert tally == (((positive > 0) & (negative < 0)).sum(), ((kept != 0).sum(0) > 1).sum())
+
+
+def merge(paths: list[Path], loops: bool, asked: dict[str, Any]) -> dict[str, Any]:
+    """In that process: a merge by these loops on the CPU, or by torch, in tiles of a few rows; what matters of it."""
+    from ties_peft import fast, survey, threshold, tiles
+
+    torch.set_num_threads(1)  # the interpreter is not made for more
+    tiles.TILE, fast.WORTH, survey.WHOLE, threshold.WHOLE = 400, 1 << 62, 50, 50
+    made = replace(fast._launches(), device="cpu") if loops else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("ties_peft.merge"), "load", lambda entries, device: made)
+        merged = ties_peft.merge(paths, rank=24, **asked)
+    report = merged.report
+    kept = [line.kept for line in report.adapters]
+    deltas = {name: merged.delta(name).numpy() for name in merged.modules}
+    return {"loops": report.loops, "kept": kept, "conflict": report.conflict, "deltas": deltas}
+
+
+@pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
+@pytest.mark.parametrize(
+    ("asked", "whole"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"weights": [1, 2, 0.5], "scope": "module"}, False),
+        ({"weights": [1, 2, -1], "normalize": False, "disjoint": "sum"}, False),
+        ({"disjoint": "max"}, True),
+        ({"method": "breadcrumbs_ties"}, True),
+        ({"method": "dare_ties"}, False),
+    ],
+)
+def test_a_merge_is_that_of_torch(
+    interpreted: Run, make_lora: Callable[..., Path], asked: dict[str, Any], whole: bool
+) -> None:
+    paths = [make_lora(f"a{n}", rank=2 + n, seed=n, shapes={"l.q": (24, 21), "l.up": (31, 40)}) for n in range(3)]
+    for path in paths if whole else []:  # many values alike, cut by position
+        file = path / "adapter_model.safetensors"
+        save_file({name: tensor.sign() for name, tensor in load_file(file).items()}, file)
+    plain, made = (interpreted(merge, paths, loops, asked) for loops in (False, True))
+    assert (plain.pop("loops"), made.pop("loops").split()[0]) == ("torch", "triton")
+    for name, delta in made.pop("deltas").items():
+        np.testing.assert_allclose(delta, plain["deltas"][name], rtol=1e-4, atol=1e-5)
+    assert made == {"kept": plain["kept"], "conflict": plain["conflict"]}
+
+
+def test_a_gpu_has_these_loops_where_a_merge_is_worth_them(compiling: Run) -> None:
+    for entries, device, name in ((1 << 33, "cuda", "triton"), (1 << 29, "cuda", None), (1 << 33, "mps", None)):
+        loops = compiling(loaded, entries, device)
+        assert name == (loops and loops.split()[0])
+
+
+def loaded(entries: int, device: str) -> str | None:
+    """In that process: what compiles the loops for a merge."""
+    from ties_peft import fast
+
+    return getattr(fast.load(entries, device), "name", None)
 
 
 def assemble(name: str, capability: int, aligned: bool, mean: bool) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from ..delta import Delta, Dense, LowRank, Mapped, inner, stack
 from ..draws import key, uniform
 from ..elect import Ballot, Combine, Vote
 from ..factorise import Sum
-from ..fast import Kernels
+from ..fast import Loops
 from ..statistics import Statistic
 from ..tiles import Workers, empty, tiles
 from ..trim import KEEP_ALL, Cut, Scope
@@ -117,7 +117,7 @@ class TaskVectors:
     inputs: Tensor | None = None
     streams: Sequence[int] = ()
     room: Callable[[str, Sequence[int]], Tensor] = lambda purpose, shape: torch.empty(*shape)
-    loops: Kernels | None = None
+    loops: Loops | None = None
     out: Tensor | None = None
     tally: dict[str, int] = field(default_factory=dict)
 
@@ -257,7 +257,7 @@ def merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[st
         merged = method.merge(replace(tasks, tally=tally))
         return Dense(merged.float()) if isinstance(merged, Tensor) else merged
     result = empty(tasks.deltas[0].shape, tasks.device)
-    grid = tiles(result.shape)
+    grid = tiles(result.shape, result.device)
 
     def tile(number: int) -> dict[str, int]:
         start, stop = grid[number]
@@ -308,7 +308,7 @@ def trim_elect_and_merge(tasks: TaskVectors, elect: Vote, disjoint: Combine, nor
         return elect_and_merge(tasks, (task.trimmed() for task in tasks), elect, disjoint, normalize)
     below = [cuts[0].below for cuts in tasks.cuts]
     plain = elect == "mass" and disjoint in ("mean", "sum") and tasks.signs is None and len(tasks.shape) == 2
-    if loops is None or out is None or not plain or not all(map(fused.fits, tasks.deltas)):
+    if loops is None or out is None or not plain or not all(fused.fits(delta, loops) for delta in tasks.deltas):
         return elect_and_merge(tasks, (task.vector for task in tasks), elect, disjoint, normalize, below)
     hefts = [abs(weight) if normalize else 1.0 for weight in tasks.weights]
     _tell(tasks, fused.vote(tasks.deltas, below, hefts, disjoint == "mean", tasks.span, out, loops, tasks.room))
