@@ -133,7 +133,8 @@ class Ballot:
         """(entries with both signs among the kept values, entries kept by two adapters or more)."""
         both = torch.sign(self.plus).mul_(self.minus.sign())
         several = (self.plus + self.minus).sub_(1).clamp_(0, 1)
-        return int(both.sum()), int(several.sum())
+        conflicting, shared = torch.stack([both.sum(), several.sum()]).tolist()  # a device is waited for once
+        return int(conflicting), int(shared)
 
 
 def elect(vectors: Tensor, by: Elect = "mass") -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 ROWS, COLUMNS = 4, 512  # of a block
 WARPS = 4  # that share it: 16 entries a thread, for which a vote keeps six numbers each in registers
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}  # a multiply-add is fused where it is written so, only there
 ALIGNED = 16  # bytes, so that a thread may load four numbers at once
 NOTHING: Any = tl.constexpr(1e-30)  # as in `elect`
 
@@ -205,4 +206,4 @@ def _launch(kernel: Any, shape: Sequence[int], *given: Any) -> None:
     blocks = triton.cdiv(shape[0], ROWS) * triton.cdiv(shape[1], COLUMNS)
     on_device: Any = torch.cuda.device_of  # a thread's own device is the first one, whatever the tensors'
     with _launching, on_device(next(each for each in given if isinstance(each, Tensor))):
-        kernel[(blocks,)](*given, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS)
+        kernel[(blocks,)](*given, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS)

@@ -254,7 +254,7 @@ def assemble(name: str, capability: int, aligned: bool, mean: bool) -> tuple[str
     places = [n for n, (key, sort) in enumerate(signature.items()) if sort.startswith("*") or key == "width"]
     hints = {(place,): [["tt.divisibility", 16]] for place in places} if aligned else {}
     source = ASTSource(kernel, signature, constants, hints)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": triton_loops.WARPS})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_loops.OPTIONS)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
