@@ -378,7 +378,7 @@ def _energy(matrix: Tensor, run: Run = map) -> float:
 
     def some(band: Tensor) -> Tensor:
         if band.device.type != "cpu":  # a norm at a time would be hundreds of launches
-            norms = torch.linalg.vector_norm(band, dim=1)
+            norms: Tensor = torch.linalg.vector_norm(band, dim=1)
         else:
             norms = torch.stack([torch.linalg.vector_norm(band[row : row + 16]) for row in range(0, len(band), 16)])
         return norms.double().square().sum()
