@@ -121,11 +121,24 @@ def workers(kept: list[Workers] | None = None, loops: Loops | None = None) -> It
     if kept is not None:
         kept[:] = [crew]
     try:
-        with one_thread():
+        with one_thread(), full_precision():
             yield crew
     finally:
         if kept is None:
             crew.close()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products on a GPU in full float32, no TF32, whatever the process allows; its own setting is put back after."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, full)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 @contextmanager

@@ -273,6 +273,7 @@ def test_every_kernel_compiles_for_a_gpu_without_spilling_in_full_precision(
     assert f".target sm_{capability}" in ptx
     assert "fma.rn.f32" in ptx and "tf32" not in ptx and "mma" not in ptx
     assert not re.search(r"(atom|red)\S*\.f(16|32|64)", ptx)  # their order would show
+    assert ("ld.global.v4" in ptx) == aligned  # four numbers at once only where every row of A starts at 16 bytes
     used = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told)
     assert used is not None
     registers, stack, local = map(int, used.groups())
