@@ -1,6 +1,6 @@
 """Fast: the inner loops of a trim and an election, compiled where a compiler is there.
 
-On a CPU that is numba (the extra `fast`), on a GPU of NVIDIA's Triton (the extra `gpu`; torch brings it along on Linux).
+On a CPU that is numba (the extra `fast`), on a GPU Triton (the extra `gpu`; torch brings it along on Linux).
 
 `count` and `cast` do in one pass over a tile what takes torch or NumPy several, by the same operations
 on the same numbers in the same order: the results are the same, bit for bit. `census` and `vote` also make the

@@ -1,4 +1,4 @@
-"""Triton loops: what `loops` does on a CPU, for a GPU of NVIDIA's. Imported by `fast` alone, and only where triton is.
+"""Triton loops: what `loops` does on a CPU, for a GPU. Imported by `fast` alone, and only where triton is.
 
 A task vector B·A is multiplied out a block at a time, in registers, and used where it lies: counted for a
 threshold, or trimmed and voted on. All three kernels make it by `_product`: each entry is a chain of fused
@@ -24,7 +24,7 @@ from torch import Tensor
 ROWS, COLUMNS = 4, 512  # of a block
 WARPS = 4  # that share it: 16 entries a thread, for which a vote keeps six numbers each in registers
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}  # a multiply-add is fused where it is written so, only there
-ALIGNED = 16  # bytes, so that a thread may load four numbers at once
+ALIGNED: Any = tl.constexpr(16)  # bytes, so that a thread may load four numbers at once
 NOTHING: Any = tl.constexpr(1e-30)  # as in `elect`
 
 _launching = threading.Lock()  # two threads at a kernel's first launch would both compile it
@@ -126,7 +126,7 @@ def _vote(
     votes = tl.zeros([ROWS, COLUMNS], tl.int32)
     for _ in range(count):
         B = tl.load(factors).to(tl.pointer_type(tl.float32))
-        A = tl.multiple_of(tl.load(factors + 1).to(tl.pointer_type(tl.float32)), 16)
+        A = tl.multiple_of(tl.load(factors + 1).to(tl.pointer_type(tl.float32)), ALIGNED)
         values = product(B, A, tl.load(factors + 2).to(tl.int32), rows, width, row, column)
         least, heft = tl.load(limits), tl.load(limits + 1)
         up, down = values > least, values < -least
@@ -192,7 +192,7 @@ def vote(
         out: (rows, columns).
     Returns: how many entries have votes of both signs, how many have several votes.
     """
-    held = [(B, A if A.data_ptr() % ALIGNED == 0 else A.clone()) for B, A in factors]
+    held = [(B, A if A.data_ptr() % ALIGNED.value == 0 else A.clone()) for B, A in factors]
     table = torch.tensor([(B.data_ptr(), A.data_ptr(), len(A)) for B, A in held], dtype=torch.int64, device=out.device)
     limits = torch.tensor([*zip(below, hefts, strict=True)], dtype=torch.float32, device=out.device)
     tally = torch.zeros(2, dtype=torch.int32, device=out.device)
