@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .delta import GRAM_ROWS, Delta, LowRank, Span, gram
+from .delta import GRAM_ROWS, Delta, LowRank, Span, eigh, gram
 
 Run = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]]
 
@@ -47,7 +47,6 @@ HELPED = 5e-4  # a round that lowers the error by a smaller share than this was 
 ROUNDS = 12
 WIDEST = 2048  # Σrᵢ up to which Gram matrices of Σrᵢ × Σrᵢ are made
 BAND = 512  # rows of a large product that one thread computes at a time
-FEWEST = 256  # sides up to which a device leaves a matrix to the CPU to decompose; reckoned, not measured
 NOISE = 1e-14  # eigenvalues of a float64 Gram matrix below this share of the largest are rounding
 
 
@@ -198,7 +197,7 @@ def decompose(left: Tensor, right: Tensor) -> Small:
     inverse = torch.where(there, 1 / share, 0.0)
     root_b, back_b = _root(left * share * share.unsqueeze(1))
     root_a, back_a = _root(right * inverse * inverse.unsqueeze(1))
-    U, S, Vt = _here(lambda square: torch.linalg.svd(square, full_matrices=False), root_b @ root_a.T)
+    U, S, Vt = torch.linalg.svd(root_b @ root_a.T, full_matrices=False)
     count = int((S[:1] * math.sqrt(NOISE) < S).sum())
     X, Y = share.unsqueeze(1) * (back_b @ U[:, :count]), (Vt[:count] @ back_a.T) * inverse
     return Small(X, S[:count], Y, float(S.square().sum()))
@@ -213,7 +212,7 @@ def leading(left: Tensor, right: Tensor, rank: int) -> Small:
     if int(fault) or 2 * rank > len(right):
         return decompose(left, right).top(rank)
     square = R @ left @ R.T
-    values, vectors = torch.linalg.eigh(square)
+    values, vectors = eigh(square)
     values, vectors = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
     there = values > NOISE * values[:1].clamp_min(0)
     S = values[there].sqrt()
@@ -303,7 +302,7 @@ def _through_gram(matrix: Tensor, rank: int, run: Run = map) -> Factors:
     bands = [M[:, start : start + GRAM_ROWS] for start in range(0, M.shape[1], GRAM_ROWS)]
     square = sum(run(lambda band: gram([band.T]), bands), torch.zeros_like(M[:, :1]))
     total = float(square.diagonal().sum())
-    values, vectors = _here(torch.linalg.eigh, square)
+    values, vectors = eigh(square)
     U = vectors[:, -rank:].flip(1)
     rest = U.T @ M  # rows of length σ: √S·Vᵀ once divided by √σ
     S = rest.norm(dim=1)
@@ -323,7 +322,7 @@ def _by_iteration(matrix: Tensor, rank: int, guess: Tensor, run: Run) -> Factors
     for turn in range(2 * ROUNDS):
         there = turn % 2 == 0  # from the output side to the input side
         seen = _product(matrix.T if there else matrix, basis, run)
-        values, vectors = _here(torch.linalg.eigh, gram([seen]))
+        values, vectors = eigh(gram([seen]))
         kept = float(values[-rank:].clamp_min(0).sum())
         error = math.sqrt(max(0.0, total - kept))
         if error >= before * (1 - HELPED) or error <= 1e-6 * math.sqrt(total):
@@ -365,7 +364,7 @@ def _gaussian(rows: int, columns: int, seed: int) -> Tensor:
 
 def _orthonormal(matrix: Tensor) -> Tensor:
     """An orthonormal basis of the columns, (n, l), by the Gram matrix in float64; short of it where they depend."""
-    values, vectors = _here(torch.linalg.eigh, gram([matrix]))
+    values, vectors = eigh(gram([matrix]))
     keep = values > NOISE * values[-1:].clamp_min(0)
     once = (matrix.double() @ (vectors[:, keep] / values[keep].sqrt())).float()
     root = torch.linalg.cholesky(gram([once]))  # near the identity: what rounding left is taken out
@@ -386,16 +385,9 @@ def _energy(matrix: Tensor, run: Run = map) -> float:
     return sum(map(float, run(some, [matrix[start : start + BAND] for start in range(0, len(matrix), BAND)])))
 
 
-def _here(decomposed: Callable[[Tensor], Sequence[Tensor]], square: Tensor) -> Sequence[Tensor]:
-    """The parts of a matrix, where it lies; found on the CPU if it is small."""
-    if square.device.type == "cpu" or min(square.shape) > FEWEST:
-        return decomposed(square)
-    return [part.to(square.device) for part in decomposed(square.cpu())]
-
-
 def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
     """R with RᵀR = gram, and the R⁻¹ that maps back (zero for directions that are rounding)."""
-    values, vectors = _here(torch.linalg.eigh, gram)
+    values, vectors = eigh(gram)
     keep = values > NOISE * values[-1:].clamp_min(0)
     root = values[keep].sqrt()
     return (vectors[:, keep] * root).T, vectors[:, keep] / root
