@@ -32,7 +32,6 @@ class Memory:
 
     Attributes:
         encodings: by module, the coordinates of all its adapters.
-        samples: by member, module, part and modules ranked together, some magnitudes and how many each stands for.
         ranked: by member, module and part, the weight and the weighted magnitudes of a small part in order: as much
             memory as the parts take.
         companions: the tokenizer files beside them, once they were looked for.
@@ -40,7 +39,6 @@ class Memory:
     """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
-    samples: dict[tuple[int, str, int, int], tuple[np.ndarray, float]] = field(default_factory=dict)
     ranked: dict[tuple[int, str, int], tuple[float, np.ndarray]] = field(default_factory=dict)
     companions: Companions | None = None
     crew: list[Workers] = field(default_factory=list)

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 FEWEST = 256  # sides up to which a device leaves a matrix to the CPU to decompose; reckoned, not measured
+LATTICE = 32  # rows and columns that meet in a sample, at most
 GRAM_ROWS = 1024  # rows of a Gram matrix's factor that are held in float64 at a time
 
 
@@ -59,11 +61,18 @@ class LowRank:
         """factor · Δ, by a new B."""
         return self if factor == 1 else LowRank(self.B * factor, self.A, self.scaling)
 
-    def sample(self, places: Tensor) -> Tensor:
-        """The entries at flat, row-major `places` (int64), one float32 each."""
-        width = self.A.shape[1]
-        rows, columns = torch.div(places, width, rounding_mode="floor"), places % width
-        return self.B.index_select(0, rows).mul_(self.A.T.contiguous().index_select(0, columns)).sum(1)
+    def sample(self, count: int, draw: np.random.Generator) -> Tensor:
+        """About so many entries, at least one, flat: where some rows meet some columns, several times over.
+
+        Every entry is as likely as any other. All rows, and all columns, have their turn before one has another,
+        so that a share of the sample is at least as near to that of all entries as if each were drawn alone.
+        """
+        rows, columns = self.shape
+        side = min(LATTICE, 1 << max(1, count // max(rows, columns)).bit_length() - 1)
+        blocks = -(-count // side**2)
+        B = self.B.index_select(0, _turns(rows, blocks * side, draw).to(self.B.device))
+        A = self.A.index_select(1, _turns(columns, blocks * side, draw).to(self.A.device))
+        return torch.bmm(B.view(blocks, side, -1), A.view(-1, blocks, side).transpose(0, 1)).view(-1)
 
     def to(self, device: torch.device) -> LowRank:
         """The same on another device."""
@@ -103,9 +112,9 @@ class Dense:
         """factor · values."""
         return self if factor == 1 else Dense(self.values * factor)
 
-    def sample(self, places: Tensor) -> Tensor:
-        """The entries at flat, row-major `places`."""
-        return self.values.reshape(-1)[places]
+    def sample(self, count: int, draw: np.random.Generator) -> Tensor:
+        """So many entries, each drawn alone."""
+        return self.values.reshape(-1)[torch.from_numpy(draw.integers(0, self.values.numel(), count))]
 
     def to(self, device: torch.device) -> Dense:
         """The same on another device."""
@@ -148,9 +157,9 @@ class Mapped:
         """factor · the source, then changed: for changes that commute with scaling."""
         return self if factor == 1 else Mapped(self.source.scaled(factor), self.change)
 
-    def sample(self, places: Tensor) -> Tensor:
-        """Entries that have the law of those at `places`."""
-        return self.change(self.source.sample(places), 0, True)
+    def sample(self, count: int, draw: np.random.Generator) -> Tensor:
+        """Entries that have the law of those that are read."""
+        return self.change(self.source.sample(count, draw), 0, True)
 
     def to(self, device: torch.device) -> Mapped:
         """The same on another device."""
@@ -158,6 +167,12 @@ class Mapped:
 
 
 Delta = LowRank | Dense | Mapped
+
+
+def _turns(length: int, count: int, draw: np.random.Generator) -> Tensor:
+    """0, 1, … length − 1 in a random order, and then in another one, until there are so many."""
+    orders = draw.permuted(np.tile(np.arange(length), (-(-count // length), 1)), axis=1)
+    return torch.from_numpy(orders.reshape(-1)[:count])
 
 
 def size(delta: Delta) -> int:

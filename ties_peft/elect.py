@@ -19,6 +19,7 @@ elects before it weighs and divides by the count; mergekit elects after, as here
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -31,6 +32,15 @@ Disjoint = Literal["mean", "sum", "max"]
 Vote = Literal["mass", "count", "none"]  # an election, or none
 Combine = Literal["mean", "sum", "max", "mean_elected", "mean_all"]  # a disjoint merge, or a mean over all adapters
 NOTHING = 1e-30  # a divisor for entries that nobody kept: their numerator is exactly 0
+
+
+@dataclass(frozen=True)
+class Election:
+    """How kept entries are elected and combined; as in `Ballot`."""
+
+    elect: Vote = "mass"
+    disjoint: Combine = "mean"
+    normalize: bool = True
 
 
 class Ballot:

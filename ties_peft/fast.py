@@ -38,9 +38,11 @@ class Kernels:
     group: int
     cast: Callable[..., None]
     count: Callable[..., tuple[int, int]]
+    within: Callable[..., Any]
     read: Callable[..., None]
     census: Callable[..., tuple[int, int]]
-    vote: Callable[..., tuple[int, int]]
+    vote: Callable[..., tuple[int, int, int]]
+    settle: Callable[..., tuple[int, int]]
     device: str = "cpu"
 
 
@@ -79,5 +81,5 @@ def _launches() -> Launches:
 def _kernels() -> Kernels:
     numba: Any = importlib.import_module("numba")
     made: Any = importlib.import_module(f"{__package__}.loops")
-    loops = (made.cast, made.count, made.read, made.census, made.vote)
+    loops = (made.cast, made.count, made.within, made.read, made.census, made.vote, made.settle)
     return Kernels(f"numba {numba.__version__}", made.PANEL, made.ROWS, made.GROUP, *loops)

@@ -21,6 +21,7 @@ from .delta import zero
 from .errors import RecipeError, printable, warn_caller
 from .factorise import Factors
 from .fast import load
+from .glance import Glance
 from .kinds import Module
 from .members import statistics_of
 from .merged import Merged
@@ -30,7 +31,7 @@ from .plan import Plan, make_plan
 from .processes import ALONE, Team
 from .recipe import IN_MEMORY, Rank, Recipe, Weights
 from .schedule import as_read
-from .survey import Cuts, Kept, Survey
+from .survey import Kept, Survey
 from .targets import check_written
 from .tiles import Workers, workers
 
@@ -222,7 +223,7 @@ def _one_module(
     tally: dict[str, int] = {}
     factors = Factors(zero(module.shape), 0.0, 0.0)
     if encoding is not None:
-        factors = _merge_parts(coordinates, module.name, survey.cuts(module.name), crew, tally)
+        factors = _merge_parts(coordinates, module.name, survey, crew, tally)
     factors = (factors.restored() if plan.restore_norm else factors).scaled(plan.scale)
     tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
     written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
@@ -239,19 +240,45 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _merge_parts(coordinates: Coordinates, name: str, cuts: Cuts, crew: Workers, tally: dict[str, int]) -> Factors:
+def _merge_parts(coordinates: Coordinates, name: str, survey: Survey, crew: Workers, tally: dict[str, int]) -> Factors:
     """The merged task vector of one module, part by part."""
+    plan = coordinates.plan
+    encoding = coordinates.encoding(name)
+    places = list(coordinates.prepared(name))
+    parts = _parts(coordinates, name, crew)
+    dense = plan.method.entrywise and not plan.method.linear(len(places))
+    work = encoding.beforehand(plan.rank) if dense and plan.rank is not None else None
+    begun = crew.beside(work) if work is not None else None
+    glance = Glance.of(plan.method, parts, crew)
+    cuts = survey.cuts(name, glance)
+    merged = []
+    for part, untrimmed in enumerate(parts):
+        tasks = replace(untrimmed, cuts=[tuple(cuts[place, name, part]) for place in places] if cuts else [])
+        if glance is not None and glance.looks:
+            result = glance.result([own[0] for own in tasks.cuts], tally)
+        else:
+            result = merge_part(plan.method, tasks, crew, tally)
+        if plan.finishes:
+            plain = [encoding.weighted(i, plan.weight(place, name))[part] for i, place in enumerate(places)]
+            for stage in plan.finishes:
+                result = stage.finish(result, replace(tasks, deltas=plain))
+        merged.append(result)
+    if begun is not None:
+        begun()
+    return encoding.decode(merged, plan.rank, crew.map)
+
+
+def _parts(coordinates: Coordinates, name: str, crew: Workers) -> list[TaskVectors]:
+    """The task vectors of one module, part by part, their cuts not known yet."""
     plan = coordinates.plan
     encoding = coordinates.encoding(name)
     prepared = coordinates.prepared(name)
     places, seen = list(prepared), list(prepared.values())
     signs = encoding.parts[len(places)] if len(encoding.parts) > len(places) else None
-    merged = []
-    for part in range(len(seen[0])):
-        tasks = TaskVectors(
+    return [
+        TaskVectors(
             deltas=[parts[part] for parts in seen],
             weights=[encoding.weights(plan.weight(place, name))[part] for place in places],
-            cuts=[tuple(cuts[place, name, part]) for place in places] if cuts else [],
             densities=_densities(plan, name, places),
             total_weight=plan.total_weight(name),
             total_heft=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
@@ -263,13 +290,8 @@ def _merge_parts(coordinates: Coordinates, name: str, cuts: Cuts, crew: Workers,
             room=lambda purpose, shape: crew.scratch(purpose, shape, plan.device),
             loops=crew.loops,
         )
-        result = merge_part(plan.method, tasks, crew, tally)
-        if plan.finishes:
-            plain = [encoding.weighted(i, plan.weight(place, name))[part] for i, place in enumerate(places)]
-            for stage in plan.finishes:
-                result = stage.finish(result, replace(tasks, deltas=plain))
-        merged.append(result)
-    return encoding.decode(merged, plan.rank, crew.map)
+        for part in range(len(seen[0]))
+    ]
 
 
 def _densities(plan: Plan, name: str, places: Sequence[int]) -> list[float]:

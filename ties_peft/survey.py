@@ -9,12 +9,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from itertools import groupby, islice
 from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from . import fused
@@ -22,18 +21,18 @@ from .coordinates import Coordinates
 from .delta import Delta, size
 from .errors import MethodError, printable
 from .fast import Kernels
+from .glance import Glance
 from .kinds.base import EMBEDDING
 from .plan import Plan
 from .processes import Team
 from .threshold import WHOLE, Search, sum_of
-from .tiles import TILE, Workers, tiles
+from .tiles import TILE, Workers
 from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
 SAMPLE = (1 << 13, 1 << 18)  # entries of a group that are sampled, at least and at most; about one in SPARSE
-SPARSE = 512
-TOGETHER = 8  # task vectors of a module that are looked at in one go
-TOGETHER = 64  # adapters whose cuts are sought at once where all could be
+SPARSE = 64
+TOGETHER = 64  # adapters whose cuts are sought at once where all could be, and task vectors looked at in one go
 Value = TypeVar("Value")
 Progress = Callable[[str, int, int], None]
 Spot = tuple[int, str, int]  # member, module, part
@@ -90,7 +89,7 @@ class Survey:
     ) -> None:
         self.coordinates, self.plan, self.crew = coordinates, coordinates.plan, crew
         self.team, self.mine = team, set(mine)
-        self.by_module = self.plan.trim is not None and self.plan.trim.scope == "module"
+        self.by_module = _by_module(self.plan)
         self._kept = [Kept() for _ in self.plan.members]
         self._cuts: Cuts = {}
         if self.plan.trim is None or self.by_module:
@@ -123,15 +122,15 @@ class Survey:
         """What all processes found, where groups go beyond the modules of one."""
         return [value] if self.by_module else self.team.gather(value)
 
-    def cuts(self, module: str) -> Cuts:
-        """The cuts of one module, for every member that has it."""
+    def cuts(self, module: str, glance: Glance | None = None) -> Cuts:
+        """The cuts of one module, for every member that has it; found by a glance at them where that suffices."""
         if self.by_module:
             self._cuts, groups = {}, []
             for member, _ in self.plan.holders(module):
                 densities = self._densities(member, module)
                 parts = range(len(self.coordinates.parts(member, module)))
                 groups += [Group(member, [module], part, densities) for part in parts]
-            self._find(groups)
+            self._find(groups, glance)
         return self._cuts
 
     def _groups(self, member: int) -> list[Group]:
@@ -171,7 +170,7 @@ class Survey:
             while some := list(islice(steps, TOGETHER)):
                 yield some
 
-    def _find(self, groups: Sequence[Group]) -> None:
+    def _find(self, groups: Sequence[Group], glance: Glance | None = None) -> None:
         """The cuts of all places of some groups."""
         for steps in self._by_module(groups):
             large = []
@@ -179,7 +178,7 @@ class Survey:
                 group.sizes[spot] = size(delta)
                 if size(delta) > WHOLE // (4 * len(group.modules)):  # else the whole group is small
                     large.append((group, spot, delta))
-            drawn = self.crew.map(lambda step: self._sample(step[1], step[2], len(step[0].modules)), large)
+            drawn = self.crew.map(lambda step: _sample(step[1], step[2], len(step[0].modules)), large)
             for (group, _, _), sample in zip(large, drawn, strict=True):
                 group.sample.append(sample)
         found = self._gather([(group.sizes, group.sample) for group in groups])
@@ -193,13 +192,15 @@ class Survey:
             kept.entries += entries
             ends = band_ends(group.densities, entries)
             searches += [(group, Search(entries, keep, group.sample)) for keep in ends]
-        sought = [(group, search) for group, search in searches if 0 < search.keep < search.entries]
-        for _, search in sought:
-            search.bracket()
+        sought = [(group, search) for group, search in searches if search.sought]
+        little = sum(group.entries for group, _ in sought) <= TILE
+        self.crew.map(lambda each: each[1].bracket(), sought, little)
         for group, search in sought:
             ranked = self._ranked(group)
             if ranked is not None:
                 search.settle(ranked)
+        if glance is not None and glance.suffices([search for _, search in searches]):
+            self._glance(glance, searches)
         while unsettled := [(group, search) for group, search in sought if search.threshold is None]:
             self._pass(unsettled)
         for group, search in searches:
@@ -208,21 +209,14 @@ class Survey:
         for group in groups:
             group.sample = []  # those of hundreds of adapters add up
 
-    def _sample(self, spot: Spot, delta: Delta, modules: int) -> tuple[np.ndarray, float]:
-        """Some magnitudes of one place; a prepared merge keeps them, unweighted.
-
-        They only say where to look first, so that it does not matter that w·|τ| rounds otherwise than |w·τ|.
-        """
-        memory = self.coordinates.memory
-        if memory is None or self.plan.preparations:
-            return _sample(spot, delta, modules)
-        weight = abs(self.plan.weight(*spot[:2]))
-        key = (*spot, modules)
-        if key not in memory.samples:
-            values, each = _sample(spot, delta, modules)
-            memory.samples[key] = values / np.float32(weight), each
-        values, each = memory.samples[key]
-        return values * np.float32(weight), each
+    def _glance(self, glance: Glance, searches: Sequence[tuple[Group, Search]]) -> None:
+        """Settle the searches of a module's only part by one walk, which is in vain if any stays open."""
+        (place,) = {(module, part) for group, _ in searches for _, module, part in group.sizes}
+        glance.walk([search for _, search in searches], place)
+        if glance.looks:
+            self.crew.map(_close, [each for each in searches if each[1].sought])
+        if any(search.sought and search.threshold is None for _, search in searches):
+            glance.looks = []
 
     def _ranked(self, group: Group) -> np.ndarray | None:
         """All magnitudes of one small part in order, which a prepared merge keeps; None where there is more to look at."""
@@ -248,12 +242,12 @@ class Survey:
         groups = list({id(group): group for group, _ in searches}.values())
         little = sum(group.entries for group in groups) <= TILE
         for walk in self._by_module(groups):
-            steps = [(delta, of_group[id(group)]) for group, _, delta in walk]
-            asked = [(delta, [search.ends for search in mine]) for delta, mine in steps]
-            for (_, mine), tallies in zip(steps, _census(asked, self.crew, little), strict=True):
-                for place, search in enumerate(mine):
-                    found = [tile[place] for tile in tallies]
-                    search.add(sum(above for above, _ in found), np.concatenate([inside for _, inside in found]))
+            steps = [(delta, spot, of_group[id(group)]) for group, spot, delta in walk]
+            asked = [(delta, [search.ends for search in mine]) for delta, _, mine in steps]
+            for (_, spot, mine), tallies in zip(steps, _census(asked, self.crew, little), strict=True):
+                for number, search in enumerate(mine):
+                    found = [tile[number] for tile in tallies]
+                    search.add(sum(above for above, _ in found), [inside for _, inside in found], spot[1:])
         counted = self._gather([search.counted for _, search in searches])
         for (_, search), parts in zip(searches, zip(*counted, strict=True), strict=True):
             search.counted = sum_of(parts)
@@ -266,7 +260,7 @@ class Survey:
         if search.threshold == 0 or search.equal == search.spare:
             return dict.fromkeys(group.sizes, Cut(search.threshold))
         at = np.float32(search.threshold)
-        own = {spot: _equals(delta, at, self.crew) for _, spot, delta in self._walk([group])}
+        own = {spot: search.equals(spot[1:]) or _equals(delta, at, self.crew) for _, spot, delta in self._walk([group])}
         equal = {spot: counts for part in self._gather(own) for spot, counts in part.items()}
         cuts, spare = {}, search.spare
         for spot in sorted(equal):
@@ -295,6 +289,13 @@ def _equals(delta: Delta, magnitude: np.float32, crew: Workers) -> list[int]:
     return [len(inside) for ((_, inside),) in tallies]
 
 
+def _by_module(plan: Plan) -> bool:
+    """Whether magnitudes are ranked over one module at a time, be it the only one."""
+    if plan.trim is None or plan.trim.scope == "module":
+        return plan.trim is not None
+    return len(plan.modules) == 1 and not plan.arithmetic.shared
+
+
 def trimmed_apart(plan: Plan) -> list[str]:
     """The modules as large as the vocabulary, whose entries would swamp the count of the others."""
     if plan.trim is None or plan.trim.scope != "adapter":
@@ -308,18 +309,12 @@ def trimmed_apart(plan: Plan) -> list[str]:
 
 
 def _sample(spot: Spot, delta: Delta, modules: int) -> tuple[np.ndarray, float]:
-    """Some magnitudes, at places that depend on the module's name alone, and how many each stands for."""
+    """Some magnitudes, drawn by the module's name alone, and how many each stands for."""
     _, module, part = spot
     entries = size(delta)
     count = max(1, min(max(SAMPLE[0] // modules, entries // SPARSE), SAMPLE[1] // modules))
-    where = _places(zlib.crc32(module.encode()), part, entries, count)
-    return delta.sample(where.to(delta.rows(0, 0).device)).abs().cpu().numpy(), entries / count
-
-
-@lru_cache(1)
-def _places(seed: int, part: int, entries: int, count: int) -> Tensor:
-    """Where to look: the same for all adapters of a module."""
-    return torch.from_numpy(np.random.default_rng([seed, part]).integers(0, entries, count))
+    drawn = delta.sample(count, np.random.default_rng([zlib.crc32(module.encode()), part]))
+    return drawn.abs_().cpu().numpy(), entries / drawn.numel()
 
 
 Brackets = Sequence[tuple[np.float32, np.float32]]
@@ -350,7 +345,7 @@ def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers, little: bool
             found.append((above, room[:inside].copy()))
         return found
 
-    grids = [tiles(delta.shape, delta.rows(0, 0).device) for delta, _ in asked]
+    grids = [crew.tiles(delta.shape, delta.rows(0, 0).device) for delta, _ in asked]
     tasks = [(*each, rows) for each, grid in zip(asked, grids, strict=True) for rows in grid]
     tallies = iter(crew.map(tile, tasks, little))
     return [list(islice(tallies, len(grid))) for grid in grids]

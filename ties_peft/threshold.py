@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 WHOLE = 1 << 18  # of so few entries all are kept: nothing to sample
 FEW = 1 << 19  # values that are kept; of more the counts are
 STEPS = 1 << 19  # values told apart in one pass
-SIGMAS = 4.0  # of the sample's quantile, on either side: the bracket misses once in thousands
+SIGMAS = 3.5  # of the sample's quantile, on either side: the bracket misses once in thousands
 INFINITY = int(np.float32(np.inf).view(np.int32))
 
 
@@ -29,12 +29,12 @@ class Counted:
 
     Attributes:
         above: how many exceed the bracket.
-        values: those inside, if they are few; else
+        values: those inside, by place and there by tile, if they are few; else
         steps: how many are inside, by steps of their bits.
     """
 
     above: int = 0
-    values: list[np.ndarray] = field(default_factory=list)
+    values: dict[Hashable, list[np.ndarray]] = field(default_factory=dict)
     steps: np.ndarray | None = None
 
 
@@ -44,7 +44,8 @@ def sum_of(parts: Sequence[Counted]) -> Counted:
     steps = first.steps
     for other in others:
         steps = None if steps is None or other.steps is None else steps + other.steps
-    return Counted(sum(part.above for part in parts), [v for part in parts for v in part.values], steps)
+    values = {place: some for part in parts for place, some in part.values.items()}
+    return Counted(sum(part.above for part in parts), values, steps)
 
 
 @dataclass
@@ -81,24 +82,35 @@ class Search:
         return low, high
 
     @property
+    def sought(self) -> bool:
+        """Whether there is anything to search: neither all entries are kept nor none."""
+        return 0 < self.keep < self.entries
+
+    @property
     def shift(self) -> int:
         """How coarsely values are told apart."""
         return max(0, (self.high - self.low).bit_length() - STEPS.bit_length() + 1)
 
-    def open(self) -> None:
-        """Forget what was counted, before a pass."""
-        few = self.expected <= FEW
-        self.counted = Counted(0, [], None if few else np.zeros(((self.high - self.low) >> self.shift) + 1, np.uint32))
+    def open(self, kept: bool = False) -> None:
+        """Forget what was counted, before a pass; with `kept` it will bring no more values than there is room for."""
+        few = kept or self.expected <= FEW
+        self.counted = Counted(0, {}, None if few else np.zeros(((self.high - self.low) >> self.shift) + 1, np.uint32))
 
-    def add(self, above: int, inside: np.ndarray) -> None:
-        """Count what a pass found in one place."""
+    def add(self, above: int, inside: Sequence[np.ndarray], place: Hashable) -> None:
+        """Count what a pass found in one place, tile by tile."""
         found = self.counted
         found.above += above
         if found.steps is None:
-            found.values.append(inside)
+            found.values[place] = list(inside)
         else:
-            steps = (inside.view(np.int32) - np.int32(self.low)) >> self.shift
+            steps = (np.concatenate(inside).view(np.int32) - np.int32(self.low)) >> self.shift
             found.steps += np.bincount(steps, minlength=len(found.steps)).astype(np.uint32)
+
+    def equals(self, place: Hashable) -> list[int] | None:
+        """How many entries of a place equal the threshold, in each tile; None where their values were not kept."""
+        tiles = self.counted.values.get(place)
+        at = np.float32(self.threshold or 0.0)
+        return None if tiles is None else [int(np.count_nonzero(values == at)) for values in tiles]
 
     def settle(self, ranked: np.ndarray) -> None:
         """Settle the threshold from all magnitudes, the smallest first."""
@@ -114,7 +126,8 @@ class Search:
         """
         missing = self.keep - self.counted.above  # so many of those inside are kept, the largest first
         steps = self.counted.steps
-        inside = np.concatenate([np.empty(0, np.float32), *self.counted.values])
+        kept = [some for tiles in self.counted.values.values() for some in tiles]
+        inside = np.concatenate([np.empty(0, np.float32), *kept])
         found = len(inside) if steps is None else int(steps.sum())
         if not 0 < missing <= found:
             self._widen()
@@ -143,22 +156,27 @@ class Search:
         if self.entries <= WHOLE:
             return
         share = self.keep / self.entries
-        ranked, exceeded, independent = self._ranked()
-        spread = SIGMAS * self.wider * math.sqrt(share * (1 - share) / independent)
-        top, bottom = np.searchsorted(exceeded, (share - spread, share + spread))
+        total = sum(len(values) * each for values, each in self.sample)
+        draws = total**2 / sum(len(values) * each**2 for values, each in self.sample)  # of equal weight
+        spread = SIGMAS * self.wider * math.sqrt(share * (1 - share) / draws)
+        low, high = (self._one if len(self.sample) == 1 else self._weighted)(share + spread, share - spread)
+        self.low = int(np.float32(low).view(np.int32))
         if share - spread > 0:
-            self.high = int(ranked[min(top, len(ranked) - 1)])
-        if bottom < len(ranked) - 1:
-            self.low = int(ranked[bottom])
+            self.high = int(np.float32(high).view(np.int32))
         self.expected = min(1.0, 2 * spread) * self.entries
 
-    def _ranked(self) -> tuple[np.ndarray, np.ndarray, float]:
-        """The sample from the largest down, as bits; the share at each place or above; how many draws it is worth."""
-        if len(self.sample) == 1:  # one weight: nothing to carry along
-            values = np.sort(self.sample[0][0])[::-1]
-            return values.view(np.int32), np.arange(1, len(values) + 1) / len(values), len(values)
+    def _one(self, more: float, fewer: float) -> tuple[float, float]:
+        """The magnitudes that two shares of a sample of equal weights reach, 0 for all of it; without sorting it."""
+        values = self.sample[0][0]
+        last = len(values) - 1
+        low, high = (min(max(0, last + 1 - math.ceil((last + 1) * share)), last) for share in (more, fewer))
+        upper = np.partition(values, low)[low:]
+        return upper[0] if low else 0.0, np.partition(upper, high - low)[high - low]
+
+    def _weighted(self, more: float, fewer: float) -> tuple[float, float]:
+        """The same of unequal weights."""
         values = np.concatenate([values for values, _ in self.sample])
         weights = np.concatenate([np.full(len(values), weight) for values, weight in self.sample])
-        order = values.argsort()[::-1]
-        independent = weights.sum() ** 2 / (weights**2).sum()
-        return values[order].view(np.int32), np.cumsum(weights[order]) / weights.sum(), independent
+        order, last = values.argsort()[::-1], len(values) - 1
+        bottom, top = np.searchsorted(np.cumsum(weights[order]) / weights.sum(), (more, fewer))
+        return values[order[bottom]] if bottom < last else 0.0, values[order[min(top, last)]]

@@ -1,9 +1,9 @@
 """Tiles: the fixed row blocks in which a large task vector is worked on, and the threads that do it.
 
-A tile is small enough to stay in a core's cache. The grid depends on the shape and on the sort of device, never on the
-number of threads, and every tile is computed by one thread: hence the same bits for any number of
-threads. Buffers belong to a thread and are used again, because fresh memory costs more than the
-arithmetic done in it.
+A tile is small enough to stay in a core's cache. The grid depends on the shape, on the sort of device and
+on what loops work through it, never on the number of threads, and every tile is computed by one thread:
+hence the same bits for any number of threads. Buffers belong to a thread and are used again, because
+fresh memory costs more than the arithmetic done in it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ from torch import Tensor
 from .fast import Loops
 
 TILE = 1 << 18  # entries a tile holds, about: a megabyte in float32; smaller ones make threads wait for each other
+TALL = 2  # times as many for compiled loops, which hold a few of them at a time and read some factors anew for each
 TILE_ELSEWHERE = 1 << 22  # on another device, where an operation on less takes as long as asking for it
 Result = TypeVar("Result")
 
 
-def tiles(shape: Sequence[int], device: torch.device) -> list[tuple[int, int]]:
-    """The row ranges (start, stop) of a shape's tiles on a device, in order; whole rows, at least one each."""
+def tiles(shape: Sequence[int], device: torch.device, tall: int = 1) -> list[tuple[int, int]]:
+    """The row ranges (start, stop) of a shape's tiles on a device, in order; whole rows, at least one each.
+
+    Args:
+        tall: how many times as large as others they are on the CPU.
+    """
     length = shape[0]
     width = shape[1] if len(shape) > 1 else 1
-    step = max(1, (TILE if device.type == "cpu" else TILE_ELSEWHERE) // max(1, width))
+    step = max(1, (tall * TILE if device.type == "cpu" else TILE_ELSEWHERE) // max(1, width))
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -58,6 +63,10 @@ class Workers:
         self._local = threading.local()
         self._process = os.getpid()
 
+    def tiles(self, shape: Sequence[int], device: torch.device) -> list[tuple[int, int]]:
+        """The tiles in which it works through a shape."""
+        return tiles(shape, device, 1 if self.loops is None else TALL)
+
     def map(self, work: Callable[..., Result], items: Sequence[object], little: bool = False) -> list[Result]:
         """work(item) for every item; results in the items' order whatever thread made them.
 
@@ -80,6 +89,13 @@ class Workers:
         for thread in [self._pool.submit(take) for _ in range(min(self.threads, len(items)))]:
             thread.result()
         return results
+
+    def beside(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """Have one thread do something while the others go on; what comes back waits for it.
+
+        Where there are no others it is done then.
+        """
+        return work if self._pool is None else self._pool.submit(work).result
 
     def scratch(self, name: str, shape: Sequence[int], like: torch.device) -> Tensor:
         """A float32 buffer of this thread, its content left from the last use."""

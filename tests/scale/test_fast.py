@@ -168,8 +168,8 @@ def test_a_threshold_is_the_kth_largest(
                 break
             low, high = search.ends
             search.open()
-            for block in np.split(values, [700, 1900]):
-                search.add(int((block > high).sum()), block[(block >= low) & (block <= high)])
+            for number, block in enumerate(np.split(values, [700, 1900])):
+                search.add(int((block > high).sum()), [block[(block >= low) & (block <= high)]], number)
             search.close()
         expected = np.sort(values)[-keep]
         assert search.threshold == expected

@@ -22,11 +22,11 @@ from torch import Tensor
 from .. import fused
 from ..delta import Delta, Dense, LowRank, Mapped, inner, stack
 from ..draws import key, uniform
-from ..elect import Ballot, Combine, Vote
+from ..elect import Ballot, Combine, Election, Vote
 from ..factorise import Sum
 from ..fast import Loops
 from ..statistics import Statistic
-from ..tiles import Workers, empty, tiles
+from ..tiles import Workers, empty
 from ..trim import KEEP_ALL, Cut, Scope
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -242,6 +242,10 @@ class Method(BaseModel, ABC):
         """The cuts to prepare, None for none."""
         return None
 
+    def election(self) -> Election | None:
+        """How what the trim leaves is elected and combined, of a method that does nothing else; None for others."""
+        return None
+
     def linear(self, adapters: int) -> bool:
         """Whether the result is a weighted sum, hence exact at rank Σrᵢ."""
         return False
@@ -257,7 +261,7 @@ def merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[st
         merged = method.merge(replace(tasks, tally=tally))
         return Dense(merged.float()) if isinstance(merged, Tensor) else merged
     result = empty(tasks.deltas[0].shape, tasks.device)
-    grid = tiles(result.shape, result.device)
+    grid = crew.tiles(result.shape, result.device)
 
     def tile(number: int) -> dict[str, int]:
         start, stop = grid[number]
@@ -297,22 +301,33 @@ def elect_and_merge(
     return ballot.result(tasks.sign_vector())
 
 
-def trim_elect_and_merge(tasks: TaskVectors, elect: Vote, disjoint: Combine, normalize: bool) -> Tensor:
+def trim_elect_and_merge(tasks: TaskVectors, election: Election) -> Tensor:
     """`elect_and_merge` of the trimmed task vectors; in one loop where it is compiled and nothing is out of the way.
 
     Law: the same within float32, of exactly the same entries.
     """
-    loops, out = tasks.loops, tasks.out
-    clear = disjoint != "max" and bool(tasks.cuts) and all(cuts[0].whole(tasks.tile) for cuts in tasks.cuts)
-    if not clear:
-        return elect_and_merge(tasks, (task.trimmed() for task in tasks), elect, disjoint, normalize)
+    how = election.elect, election.disjoint, election.normalize
+    clear = election.disjoint != "max" and all(cuts[0].whole(tasks.tile) for cuts in tasks.cuts)
+    if not clear or not tasks.cuts:
+        return elect_and_merge(tasks, (task.trimmed() for task in tasks), *how)
     below = [cuts[0].below for cuts in tasks.cuts]
-    plain = elect == "mass" and disjoint in ("mean", "sum") and tasks.signs is None and len(tasks.shape) == 2
-    if loops is None or out is None or not plain or not all(fused.fits(delta, loops) for delta in tasks.deltas):
-        return elect_and_merge(tasks, (task.vector for task in tasks), elect, disjoint, normalize, below)
-    hefts = [abs(weight) if normalize else 1.0 for weight in tasks.weights]
-    _tell(tasks, fused.vote(tasks.deltas, below, hefts, disjoint == "mean", tasks.span, out, loops, tasks.room))
+    hefts, out, loops = fused_hefts(tasks, election), tasks.out, tasks.loops
+    if hefts is None or out is None or loops is None:
+        return elect_and_merge(tasks, (task.vector for task in tasks), *how, below)
+    mean = election.disjoint == "mean"
+    _tell(tasks, fused.vote(tasks.deltas, below, hefts, mean, tasks.span, out, loops, tasks.room))
     return out
+
+
+def fused_hefts(tasks: TaskVectors, election: Election) -> list[float] | None:
+    """What each one's vote adds to the divisor, where the compiled loops can hold the election; None where not."""
+    plain = election.elect == "mass" and election.disjoint in ("mean", "sum")
+    loops = tasks.loops
+    if loops is None or not plain or tasks.signs is not None or len(tasks.shape) != 2:
+        return None
+    if not all(fused.fits(delta, loops) for delta in tasks.deltas):
+        return None
+    return [abs(weight) if election.normalize else 1.0 for weight in tasks.weights]
 
 
 def _tell(tasks: TaskVectors, conflicts: tuple[int, int]) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..delta import Delta
-from ..elect import Combine, Vote
+from ..elect import Combine, Election, Vote
 from ..trim import Scope
 from .base import Density, Method, TaskVectors, Trim, only, scope_fault, trim_elect_and_merge
 
@@ -61,11 +61,15 @@ class Ties(Method):
             if self.disjoint in ("mean_elected", "mean_all"):
                 return tasks.sum(1 / (tasks.total_heft if self.normalize else tasks.adapters))
             return tasks.sum() if len(tasks) > 1 else only(tasks, self.disjoint == "mean" and self.normalize)
-        return trim_elect_and_merge(tasks, self.elect, self.disjoint, self.normalize)
+        return trim_elect_and_merge(tasks, self.election())
 
     def trims(self) -> Trim:
         """One cut, at the density."""
         return Trim((self.density,), self.scope)
+
+    def election(self) -> Election:
+        """As the parameters say."""
+        return Election(self.elect, self.disjoint, self.normalize)
 
     def linear(self, adapters: int) -> bool:
         """True of untrimmed vectors where nobody is there to disagree, or is asked to agree."""

@@ -7,7 +7,7 @@ own, and turns the merged parts back into one task vector.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar
 
@@ -35,6 +35,10 @@ class Encoding(ABC):
     @property
     def inputs(self) -> Tensor | None:
         """What the columns of a part stand for, orthonormal rows of inputs, (columns, in); None: an input each."""
+        return None
+
+    def beforehand(self, rank: int) -> Callable[[], None] | None:
+        """What `decode` of a dense result at a rank needs that hangs on the task vectors alone, to be done before; or None."""
         return None
 
     @abstractmethod

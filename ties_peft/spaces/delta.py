@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
+from torch import Tensor
+
 from ..delta import Delta, LowRank, Span, inner
-from ..factorise import OVERSAMPLE, Factors, Run, Sum, few, leading_rows, truncate
+from ..factorise import OVERSAMPLE, SMALL_SIDE, Factors, Run, Sum, few, leading_rows, truncate
 from .base import Encoding, Space
 
 GUESSED = 512  # Σrᵢ beyond which an informed start costs more than the round that it saves
@@ -18,6 +21,17 @@ class DeltaEncoding(Encoding):
     def __init__(self, deltas: Sequence[Delta]) -> None:
         self.deltas = list(deltas)
         self.parts = [(delta,) for delta in self.deltas]
+        self._start: Tensor | None = None
+
+    def beforehand(self, rank: int) -> Callable[[], None] | None:
+        """The informed start of a factorisation."""
+        self._start = None
+        guess = sum(delta.rank for delta in self.deltas) <= GUESSED
+        return partial(self._guess, rank) if guess and min(self.deltas[0].shape) > SMALL_SIDE else None
+
+    def _guess(self, rank: int) -> None:
+        if self.span is not None:
+            self._start = leading_rows(self.span, rank + OVERSAMPLE)
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """The merged vector is the task vector."""
@@ -25,9 +39,11 @@ class DeltaEncoding(Encoding):
         if rank is None:
             energy = inner(whole, whole)
             return Factors(whole, energy, energy)
-        guess = not isinstance(whole, LowRank) and sum(delta.rank for delta in self.deltas) <= GUESSED
-        start = leading_rows(self.span, rank + OVERSAMPLE) if guess and self.span is not None else None
-        return truncate(whole, rank, start, run, self._span_of(whole))
+        known, self._start = self._start, None  # what is prepared shall not hold it
+        if known is None and not isinstance(whole, LowRank) and (work := self.beforehand(rank)) is not None:
+            work()
+            known, self._start = self._start, None
+        return truncate(whole, rank, known, run, self._span_of(whole))
 
     def _span_of(self, whole: Delta) -> Span | None:
         """The span of what a sum adds up, where that is the task vectors as they are; it was made for the report."""
