@@ -2,7 +2,8 @@
 
 Eight synthetic rank-16 adapters on all seven linear layers of 32 blocks (84 MB each in bfloat16), merged
 at rank 16 from the files and written to a folder. Prints seconds, the process's peak memory, and what
-the parts cost. `--layers 2` for a look. The adapters are made once in --folder.
+the parts cost. `--layers 2` for a look. The adapters are made once in --folder. With `--device cuda` a first run
+compiles the kernels, so that a second one is what to quote.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--space", default="delta")
     parser.add_argument("--method", default="ties")
-    parser.add_argument("--no-kernels", action="store_true", help="torch only, also where numba is installed")
+    parser.add_argument("--device", default="cpu", help="where the arithmetic is done")
+    parser.add_argument("--no-kernels", action="store_true", help="torch only, also where numba or Triton is installed")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     if asked.no_kernels:
-        fast.WORTH = 1 << 62
+        fast.WORTH = fast.WORTH_ON_GPU = 1 << 62
     shapes = {f"model.layers.{n}.{name}": shape for n in range(asked.layers) for name, shape in BLOCK.items()}
     home = asked.folder / f"{asked.layers}-layers"
     paths = [home / f"adapter-{n}" for n in range(asked.adapters)]
@@ -55,6 +57,7 @@ def main() -> None:
         method=asked.method,
         space=asked.space,
         rank=asked.rank,
+        device=asked.device,
         progress=lambda stage, done, of: stages.__setitem__(stage, time.perf_counter() - started),
     )
     merged.save(asked.folder / "merged", force=True)
@@ -67,6 +70,10 @@ def main() -> None:
         f"peak {synthetic.peak():.0f} MB, {synthetic.peak() - before:.0f} over the start; energy {merged.report.energy:.3f}"
     )
     print(f"{asked.adapters} adapters, {len(shapes)} modules; loops by {merged.report.loops}; {synthetic.machine()}")
+    if torch.device(asked.device).type == "cuda":
+        print(
+            f"{torch.cuda.get_device_name(asked.device)}, peak {torch.cuda.max_memory_allocated(asked.device) / 1e6:.0f} MB there"
+        )
     print(f"dtype {str(merged.dtype).removeprefix('torch.')}, threads {torch.get_num_threads()}")
 
 

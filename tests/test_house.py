@@ -26,6 +26,7 @@ FLOORS = {
     "fast": 0,
     "lanes": 0,
     "loops": 1,
+    "triton_loops": 0,
     "fused": 1,
     "draws": 0,
     "spellings": 0,

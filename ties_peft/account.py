@@ -13,7 +13,7 @@ from .basis import SQUARE
 from .delta import distance
 from .errors import printable
 from .factorise import WIDEST, Factors
-from .fast import Kernels
+from .fast import Loops
 from .kinds import Module
 from .plan import Plan
 from .report import AdapterLine, ModuleLine, Report
@@ -92,7 +92,7 @@ def _products(encoding: Encoding, count: int, pairs: bool) -> list[Mapping[int, 
 class Account:
     """What is added up, module by module."""
 
-    def __init__(self, plan: Plan, loops: Kernels | None = None) -> None:
+    def __init__(self, plan: Plan, loops: Loops | None = None) -> None:
         self.loops = loops
         count = len(plan.members)
         self.plan = plan

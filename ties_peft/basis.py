@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .delta import Delta, LowRank, Span, gram, inner
+from .delta import Delta, LowRank, Span, eigh, gram, inner
 from .factorise import WIDEST, decompose, few
 
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -39,7 +39,7 @@ def directions(gram: Tensor, negligible: float | None = None) -> tuple[Tensor, T
     Returns: (k,) and (K, k). k is at least 1, so that there is a space at all: M = 0 has one vector of zeros.
     """
     share = FLOAT32 * len(gram) if negligible is None else negligible
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     there = values > share**2 * values[-1].clamp_min(0)
     if not there.any():
         return values.new_ones(1), vectors.new_zeros(len(gram), 1)

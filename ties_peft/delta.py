@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FEWEST = 256  # sides up to which a device leaves a matrix to the CPU to decompose; reckoned, not measured
 LATTICE = 32  # rows and columns that meet in a sample, at most
 GRAM_ROWS = 1024  # rows of a Gram matrix's factor that are held in float64 at a time
 
@@ -226,6 +227,13 @@ def gram(columns: Sequence[Tensor]) -> Tensor:
         for first, last in edges:
             total[first:last, :last] += band[:, first:last].T @ band[:, :last]
     return total.tril_().add_(total.tril(-1).T)
+
+
+def eigh(square: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of a symmetric matrix, rising, and its eigenvectors, where it lies; small ones by the CPU."""
+    device = square.device
+    values, vectors = torch.linalg.eigh(square.cpu() if len(square) <= FEWEST else square)
+    return values.to(device), vectors.to(device)
 
 
 def _beside(parts: Sequence[Tensor]) -> Tensor:

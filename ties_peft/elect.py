@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .fast import Kernels
+from .fast import Kernels, Loops
 
 Elect = Literal["mass", "count"]
 Disjoint = Literal["mean", "sum", "max"]
@@ -65,7 +65,7 @@ class Ballot:
         disjoint: Combine = "mean",
         normalize: bool = True,
         total: float = 1.0,
-        loops: Kernels | None = None,
+        loops: Loops | None = None,
     ) -> None:
         self.loops = loops
         self.elect, self.disjoint, self.normalize, self.total = elect, disjoint, normalize, total
@@ -86,12 +86,11 @@ class Ballot:
             self.heft = (self.plus.clone(), self.minus.clone())
         loops = self.loops
         if (
-            loops is not None
+            isinstance(loops, Kernels)
             and below == 0
             and self.sums is None
             and self.heft is None
             and values.is_contiguous()
-            and _on_cpu(values)
         ):
             sides_of = (self.positive, self.negative, self.plus, self.minus)
             loops.cast(values.view(-1).numpy(), *(side.view(-1).numpy() for side in sides_of))
@@ -144,11 +143,8 @@ class Ballot:
         """(entries with both signs among the kept values, entries kept by two adapters or more)."""
         both = torch.sign(self.plus).mul_(self.minus.sign())
         several = (self.plus + self.minus).sub_(1).clamp_(0, 1)
-        return int(both.sum()), int(several.sum())
-
-
-def _on_cpu(values: Tensor) -> bool:
-    return values.device.type == "cpu"
+        conflicting, shared = torch.stack([both.sum(), several.sum()]).tolist()  # a device is waited for once
+        return int(conflicting), int(shared)
 
 
 def elect(vectors: Tensor, by: Elect = "mass") -> Tensor:

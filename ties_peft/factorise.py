@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .delta import GRAM_ROWS, Delta, LowRank, Span, gram
+from .delta import GRAM_ROWS, Delta, LowRank, Span, eigh, gram
 
 Run = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]]
 
@@ -212,7 +212,7 @@ def leading(left: Tensor, right: Tensor, rank: int) -> Small:
     if int(fault) or 2 * rank > len(right):
         return decompose(left, right).top(rank)
     square = R @ left @ R.T
-    values, vectors = torch.linalg.eigh(square)
+    values, vectors = eigh(square)
     values, vectors = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
     there = values > NOISE * values[:1].clamp_min(0)
     S = values[there].sqrt()
@@ -302,7 +302,7 @@ def _through_gram(matrix: Tensor, rank: int, run: Run = map) -> Factors:
     bands = [M[:, start : start + GRAM_ROWS] for start in range(0, M.shape[1], GRAM_ROWS)]
     square = sum(run(lambda band: gram([band.T]), bands), torch.zeros_like(M[:, :1]))
     total = float(square.diagonal().sum())
-    values, vectors = torch.linalg.eigh(square)
+    values, vectors = eigh(square)
     U = vectors[:, -rank:].flip(1)
     rest = U.T @ M  # rows of length σ: √S·Vᵀ once divided by √σ
     S = rest.norm(dim=1)
@@ -322,7 +322,7 @@ def _by_iteration(matrix: Tensor, rank: int, guess: Tensor, run: Run) -> Factors
     for turn in range(2 * ROUNDS):
         there = turn % 2 == 0  # from the output side to the input side
         seen = _product(matrix.T if there else matrix, basis, run)
-        values, vectors = torch.linalg.eigh(gram([seen]))
+        values, vectors = eigh(gram([seen]))
         kept = float(values[-rank:].clamp_min(0).sum())
         error = math.sqrt(max(0.0, total - kept))
         if error >= before * (1 - HELPED) or error <= 1e-6 * math.sqrt(total):
@@ -364,7 +364,7 @@ def _gaussian(rows: int, columns: int, seed: int) -> Tensor:
 
 def _orthonormal(matrix: Tensor) -> Tensor:
     """An orthonormal basis of the columns, (n, l), by the Gram matrix in float64; short of it where they depend."""
-    values, vectors = torch.linalg.eigh(gram([matrix]))
+    values, vectors = eigh(gram([matrix]))
     keep = values > NOISE * values[-1:].clamp_min(0)
     once = (matrix.double() @ (vectors[:, keep] / values[keep].sqrt())).float()
     root = torch.linalg.cholesky(gram([once]))  # near the identity: what rounding left is taken out
@@ -376,15 +376,18 @@ def _energy(matrix: Tensor, run: Run = map) -> float:
     """‖M‖², a few rows at a time, summed in float64."""
 
     def some(band: Tensor) -> Tensor:
-        norms = [torch.linalg.vector_norm(band[row : row + 16]) for row in range(0, len(band), 16)]
-        return torch.stack(norms).double().square().sum()
+        if band.device.type != "cpu":  # a norm at a time would be hundreds of launches
+            norms: Tensor = torch.linalg.vector_norm(band, dim=1)
+        else:
+            norms = torch.stack([torch.linalg.vector_norm(band[row : row + 16]) for row in range(0, len(band), 16)])
+        return norms.double().square().sum()
 
     return sum(map(float, run(some, [matrix[start : start + BAND] for start in range(0, len(matrix), BAND)])))
 
 
 def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
     """R with RᵀR = gram, and the R⁻¹ that maps back (zero for directions that are rounding)."""
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     keep = values > NOISE * values[-1:].clamp_min(0)
     root = values[keep].sqrt()
     return (vectors[:, keep] * root).T, vectors[:, keep] / root

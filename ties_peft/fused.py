@@ -15,32 +15,37 @@ import numpy as np
 from torch import Tensor
 
 from .delta import Delta, LowRank
-from .fast import Kernels
+from .fast import Kernels, Launches, Loops
 
 Room = Callable[[str, Sequence[int]], Tensor]  # float32 memory by purpose and shape, its content left from the last use
 UNCUT = math.inf
 
 
-def read(delta: Delta, rows: tuple[int, int], out: Tensor, loops: Kernels | None, room: Room) -> Tensor:
+def read(delta: Delta, rows: tuple[int, int], out: Tensor, loops: Loops | None, room: Room) -> Tensor:
     """Rows of a task vector, written into `out`; the same bits in every pass of a merge."""
-    if loops is None or not fits(delta):
+    if loops is None or not fits(delta, loops):
         return delta.rows(*rows, out=out)
+    if isinstance(loops, Launches):
+        loops.read(*_part(delta, rows), out)
+        return out
     B, A = _factors(delta, rows)
     loops.read(B, A, *_panel(loops, len(A), room), out.numpy())
     return out
 
 
-def fits(delta: Delta) -> bool:
+def fits(delta: Delta, loops: Loops) -> bool:
     """Whether the loops can multiply it out."""
-    return isinstance(delta, LowRank) and delta.B.device.type == "cpu"
+    return isinstance(delta, LowRank) and delta.B.device.type == loops.device
 
 
 def census(
-    delta: Delta, rows: tuple[int, int], low: np.float32, high: np.float32, loops: Kernels, room: Room
+    delta: Delta, rows: tuple[int, int], low: np.float32, high: np.float32, loops: Loops, room: Room
 ) -> tuple[int, np.ndarray]:
     """(how many magnitudes of some rows exceed `high`, those in [low, high] in no certain order)."""
+    entries = (rows[1] - rows[0]) * delta.shape[1]
+    if isinstance(loops, Launches):
+        return loops.census(*_part(delta, rows), float(low), float(high), room("inside", (entries,)))
     B, A = _factors(delta, rows)
-    entries = len(B) * A.shape[1]
     inside = room("inside", (entries + 1,)).numpy()
     marks = room("marks", (loops.rows * loops.panel // 4 + 1,)).numpy().view(np.uint8)
     above, found = loops.census(B, A, low, high, inside, marks, *_panel(loops, len(A), room))
@@ -54,7 +59,7 @@ def vote(
     mean: bool,
     rows: tuple[int, int],
     out: Tensor,
-    loops: Kernels,
+    loops: Loops,
     room: Room,
 ) -> tuple[int, int]:
     """Some rows of the disjoint mean (or sum) of trimmed task vectors, elected by mass, into `out`; see `Ballot`.
@@ -64,6 +69,8 @@ def vote(
         hefts: for each, what its vote adds to the divisor of the mean.
     Returns: how many entries have kept values of both signs, how many have several.
     """
+    if isinstance(loops, Launches):
+        return loops.vote([_part(delta, rows) for delta in deltas], below, hefts, mean, out)
     factors = [_factors(delta, rows) for delta in deltas]
     call = _call(factors, below, hefts, mean, out, loops, room, loops.group)
     conflicting, shared, _ = loops.vote(*call, None, None, None, None, None)
@@ -187,9 +194,14 @@ def _filled(values: Sequence[Any], filling: float, count: int, kind: type = np.f
     return np.array([*values, *[filling] * (count - len(values))], kind)
 
 
-def _factors(delta: Delta, rows: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _part(delta: Delta, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
     assert isinstance(delta, LowRank)
-    return delta.B[rows[0] : rows[1]].contiguous().numpy(), delta.A.contiguous().numpy()
+    return delta.B[rows[0] : rows[1]].contiguous(), delta.A.contiguous()
+
+
+def _factors(delta: Delta, rows: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    B, A = _part(delta, rows)
+    return B.numpy(), A.numpy()
 
 
 def _panel(loops: Kernels, rank: int, room: Room) -> tuple[np.ndarray, np.ndarray]:

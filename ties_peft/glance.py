@@ -54,7 +54,9 @@ class Glance:
     def of(cls, method: Method, parts: Sequence[TaskVectors], crew: Workers) -> Glance | None:
         """At the parts of a module; None where the method, or how they are held, needs more than a glance."""
         election, tasks = method.election(), parts[0]
-        if election is None or crew.loops is None or len(parts) > 1 or len(tasks) > MOST or method.linear(len(tasks)):
+        if election is None or not isinstance(crew.loops, Kernels):
+            return None
+        if len(parts) > 1 or len(tasks) > MOST or method.linear(len(tasks)):
             return None
         hefts = fused_hefts(tasks, election)
         return None if hefts is None else cls(tasks, hefts, election.disjoint == "mean", crew.loops, crew)
@@ -80,7 +82,7 @@ class Glance:
             vectors = self.tasks.deltas, brackets, self.hefts, self.mean
             return fused.glance(*vectors, rows, out, self.loops, self.tasks.room, most)
 
-        looks = self.crew.map(look, self.crew.tiles(merged.shape))
+        looks = self.crew.map(look, self.crew.tiles(merged.shape, merged.device))
         found = [each for each in looks if each is not None]
         if len(found) < len(looks):
             return
@@ -94,7 +96,7 @@ class Glance:
         """The merge, the cut of each task vector being known; it counts conflicts for the report."""
         merged = self.merged
         assert merged is not None
-        grid = self.crew.tiles(merged.shape)
+        grid = self.crew.tiles(merged.shape, merged.device)
 
         def settle(tile: int) -> tuple[int, int]:
             look, out = self.looks[tile], merged[grid[tile][0] : grid[tile][1]]

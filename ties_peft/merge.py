@@ -196,7 +196,7 @@ def _merge_all(
     mine = team.share(costs)
     own: dict[str, tuple[dict[str, Tensor], Record]] = {}
     compiled = plan.method.entrywise and not plan.arithmetic.shared
-    loops = load(sum(costs.values())) if compiled else None
+    loops = load(sum(costs.values()), plan.device.type) if compiled else None
     with torch.no_grad(), workers(None if memory is None else memory.crew, loops) as crew:
         coordinates = Coordinates(plan, memory)
         survey = Survey(coordinates, crew, tell, team, mine)

@@ -20,6 +20,7 @@ from . import fused
 from .coordinates import Coordinates
 from .delta import Delta, size
 from .errors import MethodError, printable
+from .fast import Kernels
 from .glance import Glance
 from .kinds.base import EMBEDDING
 from .plan import Plan
@@ -329,11 +330,11 @@ def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers, little: bool
         device = delta.rows(0, 0).device
         shape = (rows[1] - rows[0], *delta.shape[1:])
         loops = crew.loops
-        if loops is not None and fused.fits(delta):
+        if loops is not None and fused.fits(delta, loops):
             memory = partial(crew.scratch, like=device)
             return [fused.census(delta, rows, low, high, loops, memory) for low, high in brackets]
         values = delta.rows(*rows, out=crew.scratch("vector", shape, device))
-        if loops is None or values.device.type != "cpu":
+        if not isinstance(loops, Kernels):
             values = values.abs_()
             return [_count(values, low, high) for low, high in brackets]
         flat = values.view(-1).numpy()
@@ -345,7 +346,7 @@ def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers, little: bool
             found.append((above, room[:inside].copy()))
         return found
 
-    grids = [crew.tiles(delta.shape) for delta, _ in asked]
+    grids = [crew.tiles(delta.shape, delta.rows(0, 0).device) for delta, _ in asked]
     tasks = [(*each, rows) for each, grid in zip(asked, grids, strict=True) for rows in grid]
     tallies = iter(crew.map(tile, tasks, little))
     return [list(islice(tallies, len(grid))) for grid in grids]

@@ -1,9 +1,9 @@
 """Tiles: the fixed row blocks in which a large task vector is worked on, and the threads that do it.
 
-A tile is small enough to stay in a core's cache. The grid depends on the shape and on what loops work
-through it alone, never on the number of threads, and every tile is computed by one thread: hence the same bits for any number of
-threads. Buffers belong to a thread and are used again, because fresh memory costs more than the
-arithmetic done in it.
+A tile is small enough to stay in a core's cache. The grid depends on the shape, on the sort of device and
+on what loops work through it, never on the number of threads, and every tile is computed by one thread:
+hence the same bits for any number of threads. Buffers belong to a thread and are used again, because
+fresh memory costs more than the arithmetic done in it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fast import Kernels
+from .fast import Loops
 
 TILE = 1 << 18  # entries a tile holds, about: a megabyte in float32; smaller ones make threads wait for each other
 TALL = 2  # times as many for compiled loops, which hold a few of them at a time and read some factors anew for each
+TILE_ELSEWHERE = 1 << 22  # on another device, where an operation on less takes as long as asking for it
 Result = TypeVar("Result")
 
 
-def tiles(shape: Sequence[int], tall: int = 1) -> list[tuple[int, int]]:
-    """The row ranges (start, stop) of a shape's tiles, in order; whole rows, at least one each.
+def tiles(shape: Sequence[int], device: torch.device, tall: int = 1) -> list[tuple[int, int]]:
+    """The row ranges (start, stop) of a shape's tiles on a device, in order; whole rows, at least one each.
 
     Args:
-        tall: how many times as large as others they are.
+        tall: how many times as large as others they are on the CPU.
     """
     length = shape[0]
     width = shape[1] if len(shape) > 1 else 1
-    step = max(1, tall * TILE // max(1, width))
+    step = max(1, (tall * TILE if device.type == "cpu" else TILE_ELSEWHERE) // max(1, width))
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -57,14 +58,14 @@ class Workers:
 
     def __init__(self, threads: int) -> None:
         self.threads = max(1, threads)
-        self.loops: Kernels | None = None
+        self.loops: Loops | None = None
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._local = threading.local()
         self._process = os.getpid()
 
-    def tiles(self, shape: Sequence[int]) -> list[tuple[int, int]]:
+    def tiles(self, shape: Sequence[int], device: torch.device) -> list[tuple[int, int]]:
         """The tiles in which it works through a shape."""
-        return tiles(shape, 1 if self.loops is None else TALL)
+        return tiles(shape, device, 1 if self.loops is None else TALL)
 
     def map(self, work: Callable[..., Result], items: Sequence[object], little: bool = False) -> list[Result]:
         """work(item) for every item; results in the items' order whatever thread made them.
@@ -120,7 +121,7 @@ class Workers:
 
 
 @contextmanager
-def workers(kept: list[Workers] | None = None, loops: Kernels | None = None) -> Iterator[Workers]:
+def workers(kept: list[Workers] | None = None, loops: Loops | None = None) -> Iterator[Workers]:
     """Threads as many as torch would use, each computing alone; torch's own setting is put back after.
 
     Args:
@@ -136,11 +137,24 @@ def workers(kept: list[Workers] | None = None, loops: Kernels | None = None) -> 
     if kept is not None:
         kept[:] = [crew]
     try:
-        with one_thread():
+        with one_thread(), full_precision():
             yield crew
     finally:
         if kept is None:
             crew.close()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products on a GPU in full float32, no TF32, whatever the process allows; its own setting is put back after."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, full)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 @contextmanager

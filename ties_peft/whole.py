@@ -169,7 +169,7 @@ def _cut(magnitudes: Tensor, keep: int) -> Cut:
         return KEEP_NONE if keep == 0 else KEEP_ALL
     threshold = magnitudes.kthvalue(magnitudes.numel() - keep + 1).values
     spare, quota = keep - int((magnitudes > threshold).sum()), []
-    for start, stop in tiles(magnitudes.shape):
+    for start, stop in tiles(magnitudes.shape, magnitudes.device):
         equal = int((magnitudes[start:stop] == threshold).sum())
         quota.append(ALL if equal <= spare else spare)
         spare -= min(equal, spare)

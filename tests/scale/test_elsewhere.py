@@ -144,6 +144,19 @@ def test_no_task_vector_comes_back(make_lora: Make, monkeypatch: pytest.MonkeyPa
         assert max(back) < 400 * 300 / 8
 
 
+@pytest.mark.parametrize("asked", ["highest", "high"])
+def test_a_gpu_multiplies_in_full_precision_whatever_the_process_allows(make_lora: Make, asked: str) -> None:
+    matmul, seen = torch.backends.cuda.matmul, []
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(asked)
+    try:
+        paths = [make_lora(f"a{n}", seed=n) for n in range(2)]
+        ties_peft.merge(paths, progress=lambda stage, done, of: seen.append(matmul.fp32_precision))
+        assert set(seen) == {"ieee"} and torch.get_float32_matmul_precision() == asked
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_the_pretended_device_refuses_what_a_real_one_would() -> None:
     with elsewhere() as traffic:
         there = torch.ones(3, device=DEVICE.type)

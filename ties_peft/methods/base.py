@@ -24,7 +24,7 @@ from ..delta import Delta, Dense, LowRank, Mapped, inner, stack
 from ..draws import key, uniform
 from ..elect import Ballot, Combine, Election, Vote
 from ..factorise import Sum
-from ..fast import Kernels
+from ..fast import Loops
 from ..statistics import Statistic
 from ..tiles import Workers, empty
 from ..trim import KEEP_ALL, Cut, Scope
@@ -117,7 +117,7 @@ class TaskVectors:
     inputs: Tensor | None = None
     streams: Sequence[int] = ()
     room: Callable[[str, Sequence[int]], Tensor] = lambda purpose, shape: torch.empty(*shape)
-    loops: Kernels | None = None
+    loops: Loops | None = None
     out: Tensor | None = None
     tally: dict[str, int] = field(default_factory=dict)
 
@@ -261,7 +261,7 @@ def merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[st
         merged = method.merge(replace(tasks, tally=tally))
         return Dense(merged.float()) if isinstance(merged, Tensor) else merged
     result = empty(tasks.deltas[0].shape, tasks.device)
-    grid = crew.tiles(result.shape)
+    grid = crew.tiles(result.shape, result.device)
 
     def tile(number: int) -> dict[str, int]:
         start, stop = grid[number]
@@ -322,8 +322,10 @@ def trim_elect_and_merge(tasks: TaskVectors, election: Election) -> Tensor:
 def fused_hefts(tasks: TaskVectors, election: Election) -> list[float] | None:
     """What each one's vote adds to the divisor, where the compiled loops can hold the election; None where not."""
     plain = election.elect == "mass" and election.disjoint in ("mean", "sum")
-    fit = tasks.signs is None and len(tasks.shape) == 2 and all(map(fused.fits, tasks.deltas))
-    if tasks.loops is None or not plain or not fit:
+    loops = tasks.loops
+    if loops is None or not plain or tasks.signs is not None or len(tasks.shape) != 2:
+        return None
+    if not all(fused.fits(delta, loops) for delta in tasks.deltas):
         return None
     return [abs(weight) if election.normalize else 1.0 for weight in tasks.weights]
 

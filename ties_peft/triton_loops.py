@@ -1,0 +1,209 @@
+"""Triton loops: what `loops` does on a CPU, for a GPU. Imported by `fast` alone, and only where triton is.
+
+A task vector B·A is multiplied out a block at a time, in registers, and used where it lies: counted for a
+threshold, or trimmed and voted on. All three kernels make it by `_product`: each entry is a chain of fused
+multiply-adds in the order of k, full float32 (no TF32), whatever the block, so that what one pass counts is to
+the bit what another one cuts.
+
+Floats are never added up atomically, whole numbers alone are: a result does not depend on the order of blocks.
+Tensors are float32 on one device and lie row by row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS = 4, 512  # of a block
+WARPS = 4  # that share it: 16 entries a thread, for which a vote keeps six numbers each in registers
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}  # a multiply-add is fused where it is written so, only there
+ALIGNED: Any = tl.constexpr(16)  # bytes, so that a thread may load four numbers at once
+NOTHING: Any = tl.constexpr(1e-30)  # as in `elect`
+
+_launching = threading.Lock()  # two threads at a kernel's first launch would both compile it
+
+
+def _block(
+    rows: int, width: int, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The rows and the columns of this program's block, where its entries lie, and which of them there are.
+
+    Blocks one after another lie one below another: those at work at once read the same columns of A.
+    """
+    down = tl.cdiv(rows, ROWS)
+    row = tl.program_id(0) % down * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) // down * COLUMNS + tl.arange(0, COLUMNS)
+    place = row.to(tl.int64)[:, None] * width + column[None, :]
+    return row, column, place, (row < rows)[:, None] & (column < width)[None, :]
+
+
+def _product(
+    B: tl.tensor, A: tl.tensor, rank: int, rows: int, width: int, row: tl.tensor, column: tl.tensor
+) -> tl.tensor:
+    """The entries of B·A at some rows and columns; anything beyond the edges."""
+    made = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    left = B + tl.minimum(row, rows - 1).to(tl.int64) * rank  # a mask for every row would cost as much as the product
+    right = A + column[None, :]
+    for _ in range(rank):
+        b = tl.load(left)
+        a = tl.load(right, mask=column[None, :] < width, other=0.0)
+        made = tl.fma(b[:, None], a, made)
+        left += 1
+        right += width
+    return made
+
+
+def _read(
+    B: tl.tensor,
+    A: tl.tensor,
+    rank: int,
+    rows: int,
+    width: int,
+    out: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """B·A into `out`."""
+    row, column, place, there = block(rows, width, ROWS, COLUMNS)
+    values = product(B, A, rank, rows, width, row, column)
+    tl.store(out + place, values, mask=there)
+
+
+def _census(
+    B: tl.tensor,
+    A: tl.tensor,
+    rank: int,
+    rows: int,
+    width: int,
+    low: float,
+    high: float,
+    counts: tl.tensor,
+    found: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Add to `counts` how many magnitudes exceed `high` and how many lie in [low, high], which go into `found`."""
+    row, column, _, there = block(rows, width, ROWS, COLUMNS)
+    sizes = tl.abs(product(B, A, rank, rows, width, row, column))
+    larger = (there & (sizes > high)).to(tl.int32)
+    inside = tl.ravel((there & (sizes >= low) & (sizes <= high)).to(tl.int32))
+    tl.atomic_add(counts, tl.sum(tl.ravel(larger), 0))
+    start = tl.atomic_add(counts + 1, tl.sum(inside, 0))
+    tl.store(found + start + tl.cumsum(inside, 0) - inside, tl.ravel(sizes), mask=inside > 0)
+
+
+def _vote(
+    factors: tl.tensor,
+    limits: tl.tensor,
+    count: int,
+    rows: int,
+    width: int,
+    out: tl.tensor,
+    tally: tl.tensor,
+    MEAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """The disjoint mean or sum of `count` trimmed task vectors, elected by mass, into `out`; see `Ballot`.
+
+    Args:
+        factors: (N, 3), int64: the addresses of B and A of each, and its rank.
+        limits: (N, 2): the largest magnitude of each that is cut, and what its vote adds to the divisor.
+        tally: (2,), int32, to which are added how many entries have votes of both signs, how many several votes.
+    """
+    row, column, place, there = block(rows, width, ROWS, COLUMNS)
+    positive = tl.zeros([ROWS, COLUMNS], tl.float32)
+    negative = tl.zeros([ROWS, COLUMNS], tl.float32)
+    plus = tl.zeros([ROWS, COLUMNS], tl.float32)
+    minus = tl.zeros([ROWS, COLUMNS], tl.float32)
+    votes = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for _ in range(count):
+        B = tl.load(factors).to(tl.pointer_type(tl.float32))
+        A = tl.multiple_of(tl.load(factors + 1).to(tl.pointer_type(tl.float32)), ALIGNED)
+        values = product(B, A, tl.load(factors + 2).to(tl.int32), rows, width, row, column)
+        least, heft = tl.load(limits), tl.load(limits + 1)
+        up, down = values > least, values < -least
+        positive += tl.where(up, values, 0.0)
+        negative += tl.where(down, values, 0.0)
+        plus += tl.where(up, heft, 0.0)
+        minus += tl.where(down, heft, 0.0)
+        votes += (up | down).to(tl.int32)
+        factors += 3
+        limits += 2
+    lead = positive + negative >= 0
+    agreed = tl.where(lead, positive, negative)
+    if MEAN:
+        agreed = tl.div_rn(agreed, tl.maximum(tl.where(lead, plus, minus), NOTHING))
+    tl.store(out + place, agreed, mask=there)
+    tl.atomic_add(tally, tl.sum(tl.ravel((there & (positive > 0) & (negative < 0)).to(tl.int32)), 0))
+    tl.atomic_add(tally + 1, tl.sum(tl.ravel((there & (votes > 1)).to(tl.int32)), 0))
+
+
+block = triton.jit(_block)
+product = triton.jit(_product)
+read_kernel: Any = triton.jit(_read, do_not_specialize=["rank", "rows"])
+census_kernel: Any = triton.jit(_census, do_not_specialize=["rank", "rows", "low", "high"])
+vote_kernel: Any = triton.jit(_vote, do_not_specialize=["count", "rows"])
+
+
+def read(B: Tensor, A: Tensor, out: Tensor) -> None:
+    """B·A into `out`, with the bits that `census` and `vote` see.
+
+    Args:
+        B: (rows, r).
+        A: (r, columns).
+        out: (rows, columns).
+    """
+    _launch(read_kernel, out.shape, B, A, len(A), *out.shape, out)
+
+
+def census(B: Tensor, A: Tensor, low: float, high: float, found: Tensor) -> tuple[int, np.ndarray]:
+    """(how many magnitudes of B·A exceed `high`, those in [low, high] in no certain order).
+
+    Args:
+        B: (rows, r).
+        A: (r, columns).
+        low, high: 0 ≤ low ≤ high.
+        found: room for rows·columns numbers.
+    """
+    shape = len(B), A.shape[1]
+    counts = torch.zeros(2, dtype=torch.int32, device=B.device)
+    _launch(census_kernel, shape, B, A, len(A), *shape, float(low), float(high), counts, found)
+    above, inside = counts.tolist()  # here it waits for the device
+    return above, torch.empty(inside).copy_(found[:inside]).numpy()
+
+
+def vote(
+    factors: Sequence[tuple[Tensor, Tensor]], below: Sequence[float], hefts: Sequence[float], mean: bool, out: Tensor
+) -> tuple[int, int]:
+    """The disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `Ballot`.
+
+    Args:
+        factors: B (rows, r) and A (r, columns) of each; r may differ.
+        below: for each, the largest magnitude that is cut.
+        hefts: for each, what its vote adds to the divisor of the mean.
+        out: (rows, columns).
+    Returns: how many entries have votes of both signs, how many have several votes.
+    """
+    held = [(B, A if A.data_ptr() % ALIGNED.value == 0 else A.clone()) for B, A in factors]
+    table = torch.tensor([(B.data_ptr(), A.data_ptr(), len(A)) for B, A in held], dtype=torch.int64, device=out.device)
+    limits = torch.tensor([*zip(below, hefts, strict=True)], dtype=torch.float32, device=out.device)
+    tally = torch.zeros(2, dtype=torch.int32, device=out.device)
+    _launch(vote_kernel, out.shape, table, limits, len(held), *out.shape, out, tally, mean)
+    conflicting, shared = tally.tolist()
+    return conflicting, shared
+
+
+def _launch(kernel: Any, shape: Sequence[int], *given: Any) -> None:
+    """Run a kernel on every block of a matrix."""
+    blocks = triton.cdiv(shape[0], ROWS) * triton.cdiv(shape[1], COLUMNS)
+    on_device: Any = torch.cuda.device_of  # a thread's own device is the first one, whatever the tensors'
+    with _launching, on_device(next(each for each in given if isinstance(each, Tensor))):
+        kernel[(blocks,)](*given, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS)
