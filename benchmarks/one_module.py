@@ -66,7 +66,7 @@ def ours(paths: list[Path], rank: int) -> dict[str, Measured]:
         def work(given: dict[str, object] = given, last: list[ties_peft.Merged] = last) -> None:
             last[:] = [ties_peft.merge(paths, **common, **given)]
 
-        seconds, megabytes = timed(work, 5 if name == "TIES, delta" else 9)
+        seconds, megabytes = timed(work, 15)
         found[name] = seconds, megabytes, last[0].delta(MODULE)
         if "space" in given:
             space = str(given["space"])
