@@ -1,7 +1,8 @@
 """Lanes: the product of two rows of a matrix with a narrow panel, its sums held in registers from first to last.
 
 Written in LLVM's instructions, because numba's loops would carry the sums to the cache and back at every few
-steps. Each entry is a chain of fused multiply-adds in the order of k, from zero.
+steps. Each entry is a chain of multiply-adds in the order of k, from zero, each of them one operation where the
+processor has such.
 """
 
 from __future__ import annotations
