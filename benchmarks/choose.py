@@ -3,8 +3,8 @@
 Every way to one adapter from all six, LoRA and (IA)³: accuracy on the test rows of each task, their mean, the same with each
 own adapter's accuracy as 100 (normalised), the mean's difference from TIES as it comes with its paired standard
 error, accuracy on mr, which no adapter was trained on, and leave-one-out: each task judged with its own adapter and its
-texts left out, in the mean over the six. An adapter trained on all tasks has none, and where something has to be learnt or
-searched six times over it is not measured: that costs too much.
+texts left out, in the mean over the six. What rests on an adapter trained on all tasks has none, and of distil only the
+sources that `--apart` names, since each is learnt six times over.
 
 Text is from the validation split, labels from its rows too: no adapter was trained on them. What distil gives is the mean over
 the seeds that were asked for (see `learn.py`, whose log is used and filled), of all else seed 0.
@@ -74,8 +74,8 @@ class Kitchen:
         if lora:
             made.append(Way("regmean", TEXT, self._knowing("regmean")))
         made += [
-            Way("ties, signs of 32 rows a task", LABELS, self._signs, apart=False),
-            Way("search of weights, 32 rows a task", LABELS, self._search, apart=False),
+            Way("ties, signs of 32 rows a task", LABELS, self._signs),
+            Way("search of weights, 32 rows a task", LABELS, self._search),
             Way("ties, signs of the multitask adapter", TRAINING, self._merging(Setting("ties", extra=SIGNS)), apart=False),
             Way("multitask adapter", TRAINING, lambda tasks: ties_peft.Adapter.load(multitask(self.kind)), apart=False),
         ]  # fmt: skip
@@ -146,7 +146,9 @@ class Log:
         return self.known[key]
 
 
-def whole(kitchen: Kitchen, log: Log, runs: Runs, seeds: Sequence[int], sources: Sequence[str]) -> list[dict[str, Any]]:
+def whole(
+    kitchen: Kitchen, log: Log, runs: Runs, seeds: Sequence[int], sources: Sequence[str], apart: Sequence[str]
+) -> list[dict[str, Any]]:
     """A row for every way of one kind."""
     kind, judge = kitchen.kind, kitchen.bench.judge
     own: Rights = {}
@@ -164,6 +166,8 @@ def whole(kitchen: Kitchen, log: Log, runs: Runs, seeds: Sequence[int], sources:
         needs = "base" if source == RANDOM else TEXT
         lines = [runs.find(kind, source, len(minilm.TASKS), seed)["right"]["distil"] for seed in seeds]
         found[f"distil, {source}"] = (needs, _mean([_rights(line) for line in lines]))
+        if source in apart:
+            left[f"distil, {source}"] = _learnt_apart(kind, source, runs)
     against, singles = found[REFERENCE][1], found["own adapter of each task"][1]
     return [row(name, *way, singles, against, left.get(name)) for name, way in found.items()]
 
@@ -176,6 +180,13 @@ def _left_out(kind: str, way: Way, log: Log, judge: Callable[..., Rights]) -> fl
         found = log.find([kind, way.name, f"without {task}"], lambda r=rest, t=task: judge(way.make(r), [t]))  # type: ignore[misc]
         total += _accuracy(unpack(found[task]))
     return total / len(minilm.TASKS)
+
+
+def _learnt_apart(kind: str, source: str, runs: Runs) -> float:
+    """The same for distil, from the runs of `learn.py` with five adapters: seed s leaves out task s."""
+    count = len(minilm.TASKS)
+    made = [runs.find(kind, source, count - 1, seed)["right"]["distil"] for seed in range(count)]
+    return sum(_accuracy(unpack(one[task])) for one, task in zip(made, minilm.TASKS, strict=True)) / count
 
 
 def row(
@@ -224,6 +235,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=300, help="test rows judged in each task, at most (300)")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of distil (0 1 2); none leaves it out")
     parser.add_argument("--sources", nargs="*", default=list(SOURCES), choices=SOURCES, help="of distil's rows")
+    parser.add_argument("--apart", nargs="*", default=["200 rows"], choices=SOURCES, help="with each adapter left out")
     parser.add_argument("--log", type=Path, default=ROOT / "benchmarks" / "choose.jsonl", help="a line for every way")
     parser.add_argument("--learn-log", type=Path, default=LOG, help="that of learn.py")
     parser.add_argument("--json", type=Path, help="write the tables there")
@@ -237,7 +249,7 @@ def main() -> None:
         command += f" --sources {' '.join(map(repr, asked.sources))}"
     found: dict[str, Any] = {"command": command, "split": "test", "rows": asked.rows, "versions": versions()}
     for kind in asked.kinds:
-        found[kind] = whole(Kitchen(bench, kind), log, runs, asked.seeds, asked.sources)
+        found[kind] = whole(Kitchen(bench, kind), log, runs, asked.seeds, asked.sources, asked.apart)
         show(found[kind], console, f"{kind}, {asked.rows} test rows a task")
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
