@@ -27,7 +27,8 @@ import torch
 from cases import FOURTH_ROOT_N, ROOT_N, Setting, multitask, unpack
 from compare import SIGNS, show, versions
 from judge import ROOT, minilm, own_adapters, paired
-from learn import LOG, RANDOM, SOURCES, TASKS, Bench, Runs
+from learn import GAINS, LOG, RANDOM, SOURCES, TASKS, Bench, Runs
+from learn import sources as sources_of
 from rich.console import Console
 
 import ties_peft
@@ -162,8 +163,8 @@ def whole(
         found[way.name] = (way.needs, _rights(made))
         if way.apart:
             left[way.name] = _left_out(kind, way, log, judge)
-    for source in sources if seeds else ():
-        needs = "base" if source == RANDOM else TEXT
+    for source in sources_of(kind, sources) if seeds else ():
+        needs = "base" if source in (RANDOM, GAINS) else TEXT
         lines = [runs.find(kind, source, len(minilm.TASKS), seed)["right"]["distil"] for seed in seeds]
         found[f"distil, {source}"] = (needs, _mean([_rights(line) for line in lines]))
         if source in apart:

@@ -1,10 +1,11 @@
 """What distil gives: `python benchmarks/learn.py --data DIR`, on the sample adapters.
 
 One adapter that imitates N = 2 … 6 of the samples, at their own largest rank, from 50 or 200 rows a task without labels,
-from rows of other tasks, and from random tokens mixed with the words of the labels' descriptions; three seeds, each with
-adapters of its own choice (of five, seed s leaves out task s). The rows are of the validation split: no adapter was
-trained on them (the first 300 chose its best epoch). Judged on test rows of all tasks, the left-out ones and mr too,
-beside the start, the own adapters and the multitask-trained one, with standard errors paired by row.
+from rows of other tasks, and from random tokens mixed with the words of the labels' descriptions, from these also by the gains
+of all directions, at the adapters' ranks together (LoRA alone); three seeds, each with adapters of its own choice (of five,
+seed s leaves out task s). The rows are of the validation split: no adapter was trained on them (the first 300 chose its best
+epoch). Judged on test rows of all tasks, the left-out ones and mr too, beside the start, the own adapters and the
+multitask-trained one, with standard errors paired by row.
 
 Every finished run is a line of the log; the same command goes on where it was stopped. `--json FILE` writes the table.
 """
@@ -34,7 +35,8 @@ from ties_peft.exam import Exam
 from ties_peft.start import DEFAULTS
 
 RANDOM = "random tokens and words of the labels"
-SOURCES = ("50 rows", "200 rows", "200 rows of other tasks", RANDOM)
+GAINS = f"{RANDOM}, gains"
+SOURCES = ("50 rows", "200 rows", "200 rows of other tasks", RANDOM, GAINS)
 TASKS = (*minilm.TASKS, *minilm.HELD_OUT)
 LOG = ROOT / "benchmarks" / "learn.jsonl"
 Rights = dict[str, str]  # which rows of each task were right, one character a row
@@ -89,11 +91,12 @@ class Bench:
             tasks=[self.task(task, "validation") for task in tasks],
             bench=self.bench,
             seed=seed,
+            fit="gains" if source == GAINS else "factors",
         )
 
     def _rows(self, source: str, tasks: Sequence[str], seed: int) -> list[Any] | None:
         """What each adapter learns from."""
-        if source == RANDOM:
+        if source in (RANDOM, GAINS):
             return [ties_peft.teachers.RANDOM_ROWS] * len(tasks)
         count = int(source.split()[0])
         if "other" not in source:
@@ -137,8 +140,7 @@ class Runs:
         tasks, bench = chosen(size, seed), self.bench
         made = bench.distil(kind, source, tasks, seed)
         own = adapters(kind, tasks)
-        rank = {"rank": max(adapter.ranks[-1] for adapter in own)} if kind == "lora" else {}
-        start = ties_peft.merge(own, **DEFAULTS["ia3" if kind == "ia3" else "factors"], dtype="float32", **rank)
+        start = ties_peft.merge(own, **beginning(kind, source, own), dtype="float32")
         right = {"distil": bench.judge(made), "start": bench.judge(start), "multitask": bench.judge(together(kind))}
         right["own"] = {task: bench.judge(adapter, [task])[task] for task, adapter in zip(tasks, own, strict=True)}
         report = made.report
@@ -154,6 +156,18 @@ class Runs:
             "divergence": report.divergence,
             "right": right,
         }
+
+
+def beginning(kind: str, source: str, own: Sequence[ties_peft.Adapter]) -> dict[str, Any]:
+    """The merge that distil starts from."""
+    if kind == "ia3" or source == GAINS:
+        return DEFAULTS["ia3" if kind == "ia3" else "gains"]
+    return {**DEFAULTS["factors"], "rank": max(adapter.ranks[-1] for adapter in own)}
+
+
+def sources(kind: str, asked: Sequence[str]) -> list[str]:
+    """Of the sources asked for, those that a kind has: (IA)³ has no directions to fit the gains of."""
+    return [source for source in asked if kind == "lora" or source != GAINS]
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -267,7 +281,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     console = Console(width=160)
     runs = Runs(asked.log, Bench(asked.data, asked.rows))
-    wanted = list(itertools.product(asked.kinds, asked.sources, asked.sizes, asked.seeds))
+    wanted = [
+        (kind, *case)
+        for kind in asked.kinds
+        for case in itertools.product(sources(kind, asked.sources), asked.sizes, asked.seeds)
+    ]
     for number, (kind, source, size, seed) in enumerate(wanted):
         row = runs.find(kind, source, size, seed)
         told = f"{mean(row['right']['start'], row['tasks']):.1f} → {mean(row['right']['distil'], row['tasks']):.1f}"
