@@ -27,7 +27,7 @@ from . import sources
 from .adapter import Adapter, in_memory
 from .bench import Bench
 from .distilled import Distilled, DistilReport, LessonLine
-from .errors import RecipeError, printable, unknown, warn_caller
+from .errors import RecipeError, unknown, warn_caller
 from .exam import Progress
 from .fitting import Course, State, hold_back
 from .fitting import fit as fit_student
@@ -37,7 +37,7 @@ from .start import make_start
 from .state import Keeper
 from .student import FACTORS, GAINS, Student
 from .teachers import Teacher, make_lessons, open_bench, read_teachers
-from .values import written_dtype
+from .values import check_whole, written_dtype
 
 FITS = (FACTORS, GAINS)
 RATES = {"factors": 0.01, "gains": 0.1, "vectors": 0.05}  # found on the sample adapters, on rows held back
@@ -279,5 +279,4 @@ def _check(fit: str, rank: int | None, steps: int | None, batch: int, seed: int)
     if fit not in FITS:
         raise RecipeError(unknown("fit", str(fit), FITS))
     for name, value, least in (("rank", rank, 1), ("steps", steps, 1), ("batch_size", batch, 1), ("seed", seed, 0)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise RecipeError(f"{name} is {printable(repr(value))}; expected a whole number, {least} or more.")
+        check_whole(name, value, least)

@@ -14,7 +14,7 @@ that of y = x·Δᵀ is Σ g·xᵀ over tokens, g the gradient of the module's o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,16 +73,14 @@ def gather_statistics(
     opened = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     there = None if again else _found(opened, kind)
     asked = read_task(task)
-    if there is not None:
-        if there.facts.get("task") != asked.name:
-            told = f"{there.facts.get('rows')} rows of {printable(str(there.facts.get('task')))}"
-            warn_caller(
-                [
-                    f"adapter '{opened.label}' has {kind} statistics already, of {told}; they stay. Gather anew: again=True, --again."
-                ]
-            )
-        return there
     labels = _labels(labels, asked)
+    told: dict[str, Any] = {"task": asked.name, "rows digest": asked.digest()}
+    if kind == "fisher":
+        told |= {"labels": labels, **({"seed": seed} if labels == "sampled" else {})}
+    if there is not None:
+        named = str(base or asked.base or "") if bench is None else bench.base
+        _tell_apart(opened, there, {**told, **({"base": named} if named else {})})
+        return there
     _check(opened, asked, kind, save)
     if bench is None:
         bench = Bench.load(find_base([opened], [asked], base), form_for(asked), device)
@@ -91,8 +89,7 @@ def gather_statistics(
     opened.check()
     rows = _readings(bench, asked, labels)
     sums = _run(bench, opened, rows, kind, labels, seed, progress)
-    facts = {"base": bench.base, "task": asked.name, **({"labels": labels} if kind == "fisher" else {})}
-    made = Statistics.make(kind, opened.digest, sums, len(rows), **facts)
+    made = Statistics.make(kind, opened.digest, sums, len(rows), base=bench.base, **told)
     opened.attach(made)
     if save and opened.folder is not None:
         made.save(opened.folder)
@@ -105,6 +102,22 @@ def _found(adapter: Adapter, kind: str) -> Statistics | None:
         return adapter.statistics(kind)
     except CompatibilityError:
         return None
+
+
+def _tell_apart(adapter: Adapter, there: Statistics, asked: Mapping[str, Any]) -> None:
+    """Warn where the statistics that stay were made of something else than is asked for now."""
+    facts = dict(there.facts)
+    if "base" in asked:  # one base may lie in several places
+        asked, facts = ({**found, "base": Path(str(found.get("base"))).name} for found in (asked, facts))
+    other = [name.removesuffix(" digest") for name, value in asked.items() if facts.get(name) != value]
+    if other:
+        told = f"{there.facts.get('rows')} rows of {printable(str(there.facts.get('task')))}"
+        warn_caller(
+            [
+                f"adapter '{adapter.label}' has {there.kind} statistics already, of {told}, made with another "
+                f"{', another '.join(other)} than is asked for; they stay. Gather anew: again=True, --again."
+            ]
+        )
 
 
 def _labels(labels: str | None, task: Task) -> str:

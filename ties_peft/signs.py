@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from . import writer
 from .adapter import Adapter
 from .bench import Bench
 from .errors import CompatibilityError
 from .evaluate import find_base, make_exam
 from .exam import Progress, form_for
 from .merge import merge
-from .merged import Merged
+from .merged import Merged, versions
 from .task import Given, read_task
 from .training import train
+from .values import check_whole
 
 STEPS_EACH = 20
+
+
+class Signs(Adapter):
+    """An adapter trained on a few examples, which knows on which.
+
+    Attributes:
+        recipe: what was asked, as plain values; saved beside it as provenance.
+    """
+
+    def __init__(self, made: Adapter, recipe: Mapping[str, Any]) -> None:
+        super().__init__(made.config, made.tensors, made.source)
+        self.recipe = dict(recipe)
+
+    def files(self) -> dict[str, writer.Content]:
+        """Config and weights, and beside them the provenance."""
+        return {**super().files(), writer.PROVENANCE: writer.json_text({"versions": versions(), "signs": self.recipe})}
 
 
 def few_shot_signs(
@@ -28,7 +47,7 @@ def few_shot_signs(
     seed: int = 0,
     bench: Bench | None = None,
     progress: Progress | None = None,
-) -> Adapter:
+) -> Signs:
     """An adapter whose signs stand in for an election: `merge(adapters, method="ties", sign_from=…)`.
 
     It begins as the average of the adapters, at the largest of their ranks, and is trained on a few labelled rows
@@ -45,6 +64,8 @@ def few_shot_signs(
     Source: Yadav et al., TIES-Merging, NeurIPS 2023 (arXiv 2306.01708), section 7: the multitask signs are what the
         election is short of, and 32 examples a task give part of them.
     """
+    check_whole("steps", steps, 1)
+    check_whole("seed", seed, 0)
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     asked = [read_task(task) for task in tasks]
     if not asked:
@@ -59,4 +80,12 @@ def few_shot_signs(
         bench = Bench.load(chosen, form_for(asked[0]), device)
     bench.check(start)
     exams = [make_exam(bench, task) for task in asked]
-    return train(start, exams, seed, steps or STEPS_EACH * len(exams), progress=progress)
+    taken = steps or STEPS_EACH * len(exams)
+    recipe = {
+        "adapters": [{"adapter": one.label, "digest": one.digest} for one in opened],
+        "tasks": [{**task.to_dict(), "digest": task.digest()} for task in asked],
+        "base": bench.base,
+        "steps": taken,
+        "seed": seed,
+    }
+    return Signs(train(start, exams, seed, taken, progress=progress), recipe)

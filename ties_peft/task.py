@@ -25,6 +25,7 @@ model's own label names). Everything is read strictly: an unknown key names the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -149,6 +150,16 @@ class Task:
         """How messages name its rows."""
         place = f", rows '{printable(self.rows)}'" if isinstance(self.rows, str) else ""
         return f"task '{printable(self.name)}'{place}"
+
+    def digest(self) -> str:
+        """A sha256 over the rows and how they are read, wherever they lie and whatever the task is called.
+
+        Raises: RecipeError where there are no rows or they cannot be read.
+        """
+        place = ("rows", "name", "base", "split", "config", "limit")
+        plain = {key: value for key, value in self.to_dict().items() if key not in place}
+        text = json.dumps([plain, self.read()], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _number(self, row: Row, names: tuple[str, ...], count: int, place: int) -> int:
         where = f"{self.where}, row {place + 1}"

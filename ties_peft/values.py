@@ -1,8 +1,9 @@
-"""Values: a device and a dtype by their names, checked before any work."""
+"""Values: a device and a dtype by their names, and whole numbers, checked before any work."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -38,3 +39,12 @@ def written_dtype(asked: torch.dtype | str | None, adapters: Sequence[Adapter]) 
         raise RecipeError(unknown("dtype", name, DTYPES))
     made: torch.dtype = getattr(torch, name)
     return made
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number, or too small a one; None is for what was left out.
+
+    Raises: RecipeError.
+    """
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise RecipeError(f"{name} is {printable(repr(value))}; expected a whole number, {least} or more.")

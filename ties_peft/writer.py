@@ -52,6 +52,22 @@ def check_target(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
         raise RecipeError(f"the output '{printable(str(folder))}' cannot be used: {error}.") from None
 
 
+def check_apart(folder: Path, kept: Path | None, what: str) -> None:
+    """Refuse a target that something which stays would be in the way of; to be asked before any work is done.
+
+    Args:
+        folder: where the output shall go.
+        kept: a file or folder that the work keeps; None for nothing.
+        what: it, as the message names it.
+    Raises: RecipeError where it is the target or lies in it.
+    """
+    if kept is not None and (folder.resolve() == kept.resolve() or folder.resolve() in kept.resolve().parents):
+        raise RecipeError(
+            f"{what} '{printable(str(kept))}' is or lies in the output '{printable(str(folder))}', which must be empty. "
+            "Choose another place for one of them."
+        )
+
+
 def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path]) -> None:
     for source in inputs:
         if target == source or target in source.parents or source in target.parents:

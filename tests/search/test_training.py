@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,9 @@ def test_few_shot_signs_are_those_of_the_trained_adapter(folders: list[Path], tm
     signs = ties_peft.few_shot_signs(folders, [task, task], bench=bench)
     assert signs.modules == tuple(sorted(tiny.BERT))
     saved = signs.save(tmp_path / "signs")
+    made = json.loads((saved / "provenance.json").read_text(encoding="utf-8"))["signs"]
+    assert [one["digest"] for one in made["adapters"]] == [Adapter.load(folder).digest for folder in folders]
+    assert (made["steps"], made["seed"], len(made["tasks"])) == (40, 0, 2)
     elected = ties_peft.merge(folders, method="ties", density=1.0, rank="max", sign_from=str(saved))
     voted = ties_peft.merge(folders, method="ties", density=1.0, rank="max")
     wanted = torch.sign(signs.delta(MODULE))
@@ -88,3 +92,10 @@ def test_training_needs_labels(make_lora: Make) -> None:
     task = {"measure": "loss", "label": None, "rows": list(tiny.TEXTS[:2])}
     with pytest.raises(RecipeError, match="training is on labels"):
         ties_peft.few_shot_signs([folder], [task], bench=tiny.causal())
+
+
+@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("steps", -3), ("steps", 1.5), ("seed", -1)])
+def test_signs_take_whole_numbers_alone(folders: list[Path], name: str, value: float) -> None:
+    task = {**tiny.ENCODER, "rows": tiny.rows()}
+    with pytest.raises(RecipeError, match=f"{name} is {value}; expected a whole number"):
+        ties_peft.few_shot_signs(folders, [task], bench=tiny.encoder(), **{name: value})  # type: ignore[arg-type]

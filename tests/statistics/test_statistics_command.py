@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_gathers_once_and_says_so(base: Path, make_lora: Make, tmp_path: Path) -> None:
-    folder = make_lora("a", shapes=tiny.BERT, gain=0.2)
+    folder = make_lora("a", shapes=tiny.BERT, gain=0.2, base_model_name_or_path=str(base))
     (tmp_path / "rows.txt").write_text("\n".join(tiny.TEXTS), encoding="utf-8")
     task = tmp_path / "task.yaml"
     task.write_text(json.dumps({**tiny.ENCODER, "rows": "rows.txt"}), encoding="utf-8")
@@ -45,3 +45,40 @@ for flags in (["--json"], [], ["--json", "--again", "--kind", "gram"]):
     assert told == [f"{folder}/{kind}.safetensors: 6 rows of task on {base}" for kind in ("fisher", "gram")]
     assert len(json.loads(last)["statistics"]) == 1
     assert (folder / "gram.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def written(folder: Path, texts: Sequence[str]) -> Path:
+    """A task's file, its labelled rows beside it."""
+    rows = [json.dumps({"text": text, "label": 0}) for text in texts]
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    task = folder / "labelled.yaml"
+    task.write_text(json.dumps({**tiny.ENCODER, "rows": "rows.jsonl"}), encoding="utf-8")
+    return task
+
+
+def told(folder: Path, base: Path, task: Path, *flags: str) -> str:
+    """What the command says on standard error, having succeeded."""
+    words = ["statistics", str(folder), "--task", str(task), "--base", str(base), "--kind", "fisher", *flags]
+    done = subprocess.run([sys.executable, "-m", "ties_peft", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_says_when_what_is_there_was_made_of_something_else(base: Path, make_lora: Make, tmp_path: Path) -> None:
+    folder = make_lora("a", shapes=tiny.BERT, gain=0.2, base_model_name_or_path=str(base))
+    task = written(tmp_path, tiny.TEXTS)
+    assert told(folder, base, task) == ""
+    assert told(folder, base, task) == ""
+    assert "made with another labels than" in told(folder, base, task, "--labels", "given")
+    written(tmp_path, tiny.TEXTS[1:])
+    warned = told(folder, base, task)
+    assert "made with another rows than" in warned
+    assert warned.count("warning:") == 1
+    assert told(folder, base, task, "--again") == ""
+    assert told(folder, base, task) == ""
+
+
+def test_says_once_that_the_adapters_name_another_base(base: Path, make_lora: Make, tmp_path: Path) -> None:
+    folder = make_lora("a", shapes=tiny.BERT, gain=0.2, base_model_name_or_path="org/another")
+    task = written(tmp_path, tiny.TEXTS[:1])
+    assert told(folder, base, task) == f"warning: the base is '{base}'; adapters name 'org/another' as theirs.\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -11,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import TiesPeftWarning
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -37,6 +40,16 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
             progress.update(tasks[stage], completed=done)
 
         yield tell
+
+
+@contextmanager
+def warnings_shown() -> Iterator[None]:
+    """What the work warns of, once each, when it is done."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", TiesPeftWarning)
+        yield
+    said = (str(one.message) for one in found if issubclass(one.category, TiesPeftWarning))
+    show_warnings(list(dict.fromkeys(said)))
 
 
 def show_warnings(found: list[str]) -> None:

@@ -13,8 +13,8 @@ from .. import sources
 from ..distil import BATCH, FITS
 from ..distil import distil as distil_adapters
 from ..errors import RecipeError, printable
-from ..writer import check_target
-from .base import Json, print_json, progress_bar, show_warnings
+from ..writer import check_apart, check_target
+from .base import Json, print_json, progress_bar, warnings_shown
 
 Rows = Annotated[
     list[str] | None,
@@ -65,7 +65,8 @@ def distil(
     """Merge adapters, then let the one adapter imitate them on rows without labels."""
     read = [path for path in map(sources.local, adapters) if path is not None]
     check_target(out, force, read)
-    with progress_bar() as tell:
+    check_apart(out, state, "the state (--state)")
+    with warnings_shown(), progress_bar() as tell:
         made = distil_adapters(
             adapters,
             start=start,
@@ -85,7 +86,6 @@ def distil(
             progress=tell,
         )
     made.save(out, force)
-    show_warnings(made.report.warnings)
     if as_json:
         print_json({"out": str(out), "distil": made.recipe, "report": made.report.to_dict()})
         return

@@ -11,7 +11,7 @@ from ..merged import inputs
 from ..recipe import Recipe
 from ..signs import few_shot_signs
 from ..writer import check_target
-from .base import progress_bar
+from .base import progress_bar, warnings_shown
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +33,7 @@ def signs(
 ) -> None:
     """Estimate the signs that TIES elects from a few examples."""
     check_target(out, force, inputs(Recipe(adapters=tuple(adapters))))
-    with progress_bar() as tell:
+    with warnings_shown(), progress_bar() as tell:
         made = few_shot_signs(adapters, task, base, device, steps=steps, seed=seed, progress=tell)
     made.save(out, force)
     names = " ".join(adapters)

@@ -13,7 +13,7 @@ from ..evaluate import find_base
 from ..gather import gather_statistics
 from ..statistics import KINDS, file_name
 from ..task import read_task
-from .base import Json, print_json, progress_bar
+from .base import Json, print_json, progress_bar, warnings_shown
 
 
 def register(app: typer.Typer) -> None:
@@ -45,9 +45,9 @@ def statistics(
     if len(task) not in (1, len(opened)):
         raise RecipeError(f"{len(task)} tasks for {len(opened)} adapters. Give one for all, or one for each.")
     tasks = [read_task(path) for path in (task * len(opened) if len(task) == 1 else task)]
-    base = find_base(opened, tasks, base)
     made = []
-    with progress_bar() as tell:
+    with warnings_shown(), progress_bar() as tell:
+        base = find_base(opened, tasks, base)
         for adapter, own in zip(opened, tasks, strict=True):
             for one in kind or [k for k in KINDS if k != "gram" or adapter.kind.has_rank]:
                 found = gather_statistics(
