@@ -239,17 +239,14 @@ def _frozen(bench: Bench) -> Iterator[None]:
 
 
 def _teach(lessons: Sequence[Lesson], keeper: Keeper, tell: Progress) -> None:
-    """Run every teacher once, or take what an earlier run kept."""
-    found = keeper.read("teachers")
-    kept = {} if found is None else found[0]
-    if found is None:
-        for number, lesson in enumerate(lessons):
-            kept |= {f"{number}.{name}": tensor for name, tensor in lesson.teach().items()}
-            tell("teachers", number + 1, len(lessons))
-        keeper.write("teachers", kept, {})
+    """Run every teacher once, or take what an earlier run kept of it."""
     for number, lesson in enumerate(lessons):
-        front = f"{number}."
-        lesson.keep({name.removeprefix(front): t for name, t in kept.items() if name.startswith(front)})
+        found = keeper.read(f"teacher {number}")
+        predictions = lesson.teach() if found is None else found[0]
+        if found is None:
+            keeper.write(f"teacher {number}", predictions, {})
+        lesson.keep(predictions)
+        tell("teachers", number + 1, len(lessons))
 
 
 def _steps(teachers: Sequence[Teacher], lessons: Sequence[Lesson], batch: int) -> int:

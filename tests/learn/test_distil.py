@@ -18,7 +18,7 @@ import ties_peft
 from ties_peft import fitting
 from ties_peft.bench import Bench
 from ties_peft.errors import TiesPeftError
-from ties_peft.lessons import TokenLesson, random_rows
+from ties_peft.lessons import LabelLesson, TokenLesson, random_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.errors.TiesPeftWarning")
 TASK = {"measure": "descriptions", "descriptions": ["w1 w2", "w3 w4", "w5 w6"]}
@@ -143,12 +143,35 @@ def test_the_same_bytes_twice_and_when_stopped(
     monkeypatch.setattr(fitting, "_learn", stopping)
     with pytest.raises(KeyboardInterrupt):
         once(tmp_path / "state")
-    assert {p.name for p in (tmp_path / "state").iterdir()} == {"teachers.safetensors", "fit.safetensors"}
+    kept = {p.name for p in (tmp_path / "state").iterdir()}
+    assert kept == {"fit.safetensors", *(f"teacher {number}.safetensors" for number in range(len(loras)))}
     monkeypatch.setattr("ties_peft.lessons.LabelLesson.teach", lambda *_: pytest.fail("a teacher ran again"))
     assert once(tmp_path / "state") == whole
     assert 60 < count <= 33 + 30 + 5
     with pytest.raises(TiesPeftError, match="is of other work"):
         ties_peft.distil(loras, rows=41, tasks=TASK, base=bases["encoder"], steps=60, state=tmp_path / "state")
+
+
+def test_stopped_between_teachers_the_first_is_not_run_again(
+    loras: list[Path], tmp_path: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: list[str] = []
+    teach = LabelLesson.teach
+
+    def teaching(lesson: LabelLesson, *given: Any) -> dict[str, torch.Tensor]:
+        taught.append(lesson.name)
+        if taught == ["a0", "a1"]:
+            raise KeyboardInterrupt
+        return teach(lesson, *given)
+
+    def once() -> None:
+        ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], steps=1, state=tmp_path / "state")
+
+    monkeypatch.setattr(LabelLesson, "teach", teaching)
+    with pytest.raises(KeyboardInterrupt):
+        once()
+    once()
+    assert taught == ["a0", "a1", "a1"]
 
 
 def test_never_worse_than_the_start(loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
