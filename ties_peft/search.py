@@ -14,7 +14,7 @@ the objective is a mean over examples. The penalty is on the mean of |w|, as in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,18 @@ from .controls import (
     simple_recipes,
 )
 from .errors import RecipeError, printable, unknown
-from .evaluate import find_base, make_exam
-from .exam import Exam, form_for
+from .hunt import Hunt
+from .judges import Judges
 from .merge import Progress
 from .merged import Merged
-from .prepare import Prepared, prepare
 from .recipe import Rank, Recipe
 from .sampling import Trial
-from .study import Study
-from .task import read_task
+from .study import Study, Watch
 from .training import train
-from .tuning import Tuning, named
+from .tuning import Tuning
 
 BUDGET, PENALTY = 40, 0.05
-Objective = Callable[[Adapter], float]
+DETAIL = " · "  # in a stage's name, before what changes while it lasts
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def search(
     bench: Bench | None = None,
     allow_disjoint: bool = False,
     progress: Progress | None = None,
-    watch: Callable[[Trial, list[Trial]], None] | None = None,
+    watch: Watch | None = None,
 ) -> Found:
     """Find the weights, or any numbers and choices of a recipe, that do best on a few examples.
 
@@ -144,13 +142,15 @@ def search(
             judged by it once, at the end; an accuracy where there is one.
         controls: which are made; `trained` besides the default ones where a new LoRA shall be trained on
             the same rows.
-        storage: a path (SQLite), a database's URL, `journal:PATH`, or None for memory.
-        study: the name of the search in the storage; a search of that name goes on.
+        storage: a path (SQLite), a database's URL, `journal:PATH`, or None for memory; see `Study`.
+        study: the name of the search in the storage; a search of that name goes on, and is refused where what
+            was asked for differs: the rows' tokens and labels count, not where they lie; functions are trusted.
         seed: of every draw.
         sampler: `auto`, `cobyla`, `tpe` or `random`; see `Study`.
         base, device, bench: as in `evaluate`, for tasks.
         allow_disjoint: as in `merge`.
-        progress: called as progress(stage, done, of).
+        progress: called as progress(stage, done, of), for the search and for each control that costs as much;
+            what follows ` · ` in a stage's name changes while it lasts: the best so far.
         watch: called after each trial as watch(trial, all trials).
     Returns: the best recipe, its merge, and the controls.
     Raises: TiesPeftError, before the first trial wherever it can be known by then.
@@ -170,16 +170,15 @@ def search(
         allow_disjoint=allow_disjoint,
     )
     tuning = Tuning.read(recipe, tune)
-    judges = _Judges(objective, judge, opened, base, device, bench)
-    hunt = _Hunt(opened, tuning, judges.score, penalty, seed)
+    judges = Judges(objective, judge, opened, base, device, bench, TRAINED in controls)
+    hunt = Hunt(opened, tuning, judges.score, penalty, seed)
     hunt.check()
-    shared = Study(storage, study, tuning.knobs, hunt.starts(), hunt.asked(judges.name), seed, sampler)
-    trials = shared.run(hunt.worth, budget, _telling(progress, budget, watch))
-    best = max(trials, key=lambda trial: (trial.value, -trial.number))
+    ask = _Ask(budget, storage, study, sampler, progress)
+    shared = ask.open(hunt, judges.asked)
+    trials = ask.run(shared, hunt, "search", watch)
+    best = _best(trials)
     merged = hunt.merge(tuning.to_recipe(best.setting))
-    held = _held_against(
-        hunt, judges, controls, budget, storage, f"{study}, random adapters", sampler, shared, progress
-    )
+    held = _held_against(hunt, judges, controls, ask, shared)
     return Found(
         adapter=merged,
         recipe=merged.recipe,
@@ -200,169 +199,86 @@ def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None
             raise RecipeError(unknown("control", str(name), (*CONTROLS, TRAINED)))
 
 
-class _Hunt:
-    """Adapters, and what a setting of the knobs is worth on them."""
+@dataclass(frozen=True)
+class _Ask:
+    """How many trials, where they are kept, and who is told of them."""
 
-    def __init__(
-        self, adapters: Sequence[Adapter], tuning: Tuning, score: Objective, penalty: float, seed: int
-    ) -> None:
-        self.adapters, self.tuning, self.score = list(adapters), tuning, score
-        self.penalty, self.seed = penalty, seed
-        self._prepared: dict[str, Prepared] = {}
+    budget: int
+    storage: str | Path | None
+    study: str
+    sampler: str
+    progress: Progress | None
 
-    def check(self) -> None:
-        """Merge the first start, so that what cannot be merged is refused before any model is run."""
-        self.merge(self.tuning.to_recipe(self.starts()[-1]))
+    def open(self, hunt: Hunt, objective: Mapping[str, Any]) -> Study:
+        """The study of a hunt; refused where one of that name is of another."""
+        asked = hunt.asked(objective)
+        return Study(self.storage, self.study, hunt.tuning.knobs, hunt.starts(), asked, hunt.seed, self.sampler)
 
-    def starts(self) -> list[dict[str, Any]]:
-        """Nothing and the mean for LoRAHub's weights; else the recipe as it is, as far as it lies in the ranges."""
-        settings: list[dict[str, Any]] = [self.tuning.middle()]
-        if not self.tuning.weighs or self.tuning.recipe.method != "task_arithmetic":
-            return settings
-        share = 1 / len(self.adapters)
-        return [self.tuning.middle(weight) for weight in (0.0, share)]
+    def run(self, study: Study, hunt: Hunt, stage: str, watch: Watch | None = None) -> list[Trial]:
+        """The trials, those that are done already among them."""
 
-    def asked(self, objective: str) -> dict[str, Any]:
-        """What makes it this search and no other."""
-        recipe = {k: v for k, v in self.tuning.recipe.to_dict().items() if k != "adapters"}
-        return {
-            "adapters": [adapter.digest for adapter in self.adapters],
-            "recipe": recipe,
-            "tuned": {name: repr(knob) for name, knob in self.tuning.knobs.items()},
-            "objective": objective,
-            "penalty": self.penalty,
-            "seed": self.seed,
-        }
+        def tell(trial: Trial, done: list[Trial]) -> None:
+            self.say(stage, [one.value for one in done])
+            if watch is not None:
+                watch(trial, done)
 
-    def merge(self, recipe: Recipe) -> Merged:
-        """By the plan of its space, whose bases are made once."""
-        own = {name: value for name, value in recipe.parameters.items() if name in named(recipe.space)}
-        key = repr((recipe.space, own))
-        if key not in self._prepared:
-            self._prepared[key] = prepare(self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, **own)
-        rest = {name: value for name, value in recipe.parameters.items() if name not in own}
-        return self._prepared[key].merge(
-            recipe.method, recipe.weights, recipe.scale, recipe.rank, recipe.seed, recipe.dtype, **rest
-        )
+        self.say(stage, [one.value for one in study.trials()])
+        return study.run(hunt.worth, self.budget, tell)
 
-    def worth(self, setting: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        """(score less the penalty, {score})."""
-        score = float(self.score(self.merge(self.tuning.to_recipe(setting))))
-        weights = [abs(value) for name, value in setting.items() if name.startswith("weights.")]
-        return score - self.penalty * (sum(weights) / len(weights) if weights else 0.0), {"score": score}
+    def say(self, stage: str, values: Sequence[float]) -> None:
+        """How far it is, and the best value so far."""
+        if self.progress is not None:
+            best = f"{DETAIL}best so far {max(values):.4f}" if values else ""
+            self.progress(stage + best, min(len(values), self.budget), self.budget)
 
 
-class _Judges:
-    """The objective and the judge as callables, tasks on one loaded base."""
-
-    def __init__(
-        self,
-        objective: Any,
-        judge: Any,
-        adapters: Sequence[Adapter],
-        base: str | Path | None,
-        device: str,
-        bench: Bench | None,
-    ) -> None:
-        given = [one for one in (objective, judge) if one is not None and not callable(one)]
-        tasks = [read_task(one) for one in given]
-        if tasks and bench is None:
-            if len({form_for(task) for task in tasks}) > 1:
-                raise RecipeError("the objective and the judge need models of two forms. Choose one measure for both.")
-            chosen = find_base(adapters, tasks, base)
-            for task in tasks:
-                task.check_rows()
-            bench = Bench.load(chosen, form_for(tasks[0]), device)
-        exams = [make_exam(bench, task) for task in tasks if bench is not None]
-        if bench is not None:
-            for adapter in adapters:
-                bench.check(adapter)
-        self.exam: Exam | None = None if callable(objective) else exams[0]
-        self.name = "a function" if callable(objective) else repr(tasks[0].to_dict())
-        self.score: Objective = objective if callable(objective) else lambda adapter: _loss(exams[0], adapter)
-        self._judge = judge if judge is None or callable(judge) else lambda adapter: _value(exams[-1], adapter)
-
-    def judge(self, adapter: Adapter) -> float | None:
-        """What the judge says; None without one."""
-        return None if self._judge is None else float(self._judge(adapter))
-
-
-def _loss(exam: Exam, adapter: Adapter) -> float:
-    with exam.bench.wear(adapter):
-        score = exam.score()
-    return score.value if score.loss is None else -score.loss
-
-
-def _value(exam: Exam, adapter: Adapter) -> float:
-    with exam.bench.wear(adapter):
-        return exam.score().value
-
-
-def _telling(
-    progress: Progress | None, budget: int, watch: Callable[[Trial, list[Trial]], None] | None
-) -> Callable[[Trial, list[Trial]], None]:
-    def tell(trial: Trial, done: list[Trial]) -> None:
-        if progress is not None:
-            best = max(one.value for one in done)
-            progress(f"search, best {best:.4f}", min(len(done), budget), budget)
-        if watch is not None:
-            watch(trial, done)
-
-    return tell
-
-
-def _held_against(
-    hunt: _Hunt,
-    judges: _Judges,
-    names: Sequence[str],
-    budget: int,
-    storage: str | Path | None,
-    study: str,
-    sampler: str,
-    shared: Study,
-    progress: Progress | None,
-) -> list[Control]:
-    """The controls, in their order; those that the study keeps are not made again."""
-    kept: dict[str, Any] = dict(shared.fact("controls") or {})
-    simple = simple_recipes(hunt.tuning.recipe)
+def _held_against(hunt: Hunt, judges: Judges, names: Sequence[str], ask: _Ask, shared: Study) -> list[Control]:
+    """The controls, in their order; those that the study keeps, of this budget and this judge, are not made again."""
     made = []
     for name in names:
-        if name not in kept:
-            if name in simple:
-                adapter = _best(hunt, [hunt.merge(recipe) for recipe in simple[name]])
-            elif name == WEIGHTS:
-                adapter = _best_setting(hunt, budget)
-            elif name == ADAPTERS:
-                adapter = _search_random(hunt, judges, budget, storage, study, sampler)
-            elif name == TRAINED:
-                if judges.exam is None:
-                    raise RecipeError("the control 'trained' needs a task with labels, not a function.")
-                adapter = train(new_adapter(hunt.adapters[0], hunt.seed), [judges.exam], hunt.seed, progress=progress)
-            kept[name] = [hunt.score(adapter), judges.judge(adapter)]
-            shared.keep("controls", kept)
-        made.append(Control(name, *kept[name]))
+        budget = f", budget {ask.budget}" if name in (WEIGHTS, ADAPTERS) else ""
+        place = f"control: {name}{budget}, judge {judges.judged_by or 'none'}"
+        kept = None if judges.judged_by is None else shared.fact(place)
+        if kept is None:
+            adapter = _control(hunt, judges, name, ask)
+            kept = [hunt.score(adapter), judges.judge(adapter)]
+            if judges.judged_by is not None:
+                shared.keep(place, kept)
+        made.append(Control(name, *kept))
     return made
 
 
-def _best(hunt: _Hunt, adapters: Sequence[Adapter]) -> Adapter:
-    return max(adapters, key=hunt.score) if len(adapters) > 1 else adapters[0]
+def _control(hunt: Hunt, judges: Judges, name: str, ask: _Ask) -> Adapter:
+    if name == WEIGHTS:
+        return _best_setting(hunt, ask)
+    if name == ADAPTERS:
+        return _search_random(hunt, judges, ask)
+    if name == TRAINED:
+        assert judges.exam is not None  # as `Judges` saw to
+        return train(new_adapter(hunt.adapters[0], hunt.seed), [judges.exam], hunt.seed, progress=ask.progress)
+    found = [hunt.merge(recipe) for recipe in simple_recipes(hunt.tuning.recipe)[name]]
+    return max(found, key=hunt.score) if len(found) > 1 else found[0]
 
 
-def _best_setting(hunt: _Hunt, budget: int) -> Adapter:
-    settings = random_settings(hunt.tuning, budget, hunt.seed)
-    best = max(settings, key=lambda setting: hunt.worth(setting)[0])
+def _best_setting(hunt: Hunt, ask: _Ask) -> Adapter:
+    settings = random_settings(hunt.tuning, ask.budget, hunt.seed)
+    values: list[float] = []
+    ask.say(WEIGHTS, values)
+    for setting in settings:
+        values.append(hunt.worth(setting)[0])
+        ask.say(WEIGHTS, values)
+    best = settings[values.index(max(values))]
     return hunt.merge(hunt.tuning.to_recipe(best))
 
 
-def _search_random(
-    hunt: _Hunt, judges: _Judges, budget: int, storage: str | Path | None, study: str, sampler: str
-) -> Adapter:
+def _search_random(hunt: Hunt, judges: Judges, ask: _Ask) -> Adapter:
     strangers = [random_adapter(adapter, hunt.seed + place) for place, adapter in enumerate(hunt.adapters)]
     recipe = replace(hunt.tuning.recipe, adapters=tuple(str(one.source) for one in strangers))
-    other = _Hunt(strangers, replace(hunt.tuning, recipe=recipe), hunt.score, hunt.penalty, hunt.seed)
-    asked = other.asked(judges.name)
-    trials = Study(storage, study, hunt.tuning.knobs, other.starts(), asked, hunt.seed, sampler).run(
-        other.worth, budget
-    )
-    best = max(trials, key=lambda trial: (trial.value, -trial.number))
-    return other.merge(other.tuning.to_recipe(best.setting))
+    other = Hunt(strangers, replace(hunt.tuning, recipe=recipe), hunt.score, hunt.penalty, hunt.seed)
+    asked = replace(ask, study=f"{ask.study}, {ADAPTERS}")
+    trials = asked.run(asked.open(other, judges.asked), other, ADAPTERS)
+    return other.merge(other.tuning.to_recipe(_best(trials).setting))
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    return max(trials, key=lambda trial: (trial.value, -trial.number))

@@ -24,13 +24,11 @@ from typing import Any
 
 from .errors import RecipeError, printable
 from .sampling import Trial, make_sampler
+from .store import LOOK, Storage, open_study, shown
 from .tuning import Choice, Knob, Range
 
 PATIENCE = 3600.0  # seconds after which a trial of another machine is lost
 INSTANT = 30.0  # seconds, at the most, from a trial's number to its setting
-LOOK = 0.2  # seconds between two looks at trials that others are doing
-ATTEMPTS = 10  # to make a study while others do the same
-DIRECTION = "maximize"
 ASKED = "asked"  # the study's attribute that holds what was asked for
 
 
@@ -42,8 +40,9 @@ class Study:
     """The trials of one search.
 
     Args:
-        storage: a path for an SQLite file, any database's URL as SQLAlchemy writes it, `journal:PATH` for a
-            journal that network file systems can share, or None for memory.
+        storage: a path for an SQLite file, whose missing folders are made; any database's URL as SQLAlchemy
+            writes it, with the driver where its own choice is not installed (`postgresql+psycopg2://…`);
+            `journal:PATH` for a journal that network file systems can share; or None for memory.
         name: of the study in it.
         knobs: what is set.
         starts: the settings that are tried first, in order.
@@ -54,7 +53,7 @@ class Study:
 
     def __init__(
         self,
-        storage: str | Path | None,
+        storage: Storage,
         name: str,
         knobs: Mapping[str, Knob],
         starts: Sequence[Mapping[str, Any]],
@@ -77,7 +76,8 @@ class Study:
         self._failed = optuna.trial.TrialState.FAIL
         self._waiting = optuna.trial.TrialState.WAITING
         sampling = make_sampler(optuna, chosen, self)
-        self._study = _open(optuna, storage, name, sampling)
+        self._place = shown(storage)
+        self._study = open_study(optuna, storage, name, sampling)
         self._claim(json.dumps({**asked, "sampler": chosen}, sort_keys=True, default=str))
 
     def run(self, worth: Worth, budget: int, watch: Watch | None = None) -> list[Trial]:
@@ -132,7 +132,7 @@ class Study:
             seen, new = json.loads(there), json.loads(asked)
             odd = sorted(key for key in seen.keys() | new.keys() if seen.get(key) != new.get(key))
             raise RecipeError(
-                f"the study '{printable(self._study.study_name)}' is of another search: it differs in "
+                f"the study '{printable(self._study.study_name)}' in '{self._place}' is of another search: it differs in "
                 f"{printable(', '.join(odd))}. Ask for the same again, or take another name (study) or storage."
             )
 
@@ -192,42 +192,6 @@ def _optuna() -> Any:
         ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
-
-
-def _open(optuna: Any, storage: str | Path | None, name: str, sampler: Any) -> Any:
-    """The study in its store, made where it is not there; processes that make it at once get out of each other's way."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return optuna.create_study(
-                storage=_storage(optuna, storage),
-                study_name=name,
-                direction=DIRECTION,
-                sampler=sampler,
-                load_if_exists=True,
-            )
-        except Exception as error:  # the database's, its driver's and the file system's own
-            said = str(error)
-            if attempt + 1 < ATTEMPTS and any(word in said for word in ("exist", "UNIQUE", "unique", "locked")):
-                time.sleep(LOOK * (1 + os.getpid() % 7 / 7))
-                continue
-            first = (said.strip().splitlines() or [""])[0]
-            raise RecipeError(
-                f"the study cannot be kept in '{printable(str(storage))}' ({type(error).__name__}: {printable(first)}). "
-                "Name a path for SQLite, a database's URL whose driver is installed, or journal:PATH."
-            ) from None
-    raise AssertionError
-
-
-def _storage(optuna: Any, storage: str | Path | None) -> Any:
-    if storage is None:
-        return optuna.storages.InMemoryStorage()
-    text = str(storage)
-    if text.startswith("journal:"):
-        journal = optuna.storages.journal
-        return journal.JournalStorage(journal.JournalFileBackend(text.removeprefix("journal:")))
-    url = text if "://" in text else f"sqlite:///{Path(text).absolute()}"
-    waits = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    return optuna.storages.RDBStorage(url, engine_kwargs=waits)
 
 
 def _suggested(trial: Any, name: str, knob: Knob) -> Any:

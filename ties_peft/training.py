@@ -15,9 +15,23 @@ from .adapter import Adapter, in_memory
 from .errors import RecipeError, printable
 from .exam import Classification, Exam, Progress
 from .student import Student
+from .task import Task
 
+LABELLED = ("descriptions", "head")  # the measures whose labels can be trained on
 STEPS, ROWS, DECAY = 60, 16, 0.01
 RATES = {True: 1e-3, False: 1e-2}  # of LoRA, and of (IA)³, whose numbers lie around 1
+
+
+def check_trainable(task: Task) -> None:
+    """Refuse a task without labels to train on.
+
+    Raises: RecipeError.
+    """
+    if task.measure not in LABELLED:
+        raise RecipeError(
+            f"task '{printable(task.name)}': training is on labels, for measures {' and '.join(LABELLED)}, not "
+            f"'{task.measure}'."
+        )
 
 
 def train(
@@ -42,11 +56,7 @@ def train(
     Raises: RecipeError where an exam has no labels to train on.
     """
     for exam in exams:
-        if not isinstance(exam, Classification):
-            raise RecipeError(
-                f"task '{printable(exam.task.name)}': training is on labels, for measures descriptions and head, not "
-                f"'{exam.task.measure}'."
-            )
+        check_trainable(exam.task)
     bench = exams[0].bench
     student = Student(start, bench, seed=seed)
     optimiser = torch.optim.AdamW(
