@@ -159,16 +159,7 @@ def search(
     """
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     _check_numbers(budget, penalty, controls)
-    scale = 1.0 if scale is None and method == "task_arithmetic" else scale
-    recipe = Recipe(
-        adapters=tuple(a.source or "in memory" for a in opened),
-        method=method,
-        space=space,
-        scale=scale,
-        rank=rank if any(a.kind.has_rank for a in opened) else "auto",
-        parameters=dict(parameters or {}),
-        allow_disjoint=allow_disjoint,
-    )
+    recipe = _recipe(opened, method, space, scale, rank, dict(parameters or {}), allow_disjoint)
     tuning = Tuning.read(recipe, tune)
     judges = Judges(objective, judge, opened, base, device, bench, TRAINED in controls)
     hunt = Hunt(opened, tuning, judges.score, penalty, seed)
@@ -179,14 +170,8 @@ def search(
     best = _best(trials)
     merged = hunt.merge(tuning.to_recipe(best.setting))
     held = _held_against(hunt, judges, controls, ask, shared)
-    return Found(
-        adapter=merged,
-        recipe=merged.recipe,
-        score=float(best.facts["score"]),
-        judged=judges.judge(merged),
-        trials=tuple(trials),
-        controls=tuple(held),
-    )
+    score = float(best.facts["score"])
+    return Found(merged, merged.recipe, score, judges.judge(merged), tuple(trials), tuple(held))
 
 
 def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None:
@@ -197,6 +182,27 @@ def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None
     for name in controls:
         if name not in (*CONTROLS, TRAINED):
             raise RecipeError(unknown("control", str(name), (*CONTROLS, TRAINED)))
+
+
+def _recipe(
+    adapters: Sequence[Adapter],
+    method: str,
+    space: str,
+    scale: float | None,
+    rank: Rank,
+    parameters: dict[str, Any],
+    allow_disjoint: bool,
+) -> Recipe:
+    """What stays of the recipe."""
+    return Recipe(
+        adapters=tuple(a.source or "in memory" for a in adapters),
+        method=method,
+        space=space,
+        scale=1.0 if scale is None and method == "task_arithmetic" else scale,
+        rank=rank if any(a.kind.has_rank for a in adapters) else "auto",
+        parameters=parameters,
+        allow_disjoint=allow_disjoint,
+    )
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,18 @@ def test_a_study_of_another_search_is_refused(folders: list[str], tmp_path: Path
         ties_peft.search(folders, Worth(folders), budget=2, storage=tmp_path / "s.db", controls=(), penalty=0)
 
 
+def test_progress_is_told_of_the_search_and_of_the_controls_that_cost_as_much(folders: list[str]) -> None:
+    told: list[tuple[str, int, int]] = []
+    found = ties_peft.search(folders, Worth(folders), budget=5, progress=lambda *one: told.append(one))
+    stages = [stage.partition(" · ")[0] for stage, _, _ in told]
+    assert list(dict.fromkeys(stages)) == ["search", "random weights", "random adapters"]
+    for name in dict.fromkeys(stages):
+        own = [one for stage, one in zip(stages, told, strict=True) if stage == name]
+        assert [(done, of) for _, done, of in own] == [(done, 5) for done in range(6)]
+    best = max(trial.value for trial in found.trials)
+    assert told[5][0] == f"search · best so far {best:.4f}"
+
+
 FAULTS: list[tuple[dict[str, Any], type[TiesPeftError], str]] = [
     ({"budget": 0}, RecipeError, "the budget is 0"),
     ({"penalty": -1}, RecipeError, "the penalty is -1"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli.running import run
+from cli.running import Terminal, run
 
 import ties_peft
+from ties_peft.cli.base import progress_bar
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "statistics"))
 import tiny
@@ -82,3 +84,64 @@ def test_signs_are_written_and_taken(folders: list[Path], task: Path, tmp_path: 
     assert f"--set sign_from={tmp_path / 'signs'}" in done.out
     merged = run("merge", *folders, "--set", f"sign_from={tmp_path / 'signs'}", "--out", tmp_path / "merged")
     assert merged.code == 0, merged.err
+
+
+def test_it_says_where_the_trials_stay_and_makes_the_folders_around_them(
+    folders: list[Path], task: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "not" / "there" / "out"
+    common = ("search", *folders, "--task", task, "--no-controls", "--out", out)
+    first = run(*common, "--budget", 2)
+    assert first.code == 0, first.err
+    assert f"the trials stay in {out}.study.db (study 'search'); the same command" in first.out.splitlines()[-1]
+    again = run(*common, "--budget", 3, "--force")
+    assert again.code == 0, again.err
+    assert "best of 3 trials:" in again.out
+    spoken = json.loads(run(*common, "--budget", 3, "--force", "--json").out)
+    assert (spoken["storage"], spoken["study"]) == (f"{out}.study.db", "search")
+
+
+def test_an_output_that_could_not_be_written_is_refused_before_the_trials(
+    folders: list[Path], task: Path, tmp_path: Path
+) -> None:
+    foreign, adapter = tmp_path / "foreign", tmp_path / "a"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    nowhere = tmp_path / "nowhere.yaml"  # read after the output is looked at
+    nowhere.write_text(json.dumps({**tiny.ENCODER, "rows": "gone.jsonl"}), encoding="utf-8")
+    for out, flags, text in (
+        (foreign, (), "exists and is not empty"),
+        (foreign, ("--force",), "holds files that ties_peft did not write (thesis.tex)"),
+        (adapter, ("--force",), "lies in the input"),
+        (tmp_path / "out", ("--storage", tmp_path / "out" / "s.db"), "the trials cannot be kept in"),
+        (tmp_path / "out", ("--storage", tmp_path / "out"), "the trials cannot be kept in"),
+        (tmp_path / "signs", ("--set", f"sign_from={adapter}", "--out", adapter, "--force"), "lies in the input"),
+    ):
+        done = run("search", *folders, "--task", nowhere, "--out", out, *flags)
+        assert done.code == 2
+        assert text in done.err
+        assert done.err.count("\n") == 1
+    assert sorted(path.name for path in foreign.iterdir()) == ["thesis.tex"]
+    assert not list(tmp_path.glob("**/*.db"))
+
+
+def test_the_help_can_be_read_as_it_was_written() -> None:
+    for width in ("80", "200"):
+        shown = " ".join(run("search", "--help", env={"COLUMNS": width}).out.replace("│", " ").split())
+        for text in ("method=[ties,flat_tsv];", "density=[0.05,1.0];", "postgresql+psycopg2://…"):
+            assert text in shown
+        assert "Likewise" not in shown
+
+
+def test_one_bar_for_a_stage_whose_best_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress_bar() as tell:
+        assert tell is not None
+        bars = inspect.getclosurevars(tell).nonlocals["progress"]
+        tell("search", 0, 3)
+        for done, stage in enumerate(("search · best so far 0.1", "search · best so far 0.2", "search"), start=1):
+            tell(stage, done, 3)
+            (bar,) = bars.tasks
+            assert (bar.description, bar.completed, bar.total) == (stage, done, 3)
+        tell("random weights", 1, 3)
+        assert [bar.description for bar in bars.tasks] == ["search", "random weights"]

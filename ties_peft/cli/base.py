@@ -14,30 +14,34 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import TiesPeftWarning
+from ..search import DETAIL
+
+PERIOD = 3600.0  # seconds over which the speed is taken: one step of a search can take minutes
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress bar on standard error, if that is a terminal."""
+    """Progress bars on standard error, if that is a terminal: one for each stage, whatever follows ` · ` in its name."""
     console = Console(stderr=True)
     if not sys.stderr.isatty():
         yield None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=PERIOD) as progress:
         tasks: dict[str, Any] = {}
 
         def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done)
+            name = stage.partition(DETAIL)[0]
+            if name not in tasks:
+                tasks[name] = progress.add_task(stage, total=total)
+            progress.update(tasks[name], description=stage, completed=done)
 
         yield tell
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..controls import CONTROLS, TRAINED
 from ..document import parse
@@ -15,21 +16,25 @@ from ..merged import inputs
 from ..recipe import Recipe
 from ..search import BUDGET, PENALTY, Found
 from ..search import search as find
+from ..store import check_apart, shown
 from ..writer import check_target
 from .base import Json, print_json, progress_bar, show_warnings
 
 Tune = Annotated[
     list[str] | None,
     typer.Option(
-        help="NAME=RANGE or NAME=CHOICES, in YAML: density=[0.05,1.0]; method=[ties,flat_tsv]; "
-        "'scale={low: 0.1, high: 3, log: true}'; adapters=some. Repeatable.",
+        help=escape(
+            "NAME=RANGE or NAME=CHOICES, in YAML: density=[0.05,1.0]; method=[ties,flat_tsv]; "
+            "'scale={low: 0.1, high: 3, log: true}'; adapters=some. Repeatable."
+        ),
         show_default="weights=[-1.5,1.5]",
     ),
 ]
 Storage = Annotated[
     str | None,
     typer.Option(
-        help="Where the trials are kept: a path (SQLite), a database's URL, or journal:PATH.",
+        help="Where the trials are kept: a path (SQLite), journal:PATH, or a database's URL, such as "
+        "postgresql+psycopg2://… for PostgreSQL.",
         show_default="OUT.study.db",
     ),
 ]
@@ -50,12 +55,16 @@ def search(
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     tune: Tune = None,
     budget: Annotated[int, typer.Option(help="Trials in all, over all processes.")] = BUDGET,
-    method: Annotated[str, typer.Option(help="Where it is not tuned.")] = "task_arithmetic",
-    space: Annotated[str, typer.Option(help="Likewise.")] = "delta",
+    method: Annotated[str, typer.Option(help="The method, unless --tune sets it.")] = "task_arithmetic",
+    space: Annotated[str, typer.Option(help="The space, unless --tune sets it.")] = "delta",
     scale: Annotated[
-        float | None, typer.Option(help="Likewise.", show_default="1 for task_arithmetic, else the method's")
+        float | None,
+        typer.Option(
+            help="Times the merged task vector, unless --tune sets it.",
+            show_default="1 for task_arithmetic, else the method's",
+        ),
     ] = None,
-    rank: Annotated[str, typer.Option(help="A whole number, max or auto.")] = "max",
+    rank: Annotated[str, typer.Option(help="A whole number, max or auto, unless --tune sets it.")] = "max",
     settings: Settings = None,
     penalty: Annotated[float, typer.Option(help="On the mean of |w|, where weights are tuned.")] = PENALTY,
     judge: Annotated[
@@ -71,12 +80,17 @@ def search(
     sampler: Annotated[str, typer.Option(help="auto, cobyla, tpe or random.")] = "auto",
     base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's or adapters'")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    allow_disjoint: Annotated[bool, typer.Option("--allow-disjoint", help="As in merge.")] = False,
+    allow_disjoint: Annotated[
+        bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,
 ) -> None:
     """Search for what does best on a few examples."""
-    check_target(out, force, inputs(Recipe(adapters=tuple(adapters))))
+    parameters = _pairs(settings, "--set")
+    place = storage or f"{out}.study.db"
+    check_target(out, force, inputs(Recipe(adapters=tuple(adapters), parameters=parameters)))
+    check_apart(place, out)
     with progress_bar() as tell:
         found = find(
             adapters,
@@ -87,11 +101,11 @@ def search(
             space=space,
             scale=scale,
             rank=int(rank) if rank.isdecimal() else rank,
-            parameters=_pairs(settings, "--set"),
+            parameters=parameters,
             penalty=penalty,
             judge=judge,
             controls=(*(CONTROLS if controls else ()), *((TRAINED,) if trained else ())),
-            storage=storage or f"{out}.study.db",
+            storage=place,
             study=study,
             seed=seed,
             sampler=sampler,
@@ -101,15 +115,19 @@ def search(
             progress=tell,
         )
     found.adapter.save(out, force)
-    _show(found, out, as_json)
+    _show(found, out, place, study, as_json)
 
 
-def _show(found: Found, out: Path, as_json: bool) -> None:
+def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> None:
     show_warnings(found.adapter.report.warnings)
     if as_json:
-        print_json({"out": str(out), **found.to_dict()})
+        print_json({"out": str(out), "storage": shown(storage), "study": study, **found.to_dict()})
         return
     typer.echo(f"{found}\n\nbest of {len(found.trials)} trials:\n{found.recipe.to_yaml()}\nwritten to {out}")
+    typer.echo(
+        f"the trials stay in {shown(storage)} (study '{printable(study)}'); the same command with a larger --budget and "
+        "--force goes on from there"
+    )
 
 
 def _pairs(settings: list[str] | None, flag: str) -> Mapping[str, Any]:

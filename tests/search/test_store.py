@@ -1,0 +1,89 @@
+"""Where trials are kept: no password is shown, folders are made, and a store in the output's way is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ties_peft import RecipeError
+from ties_peft.store import check_apart, file_of, shown
+from ties_peft.study import Study
+from ties_peft.tuning import Range
+
+SECRET = "s3cr3t-of-ann"
+
+
+def study(storage: str | Path) -> Study:
+    return Study(storage, "s", {"scale": Range(0.0, 1.0)}, [{"scale": 0.25}], {})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"nosuch://ann:{SECRET}@host/trials",
+        f"postgresql+psycopg2://ann:{SECRET}@127.0.0.1:1/trials",
+        f"postgresql+psycopg2://127.0.0.1:1/trials?user=ann&password={SECRET}",
+        f"postgresql+psycopg2://ann:{SECRET}@host:port/trials",
+        f"nosuch+://ann:{SECRET}@@host:/trials",
+    ],
+)
+def test_no_password_is_shown(url: str) -> None:
+    assert SECRET not in shown(url)
+    assert "://" in shown(url)
+    with pytest.raises(RecipeError, match="the study cannot be kept in") as refused:
+        study(url)
+    assert SECRET not in str(refused.value)
+    assert "host" in str(refused.value) or "127.0.0.1" in str(refused.value)
+    assert "postgresql+psycopg2://USER:PASSWORD@HOST/NAME" in str(refused.value)
+    assert str(refused.value).count("\n") == 0
+
+
+def test_what_holds_no_password_is_shown_as_it_is(tmp_path: Path) -> None:
+    for storage in (tmp_path / "s.db", "s.db", f"journal:{tmp_path}/log", "sqlite:///s.db", "mysql+pymysql://host/x"):
+        assert shown(storage) == str(storage)
+    assert shown(None) == "memory"
+
+
+def test_files() -> None:
+    assert [file_of(s) for s in ("a/s.db", "journal:a/log", "sqlite:///a/s.db", "sqlite:////a/s.db")] == [
+        Path("a/s.db"),
+        Path("a/log"),
+        Path("a/s.db"),
+        Path("/a/s.db"),
+    ]
+    assert [file_of(s) for s in (None, "sqlite://", "sqlite:///:memory:", "postgresql://h/a")] == [None] * 4
+
+
+@pytest.mark.parametrize("form", ["{}", "journal:{}", "sqlite:///{}"])
+def test_missing_folders_are_made(tmp_path: Path, form: str) -> None:
+    place = tmp_path / "not" / "there" / "s.db"
+    assert len(study(form.format(place)).run(lambda setting: (1.0, {}), 1)) == 1
+    assert place.is_file()
+
+
+def test_folders_of_a_store_that_does_not_open_are_gone_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import optuna
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", fail)
+    with pytest.raises(RecipeError, match="the disk is full"):
+        study(tmp_path / "not" / "there" / "s.db")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match="the study cannot be kept in"):
+        study(tmp_path / "file" / "s.db")
+
+
+@pytest.mark.parametrize("place", ["out", "out/s.db", "sub/../out/s.db", "journal:out/log", "sqlite:///out/s.db"])
+def test_a_store_in_the_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"the trials cannot be kept in '.*out.*which is written whole at the end"):
+        check_apart(place, Path("out"))
+    with pytest.raises(RecipeError, match="the trials cannot be kept"):
+        check_apart("s.db", Path("s.db/out"))
+    for apart in (None, "out.study.db", "output/s.db", "postgresql://host/out", "sqlite://"):
+        check_apart(apart, Path("out"))
