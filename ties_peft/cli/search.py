@@ -44,6 +44,18 @@ Settings = Annotated[
 ]
 
 
+Scale = Annotated[
+    float | None,
+    typer.Option(
+        help="Times the merged task vector, unless --tune sets it.",
+        show_default="1 for task_arithmetic, else the method's",
+    ),
+]
+Judge = Annotated[
+    Path | None, typer.Option(help="A task file with other rows, to judge by at the end.", show_default=False)
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("search")(search)
@@ -57,19 +69,11 @@ def search(
     budget: Annotated[int, typer.Option(help="Trials in all, over all processes.")] = BUDGET,
     method: Annotated[str, typer.Option(help="The method, unless --tune sets it.")] = "task_arithmetic",
     space: Annotated[str, typer.Option(help="The space, unless --tune sets it.")] = "delta",
-    scale: Annotated[
-        float | None,
-        typer.Option(
-            help="Times the merged task vector, unless --tune sets it.",
-            show_default="1 for task_arithmetic, else the method's",
-        ),
-    ] = None,
+    scale: Scale = None,
     rank: Annotated[str, typer.Option(help="A whole number, max or auto, unless --tune sets it.")] = "max",
     settings: Settings = None,
     penalty: Annotated[float, typer.Option(help="On the mean of |w|, where weights are tuned.")] = PENALTY,
-    judge: Annotated[
-        Path | None, typer.Option(help="A task file with other rows, to judge by at the end.", show_default=False)
-    ] = None,
+    judge: Judge = None,
     controls: Annotated[
         bool, typer.Option("--controls/--no-controls", help=f"Also make {', '.join(CONTROLS)}.")
     ] = True,
