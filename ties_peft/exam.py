@@ -10,6 +10,7 @@ Batches hold rows of like length, so that little is padded; the results are in t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Score:
             return None
         count = self.rows + 4
         share = (self.accuracy * self.rows + 2) / count
-        return (share * (1 - share) / count) ** 0.5
+        return math.sqrt(share * (1 - share) / count)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -196,7 +196,8 @@ def _greedy(bench: Bench, inputs: dict[str, Tensor], most: int) -> Tensor:
     model = bench.model.get_base_model() if hasattr(bench.model, "get_base_model") else bench.model
     own = model.generation_config
     tokens = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
-    plain = GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=bench.pad, **tokens)
+    settings = {"max_new_tokens": most, "do_sample": False, "num_beams": 1, "pad_token_id": bench.pad, **tokens}
+    plain = GenerationConfig(**settings)  # type: ignore[no-untyped-call]
     try:
         model.generation_config = plain
         made: Tensor = bench.model.generate(**inputs, generation_config=plain)
