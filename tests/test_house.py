@@ -82,6 +82,7 @@ FLOORS = {
     "rows": 2,
     "task": 3,
     "bench": 12,
+    "missing": 1,
     "exam": 13,
     "language": 14,
     "evaluate": 15,

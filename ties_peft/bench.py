@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .errors import CompatibilityError, RecipeError, printable
 from .kinds.base import BIAS, EXPERT, Module
+from .missing import missing_from, quiet, refuse_missing
 from .riders import BASE, TOKENS, Rider, entries, read_riders
 from .values import usable
 
@@ -57,6 +58,8 @@ class Bench:
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = self.pad  # classifiers of causal models look for the last real token by it
         self._modules = dict(_bare(model).named_modules())
+        self._missing: dict[str, nn.Parameter] = {}
+        self._supplied: list[int] = []  # ids of the parameters that what is on brings whole
 
     @classmethod
     def load(cls, base: str | Path, form: str, device: str = "cpu", token: str | None = None) -> Bench:
@@ -69,17 +72,20 @@ class Bench:
             device: where it runs.
             token: for private repositories.
         Raises: RecipeError where there is no such model, or the device cannot be used.
+        Law: a model whose files lack tensors that its answer depends on is not run without an adapter that brings
+            them: CompatibilityError, from `require` and from every forward pass.
         """
         import transformers
 
         where = usable(device)
         label = printable(str(base))
         try:
-            with _quiet(transformers):
+            with quiet(transformers):
                 if form == LANGUAGE:
                     config = transformers.AutoConfig.from_pretrained(base, token=token)
                     form = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
-                model = getattr(transformers, FORMS[form]).from_pretrained(base, token=token)
+                loader = getattr(transformers, FORMS[form])
+                model, info = loader.from_pretrained(base, token=token, output_loading_info=True)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(base, token=token)
         except Exception as error:  # transformers', the Hub's and the file system's own
             first = (str(error).strip().splitlines() or [""])[0]
@@ -88,7 +94,11 @@ class Bench:
                 f"({type(error).__name__}: {printable(first)}). Name a folder that save_pretrained wrote, with its "
                 "tokenizer, or an id on the Hub (base: in the task, or --base)."
             ) from None
-        return cls(model.to(where), tokenizer, label, form)
+        bench = cls(model.to(where), tokenizer, label, form)
+        bench._missing = missing_from(bench.model, info, bench._answer)
+        if bench._missing:
+            bench.model.register_forward_pre_hook(lambda *_: bench._guard())
+        return bench
 
     @property
     def pad(self) -> int:
@@ -111,9 +121,19 @@ class Bench:
             more = f"\n  … and {len(faults) - 4} more" if len(faults) > 4 else ""
             raise CompatibilityError(
                 f"adapter '{adapter.label}' (trained on '{printable(adapter.base or 'no name given')}') does not fit the "
-                f"base model '{self.base}', a {type(_bare(self.model)).__name__}; {len(faults)} of its "
-                f"{len(adapter.modules)} modules do not:\n{rows}{more}\nName the base that it was trained on."
+                f"base model '{self.base}', loaded as {self.form}, a {type(_bare(self.model)).__name__}; {len(faults)} of "
+                f"its {len(adapter.modules)} modules do not:\n{rows}{more}\n{self._advice(adapter)}"
             )
+
+    def require(self, adapter: Adapter | None) -> None:
+        """Refuse to judge an adapter, or None for the bare base, by tensors that the base's files lack; before any run.
+
+        Raises: CompatibilityError naming those that the adapter does not bring either.
+        """
+        if self._missing:
+            found = [self._parameter(_path(r)) for r in (_riders(adapter) if adapter else []) if r.form != TOKENS]
+            label = None if adapter is None else adapter.label
+            refuse_missing(self._missing, [id(parameter) for parameter in found], self.base, self.form, label)
 
     @contextmanager
     def wear(self, adapter: Adapter | None) -> Iterator[Bench]:
@@ -131,6 +151,7 @@ class Bench:
             raise RuntimeError(f"the bench wears '{self.worn.label}' already")
         self.check(adapter)
         kept: list[tuple[nn.Parameter, Tensor]] = []
+        supplied = len(self._supplied)
         try:
             self.worn = adapter
             with torch.no_grad():
@@ -139,8 +160,7 @@ class Bench:
                 self._put_on_riders(adapter, kept)
             yield self
         finally:
-            for parameter, data in reversed(kept):
-                parameter.data = data
+            self._take_off(kept, supplied)
             self.worn = None
 
     @contextmanager
@@ -150,13 +170,13 @@ class Bench:
         Law: as of `wear`, within which it may be used.
         """
         kept: list[tuple[nn.Parameter, Tensor]] = []
+        supplied = len(self._supplied)
         try:
             with torch.no_grad():
                 self._put_on_riders(adapter, kept)
             yield self
         finally:
-            for parameter, data in reversed(kept):
-                parameter.data = data
+            self._take_off(kept, supplied)
 
     def bare(self) -> AbstractContextManager[Any]:
         """The model without any adapter that PEFT put on it."""
@@ -206,6 +226,18 @@ class Bench:
         ]
         tensors = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         return {key: tensor.to(self.device) for key, tensor in tensors.items()}
+
+    def _advice(self, adapter: Adapter) -> str:
+        """What to do about an adapter that does not fit: the same layers may have other names under a head, or without."""
+        front = f"{getattr(_bare(self.model), 'base_model_prefix', '')}."
+        paths = [adapter.module(name).path for name in adapter.modules]
+        if not any(path not in self._modules and _moved(path, front) in self._modules for path in paths):
+            return "Name the base that it was trained on."
+        return (
+            f"Its layers are there under other names ({front}…): it was trained on the base in another form, task_type "
+            f"{printable(str(adapter.config.get('task_type')))}. The measure decides the form: descriptions loads an encoder, "
+            "head a classifier, choices, exact_match and loss a language model."
+        )
 
     def _fault(self, module: Module) -> str | None:
         if module.form == EXPERT:
@@ -277,7 +309,26 @@ class Bench:
                 rows = parameter.data.clone()
                 rows[torch.tensor(rider.rows, device=rows.device)] = value.to(rows.device, rows.dtype)
                 value = rows
+            else:
+                self._supplied.append(id(parameter))
             _replace(parameter, value, kept)
+
+    def _take_off(self, kept: list[tuple[nn.Parameter, Tensor]], supplied: int) -> None:
+        for parameter, data in reversed(kept):
+            parameter.data = data
+        del self._supplied[supplied:]
+
+    def _guard(self) -> None:
+        """Before every run of a model that lacks tensors: what is on has to bring them."""
+        refuse_missing(self._missing, self._supplied, self.base, self.form, self.worn.label if self.worn else None)
+
+    def _answer(self) -> Tensor:
+        """What is judged of the model, on two tokens."""
+        ids = torch.ones(1, 2, dtype=torch.int64, device=self.device)
+        written = {"labels": ids} if self.form == "seq2seq" else {}
+        out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **written)
+        found: Tensor = out.last_hidden_state if self.form == "encoder" else out.logits
+        return found
 
 
 def form_of(model: Any) -> str:
@@ -337,20 +388,10 @@ def _longest(model: Any) -> int:
     return found if isinstance(found, int) and found > 0 else 1 << 30
 
 
+def _moved(path: str, front: str) -> str:
+    """A path with a model's prefix where it has none, and without it where it has."""
+    return path.removeprefix(front) if path.startswith(front) else front + path
+
+
 def _times(shape: Sequence[int]) -> str:
     return " × ".join(map(str, shape))
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars and remarks while a model is loaded."""
-    before = transformers.logging.get_verbosity()
-    bars = getattr(transformers.logging, "is_progress_bar_enabled", lambda: True)()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        if bars:
-            transformers.logging.enable_progress_bar()

@@ -9,7 +9,7 @@ from typing import Any
 from .adapter import Adapter
 from .bench import Bench
 from .errors import RecipeError, printable, warn_caller
-from .exam import BATCH, Classification, Exam, Progress, Score, check_form, form_for
+from .exam import BATCH, Classification, Exam, Progress, Score, check_form, check_size, form_for
 from .language import Continuation, Generation
 from .task import Given, Task, read_task
 
@@ -39,7 +39,8 @@ def evaluate(
         progress: called as progress(stage, done, of).
     Returns: the score; `right` holds the rows one by one, for paired comparisons.
     Raises: TiesPeftError, before the model is run: rows without labels or with labels out of range, an
-        adapter for another base, a measure that the model cannot sit.
+        adapter for another base, a measure that the model cannot sit, a head that neither the base's files nor the
+        adapter's hold.
     """
     asked = read_task(task)
     if _is_model(adapter_or_model):
@@ -60,25 +61,27 @@ def evaluate_all(
 ) -> list[list[Score]]:
     """Every adapter on every task: a line of scores for each adapter, in order.
 
+    Tasks that need two forms of the base, such as an encoder and a classifier, have it loaded in both.
+
     Args: as `evaluate`; None among the adapters is the bare base.
+    Raises: as `evaluate`, whatever the task's place, before the first is judged.
     Law: the same scores as one call for each.
     """
+    check_size(batch_size)
     asked = [read_task(task) for task in tasks]
     opened = [_open(a, base) for a in adapters]
     if not opened or not asked:
         raise RecipeError("there is nothing to evaluate. Name at least one adapter (or the base) and one task.")
-    scores: list[list[Score]] = [[] for _ in opened]
-    for bench_here, members in _benches(opened, asked, base, device, bench):
-        for adapter in opened:
-            if adapter is not None:
-                bench_here.check(adapter)
-                adapter.check()
-        exams = [(place, make_exam(bench_here, asked[place])) for place in members]
-        for line, adapter in zip(scores, opened, strict=True):
-            with bench_here.wear(adapter):
-                line += [exam.score(progress, batch_size) for _, exam in exams]
-    order = [place for _, members in _groups(asked, bench) for place in members]
-    return [[line[order.index(place)] for place in range(len(asked))] for line in scores]
+    benches = _benches(opened, asked, base, device, bench)
+    for here, members in benches:
+        _check(here, opened, [asked[place] for place in members])
+    groups = [(here, {place: make_exam(here, asked[place]) for place in members}) for here, members in benches]
+    found: list[dict[int, Score]] = [{} for _ in opened]
+    for here, exams in groups:
+        for line, adapter in zip(found, opened, strict=True):
+            with here.wear(adapter):
+                line |= {place: exam.score(progress, batch_size) for place, exam in exams.items()}
+    return [[line[place] for place in range(len(asked))] for line in found]
 
 
 def make_exam(bench: Bench, task: Task) -> Exam:
@@ -111,6 +114,17 @@ def find_base(adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: s
     if others:
         warn_caller([f"the base is '{printable(chosen)}'; adapters name '{printable(', '.join(others))}' as theirs."])
     return chosen
+
+
+def _check(bench: Bench, adapters: Sequence[Adapter | None], tasks: Sequence[Task]) -> None:
+    """Refuse what does not go together, before anything is tokenized."""
+    for task in tasks:
+        check_form(bench, task)
+    for adapter in adapters:
+        if adapter is not None:
+            bench.check(adapter)
+            adapter.check()
+        bench.require(adapter)
 
 
 def _open(adapter: str | Path | Adapter | None, base: str | Path | None) -> Adapter | None:

@@ -10,6 +10,7 @@ Batches hold rows of like length, so that little is padded; the results are in t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from .bench import LANGUAGE, MEASURED_ON, Bench
 from .errors import RecipeError, printable
-from .rows import texts_of
+from .rows import Row, texts_of
 from .task import Task
 
 BATCH = 32
@@ -41,6 +42,7 @@ class Score:
             `exact_match`.
         right: for each row whether it was right, for paired comparisons; empty for `loss`.
         cut: how many rows were longer than the task's max_tokens or the model allows.
+        blank: how many rows have no text but blanks; they are judged all the same, by what stands around the text.
     """
 
     task: str
@@ -51,6 +53,7 @@ class Score:
     loss: float | None
     right: tuple[bool, ...] = ()
     cut: int = 0
+    blank: int = 0
 
     @property
     def value(self) -> float:
@@ -59,8 +62,17 @@ class Score:
 
     @property
     def error(self) -> float | None:
-        """The standard error of the accuracy from the number of rows alone, √(p(1−p)/n)."""
-        return None if self.accuracy is None else (self.accuracy * (1 - self.accuracy) / self.rows) ** 0.5
+        """The standard error of the accuracy from the number of rows alone, √(p̃(1−p̃)/ñ): above 0 at the edges too.
+
+        ñ = n + 4 and p̃ = (k + 2)/ñ for k of n rows right, two more being counted right and two wrong, because
+        √(p(1−p)/n) is 0 where all rows, or none, are right, even a single one.
+        Source: Agresti and Coull, The American Statistician 52 (1998), 119-126.
+        """
+        if self.accuracy is None:
+            return None
+        count = self.rows + 4
+        share = (self.accuracy * self.rows + 2) / count
+        return math.sqrt(share * (1 - share) / count)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -74,13 +86,14 @@ class Exam(ABC):
         bench, task: what and where.
         labels: the right label of each row, (rows,), int64; empty where the measure has none.
         cut: how many rows were too long.
+        blank: how many rows have no text but blanks.
     """
 
     labels: Tensor
 
     def __init__(self, bench: Bench, task: Task) -> None:
         self.bench, self.task = bench, task
-        self.cut = 0
+        self.cut = self.blank = 0
 
     @property
     @abstractmethod
@@ -96,14 +109,35 @@ class Exam(ABC):
             size: rows in a batch.
         """
 
+    def read(self) -> tuple[list[Row], list[str]]:
+        """The task's rows and what the model reads of each; those without a text are counted in `blank`."""
+        rows = self.task.read()
+        texts = texts_of(rows, self.task.text, self.task.where)
+        self.blank = sum(not text.strip() for text in texts)
+        return rows, self.task.filled(texts)
+
+    def refuse_empty(self, tokens: Sequence[Sequence[int]], each: int = 1) -> None:
+        """Refuse a row of which the model would see nothing at all.
+
+        Args:
+            tokens: of every row, or of every row `each` times.
+            each: how often a row is there.
+        Raises: RecipeError naming the first.
+        """
+        place = next((place for place, ids in enumerate(tokens) if not ids), None)
+        if place is not None:
+            raise RecipeError(
+                f"{self.task.where}, row {place // each + 1}: nothing is there to judge by, the text or its label having "
+                "no tokens. Leave the row out."
+            )
+
     def graded(self, right: Sequence[bool], loss: float | None, classified: bool = True) -> Score:
         """A score of this task."""
         worn = self.bench.worn
         accuracy = sum(right) / len(right) if classified else None
         name = None if worn is None else worn.label
-        return Score(
-            self.task.name, self.task.measure, name, self.rows, accuracy, loss, tuple(map(bool, right)), self.cut
-        )
+        held = tuple(map(bool, right))
+        return Score(self.task.name, self.task.measure, name, self.rows, accuracy, loss, held, self.cut, self.blank)
 
 
 class Classification(Exam):
@@ -124,11 +158,11 @@ class Classification(Exam):
         super().__init__(bench, task)
         self.labels = torch.empty(0, dtype=torch.int64)
         if sequences is None:
-            rows = task.read()
-            texts = task.filled(texts_of(rows, task.text, task.where))
+            rows, texts = self.read()
             if labelled:
                 self.labels = torch.tensor(task.answers(rows, self._names()))
             sequences, self.cut = bench.ids(texts, task.max_tokens)
+            self.refuse_empty(sequences)
         self.sequences = sequences
         self.head: Tensor | None = None
         if task.descriptions is not None:
@@ -194,6 +228,15 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Places in batches of like length, the longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
+def check_size(size: object) -> None:
+    """Refuse a number of rows in a batch that is none.
+
+    Raises: RecipeError.
+    """
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise RecipeError(f"batch_size is {printable(repr(size))}; expected a whole number from 1 up.")
 
 
 def form_for(task: Task) -> str:

@@ -59,6 +59,7 @@ def harness(
         if adapter is not None:
             here.check(adapter)
             adapter.check()
+        here.require(adapter)
     found = []
     for place, adapter in enumerate(opened):
         with here.wear(adapter):

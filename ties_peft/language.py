@@ -16,7 +16,6 @@ from torch import Tensor
 from .bench import Bench
 from .errors import RecipeError, printable
 from .exam import BATCH, Exam, Progress, Score, batches
-from .rows import texts_of
 from .task import Task
 
 
@@ -36,8 +35,7 @@ class Continuation(Exam):
 
     def __init__(self, bench: Bench, task: Task) -> None:
         super().__init__(bench, task)
-        rows = task.read()
-        texts = task.filled(texts_of(rows, task.text, task.where))
+        rows, texts = self.read()
         self._rows = len(rows)
         self.labels = torch.empty(0, dtype=torch.int64)
         if task.choices is not None:
@@ -46,13 +44,7 @@ class Continuation(Exam):
         else:
             follow = [_apart(*one) for one in zip(texts, task.targets(rows), strict=True)]
         self.pairs = self._pairs(follow)
-        empty = [place for place, pair in enumerate(self.pairs) if not pair.asked]
-        if empty:
-            place = empty[0] // (len(task.choices) if task.choices else 1)
-            raise RecipeError(
-                f"{task.where}, row {place + 1}: nothing is left to predict, the text or its label having no tokens. "
-                "Leave the row out."
-            )
+        self.refuse_empty([pair.asked for pair in self.pairs], len(task.choices or (None,)))
 
     @property
     def rows(self) -> int:
@@ -112,7 +104,7 @@ class Continuation(Exam):
             given, cut = self.bench.ids([text for text, _ in follow], self.task.max_tokens)
             self.cut = cut // len(self.task.choices or (None,))
             asked, _ = self.bench.ids([target for _, target in follow], self.task.max_tokens)
-            return [Pair(*pair) for pair in zip(given, asked, strict=True)]
+            return [Pair(*pair) if pair[0] else Pair([], []) for pair in zip(given, asked, strict=True)]
         most = min(self.task.max_tokens, self.bench.longest)
         whole = [self._open(ids) for ids in self.bench.all_ids([text + target for text, target in follow])]
         alone = [self._open(ids) for ids in self.bench.all_ids([text.rstrip() for text, _ in follow])]
@@ -121,7 +113,10 @@ class Continuation(Exam):
             start = min(len(before), len(together)) if target else 0
             front, rest = together[:start], together[start:]
             long.append(len(together) > most)
-            pairs.append(Pair(front[max(0, len(together) - most) :], rest[-most:]) if target else Pair([], rest[:most]))
+            if target:  # and nothing before it would leave its first token out
+                pairs.append(Pair(front[max(0, len(together) - most) :], rest[-most:] if before else []))
+            else:
+                pairs.append(Pair([], rest[:most]))
         each = len(self.task.choices or (None,))
         self.cut = sum(any(long[row : row + each]) for row in range(0, len(long), each))
         return [pair if pair.given or len(pair.asked) > 1 else Pair([], []) for pair in pairs]
@@ -143,12 +138,11 @@ class Generation(Exam):
 
     def __init__(self, bench: Bench, task: Task) -> None:
         super().__init__(bench, task)
-        rows = task.read()
+        rows, texts = self.read()
         if task.label is None:
             raise RecipeError(f"{task.where}: measure 'exact_match' needs a label. Name its key (label: KEY).")
         self.labels = torch.empty(0, dtype=torch.int64)
         self.answers = [answer.strip() for answer in task.targets(rows)]
-        texts = task.filled(texts_of(rows, task.text, task.where))
         most = min(task.max_tokens, bench.longest - task.new_tokens)
         if most < 1:
             raise RecipeError(
@@ -156,6 +150,7 @@ class Generation(Exam):
                 f"{bench.longest} tokens in all. Ask for fewer."
             )
         found = bench.all_ids(texts)
+        self.refuse_empty(found)
         self.cut = sum(len(ids) > most for ids in found)
         self.sequences = [ids[:most] if bench.form == "seq2seq" else ids[-most:] for ids in found]
 
@@ -176,9 +171,7 @@ class Generation(Exam):
         with torch.no_grad():
             for places in batches([len(ids) for ids in self.sequences], size):
                 inputs = self.bench.padded([self.sequences[place] for place in places], left=causal)
-                made = self.bench.model.generate(
-                    **inputs, max_new_tokens=self.task.new_tokens, do_sample=False, pad_token_id=self.bench.pad
-                )
+                made = _greedy(self.bench, inputs, self.task.new_tokens)
                 fresh = made[:, inputs["input_ids"].shape[1] :] if causal else made
                 for place, ids in zip(places, fresh, strict=True):
                     texts[place] = self._clean(self.bench.tokenizer.decode(ids, skip_special_tokens=True))
@@ -190,3 +183,24 @@ class Generation(Exam):
     def _clean(self, text: str) -> str:
         text = text.strip()
         return text.partition(self.task.stop)[0].strip() if self.task.stop else text
+
+
+def _greedy(bench: Bench, inputs: dict[str, Tensor], most: int) -> Tensor:
+    """Token ids, each the likeliest after those before it, up to the end or `most` new ones: (rows, tokens).
+
+    The base's own generation_config, which may ask for beams, sampling, penalties or a least length, is set aside, but
+    for the tokens that begin, end and fill up a text; `generate` would take from it whatever is not said.
+    """
+    from transformers import GenerationConfig
+
+    model = bench.model.get_base_model() if hasattr(bench.model, "get_base_model") else bench.model
+    own = model.generation_config
+    tokens = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
+    settings = {"max_new_tokens": most, "do_sample": False, "num_beams": 1, "pad_token_id": bench.pad, **tokens}
+    plain = GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+    try:
+        model.generation_config = plain
+        made: Tensor = bench.model.generate(**inputs, generation_config=plain)
+    finally:
+        model.generation_config = own
+    return made

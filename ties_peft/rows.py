@@ -15,6 +15,28 @@ Row = Mapping[str, Any]
 LINES = ".txt"  # one text a line, without a label
 
 
+class ClassName(str):
+    """A class label of a data set on the Hub: the name of the class, which also has a number there.
+
+    Attributes:
+        number: from 0, in the set's order of classes. A number that is of no class, such as the −1 of test splits whose
+            labels are kept back, has itself for a name.
+        known: whether there is such a class.
+    """
+
+    number: int
+    known: bool
+
+    def __new__(cls, name: str, number: int, known: bool = True) -> ClassName:
+        """A name, its number, and whether there is such a class."""
+        made = super().__new__(cls, name)
+        made.number, made.known = number, known
+        return made
+
+    def __getnewargs__(self) -> tuple[str, int, bool]:  # type: ignore[override]
+        return str(self), self.number, self.known
+
+
 def read_rows(
     source: str | Path, split: str = "test", config: str | None = None, limit: int | None = None, text: str = "text"
 ) -> list[Row]:
@@ -27,6 +49,7 @@ def read_rows(
         split, config: of a data set on the Hub; a file has none.
         limit: the first so many; None for all.
         text: the key that the lines of a .txt file get.
+    Returns: the rows; of a data set on the Hub class labels as `ClassName`s.
     Raises: RecipeError naming the file and the line.
     """
     path = Path(source)
@@ -109,7 +132,7 @@ def _hub(source: str, split: str, config: str | None, limit: int | None) -> list
         ) from None
     try:
         found = load_dataset(source, config, split=split)
-        named = {key: feature for key, feature in found.features.items() if hasattr(feature, "int2str")}
+        named = {key: list(feature.names) for key, feature in found.features.items() if hasattr(feature, "int2str")}
         rows = [dict(row) for row in islice(found, limit)]
     except Exception as error:  # its own errors, the Hub's and the network's
         first = (str(error).strip().splitlines() or [""])[0]
@@ -118,5 +141,10 @@ def _hub(source: str, split: str, config: str | None, limit: int | None) -> list
             f"{printable(first)}). Check the name, the split and the network."
         ) from None
     for row in rows:
-        row.update({key: feature.int2str(row[key]) for key, feature in named.items() if isinstance(row[key], int)})
+        row.update({key: _class(names, row[key]) for key, names in named.items() if isinstance(row[key], int)})
     return list(rows)
+
+
+def _class(names: Sequence[str], number: int) -> ClassName:
+    known = 0 <= number < len(names)
+    return ClassName(names[number] if known else str(number), number, known)

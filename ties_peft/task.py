@@ -20,7 +20,11 @@ Measures:
                   with label: null
 
 A label in the rows is a number from 0, or one of `labels` (or of `choices`; with a head of the
-model's own label names). Everything is read strictly: an unknown key names the nearest one and its line.
+model's own label names). A class of a data set on the Hub is its name; where the task has no `labels`, and
+the name is none of those, it is its number in the set's order of classes, which the descriptions or choices
+then have to be in. With a head that holds only if the head names no classes (LABEL_0, LABEL_1, …), since
+heads and data sets of one task are known to differ in their order. For exact_match and loss it is its name.
+Everything is read strictly: an unknown key names the nearest one and its line.
 """
 
 from __future__ import annotations
@@ -34,12 +38,13 @@ from typing import Any
 
 from .document import Document, dump
 from .errors import RecipeError, printable, unknown
-from .rows import LINES, Row, read_rows, texts_of
+from .rows import LINES, ClassName, Row, read_rows, texts_of
 from .schedule import is_number
 
 MEASURES = ("descriptions", "head", "choices", "exact_match", "loss")
 NEEDS = {"descriptions": "descriptions", "choices": "choices"}  # the list without which a measure is none
 SLOT = "{text}"
+KEPT_BACK = " In data sets on the Hub −1 stands for a label that is kept back: choose a split that has them (split: validation)."
 Given = Any  # a Task, a mapping, or the path of a file
 
 
@@ -141,6 +146,13 @@ class Task:
         """The label of each row as a text that is to be written; empty where label is None."""
         if self.label is None:
             return [""] * len(rows)
+        for place, row in enumerate(rows):
+            value = row.get(self.label)
+            if isinstance(value, ClassName) and not value.known:
+                raise RecipeError(
+                    f"{self.where}, row {place + 1}: the label is {value.number}, which is no class of the data set."
+                    f"{KEPT_BACK}"
+                )
         return texts_of(
             [{**row, self.label: _as_text(row.get(self.label))} for row in rows], self.label, f"{self.where} (label)"
         )
@@ -173,13 +185,22 @@ class Task:
         if isinstance(value, str) and value in names:
             return names.index(value)
         number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+        if isinstance(value, ClassName):
+            number = value.number if value == str(value.number) or self._counts(names) else None
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count:
             return number
+        if isinstance(value, ClassName) and not value.known:
+            value = value.number
         listed = f", or one of {', '.join(map(printable, names[:6]))}{', …' if len(names) > 6 else ''}" if names else ""
         raise RecipeError(
             f"{where}: the label is {printable(repr(value))}; expected a number from 0 to {count - 1}{listed}. Mend the "
-            "row, or the task's list of labels."
+            f"row, or the task's list of labels.{KEPT_BACK if value == -1 else ''}"
         )
+
+    def _counts(self, names: tuple[str, ...]) -> bool:
+        """Whether the number of a data set's class is that of the label: where nothing names the labels."""
+        unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
+        return self.labels is None and (self.measure != "head" or unnamed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without what stands at its default; rows given as such by their number."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import RecipeError, TiesPeftWarning
+from ..errors import RecipeError, TiesPeftWarning, printable
 from ..evaluate import evaluate_all
 from ..exam import BATCH, Score
 from ..harness import harness as by_harness
@@ -72,7 +71,7 @@ def evaluate(
     if harness:
         _show_harness(labels, results, as_json)
         return
-    _say_cut(scores[0])
+    _say_odd_rows(scores[0])
     if as_json:
         lines = [
             {"adapter": label, "scores": [s.to_dict() for s in line]}
@@ -82,7 +81,7 @@ def evaluate(
         return
     console = Console()
     console.print(_table(labels, scores))
-    console.print(_legend(scores[0]), style="dim", highlight=False)
+    console.print(_legend(scores), style="dim", highlight=False)
 
 
 def _show_harness(labels: list[str], results: list[dict[str, dict[str, float]]], as_json: bool) -> None:
@@ -99,10 +98,18 @@ def _show_harness(labels: list[str], results: list[dict[str, dict[str, float]]],
     Console().print(table)
 
 
-def _say_cut(line: list[Score]) -> None:
-    show_warnings(
-        [f"task '{s.task}': {s.cut} of {s.rows} rows are longer than max_tokens, and were cut." for s in line if s.cut]
-    )
+def _say_odd_rows(line: list[Score]) -> None:
+    """What was done with rows that are too long, or have nothing in them: the same for every adapter."""
+    texts = [
+        (score, count, told)
+        for score in line
+        for count, told in (
+            (score.cut, "longer than max_tokens, or than the model allows, and cut"),
+            (score.blank, "without a text but blanks, and judged all the same"),
+        )
+        if count
+    ]
+    show_warnings([f"task '{printable(s.task)}': {count} of {s.rows} rows were {told}." for s, count, told in texts])
 
 
 def _table(labels: list[str], scores: list[list[Score]]) -> Table:
@@ -125,11 +132,13 @@ def _cell(score: Score) -> str:
     return f"{score.loss:.4f}" if score.accuracy is None else f"{100 * score.accuracy:.1f}"
 
 
-def _legend(line: list[Score]) -> str:
+def _legend(scores: list[list[Score]]) -> str:
+    """What the numbers are, and how well a number of rows can tell them."""
+    line = scores[0]
     rows = ", ".join(f"{score.rows}" for score in line)
-    errors = [100 * score.error for score in line if score.error is not None]
+    errors = [100 * score.error for own in scores for score in own if score.error is not None]
     what = "accuracy in percent" if errors else "mean −log p per token"
-    known = f"; one is known to about ± {math.fsum(errors) / len(errors):.1f}" if errors else ""
-    return (
-        f"{what}{' (losses: mean −log p per token)' if errors and len(errors) < len(line) else ''}; rows: {rows}{known}"
-    )
+    losses = any(score.accuracy is None for score in line)
+    least, most = (f"{error:.1f}" for error in (min(errors, default=0.0), max(errors, default=0.0)))
+    known = f"; one is known to about ± {least}{f' to {most}' if most != least else ''}" if errors else ""
+    return f"{what}{' (losses: mean −log p per token)' if errors and losses else ''}; rows: {rows}{known}"
