@@ -28,6 +28,7 @@ from .tuning import Tuning
 
 BASE, MEAN, SINGLE = "base", "mean", "best single"
 WEIGHTS, ADAPTERS, TRAINED = "random weights", "random adapters", "trained"
+BESIDE = ("modules_to_save", "trainable_token_indices", "bias")  # what a config says of tensors beside the modules
 CONTROLS = (BASE, MEAN, SINGLE, WEIGHTS, ADAPTERS)
 
 
@@ -60,7 +61,8 @@ def random_settings(tuning: Tuning, count: int, seed: int) -> list[dict[str, Any
 def random_adapter(adapter: Adapter, seed: int) -> Adapter:
     """One with the same modules, ranks and norms, whose numbers are drawn from a normal distribution.
 
-    It is written as a LoRA or (IA)³, whatever kind `adapter` is of.
+    It is written as a LoRA or (IA)³, whatever kind `adapter` is of; what it trains beside its modules, such as a head,
+    comes along as it is.
 
     Law: every module's task vector has the norm that it has in `adapter`.
     """
@@ -71,8 +73,10 @@ def random_adapter(adapter: Adapter, seed: int) -> Adapter:
         drawn = _drawn(delta, key(seed, name, 0, adapter.digest))
         length = inner_root(drawn)
         tensors |= kind.pack(module, drawn.scaled(inner_root(delta) / length if length else 0.0), module.rank)
+    tensors |= {name: adapter.tensors.read(name) for name in adapter.riders}
     rank = max(module.rank for module in adapter.layout.values())
     config = {
+        **{name: adapter.config[name] for name in BESIDE if name in adapter.config},
         "peft_type": kind.peft_type,
         "base_model_name_or_path": adapter.base,
         **kind.config(list(adapter.layout.values()), rank),
@@ -91,10 +95,12 @@ def _drawn(delta: Delta, stream: int) -> Delta:
 
 
 def new_adapter(like: Adapter, seed: int) -> Adapter:
-    """One with the modules and ranks of another that does nothing yet: A drawn, B zero; l = 1 for (IA)³."""
+    """One with the modules, ranks and head of another that does nothing yet: A drawn, B zero; l = 1 for (IA)³."""
     drawn = random_adapter(like, seed)
     tensors = {name: drawn.tensors.read(name) for name in drawn.tensors.names}
     for name, tensor in tensors.items():
+        if name in like.riders:
+            continue
         if like.kind.has_rank and name.endswith("lora_B.weight"):
             tensor.zero_()
         elif not like.kind.has_rank:

@@ -86,6 +86,7 @@ def gather_statistics(
         bench = Bench.load(find_base([opened], [asked], base), form_for(asked), device)
     check_form(bench, asked)
     bench.check(opened)
+    bench.require(opened)
     opened.check()
     rows = _readings(bench, asked, labels)
     sums = _run(bench, opened, rows, kind, labels, seed, progress)

@@ -71,6 +71,7 @@ class Judges:
         if bench is not None:
             for adapter in adapters:
                 bench.check(adapter)
+                bench.require(adapter)
         self.exam: Exam | None = None if callable(objective) else exams[0]
         self.asked: dict[str, Any] = {"objective": FUNCTION} if self.exam is None else content(self.exam)
         self.judged_by: str | None = "" if judge is None else None if callable(judge) else _digest(content(exams[-1]))

@@ -85,6 +85,7 @@ def open_bench(teachers: Sequence[Teacher], base: str | Path | None, device: str
         elif bench.form == "encoder":
             raise RecipeError(_needs_task(teacher))
         bench.check(teacher.adapter)
+        bench.require(teacher.adapter)
         teacher.adapter.check()
     return bench
 

@@ -63,7 +63,7 @@ def train(
         list(student.numbers.values()), lr=rate or RATES[start.kind.has_rank], weight_decay=DECAY
     )
     generator = torch.Generator().manual_seed(seed)
-    with student.on(), torch.enable_grad():
+    with bench.heads(start), student.on(), torch.enable_grad():
         for step in range(steps):
             exam = exams[step % len(exams)]
             assert isinstance(exam, Classification)

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 import ties_peft
 from ties_peft.bench import Bench
+from ties_peft.controls import CONTROLS, TRAINED, new_adapter, random_adapter
 from ties_peft.errors import CompatibilityError
 from ties_peft.evaluate import evaluate_all
 
@@ -100,7 +101,13 @@ def test_an_adapter_that_brings_its_head_is_as_in_peft(tmp_path: Path, bases: di
     assert scores[0].loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-4)
     ties_peft.distil([folder], rows=20, tasks={"measure": "head"}, base=bases["encoder"], steps=2)
     ties_peft.gather_statistics(folder, task, "gram", base=bases["encoder"], save=False)
-    ties_peft.search([folder, folder], task, base=bases["encoder"], budget=2, controls=["base", "mean"])
+    found = ties_peft.search([folder, folder], task, base=bases["encoder"], budget=2, controls=(*CONTROLS, TRAINED))
+    assert [control.name for control in found.controls] == [*CONTROLS, TRAINED]
+    signs = ties_peft.few_shot_signs([folder, folder], [task], base=bases["encoder"], steps=2)
+    own = ties_peft.Adapter.load(folder)
+    for made in (signs, random_adapter(own, 0), new_adapter(own, 0)):
+        assert made.riders == own.riders
+        assert all(torch.equal(made.tensors.read(name), own.tensors.read(name)) for name in own.riders)
 
 
 def test_what_was_worn_counts_no_longer(tmp_path: Path, bases: dict[str, Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import RecipeError, TiesPeftWarning, printable
+from ..errors import RecipeError, printable
 from ..evaluate import evaluate_all
 from ..exam import BATCH, Score
 from ..harness import harness as by_harness
 from ..members import short_names
-from .base import Json, print_json, progress_bar, show_warnings
+from .base import Json, print_json, progress_bar, show_warnings, warnings_shown
 
 BARE = "base"
 Harness = Annotated[
@@ -59,15 +58,13 @@ def evaluate(
         raise RecipeError("no adapter was named. Name at least one folder or Hub id, or judge the base: --bare.")
     labels = ([BARE] if bare else []) + (short_names(names) if names else [])
     judged = [*([None] if bare else []), *names]
-    with warnings.catch_warnings(record=True) as found, progress_bar() as tell:
-        warnings.simplefilter("always", TiesPeftWarning)
+    with warnings_shown(), progress_bar() as tell:
         if harness:
             tasks = [name for one in harness for name in one.split(",") if name]
             given: dict[str, Any] = {"include_path": harness_path, "batch_size": batch_size, "limit": limit}
             results = by_harness(judged, tasks, base, device, progress=tell, **given)
         else:
             scores = evaluate_all(judged, task or [], base, device, None, batch_size, tell)
-    show_warnings([str(one.message) for one in found if issubclass(one.category, TiesPeftWarning)])
     if harness:
         _show_harness(labels, results, as_json)
         return

@@ -9,16 +9,19 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..adapter import Adapter
 from ..controls import CONTROLS, TRAINED
 from ..document import parse
 from ..errors import RecipeError, printable
+from ..evaluate import find_base
 from ..merged import inputs
 from ..recipe import Recipe
 from ..search import BUDGET, PENALTY, Found
 from ..search import search as find
 from ..store import check_apart, shown
+from ..task import read_task
 from ..writer import check_target
-from .base import Json, print_json, progress_bar, show_warnings
+from .base import Json, print_json, progress_bar, show_warnings, warnings_shown
 
 Tune = Annotated[
     list[str] | None,
@@ -95,6 +98,8 @@ def search(
     place = storage or f"{out}.study.db"
     check_target(out, force, inputs(Recipe(adapters=tuple(adapters), parameters=parameters)))
     check_apart(place, out)
+    with warnings_shown():  # of the trials' own the report has what counts
+        find_base([Adapter.load(name) for name in adapters], [read_task(task)], base)
     with progress_bar() as tell:
         found = find(
             adapters,
