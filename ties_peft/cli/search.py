@@ -98,8 +98,6 @@ def search(
     place = storage or f"{out}.study.db"
     check_target(out, force, inputs(Recipe(adapters=tuple(adapters), parameters=parameters)))
     check_apart(place, out)
-    with warnings_shown():  # of the trials' own the report has what counts
-        find_base([Adapter.load(name) for name in adapters], [read_task(task)], base)
     with progress_bar() as tell:
         found = find(
             adapters,
@@ -124,6 +122,8 @@ def search(
             progress=tell,
         )
     found.adapter.save(out, force)
+    with warnings_shown():  # of the base alone; of the merges' own the report has what counts
+        find_base([Adapter.load(name) for name in adapters], [read_task(task)], base)
     _show(found, out, place, study, as_json)
 
 
