@@ -275,5 +275,8 @@ def _check(fit: str, rank: int | None, steps: int | None, batch: int, seed: int)
     """Refuse numbers out of range."""
     if fit not in FITS:
         raise RecipeError(unknown("fit", str(fit), FITS))
-    for name, value, least in (("rank", rank, 1), ("steps", steps, 1), ("batch_size", batch, 1), ("seed", seed, 0)):
-        check_whole(name, value, least)
+    check_whole("batch_size", batch, 1)
+    check_whole("seed", seed, 0)
+    for name, value in (("rank", rank), ("steps", steps)):
+        if value is not None:
+            check_whole(name, value, 1)

@@ -9,9 +9,10 @@ from typing import Any
 from .adapter import Adapter
 from .bench import Bench
 from .errors import RecipeError, printable, warn_caller
-from .exam import BATCH, Classification, Exam, Progress, Score, check_form, check_size, form_for
+from .exam import BATCH, Classification, Exam, Progress, Score, check_form, form_for
 from .language import Continuation, Generation
 from .task import Given, Task, read_task
+from .values import check_whole
 
 
 def evaluate(
@@ -67,7 +68,7 @@ def evaluate_all(
     Raises: as `evaluate`, whatever the task's place, before the first is judged.
     Law: the same scores as one call for each.
     """
-    check_size(batch_size)
+    check_whole("batch_size", batch_size, 1)
     asked = [read_task(task) for task in tasks]
     opened = [_open(a, base) for a in adapters]
     if not opened or not asked:

@@ -230,15 +230,6 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
-def check_size(size: object) -> None:
-    """Refuse a number of rows in a batch that is none.
-
-    Raises: RecipeError.
-    """
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise RecipeError(f"batch_size is {printable(repr(size))}; expected a whole number from 1 up.")
-
-
 def form_for(task: Task) -> str:
     """What a bench has to hold for a task; see `Bench.load`."""
     return MEASURED_ON.get(task.measure, LANGUAGE)

@@ -64,7 +64,8 @@ def few_shot_signs(
     Source: Yadav et al., TIES-Merging, NeurIPS 2023 (arXiv 2306.01708), section 7: the multitask signs are what the
         election is short of, and 32 examples a task give part of them.
     """
-    check_whole("steps", steps, 1)
+    if steps is not None:
+        check_whole("steps", steps, 1)
     check_whole("seed", seed, 0)
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     asked = [read_task(task) for task in tasks]

@@ -82,22 +82,6 @@ def file_of(storage: Storage) -> Path | None:
     return None if url.database.startswith((":memory:", "file:")) else Path(url.database)
 
 
-def check_apart(storage: Storage, out: Path) -> None:
-    """Refuse a store that lies in the output, or the output in it: either would be in the other's way at the end.
-
-    Raises: RecipeError.
-    """
-    file = file_of(storage)
-    if file is None:
-        return
-    place, target = file.resolve(), out.resolve()
-    if place == target or place in target.parents or target in place.parents:
-        raise RecipeError(
-            f"the trials cannot be kept in '{shown(storage)}': it is, holds or lies in the output "
-            f"'{printable(str(out), 4096)}', which is written whole at the end. Choose a storage beside it."
-        )
-
-
 def _refusal(storage: Storage, error: Exception) -> RecipeError:
     """What a user can do about a store that does not open."""
     text, url = str(storage), _url(str(storage))

@@ -42,9 +42,9 @@ def written_dtype(asked: torch.dtype | str | None, adapters: Sequence[Adapter]) 
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number, or too small a one; None is for what was left out.
+    """Refuse what is no whole number, or too small a one.
 
     Raises: RecipeError.
     """
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise RecipeError(f"{name} is {printable(repr(value))}; expected a whole number, {least} or more.")

@@ -59,12 +59,15 @@ def check_apart(folder: Path, kept: Path | None, what: str) -> None:
         folder: where the output shall go.
         kept: a file or folder that the work keeps; None for nothing.
         what: it, as the message names it.
-    Raises: RecipeError where it is the target or lies in it.
+    Raises: RecipeError where it is the target, holds it or lies in it.
     """
-    if kept is not None and (folder.resolve() == kept.resolve() or folder.resolve() in kept.resolve().parents):
+    if kept is None:
+        return
+    target, place = folder.resolve(), kept.resolve()
+    if place == target or place in target.parents or target in place.parents:
         raise RecipeError(
-            f"{what} '{printable(str(kept))}' is or lies in the output '{printable(str(folder))}', which must be empty. "
-            "Choose another place for one of them."
+            f"{what} '{printable(str(kept), 4096)}' is, holds or lies in the output '{printable(str(folder), 4096)}', which "
+            "is written whole at the end. Choose another place for one of them."
         )
 
 

@@ -73,8 +73,8 @@ def test_distil_writes_an_adapter(setting: Path) -> None:
         (["evaluate", "--task", "toy.yaml"], "no adapter was named"),
         (["evaluate", "a", "--task", "missing.yaml"], "cannot be read"),
         (["distil", "a", "b", "--out", "a"], "is, holds or lies in the input"),
-        (["distil", "a", "b", "--out", "o", "--state", "o"], "is or lies in the output 'o'"),
-        (["distil", "a", "b", "--out", "o", "--state", "o/state"], "is or lies in the output 'o'"),
+        (["distil", "a", "b", "--out", "o", "--state", "o"], "is, holds or lies in the output 'o'"),
+        (["distil", "a", "b", "--out", "o", "--state", "o/state"], "is, holds or lies in the output 'o'"),
         (
             ["distil", "a", "b", "--out", "o", "--task", "toy.yaml", "--rows", "9", "--rows", "9", "--rows", "9"],
             "--rows",

@@ -114,8 +114,8 @@ def test_an_output_that_could_not_be_written_is_refused_before_the_trials(
         (foreign, (), "exists and is not empty"),
         (foreign, ("--force",), "holds files that ties_peft did not write (thesis.tex)"),
         (adapter, ("--force",), "lies in the input"),
-        (tmp_path / "out", ("--storage", tmp_path / "out" / "s.db"), "the trials cannot be kept in"),
-        (tmp_path / "out", ("--storage", tmp_path / "out"), "the trials cannot be kept in"),
+        (tmp_path / "out", ("--storage", tmp_path / "out" / "s.db"), "is, holds or lies in the output"),
+        (tmp_path / "out", ("--storage", tmp_path / "out"), "is, holds or lies in the output"),
         (tmp_path / "signs", ("--set", f"sign_from={adapter}", "--out", adapter, "--force"), "lies in the input"),
     ):
         done = run("search", *folders, "--task", nowhere, "--out", out, *flags)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from ties_peft import RecipeError
-from ties_peft.store import check_apart, file_of, shown
+from ties_peft.store import file_of, shown
 from ties_peft.study import Study
 from ties_peft.tuning import Range
+from ties_peft.writer import check_apart
 
 SECRET = "s3cr3t-of-ann"
 
@@ -81,9 +82,9 @@ def test_folders_of_a_store_that_does_not_open_are_gone_again(tmp_path: Path, mo
 @pytest.mark.parametrize("place", ["out", "out/s.db", "sub/../out/s.db", "journal:out/log", "sqlite:///out/s.db"])
 def test_a_store_in_the_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match=r"the trials cannot be kept in '.*out.*which is written whole at the end"):
-        check_apart(place, Path("out"))
-    with pytest.raises(RecipeError, match="the trials cannot be kept"):
-        check_apart("s.db", Path("s.db/out"))
+    with pytest.raises(RecipeError, match=r"the storage '.*out.*is, holds or lies in the output 'out'"):
+        check_apart(Path("out"), file_of(place), "the storage")
+    with pytest.raises(RecipeError, match=r"the storage 's\.db' is, holds or lies in the output 's\.db/out'"):
+        check_apart(Path("s.db/out"), file_of("s.db"), "the storage")
     for apart in (None, "out.study.db", "output/s.db", "postgresql://host/out", "sqlite://"):
-        check_apart(apart, Path("out"))
+        check_apart(Path("out"), file_of(apart), "the storage")

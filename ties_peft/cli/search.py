@@ -18,9 +18,9 @@ from ..merged import inputs
 from ..recipe import Recipe
 from ..search import BUDGET, PENALTY, Found
 from ..search import search as find
-from ..store import check_apart, shown
+from ..store import file_of, shown
 from ..task import read_task
-from ..writer import check_target
+from ..writer import check_apart, check_target
 from .base import Json, print_json, progress_bar, show_warnings, warnings_shown
 
 Tune = Annotated[
@@ -97,7 +97,7 @@ def search(
     parameters = _pairs(settings, "--set")
     place = storage or f"{out}.study.db"
     check_target(out, force, inputs(Recipe(adapters=tuple(adapters), parameters=parameters)))
-    check_apart(place, out)
+    check_apart(out, file_of(place), "the storage")
     with progress_bar() as tell:
         found = find(
             adapters,
