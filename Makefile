@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format test-slow test-postgres fuzz bench clean
+.PHONY: gpu-check demo test check format test-slow test-postgres fuzz bench clean
 
 demo: $(READY)  ## merge the sample adapters and judge the result
 	$(BIN)/python adapters/demo.py $(ARGS)
@@ -35,6 +35,9 @@ test-postgres: $(READY)  ## searches on a PostgreSQL server, installed from Debi
 
 bench: $(READY)  ## speed and memory against PEFT
 	$(BIN)/python benchmarks/one_module.py
+
+gpu-check:  ## tests, results and speed on a GPU; makes no environment: PYTHON=… names the interpreter
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -335,6 +335,7 @@ def test_bfloat16_adapters_make_a_bfloat16_adapter(tmp_path: Path) -> None:
     assert torch.isfinite(output(model, "merged")).all()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_model_on_a_gpu() -> None:
     model, same = two(llama).to("cuda"), two(llama)
