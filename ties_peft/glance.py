@@ -20,7 +20,7 @@ from torch import Tensor
 from . import fused
 from .delta import Delta, Dense, size
 from .fast import Kernels
-from .methods.base import Method, TaskVectors, fused_hefts
+from .methods.base import Method, TaskVectors, fused_hefts, is_linear, only_elects
 from .threshold import Search
 from .tiles import Workers, empty
 from .trim import Cut
@@ -53,10 +53,10 @@ class Glance:
     @classmethod
     def of(cls, method: Method, parts: Sequence[TaskVectors], crew: Workers) -> Glance | None:
         """At the parts of a module; None where the method, or how they are held, needs more than a glance."""
-        election, tasks = method.election(), parts[0]
-        if election is None or not isinstance(crew.loops, Kernels):
+        election, trim, tasks = only_elects(method), method.trims(), parts[0]
+        if election is None or trim is None or not isinstance(crew.loops, Kernels):
             return None
-        if len(parts) > 1 or len(tasks) > MOST or method.linear(len(tasks)):
+        if len(trim.densities) > 1 or len(parts) > 1 or len(tasks) > MOST or is_linear(method, len(tasks)):
             return None
         hefts = fused_hefts(tasks, election)
         return None if hefts is None else cls(tasks, hefts, election.disjoint == "mean", crew.loops, crew)

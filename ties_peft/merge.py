@@ -26,7 +26,7 @@ from .kinds import Module
 from .members import statistics_of
 from .merged import Merged
 from .methods import TaskVectors
-from .methods.base import merge_part
+from .methods.base import is_entrywise, is_linear, merge_part
 from .plan import Plan, make_plan
 from .processes import ALONE, Team
 from .recipe import IN_MEMORY, Rank, Recipe, Weights
@@ -195,7 +195,7 @@ def _merge_all(
     costs = {name: plan.cost(name) for name in plan.modules}
     mine = team.share(costs)
     own: dict[str, tuple[dict[str, Tensor], Record]] = {}
-    compiled = plan.method.entrywise and not plan.arithmetic.shared
+    compiled = is_entrywise(plan.method) and not plan.arithmetic.shared
     loops = load(sum(costs.values()), plan.device.type) if compiled else None
     with torch.no_grad(), workers(None if memory is None else memory.crew, loops) as crew:
         coordinates = Coordinates(plan, memory)
@@ -246,7 +246,7 @@ def _merge_parts(coordinates: Coordinates, name: str, survey: Survey, crew: Work
     encoding = coordinates.encoding(name)
     places = list(coordinates.prepared(name))
     parts = _parts(coordinates, name, crew)
-    dense = plan.method.entrywise and not plan.method.linear(len(places))
+    dense = is_entrywise(plan.method) and not is_linear(plan.method, len(places))
     work = encoding.beforehand(plan.rank) if dense and plan.rank is not None else None
     begun = crew.beside(work) if work is not None else None
     glance = Glance.of(plan.method, parts, crew)

@@ -30,6 +30,7 @@ from .members import (
     refuse_strangers,
 )
 from .methods import Method, Stages, Trim, method_classes
+from .methods.base import is_linear, is_spectral
 from .processes import ALONE, Team
 from .ranks import output_rank
 from .recipe import NORM, Rank, Recipe
@@ -241,7 +242,8 @@ def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule
 
 def _arithmetic(space: Space, stages: Stages) -> Space:
     """`core` for spectral methods in space `delta`, where the result is the same and the matrices are small."""
-    if space.name != "delta" or not any(stage.spectral for stage in stages.all):
+    beside = any(stage.spectral for stage in (*stages.before, *stages.after))
+    if space.name != "delta" or not (is_spectral(stages.method) or beside):
         return space
     entrywise = [stage.name for stage in stages.all if stage.entrywise]
     if entrywise:
@@ -379,4 +381,4 @@ def _rank(
 
 
 def _linear(stages: Stages, adapters: int) -> bool:
-    return not stages.before and not stages.after and stages.method.linear(adapters)
+    return not stages.before and not stages.after and is_linear(stages.method, adapters)

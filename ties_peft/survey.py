@@ -265,11 +265,11 @@ class Survey:
         equal = {spot: counts for part in self._gather(own) for spot, counts in part.items()}
         cuts, spare = {}, search.spare
         for spot in sorted(equal):
-            quota = []
+            quota, before = [], spare
             for count in equal[spot]:
                 quota.append(ALL if count <= spare else spare)
                 spare -= min(count, spare)
-            cuts[spot] = Cut(search.threshold, tuple(quota))
+            cuts[spot] = Cut(search.threshold, tuple(quota), before - spare)
         return cuts
 
 

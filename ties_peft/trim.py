@@ -55,10 +55,12 @@ class Cut:
             inf keeps nothing, 0 keeps everything.
         spare: for every tile, how many of the entries whose magnitude equals the threshold stay,
             the first in row-major order, ALL of them included; None where all do in every tile.
+        total: how many of them stay over all tiles.
     """
 
     threshold: float
     spare: tuple[int, ...] | None = None
+    total: int = ALL
 
     def apply_(self, values: Tensor, tile: int) -> Tensor:
         """Set what is cut from `values` (tile number `tile` of the part) to zero, in place."""
@@ -79,6 +81,10 @@ class Cut:
     def whole(self, tile: int) -> bool:
         """Whether all entries that equal the threshold stay in a tile."""
         return self.spare is None or self.spare[tile] == ALL
+
+    def in_one(self) -> Cut:
+        """The same of a part that is one tile."""
+        return self if self.spare is None else Cut(self.threshold, (self.total,), self.total)
 
     def _drop_surplus(self, values: Tensor, keep: int) -> None:
         equal = (values.abs() == self.threshold).reshape(-1).nonzero().reshape(-1)

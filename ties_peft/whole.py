@@ -168,9 +168,10 @@ def _cut(magnitudes: Tensor, keep: int) -> Cut:
     if keep in (0, magnitudes.numel()):
         return KEEP_NONE if keep == 0 else KEEP_ALL
     threshold = magnitudes.kthvalue(magnitudes.numel() - keep + 1).values
-    spare, quota = keep - int((magnitudes > threshold).sum()), []
+    total = spare = keep - int((magnitudes > threshold).sum())
+    quota = []
     for start, stop in tiles(magnitudes.shape, magnitudes.device):
         equal = int((magnitudes[start:stop] == threshold).sum())
         quota.append(ALL if equal <= spare else spare)
         spare -= min(equal, spare)
-    return Cut(threshold.item(), tuple(quota))
+    return Cut(threshold.item(), tuple(quota), total)

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -92,6 +92,8 @@ class TaskVectors:
         adapters: how many adapters the merge has, also those that lack the module.
         rows: the range of rows at hand; None for all.
         tile: the number of that range in the part's grid.
+        grid: the ranges in which a vector is read whose rows are all at hand: those in which its cuts were found, so
+            that the numbers have the same bits; empty to read it at once.
         signs: the vector that decides the signs, if the method was given one.
         statistics: of each, where the method `needs` them, those of the whole module.
         inputs: the directions among the module's inputs that the columns stand for, (columns, in), where the
@@ -112,6 +114,7 @@ class TaskVectors:
     adapters: int = 1
     rows: tuple[int, int] | None = None
     tile: int = 0
+    grid: Sequence[tuple[int, int]] = ()
     signs: Delta | None = None
     statistics: Sequence[Statistic] = ()
     inputs: Tensor | None = None
@@ -127,11 +130,21 @@ class TaskVectors:
     def __iter__(self) -> Iterator[Task]:
         start = self.span[0] * math.prod(self.shape[1:])
         for place, (delta, weight) in enumerate(zip(self.deltas, self.weights, strict=True)):
-            vector = fused.read(delta, self.span, self.room("vector", self.shape), self.loops, self.room)
+            vector = self._read(delta)
             cuts = self.cuts[place] if self.cuts else ()
             stream = self.streams[place] if self.streams else place
             density = self.densities[place] if self.densities else None
             yield Task(vector, weight, cuts, self.tile, start, stream, density)
+
+    def _read(self, delta: Delta) -> Tensor:
+        """The rows at hand of one task vector, in memory that the next one takes."""
+        out = self.room("vector", self.shape)
+        if not self.grid:
+            return fused.read(delta, self.span, out, self.loops, self.room)
+        for start, stop in self.grid:
+            part = out[start:stop]
+            part.copy_(fused.read(delta, (start, stop), part, self.loops, self.room))
+        return out
 
     @property
     def span(self) -> tuple[int, int]:
@@ -197,7 +210,7 @@ class Method(BaseModel, ABC):
         spaces: where it can be used.
         kinds: of adapter it makes sense for.
         source: the paper.
-        entrywise: whether `merge` may be given a few rows at a time.
+        entrywise: whether `merge` may be given a few rows at a time; else it is given whole modules.
         spectral: whether it works on singular vectors. In space `delta` it is then handed the task
             vectors in shared orthonormal bases, where they are small and the result is the same.
         ordered: whether the order of the adapters matters.
@@ -205,6 +218,10 @@ class Method(BaseModel, ABC):
         prepares: whether it can stand before another method; `joint` if it must see all adapters at once.
         finishes: whether it can stand after another method.
         needs: the statistics that every adapter must have beside it: `fisher` or `gram`; None for none.
+        declared: the `merge` that the class was made with.
+
+    `entrywise`, `spectral`, `linear` and `election` describe one `merge` and allow faster ways to its result. A merge
+    does not rely on them where a subclass has a `merge` of its own: the subclass states those that hold for it again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -222,6 +239,13 @@ class Method(BaseModel, ABC):
     joint: ClassVar[bool] = False
     finishes: ClassVar[bool] = False
     needs: ClassVar[str | None] = None
+    declared: ClassVar[Callable[..., Tensor | Delta]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Remember the `merge` that the class is made with."""
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.declared = cls.merge
 
     @abstractmethod
     def merge(self, tasks: TaskVectors) -> Tensor | Delta:
@@ -255,10 +279,37 @@ class Method(BaseModel, ABC):
         return None
 
 
+def _describes(method: Method, name: str) -> bool:
+    """Whether an attribute of a method is stated for the `merge` that it has: beside it, or in a subclass."""
+    cls = type(method)
+    where = {key: next(i for i, base in enumerate(cls.__mro__) if key in vars(base)) for key in (name, "merge")}
+    return cls.merge is cls.declared and where[name] <= where["merge"]
+
+
+def is_entrywise(method: Method) -> bool:
+    """Return whether `merge` may be given a few rows at a time."""
+    return method.entrywise and _describes(method, "entrywise")
+
+
+def is_spectral(method: Method) -> bool:
+    """Return whether `merge` works on singular vectors."""
+    return method.spectral and _describes(method, "spectral")
+
+
+def is_linear(method: Method, adapters: int) -> bool:
+    """Return whether `merge` gives a weighted sum of so many task vectors."""
+    return method.linear(adapters) and _describes(method, "linear")
+
+
+def only_elects(method: Method) -> Election | None:
+    """Return how `merge` elects and combines, if it does nothing else."""
+    return method.election() if _describes(method, "election") else None
+
+
 def merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[str, int]) -> Delta:
     """One part: whole, or tile by tile where the method works entry by entry."""
-    if not method.entrywise or (method.linear(len(tasks)) and tasks.untouched):
-        merged = method.merge(replace(tasks, tally=tally))
+    if not is_entrywise(method) or (is_linear(method, len(tasks)) and tasks.untouched):
+        merged = method.merge(_in_one(tasks, crew, tally))
         return Dense(merged.float()) if isinstance(merged, Tensor) else merged
     result = empty(tasks.deltas[0].shape, tasks.device)
     grid = crew.tiles(result.shape, result.device)
@@ -275,6 +326,13 @@ def merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[st
         for what, count in counts.items():
             tally[what] = tally.get(what, 0) + count
     return Dense(result)
+
+
+def _in_one(tasks: TaskVectors, crew: Workers, tally: dict[str, int]) -> TaskVectors:
+    """The task vectors with all rows at hand; their cuts, which were found tile by tile, in one tile."""
+    cuts = [tuple(cut.in_one() for cut in own) for own in tasks.cuts]
+    grid = crew.tiles(tasks.deltas[0].shape, tasks.device) if cuts else ()
+    return replace(tasks, tally=tally, cuts=cuts, grid=grid)
 
 
 def elect_and_merge(
@@ -369,10 +427,14 @@ __all__ = [
     "TaskVectors",
     "Trim",
     "elect_and_merge",
+    "is_entrywise",
+    "is_linear",
+    "is_spectral",
     "key",
     "masked",
     "merge_part",
     "only",
+    "only_elects",
     "scope_fault",
     "trim_elect_and_merge",
 ]

@@ -1,0 +1,270 @@
+"""A subclass's own `merge` is what runs: for every method that has a faster way, on every path and at every size."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from contracts.cells import EQUAL_RANKS, OFFERED, Cell, drawn_statistics, samples, tensors, with_tensors
+from oracles import definition
+from torch import Tensor
+
+import ties_peft
+from ties_peft import Adapter, fast
+from ties_peft.adapter import in_memory
+from ties_peft.delta import Delta
+from ties_peft.elect import Election
+from ties_peft.glance import Glance
+from ties_peft.methods import Method, TaskVectors, method_classes, register
+from ties_peft.methods.base import Trim, is_entrywise, is_linear, only_elects
+from ties_peft.methods.ties import Ties
+
+pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
+NAME = "overridden"
+TRIMMING = [name for name, cls in method_classes().items() if cls().trims() is not None]
+Rule = Callable[[Any, TaskVectors], Tensor | Delta]
+
+
+@pytest.fixture(autouse=True)
+def every_fast_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever is done from a certain size on is done at once: compiled loops, one walk in place of two, tiles."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(fast, "WORTH", 0)
+    monkeypatch.setattr("ties_peft.tiles.TILE", 7)
+    for module in ("threshold", "survey"):
+        monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 10)
+    monkeypatch.setattr("ties_peft.glance.MOST", 99)
+    monkeypatch.setattr(Glance, "suffices", lambda self, searches: any(search.sought for search in searches))
+    monkeypatch.setattr(Glance, "most", lambda self, entries: entries)
+    monkeypatch.setattr(Adapter, "statistics", drawn_statistics)
+    monkeypatch.setattr(sys.modules["ties_peft.methods"], "_REGISTERED", {})
+    yield
+    method_classes.cache_clear()
+
+
+def overridden(cls: type[Method], rule: Rule, **own: Any) -> type[Method]:
+    """A registered subclass of a method whose `merge` is another one."""
+    body = {"name": NAME, "source": "a test", "__doc__": "A test.", "merge": rule, **own}
+    body["__annotations__"] = {"name": ClassVar[str], "source": ClassVar[str], **dict.fromkeys(own, ClassVar[bool])}
+    body["__module__"] = __name__
+    return register(type("Overridden", (cls,), body))
+
+
+def summed(self: Method, tasks: TaskVectors) -> Delta:
+    """Σ (i + 1)·wᵢ·τᵢ, in factors."""
+    return tasks.sum([float(place + 1) for place in range(len(tasks))])
+
+
+def counted(self: Method, tasks: TaskVectors) -> Tensor:
+    """The same, vector by vector."""
+    return sum((place * task.vector.clone() for place, task in enumerate(tasks, 1)), torch.zeros(tasks.shape))
+
+
+def counted_trimmed(self: Method, tasks: TaskVectors) -> Tensor:
+    """Σ (i + 1)·trim(wᵢ·τᵢ), vector by vector."""
+    return sum((place * task.trimmed().clone() for place, task in enumerate(tasks, 1)), torch.zeros(tasks.shape))
+
+
+def levelled(self: Method, tasks: TaskVectors) -> Tensor:
+    """Σ (i + 1)·trim(wᵢ·τᵢ)/‖trim(wᵢ·τᵢ)‖: of a whole module, not entry by entry."""
+    kept = [task.trimmed().clone() for task in tasks]
+    return sum(
+        (place * own / own.norm().clamp_min(1e-9) for place, own in enumerate(kept, 1)), torch.zeros(tasks.shape)
+    )
+
+
+def vectors(adapter: Adapter) -> definition.Vectors:
+    """Its task vectors, in float64, by NumPy."""
+    return definition.task_vectors(adapter.config, {n: t.double().numpy() for n, t in tensors(adapter).items()})
+
+
+def sum_of(adapters: Sequence[Adapter], weights: Sequence[float], space: str) -> definition.Vectors:
+    """`counted` by definition: of the task vectors, and in `factors` of the A and of the B."""
+    if space != "factors":
+        parts = [
+            {n: place * w * v for n, v in vectors(a).items()}
+            for place, (a, w) in enumerate(zip(adapters, weights, strict=True), 1)
+        ]
+        return {name: stack.sum(0) for name, stack in definition.stacks(parts).items()}
+    sides: dict[str, list[Any]] = {}
+    for place, (adapter, weight) in enumerate(zip(adapters, weights, strict=True), 1):
+        held = {n: t.double().numpy() for n, t in tensors(adapter).items()}
+        for name in adapter.modules:
+            scaling, B, A = definition.lora_parts(adapter.config, held, name)
+            root = np.sqrt(abs(weight * scaling))
+            sides.setdefault(name, []).append((place * root * B, place * np.copysign(root, weight * scaling) * A))
+    return {name: sum(B for B, _ in own) @ sum(A for _, A in own) for name, own in sides.items()}
+
+
+def assert_close(merged: Adapter, expected: definition.Vectors) -> None:
+    assert list(merged.modules) == sorted(expected)
+    for name, wanted in expected.items():
+        np.testing.assert_allclose(
+            merged.delta(name).numpy(), wanted, rtol=1e-3, atol=1e-4 * (1 + np.abs(wanted).max())
+        )
+
+
+def scopes(cell: Cell) -> list[dict[str, str]]:
+    found = [
+        scope for scope in ("adapter", "module") if cell.has("scope") and (cell.space, scope) != ("factors", "adapter")
+    ]
+    return [{"scope": scope} for scope in found] or [{}]
+
+
+def alone(adapter: Adapter) -> Adapter:
+    """One module of it, over which both scopes rank the same entries."""
+    name = adapter.modules[1]
+    held = {key: tensor for key, tensor in tensors(adapter).items() if f"{name}." in key}
+    return in_memory({**adapter.config, "target_modules": [name], **_ahead(adapter, name)}, held)
+
+
+def _ahead(adapter: Adapter, name: str) -> dict[str, list[str]]:
+    known = adapter.config.get("feedforward_modules")
+    return {} if known is None else {"feedforward_modules": [own for own in known if own == name]}
+
+
+@pytest.mark.parametrize("rule", [summed, counted])
+@pytest.mark.parametrize("cell", OFFERED, ids=str)
+def test_every_method_in_every_space_and_scope(cell: Cell, rule: Rule) -> None:
+    weights = [2.0, 1.0, 0.5] if cell.cls().check([2.0, -1.0], cell.space) else [2.0, -1.0, 0.5]
+    overridden(cell.cls, rule)
+    for adapters in (cell.adapters, [alone(adapter) for adapter in cell.adapters]):
+        own = weights[: len(adapters)]
+        expected = sum_of(adapters, own, cell.space)
+        for scope in scopes(cell):
+            mine = Cell(NAME, cell.space, cell.kind)
+            assert_close(mine.merge(adapters, weights=own, scale=1.0, **scope), expected)
+
+
+def repeated(kind: str) -> list[Adapter]:
+    """Samples of which many magnitudes are equal, so that a trim decides by position."""
+    if kind == "lora":
+        return [with_tensors(adapter, lambda _, t: t.sign()) for adapter in samples("lora", EQUAL_RANKS)]
+    return [with_tensors(adapter, lambda _, t: (4 * t).round() / 4) for adapter in samples("ia3", EQUAL_RANKS)]
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize("name", TRIMMING)
+@pytest.mark.parametrize("restated", [False, True])
+def test_what_a_subclass_trims_is_exactly_what_the_method_trims(name: str, kind: str, restated: bool) -> None:
+    """Also where the rule needs a module whole, while its cuts were found tile by tile."""
+    own = {"entrywise": True} if restated else {}
+    overridden(method_classes()[name], counted_trimmed if restated else levelled, trims=one_cut, **own)
+    weights, adapters = [2.0, -1.0, 0.5], repeated(kind)
+    for scope in ("adapter", "module"):
+        merged = ties_peft.merge(
+            adapters,
+            NAME,
+            weights=weights,
+            scale=1.0,
+            density=0.41,
+            scope=scope,
+            **({"rank": "max"} if kind == "lora" else {}),
+        )
+        kept = definition.trim_all([vectors(adapter) for adapter in adapters], weights, 0.41, scope)
+        parts = [
+            {n: place * v / (1.0 if restated else max(np.linalg.norm(v), 1e-9)) for n, v in own.items()}
+            for place, own in enumerate(kept, 1)
+        ]
+        assert_close(merged, {n: stack.sum(0) for n, stack in definition.stacks(parts).items()})
+
+
+def one_cut(self: Any) -> Trim:
+    return Trim((self.density,), self.scope)
+
+
+def two_cuts(self: Any) -> Trim:
+    return Trim((self.density, 1 - self.density), self.scope)
+
+
+def no_cut(self: Any) -> None:
+    return None
+
+
+@pytest.mark.parametrize(("trims", "kept"), [(no_cut, 1.0), (two_cuts, 0.3)])
+@pytest.mark.parametrize("scope", ["adapter", "module"])
+def test_cuts_that_a_subclass_asks_for_are_those_of_its_vote(
+    trims: Callable[..., Any], kept: float, scope: str
+) -> None:
+    overridden(Ties, Ties.merge, trims=trims, entrywise=True, election=Ties.election)
+    adapters, weights = repeated("lora"), [2.0, -1.0, 0.5]
+    merged = ties_peft.merge(adapters, NAME, weights=weights, density=0.3, scope=scope, rank="max")
+    assert_close(merged, definition.ties([vectors(a) for a in adapters], weights, kept, scope))
+
+
+@pytest.mark.parametrize("disjoint", ["mean", "sum"])
+def test_an_election_that_a_subclass_changes_is_held(disjoint: str) -> None:
+    def election(self: Any) -> Election:
+        return Election("mass", disjoint, normalize=False)  # type: ignore[arg-type]
+
+    overridden(Ties, Ties.merge, entrywise=True, election=election)
+    adapters, weights = repeated("lora"), [2.0, -1.0, 0.5]
+    merged = ties_peft.merge(adapters, NAME, weights=weights, density=0.3, scope="module", rank="max")
+    own = [vectors(adapter) for adapter in adapters]
+    assert_close(merged, definition.ties(own, weights, 0.3, "module", disjoint=disjoint, normalize=False))
+
+
+@pytest.mark.parametrize("name", sorted(method_classes()))
+def test_one_put_in_the_place_of_a_methods_own_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = method_classes()[name]
+    kind = "lora" if "lora" in cls.kinds else "ia3"
+    plain = cls.merge
+
+    def doubled(self: Any, tasks: TaskVectors) -> Tensor | Delta:
+        merged = plain(self, tasks)
+        return merged * 2 if isinstance(merged, Tensor) else merged.scaled(2.0)
+
+    adapters = samples(kind, EQUAL_RANKS)[:2]
+    scope = {"scope": "module"} if "scope" in cls.model_fields else {}
+    before = ties_peft.merge(adapters, name, **scope)
+    monkeypatch.setattr(cls, "merge", doubled)
+    after = ties_peft.merge(adapters, name, **scope)
+    assert_close(after, {module: 2 * before.delta(module).double().numpy() for module in before.modules})
+
+
+@pytest.mark.parametrize("cell", OFFERED, ids=str)
+def test_one_that_adds_to_the_methods_own(cell: Cell) -> None:
+    """It calls the one that it overrides, which finds what it is used to: whole or by rows, trimmed exactly."""
+    cls = cell.cls
+
+    def doubled(self: Any, tasks: TaskVectors) -> Tensor | Delta:
+        merged = cls.merge(self, tasks)
+        return merged * 2 if isinstance(merged, Tensor) else merged.scaled(2.0)
+
+    own, factor = {"seed": 3, "scale": 1.0}, 4 if cell.space == "factors" else 2  # A and B each
+    for scope in scopes(cell):
+        before = cell.merge(**own, **scope)
+        overridden(cls, doubled)
+        after = Cell(NAME, cell.space, cell.kind).merge(**own, **scope)
+        assert_close(after, {name: factor * before.delta(name).double().numpy() for name in before.modules})
+
+
+def test_a_prepared_merge_runs_it_too() -> None:
+    overridden(Ties, counted)
+    adapters, weights = samples("lora", EQUAL_RANKS), [2.0, -1.0, 0.5]
+    merged = ties_peft.prepare(adapters, space="delta").merge(NAME, weights=weights, scope="module", rank="max")
+    assert_close(merged, sum_of(adapters, weights, "delta"))
+
+
+def test_a_subclass_that_changes_no_rule_keeps_the_fast_way() -> None:
+    class Same(Ties):
+        """A test."""
+
+    class Other(Ties):
+        """A test."""
+
+        def merge(self, tasks: TaskVectors) -> Tensor | Delta:
+            return super().merge(tasks)
+
+    class Below(Other):
+        """A test."""
+
+        entrywise: ClassVar[bool] = True
+
+    assert is_entrywise(Same()) and only_elects(Same()) is not None and is_linear(Same(density=1.0), 1)
+    assert not is_entrywise(Other()) and only_elects(Other()) is None and not is_linear(Other(density=1.0), 1)
+    assert is_entrywise(Below()) and only_elects(Below()) is None
