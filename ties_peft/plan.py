@@ -178,7 +178,8 @@ def make_plan(
     rank = _rank(recipe.rank, stages, arithmetic, members, modules, warnings)
     base = recipe.base_model or next((m.adapter.base for m in members if m.adapter.base), None)
     rank = fit_rank(recipe.target, rank, recipe.rank, members[0].adapter.kind.title, warnings)
-    check_modules(recipe.target, modules, base, warnings)
+    replicates = any(member.adapter.config.get("layer_replication") for member in members)
+    check_modules(recipe.target, modules, base, replicates, warnings)
     compare_bases(members, recipe, warnings)
     return Plan(
         members=members,
@@ -226,7 +227,7 @@ def _heads(
         rule,
         base,
     )
-    check_heads(recipe.target, [layer.module for layer in heads.kept])
+    check_heads(recipe.target, heads.kept, warnings)
     return heads
 
 

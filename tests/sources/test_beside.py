@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 from cli.running import run
-from conftest import SHAPES, lora_config, write_adapter
-from safetensors.torch import load_file, save_file
 
 import ties_peft
-from ties_peft import Adapter, AdapterError, CompatibilityError, Recipe, RecipeError, sources, targets
+from ties_peft import Adapter, AdapterError, Recipe, RecipeError, sources
 from ties_peft.merge import merge_recipe
 
 Make = Callable[..., Path]
@@ -145,92 +142,3 @@ def test_convert_ia3(make_ia3: Make) -> None:
     made = ties_peft.convert(source)
     assert made.kind.name == "ia3"
     assert all(torch.allclose(made.delta(name), source.delta(name), atol=1e-6) for name in source.modules)
-
-
-WIDE = {"a.q": (700, 600)}
-
-
-def test_vllm_is_told_of_its_ranks(make_lora: Make) -> None:
-    four = [make_lora(str(seed), rank=5, seed=seed, shapes=WIDE) for seed in range(4)]
-    with pytest.warns(ties_peft.TiesPeftWarning, match="target vllm: rank 20 needs .*--max-lora-rank 32"):
-        merged = ties_peft.merge(four, "average", target="vllm")
-    assert merged.report.rank == 20 and merged.recipe.target == "vllm"
-    assert Recipe.from_yaml(merged.recipe.to_yaml()) == merged.recipe
-    assert not [w for w in ties_peft.merge(four, rank=16, target="vllm").report.warnings if "target" in w]
-
-
-def test_vllm_serves_no_more_than_512(make_lora: Make) -> None:
-    one = make_lora("a", rank=530, shapes=WIDE)
-    with pytest.warns(ties_peft.TiesPeftWarning, match="target vllm: rank 512 in place of 530"):
-        assert ties_peft.convert(one, target="vllm").ranks == (512,)
-    with pytest.raises(CompatibilityError, match="rank 530 is over 512"):
-        ties_peft.convert(one, rank=530, target="vllm")
-
-
-def test_targets_refuse_what_they_do_not_load(make_ia3: Make, make_lora: Make) -> None:
-    for target in ("vllm", "llama.cpp"):
-        with pytest.raises(CompatibilityError, match=r"loads LoRA alone.*\(IA\)³"):
-            ties_peft.convert(make_ia3("a"), target=target)
-    with pytest.raises(RecipeError, match="unknown target 'tgi'"):
-        ties_peft.convert(make_lora("b"), target="tgi")
-    with pytest.warns(ties_peft.TiesPeftWarning, match="name no base model"):
-        ties_peft.convert(make_lora("c", base_model_name_or_path=None), target="llama.cpp")
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        ({"modules_to_save": ["score"]}, "base_model.model.q.lora_A.weight"),
-        ({"alpha_pattern": {"q": 2}}, "base_model.model.q.lora_A.weight"),
-        ({}, "base_model.model.score.weight"),
-        ({}, "base_model.model.mlp.experts.lora_A.weight"),
-        ({}, "base_model.model.q.lora_B.bias"),
-    ],
-)
-def test_the_last_word_is_on_what_is_written(config: dict[str, object], name: str) -> None:
-    for target in ("vllm", "llama.cpp"):
-        with pytest.raises(CompatibilityError, match=f"target {target}"):
-            targets.check_written(target, config, [name])
-    targets.check_written("peft", config, [name])
-    targets.check_written("vllm", {"r": 4, "alpha_pattern": {}}, ["base_model.model.q.lora_A.weight"])
-
-
-def test_what_a_target_cannot_load_is_refused_before_the_work(
-    make_lora: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whole layers, biases of lora_B, convolutions and experts are known from names and shapes."""
-    saved = load_file(make_lora("plain") / "adapter_model.safetensors")
-    q = "base_model.model.layers.0.q"
-    headed = {**saved, "base_model.model.score.weight": torch.ones(2, 10)}
-    biased = {
-        **saved,
-        **{key.replace("weight", "bias"): t[:, 0].clone() for key, t in saved.items() if "lora_B" in key},
-    }
-    conv = {f"{q}.lora_A.weight": torch.ones(2, 3, 3), f"{q}.lora_B.weight": torch.ones(4, 2, 1)}
-    experts = {
-        "base_model.model.mlp.experts.lora_A.weight": torch.ones(4, 3),
-        "base_model.model.mlp.experts.lora_B.weight": torch.ones(5, 4),
-    }
-    parameters = {"r": 2, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
-    monkeypatch.setattr(sys.modules["ties_peft.convert"], "carry_out", lambda *_: pytest.fail("the work was begun"))
-    for tensors, more, why in (
-        (headed, {}, r"whole layers; leave them out \(--heads drop\): score"),
-        (biased, {"lora_bias": True}, "biases of lora_B: layers.0.q.bias"),
-        (conv, {}, "no linear layers: layers.0.q"),
-        (experts, parameters, r"of several in a module.*mlp.experts.down_proj\[0\]"),
-    ):
-        odd = write_adapter(tmp_path / "odd", lora_config(SHAPES, 4, 8, **more), tensors)
-        for target in ("vllm", "llama.cpp"):
-            with pytest.raises(CompatibilityError, match=f"target {target}.*{why}"):
-                ties_peft.convert(odd, target=target)
-
-
-def test_convert_leaves_whole_layers_out_where_it_is_told(make_lora: Make, tmp_path: Path) -> None:
-    folder = make_lora("a")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({**tensors, "base_model.model.score.weight": torch.ones(2, 10)}, folder / "adapter_model.safetensors")
-    assert run("convert", folder, "--target", "vllm", "--out", tmp_path / "out").code == 2
-    done = run("convert", folder, "--target", "vllm", "--heads", "drop", "--out", tmp_path / "out")
-    assert done.code == 0 and "score: left out" in done.err
-    assert Adapter.load(tmp_path / "out").riders == ()
-    assert Adapter.load(folder).riders == ("base_model.model.score.weight",)
