@@ -33,6 +33,7 @@ import ties_peft
 from ties_peft.evaluate import make_exam
 from ties_peft.exam import Exam
 from ties_peft.start import DEFAULTS
+from ties_peft.teachers import RANDOM_ROWS
 
 RANDOM = "random tokens and words of the labels"
 GAINS = f"{RANDOM}, gains"
@@ -97,7 +98,7 @@ class Bench:
     def _rows(self, source: str, tasks: Sequence[str], seed: int) -> list[Any] | None:
         """What each adapter learns from."""
         if source in (RANDOM, GAINS):
-            return [ties_peft.teachers.RANDOM_ROWS] * len(tasks)
+            return [RANDOM_ROWS] * len(tasks)
         count = int(source.split()[0])
         if "other" not in source:
             return [self.texts(task, count, seed) for task in tasks]

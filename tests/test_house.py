@@ -19,6 +19,7 @@ ROOT = Path(ties_peft.__file__).parent
 # import nothing of the folder but its `base`, and its `__init__` finds them.
 FLOORS = {
     "errors": 0,
+    "choices": 0,
     "delta": 0,
     "tiles": 1,
     "trim": 0,

@@ -20,16 +20,14 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, in_memory
+from .choices import BASE, MEAN, SINGLE
 from .delta import Delta, Dense, LowRank, inner_root
 from .draws import key
 from .kinds import written_as
 from .recipe import Recipe
 from .tuning import Tuning
 
-BASE, MEAN, SINGLE = "base", "mean", "best single"
-WEIGHTS, ADAPTERS, TRAINED = "random weights", "random adapters", "trained"
 BESIDE = ("modules_to_save", "trainable_token_indices", "bias")  # what a config says of tensors beside the modules
-CONTROLS = (BASE, MEAN, SINGLE, WEIGHTS, ADAPTERS)
 
 
 def simple_recipes(recipe: Recipe) -> dict[str, list[Recipe]]:

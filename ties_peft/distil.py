@@ -26,6 +26,7 @@ from torch import Tensor
 from . import sources
 from .adapter import Adapter, in_memory
 from .bench import Bench
+from .choices import DISTIL_BATCH, FITS
 from .distilled import Distilled, DistilReport, LessonLine
 from .errors import RecipeError, unknown, warn_caller
 from .exam import Progress
@@ -35,13 +36,11 @@ from .lessons import Lesson
 from .merged import Merged, versions
 from .start import make_start
 from .state import Keeper
-from .student import FACTORS, GAINS, Student
+from .student import FACTORS, Student
 from .teachers import Teacher, make_lessons, open_bench, read_teachers
 from .values import check_whole, written_dtype
 
-FITS = (FACTORS, GAINS)
 RATES = {"factors": 0.01, "gains": 0.1, "vectors": 0.05}  # found on the sample adapters, on rows held back
-BATCH = 16
 PASSES, RANDOM_PASSES = 8, 2  # over rows of text, and over random ones, which never run out
 FEWEST, MOST = 120, 1200  # steps
 
@@ -61,7 +60,7 @@ def distil(
     kind: str | None = None,
     fit: str = FACTORS,
     steps: int | None = None,
-    batch_size: int = BATCH,
+    batch_size: int = DISTIL_BATCH,
     state: str | Path | None = None,
     base_model: str | None = None,
     progress: Progress | None = None,

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from .bench import LANGUAGE, MEASURED_ON, Bench
+from .choices import EVALUATION_BATCH
 from .errors import RecipeError, printable
 from .rows import Row, texts_of
 from .task import Task
 
-BATCH = 32
+BATCH = EVALUATION_BATCH
 Progress = Callable[[str, int, int], None]
 
 

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .bench import Bench, transposed
+from .choices import STATISTICS
 from .draws import key, uniform
 from .errors import CompatibilityError, MethodError, RecipeError, printable, unknown, warn_caller
 from .evaluate import find_base
 from .exam import Classification, Progress, check_form, form_for
 from .language import Continuation, Pair
-from .statistics import KINDS, Statistics
+from .statistics import Statistics
 from .task import Given, Task, read_task
 
 LABELS = ("expected", "sampled", "given")
@@ -68,8 +69,8 @@ def gather_statistics(
     Returns: them; the adapter has them from now on.
     Raises: TiesPeftError, before the model is run.
     """
-    if kind not in KINDS:
-        raise RecipeError(unknown("kind of statistics", str(kind), KINDS))
+    if kind not in STATISTICS:
+        raise RecipeError(unknown("kind of statistics", str(kind), STATISTICS))
     opened = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     there = None if again else _found(opened, kind)
     asked = read_task(task)

@@ -27,19 +27,15 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .base_model import BaseModel
+from .choices import AVERAGE, DROP, KEEP, MERGE, POLICIES
 from .errors import CompatibilityError, RecipeError, printable, unknown
 from .kinds.base import PREFIX
 from .layers import ROWS, Layer, agree, form_of, goes_in, has_mean, held_text, table, unchanged
 from .report import RiderLine, rider_texts
 from .riders import (
-    AVERAGE,
     BIAS,
-    DROP,
     HEADED,
-    KEEP,
     LAYER,
-    MERGE,
-    POLICIES,
     TOKENS,
     UNDER,
     WRAPPER,

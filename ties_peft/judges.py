@@ -14,7 +14,7 @@ from typing import Any
 
 from .adapter import Adapter
 from .bench import Bench
-from .controls import TRAINED
+from .choices import TRAINED
 from .errors import RecipeError
 from .evaluate import find_base, make_exam
 from .exam import Classification, Exam, form_for

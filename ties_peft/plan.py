@@ -15,6 +15,7 @@ import torch
 
 from .adapter import Adapter, check_all
 from .base_model import BaseModel
+from .choices import MERGE
 from .errors import CompatibilityError, MethodError, RecipeError, printable
 from .heads import Heads, settle_heads
 from .kinds import Module, Written, written_as
@@ -34,7 +35,6 @@ from .methods.base import is_linear, is_spectral
 from .processes import ALONE, Team
 from .ranks import output_rank
 from .recipe import NORM, Rank, Recipe
-from .riders import MERGE
 from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space

@@ -29,9 +29,10 @@ from types import NoneType
 from typing import Any
 
 from . import mergekit
+from .choices import DTYPES, ERROR, POLICIES
 from .document import Document, Place, dump
 from .errors import MethodError, RecipeError, TiesPeftError, printable, unknown
-from .riders import ERROR, POLICIES, is_policy
+from .riders import is_policy
 from .schedule import Schedule, as_read, is_number
 from .settings import parameter_names, settle
 from .sources import expand_all
@@ -56,7 +57,6 @@ ENTRY = ("adapter", "model", "parameters")
 OWN = ("weight", "density")
 NORM = "norm"
 IN_MEMORY = "in memory"
-DTYPES = ("float32", "float16", "bfloat16")
 Rank = int | str
 Weights = Sequence[Any] | str  # a number or a schedule for each adapter, or `norm`
 

@@ -21,14 +21,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .choices import AVERAGE, DROP, ERROR, KEEP, MERGE
 from .errors import AdapterError, printable
 from .kinds.base import PREFIX
 from .tensors import TensorSource
 
 HEADS = ("classifier", "score", "qa_outputs")  # PEFT adds these to modules_to_save by itself, by task
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # the tasks for which it does
-ERROR, DROP, AVERAGE, MERGE, KEEP = "error", "drop", "average", "merge", "keep="
-POLICIES = (ERROR, DROP, f"{KEEP}NAME", AVERAGE, MERGE)  # what becomes of them in a merge; see `heads`
 LAYER, PLAIN, BIAS, BASE, TOKENS = "layer", "plain", "bias", "base", "tokens"
 UNDER, COPY, UNTRAINED = ".base_layer.", ".modules_to_save.", ".original_module."
 WRAPPER = "token_adapter"
@@ -91,7 +90,7 @@ class Holder(Protocol):
 
 
 def is_policy(value: object) -> bool:
-    """Whether a value is one of `POLICIES`, whatever the name in it."""
+    """Whether a value is one of `choices.POLICIES`, whatever the name in it."""
     return isinstance(value, str) and (
         value in (ERROR, DROP, AVERAGE, MERGE) or (value.startswith(KEEP) and value != KEEP)
     )

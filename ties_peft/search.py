@@ -21,16 +21,8 @@ from typing import Any
 
 from .adapter import Adapter
 from .bench import Bench
-from .controls import (
-    ADAPTERS,
-    CONTROLS,
-    TRAINED,
-    WEIGHTS,
-    new_adapter,
-    random_adapter,
-    random_settings,
-    simple_recipes,
-)
+from .choices import ADAPTERS, BUDGET, CONTROLS, DETAIL, PENALTY, TRAINED, WEIGHTS
+from .controls import new_adapter, random_adapter, random_settings, simple_recipes
 from .errors import RecipeError, printable, unknown
 from .hunt import Hunt
 from .judges import Judges
@@ -41,9 +33,6 @@ from .sampling import Trial
 from .study import Study, Watch
 from .training import train
 from .tuning import Tuning
-
-BUDGET, PENALTY = 40, 0.05
-DETAIL = " · "  # in a stage's name, before what changes while it lasts
 
 
 @dataclass(frozen=True)

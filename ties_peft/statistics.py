@@ -25,7 +25,6 @@ from .errors import AdapterError, CompatibilityError, printable
 from .tensors import Info, MemoryTensors, SafetensorsFile
 from .writer import write_tensors
 
-KINDS = ("fisher", "gram")
 FACTS = "ties_peft"  # the key of the file's metadata that holds them, as JSON
 
 

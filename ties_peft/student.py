@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .bench import Bench
+from .choices import FITS
 from .delta import Dense, LowRank
 from .draws import key
 from .errors import CompatibilityError, printable
 from .kinds import written_as
 from .kinds.base import LINEAR
 
-FACTORS, GAINS, VECTORS = "factors", "gains", "vectors"
+FACTORS, GAINS = FITS
+VECTORS = "vectors"
 SMALLEST = 1e-2  # the unit of a step where everything starts at nothing
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .adapter import Adapter
+from .choices import DTYPES
 from .errors import RecipeError, printable, unknown
-from .recipe import DTYPES
 
 
 def usable(device: str) -> torch.device:

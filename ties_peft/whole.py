@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from .base_model import BaseModel
+from .choices import MERGE, POLICIES
 from .delta import Dense
 from .draws import key
 from .errors import MethodError, RecipeError, printable
 from .methods import Stages
 from .methods.base import Method, TaskVectors, merge_part
-from .riders import MERGE, POLICIES, TOKENS, Held, Holder, sizes
+from .riders import TOKENS, Held, Holder, sizes
 from .tensors import FLOATING
 from .tiles import tiles, workers
 from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends

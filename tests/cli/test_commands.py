@@ -480,7 +480,11 @@ def test_the_flags_are_those_that_were_meant() -> None:
         for name, command in root.commands.items()  # type: ignore[attr-defined]
     }
     assert found == FLAGS
-    assert [option for p in root.params for option in p.opts] == ["--version"]
+    assert [option for p in root.params for option in p.opts] == [
+        "--version",
+        "--install-completion",
+        "--show-completion",
+    ]
 
 
 def test_the_weights_of_the_command_are_loadable(pair: tuple[str, str]) -> None:

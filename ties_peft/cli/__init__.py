@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints. One file in this folder for each command; the folder is the list.
 
+Each command imports what does its work when it runs, so that help, completion and usage errors need no torch.
 Exit status: 0 on success; 2 on bad input or usage, with one message on standard error; 1 on an
 unforeseen fault. With `--json` standard output holds one JSON object and nothing else.
 """
@@ -20,7 +21,6 @@ from .. import __version__
 from ..errors import TiesPeftError, TiesPeftWarning
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -5,18 +5,38 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..choices import DETAIL, KEEP, POLICIES, method_names
 from ..errors import TiesPeftWarning
-from ..search import DETAIL
 
 PERIOD = 3600.0  # seconds over which the speed is taken: one step of a search can take minutes
+
+# Completions of a value, for the shell. They import nothing more, because they run at every press of the tab key.
+
+
+def among(values: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return a completion by a list of values."""
+    known = tuple(values)
+    return lambda incomplete: [value for value in known if value.startswith(incomplete)]
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Return the methods that the last stage of a name such as `dare+ti` may become."""
+    earlier, plus, last = incomplete.rpartition("+")
+    return [f"{earlier}{plus}{name}" for name in method_names() if name.startswith(last)]
+
+
+def complete_heads(incomplete: str) -> list[str]:
+    """Return the policies on whole layers; after `keep=` the user writes an adapter's name."""
+    values = (KEEP if value.startswith(KEEP) else value for value in POLICIES)
+    return [value for value in values if value.startswith(incomplete)]
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -24,10 +44,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     """Progress bars on standard error, if that is a terminal: one for each stage, whatever follows ` · ` in its name."""
-    console = Console(stderr=True)
     if not sys.stderr.isatty():
         yield None
         return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

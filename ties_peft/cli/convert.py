@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from .. import sources
-from ..convert import convert as convert_adapter
 from ..errors import printable
-from ..flags import read_rank
-from ..merged import Merged
 from ..targets import TARGETS
-from ..writer import check_target
 from .base import Json, print_json, progress_bar, show_warnings
+
+if TYPE_CHECKING:
+    from ..merged import Merged
 
 Part = Annotated[str | None, typer.Option(help="Of a pipeline's LoRA: unet, text_encoder, …", show_default=False)]
 Base = Annotated[
@@ -53,6 +52,10 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Turn one adapter into a LoRA, or to another rank, dtype or loader."""
+    from ..convert import convert as convert_adapter
+    from ..flags import read_rank
+    from ..writer import check_target
+
     path = sources.local(adapter)
     check_target(out, force, [path] if path else [])
     with progress_bar() as tell:

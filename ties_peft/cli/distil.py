@@ -10,10 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import sources
-from ..distil import BATCH, FITS
-from ..distil import distil as distil_adapters
+from ..choices import DISTIL_BATCH, FITS
 from ..errors import RecipeError, printable
-from ..writer import check_apart, check_target
 from .base import Json, print_json, progress_bar, warnings_shown
 
 Rows = Annotated[
@@ -53,7 +51,7 @@ def distil(
     kind: Annotated[str | None, typer.Option(help="lora or ia3.", show_default="the adapters'")] = None,
     fit: Annotated[str, typer.Option(help=" or ".join(FITS) + "; (IA)³ fits its vectors.")] = FITS[0],
     steps: Annotated[int | None, typer.Option(help="At most.", show_default="by the rows")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = BATCH,
+    batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = DISTIL_BATCH,
     seed: Annotated[int, typer.Option(help="Of batches, held-back rows and random tokens.")] = 0,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the inputs'")] = None,
@@ -63,6 +61,9 @@ def distil(
     as_json: Json = False,
 ) -> None:
     """Merge adapters, then let the one adapter imitate them on rows without labels."""
+    from ..distil import distil as distil_adapters
+    from ..writer import check_apart, check_target
+
     read = [path for path in map(sources.local, adapters) if path is not None]
     check_target(out, force, read)
     check_apart(out, state, "the state (--state)")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..choices import EVALUATION_BATCH
 from ..errors import RecipeError, printable
-from ..evaluate import evaluate_all
-from ..exam import BATCH, Score
-from ..harness import harness as by_harness
-from ..members import short_names
 from .base import Json, print_json, progress_bar, show_warnings, warnings_shown
+
+if TYPE_CHECKING:
+    from ..exam import Score
 
 BARE = "base"
 Harness = Annotated[
@@ -38,7 +38,7 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's")] = None,
     bare: Annotated[bool, typer.Option("--bare", help="Judge the base without an adapter too.")] = False,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = BATCH,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = EVALUATION_BATCH,
     harness: Harness = None,
     harness_path: Path_ = None,
     limit: Annotated[
@@ -56,6 +56,10 @@ def evaluate(
     names = list(adapters or [])
     if not names and not bare:
         raise RecipeError("no adapter was named. Name at least one folder or Hub id, or judge the base: --bare.")
+    from ..evaluate import evaluate_all
+    from ..harness import harness as by_harness
+    from ..members import short_names
+
     labels = ([BARE] if bare else []) + (short_names(names) if names else [])
     judged = [*([None] if bare else []), *names]
     with warnings_shown(), progress_bar() as tell:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .. import inspection
 from .base import Json, print_json
 
 
@@ -25,6 +24,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in an adapter, and whether several can be merged."""
+    from .. import inspection
+
     seen = inspection.inspect(adapters, base)
     if as_json:
         print_json(seen.to_dict())

@@ -4,57 +4,138 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..choices import DTYPES, SCOPES, space_names
 from ..errors import RecipeError, printable
-from ..flags import Flags
-from ..merge import merge_recipe, open_adapters
-from ..merged import Merged, inputs
-from ..plan import Plan, make_plan
-from ..processes import team
-from ..recipe import Recipe
-from ..report import rider_texts
-from ..spaces import spaces
 from ..targets import TARGETS
-from ..writer import check_target
-from .base import Json, print_json, progress_bar, show_notes, show_warnings
+from .base import Json, among, complete_heads, complete_method, print_json, progress_bar, show_notes, show_warnings
 
-Weights = Annotated[
-    str | None, typer.Option(help="One number per adapter: 1,0.5,1; or norm: all of one length.", show_default="1 each")
+if TYPE_CHECKING:
+    from ..flags import Flags
+    from ..merged import Merged
+    from ..plan import Plan
+    from ..recipe import Recipe
+
+EXAMPLES = """[bold]Examples[/]
+
+ties-peft merge path/a path/b --density 0.3 --out merged
+
+ties-peft merge org/a org/b --method average --weights 1,0.5 --out merged"""
+HOW, RESULT = "How the adapters are combined", "What is written"
+
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="See `ties-peft methods`.", show_default="ties", autocompletion=complete_method, rich_help_panel=HOW
+    ),
 ]
-Scale = Annotated[float | None, typer.Option(help="λ, on the merged task vector.", show_default="the method's")]
-Scope = Annotated[str | None, typer.Option(help="Trim over the whole adapter or each module.", show_default="adapter")]
+Space = Annotated[
+    str | None,
+    typer.Option(
+        help=", ".join(space_names()) + ".",
+        show_default="delta",
+        autocompletion=among(space_names()),
+        rich_help_panel=HOW,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="One number per adapter: 1,0.5,1; or norm: all of one length.", show_default="1 each", rich_help_panel=HOW
+    ),
+]
+Scale = Annotated[
+    float | None,
+    typer.Option(help="λ, on the merged task vector.", show_default="the method's", rich_help_panel=HOW),
+]
+Density = Annotated[
+    float | None, typer.Option(help="Share of entries the trim keeps.", show_default="0.2", rich_help_panel=HOW)
+]
+Scope = Annotated[
+    str | None,
+    typer.Option(
+        help="Trim over the whole adapter or each module.",
+        show_default="adapter",
+        autocompletion=among(SCOPES),
+        rich_help_panel=HOW,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="NAME=VALUE, a parameter of the method, in YAML; repeatable.", show_default=False),
+    typer.Option(
+        "--set",
+        help="NAME=VALUE, a parameter of the method, in YAML; repeatable.",
+        show_default=False,
+        rich_help_panel=HOW,
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Of every random draw.", show_default="0", rich_help_panel=HOW)]
+AllowDisjoint = Annotated[
+    bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.", rich_help_panel=HOW)
+]
+Rank = Annotated[
+    str | None,
+    typer.Option(
+        help="A whole number, max or auto.",
+        show_default="auto",
+        autocompletion=among(("auto", "max")),
+        rich_help_panel=RESULT,
+    ),
 ]
 RestoreNorm = Annotated[
-    bool, typer.Option("--restore-norm", help="Bring a result that the rank truncates back to the norm it had.")
+    bool,
+    typer.Option(
+        "--restore-norm",
+        help="Bring a result that the rank truncates back to the norm it had.",
+        rich_help_panel=RESULT,
+    ),
 ]
-Base = Annotated[
+Dtype = Annotated[
     str | None,
-    typer.Option(help="Folder or Hub id of the base's weights, where adapters need them.", show_default=False),
+    typer.Option(
+        help="float32, float16 or bfloat16.",
+        show_default="the inputs'",
+        autocompletion=among(DTYPES),
+        rich_help_panel=RESULT,
+    ),
 ]
-BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the inputs'")]
-Target = Annotated[str | None, typer.Option(help=f"The loader it is for: {', '.join(TARGETS)}.", show_default="peft")]
-AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")]
-
-HeadsPolicy = Annotated[
+Heads = Annotated[
     str | None,
     typer.Option(
         help="Whole layers that differ (heads, embeddings, biases): error, drop, keep=NAME, average or merge.",
         show_default="error",
+        autocompletion=complete_heads,
+        rich_help_panel=RESULT,
     ),
+]
+BaseName = Annotated[
+    str | None,
+    typer.Option(help="The base model's name to write.", show_default="the inputs'", rich_help_panel=RESULT),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help=f"The loader it is for: {', '.join(TARGETS)}.",
+        show_default="peft",
+        autocompletion=among(TARGETS),
+        rich_help_panel=RESULT,
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.", rich_help_panel=RESULT)]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Folder or Hub id of the base's weights, where adapters need them.", show_default=False),
 ]
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("merge")(merge)
+    app.command("merge", epilog=EXAMPLES)(merge)
 
 
 def merge(
@@ -62,29 +143,35 @@ def merge(
         list[str] | None, typer.Argument(help="Folders, files, Hub ids, quoted patterns.", show_default=False)
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
-    method: Annotated[str | None, typer.Option(help="See `ties-peft methods`.", show_default="ties")] = None,
-    space: Annotated[str | None, typer.Option(help=", ".join(spaces()) + ".", show_default="delta")] = None,
+    method: Method = None,
+    space: Space = None,
     weights: Weights = None,
     scale: Scale = None,
-    density: Annotated[float | None, typer.Option(help="Share of entries the trim keeps.", show_default="0.2")] = None,
+    density: Density = None,
     scope: Scope = None,
     settings: Settings = None,
-    rank: Annotated[str | None, typer.Option(help="A whole number, max or auto.", show_default="auto")] = None,
+    rank: Rank = None,
     restore_norm: RestoreNorm = False,
-    seed: Annotated[int | None, typer.Option(help="Of every random draw.", show_default="0")] = None,
+    seed: Seed = None,
     device: Annotated[str, typer.Option(help="Where the arithmetic is done.")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the inputs'")] = None,
+    dtype: Dtype = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.", show_default=False)] = None,
     base: Base = None,
     base_name: BaseName = None,
     target: Target = None,
     allow_disjoint: AllowDisjoint = False,
-    heads: HeadsPolicy = None,
+    heads: Heads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and stop before the work.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Merge adapters into one."""
+    if out is None and not dry_run:
+        raise RecipeError("no output was named. Say where to write: --out FOLDER.")
+    if not adapters and recipe is None:
+        raise RecipeError("no adapters were given. Name at least one folder or Hub id.")
+    from ..flags import Flags
+
     flags = Flags(
         recipe,
         adapters,
@@ -105,9 +192,21 @@ def merge(
         allow_disjoint,
         heads,
     )
+    _run(flags, out, device, dry_run, force, as_json)
+
+
+def _run(flags: Flags, out: Path | None, device: str, dry_run: bool, force: bool, as_json: bool) -> None:
+    """Merge as the flags say, or only check."""
+    from ..merge import merge_recipe, open_adapters
+    from ..merged import inputs
+    from ..plan import make_plan
+    from ..processes import team
+    from ..writer import check_target
+
     asked, patterns = flags.asked().expanded()
     show_notes(patterns)
-    _check_out(out, asked, force, dry_run)
+    if out is not None:
+        check_target(out, force, inputs(asked))
     if dry_run:
         plan = make_plan(asked, open_adapters(asked), device)
         _show_plan(plan, asked, as_json)
@@ -120,14 +219,9 @@ def merge(
         _show_merged(merged, out, as_json)
 
 
-def _check_out(out: Path | None, asked: Recipe, force: bool, dry_run: bool) -> None:
-    if out is not None:
-        check_target(out, force, inputs(asked))
-    elif not dry_run:
-        raise RecipeError("no output was named. Say where to write: --out FOLDER.")
-
-
 def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
+    from ..report import rider_texts
+
     show_warnings(plan.warnings)
     facts = {
         "adapters": [member.name for member in plan.members],

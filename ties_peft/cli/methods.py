@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..methods import MethodInfo, find_method
-from ..methods import methods as all_methods
-from .base import Json, print_json
+from .base import Json, complete_method, print_json
+
+if TYPE_CHECKING:
+    from ..methods import MethodInfo
 
 
 def register(app: typer.Typer) -> None:
@@ -20,10 +21,15 @@ def register(app: typer.Typer) -> None:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, in full.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One method, in full.", show_default=False, autocompletion=complete_method)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods, or explain one."""
+    from ..methods import find_method
+    from ..methods import methods as all_methods
+
     if name is not None:
         find_method(name)
     chosen = [info for info in all_methods() if name in (None, info.name)]

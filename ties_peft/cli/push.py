@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from ..push import push as push_adapter
 from .base import Json, print_json, show_warnings
 
 Private = Annotated[
@@ -32,6 +31,8 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Send an adapter to the Hub, with its card; log in first with `hf auth login`."""
+    from ..push import push as push_adapter
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pushed = push_adapter(folder, repo, private=private, revision=revision, message=message, create_pr=create_pr)

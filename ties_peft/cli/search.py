@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from ..adapter import Adapter
-from ..controls import CONTROLS, TRAINED
-from ..document import parse
+from ..choices import BUDGET, CONTROLS, PENALTY, TRAINED
 from ..errors import RecipeError, printable
-from ..evaluate import find_base
-from ..merged import inputs
-from ..recipe import Recipe
-from ..search import BUDGET, PENALTY, Found
-from ..search import search as find
-from ..store import file_of, shown
-from ..task import read_task
-from ..writer import check_apart, check_target
 from .base import Json, print_json, progress_bar, show_warnings, warnings_shown
+
+if TYPE_CHECKING:
+    from ..search import Found
 
 Tune = Annotated[
     list[str] | None,
@@ -57,6 +50,8 @@ Scale = Annotated[
 Judge = Annotated[
     Path | None, typer.Option(help="A task file with other rows, to judge by at the end.", show_default=False)
 ]
+Controls = Annotated[bool, typer.Option("--controls/--no-controls", help=f"Also make {', '.join(CONTROLS)}.")]
+AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -77,9 +72,7 @@ def search(
     settings: Settings = None,
     penalty: Annotated[float, typer.Option(help="On the mean of |w|, where weights are tuned.")] = PENALTY,
     judge: Judge = None,
-    controls: Annotated[
-        bool, typer.Option("--controls/--no-controls", help=f"Also make {', '.join(CONTROLS)}.")
-    ] = True,
+    controls: Controls = True,
     trained: Annotated[bool, typer.Option("--trained", help="Also train a new LoRA on the same rows.")] = False,
     storage: Storage = None,
     study: Annotated[str, typer.Option(help="Name of the search in the storage; it goes on where it was.")] = "search",
@@ -87,17 +80,16 @@ def search(
     sampler: Annotated[str, typer.Option(help="auto, cobyla, tpe or random.")] = "auto",
     base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's or adapters'")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    allow_disjoint: Annotated[
-        bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")
-    ] = False,
+    allow_disjoint: AllowDisjoint = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,
 ) -> None:
     """Search for what does best on a few examples."""
+    from ..search import search as find
+
     parameters = _pairs(settings, "--set")
     place = storage or f"{out}.study.db"
-    check_target(out, force, inputs(Recipe(adapters=tuple(adapters), parameters=parameters)))
-    check_apart(out, file_of(place), "the storage")
+    _check_places(out, force, place, adapters, parameters)
     with progress_bar() as tell:
         found = find(
             adapters,
@@ -122,12 +114,34 @@ def search(
             progress=tell,
         )
     found.adapter.save(out, force)
-    with warnings_shown():  # of the base alone; of the merges' own the report has what counts
-        find_base([Adapter.load(name) for name in adapters], [read_task(task)], base)
+    _warn_of_base(adapters, task, base)
     _show(found, out, place, study, as_json)
 
 
+def _check_places(out: Path, force: bool, storage: str, adapters: list[str], parameters: Mapping[str, Any]) -> None:
+    """Refuse an output that is in the way of an input or of the storage."""
+    from ..merged import inputs
+    from ..recipe import Recipe
+    from ..store import file_of
+    from ..writer import check_apart, check_target
+
+    check_target(out, force, inputs(Recipe(adapters=tuple(adapters), parameters=parameters)))
+    check_apart(out, file_of(storage), "the storage")
+
+
+def _warn_of_base(adapters: list[str], task: Path, base: str | None) -> None:
+    """Show the warnings about the base; of those about the merges the report has what counts."""
+    from ..adapter import Adapter
+    from ..evaluate import find_base
+    from ..task import read_task
+
+    with warnings_shown():
+        find_base([Adapter.load(name) for name in adapters], [read_task(task)], base)
+
+
 def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> None:
+    from ..store import shown
+
     show_warnings(found.adapter.report.warnings)
     if as_json:
         print_json({"out": str(out), "storage": shown(storage), "study": study, **found.to_dict()})
@@ -140,6 +154,8 @@ def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> N
 
 
 def _pairs(settings: list[str] | None, flag: str) -> Mapping[str, Any]:
+    from ..document import parse
+
     pairs: dict[str, Any] = {}
     for setting in settings or []:
         key, equals, value = setting.partition("=")

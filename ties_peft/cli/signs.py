@@ -7,10 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..merged import inputs
-from ..recipe import Recipe
-from ..signs import few_shot_signs
-from ..writer import check_target
 from .base import progress_bar, warnings_shown
 
 
@@ -32,6 +28,11 @@ def signs(
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
 ) -> None:
     """Estimate the signs that TIES elects from a few examples."""
+    from ..merged import inputs
+    from ..recipe import Recipe
+    from ..signs import few_shot_signs
+    from ..writer import check_target
+
     check_target(out, force, inputs(Recipe(adapters=tuple(adapters))))
     with warnings_shown(), progress_bar() as tell:
         made = few_shot_signs(adapters, task, base, device, steps=steps, seed=seed, progress=tell)

@@ -7,12 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..adapter import Adapter
+from ..choices import STATISTICS
 from ..errors import RecipeError
-from ..evaluate import find_base
-from ..gather import gather_statistics
-from ..statistics import KINDS, file_name
-from ..task import read_task
 from .base import Json, print_json, progress_bar, warnings_shown
 
 
@@ -28,7 +24,7 @@ def statistics(
         typer.Option(help="A task file with rows of text; one for all, or one for each.", show_default=False),
     ],
     kind: Annotated[
-        list[str] | None, typer.Option(help=f"{' or '.join(KINDS)}; repeatable.", show_default="all that fit")
+        list[str] | None, typer.Option(help=f"{' or '.join(STATISTICS)}; repeatable.", show_default="all that fit")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's or adapter's")] = None,
     labels: Annotated[
@@ -41,6 +37,12 @@ def statistics(
     as_json: Json = False,
 ) -> None:
     """Gather the statistics that methods fisher and regmean need, and keep them beside each adapter."""
+    from ..adapter import Adapter
+    from ..evaluate import find_base
+    from ..gather import gather_statistics
+    from ..statistics import file_name
+    from ..task import read_task
+
     opened = [Adapter.load(name) for name in adapters]
     if len(task) not in (1, len(opened)):
         raise RecipeError(f"{len(task)} tasks for {len(opened)} adapters. Give one for all, or one for each.")
@@ -49,7 +51,7 @@ def statistics(
     with warnings_shown(), progress_bar() as tell:
         base = find_base(opened, tasks, base)
         for adapter, own in zip(opened, tasks, strict=True):
-            for one in kind or [k for k in KINDS if k != "gram" or adapter.kind.has_rank]:
+            for one in kind or [k for k in STATISTICS if k != "gram" or adapter.kind.has_rank]:
                 found = gather_statistics(
                     adapter, own, one, base, device, labels=labels, seed=seed, again=again, progress=tell
                 )
