@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE.parent / "adapters"))
 import minilm  # noqa: E402
 
 import ties_peft  # noqa: E402
-from ties_peft.controls import CONTROLS, TRAINED  # noqa: E402
+from ties_peft.choices import CONTROLS, TRAINED  # noqa: E402
 from ties_peft.evaluate import make_exam  # noqa: E402
 from ties_peft.task import read_task  # noqa: E402
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification
 
 import ties_peft
 from ties_peft.bench import Bench
-from ties_peft.controls import CONTROLS, TRAINED, new_adapter, random_adapter
+from ties_peft.choices import CONTROLS, TRAINED
+from ties_peft.controls import new_adapter, random_adapter
 from ties_peft.errors import CompatibilityError
 from ties_peft.evaluate import evaluate_all
 
