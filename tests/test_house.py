@@ -52,6 +52,7 @@ FLOORS = {
     "card": 2,
     "kinds": 3,
     "methods": 3,
+    "order_statistics": 4,
     "riders": 4,
     "adapter": 5,
     "layers": 5,

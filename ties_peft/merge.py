@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,11 +27,12 @@ from .members import statistics_of
 from .merged import Merged
 from .methods import TaskVectors
 from .methods.base import is_entrywise, is_linear, merge_part
+from .order_statistics import Group, Levels, find_levels, with_own_levels
 from .plan import Plan, make_plan
 from .processes import ALONE, Team
 from .recipe import IN_MEMORY, Rank, Recipe, Weights
 from .schedule import as_read
-from .survey import Kept, Survey
+from .survey import Kept, Survey, trimmed_apart
 from .targets import check_written
 from .tiles import Workers, workers
 
@@ -200,9 +201,10 @@ def _merge_all(
     with torch.no_grad(), workers(None if memory is None else memory.crew, loops) as crew:
         coordinates = Coordinates(plan, memory)
         survey = Survey(coordinates, crew, tell, team, mine)
+        levels = _levels_over_adapters(coordinates, crew, tell, team, mine)
         for done, name in enumerate(mine):
             coordinates.expect(mine[done + 1] if done + 1 < len(mine) else None)
-            own[name] = _one_module(coordinates, plan.modules[name], survey, crew)
+            own[name] = _one_module(coordinates, plan.modules[name], survey, levels, crew)
             tell("merge", done + 1, len(mine))
     tensors: dict[str, Tensor] = {}
     account = Account(plan, loops)
@@ -215,7 +217,7 @@ def _merge_all(
 
 
 def _one_module(
-    coordinates: Coordinates, module: Module, survey: Survey, crew: Workers
+    coordinates: Coordinates, module: Module, survey: Survey, levels: Levels, crew: Workers
 ) -> tuple[dict[str, Tensor], Record]:
     """The tensors of one module of the result, and what the report shall say of it."""
     plan = coordinates.plan
@@ -223,7 +225,7 @@ def _one_module(
     tally: dict[str, int] = {}
     factors = Factors(zero(module.shape), 0.0, 0.0)
     if encoding is not None:
-        factors = _merge_parts(coordinates, module.name, survey, crew, tally)
+        factors = _merge_parts(coordinates, module.name, survey, levels, crew, tally)
     factors = (factors.restored() if plan.restore_norm else factors).scaled(plan.scale)
     tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
     written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
@@ -240,12 +242,14 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _merge_parts(coordinates: Coordinates, name: str, survey: Survey, crew: Workers, tally: dict[str, int]) -> Factors:
+def _merge_parts(
+    coordinates: Coordinates, name: str, survey: Survey, levels: Levels, crew: Workers, tally: dict[str, int]
+) -> Factors:
     """The merged task vector of one module, part by part."""
     plan = coordinates.plan
     encoding = coordinates.encoding(name)
     places = list(coordinates.prepared(name))
-    parts = _parts(coordinates, name, crew)
+    parts = [_with_levels(plan, name, part, levels, crew) for part in _parts(coordinates, name, crew)]
     dense = is_entrywise(plan.method) and not is_linear(plan.method, len(places))
     work = encoding.beforehand(plan.rank) if dense and plan.rank is not None else None
     begun = crew.beside(work) if work is not None else None
@@ -292,6 +296,40 @@ def _parts(coordinates: Coordinates, name: str, crew: Workers) -> list[TaskVecto
         )
         for part in range(len(seen[0]))
     ]
+
+
+def _levels_over_adapters(
+    coordinates: Coordinates, crew: Workers, tell: Progress, team: Team, mine: Sequence[str]
+) -> Levels:
+    """What the method asks to be ranked over whole adapters, by place and module; found before any module is merged."""
+    plan = coordinates.plan
+    rankings = plan.method.rankings()
+    if not rankings or plan.scope != "adapter":
+        return {}
+    apart, density = trimmed_apart(plan), getattr(plan.method, "density", 1.0)
+    groups = {
+        (place, name): (place, name if name in apart else "", plan.density(place, name, density))
+        for name in plan.modules
+        for place, _ in plan.holders(name)
+    }
+    here = [name for name in mine if plan.holders(name)]
+
+    def walk() -> Iterator[tuple[TaskVectors, list[Group]]]:
+        for done, name in enumerate(here):
+            own: list[Group] = [groups[place, name] for place in coordinates.prepared(name)]
+            yield from ((part, own) for part in _parts(coordinates, name, crew))
+            tell("rank", done + 1, len(here))
+
+    found = find_levels(rankings, walk, {group: group[2] for group in groups.values()}, crew, team.gather)
+    return {spot: found[group] for spot, group in groups.items()}
+
+
+def _with_levels(plan: Plan, name: str, part: TaskVectors, levels: Levels, crew: Workers) -> TaskVectors:
+    """One part of a module with the levels that the method asks for, over the adapters or over the part alone."""
+    if levels:
+        return replace(part, levels=[levels[place, name] for place, _ in plan.holders(name)])
+    rankings = plan.method.rankings()
+    return with_own_levels(rankings, part, crew) if rankings else part
 
 
 def _densities(plan: Plan, name: str, places: Sequence[int]) -> list[float]:

@@ -39,6 +39,7 @@ from .schedule import Schedule, count_layers, is_number
 from .settings import settle
 from .spaces import Space, find_space
 from .targets import check_heads, check_modules, fit_rank
+from .trim import Scope
 from .values import usable, written_dtype
 from .whole import make_rule
 
@@ -108,6 +109,13 @@ class Plan:
     def preparations(self) -> tuple[Method, ...]:
         """The methods that stand before it."""
         return self.stages.before
+
+    @cached_property
+    def scope(self) -> Scope | None:
+        """Over what the method ranks entries; None where it ranks none."""
+        if self.trim is not None:
+            return self.trim.scope
+        return next((ranking.scope for ranking in self.method.rankings()), None)
 
     @cached_property
     def layers(self) -> int:

@@ -299,7 +299,7 @@ def _by_module(plan: Plan) -> bool:
 
 def trimmed_apart(plan: Plan) -> list[str]:
     """The modules as large as the vocabulary, whose entries would swamp the count of the others."""
-    if plan.trim is None or plan.trim.scope != "adapter":
+    if plan.scope != "adapter":
         return []
     apart = [
         name

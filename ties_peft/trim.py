@@ -34,6 +34,15 @@ def kept_count(density: float, entries: int) -> int:
     return math.floor(Fraction(repr(float(density))) * entries)
 
 
+def count_at_least(share: float, entries: int) -> int:
+    """⌈share·n⌉ with the share as the decimal that was written.
+
+    >>> count_at_least(0.07, 100), math.ceil(0.07 * 100)
+    (7, 8)
+    """
+    return math.ceil(Fraction(repr(float(share))) * entries)
+
+
 def band_ends(densities: Sequence[float], entries: int) -> list[int]:
     """How many entries lie above the lower end of each band; the last band is whole, the others give way."""
     *others, last = [kept_count(density, entries) for density in densities]

@@ -23,6 +23,7 @@ from .draws import key
 from .errors import MethodError, RecipeError, printable
 from .methods import Stages
 from .methods.base import Method, TaskVectors, merge_part
+from .order_statistics import with_own_levels
 from .riders import TOKENS, Held, Holder, sizes
 from .tensors import FLOATING
 from .tiles import tiles, workers
@@ -114,6 +115,8 @@ class Rule:
                 streams=[key(self.seed, tensor, 0, adapters[place].digest) for place in places],
                 room=lambda purpose, shape: crew.scratch(purpose, shape, self.device),
             )
+            if places and self.method.rankings():
+                tasks = with_own_levels(self.method.rankings(), tasks, crew)
             merged = merge_part(self.method, tasks, crew, {}).dense() if places else torch.zeros_like(origin)
         whole = origin.add(merged.reshape(origin.shape), alpha=self.scale).cpu()
         return whole.to(getattr(torch, dtypes.pop())) if len(dtypes) == 1 else whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -154,20 +155,45 @@ def sce(stack: Array, w: Array, select_topk: float = 1.0) -> Array:
     return safe(np.tensordot(share, stack * agree, 1), np.tensordot(share * np.abs(w), agree.astype(np.float64), 1))
 
 
-def minmax(values: Array) -> Array:
-    return (values - values.min()) / (values.max() - values.min())
+def minmax(values: Array, low: float, high: float) -> Array:
+    """Of values that lie between; where all are the same, 1 if they are positive."""
+    return (values - low) / (high - low) if high > low else ((values >= high) & (values > 0)).astype(np.float64)
 
 
-def pcb(stack: Array, w: Array, density: float = 0.1, clamp: float = 0.0) -> Array:
-    total, held = stack.sum(0), np.abs(stack).reshape(len(stack), -1).any(1)
-    scale, size = np.zeros_like(stack), np.zeros_like(stack)
-    for i in np.flatnonzero(held):
-        ordered, cut = np.sort(np.abs(stack[i]), axis=None), count(clamp, stack[i].size)
-        size[i] = np.clip(np.abs(stack[i]), ordered[cut and cut - 1], ordered[-max(cut, 1)])
-        score = np.exp(len(stack) * minmax(size[i]) ** 2) * np.tanh(stack[i] * total)
-        floor = np.sort(score, axis=None)[-max(1, count(density, score.size))]
-        scale[i] = minmax(np.maximum(score, floor)) if score.max() > floor else score == floor
-    return safe((scale * np.sign(stack) * size).sum(0), np.tensordot(np.abs(w), scale, 1))
+def index(share: float, entries: int) -> int:
+    """⌊share·n⌋, of the decimal that was written."""
+    return math.floor(Fraction(str(share)) * entries)
+
+
+def pcb(
+    vectors: Sequence[Vectors],
+    w: Array,
+    density: float | Sequence[float] = 0.1,
+    clamp: float = 0.0001,
+    scope: str = "adapter",
+) -> Vectors:
+    """Du et al.: every rank is an index into the values of one adapter (or of its module), sorted upwards."""
+    modules = {m: values.shape for own in vectors for m, values in own.items()}
+    total = {m: sum((own[m] for own in vectors if m in own), start=np.zeros(modules[m])) for m in modules}
+    above, below = ({m: np.zeros(shape) for m, shape in modules.items()} for _ in range(2))
+    densities = [density] * len(vectors) if isinstance(density, float) else density
+    for own, weight, kept in zip(vectors, w, densities, strict=True):
+        for group in [[m] for m in own] if scope == "module" else [list(own)]:
+            x = np.concatenate([own[m].reshape(-1) for m in group])
+            n, magnitudes = len(x), np.sort(np.abs(x))
+            low, high = magnitudes[index(clamp, n)], magnitudes[max(0, n - math.ceil(Fraction(str(clamp)) * n) - 1)]
+            size = np.minimum(np.maximum(np.abs(x), low), high)
+            score = np.exp(len(vectors) * minmax(size, low, high) ** 2)
+            score *= np.tanh(x * np.concatenate([total[m].reshape(-1) for m in group]))
+            floor = np.sort(score)[n - math.ceil(Fraction(str(kept)) * n)]
+            share = minmax(np.maximum(score, floor), floor, score.max())
+            ends = np.cumsum([own[m].size for m in group])[:-1]
+            for m, c, value in zip(
+                group, np.split(share, ends), np.split(share * np.sign(x) * size, ends), strict=True
+            ):
+                above[m] += value.reshape(modules[m])
+                below[m] += abs(weight) * c.reshape(modules[m])
+    return {m: safe(above[m], below[m]) for m in modules}
 
 
 def power_mean(stack: Array, w: Array, p: float = 2.0) -> Array:
@@ -191,11 +217,11 @@ COMBINE: dict[str, Callable[..., Array]] = {
     "consensus": consensus,
     "emr": emr,
     "sce": sce,
-    "pcb": pcb,
     "power_mean": power_mean,
     "product": product,
 }
-EVERY = sorted(COMBINE.keys() - {"power_mean", "product"})
+OVER_ADAPTERS = {"pcb": pcb}  # of whole adapters, not module by module
+EVERY = sorted({*COMBINE, *OVER_ADAPTERS} - {"power_mean", "product"})
 SPARSIFY = {"magnitude_prune": trimmed, "ties": trimmed, "breadcrumbs": band, "breadcrumbs_ties": band}
 
 
@@ -224,6 +250,8 @@ def defined(folders: Sequence[Path], method: str, weights: Sequence[float], **as
         rest = dict(asked)
         left.append(sparse(method, {m: weight * v for m, v in read(folder).items()}, folder, rest))
     own = {"how" if k == "disjoint" else k: v for k, v in rest.items()}
+    if method in OVER_ADAPTERS:
+        return {m: scale * v for m, v in OVER_ADAPTERS[method](left, np.array(weights), **own).items()}
     shapes = {module: values.shape for vectors in left for module, values in vectors.items()}
     stacks = {m: np.stack([v.get(m, np.zeros(shape)) for v in left]) for m, shape in shapes.items()}
     return {m: scale * COMBINE[method](stack, np.array(weights), **own) for m, stack in stacks.items()}

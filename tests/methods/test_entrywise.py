@@ -73,6 +73,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("pcb", {}),
     ("pcb", {"density": 0.3, "scale": 1.0}),
     ("pcb", {"density": 0.5, "clamp": 0.2}),
+    ("pcb", {"density": 0.07, "clamp": 0.0}),
+    ("pcb", {"density": 0.9, "scope": "module"}),
+    ("pcb", {"density": 0.33, "clamp": 0.013, "scope": "module"}),
+    ("pcb", {"density": 1.0}),
     ("ties", {}),
     ("ties", {"elect": "none"}),
     ("ties", {"elect": "none", "density": 1.0}),
@@ -294,7 +298,8 @@ def test_one_ia3_comes_back_from_the_methods_of_its_own(make_ia3: Maker) -> None
 @pytest.mark.parametrize("method", ["sce", "power_mean", "emr", "consensus", "pcb"])
 def test_equal_adapters_agree(make_ia3: Maker, method: str) -> None:
     folders = [make_ia3(name, seed=1) for name in "ab"]
-    seen = merged_vectors(folders, method, scale=1.0)
+    asked = {"clamp": 0.0, "scope": "module"} if method == "pcb" else {}
+    seen = merged_vectors(folders, method, scale=1.0, **asked)
     truth = read(folders[0])
     if method == "pcb":  # what is not dropped is the adapters' own; three modules of 12, 20 and 12: one or two each
         assert all(np.isclose(seen[m][seen[m] != 0], truth[m][seen[m] != 0]).all() for m in truth)

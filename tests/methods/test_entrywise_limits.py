@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PREFIX, lora_tensors, write_adapter
-from methods.entrywise import COMBINE, EVERY, SCALES, defined, distance, merged_vectors, read, same
+from methods.entrywise import COMBINE, EVERY, OVER_ADAPTERS, SCALES, defined, distance, merged_vectors, read, same
 
 import ties_peft
 from ties_peft import tiles
@@ -92,7 +92,7 @@ def test_signs_need_an_election(make_ia3: Maker) -> None:
 
 def test_every_method_here_says_what_it_is() -> None:
     infos = {info.name: info for info in ties_peft.methods()}
-    for method in COMBINE:
+    for method in {*COMBINE, *OVER_ADAPTERS}:
         info = infos[method]
         assert info.summary.endswith("."), method
         assert "Law:" in info.text, method

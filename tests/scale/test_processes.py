@@ -44,7 +44,9 @@ def folders(make_lora: Callable[..., Path]) -> list[Path]:
     return [make_lora(f"a{n}", rank=4, seed=n, shapes=few if n == 1 else SHAPES) for n in range(3)]
 
 
-@pytest.mark.parametrize("more", [["--scope", "adapter"], ["--scope", "module"], ["--space", "core"]])
+@pytest.mark.parametrize(
+    "more", [["--scope", "adapter"], ["--scope", "module"], ["--space", "core"], ["--method", "pcb"]]
+)
 def test_two_processes_write_the_same_bytes_as_one(folders: list[Path], tmp_path: Path, more: list[str]) -> None:
     subprocess.run([sys.executable, *command(folders, tmp_path / "one", *more)], check=True, capture_output=True)
     port = free_port()

@@ -48,6 +48,22 @@ class Trim:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """A wish for order statistics of values that a method gives to all entries of each adapter.
+
+    Attributes:
+        values: values(task_vectors) gives for each of them the values of the entries at hand, float32, any sign; each
+            is good until the next is asked for.
+        ranks: ranks(entries, density) are the ranks wanted of so many values, 1 for the largest.
+        scope: over what the values are ranked.
+    """
+
+    values: Callable[[TaskVectors], Iterable[Tensor]]
+    ranks: Callable[[int, float], Sequence[int]]
+    scope: Scope
+
+
+@dataclass(frozen=True)
 class Task:
     """One adapter's weighted task vector w·τ, on the rows at hand.
 
@@ -59,6 +75,7 @@ class Task:
         start: flat index of the first entry at hand.
         stream: of this adapter's random numbers on this part.
         density: the share to keep of it, if the method has a density: its own, or one set for the adapter.
+        levels: the values of the ranks that the method asked for, of all its rankings in order.
     """
 
     vector: Tensor
@@ -68,6 +85,7 @@ class Task:
     start: int
     stream: int
     density: float | None = None
+    levels: tuple[float, ...] = ()
 
     def trimmed(self, number: int = 0) -> Tensor:
         """The vector, cut in place where density `number` cuts it."""
@@ -87,6 +105,7 @@ class TaskVectors:
         weights: w of each of them.
         cuts: for each, where it is cut; empty where the method trims nothing.
         densities: for each, the share to keep of it; empty where the method has no density.
+        levels: for each, the values of the ranks that the method asked for; empty where it asks for none.
         total_weight: Σw over all adapters of the merge, also those that lack the module.
         total_heft: Σ|w| over them.
         adapters: how many adapters the merge has, also those that lack the module.
@@ -109,6 +128,7 @@ class TaskVectors:
     weights: Sequence[float]
     cuts: Sequence[tuple[Cut, ...]] = ()
     densities: Sequence[float] = ()
+    levels: Sequence[tuple[float, ...]] = ()
     total_weight: float = 1.0
     total_heft: float = 1.0
     adapters: int = 1
@@ -134,7 +154,8 @@ class TaskVectors:
             cuts = self.cuts[place] if self.cuts else ()
             stream = self.streams[place] if self.streams else place
             density = self.densities[place] if self.densities else None
-            yield Task(vector, weight, cuts, self.tile, start, stream, density)
+            levels = self.levels[place] if self.levels else ()
+            yield Task(vector, weight, cuts, self.tile, start, stream, density, levels)
 
     def _read(self, delta: Delta) -> Tensor:
         """The rows at hand of one task vector, in memory that the next one takes."""
@@ -265,6 +286,10 @@ class Method(BaseModel, ABC):
     def trims(self) -> Trim | None:
         """The cuts to prepare, None for none."""
         return None
+
+    def rankings(self) -> Sequence[Ranking]:
+        """The order statistics to find before the merge, in order; each ranking sees the levels of those before it."""
+        return ()
 
     def election(self) -> Election | None:
         """How what the trim leaves is elected and combined, of a method that does nothing else; None for others."""
@@ -422,6 +447,7 @@ __all__ = [
     "KEEP_ALL",
     "Density",
     "Method",
+    "Ranking",
     "Scope",
     "Task",
     "TaskVectors",

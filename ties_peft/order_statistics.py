@@ -1,0 +1,137 @@
+"""Order statistics: the values of some ranks among those that a method gives to the entries of an adapter.
+
+They are exact and take two passes over the entries, in memory that does not grow with their number (radix
+selection): the first pass counts how often each upper half of a float32's bits occurs; the second counts the
+lower halves of those values whose upper half is that of the value sought.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .methods.base import Ranking, TaskVectors
+from .tiles import Workers
+
+HALF = 16  # bits of a value that one pass tells apart
+BINS = 1 << HALF
+TOGETHER = 64  # groups whose counts are held at once, half a megabyte for each rank
+Group = Hashable  # what names the entries that are ranked together
+Walk = Callable[[], Iterable[tuple[TaskVectors, Sequence[Group]]]]
+Levels = dict[Group, tuple[float, ...]]
+
+
+def find_levels(
+    rankings: Sequence[Ranking],
+    walk: Walk,
+    densities: Mapping[Group, float],
+    crew: Workers,
+    gather: Callable[[Any], list[Any]] = lambda own: [own],
+) -> Levels:
+    """Return the values of all ranks of all rankings for every group, in the order in which they are asked for.
+
+    Args:
+        rankings: what a method asks for; the values of each are given the levels found by those before it.
+        walk: gives the parts of the task vectors that this process has, all rows at hand, and the group of each
+            task vector.
+        densities: for every group, also of other processes, the share of its entries that the method keeps.
+        crew: the threads.
+        gather: gives what every process found.
+    Law: the value of rank k is the k-th of all values of the group, sorted from the largest, to the bit.
+    """
+    levels: Levels = dict.fromkeys(densities, ())
+    for ranking in rankings:
+        search = _Search(ranking, walk, levels, crew, gather)
+        groups = list(densities)
+        found: Levels = {}
+        for start in range(0, len(groups), TOGETHER):
+            found |= search.select({group: densities[group] for group in groups[start : start + TOGETHER]})
+        levels = {group: (*own, *found[group]) for group, own in levels.items()}
+    return levels
+
+
+def with_own_levels(rankings: Sequence[Ranking], part: TaskVectors, crew: Workers) -> TaskVectors:
+    """Return the task vectors of one part with their levels, each ranked among the entries at hand."""
+    groups = range(len(part))
+    levels = find_levels(rankings, lambda: [(part, groups)], dict(enumerate(part.densities or [1.0] * len(part))), crew)
+    return replace(part, levels=[levels[group] for group in groups])
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search for the ranks of one ranking; the arguments of `find_levels`, and the levels that are known."""
+
+    ranking: Ranking
+    walk: Walk
+    levels: Levels
+    crew: Workers
+    gather: Callable[[Any], list[Any]]
+
+    def select(self, densities: Mapping[Group, float]) -> Levels:
+        """The values of the ranks of some groups."""
+        sought: dict[Group, list[tuple[int, int]]] = {}
+        for group, (counts,) in self._count(densities, lambda group, keys: [_upper(keys)]).items():
+            ranks = self.ranking.ranks(int(counts.sum()), densities[group])
+            sought[group] = [_locate(counts, rank) for rank in ranks]
+        lower = self._count(
+            densities, lambda group, keys: [keys[_upper(keys) == upper] & (BINS - 1) for upper, _ in sought[group]]
+        )
+        return {
+            group: tuple(
+                _value(upper, _locate(counts, rest)[0])
+                for (upper, rest), counts in zip(found, lower[group], strict=True)
+            )
+            for group, found in sought.items()
+        }
+
+    def _count(
+        self, groups: Mapping[Group, float], digits: Callable[[Group, Tensor], Sequence[Tensor]]
+    ) -> dict[Group, Tensor]:
+        """How often each digit occurs in each group: for each sequence of digits a row of `BINS` counts."""
+        own: dict[Group, Tensor] = {}
+        lock = threading.Lock()
+
+        def tile(task_vectors: TaskVectors, names: Sequence[Group]) -> None:
+            for group, values in zip(names, self.ranking.values(task_vectors), strict=True):
+                if group in groups:
+                    found = digits(group, _keys(values))
+                    counts = torch.stack([torch.bincount(some, minlength=BINS) for some in found]).cpu()
+                    with lock:
+                        own[group] = own[group].add_(counts) if group in own else counts
+
+        for part, names in self.walk():
+            known = replace(part, levels=[self.levels[group] for group in names])
+            grid = self.crew.tiles(part.shape, part.device)
+            tiles = [replace(known, rows=rows, tile=number) for number, rows in enumerate(grid)]
+            self.crew.map(lambda each, names=names: tile(each, names), tiles)
+        every = self.gather(own)
+        return {group: torch.stack([part[group] for part in every if group in part]).sum(0) for group in groups}
+
+
+def _keys(values: Tensor) -> Tensor:
+    """Whole numbers of 32 bits in the order of float32 values, flat: the bits, those of negative values turned round."""
+    bits = values.contiguous().view(-1).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _upper(keys: Tensor) -> Tensor:
+    return (keys >> HALF) + BINS // 2
+
+
+def _value(upper: int, lower: int) -> float:
+    """The float32 whose key has these halves."""
+    key = ((upper - BINS // 2) << HALF) | lower
+    return float(np.array(key ^ 0x7FFFFFFF if key < 0 else key, np.int32).view(np.float32))
+
+
+def _locate(counts: Tensor, rank: int) -> tuple[int, int]:
+    """(the digit of the value of a rank, its rank among the values that have this digit)."""
+    reached = counts.flip(0).cumsum(0)
+    place = int((reached < rank).sum())
+    return BINS - 1 - place, rank - int(reached[place] - counts[BINS - 1 - place])
