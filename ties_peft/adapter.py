@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from .errors import AdapterError, RecipeError, TiesPeftError, printable, unknown
 from .kinds import Kind, Module, kind_of
 from .processes import ALONE, Team
 from .riders import WHOLE_NUMBERS, check_riders
+from .schedule import is_number
 from .spectrum import norm
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, PickleFile, SafetensorsFile, TensorSource
@@ -322,6 +323,7 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def open_all(given: Iterable[str | Path | Adapter], base: BaseModel | None = None) -> list[Adapter]:
     """Adapters opened, in order; a pattern is all that fits it (see `sources`)."""
+    check_listed(given)
     opened = []
     for one in given:
         if isinstance(one, Adapter):
@@ -331,6 +333,27 @@ def open_all(given: Iterable[str | Path | Adapter], base: BaseModel | None = Non
         warn_caller(remark for remark in remarks if "left out" in remark)
         opened += [Adapter.load(name, base=base) for name in names]
     return opened
+
+
+def check_listed(given: Any) -> None:
+    """Refuse adapters that are no list: a single one, and what would lose the order or the values.
+
+    Raises: RecipeError.
+    """
+    if isinstance(given, (str, Path, Adapter)):
+        raise RecipeError(
+            f"the adapters are one adapter, {printable(str(given))}; expected a list of them: merge([...])."
+        )
+    if isinstance(given, Mapping):
+        names, numbers = [str(key) for key in given], list(given.values())
+        weighed = bool(names) and all(is_number(number) for number in numbers)
+        shown = f"{names!r}, weights={numbers!r}" if weighed else "[...], weights=[...]"
+        raise RecipeError(
+            f"the adapters are a {type(given).__name__}; expected a list, with one weight per adapter beside it: "
+            f"{printable(f'merge({shown})', 400)}."
+        )
+    if isinstance(given, Set):
+        raise RecipeError(f"the adapters are a {type(given).__name__}; expected a list, whose order weights refer to.")
 
 
 def check_all(adapters: Sequence[Adapter], team: Team = ALONE) -> None:

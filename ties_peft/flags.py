@@ -10,7 +10,7 @@ from typing import Any
 from .document import parse
 from .errors import RecipeError, printable
 from .recipe import NORM, Rank, Recipe
-from .settings import parameter_names
+from .settings import as_asked, parameter_names
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Flags:
         weights: numbers with commas between, or `norm`.
         rank: a whole number, `max` or `auto`.
         density, scope: parameters of the method.
+        densities: one number per adapter, with commas between.
         settings: any parameter, as NAME=VALUE, the value in YAML.
     """
 
@@ -33,7 +34,7 @@ class Flags:
     space: str | None
     weights: str | None
     scale: float | None
-    density: float | None
+    density: str | None
     scope: str | None
     settings: Sequence[str] | None
     rank: str | None
@@ -45,6 +46,7 @@ class Flags:
     target: str | None
     allow_disjoint: bool
     heads: str | None = None
+    densities: str | None = None
 
     def asked(self) -> Recipe:
         """The recipe, with what was given in place of what it says.
@@ -57,7 +59,8 @@ class Flags:
         own = self.parameters()
         given = {
             "adapters": tuple(self.adapters) if self.adapters else None,
-            "weights": _weights(self.weights),
+            "weights": self.weights if self.weights == NORM else read_numbers("--weights", self.weights, ", or norm"),
+            "densities": read_numbers("--densities", self.densities),
             "method": self.method,
             "space": self.space,
             "scale": self.scale,
@@ -74,18 +77,19 @@ class Flags:
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         changed = replace(recipe, **changes)
         parameters = {**_kept(recipe, changed, own), **own}
-        densities = None if "density" in own else changed.densities
+        densities = None if "density" in own and self.densities is None else changed.densities
         return replace(changed, parameters=parameters, densities=densities, notes=_notes(recipe, {**changes, **own}))
 
     def parameters(self) -> dict[str, Any]:
         """The method's and the space's own."""
-        found = {key: value for key, value in (("density", self.density), ("scope", self.scope)) if value is not None}
+        given = {"density": _density(self.density), "scope": self.scope}
+        found = {key: value for key, value in given.items() if value is not None}
         for setting in self.settings or []:
             key, equals, value = setting.partition("=")
             if not equals or not key:
                 raise RecipeError(f"--set is '{printable(setting)}'; expected NAME=VALUE, such as --set elect=count.")
             found[key] = parse(value)
-        return found
+        return as_asked(found, read_numbers("--densities", self.densities))
 
 
 def _kept(recipe: Recipe, changed: Recipe, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,15 +115,30 @@ def _notes(recipe: Recipe, given: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _weights(text: str | None) -> tuple[float, ...] | str | None:
-    if text is None or text == NORM:
-        return text
+def read_numbers(flag: str, text: str | None, otherwise: str = "") -> tuple[float, ...] | None:
+    """Return what a flag with one number per adapter says.
+
+    Raises: RecipeError.
+    """
+    if text is None:
+        return None
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise RecipeError(
-            f"--weights is '{printable(text)}'; expected numbers with commas between, such as 1,0.5,1, or norm."
+            f"{flag} is '{printable(text)}'; expected numbers with commas between, such as 1,0.5,1{otherwise}."
         ) from None
+
+
+def _density(text: str | None) -> float | list[float] | None:
+    """What --density says: a number; of several `as_asked` says what they could mean."""
+    if text is None:
+        return None
+    try:
+        first, *others = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--density is '{printable(text)}'; expected a number in (0, 1], such as 0.2.") from None
+    return [first, *others] if others else first
 
 
 def read_rank(text: str | None) -> Rank | None:

@@ -82,7 +82,14 @@ class Hunt:
             self._prepared[key] = prepare(self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, **own)
         rest = {name: value for name, value in recipe.parameters.items() if name not in own}
         return self._prepared[key].merge(
-            recipe.method, recipe.weights, recipe.scale, recipe.rank, recipe.seed, recipe.dtype, **rest
+            recipe.method,
+            recipe.weights,
+            recipe.scale,
+            recipe.rank,
+            recipe.seed,
+            recipe.dtype,
+            densities=recipe.densities,
+            **rest,
         )
 
     def worth(self, setting: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:

@@ -102,6 +102,7 @@ def add_merged_adapter(
     device: str = "cpu",
     dtype: torch.dtype | str | None = None,
     *,
+    densities: Sequence[Any] | None = None,
     restore_norm: bool = False,
     progress: Progress | None = None,
     **parameters: Any,
@@ -115,7 +116,7 @@ def add_merged_adapter(
         peft_model: a PeftModel (or LoraModel, IA3Model), unmerged; on any device, in any dtype.
         adapters: names in the model; `sign_from` may be one too.
         adapter_name: of the new adapter; must be free.
-        weights, space, density, scale, seed, device, restore_norm, progress, **parameters: as in
+        weights, space, density, densities, scale, seed, device, restore_norm, progress, **parameters: as in
             `merge`. The lora scaling is the one in force in each layer, also after `set_scale`.
         method or combination_type: ours (by default that of `merge`), or PEFT's name for one (the table above).
         rank or svd_rank: of the new adapter.
@@ -132,7 +133,9 @@ def add_merged_adapter(
     given = {"method": method, "space": space, "scale": scale, "rank": _rank(rank, svd_rank)}
     own = {"density": density, **_election(majority_sign_method, parameters), **parameters}
     asked = _settle(combination_type, given, own, opened)
-    recipe = make_recipe(opened, weights, dtype, seed=seed, restore_norm=restore_norm, allow_disjoint=True, **asked)
+    recipe = make_recipe(
+        opened, weights, dtype, densities=densities, seed=seed, restore_norm=restore_norm, allow_disjoint=True, **asked
+    )
     merged = merge_recipe(_with_signs(recipe, tuner), opened, device, progress)
     merged.recipe = recipe
     add(tuner, adapter_name, merged, adapters)

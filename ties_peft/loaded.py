@@ -7,7 +7,7 @@ the new adapter's own is written.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from enum import Enum
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, check_listed
 from .base_model import BaseModel
 from .errors import AdapterError, CompatibilityError, RecipeError, printable, unknown
 from .kinds import kind_of
@@ -50,6 +50,8 @@ def find_tuner(model: Any) -> Any:
 
 def check_names(tuner: Any, adapters: Sequence[str], name: str) -> None:
     """The adapters are there, and the new one's name is free and does no harm."""
+    if isinstance(adapters, (Mapping, Set)):
+        check_listed(adapters)
     if isinstance(adapters, str) or not all(isinstance(adapter, str) for adapter in adapters):
         raise RecipeError(f"adapters is {printable(repr(adapters))}; expected a list of names of loaded adapters.")
     if not adapters:

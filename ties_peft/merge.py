@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -31,7 +31,8 @@ from .order_statistics import Group, Levels, find_levels, with_own_levels
 from .plan import Plan, make_plan
 from .processes import ALONE, Team
 from .recipe import IN_MEMORY, Rank, Recipe, Weights
-from .schedule import as_read
+from .schedule import as_written
+from .settings import as_asked
 from .survey import Kept, Survey, trimmed_apart
 from .targets import check_written
 from .tiles import Workers, workers
@@ -50,6 +51,7 @@ def merge(
     device: str = "cpu",
     dtype: torch.dtype | str | None = None,
     *,
+    densities: Sequence[Any] | None = None,
     restore_norm: bool = False,
     allow_disjoint: bool = False,
     base_model: str | None = None,
@@ -66,7 +68,8 @@ def merge(
         method: how they are combined; see `ties_peft.methods()`.
         space: in which coordinates; `delta` is where an adapter's effect lives.
         weights: one per adapter, applied first; 1 each by default. A negative one negates, 0 is as
-            absent; in place of a number a schedule over the modules (see `ties_peft.schedule`).
+            absent; in place of a number a schedule over the modules (see `ties_peft.schedule`), such as
+            {"over_layers": [1.0, 0.5]}, straight from the first layer's number to the last one's.
             `norm` weighs all to one length, the mean of theirs: wᵢ = mean ‖τ‖ / ‖τᵢ‖.
         scale: λ, on the merged task vector; by default the method's own.
         rank: of the output: a whole number, `max` (what loses nothing, or all there is) or `auto`
@@ -74,6 +77,7 @@ def merge(
         seed: of every random draw.
         device: where the arithmetic is done.
         dtype: of the tensors written; by default that of the inputs, float32 if they differ.
+        densities: one per adapter, in place of `density`; None in it for `density`, or a schedule as in `weights`.
         restore_norm: bring a result that the rank truncates back to the norm it had.
         allow_disjoint: merge adapters that share no module.
         base_model: the base's name to write; by default the inputs'.
@@ -84,13 +88,12 @@ def merge(
             adapters differ: `error`, `drop`, `keep=NAME` (an adapter's short name), `average` or `merge`, which
             needs `base`; see `ties_peft.heads`.
         progress: called as progress(stage, done, of) while it works.
-        **parameters: the method's own, such as density and scope; density may be a schedule.
+        **parameters: the method's own, such as density and scope; density, for all adapters, may be a schedule,
+            such as {"over_layers": [0.2, 0.9]}.
     Returns: the merged adapter, in memory; all work is done.
     Raises: TiesPeftError, before any work wherever it can be known by then.
     Law: one adapter with weight 1, scale 1, density 1 and enough rank computes the same function.
     """
-    if isinstance(adapters, (str, Path, Adapter)):
-        raise RecipeError("the adapters are one adapter; expected a list of them: merge([...]).")
     known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
     opened = open_all(adapters, known)
     recipe = make_recipe(
@@ -98,6 +101,7 @@ def merge(
         method=method,
         space=space,
         weights=weights,
+        densities=densities,
         scale=scale,
         rank=rank,
         restore_norm=restore_norm,
@@ -118,24 +122,27 @@ def make_recipe(
     weights: Weights | None = None,
     dtype: torch.dtype | str | None = None,
     parameters: Mapping[str, Any] = MappingProxyType({}),
+    densities: Sequence[Any] | None = None,
     **asked: Any,
 ) -> Recipe:
     """The recipe of a call: what was asked for, in the form that is saved."""
+    each = None if densities is None else _one_each("densities", densities, "one density per adapter")
+    named = weights is None or isinstance(weights, str)
     return Recipe(
         adapters=tuple(adapter.source or IN_MEMORY for adapter in adapters),
-        weights=_weights(weights),
+        weights=weights if named else _one_each("weights", weights, "norm, or one weight per adapter"),  # type: ignore[arg-type]
+        densities=each,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        parameters={key: as_read(value) for key, value in parameters.items()},
+        parameters=as_asked(parameters, each),
         **asked,
     )
 
 
-def _weights(given: Weights | None) -> tuple[Any, ...] | str | None:
-    if given is None or isinstance(given, str):
-        return given
-    if not isinstance(given, Iterable):
-        raise RecipeError(f"the weights are {printable(repr(given))}; expected norm, or one weight per adapter.")
-    return tuple(as_read(weight) for weight in given)
+def _one_each(name: str, given: Any, expected: str) -> tuple[Any, ...]:
+    """The numbers or schedules of a call, one for each adapter."""
+    if not isinstance(given, Iterable) or isinstance(given, (str, Mapping, Set)):
+        raise RecipeError(f"the {name} are {printable(repr(given))}; expected {expected}, in a list: {name}=[1, 0.5].")
+    return tuple(as_written(one) for one in given)
 
 
 def merge_recipe(

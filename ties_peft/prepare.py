@@ -46,6 +46,7 @@ class Prepared:
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
         *,
+        densities: Sequence[Any] | None = None,
         restore_norm: bool = False,
         **parameters: Any,
     ) -> Merged:
@@ -59,6 +60,7 @@ class Prepared:
             method=method,
             space=self.recipe.space,
             weights=weights,
+            densities=densities,
             scale=scale,
             rank=rank,
             seed=seed,
@@ -115,8 +117,8 @@ def prepare(
     """
     known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
     opened = open_all(adapters, known)
-    recipe = Recipe(
-        adapters=tuple(a.source or "in memory" for a in opened),
+    recipe = make_recipe(
+        opened,
         space=space,
         parameters=parameters,
         allow_disjoint=allow_disjoint,

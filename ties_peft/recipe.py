@@ -10,7 +10,7 @@
     dtype: bfloat16
 
 A weight or a density may differ from module to module (see `schedule`), the density in `parameters:`
-too, for every adapter that has none of its own. Under scope `adapter` a trim then ranks the modules of
+too, for every adapter that has none of its own: a list there is a gradient over the layers, as in mergekit. Under scope `adapter` a trim then ranks the modules of
 one adapter together that have the same density. A weight of 0 on some modules is absence there.
 `parameters: {weights: norm}` weighs all adapters to one length. `models:`, `model:` and `lambda:` are synonyms of `adapters:`,
 `adapter:` and `scale:`. A file of mergekit's is read as mergekit means it, and every difference is
@@ -177,6 +177,7 @@ class _Reader:
 
     def read(self) -> Recipe:
         top, shared = self.top, self.shared
+        self.check_densities()
         names, weights, densities = self.entries(top.values.get("adapters"))
         recipe = Recipe(
             adapters=names,
@@ -230,6 +231,14 @@ class _Reader:
                 "of their own. Keep one of the two."
             )
         return asked or own
+
+    def check_densities(self) -> None:
+        """Refuse the name of the call's densities, which stand elsewhere in a recipe."""
+        if "densities" in self.shared.values:
+            raise RecipeError(
+                f"{self.at(('parameters', 'densities'))}: densities is no key of a recipe; write each adapter's `density:` "
+                "in `parameters:` of its own entry, and one density for all as `density:` here."
+            )
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what `settle` refuses, naming the line."""

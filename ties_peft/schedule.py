@@ -1,7 +1,8 @@
 """Schedule: a number that may differ from module to module, as mergekit's users write it.
 
     0.5                                      the same everywhere
-    [1.0, 0.7, 0.1]                          a gradient over the layers, straight between its points
+    {over_layers: [1.0, 0.7, 0.1]}           a gradient over the layers, straight between its points
+    [1.0, 0.7, 0.1]                          the same in a recipe, and where it is one adapter's own
     [{filter: mlp, value: 0.5}, {value: 0}]  the first whose filter is part of the module's name
 
 A filter is plain text, not a pattern; none, or `*`, fits every module. A value inside a condition
@@ -25,6 +26,7 @@ from .errors import RecipeError, printable
 
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 EVERYWHERE = (None, "*")
+OVER_LAYERS = "over_layers"
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ class Schedule:
 
         Raises: RecipeError saying what `what` may be.
         """
-        value = as_read(value)
+        value = as_written(value)
         if isinstance(value, dict):
             value = [value]
         if not _is_value(value) and not _is_conditions(value):
             raise RecipeError(
-                f"{what} is {printable(repr(value))}; expected a finite number, a list of numbers (a gradient over "
-                "the layers), or a list of {filter: PART_OF_NAME, value: …} whose last may lack the filter."
+                f"{what} is {printable(repr(value))}; expected a finite number, {{{OVER_LAYERS}: [1.0, 0.5]}} for a gradient "
+                "over the layers, or a list of {filter: PART_OF_NAME, value: …} whose last may lack the filter."
             )
         return cls(value)
 
@@ -126,6 +128,25 @@ def as_read(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value  # what NumPy and torch hold
 
 
+def as_written(value: Any) -> Any:
+    """Return a schedule as a recipe holds it: a gradient as the list of its points.
+
+    >>> as_written({"over_layers": (1, 0.2)})
+    [1, 0.2]
+    """
+    value = as_read(value)
+    if isinstance(value, dict) and list(value) == [OVER_LAYERS] and is_gradient(value[OVER_LAYERS]):
+        return value[OVER_LAYERS]
+    if isinstance(value, dict) and "value" in value:
+        return {**value, "value": as_written(value["value"])}
+    return [as_written(own) for own in value] if isinstance(value, list) else value
+
+
+def is_gradient(value: Any) -> bool:
+    """Return whether a value is a list of numbers, one at least."""
+    return isinstance(value, list) and bool(value) and all(map(is_number, value))
+
+
 def _gradient(points: list[float], module: str, layers: int) -> float:
     layer = layer_of(module)
     if layer is None or len(points) == 1 or layers == 1:
@@ -136,7 +157,7 @@ def _gradient(points: list[float], module: str, layers: int) -> float:
 
 
 def _is_value(value: Any) -> bool:
-    return is_number(value) or (isinstance(value, list) and bool(value) and all(map(is_number, value)))
+    return is_number(value) or is_gradient(value)
 
 
 def _is_conditions(value: Any) -> bool:

@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .adapter import Adapter
+from .adapter import Adapter, check_listed
 from .bench import Bench
 from .choices import ADAPTERS, BUDGET, CONTROLS, DETAIL, PENALTY, TRAINED, WEIGHTS
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes
 from .errors import RecipeError, printable, unknown
 from .hunt import Hunt
 from .judges import Judges
-from .merge import Progress
+from .merge import Progress, make_recipe
 from .merged import Merged
 from .recipe import Rank, Recipe
 from .sampling import Trial
@@ -102,6 +102,7 @@ def search(
     scale: float | None = None,
     rank: Rank = "max",
     parameters: Mapping[str, Any] | None = None,
+    densities: Sequence[Any] | None = None,
     penalty: float = PENALTY,
     judge: Any = None,
     controls: Sequence[str] = CONTROLS,
@@ -126,6 +127,7 @@ def search(
         budget: trials in all; those that a study holds already are counted.
         method, space, scale, rank, parameters: of the recipe where they are not tuned. scale is 1 for
             task_arithmetic, so that the weights are what they seem; rank `max` loses nothing.
+        densities: as in `merge`.
         penalty: on the mean of |w|, where weights are searched.
         judge: a task or callable like `objective`, of other rows: what was found and the controls are
             judged by it once, at the end; an accuracy where there is one.
@@ -146,9 +148,19 @@ def search(
     Law: stopped and taken up again it tries what it would have tried; processes that share a study do each
         trial once and return the same.
     """
+    check_listed(adapters)
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     _check_numbers(budget, penalty, controls)
-    recipe = _recipe(opened, method, space, scale, rank, dict(parameters or {}), allow_disjoint)
+    recipe = make_recipe(
+        opened,
+        method=method,
+        space=space,
+        scale=1.0 if scale is None and method == "task_arithmetic" else scale,
+        rank=rank if any(a.kind.has_rank for a in opened) else "auto",
+        parameters=parameters or {},
+        densities=densities,
+        allow_disjoint=allow_disjoint,
+    )
     tuning = Tuning.read(recipe, tune)
     judges = Judges(objective, judge, opened, base, device, bench, TRAINED in controls)
     hunt = Hunt(opened, tuning, judges.score, penalty, seed)
@@ -171,27 +183,6 @@ def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None
     for name in controls:
         if name not in (*CONTROLS, TRAINED):
             raise RecipeError(unknown("control", str(name), (*CONTROLS, TRAINED)))
-
-
-def _recipe(
-    adapters: Sequence[Adapter],
-    method: str,
-    space: str,
-    scale: float | None,
-    rank: Rank,
-    parameters: dict[str, Any],
-    allow_disjoint: bool,
-) -> Recipe:
-    """What stays of the recipe."""
-    return Recipe(
-        adapters=tuple(a.source or "in memory" for a in adapters),
-        method=method,
-        space=space,
-        scale=1.0 if scale is None and method == "task_arithmetic" else scale,
-        rank=rank if any(a.kind.has_rank for a in adapters) else "auto",
-        parameters=parameters,
-        allow_disjoint=allow_disjoint,
-    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import MethodError, RecipeError, printable, unknown
 from .methods import Method, Stages, find_method, make_stages, method_classes
-from .schedule import Schedule
+from .schedule import OVER_LAYERS, Schedule, as_read, as_written, is_gradient
 from .spaces import Space, find_space, make_space, spaces
 
 DENSITY = "density"
@@ -62,6 +62,45 @@ def settle(method: str, space: str, parameters: Mapping[str, Any], densities: Se
     return Settings(made, replace(stages, method=changed), read)
 
 
+def as_asked(parameters: Mapping[str, Any], densities: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Return the parameters of a call or of a command line as a recipe holds them.
+
+    Args:
+        parameters: the method's and the space's own.
+        densities: of each adapter, where they were given too.
+    Raises: RecipeError for a density that is a plain list of numbers. In a recipe that is mergekit's gradient over the
+        layers; in a call it could as well be one number per adapter. Also where a density for all could have no effect.
+    """
+    asked = {}
+    for key, given in parameters.items():
+        value = as_read(given)
+        if _is_density(key):
+            if is_gradient(value):
+                raise RecipeError(_two_meanings(key, value))
+            if densities and None not in densities:
+                raise RecipeError(
+                    f"{key} is {printable(repr(value))}, but every adapter has a density of its own: "
+                    f"{printable(repr(as_read(densities)))}. Leave one of the two out."
+                )
+            value = as_written(value)
+        asked[key] = value
+    return asked
+
+
+def _two_meanings(key: str, points: Sequence[Any]) -> str:
+    text = printable(repr(points))
+    flag = printable(",".join(map(str, points)))
+    return (
+        f"{key} is {text}, which can mean one density per adapter or a gradient over the layers. For one per adapter write "
+        f"densities={text} (--densities {flag}); for a gradient over the layers write {key}={{'{OVER_LAYERS}': {text}}} "
+        f"(--set '{key}={{{OVER_LAYERS}: {text}}}')."
+    )
+
+
+def _is_density(key: str) -> bool:
+    return key.rpartition(".")[2] == DENSITY
+
+
 def parameter_names(method: str, space: str) -> list[str]:
     """What a recipe of this method and space may set: `density`, and also `ties.density`."""
     names = list(find_space(space).model_fields)
@@ -72,7 +111,7 @@ def parameter_names(method: str, space: str) -> list[str]:
 
 
 def _varies(key: str, value: Any) -> bool:
-    return key.rpartition(".")[2] == DENSITY and isinstance(value, (list, tuple, dict))
+    return _is_density(key) and isinstance(value, (list, tuple, dict))
 
 
 def _check_once(method: str, parameters: Mapping[str, Any]) -> None:

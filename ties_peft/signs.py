@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import writer
-from .adapter import Adapter
+from .adapter import Adapter, check_listed
 from .bench import Bench
 from .errors import CompatibilityError
 from .evaluate import find_base, make_exam
@@ -67,6 +67,7 @@ def few_shot_signs(
     if steps is not None:
         check_whole("steps", steps, 1)
     check_whole("seed", seed, 0)
+    check_listed(adapters)
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     asked = [read_task(task) for task in tasks]
     if not asked:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapter import Adapter
+from .adapter import Adapter, check_listed
 from .bench import LANGUAGE, Bench
 from .errors import RecipeError, printable, unknown
 from .evaluate import find_base
@@ -49,7 +49,8 @@ def read_teachers(adapters: Sequence[Any], rows: Any = None, tasks: Any = None) 
 
     Raises: RecipeError naming what fits no adapter, or what an adapter lacks.
     """
-    if isinstance(adapters, (str, Path, Adapter)) or not adapters:
+    check_listed(adapters)
+    if not adapters:
         raise RecipeError("expected a list of adapters to imitate, at least one: distil([...]).")
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     names = short_names([adapter.label for adapter in opened])

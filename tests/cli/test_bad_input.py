@@ -415,7 +415,7 @@ def test_no_output(make: Maker) -> None:
     [
         (("merge", "--bogus", "1"), ("--bogus",)),
         (("merge", "x", "--target", "tgi", "--out", "y"), ("x",)),
-        (("merge", "x", "--density", "much"), ("--density",)),
+        (("merge", "x", "--out", "y", "--density", "much"), ("--density is 'much'; expected a number",)),
         (("merge", "x", "--scale", "big"), ("--scale",)),
         (("merge", "x", "--seed", "1.5"), ("--seed",)),
         (("merge", "x", "--out"), ("--out",)),

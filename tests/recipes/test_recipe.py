@@ -200,7 +200,7 @@ def test_what_python_was_given_is_recorded_as_yaml_holds_it(make_lora: Make) -> 
     merged = merge(
         folders,
         weights=np.array([1, 0.5, 2], dtype=np.float32),
-        density=(0.1, np.float64(0.5)),
+        density={"over_layers": (0.1, np.float64(0.5))},
         dtype=torch.bfloat16,
         seed=3,
         restore_norm=True,

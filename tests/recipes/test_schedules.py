@@ -91,7 +91,7 @@ def test_one_condition_needs_no_list() -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_schedule_is_refused(value: Any) -> None:
-    with pytest.raises(RecipeError, match=r"weight 1 is .*expected a finite number, a list of numbers"):
+    with pytest.raises(RecipeError, match=r"weight 1 is .*expected a finite number, .*over_layers"):
         Schedule.read(value, "weight 1")
 
 
@@ -274,10 +274,12 @@ def test_the_report_gives_the_mean_of_a_weight_that_varies(folders: list[Path]) 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"density": [0.5, 1.5]}, "a density is 1.5; expected a share in"),
-        ({"density": [0.5, 0]}, "a density is 0"),
+        ({"density": {"over_layers": [0.5, 1.5]}}, "a density is 1.5; expected a share in"),
+        ({"density": {"over_layers": [0.5, 0]}}, "a density is 0"),
+        ({"densities": [[0.5, 1.5]]}, "a density is 1.5; expected a share in"),
         ({"density": ["half"]}, "density is \\['half'\\]; expected a finite number"),
-        ({"method": "average", "density": [0.5, 1.0]}, "unknown parameter"),
+        ({"method": "average", "density": {"over_layers": [0.5, 1.0]}}, "unknown parameter"),
+        ({"method": "average", "densities": [0.5]}, "method 'average' has no density"),
         ({"scope": ["module"]}, "scope"),
     ],
 )

@@ -54,7 +54,19 @@ Scale = Annotated[
     typer.Option(help="λ, on the merged task vector.", show_default="the method's", rich_help_panel=HOW),
 ]
 Density = Annotated[
-    float | None, typer.Option(help="Share of entries the trim keeps.", show_default="0.2", rich_help_panel=HOW)
+    str | None,
+    typer.Option(
+        metavar="FLOAT",
+        help="Share of entries that the trim keeps, for all adapters.",
+        show_default="0.2",
+        rich_help_panel=HOW,
+    ),
+]
+Densities = Annotated[
+    str | None,
+    typer.Option(
+        help="The same, one number per adapter: 0.2,0.9.", show_default="--density for all", rich_help_panel=HOW
+    ),
 ]
 Scope = Annotated[
     str | None,
@@ -148,6 +160,7 @@ def merge(
     weights: Weights = None,
     scale: Scale = None,
     density: Density = None,
+    densities: Densities = None,
     scope: Scope = None,
     settings: Settings = None,
     rank: Rank = None,
@@ -191,6 +204,7 @@ def merge(
         target,
         allow_disjoint,
         heads,
+        densities,
     )
     _run(flags, out, device, dry_run, force, as_json)
 

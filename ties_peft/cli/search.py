@@ -39,7 +39,7 @@ Settings = Annotated[
     typer.Option("--set", help="NAME=VALUE, a parameter that stays, in YAML; repeatable.", show_default=False),
 ]
 
-
+Densities = Annotated[str | None, typer.Option(help="One density per adapter: 0.2,0.9.", show_default="the method's")]
 Scale = Annotated[
     float | None,
     typer.Option(
@@ -70,6 +70,7 @@ def search(
     scale: Scale = None,
     rank: Annotated[str, typer.Option(help="A whole number, max or auto, unless --tune sets it.")] = "max",
     settings: Settings = None,
+    densities: Densities = None,
     penalty: Annotated[float, typer.Option(help="On the mean of |w|, where weights are tuned.")] = PENALTY,
     judge: Judge = None,
     controls: Controls = True,
@@ -85,6 +86,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search for what does best on a few examples."""
+    from ..flags import read_numbers
     from ..search import search as find
 
     parameters = _pairs(settings, "--set")
@@ -101,6 +103,7 @@ def search(
             scale=scale,
             rank=int(rank) if rank.isdecimal() else rank,
             parameters=parameters,
+            densities=read_numbers("--densities", densities),
             penalty=penalty,
             judge=judge,
             controls=(*(CONTROLS if controls else ()), *((TRAINED,) if trained else ())),
