@@ -13,7 +13,7 @@ from .base_model import BaseModel
 from .errors import CompatibilityError, RecipeError, printable
 from .kinds import Module, written_as
 from .kinds.base import EXPERT
-from .methods import Method
+from .methods import Method, Stages
 from .recipe import NORM, Recipe
 from .schedule import Schedule, count_layers
 from .spellings import agree
@@ -136,6 +136,27 @@ def compare_bases(members: Sequence[Member], recipe: Recipe, warnings: list[str]
         warnings.append(
             f"the recipe's base model is {printable(named)}, the adapters name {printable(', '.join(names))}."
         )
+
+
+def warn_alone(members: Sequence[Member], stages: Stages, warnings: list[str]) -> None:
+    """Warn where a single adapter is merged, of which a method leaves out entries."""
+    if len(members) > 1:
+        return
+    for stage in stages.all:
+        own = members[0].density if stage is stages.method else None
+        shares = [getattr(stage, "density", 1.0)] if own is None else own.numbers()
+        if min(shares) < 1:
+            more = " or more" if len(set(shares)) > 1 else ""
+            warnings.append(
+                f"only one adapter is merged, and '{stage.name}' keeps {100 * min(shares):.4g} %{more} of its entries. "
+                f"To keep all of them, set density 1 ({_flag(stage, stages)})."
+            )
+
+
+def _flag(stage: Method, stages: Stages) -> str:
+    """What sets one stage's density on the command line."""
+    several = sum(hasattr(other, "density") for other in stages.all) > 1
+    return f"--set {stage.name}.density=1" if several else "--density 1"
 
 
 def refuse_strangers(members: Sequence[Member]) -> None:

@@ -29,6 +29,7 @@ from .members import (
     one_base,
     one_spelling,
     refuse_strangers,
+    warn_alone,
 )
 from .methods import Method, Stages, Trim, method_classes
 from .methods.base import is_linear, is_spectral
@@ -189,6 +190,7 @@ def make_plan(
     replicates = any(member.adapter.config.get("layer_replication") for member in members)
     check_modules(recipe.target, modules, base, replicates, warnings)
     compare_bases(members, recipe, warnings)
+    warn_alone(members, stages, warnings)
     return Plan(
         members=members,
         modules=modules,

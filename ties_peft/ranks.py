@@ -48,7 +48,14 @@ def output_rank(
         _warn_full(rank, adapters, warnings)
     if rank < largest:
         warnings.append(f"rank {rank} is under the largest of the inputs' own, {largest}.")
-    return max(min(rank, *module.shape) for module in modules.values())
+    written = min(rank, full)
+    if isinstance(asked, int) and written < asked:
+        largest_shape = max((module.shape for module in modules.values()), key=min)
+        warnings.append(
+            f"rank {asked} was asked for and {written} is written, the highest rank that a module of these adapters can "
+            f"have ({' × '.join(map(str, largest_shape))})."
+        )
+    return written
 
 
 def _chosen(module: Module) -> int:

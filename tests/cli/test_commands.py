@@ -150,7 +150,7 @@ def test_warnings_stand_once_on_standard_error(make_lora: Make) -> None:
 
 def test_python_warns_once_too(make_lora: Make) -> None:
     with pytest.warns(ties_peft.TiesPeftWarning) as caught:
-        ties_peft.merge([make_lora("a")], rank=2)
+        ties_peft.merge([make_lora("a")], rank=2, density=1)
     assert [str(w.message) for w in caught if w.category is ties_peft.TiesPeftWarning] == [
         "rank 2 is under the largest of the inputs' own, 4."
     ]
@@ -449,7 +449,7 @@ def test_a_narrow_console_is_no_fault(pair: tuple[str, str], encoding: str, comm
 
 FLAGS = {
     "merge": (
-        "--allow-disjoint --base --base-name --density --device --dry-run --dtype --force --heads --json --method --out "
+        "--allow-disjoint --base --base-name --densities --density --device --dry-run --dtype --force --heads --json --method --out "
         "--rank --recipe --restore-norm --scale --scope --seed --set --space --target --weights"
     ),
     "inspect": "--base --json",
@@ -464,7 +464,7 @@ FLAGS = {
         "--state --steps --task"
     ),
     "search": (
-        "--allow-disjoint --base --budget --controls --device --force --json --judge --method --out --penalty --rank "
+        "--allow-disjoint --base --budget --controls --densities --device --force --json --judge --method --out --penalty --rank "
         "--sampler --scale --seed --set --space --storage --study --task --trained --tune"
     ),
     "signs": "--base --device --force --out --seed --steps --task",

@@ -174,7 +174,7 @@ def test_an_ia3_config_has_no_bias(make_ia3: Callable[..., Path], hold: Hold, tm
 def test_copies_are_left_out_and_said(hold: Hold) -> None:
     one = torch.arange(2.0)
     riders = head(1) | {"score.bias": one, "score.modules_to_save.bias": one + 0, "score.original_module.bias": one - 1}
-    merged = ties_peft.merge([hold("a", riders)])
+    merged = ties_peft.merge([hold("a", riders)], density=1)
     assert list(whole(merged)) == ["score.bias", "score.weight"]
     assert merged.report.warnings == [
         "a holds 2 tensor(s) that PEFT does not read, being copies of a whole layer or of the untrained one, so they are "
@@ -198,7 +198,7 @@ def test_a_base_weight_under_an_adapted_module_is_kept(hold: Hold) -> None:
 
 
 def test_what_the_config_asks_for_in_vain_is_said(hold: Hold) -> None:
-    merged = ties_peft.merge([hold("a", {}, modules_to_save=["head"], trainable_token_indices=[3])])
+    merged = ties_peft.merge([hold("a", {}, modules_to_save=["head"], trainable_token_indices=[3])], density=1)
     assert merged.report.warnings == [
         "a: its config asks for modules_to_save ['head'], but its file holds no such tensor.",
         "a: its config asks for trainable_token_indices [3], but its file holds no such tensor.",
