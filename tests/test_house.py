@@ -197,7 +197,7 @@ import ties_peft
 assert not set({(*HEAVY, "huggingface_hub", "typer")!r}) & set(sys.modules), "import"
 ties_peft.merge([{str(make_lora("a"))!r}, {str(make_lora("b", seed=1))!r}]).save({str(make_lora("a").parent / "out")!r})
 from ties_peft import cli
-sys.argv = ["ties-peft", "merge", {str(make_ia3("c"))!r}, "--out", {str(make_lora("a").parent / "out2")!r}, "--json"]
+sys.argv = ["ties-peft", "merge", {str(make_ia3("c"))!r}, "--density", "1", "--out", {str(make_lora("a").parent / "out2")!r}, "--json"]
 cli.main()
 """
     check = f"import atexit, sys\natexit.register(lambda: print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr))"
