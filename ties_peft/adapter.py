@@ -25,7 +25,7 @@ from .schedule import is_number
 from .spectrum import norm
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, PickleFile, SafetensorsFile, TensorSource
-from .tiles import one_thread, workers
+from .tiles import threads_fixed, workers
 
 INTEGERS = ("I32", "I64", "int32", "int64")
 LARGEST = torch.finfo(torch.float32).max
@@ -263,7 +263,7 @@ class Adapter:
         held: dict[str, Tensor] = {}
         norms: list[float] = []
         bad: dict[str, None] = {}
-        with one_thread():
+        with threads_fixed():
             for key in self.tensors.names:
                 held[key] = self.tensors.read(key)
                 running.add(key, held[key])

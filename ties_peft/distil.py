@@ -38,6 +38,7 @@ from .start import make_start
 from .state import Keeper
 from .student import FACTORS, Student
 from .teachers import Teacher, make_lessons, open_bench, read_teachers
+from .tiles import threads_fixed
 from .values import check_whole, written_dtype
 
 RATES = {"factors": 0.01, "gains": 0.1, "vectors": 0.05}  # found on the sample adapters, on rows held back
@@ -61,6 +62,7 @@ def distil(
     fit: str = FACTORS,
     steps: int | None = None,
     batch_size: int = DISTIL_BATCH,
+    threads: int = 1,
     state: str | Path | None = None,
     base_model: str | None = None,
     progress: Progress | None = None,
@@ -72,16 +74,19 @@ def distil(
         start: what the student begins as: an adapter, or the arguments of a merge as a dict
             ({"method": "ties", "density": 0.2}); by default `tsv` at scale 0.6 and the rank, its norm
             restored (`flat_tsv` for gains, `power_mean` for (IA)³).
-        rows: for each adapter, by itself, its path or in order: a list of texts, the path of a .jsonl,
-            .csv or .txt file, or a number of random-token rows; one of these alone is for every adapter.
+        rows: what the adapters read. One of these is for every adapter: a list of texts; the path of a .jsonl, .csv or
+            .txt file; a data set on the Hub, `org/name`; a number of random-token rows. One for each adapter is a
+            mapping from adapters (by path, name or the object), or a list in their order: `[["text", …], "b.txt", 400]`;
+            a list of one is for all. So `["text", …]` is a list of texts for all, `["a.txt", "b.txt"]` a file for
+            each; as many texts as adapters are refused, since each could be for one of them.
             By default the rows of `tasks`, and where they have none 800 random-token rows for each; half of their
             tokens come from the task's `descriptions`, where it has those.
         rank: of the result; by default the largest of the adapters', for gains Σrᵢ. (IA)³ has none.
         seed: of batches, held-back rows and random tokens.
         device: where the model runs.
         dtype: of the tensors written; by default that of the adapters, float32 if they differ.
-        tasks: for each adapter likewise: how its predictions are read (see `Task`); their labels are
-            not looked at. Encoders need `descriptions`; a sequence-classification head and a causal
+        tasks: one for every adapter, or one for each likewise: how its predictions are read (see `Task`); their labels
+            are not looked at. Encoders need `descriptions`; a sequence-classification head and a causal
             model, whose next tokens are matched, need none.
         base: the base model; by default the tasks', else the adapters'.
         bench: a loaded base to use again.
@@ -90,26 +95,30 @@ def distil(
             vectors.
         steps: at most; by default eight passes over rows of text and two over random ones, 120 to 1200 steps.
         batch_size: rows in a step.
+        threads: of an operation of torch on the CPU. The bytes depend on this number, and so not on the number that
+            torch would use; more than one can make a large model faster.
         state: a folder in which the work is kept, so that it can be stopped and go on.
         base_model: the base's name to write; by default the adapters'.
         progress: called as progress(stage, done, of).
     Returns: the adapter, with its `report` and `recipe`.
     Raises: TiesPeftError before any long work.
     Laws: on the held-back rows it is never worse than its start, which is given back where nothing
-        better was found. The same arguments on the same machine give the same bytes, stopped in between or not.
+        better was found. On a CPU the same arguments on the same machine give the same bytes, stopped in between or
+        not, whatever number of threads torch is set to: `threads` holds here, and the number before it afterwards.
     """
     started = time.perf_counter()
-    _check(fit, rank, steps, batch_size, seed)
+    _check(fit, rank, steps, batch_size, seed, threads)
     teachers = read_teachers(adapters, rows, tasks)
     written = written_dtype(dtype, [teacher.adapter for teacher in teachers])
     here = open_bench(teachers, base, device, bench)
-    beginning, told = make_start([t.adapter for t in teachers], here, start, kind, fit, rank, base_model)
-    lessons = make_lessons(teachers, here, seed)
-    student = Student(beginning, here, fit, seed)
-    course = Course(steps or _steps(teachers, lessons, batch_size), RATES[student.fit], batch_size, seed)
-    keeper = Keeper(state, _fingerprint(lessons, student, course, written))
-    tell = progress or (lambda stage, done, of: None)
-    with _frozen(here):
+    with threads_fixed(threads), _frozen(here):
+        beginning, told = make_start([t.adapter for t in teachers], here, start, kind, fit, rank, base_model)
+        lessons = make_lessons(teachers, here, seed)
+        student = Student(beginning, here, fit, seed)
+        wanted = steps or _steps(teachers, lessons, batch_size)
+        course = Course(wanted, RATES[student.fit], batch_size, seed, threads)
+        keeper = Keeper(state, _fingerprint(lessons, student, course, written))
+        tell = progress or (lambda stage, done, of: None)
         _teach(lessons, keeper, tell)
         done = fit_student(student, lessons, course, keeper, tell)
         outcome = _Outcome(student, lessons, course, done, written, told)
@@ -270,12 +279,13 @@ def _fingerprint(lessons: Sequence[Lesson], student: Student, course: Course, dt
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _check(fit: str, rank: int | None, steps: int | None, batch: int, seed: int) -> None:
+def _check(fit: str, rank: int | None, steps: int | None, batch: int, seed: int, threads: int) -> None:
     """Refuse numbers out of range."""
     if fit not in FITS:
         raise RecipeError(unknown("fit", str(fit), FITS))
     check_whole("batch_size", batch, 1)
     check_whole("seed", seed, 0)
+    check_whole("threads", threads, 1)
     for name, value in (("rank", rank), ("steps", steps)):
         if value is not None:
             check_whole(name, value, 1)

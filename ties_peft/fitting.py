@@ -5,8 +5,8 @@ mean divergence on the held-back rows is measured, and the numbers that did best
 fit that makes it much worse, or not a number, starts again with a quarter of the step, so that the
 rate needs no care: it is a share of the numbers' own size (see `Student.unit`).
 
-The plan of batches depends on the seed alone, and all else on the vectors that `State` holds; so a fit
-that was stopped and goes on gives the same bits as one that was not.
+The plan of batches depends on the seed alone, and all else on the vectors that `State` holds and on the number of
+threads, which `distil` fixes; so a fit that was stopped and goes on gives the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ class Course:
         rate: the largest step of a number, as a share of its unit.
         batch: rows in a step.
         seed: of the batches, and of which rows are held back.
+        threads: of an operation of torch; it decides how sums are rounded.
     """
 
     steps: int
     rate: float
     batch: int
     seed: int
+    threads: int = 1
 
 
 @dataclass

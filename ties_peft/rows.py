@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,8 @@ from .errors import RecipeError, printable
 
 Row = Mapping[str, Any]
 LINES = ".txt"  # one text a line, without a label
+FILES = (".jsonl", ".csv", LINES)
+ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ClassName(str):
@@ -68,6 +71,11 @@ def read_rows(
     if not found:
         raise RecipeError(f"rows '{printable(str(source))}': there are none in it.")
     return found
+
+
+def names_rows(text: str) -> bool:
+    """Return whether a text has the form of a file of rows, or of a data set's id on the Hub."""
+    return Path(text).suffix in FILES or ON_THE_HUB.fullmatch(text) is not None
 
 
 def texts_of(rows: Sequence[Row], field: str, where: str) -> list[str]:

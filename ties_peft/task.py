@@ -38,7 +38,7 @@ from typing import Any
 
 from .document import Document, dump
 from .errors import RecipeError, printable, unknown
-from .rows import LINES, ClassName, Row, read_rows, texts_of
+from .rows import FILES, ClassName, Row, read_rows, texts_of
 from .schedule import is_number
 
 MEASURES = ("descriptions", "head", "choices", "exact_match", "loss")
@@ -312,7 +312,7 @@ def _make(document: Document, beside: Path) -> Task:
     _check_lists(document, measure)
     made: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     rows = made.get("rows")
-    if isinstance(rows, str) and Path(rows).suffix in (".jsonl", ".csv", LINES):
+    if isinstance(rows, str) and Path(rows).suffix in FILES:
         made["rows"] = str(beside / rows)
     made.setdefault("name", _name(document.where, rows))
     return Task(**made)

@@ -14,7 +14,7 @@ from .evaluate import find_base
 from .exam import Classification, check_form, form_for
 from .lessons import LabelLesson, Lesson, TokenLesson, random_rows
 from .members import short_names
-from .rows import read_rows, texts_of
+from .rows import FILES, names_rows, read_rows, texts_of
 from .task import Task, read_task
 
 RANDOM_ROWS = 800
@@ -137,21 +137,18 @@ def _teacher(adapter: Adapter, name: str, task: Task | None, rows: Any) -> Teach
         return Teacher(adapter, name, task, tuple(rows), 0, "texts given")
     raise RecipeError(
         f"rows of '{name}' are {printable(repr(rows))}; expected a list of texts, the path of a .jsonl, .csv or .txt file, "
-        "or a number of random-token rows."
+        "a data set on the Hub, or a number of random-token rows."
     )
 
 
 def _each(what: str, given: Any, keys: Sequence[set[Any]], names: Sequence[str]) -> list[Any]:
-    """What is given for each adapter: by name, in order, or one for all."""
+    """Return what is given for each adapter: by name, in order, or one for all."""
     if given is None or isinstance(given, (str, Path, int, Task)):
         return [given] * len(keys)
     if isinstance(given, Mapping) and what == "tasks" and "measure" in given:
         return [given] * len(keys)
     if not isinstance(given, Mapping):
-        found = list(given)
-        if len(found) != len(keys):
-            raise RecipeError(f"{len(found)} {what} for {len(keys)} adapters. Give one for each, in their order.")
-        return found
+        return _in_order(what, list(given), len(keys))
     by_key = {_key(key): value for key, value in given.items()}
     known = set().union(*keys)
     for key in by_key:
@@ -162,6 +159,27 @@ def _each(what: str, given: Any, keys: Sequence[set[Any]], names: Sequence[str])
     if missing:
         raise RecipeError(f"{what}: there are none for {', '.join(missing)}. Give them for every adapter, or for none.")
     return result
+
+
+def _in_order(what: str, given: list[Any], count: int) -> list[Any]:
+    """Return one entry for each of `count` adapters: of a list for each of them, or for all.
+
+    Raises: RecipeError where the number of entries fits neither, or texts could be for each or for all.
+    """
+    if what == "rows" and all(isinstance(entry, str) for entry in given) and not all(map(names_rows, given)):
+        if len(given) == count > 1:
+            shared, single = (printable(repr(rows)) for rows in ([given], [[text] for text in given]))
+            raise RecipeError(
+                f"rows is a list of {count} texts for {count} adapters, which can mean two things. Write rows={shared} if "
+                f"every adapter reads all of them, or rows={single} if each reads its own. A string is the path of a file "
+                f"if it ends in {', '.join(FILES)}."
+            )
+        given = [given]
+    if len(given) not in (1, count):
+        raise RecipeError(
+            f"{len(given)} {what} for {count} adapters. Give one for each, in their order, or one for all."
+        )
+    return given * count if len(given) == 1 else given
 
 
 def _key(value: Any) -> Any:

@@ -137,7 +137,7 @@ def workers(kept: list[Workers] | None = None, loops: Loops | None = None) -> It
     if kept is not None:
         kept[:] = [crew]
     try:
-        with one_thread(), full_precision():
+        with threads_fixed(), full_precision():
             yield crew
     finally:
         if kept is None:
@@ -158,10 +158,10 @@ def full_precision() -> Iterator[None]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread to an operation of torch's, so that a sum has the same bits on any number of cores."""
+def threads_fixed(count: int = 1) -> Iterator[None]:
+    """So many threads to an operation of torch's, so that a sum has the same bits on any number of cores."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +177,40 @@ def test_stopped_between_teachers_the_first_is_not_run_again(
     assert taught == ["a0", "a1", "a1"]
 
 
+def test_the_same_bytes_for_any_number_of_threads(tmp_path: Path) -> None:
+    """In processes of their own. MKL adds up 64 columns of eleven tokens differently in one thread and in two."""
+    tests, found = Path(__file__).parent.parent, []
+    for threads in ("1", "2"):
+        given = [sys.executable, "-W", "ignore", str(tests / "learn" / "distil_worker.py"), str(tmp_path / threads)]
+        path = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
+        own = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
+        done = subprocess.run(given, capture_output=True, text=True, check=False, env=own)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.split())
+    assert [line[:2] for line in found] == [["1", "True"], ["2", "True"]]
+    assert found[0][2] == found[1][2]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_threads_are_those_asked_for_and_afterwards_those_before(
+    stopped: bool, loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn, seen, before = fitting._learn, set(), torch.get_num_threads()
+
+    def learning(*given: Any) -> None:
+        seen.add(torch.get_num_threads())
+        if stopped:
+            raise KeyboardInterrupt
+        learn(*given)
+
+    monkeypatch.setattr(fitting, "_learn", learning)
+    made = None
+    with contextlib.suppress(KeyboardInterrupt):
+        made = ties_peft.distil(loras, rows=20, tasks=TASK, base=bases["encoder"], steps=2, threads=before + 1)
+    assert (seen, torch.get_num_threads()) == ({before + 1}, before)
+    assert stopped or (made is not None and made.recipe["threads"] == before + 1)
+
+
 def test_never_worse_than_the_start(loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A step far too large: the rate is lowered three times, and what is given back is the start, said so."""
     monkeypatch.setitem(ties_peft.distil.__globals__["RATES"], "factors", 1e6)
@@ -309,12 +346,13 @@ def test_of_a_large_vocabulary_the_likeliest_are_kept(
     ("asked", "parts"),
     [
         ({"rows": {"nobody": ["w1"] * 9}}, ["rows", "unknown adapter 'nobody'"]),
-        ({"rows": [50]}, ["1 rows for 2 adapters"]),
+        ({"rows": [50, 50, 50]}, ["3 rows for 2 adapters"]),
         ({"rows": 4}, ["has 4 rows", "expected 5 at least"]),
         ({"rows": [["w1"] * 9, 7.5]}, ["expected a list of texts"]),
         ({"tasks": None}, ["how its predictions are read is not known"]),
         ({"fit": "gain"}, ["unknown fit 'gain'", "gains"]),
         ({"rank": 0}, ["rank is 0"]),
+        ({"threads": 0}, ["threads is 0"]),
         ({"kind": "ia3"}, ["none of the adapters is"]),
         ({"start": {"method": "tys"}}, ["unknown method 'tys'"]),
     ],

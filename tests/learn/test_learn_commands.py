@@ -79,6 +79,10 @@ def test_distil_writes_an_adapter(setting: Path) -> None:
             ["distil", "a", "b", "--out", "o", "--task", "toy.yaml", "--rows", "9", "--rows", "9", "--rows", "9"],
             "--rows",
         ),
+        (
+            ["distil", "a", "b", "--out", "o", "--task", "toy.yaml", "--rows", "some text", "--rows", "other text"],
+            "rows 'some text': expected a file that ends in .jsonl, .csv or .txt",
+        ),
     ],
 )
 def test_bad_usage_is_one_message(words: list[str], part: str, setting: Path) -> None:

@@ -18,7 +18,8 @@ Rows = Annotated[
     list[str] | None,
     typer.Option(
         "--rows",
-        help="A .jsonl, .csv or .txt file, or a number of random-token rows: once for each adapter, or one for all.",
+        help="A .jsonl, .csv or .txt file, a data set on the Hub (org/name), or a number of random-token rows: once for "
+        "each adapter, or once for all.",
         show_default="the tasks' rows, else 800 of random tokens",
     ),
 ]
@@ -26,7 +27,7 @@ Tasks = Annotated[
     list[Path] | None,
     typer.Option(
         "--task",
-        help="How predictions are read: once for each adapter, or one for all.",
+        help="How predictions are read: once for each adapter, or once for all.",
         show_default="the model's own",
     ),
 ]
@@ -54,6 +55,9 @@ def distil(
     batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = DISTIL_BATCH,
     seed: Annotated[int, typer.Option(help="Of batches, held-back rows and random tokens.")] = 0,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    threads: Annotated[
+        int, typer.Option(help="Of an operation on the CPU; the result's bytes depend on it alone, not on the cores.")
+    ] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the inputs'")] = None,
     base_name: Annotated[str | None, typer.Option(help="The base's name to write.", show_default="the inputs'")] = None,
     state: State = None,
@@ -75,6 +79,7 @@ def distil(
             rank=rank,
             seed=seed,
             device=device,
+            threads=threads,
             dtype=dtype,
             tasks=_each(task, len(adapters), "--task"),
             base=base,
@@ -96,12 +101,9 @@ def distil(
 
 
 def _rows(given: list[str] | None, count: int) -> Any:
-    """Numbers as numbers, the rest as paths."""
-    found = _each(given, count, "--rows")
-    numbers = [
-        int(value) if str(value).isdecimal() else value for value in (found if isinstance(found, list) else [found])
-    ]
-    return numbers if isinstance(found, list) else numbers[0]
+    """Return numbers as numbers and the rest as paths, so that no value is taken for a text."""
+    read = None if given is None else [int(value) if value.isdecimal() else Path(value) for value in given]
+    return _each(read, count, "--rows")
 
 
 def _each(given: list[Any] | None, count: int, flag: str) -> Any:

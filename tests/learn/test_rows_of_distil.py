@@ -1,0 +1,82 @@
+"""What `distil` takes as rows: one form for every adapter, one for each, and what could be either is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from learn.models import linear_shapes, make_model, write_lora
+
+from ties_peft.errors import TiesPeftError
+from ties_peft.teachers import read_teachers
+
+TASK = {"measure": "descriptions", "descriptions": ["w1 w2", "w3 w4", "w5 w6"]}
+TEXTS = [f"w{number} w{number + 1}" for number in range(12)]
+
+
+@pytest.fixture
+def loras(tmp_path: Path) -> list[Path]:
+    shapes = linear_shapes(make_model("encoder"), "query")
+    return [write_lora(tmp_path / f"a{seed}", shapes, seed) for seed in range(2)]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    "form", ["texts", "tuple", "one list", "a list for each", "mapping", "path", "file", "files", "one file"]
+)
+def test_forms_of_rows_that_mean_the_same(form: str, alone: bool, loras: list[Path], tmp_path: Path) -> None:
+    """Twelve texts, in every spelling, for one adapter and for two."""
+    given = loras[:1] if alone else loras
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(TEXTS), encoding="utf-8")
+    forms: dict[str, Any] = {
+        "texts": TEXTS,
+        "tuple": tuple(TEXTS),
+        "one list": [TEXTS],
+        "a list for each": [TEXTS] * len(given),
+        "mapping": dict.fromkeys(given, TEXTS),
+        "path": file,
+        "file": str(file),
+        "one file": [str(file)],
+        "files": [str(file)] * len(given),
+    }
+    assert [teacher.texts for teacher in read_teachers(given, forms[form], TASK)] == [tuple(TEXTS)] * len(given)
+
+
+def test_forms_of_rows_that_differ_from_adapter_to_adapter(loras: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    first, second = read_teachers(loras, [TEXTS[:6], str(tmp_path / "texts.txt")], TASK)
+    assert (first.texts, second.texts) == (tuple(TEXTS[:6]), tuple(TEXTS))
+    first, second = read_teachers(loras, [70, tmp_path / "texts.txt"], [TASK])
+    assert (first.texts, first.count, second.texts) == (None, 70, tuple(TEXTS))
+    assert [teacher.count for teacher in read_teachers(loras, [70], TASK)] == [70, 70]
+
+
+def test_a_text_that_ends_like_a_file_is_a_text_among_texts(loras: list[Path]) -> None:
+    texts = [*TEXTS, "the list is in notes.txt", "either/or"]
+    assert [teacher.texts for teacher in read_teachers(loras, texts, TASK)] == [tuple(texts)] * 2
+
+
+@pytest.mark.parametrize("texts", [["some text", "other text"], ["some text", "notes.txt"]])
+def test_as_many_texts_as_adapters_are_refused(texts: list[str], loras: list[Path]) -> None:
+    """They could be read by every adapter, or one by each: the message has both spellings, and both are understood."""
+    with pytest.raises(TiesPeftError) as caught:
+        read_teachers(loras, texts, TASK)
+    spellings = {f"rows=[{texts!r}]": [texts], f"rows={[[text] for text in texts]!r}": [[text] for text in texts]}
+    assert all(spelling in str(caught.value) for spelling in spellings)
+    for given, expected in zip(spellings.values(), ([texts, texts], [texts[:1], texts[1:]]), strict=True):
+        assert [list(teacher.texts or ()) for teacher in read_teachers(loras, given, TASK)] == expected
+
+
+@pytest.mark.parametrize("rows", ["org/set", ["org/set", "org/other"], {"a0": "org/set", "a1": "org/other"}])
+def test_data_sets_on_the_hub_are_rows(rows: Any, loras: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def read_rows(source: str, **_: Any) -> list[dict[str, str]]:
+        asked.append(source)
+        return [{"text": text} for text in TEXTS]
+
+    monkeypatch.setattr("ties_peft.teachers.read_rows", read_rows)
+    assert [teacher.texts for teacher in read_teachers(loras, rows, TASK)] == [tuple(TEXTS)] * 2
+    assert asked == (["org/set"] * 2 if isinstance(rows, str) else ["org/set", "org/other"])
