@@ -16,7 +16,7 @@ import ties_peft
 
 ROOT_N = "1/√N"
 FOURTH_ROOT_N = "1/⁴√N"
-POWERS = {ROOT_N: -0.5, FOURTH_ROOT_N: -0.25}
+FORMULAS = {ROOT_N: "1/sqrt(N)", FOURTH_ROOT_N: "N^-1/4"}  # as `ties_peft.merge` takes what tables call so
 Set = Mapping[str, float]  # the tasks whose adapters are merged, each with a gain on its task vector
 
 
@@ -26,7 +26,7 @@ class Setting:
 
     Attributes:
         method, space, rank: as `ties_peft.merge` takes them.
-        scale: λ; the method's own for None; a power of N where N is the number of adapters.
+        scale: λ, a number or a formula in N; the method's own for None.
         extra: other arguments; `sign_from` may be "multitask", the adapter trained on all tasks.
     """
 
@@ -45,7 +45,7 @@ class Setting:
     def merge(self, kind: str, adapters: Sequence[Any]) -> tuple[ties_peft.Merged, float]:
         """The merged adapter and the seconds of processor time that it took."""
         extra = {key: multitask(kind) if value == "multitask" else value for key, value in self.extra.items()}
-        scale = len(adapters) ** POWERS[self.scale] if isinstance(self.scale, str) else self.scale
+        scale = FORMULAS.get(self.scale, self.scale) if isinstance(self.scale, str) else self.scale
         started = time.process_time()
         merged = ties_peft.merge(
             adapters, self.method, self.space, scale=scale, rank=self.rank, dtype="float32", **extra

@@ -44,6 +44,7 @@ FLOORS = {
     "writer": 1,
     "processes": 1,
     "schedule": 1,
+    "scale": 2,
     "document": 1,
     "report": 1,
     "sparsify": 1,

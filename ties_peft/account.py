@@ -155,6 +155,7 @@ class Account:
             warnings=[*plan.warnings, *self._warnings(inputs, cosines, energy)],
             riders=plan.heads.lines(),
             weights=plan.weighting,
+            formula=plan.formula,
             seconds=seconds,
             loops=self.loops.name if self.loops is not None else "torch",
         )

@@ -41,7 +41,7 @@ def card(report: Report, recipe: str, config: dict[str, Any]) -> str:
 ---
 # A merge of {len(report.adapters)} {report.kind} adapters
 
-Made by [ties_peft](https://pypi.org/project/ties-peft/) with the method `{report.method}` in space `{report.space}`, scale {report.scale:g}.{kept}
+Made by [ties_peft](https://pypi.org/project/ties-peft/) with the method `{report.method}` in space `{report.space}`, scale {report.scale_text}.{kept}
 
 | adapter | weight | rank | norm | digest |
 |---|---|---|---|---|

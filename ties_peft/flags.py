@@ -10,6 +10,7 @@ from typing import Any
 from .document import parse
 from .errors import RecipeError, printable
 from .recipe import NORM, Rank, Recipe
+from .scale import EXPECTED, is_scale
 from .settings import as_asked, parameter_names
 
 
@@ -19,9 +20,10 @@ class Flags:
 
     Attributes:
         recipe: a file that they override.
-        adapters, method, space, scale, seed, restore_norm, dtype, base, base_model, target, allow_disjoint, heads: as in
+        adapters, method, space, seed, restore_norm, dtype, base, base_model, target, allow_disjoint, heads: as in
             `Recipe`.
         weights: numbers with commas between, or `norm`.
+        scale: a number, or a formula in the number of adapters.
         rank: a whole number, `max` or `auto`.
         density, scope: parameters of the method.
         densities: one number per adapter, with commas between.
@@ -33,7 +35,7 @@ class Flags:
     method: str | None
     space: str | None
     weights: str | None
-    scale: float | None
+    scale: str | None
     density: str | None
     scope: str | None
     settings: Sequence[str] | None
@@ -63,7 +65,7 @@ class Flags:
             "densities": read_numbers("--densities", self.densities),
             "method": self.method,
             "space": self.space,
-            "scale": self.scale,
+            "scale": read_scale(self.scale),
             "rank": read_rank(self.rank),
             "restore_norm": self.restore_norm or None,
             "seed": self.seed,
@@ -139,6 +141,16 @@ def _density(text: str | None) -> float | list[float] | None:
     except ValueError:
         raise RecipeError(f"--density is '{printable(text)}'; expected a number in (0, 1], such as 0.2.") from None
     return [first, *others] if others else first
+
+
+def read_scale(text: str | None) -> float | str | None:
+    """Return what --scale says: a number, or a formula in the number of adapters."""
+    if text is None or is_scale(text):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(f"--scale is '{printable(text)}'; expected {EXPECTED}.") from None
 
 
 def read_rank(text: str | None) -> Rank | None:

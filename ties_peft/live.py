@@ -94,7 +94,7 @@ def add_merged_adapter(
     combination_type: str | None = None,
     space: str | None = None,
     density: Any = None,
-    scale: float | None = None,
+    scale: float | str | None = None,
     rank: Rank | None = None,
     svd_rank: int | None = None,
     majority_sign_method: str | None = None,

@@ -45,7 +45,7 @@ def merge(
     method: str = "ties",
     space: str = "delta",
     weights: Weights | None = None,
-    scale: float | None = None,
+    scale: float | str | None = None,
     rank: Rank = "auto",
     seed: int = 0,
     device: str = "cpu",
@@ -71,7 +71,8 @@ def merge(
             absent; in place of a number a schedule over the modules (see `ties_peft.schedule`), such as
             {"over_layers": [1.0, 0.5]}, straight from the first layer's number to the last one's.
             `norm` weighs all to one length, the mean of theirs: wᵢ = mean ‖τ‖ / ‖τᵢ‖.
-        scale: λ, on the merged task vector; by default the method's own.
+        scale: λ, on the merged task vector: a number, or a formula in N, the number of adapters with a weight other
+            than 0, such as `1/sqrt(N)` or `N^-1/4` (see `scale`); by default the method's own.
         rank: of the output: a whole number, `max` (what loses nothing, or all there is) or `auto`
             (min(Σrᵢ, max(64, largest rᵢ))). (IA)³ vectors have none.
         seed: of every random draw.

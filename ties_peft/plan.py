@@ -36,7 +36,8 @@ from .methods.base import is_linear, is_spectral
 from .processes import ALONE, Team
 from .ranks import output_rank
 from .recipe import NORM, Rank, Recipe
-from .schedule import Schedule, count_layers, is_number
+from .scale import Scale
+from .schedule import Schedule, count_layers
 from .settings import settle
 from .spaces import Space, find_space
 from .targets import check_heads, check_modules, fit_rank
@@ -56,6 +57,7 @@ class Plan:
         space: the coordinates that were asked for.
         arithmetic: those in which it is done: `core` for a spectral method in space `delta`.
         scale, seed: as asked for, defaults filled in.
+        formula: of the scale, where it depends on the number of adapters; None for a number.
         trim: the cuts that the method wants; None for none.
         rank: r of the output; None for kinds that have none.
         dtype: of the tensors written.
@@ -83,6 +85,7 @@ class Plan:
     signs: Adapter | None = None
     restore_norm: bool = False
     weighting: str = "given"
+    formula: str | None = None
     warnings: list[str] = field(default_factory=list)
     read_weights: dict[str, list[float]] = field(default_factory=dict, init=False, compare=False)
 
@@ -191,13 +194,14 @@ def make_plan(
     check_modules(recipe.target, modules, base, replicates, warnings)
     compare_bases(members, recipe, warnings)
     warn_alone(members, stages, warnings)
+    scale = _scale(recipe.scale, stages)
     return Plan(
         members=members,
         modules=modules,
         stages=stages,
         space=space,
         arithmetic=arithmetic,
-        scale=_scale(recipe.scale, stages),
+        scale=scale.at(len(members)),
         trim=_trim(stages.method, space),
         rank=rank,
         dtype=dtype,
@@ -207,6 +211,7 @@ def make_plan(
         signs=signs,
         restore_norm=bool(recipe.restore_norm),
         weighting=NORM if recipe.weights == NORM else "given",
+        formula=scale.formula,
         warnings=warnings,
     )
 
@@ -225,7 +230,8 @@ def _heads(
     if recipe.heads == MERGE:
         base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)
         densities = [partial(member.density_at, layers=layers) for member in members]
-        rule = make_rule(stages, base, _scale(recipe.scale, stages), _seed(recipe.seed), densities, device)
+        scale = _scale(recipe.scale, stages).at(len(members))
+        rule = make_rule(stages, base, scale, _seed(recipe.seed), densities, device)
     heads = settle_heads(
         recipe.heads,
         [member.name for member in members],
@@ -306,13 +312,12 @@ def _seed(seed: int) -> int:
     return seed
 
 
-def _scale(scale: float | None, stages: Stages) -> float:
-    if scale is None:  # a stage that closes with a norm of its own, such as pico, has the last word
-        closing = [stage for stage in stages.before if stage.finishes]
-        return (closing or [stages.method])[-1].default_scale
-    if not is_number(scale):
-        raise RecipeError(f"the scale is {printable(repr(scale))}; expected a finite number.")
-    return float(scale)
+def _scale(scale: float | str | None, stages: Stages) -> Scale:
+    if scale is not None:
+        return Scale.read(scale)
+    # a stage that closes with a norm of its own, such as pico, has the last word
+    last = ([stage for stage in stages.before if stage.finishes] or [stages.method])[-1]
+    return Scale.read(last.default_scale, f"the default scale of method '{last.name}'")
 
 
 def _trim(method: Method, space: Space) -> Trim | None:

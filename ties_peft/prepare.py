@@ -41,7 +41,7 @@ class Prepared:
         self,
         method: str = "ties",
         weights: Weights | None = None,
-        scale: float | None = None,
+        scale: float | str | None = None,
         rank: Rank = "auto",
         seed: int = 0,
         dtype: torch.dtype | str | None = None,

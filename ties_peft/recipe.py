@@ -33,7 +33,9 @@ from .choices import DTYPES, ERROR, POLICIES
 from .document import Document, Place, dump
 from .errors import MethodError, RecipeError, TiesPeftError, printable, unknown
 from .riders import is_policy
-from .schedule import Schedule, as_read, is_number
+from .scale import EXPECTED as EXPECTED_SCALE
+from .scale import is_scale
+from .schedule import Schedule, as_read
 from .settings import parameter_names, settle
 from .sources import expand_all
 from .spaces import find_space
@@ -73,7 +75,7 @@ class Recipe:
         method: its name.
         parameters: the method's own, and the space's.
         space: coordinates; see `spaces`.
-        scale: λ; None for the method's default.
+        scale: λ, a number or a formula in the number of adapters (see `scale`); None for the method's default.
         rank: an integer, `max` or `auto`.
         restore_norm: whether a truncated result is brought back to the norm it had.
         seed: of every random draw.
@@ -92,7 +94,7 @@ class Recipe:
     method: str = "ties"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     space: str = "delta"
-    scale: float | None = None
+    scale: float | str | None = None
     rank: Rank = "auto"
     restore_norm: bool = False
     seed: int = 0
@@ -186,7 +188,7 @@ class _Reader:
             method=top.text("merge_method", "ties"),
             parameters={key: value for key, value in shared.values.items() if key not in SHARED},
             space=shared.text("space", "delta"),
-            scale=shared.get("scale", None, is_number, "a finite number"),
+            scale=shared.get("scale", None, is_scale, EXPECTED_SCALE),
             rank=shared.get("rank", "auto", _is_rank, "a whole number from 1 up, max or auto"),
             seed=shared.get("seed", 0, _is_seed, "a whole number, 0 or more"),
             restore_norm=shared.flag("restore_norm"),

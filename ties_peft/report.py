@@ -118,6 +118,7 @@ class Report:
     Attributes:
         method, space, kind: what was done, to what.
         scale: λ.
+        formula: that gave λ from the number of adapters; None where λ is a number.
         rank: of the output; None where it has none.
         dtype: of the tensors written.
         rounding: ‖written − computed‖ / ‖computed‖, what that dtype lost.
@@ -151,8 +152,17 @@ class Report:
     copied: list[str] = field(default_factory=list)
     riders: list[RiderLine] = field(default_factory=list)
     weights: str = "given"
+    formula: str | None = None
     seconds: float = 0.0
     loops: str = "torch"
+
+    @property
+    def scale_text(self) -> str:
+        """λ, and the formula that gave it."""
+        if self.formula is None:
+            return f"{self.scale:g}"
+        count = len(self.adapters)
+        return f"{self.scale:.3g} = {self.formula.strip()} for {count} adapter{'s' * (count != 1)}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, but for the time, which no two runs share."""
@@ -208,7 +218,7 @@ class Report:
 
     def _outcome(self) -> Table:
         table = Table(box=None, pad_edge=False, show_header=False)
-        table.add_row("merged", f"{self.method} in space {self.space}, scale {self.scale:g}")
+        table.add_row("merged", f"{self.method} in space {self.space}, scale {escape(self.scale_text)}")
         if self.weights == "norm":
             table.add_row("weights", "by norm: the mean of the adapters' norms over each one's own")
         table.add_row("modules", f"{len(self.modules)}, norm {self.norm:.3g}")

@@ -99,7 +99,7 @@ def search(
     *,
     method: str = "task_arithmetic",
     space: str = "delta",
-    scale: float | None = None,
+    scale: float | str | None = None,
     rank: Rank = "max",
     parameters: Mapping[str, Any] | None = None,
     densities: Sequence[Any] | None = None,

@@ -21,6 +21,7 @@ from typing import Any
 from .errors import MethodError, RecipeError, printable, unknown
 from .methods import method_classes
 from .recipe import Recipe
+from .scale import EXPECTED, Scale, is_scale
 from .schedule import is_number
 from .settings import parameter_names, settle
 from .spaces import find_space, spaces
@@ -111,6 +112,8 @@ class Tuning:
         """A setting to start from: weights as told, the recipe's own values, else the middle or the first."""
         given = {name: getattr(self.recipe, name) for name in SHARED}
         given |= dict(self.recipe.parameters)
+        if isinstance(self.recipe.scale, str) and isinstance(self.knobs.get("scale"), Range):
+            given["scale"] = Scale.read(self.recipe.scale).at(len(self.recipe.adapters))
         setting: dict[str, Any] = {}
         for name, knob in self.knobs.items():
             own = weight if name.startswith("weights.") else given.get(name)
@@ -199,6 +202,8 @@ def _knobs(name: str, value: Any, adapters: int) -> dict[str, Knob]:
             for part in parts:
                 if part.strip() not in there:
                     raise RecipeError(unknown(name, part, there))
+    elif name == "scale" and isinstance(knob, Choice) and not all(map(is_scale, knob.values)):
+        raise RecipeError(f"scale is {printable(repr(value))}; each choice is expected to be {EXPECTED}.")
     elif name in ("method", "space"):
         raise RecipeError(f"{name} is {printable(repr(value))}; expected a list of names.")
     return {name: knob}

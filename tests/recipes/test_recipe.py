@@ -36,6 +36,8 @@ CONDITIONS = [{"filter": "mlp", "value": [0.1, 0.9]}, {"value": 1}]
         Recipe(TWO, "norm", None, "average", {}, "knots", 1e-5, 16, True, 7, "bfloat16", "org/base", True, ("x: y.",)),
         Recipe(TWO, heads="keep=b"),
         Recipe(TWO, heads="average"),
+        Recipe(TWO, scale="1/sqrt(N)"),
+        Recipe(TWO, scale="0.7*N^-1/4"),
         Recipe(TWO, rank="max", scale=-1.5e20, seed=2**70),
         Recipe(("1e3", "true", "007", "ü/ñ", "a: b", "- x", "null", "~", "{}", "line\nbreak", " padded ")),
         Recipe(TWO, method="iso_c", parameters={}),

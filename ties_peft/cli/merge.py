@@ -50,8 +50,12 @@ Weights = Annotated[
     ),
 ]
 Scale = Annotated[
-    float | None,
-    typer.Option(help="λ, on the merged task vector.", show_default="the method's", rich_help_panel=HOW),
+    str | None,
+    typer.Option(
+        help="λ, on the merged task vector: a number, or 1/sqrt(N), N^-1/4, 0.7*N^-1/4 with N the number of adapters.",
+        show_default="the method's",
+        rich_help_panel=HOW,
+    ),
 ]
 Density = Annotated[
     str | None,

@@ -49,7 +49,7 @@ def _method_table(found: list[MethodInfo]) -> Table:
     for heading in ("method", "what it does", "scale", "for"):
         table.add_column(heading)
     for info in found:
-        table.add_row(f"[bold]{info.name}[/]", escape(info.summary), f"{info.default_scale:g}", ", ".join(info.kinds))
+        table.add_row(f"[bold]{info.name}[/]", escape(info.summary), _scale(info), ", ".join(info.kinds))
     return table
 
 
@@ -60,10 +60,15 @@ def _print_method(console: Console, info: MethodInfo) -> None:
         table.add_column(heading)
     for parameter in info.parameters:
         table.add_row(parameter.name, escape(repr(parameter.default)), escape(parameter.meaning))
-    table.add_row("scale", f"{info.default_scale:g}", "λ, on the merged task vector")
+    table.add_row("scale", _scale(info), "λ, on the merged task vector")
     console.print(table)
     console.print(f"\nspaces: {', '.join(info.spaces)}; for {', '.join(info.kinds)}\n", highlight=False)
     console.print(escape(info.text.partition("\n")[2].strip("\n")), highlight=False)
+
+
+def _scale(info: MethodInfo) -> str:
+    """Return the default λ as text: a number, or a formula in N."""
+    return info.default_scale if isinstance(info.default_scale, str) else f"{info.default_scale:g}"
 
 
 def _method_dict(info: MethodInfo) -> dict[str, Any]:

@@ -41,9 +41,9 @@ Settings = Annotated[
 
 Densities = Annotated[str | None, typer.Option(help="One density per adapter: 0.2,0.9.", show_default="the method's")]
 Scale = Annotated[
-    float | None,
+    str | None,
     typer.Option(
-        help="Times the merged task vector, unless --tune sets it.",
+        help="λ, as in merge, unless --tune sets it.",
         show_default="1 for task_arithmetic, else the method's",
     ),
 ]
@@ -86,7 +86,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search for what does best on a few examples."""
-    from ..flags import read_numbers
+    from ..flags import read_numbers, read_scale
     from ..search import search as find
 
     parameters = _pairs(settings, "--set")
@@ -100,7 +100,7 @@ def search(
             budget,
             method=method,
             space=space,
-            scale=scale,
+            scale=read_scale(scale),
             rank=int(rank) if rank.isdecimal() else rank,
             parameters=parameters,
             densities=read_numbers("--densities", densities),

@@ -57,7 +57,7 @@ class MethodInfo(NamedTuple):
     name: str
     summary: str
     parameters: tuple[Parameter, ...]
-    default_scale: float
+    default_scale: float | str
     spaces: tuple[str, ...]
     kinds: tuple[str, ...]
     source: str

@@ -227,7 +227,7 @@ class Method(BaseModel, ABC):
 
     Attributes:
         name: as users write it.
-        default_scale: λ where the user gives none.
+        default_scale: λ where the user gives none: a number, or a formula in N, the number of adapters (see `scale`).
         spaces: where it can be used.
         kinds: of adapter it makes sense for.
         source: the paper.
@@ -248,7 +248,7 @@ class Method(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     name: ClassVar[str]
-    default_scale: ClassVar[float] = 1.0
+    default_scale: ClassVar[float | str] = 1.0
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots")
     kinds: ClassVar[tuple[str, ...]] = ("lora", "ia3")
     source: ClassVar[str]
