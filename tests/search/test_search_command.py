@@ -137,7 +137,6 @@ def test_the_help_can_be_read_as_it_was_written() -> None:
 def test_one_bar_for_a_stage_whose_best_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     with progress_bar() as tell:
-        assert tell is not None
         bars = inspect.getclosurevars(tell).nonlocals["progress"]
         tell("search", 0, 3)
         for done, stage in enumerate(("search · best so far 0.1", "search · best so far 0.2", "search"), start=1):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -15,6 +17,7 @@ from rich.console import Console
 from ..choices import DETAIL, KEEP, POLICIES, method_names
 from ..errors import TiesPeftWarning
 
+EVERY = 30.0  # seconds from line to line where there is no terminal
 PERIOD = 3600.0  # seconds over which the speed is taken: one step of a search can take minutes
 
 # Completions of a value, for the shell. They import nothing more, because they run at every press of the tab key.
@@ -41,11 +44,82 @@ def complete_heads(incomplete: str) -> list[str]:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
+class _At(NamedTuple):
+    """Where the work is: the stage, and when and at which step it was first told of."""
+
+    stage: str
+    done: int
+    total: int
+    begun: float
+    first: int
+
+
+class Lines:
+    """What the work does, in lines on standard error: for output that is not a terminal.
+
+    Args:
+        clock: seconds since any moment.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._begun = clock, clock()
+        self._at: _At | None = None  # replaced as a whole, because another thread reads it
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Take note of how far a stage is."""
+        at = self._at
+        same = at is not None and _name(at.stage) == _name(stage) and at.done <= done
+        begun, first = (at.begun, at.first) if at is not None and same else (self._clock(), done)
+        self._at = _At(stage, done, total, begun, first)
+
+    def line(self) -> str:
+        """Return what there is to say now."""
+        at, now = self._at, self._clock()
+        so_far = f"({_time(now - self._begun)} so far)"
+        if at is None:
+            return f"working {so_far}"
+        ahead, behind = at.total - at.done, at.done - at.first
+        left = f", about {_time(ahead * (now - at.begun) / behind)} left" if ahead and behind else ""
+        return f"{at.stage}: {at.done} of {at.total}{left} {so_far}"
+
+    def run(self, wait: Callable[[float], bool]) -> None:
+        """Write a line every half minute, until `wait`, which takes the seconds, returns whether the work is done."""
+        while not wait(EVERY):
+            sys.stderr.write(f"{self.line()}\n")
+            sys.stderr.flush()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Write the lines from a thread of their own, because one step of the work can take minutes."""
+        done = threading.Event()
+        thread = threading.Thread(target=self.run, args=(done.wait,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def _name(stage: str) -> str:
+    """Return a stage's name without what changes while it lasts."""
+    return stage.partition(DETAIL)[0]
+
+
+def _time(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds: 1:02:03, or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """Progress bars on standard error, if that is a terminal: one for each stage, whatever follows ` · ` in its name."""
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress on standard error: bars on a terminal, one for each stage, and elsewhere a line every half minute."""
     if not sys.stderr.isatty():
-        yield None
+        lines = Lines()
+        with lines.running():
+            yield lines.tell
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -60,7 +134,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
         tasks: dict[str, Any] = {}
 
         def tell(stage: str, done: int, total: int) -> None:
-            name = stage.partition(DETAIL)[0]
+            name = _name(stage)
             if name not in tasks:
                 tasks[name] = progress.add_task(stage, total=total)
             progress.update(tasks[name], description=stage, completed=done)
