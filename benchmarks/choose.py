@@ -72,6 +72,7 @@ class Kitchen:
         plain = [Setting("average"), Setting("task_arithmetic"), Setting(REFERENCE), best]
         made = [Way(setting.label, NOTHING, self._merging(setting)) for setting in plain]
         made.append(Way("fisher", TEXT, self._knowing("fisher")))
+        made.append(Way("fisher, normalize_fisher", TEXT, self._knowing("fisher", normalize_fisher=True)))
         if lora:
             made.append(Way("regmean", TEXT, self._knowing("regmean")))
         made += [
@@ -89,12 +90,12 @@ class Kitchen:
     def _merging(self, setting: Setting) -> Callable[[Sequence[str]], ties_peft.Adapter]:
         return lambda tasks: setting.merge(self.kind, self.own(tasks))[0]
 
-    def _knowing(self, method: str) -> Callable[[Sequence[str]], ties_peft.Adapter]:
+    def _knowing(self, method: str, **parameters: Any) -> Callable[[Sequence[str]], ties_peft.Adapter]:
         """A merge by statistics, which are gathered once."""
 
         def make(tasks: Sequence[str]) -> ties_peft.Adapter:
             adapters = [self._informed(task, "fisher" if method == "fisher" else "gram") for task in tasks]
-            return ties_peft.merge(adapters, method, dtype="float32")
+            return ties_peft.merge(adapters, method, dtype="float32", **parameters)
 
         return make
 

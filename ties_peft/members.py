@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .adapter import Adapter
 from .base_model import BaseModel
@@ -178,8 +178,14 @@ def refuse_strangers(members: Sequence[Member]) -> None:
 
 def statistics_of(method: Method, members: Sequence[Member], module: str) -> list[Statistic]:
     """Of some adapters that have a module, what the method needs to know of it; none if it needs nothing."""
-    found = [member.adapter.statistics(method.needs) for member in members] if method.needs else []
-    return [one for statistics in found if statistics and (one := statistics.of(module))]
+    found = []
+    for adapter in (member.adapter for member in members if method.needs):
+        statistics = adapter.statistics(method.needs or "")
+        one = None if statistics is None else statistics.of(module)
+        if statistics is not None and one is not None:
+            norm = statistics.norm(adapter.modules) if method.normalizes() else 1.0
+            found.append(replace(one, divisor=norm or 1.0))
+    return found
 
 
 def check_statistics(method: Method, members: Sequence[Member]) -> None:

@@ -11,9 +11,10 @@ adapter inside: statistics of another adapter, or of this one before it was trai
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,14 +50,17 @@ class Statistic:
     Attributes:
         source: where it lies.
         name: of the tensor there.
+        divisor: what it is divided by.
     """
 
     source: Rows
     name: str
+    divisor: float = 1.0
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start…stop, float32, on the CPU."""
-        return self.source.rows(self.name, start, stop).float()
+        values = self.source.rows(self.name, start, stop).float()
+        return values if self.divisor == 1 else values / self.divisor
 
     def whole(self) -> Tensor:
         """All of it, float32, on the CPU."""
@@ -72,11 +76,13 @@ class Statistics:
         source: the tensors.
         facts: how they were made: the adapter's digest (`adapter`), the number of rows (`rows`), and
             for modules with the same values the one that holds them (`same`).
+        norms: those found so far, by modules.
     """
 
     kind: str
     source: Rows
     facts: Mapping[str, Any]
+    norms: dict[tuple[str, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path, kind: str, label: str) -> Statistics:
@@ -142,6 +148,14 @@ class Statistics:
         """That of one module; None if there is none."""
         name = self.facts["same"].get(module, module)
         return Statistic(self.source, name) if name in self.source.names else None
+
+    def norm(self, modules: Sequence[str]) -> float:
+        """Return the Frobenius norm over some modules, in float64; they are read once."""
+        key = tuple(modules)
+        if key not in self.norms:
+            found = (one for module in key if (one := self.of(module)) is not None)
+            self.norms[key] = math.hypot(*(float(torch.linalg.vector_norm(one.whole().double())) for one in found))
+        return self.norms[key]
 
     def renamed(self, names: Mapping[str, str]) -> Statistics:
         """The same under other names for some modules (old → new)."""

@@ -46,6 +46,12 @@ def fisher(vectors: Sequence[Array], weights: Sequence[float], F: Sequence[Array
     return np.where(below > 0, above / np.where(below > 0, below, 1), plain)
 
 
+def normalized(statistics: Mapping[str, Array]) -> dict[str, Array]:
+    """Divided by the norm over all modules of the adapter."""
+    norm = np.sqrt(sum(np.sum(values**2) for values in statistics.values()))
+    return {name: values / norm for name, values in statistics.items()}
+
+
 def scaled(gram: Array, alpha: float) -> Array:
     return alpha * gram + (1 - alpha) * np.diag(np.diag(gram))
 

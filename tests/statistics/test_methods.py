@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made import attach, attach_drawn, deltas, fisher, regmean, regmean_in_span
+from made import attach, attach_drawn, deltas, fisher, normalized, regmean, regmean_in_span
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -46,6 +46,50 @@ def test_fisher_of_vectors_is_its_definition(make_ia3: Make) -> None:
     F = [attach_drawn(folder, "fisher", i)["layers.0.down"] for i, folder in enumerate(two)]
     merged = ties_peft.merge(two, method="fisher", weights=[1, 3])
     near(merged.delta("layers.0.down"), fisher(deltas(two, "layers.0.down"), [1, 3], F))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_normalized_fisher_is_its_definition(three: list[Path], weights: tuple[float, ...]) -> None:
+    """The norm is over all modules, and differs between adapters."""
+    drawn = [attach_drawn(folder, "fisher", i) for i, folder in enumerate(three)]
+    scaled = [{name: 10.0**i * values for name, values in own.items()} for i, own in enumerate(drawn)]
+    kept = [attach(folder, "fisher", own) for folder, own in zip(three, scaled, strict=True)]
+    F = [normalized(own) for own in kept]
+    for method in (ties_peft.merge, lambda adapters, **asked: ties_peft.prepare(adapters, "delta").merge(**asked)):
+        merged = method(three, method="fisher", weights=weights, rank="max", normalize_fisher=True)
+        for module in merged.modules:
+            near(merged.delta(module), fisher(deltas(three, module), weights, [own[module] for own in F]))
+
+
+def test_normalized_fisher_does_not_see_how_sharp_an_adapter_is_throughout(three: list[Path]) -> None:
+    drawn = [attach_drawn(folder, "fisher", i) for i, folder in enumerate(three)]
+
+    def both() -> list[torch.Tensor]:
+        merges = [ties_peft.merge(three, "fisher", rank="max", normalize_fisher=value) for value in (True, False)]
+        return [merged.delta(MODULE) for merged in merges]
+
+    normal, plain = both()
+    attach(three[1], "fisher", {name: 1000 * values for name, values in drawn[1].items()})
+    normal_then, plain_then = both()
+    near(normal_then, normal.double().numpy())
+    assert float((plain_then - plain).norm() / plain.norm()) > 0.1
+
+
+def test_normalized_fisher_of_an_adapter_on_which_nothing_depends_is_that_of_the_others(three: list[Path]) -> None:
+    F = [attach_drawn(folder, "fisher", i) for i, folder in enumerate(three)]
+    attach(three[2], "fisher", {name: np.zeros_like(values) for name, values in F[2].items()})
+    merged = ties_peft.merge(three, "fisher", rank="max", normalize_fisher=True)
+    expected = fisher(deltas(three[:2], MODULE), (1, 1), [normalized(own)[MODULE] for own in F[:2]])
+    near(merged.delta(MODULE), expected)
+
+
+def test_modules_under_new_names_keep_the_norm_of_their_statistics(make_lora: Make) -> None:
+    folder = make_lora("a")
+    own = normalized(attach_drawn(folder, "fisher", 0))
+    renamed = Adapter.load(folder).renamed({MODULE: "model.up"})
+    found = renamed.statistics("fisher")
+    assert found is not None
+    near(found.of("model.up").whole() / found.norm(renamed.modules), own[MODULE])  # type: ignore[union-attr]
 
 
 def test_entries_on_which_nothing_depends_are_the_mean(three: list[Path]) -> None:

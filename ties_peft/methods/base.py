@@ -111,7 +111,7 @@ class TaskVectors:
         adapters: how many adapters the merge has, also those that lack the module.
         rows: the range of rows at hand; None for all.
         tile: the number of that range in the part's grid.
-        grid: the ranges in which a vector is read whose rows are all at hand: those in which its cuts were found, so
+        grid: the ranges in which a vector is read whose rows are all at hand: those in which its cuts and levels were found, so
             that the numbers have the same bits; empty to read it at once.
         signs: the vector that decides the signs, if the method was given one.
         statistics: of each, where the method `needs` them, those of the whole module.
@@ -291,6 +291,10 @@ class Method(BaseModel, ABC):
         """The order statistics to find before the merge, in order; each ranking sees the levels of those before it."""
         return ()
 
+    def normalizes(self) -> bool:
+        """Whether the statistics of each adapter are divided by their norm over all its modules."""
+        return False
+
     def election(self) -> Election | None:
         """How what the trim leaves is elected and combined, of a method that does nothing else; None for others."""
         return None
@@ -356,7 +360,7 @@ def merge_part(method: Method, tasks: TaskVectors, crew: Workers, tally: dict[st
 def _in_one(tasks: TaskVectors, crew: Workers, tally: dict[str, int]) -> TaskVectors:
     """The task vectors with all rows at hand; their cuts, which were found tile by tile, in one tile."""
     cuts = [tuple(cut.in_one() for cut in own) for own in tasks.cuts]
-    grid = crew.tiles(tasks.deltas[0].shape, tasks.device) if cuts else ()
+    grid = crew.tiles(tasks.deltas[0].shape, tasks.device) if cuts or tasks.levels else ()
     return replace(tasks, tally=tally, cuts=cuts, grid=grid)
 
 

