@@ -42,6 +42,7 @@ class Counterpart:
         takes: the parameters that it has in mergekit.
         numbers: more of them, which are one number for all adapters here, with mergekit's defaults.
         normalize, rescale: mergekit's defaults.
+        settings: parameters that make it what it is in mergekit, each with what there is to say of it.
         elects: whether it elects signs, so that it can divide by the weights that agree.
         skips_base: whether mergekit lets the base model stand among the models and leaves it out.
         differs: what is not the same here, whatever the parameters.
@@ -50,6 +51,7 @@ class Counterpart:
     method: str
     takes: tuple[str, ...]
     numbers: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     normalize: bool = False
     rescale: bool = False
     elects: bool = False
@@ -59,7 +61,18 @@ class Counterpart:
 
 _DROPPED = "mergekit brings what a random drop leaves to the L1 norm of before; here it is divided by its probability"
 _ON_WEIGHTS = "mergekit turns whole weights; here what the adapters add to them is turned"
-_LENGTH = "for unequal norms the length goes evenly from one to the other here, in mergekit not quite"
+_PARALLEL = (
+    "mergekit turns whole weights, which are nearly parallel, so that it gives nearly average with weights 1 − t and t; "
+    "here what the adapters add to them is turned, its length going evenly from one norm to the other"
+)
+_FORM = (
+    "mergekit, as there: unequal norms draw the direction to the longer task vector, and a negative weight takes t "
+    "out of [0, 1] and negates nothing; form even turns evenly, and negates"
+)
+_ENERGIES = (
+    "mergekit counts all adapters alike in a tensor where their mean squares sum to less than 1e-6, as is common; here "
+    "their energies always count"
+)
 _OPPOSED = "where adapters oppose each other mergekit goes beyond the base; here it stops there"
 _TRIMMED = (*SUM, "density")
 _GAMMA, _EPSILON = {"gamma": 0.01}, {"epsilon": 0.15}
@@ -73,12 +86,15 @@ METHODS = {
     "breadcrumbs_ties": Counterpart("breadcrumbs_ties", _TRIMMED, _GAMMA, elects=True),
     "della": Counterpart("della", _TRIMMED, _EPSILON, normalize=True, rescale=True, elects=True, differs=_DROPPED),
     "della_linear": Counterpart("della_linear", _TRIMMED, _EPSILON, rescale=True, differs=_DROPPED),
-    "sce": Counterpart("sce", ("int8_mask",), {"select_topk": 1.0}),
+    "sce": Counterpart("sce", ("int8_mask",), {"select_topk": 1.0}, differs=_ENERGIES),
     "model_stock": Counterpart("model_stock", ("filter_wise",), differs=_OPPOSED),
     "karcher": Counterpart("karcher", (), {"max_iter": 10, "tol": 1e-5}, skips_base=False, differs=_ON_WEIGHTS),
-    "slerp": Counterpart("slerp", ("t",), skips_base=False, differs=f"{_ON_WEIGHTS}; {_LENGTH}"),
+    "slerp": Counterpart("slerp", ("t",), skips_base=False, differs=_PARALLEL),
     "nuslerp": Counterpart(
-        "slerp", ("weight", "nuslerp_flatten", "nuslerp_row_wise"), skips_base=False, differs=_LENGTH
+        "slerp",
+        ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
+        settings={"form": ("mergekit", _FORM)},
+        skips_base=False,
     ),
 }
 NO_COUNTERPART = {
@@ -313,6 +329,10 @@ class _Conversion:
         if "scope" in self.fields and "scope" not in self.shared:
             self.shared["scope"] = "module"
             self.note("parameters.scope", "module, as mergekit cuts each tensor on its own")
+        for key, (value, text) in self.rule.settings.items():
+            if key not in self.shared:
+                self.shared[key] = value
+                self.note(f"parameters.{key}", text)
         for key, default in self.rule.numbers.items():
             found = self.one(key, is_number, "one number")
             self.shared[key] = default if found is None else found

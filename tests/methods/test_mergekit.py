@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPES
+from conftest import PREFIX, SHAPES, write_adapter
 from methods.entrywise import Vectors, distance, numbers, read, row_probability
 
 import ties_peft
@@ -182,6 +182,85 @@ def test_slerp_agrees_in_direction_and_in_length_where_the_norms_are_equal(folde
         assert np.linalg.norm(seen[module] - length * turned) < 1e-4 * length
         share = merge_methods.merge_tensors(units, "nuslerp", parameters={"weight": [1 - t, t]}).numpy()
         assert np.linalg.norm(seen[module] - length * share) < 1e-4 * length
+
+
+UNEQUAL = [(1.0, 3.0), (2.0, -0.5), (-1.0, 3.0), (1.0, -1.0)]
+
+
+def degrees(first: Any, second: Any) -> float:
+    return float(np.degrees(np.arccos(cosine(first, second))))
+
+
+@pytest.mark.parametrize("weights", UNEQUAL)
+def test_slerps_form_mergekit_is_nuslerp_for_unequal_norms_and_negative_weights(
+    make_lora: Maker, weights: tuple[float, float]
+) -> None:
+    pair = [make_lora("short", rank=4, seed=0), make_lora("long", rank=4, seed=1, gain=6.0)]
+    expected = of_deltas(pair, "nuslerp", base=True, weight=list(weights))
+    assert distance(ours(pair, "slerp", form="mergekit", weights=weights), expected) < 1e-5
+    assert distance(ours(pair, "slerp", weights=weights), expected) > 0.1
+
+
+def test_a_module_of_one_alone_is_met_by_zero_at_right_angles_as_in_nuslerp(make_lora: Maker) -> None:
+    pair = [make_lora("a", rank=4), make_lora("b", rank=4, seed=1, shapes={"layers.0.q": SHAPES["layers.0.q"]})]
+    first, second = map(read, pair)
+    whole = {m: (v, second.get(m, np.zeros_like(v))) for m, v in first.items()}
+    expected = {
+        m: merge_methods.merge_tensors(
+            [torch.zeros(v.shape, dtype=torch.float64), *map(torch.from_numpy, (v, w))],
+            "nuslerp",
+            parameters={"weight": [1.0, 3.0]},
+            base_index=0,
+        ).numpy()
+        for m, (v, w) in whole.items()
+    }
+    assert distance(ours(pair, "slerp", form="mergekit", weights=(1.0, 3.0)), expected) < 1e-5
+
+
+def test_slerps_forms_at_right_angles_and_norms_of_one_to_six(tmp_path: Path) -> None:
+    pair = []
+    for place, length in ((0, 1.0), (1, 6.0)):
+        A, B = torch.zeros(1, 2), torch.full((1, 1), length)
+        A[0, place] = 1
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"], "base_model_name_or_path": "b"}
+        tensors = {f"{PREFIX}q.lora_A.weight": A, f"{PREFIX}q.lora_B.weight": B}
+        pair.append(write_adapter(tmp_path / str(place), config, tensors))
+    longer = np.array([[0.0, 1.0]])
+    seen = {form: ours(pair, "slerp", form=form, weights=None)["q"] for form in ("even", "mergekit")}
+    assert degrees(seen["even"], longer) == pytest.approx(45, abs=0.01)
+    assert degrees(seen["mergekit"], longer) == pytest.approx(9.46, abs=0.01)
+    assert np.linalg.norm(seen["even"]) == pytest.approx(3.5, rel=1e-5)
+    assert np.linalg.norm(seen["mergekit"]) == pytest.approx(np.sqrt(37 / 2), rel=1e-5)
+
+
+def test_mergekits_slerp_of_whole_weights_is_nearly_the_average(folders: list[Path]) -> None:
+    pair = [read(folder) for folder in folders[:2]]
+    average = ours(folders[:2], "average", weights=(0.7, 0.3))
+    turned = ours(folders[:2], "slerp", t=0.3, weights=None)
+    for module, shape in SHAPES.items():
+        weight = 1000 * np.random.default_rng(0).standard_normal(shape)
+        inputs = [torch.from_numpy(weight + vectors[module]) for vectors in pair]
+        merged = merge_methods.merge_tensors(inputs, "slerp", parameters={"t": 0.3}, base_index=0).numpy() - weight
+        length = np.linalg.norm(merged)
+        assert np.linalg.norm(merged - average[module]) < 1e-4 * length
+        assert np.linalg.norm(merged - turned[module]) > 0.05 * length
+
+
+def test_mergekits_sce_ignores_the_energies_of_small_updates(make_lora: Maker) -> None:
+    """Its rule for a sum of mean squares under 1e-6; ours does not depend on the length of the task vectors."""
+    asked = {"rank": 4, "alpha": 4}
+    pairs = {
+        gain: [make_lora(f"{gain} {n}", **asked, seed=n, gain=gain * (1 + 2 * n)) for n in range(2)]
+        for gain in (1.0, 1e-5)
+    }
+    large, small = (of_deltas(pair, "sce", base=True) for pair in pairs.values())
+    assert max(sum(np.mean(read(f)[m] ** 2) for f in pairs[1e-5]) for m in SHAPES) < 1e-6
+    assert distance({m: 1e-5 * v for m, v in large.items()}, small) > 0.1
+    for gain, pair in pairs.items():
+        seen = ours(pair, "sce", weights=None)
+        assert distance(seen, {m: gain * v for m, v in large.items()}) < 1e-5
+    alike = ours(pairs[1e-5], "ties", weights=None, density=1.0)
+    assert distance(alike, small) < 1e-5
 
 
 def test_della_drops_and_elects_the_same(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

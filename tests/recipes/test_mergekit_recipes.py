@@ -220,11 +220,19 @@ def test_slerps_t_may_vary(folders: list[Path]) -> None:
         by_hand.assert_close_to(result.delta(name).numpy(), expected)
 
 
-def test_nuslerp_takes_t_from_the_weights(folders: list[Path]) -> None:
+def test_nuslerp_takes_its_form_and_t_from_the_weights(folders: list[Path]) -> None:
     a, b = map(str, folders[:2])
     text = file("nuslerp", model(a, weight=1), model(b, weight=3), base_model="org/base")
-    expected = merge([a, b], "slerp", t=0.75, rank="max")
+    expected = merge([a, b], "slerp", t=0.75, form="mergekit", rank="max")
     by_hand.assert_close(merged(text), {name: expected.delta(name).numpy() for name in expected.modules})
+    assert "a negative weight" in said(Recipe.from_yaml(text), "parameters.form")
+    asked = Recipe.from_yaml(text + "parameters: {form: even}\n")
+    assert asked.parameters["form"] == "even"
+    assert not said(asked, "parameters.form")
+
+
+def test_a_recipe_of_sce_says_that_mergekit_may_ignore_the_energies() -> None:
+    assert "1e-6" in said(Recipe.from_yaml(file("sce", "a", "b", base_model="x")), "merge_method")
 
 
 def test_karcher_and_model_stock_run_as_they_are(folders: list[Path]) -> None:

@@ -29,7 +29,9 @@ class Sce(Method):
         adapters of equal energy give `ties` at density 1; an adapter of zeros equals an absent one.
     Source: Wan, Zhong, Yang, Chen and Quan, FuseChat: Knowledge Fusion of Chat Models, EMNLP 2025 (arXiv
         2408.07990). mergekit's `sce` is this with unit weights and so selects what is merged; in the
-        authors' code the selection decides the ηᵢ alone. Their recipes take `select_topk` 0.1 and 1;
+        authors' code the selection decides the ηᵢ alone. mergekit also sets all ηᵢ equal in a tensor where the
+        mean squares of the xᵢ sum to less than 1e-6, as is common with adapters; here the energies always count,
+        and the length of the task vectors changes nothing. The authors' recipes take `select_topk` 0.1 and 1;
         mergekit's default, 1, is ours.
     """
 

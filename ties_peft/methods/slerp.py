@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,23 +15,29 @@ from .base import Method, TaskVectors
 class Slerp(Method):
     """Turn the direction of one adapter's task vector into that of another, module by module.
 
-        τ = ((1 − t)·‖τ₁‖ + t·‖τ₂‖) · (sin((1 − t)·θ)·û₁ + sin(t·θ)·û₂) / sin θ
+        τ = ((1 − t)·‖τ₁‖ + t·‖τ₂‖) · (sin((1 − t)·θ)·û₁ + sin(t·θ)·û₂) / sin θ     (form even)
+        τ = (sin((1 − t)·θ)·τ₁ + sin(t·θ)·τ₂) / sin θ                               (form mergekit)
 
-    with û the unit vectors and θ the angle between them. Where they are colinear, or one is zero, τ is
-    (1 − t)·τ₁ + t·τ₂. It is a weighted sum, hence exact at rank r₁ + r₂, and found from inner products
-    alone.
+    with û the unit vectors and θ the angle between them. Where they are colinear, τ is (1 − t)·τ₁ + t·τ₂. Both forms
+    are a weighted sum, hence exact at rank r₁ + r₂, and found from inner products alone.
 
-    Without t, the weights say how far: t = |w₂| / (|w₁| + |w₂|), their signs negate, and (1, 3) and (2, 6)
-    mean the same. With t, weights multiply the task vectors first, as everywhere. A module that only one
-    of the two has is met by zero, at the t that the weights give.
+    The forms agree where the norms are equal. Where they are not, `even` turns evenly from one direction to the
+    other, and the length goes evenly from one norm to the other; `mergekit` is drawn to the direction of the longer
+    vector: at t = ½ and norms 1 : 6, two vectors at right angles give one that is 9.5° from the longer, where `even`
+    has 45°.
+
+    Without t, the weights say how far. With `even` t = |w₂| / (|w₁| + |w₂|), their signs negate, and (1, 3) and (2, 6)
+    mean the same. With `mergekit` t = w₂ / (w₁ + w₂), and ½ where the weights sum to 0: a negative weight negates
+    nothing, but takes t out of [0, 1] and the result beyond one of the vectors. With t, weights multiply the task
+    vectors first, as everywhere. A module that only one of the two has is met by zero, at the t that the weights
+    give: colinear for `even`, at right angles for `mergekit`.
 
     Law: t = 0 gives the first, t = 1 the second; task vectors of equal norm keep it; exchanging the two
-        and t for 1 − t changes nothing; one adapter alone comes back unchanged.
+        and t for 1 − t changes nothing; one adapter alone with a positive weight comes back unchanged.
     Source: Shoemake, Animating Rotation with Quaternion Curves, SIGGRAPH 1985; on models, mergekit's
-        `slerp` and `nuslerp` (Goddard et al., 2024, arXiv 2403.13257), of which the first turns weights
-        and the second, as here, what was added to a base. Both put the two sines on vectors of their own
-        lengths: equal to this for equal norms; for unequal ones their length does not go from one to the
-        other evenly, as it does here.
+        `slerp` and `nuslerp` (Goddard et al., 2024, arXiv 2403.13257). The former turns whole weights, which lie
+        so close to each other that it nearly is `average`; the latter, given a base model, what was added to
+        the base, and is the form `mergekit`. The form `even` is our own.
     """
 
     name: ClassVar[str] = "slerp"
@@ -39,18 +45,24 @@ class Slerp(Method):
     ordered: ClassVar[bool] = True
 
     t: float | None = Field(None, ge=0, le=1, description="0 is the first adapter, 1 the second; none: by the weights")
+    form: Literal["even", "mergekit"] = Field(
+        "even", description="how unequal norms and negative weights count: evenly, or as in mergekit's nuslerp"
+    )
 
     def merge(self, tasks: TaskVectors) -> Delta:
         """Two coefficients, from a 2 × 2 Gram matrix."""
-        weights = [abs(weight) for weight in tasks.weights]
+        even = self.form == "even"
+        weights = [abs(weight) if even else weight for weight in tasks.weights]
+        total = tasks.total_heft if even else tasks.total_weight
+        shares = [weight / total if abs(total) > NO_SUM else 0.5 for weight in weights]
         loads = weights if self.t is None else [1.0] * len(weights)
         if len(tasks) == 1:
-            return tasks.sum(weights[0] / tasks.total_heft / loads[0])
+            return tasks.sum((shares[0] if even else math.sin(shares[0] * math.pi / 2)) / loads[0])
         gram = tasks.gram()
-        first, second = (float(gram[i, i]) ** 0.5 / loads[i] for i in (0, 1))
+        norms = [float(gram[i, i]) ** 0.5 / abs(loads[i]) for i in (0, 1)]
         inner = float(gram[0, 1]) / (loads[0] * loads[1])
-        mixed = _turned(weights[1] / sum(weights) if self.t is None else self.t, first, second, inner)
-        return tasks.sum([part / load for part, load in zip(mixed, loads, strict=True)])
+        first, second = _turned(shares[1] if self.t is None else self.t, norms, inner, even)
+        return tasks.sum([first / loads[0], second / loads[1]])
 
     def linear(self, adapters: int) -> bool:
         """Always."""
@@ -62,12 +74,18 @@ class Slerp(Method):
 
 
 COLINEAR = 1e-4  # sin θ; below it the two sines are the rounding of factors in float32
+NO_SUM = 1e-6  # of signed weights: below it they give no share, in mergekit too
 
 
-def _turned(turn: float, first: float, second: float, inner: float) -> tuple[float, float]:
+def _turned(turn: float, norms: Sequence[float], inner: float, even: bool) -> tuple[float, float]:
     """The coefficients of two vectors, given their norms and their inner product."""
-    angle = math.acos(max(-1.0, min(1.0, inner / (first * second)))) if first * second > 0 else 0.0
+    first, second = norms
+    of_zero = 0.0 if even else math.pi / 2
+    angle = math.acos(max(-1.0, min(1.0, inner / (first * second)))) if first * second > 0 else of_zero
     if math.sin(angle) < COLINEAR:
         return 1 - turn, turn
-    length = ((1 - turn) * first + turn * second) / math.sin(angle)
-    return length * math.sin((1 - turn) * angle) / first, length * math.sin(turn * angle) / second
+    sines = math.sin((1 - turn) * angle) / math.sin(angle), math.sin(turn * angle) / math.sin(angle)
+    if not even:
+        return sines
+    length = (1 - turn) * first + turn * second
+    return length * sines[0] / first, length * sines[1] / second
