@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ import ties_peft
 from ties_peft import order_statistics, tiles
 from ties_peft.delta import Dense
 from ties_peft.merge import merge_recipe
+from ties_peft.methods import method_classes, register
 from ties_peft.methods.base import Ranking, TaskVectors
+from ties_peft.methods.pcb import Pcb
 from ties_peft.order_statistics import find_levels
 from ties_peft.tiles import Workers
 
@@ -127,3 +130,31 @@ def test_pcbs_density_may_be_set_for_each_adapter(make_lora: Maker) -> None:
     merged = merge_recipe(recipe)
     seen = {name: merged.delta(name).double().numpy() for name in merged.modules}
     assert distance(seen, defined(folders, "pcb", [1.0, 1.0], density=(0.2, 0.6))) < 1e-4
+
+
+@pytest.mark.parametrize("scope", ["adapter", "module"])
+def test_a_subclass_of_pcb_with_a_merge_of_its_own_is_given_the_levels_too(
+    make_lora: Maker, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    """It is handed whole modules; the one entry that counts is known by its bits."""
+    monkeypatch.setattr(sys.modules["ties_peft.methods"], "_REGISTERED", {})
+    monkeypatch.setattr(tiles, "TILE", 13)
+
+    class Mine(Pcb):
+        """A test."""
+
+        name: ClassVar[str] = "mine"
+
+        def merge(self, tasks: TaskVectors) -> torch.Tensor:
+            assert tasks.rows is None
+            return super().merge(tasks)
+
+    register(Mine)
+    folders = [make_lora(f"s{n}", rank=3, seed=n) for n in range(2)]
+    for density in (1e-9, 0.3):
+        asked = {"density": density, "scope": scope}
+        assert (
+            distance(merged_vectors(folders, "mine", scale=1.2, **asked), merged_vectors(folders, "pcb", **asked))
+            < 1e-6
+        )
+    method_classes.cache_clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from ties_peft.basis import directions
 from ties_peft.delta import LowRank
 from ties_peft.spaces import find_space
 from ties_peft.spaces.core import CompressedEncoding, CoreEncoding
-from ties_peft.spectrum import spectrum
+from ties_peft.spectrum import Spectrum, orthogonalised, spectrum
 from ties_peft.trim import trim
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
@@ -99,6 +100,19 @@ def test_iso_cts_takes_no_direction_from_rounding(tmp_path: Path) -> None:
     (B, A) = factors(first)["q"]
     level = (6 + 3) / 2
     assert off({"q": result}, {"q": level * (B[:, :2] / np.linalg.norm(B[:, :2], axis=0)) @ A[:2]}) < 1e-4
+
+
+@pytest.mark.parametrize(("angle", "count"), [(5e-5, 1), (1e-3, 2)])
+def test_directions_that_depend_on_each_other_to_within_1e_4_count_as_one(angle: float, count: int) -> None:
+    """What iso_cts, tsv and flat_tsv stand on."""
+    parts = []
+    for turn in (0.0, angle):
+        u, v = torch.zeros(2, 5, dtype=torch.float64)
+        u[:2] = v[2:4] = torch.tensor([math.cos(turn), math.sin(turn)])
+        parts.append(Spectrum(u.unsqueeze(1), torch.ones(1, dtype=torch.float64), v.unsqueeze(0)))
+    values = torch.linalg.svdvals(orthogonalised(parts))
+    assert values[:count].tolist() == pytest.approx([1.0] * count)
+    assert values[count:].tolist() == pytest.approx([0.0] * (5 - count), abs=1e-6)
 
 
 def test_svc_counts_no_answer_that_is_rounding(tmp_path: Path) -> None:

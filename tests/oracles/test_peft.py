@@ -138,3 +138,22 @@ def test_plain_ties_is_space_factors(tmp_path: Path, density: float) -> None:
     model.save_pretrained(tmp_path)
     expected = theirs(model, "ties", [1, 1, 1], density=density)
     assert_equal(ours(tmp_path, "ties", space="factors", density=density), expected)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "weights"),
+    [((15, 15, 15), (1.0, 2.0, 0.5)), ((15, 5, 30), (1.0, 1.0, 1.0))],
+    ids=["weights", "scalings"],
+)
+def test_plain_ties_is_no_space_factors_for_unequal_scalings_or_weights(
+    tmp_path: Path, alphas: tuple[int, ...], weights: tuple[float, ...]
+) -> None:
+    configs = {
+        name: LoraConfig(target_modules=["q", "up"], r=5, lora_alpha=alpha)
+        for name, alpha in zip(NAMES, alphas, strict=True)
+    }
+    model = adapted(Tiny(), configs)
+    model.save_pretrained(tmp_path)
+    expected = theirs(model, "ties", weights, density=0.5)
+    merged = ours(tmp_path, "ties", space="factors", density=0.5, weights=weights)
+    assert max(float(torch.dist(merged.delta(n), d) / d.norm()) for n, d in expected.items()) > 0.05

@@ -23,7 +23,9 @@ class IsoCts(Method):
         as long as the directions are independent; an adapter of zeros equals an absent one.
     Source: Marczak et al., No Task Left Behind, ICML 2025 (arXiv 2502.04959), with the shares as its code
         rounds them. Published, R is min(out, in); here it is the rank of the sum, since directions beyond
-        it are arbitrary. An adapter with fewer than n directions of its own gives those it has.
+        it are arbitrary. An adapter with fewer than n directions of its own gives those it has. Directions that
+        depend on each other to within 1e-4 (a singular value of the unit vectors side by side, as a share of the
+        largest) count as one, where the published code tells them apart.
     """
 
     name: ClassVar[str] = "iso_cts"

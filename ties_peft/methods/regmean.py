@@ -30,9 +30,11 @@ class RegMean(Method):
         spaces `delta` and `core` agree.
     Source: Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models, ICLR 2023 (arXiv
         2212.09849), on task vectors, which is the same thing since all share the base. G is a mean over
-        inputs, so that an adapter with more rows weighs no more than others; 0.9 is theirs. LoRM (Salami et al., Closed-form
-        Merging of Parameter-Efficient Modules, arXiv 2410.17961) solves for A and for B in turns, at a fixed rank: at
-        α = 1 its error Σ wᵢ·E‖(τ − τᵢ)·x‖² can at best come down to this solution's at rank `max`, which is there at once.
+        inputs, so that an adapter with more rows weighs no more than others. Of the ten configurations in the authors'
+        code that give α a number, one has 0.9, the default here, and nine have 0.1; without one nothing is scaled (α = 1).
+        LoRM (Salami et al., Closed-form Merging of Parameter-Efficient Modules, arXiv 2410.17961) solves for A and for B
+        in turns, at a fixed rank: at α = 1 its error Σ wᵢ·E‖(τ − τᵢ)·x‖² can at best come down to this solution's at
+        rank `max`, which is there at once.
     """
 
     name: ClassVar[str] = "regmean"

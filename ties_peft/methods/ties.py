@@ -24,6 +24,10 @@ class Ties(Method):
     Weights come first: trim, election and merge see w·τ, and the mean divides by the agreeing
     weights, so (2, 1) and (10, 5) mean the same. With unit weights this is TIES as published.
 
+    The trim keeps exactly k = ⌊density·n⌋ entries, density being the decimal that was written (0.29 of 100 is 29); n
+    counts the adapter's entries in all its modules with scope `adapter`, in one module with scope `module`. Of equal
+    magnitudes the first by position stay: modules by name, then row by row. A sum of exactly zero elects +.
+
     The paper's ablations are parameters: no trim is density 1; no election is elect `none`, the mean
     of what is kept of both signs; no disjoint mean is disjoint `mean_elected`, the sum of the
     agreeing values over Σ|w| of all adapters, as the paper words it, or `mean_all`, that of the
@@ -36,7 +40,7 @@ class Ties(Method):
     Source: Yadav, Tam, Choshen, Raffel and Bansal, TIES-Merging: Resolving Interference When Merging
         Models, NeurIPS 2023 (arXiv 2306.01708), algorithm 1. PEFT's `ties_svd` is this with scope
         `module` and unit weights (it elects before weighting and divides by the count); PEFT's
-        `ties` is space `factors`; mergekit trims a module at a time.
+        `ties` is space `factors` for equal lora scalings and unit weights; mergekit trims a module at a time.
     """
 
     name: ClassVar[str] = "ties"

@@ -28,8 +28,8 @@ class Wudi(Method):
     Source: Cheng et al., Whoever Started the Interference Should End It: Guiding Data-Free Model Merging
         via Task Vectors, ICML 2025 (arXiv 2503.08099). Its code takes 300 steps of Adam of size 1e-5 from
         the sum, whose effect depends on how large the task vectors are; the ridge towards the sum replaces
-        that early stop and is free of scale (our own). The paper divides by ‖τᵢ‖², as here; its vision code
-        by ‖τᵢ‖.
+        that early stop and is free of scale (our own). The paper divides by ‖τᵢ‖², as here, and so does its code
+        for vision and for language.
     """
 
     name: ClassVar[str] = "wudi"
