@@ -397,6 +397,10 @@ def test_methods_explains_one() -> None:
     out = run("methods", "ties").out
     assert "Law" in out and "Yadav" in out and "task_arithmetic" not in out
     assert out.count("Trim each task vector, elect one sign per entry") == 1
+    told = " ".join(out.split())
+    for fact in ("k = ⌊density·n⌋", "0.29 of 100 is 29", "first by position", "exactly zero elects +"):
+        assert fact in told, fact
+    assert "PEFT's `ties` is space `factors` for equal lora scalings and unit weights" in told
 
 
 def test_methods_json() -> None:

@@ -378,6 +378,8 @@ def test_sce_of_equal_energies_is_the_election(make_ia3: Maker, tmp_path: Path) 
         ("sce", {}),
         ("emr", {}),
         ("dare_ties", {"density": 1.0}),
+        ("ties", {"density": 1.0}),
+        ("ties", {"density": 1.0, "elect": "count"}),
         ("ties", {"density": 1.0, "elect": "none", "disjoint": "max"}),
     ],
 )
