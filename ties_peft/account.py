@@ -17,6 +17,7 @@ from .fast import Loops
 from .kinds import Module
 from .plan import Plan
 from .report import AdapterLine, ModuleLine, Report
+from .sources import address
 from .spaces import Encoding
 from .survey import Kept, trimmed_apart
 from .tensors import MemoryTensors
@@ -132,6 +133,8 @@ class Account:
                 norm=math.sqrt(self.squares[place]),
                 kept=kept[place].kept,
                 entries=kept[place].entries,
+                page=address(member.adapter.source),
+                base=member.adapter.base,
             )
             for place, member in enumerate(plan.members)
         ]
@@ -154,6 +157,7 @@ class Account:
             modules=self.lines,
             warnings=[*plan.warnings, *self._warnings(inputs, cosines, energy)],
             riders=plan.heads.lines(),
+            task_type=plan.task.said,
             weights=plan.weighting,
             formula=plan.formula,
             seconds=seconds,

@@ -26,6 +26,7 @@ from torch import Tensor
 from . import sources
 from .adapter import Adapter, in_memory
 from .bench import Bench
+from .card import shared_licence
 from .choices import DISTIL_BATCH, FITS
 from .distilled import Distilled, DistilReport, LessonLine
 from .errors import RecipeError, unknown, warn_caller
@@ -33,6 +34,7 @@ from .exam import Progress
 from .fitting import Course, State, hold_back
 from .fitting import fit as fit_student
 from .lessons import Lesson
+from .loading import Loading
 from .merged import Merged, versions
 from .start import make_start
 from .state import Keeper
@@ -122,7 +124,7 @@ def distil(
         _teach(lessons, keeper, tell)
         done = fit_student(student, lessons, course, keeper, tell)
         outcome = _Outcome(student, lessons, course, done, written, told)
-        return outcome.result(teachers, time.perf_counter() - started)
+        return outcome.result(teachers, beginning.loading, time.perf_counter() - started)
 
 
 class _Outcome:
@@ -144,7 +146,7 @@ class _Outcome:
         start = student.start
         self.start = {name: start.tensors.read(name).to(dtype).contiguous() for name in start.tensors.names}
 
-    def result(self, teachers: Sequence[Teacher], seconds: float) -> Distilled:
+    def result(self, teachers: Sequence[Teacher], loading: Loading, seconds: float) -> Distilled:
         before, after = self._measure(self.start), self._measure(self.fitted)
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in self.fitted.values())
         improved = finite and sum(d for d, _ in after) < sum(d for d, _ in before)
@@ -158,6 +160,7 @@ class _Outcome:
                 held=len(held),
                 divergence=(first[0], last[0]),
                 agreement=(first[1], last[1]),
+                page=sources.address(lesson.adapter.source),
             )
             for lesson, (learnt, held), first, last in zip(
                 self.lessons, self.parts, before, after if improved else before, strict=True
@@ -171,6 +174,7 @@ class _Outcome:
             self.fitted if improved else self.start,
             report,
             self._recipe(teachers),
+            loading,
             [folder for folder in folders if folder is not None],
         )
 
@@ -188,6 +192,7 @@ class _Outcome:
                 "each adapter was imitated under its own head, and the result has none: put the head of the task at hand "
                 "on the base."
             )
+        licence, note = shared_licence([(lesson.name, lesson.adapter.folder) for lesson in self.lessons])
         return DistilReport(
             kind=start.kind.title,
             rank=start.report.rank if isinstance(start, Merged) else None,
@@ -197,6 +202,8 @@ class _Outcome:
             steps=done.step,
             of=self.course.steps,
             kept=kept,
+            licence=licence,
+            licence_note=note,
             rate=done.rate,
             retries=done.retries,
             history=done.history,

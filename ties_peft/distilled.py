@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from . import writer
 from .adapter import Adapter
-from .card import KIND_TAGS
+from .card import KIND_TAGS, front_matter, linked, public, public_text, snippet
+from .document import dump
+from .loading import Loading
 from .merged import versions
 from .tensors import MemoryTensors
 
@@ -33,6 +34,7 @@ class LessonLine:
         rows, held: how many were learnt from, how many held back.
         divergence: KL(teacher ‖ adapter) on the held-back rows in nats, of the start and of the result.
         agreement: share of predictions there whose likeliest is the teacher's, likewise.
+        page: its address on the Hub; None for one on this machine.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LessonLine:
     held: int
     divergence: tuple[float, float]
     agreement: tuple[float, float]
+    page: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,6 +65,7 @@ class DistilReport:
         improved: whether the result is better than the start on the held-back rows; else it is the start.
         dtype: of the tensors written.
         seconds: how long it took.
+        licence, licence_note: as in the report of a merge.
     """
 
     kind: str
@@ -80,6 +84,8 @@ class DistilReport:
     improved: bool
     dtype: str
     seconds: float = field(default=0.0)
+    licence: dict[str, Any] = field(default_factory=dict)
+    licence_note: str = ""
 
     @property
     def divergence(self) -> tuple[float, float]:
@@ -137,6 +143,7 @@ class DistilReport:
         )
         table.add_row("mean KL", outcome)
         table.add_row("written as", self.dtype)
+        table.add_row("licence", escape(self.licence_note))
         table.add_row("time", f"{self.seconds:.1f} s")
         return table
 
@@ -147,6 +154,7 @@ class Distilled(Adapter):
     Attributes:
         report: whom it imitates, and how well; prints well.
         recipe: what was asked, as plain values.
+        loading: the class of the base model that it is put on, and the lines of Python that do it.
     """
 
     def __init__(
@@ -155,11 +163,13 @@ class Distilled(Adapter):
         tensors: Mapping[str, Tensor],
         report: DistilReport,
         recipe: dict[str, Any],
+        loading: Loading,
         inputs: Sequence[Path] = (),
     ) -> None:
         super().__init__(config, MemoryTensors(tensors))
         self.report = report
         self.recipe = recipe
+        self.loading = loading
         self._inputs = list(inputs)
 
     def files(self) -> dict[str, writer.Content]:
@@ -167,7 +177,7 @@ class Distilled(Adapter):
         provenance = {"versions": versions(), "distil": self.recipe, "report": self.report.to_dict()}
         return {
             **super().files(),
-            "README.md": _card(self.report, self.config, self.recipe),
+            "README.md": _card(self.report, self.recipe, self.loading),
             "provenance.json": writer.json_text(provenance),
         }
 
@@ -187,24 +197,17 @@ class Distilled(Adapter):
         return f"Distilled({self.kind.name}, {len(self.layout)} modules{rank}, {len(self.report.lessons)} teachers)"
 
 
-def _card(report: DistilReport, config: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+def _card(report: DistilReport, recipe: Mapping[str, Any], loading: Loading) -> str:
     """The README.md, with the front matter that the Hub reads."""
-    base = config.get("base_model_name_or_path")
-    front = {
-        **({"base_model": base} if base else {}),
-        "library_name": "peft",
-        "tags": ["merge", "ties_peft", "distil", KIND_TAGS.get(report.kind, "peft")],
-    }
+    tags = ["merge", "ties_peft", "distil", KIND_TAGS.get(report.kind, "peft")]
     rows = "\n".join(
-        f"| {line.name.replace('|', chr(92) + '|')} | {line.kind} | {line.rows} + {line.held} | {line.divergence[1]:.4f} | "
+        f"| {linked(line.name, line.page)} | {line.kind} | {line.rows} + {line.held} | {line.divergence[1]:.4f} | "
         f"{line.agreement[1]:.1%} | `{line.digest[:12]}` |"
         for line in report.lessons
     )
     rank = "" if report.rank is None else f" of rank {report.rank}"
-    notes = "".join(f"\n- {warning}" for warning in report.warnings)
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}
----
+    notes = "".join(f"\n- {public_text(warning, recipe)}" for warning in report.warnings)
+    return f"""{front_matter(loading, tags, report.licence)}
 # One {report.kind} adapter that imitates {len(report.lessons)}
 
 Made by [ties_peft](https://pypi.org/project/ties-peft/): a merge{rank} whose {report.fit} were then fitted to the predictions of
@@ -215,15 +218,11 @@ the likeliest prediction is the same.
 |---|---|---|---|---|---|
 {rows}
 
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
+{snippet(loading)}
 
 What was asked:
 
 ```yaml
-{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()}
+{dump(public(recipe)).strip()}
 ```
 {f"{chr(10)}Noted:{chr(10)}{notes}{chr(10)}" if notes else ""}"""

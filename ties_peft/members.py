@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from .adapter import Adapter
@@ -45,6 +45,26 @@ class Member:
     def density_at(self, module: str, layers: int, default: float) -> float:
         """The density on one module, the method's where none was set."""
         return default if self.density is None else self.density.at(module, layers, default)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The task type of a result, PEFT's name for the kind of model that an adapter was trained on.
+
+    Attributes:
+        kept: that it has; None for none.
+        named: those that the adapters name, each once.
+        dropped: why the adapters' own is left out, in words; empty where it is not.
+    """
+
+    kept: str | None = None
+    named: tuple[str, ...] = ()
+    dropped: str = ""
+
+    @property
+    def said(self) -> str:
+        """What the report says of it."""
+        return printable(self.kept) if self.kept else f"left out: {self.dropped}" if self.dropped else ""
 
 
 def equal_norm_weights(norms: Sequence[float]) -> list[float]:
@@ -157,6 +177,36 @@ def _flag(stage: Method, stages: Stages) -> str:
     """What sets one stage's density on the command line."""
     several = sum(hasattr(other, "density") for other in stages.all) > 1
     return f"--set {stage.name}.density=1" if several else "--density 1"
+
+
+def settle_task(members: Sequence[Member], loads: Callable[[str], bool], warnings: list[str]) -> Task:
+    """Keep the task type where all adapters name the same and PEFT loads the result with it; else warn why not.
+
+    Args:
+        members: of the merge.
+        loads: whether PEFT loads the result with a task type; it needs the head of a task that has one.
+        warnings: why it is left out is added.
+    """
+    holders: dict[str, list[str]] = {}
+    for member in members:
+        given = member.adapter.config.get("task_type")
+        holders.setdefault("none" if given is None else printable(str(given)), []).append(member.name)
+    named = tuple(dict.fromkeys(t for m in members if isinstance(t := m.adapter.config.get("task_type"), str) and t))
+    if holders.keys() <= {"none"}:
+        return Task()
+    if len(holders) == 1 and len(named) == 1 and loads(named[0]):
+        return Task(named[0], named)
+    listed = "; ".join(f"{task}: {', '.join(names[:4])}{', …' * (len(names) > 4)}" for task, names in holders.items())
+    if len(holders) > 1:
+        why = f"the adapters differ in it ({listed})"
+        advice = "Where they were trained on one class of the base model, nothing is lost; merge others apart."
+    elif not named:
+        why, advice = f"PEFT knows none of this form ({listed})", "Mend task_type in their adapter_config.json."
+    else:
+        why = f"the result lacks a layer that was trained for {printable(named[0])}"
+        advice = "Keep the head of one adapter (--heads keep=NAME) to have it."
+    warnings.append(f"task_type is left out: {why}. The result is loaded as a plain PeftModel. {advice}")
+    return Task(None, named, why)
 
 
 def refuse_strangers(members: Sequence[Member]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .account import Account, Record, record
 from .adapter import Adapter, open_all
 from .base_model import BaseModel
+from .card import shared_licence
 from .companions import gather
 from .coordinates import Coordinates, Memory
 from .delta import zero
@@ -23,6 +24,8 @@ from .factorise import Factors
 from .fast import load
 from .glance import Glance
 from .kinds import Module
+from .kinds.base import EMBEDDING, LINEAR
+from .loading import VOCABULARY, Evidence, find_loading
 from .members import statistics_of
 from .merged import Merged
 from .methods import TaskVectors
@@ -31,6 +34,7 @@ from .order_statistics import Group, Levels, find_levels, with_own_levels
 from .plan import Plan, make_plan
 from .processes import ALONE, Team
 from .recipe import IN_MEMORY, Rank, Recipe, Weights
+from .riders import is_head
 from .schedule import as_written
 from .settings import as_asked
 from .survey import Kept, Survey, trimmed_apart
@@ -190,11 +194,18 @@ def carry_out(
     if memory is not None:
         memory.companions = companions
     plan.warnings.extend([companions.remark] if companions.remark else [])
-    report = replace(account.report(kept, time.perf_counter() - started), copied=sorted(companions.files))
+    licence, note = shared_licence([(member.name, member.adapter.folder) for member in plan.members])
+    report = replace(
+        account.report(kept, time.perf_counter() - started),
+        copied=sorted(companions.files),
+        licence=licence,
+        licence_note=note,
+    )
     warn_caller(report.warnings)
     config = _config(plan, recipe)
     check_written(recipe.target, config, tensors)
-    return Merged(config, tensors, report, recipe, companions)
+    loading = find_loading(_evidence(plan, recipe, config))
+    return Merged(config, tensors, report, recipe, loading, companions)
 
 
 def _merge_all(
@@ -350,17 +361,33 @@ def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     """adapter_config.json: as few keys as every loader needs, so that old releases load it too."""
     configs = [member.adapter.config for member in plan.members]
     named = recipe.base_model or next((a.base for a in (m.adapter for m in plan.members) if a.base), None)
-    tasks = [config.get("task_type") for config in configs]
-    task = tasks[0] if isinstance(tasks[0], str) and all(other == tasks[0] for other in tasks) else None
     own = plan.kind.config(list(plan.modules.values()), plan.rank or 0)
-    task = task if task and plan.heads.loads(task) else None
     return {
         "peft_type": plan.kind.peft_type,
         "base_model_name_or_path": named,
-        **({"task_type": task} if task else {}),
+        **({"task_type": plan.task.kept} if plan.task.kept else {}),
         "inference_mode": True,
         **own,
         **{key: value for key, value in plan.heads.config().items() if key != "bias" or key in own},  # (IA)³ has none
         **({"fan_in_fan_out": True} if any(config.get("fan_in_fan_out") for config in configs) else {}),
         **({"layer_replication": configs[0]["layer_replication"]} if configs[0].get("layer_replication") else {}),
     }
+
+
+def _evidence(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> Evidence:
+    """What tells the class of the base model that the result is put on."""
+    mappings = [member.adapter.config.get("auto_mapping") for member in plan.members]
+    pairs = [(m.get("base_model_class"), m.get("parent_library")) for m in mappings if isinstance(m, dict)]
+    layers = {layer.module: {name: r.shape for name, r in layer.any.items()} for layer in plan.heads.kept}
+    rows = [layer["weight"][0] for name, layer in layers.items() if VOCABULARY.fullmatch(name) and layer.get("weight")]
+    rows += [m.shape[1] for m in plan.modules.values() if m.form == EMBEDDING and VOCABULARY.fullmatch(m.name)]
+    rows += [m.shape[0] for m in plan.modules.values() if m.form == LINEAR and VOCABULARY.fullmatch(m.name)]
+    return Evidence(
+        base=config["base_model_name_or_path"],
+        weights=recipe.base,
+        tasks=plan.task.named,
+        mappings=tuple((str(name), str(module)) for name, module in pairs if name and module),
+        paths=tuple(sorted({module.path for module in plan.modules.values()})),
+        heads={name: layer for name, layer in layers.items() if is_head(name)},
+        vocabulary=max(rows, default=None),
+    )

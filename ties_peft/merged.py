@@ -13,6 +13,7 @@ from . import sources, writer
 from .adapter import Adapter
 from .card import card
 from .companions import Companions
+from .loading import Loading
 from .recipe import Recipe, plain
 from .report import Report
 from .tensors import MemoryTensors
@@ -24,6 +25,7 @@ class Merged(Adapter):
     Attributes:
         report: what the merge did; prints well.
         recipe: what was asked, with YAML round trip.
+        loading: the class of the base model that it is put on, and the lines of Python that do it.
         companions: tokenizer files that are saved beside it.
     """
 
@@ -33,11 +35,13 @@ class Merged(Adapter):
         tensors: dict[str, Tensor],
         report: Report,
         recipe: Recipe,
+        loading: Loading,
         companions: Companions | None = None,
     ) -> None:
         super().__init__(config, MemoryTensors(tensors))
         self.report = report
         self.recipe = recipe
+        self.loading = loading
         self.companions = companions or Companions()
 
     def files(self) -> dict[str, writer.Content]:
@@ -52,7 +56,7 @@ class Merged(Adapter):
         return {
             **self.companions.files,
             **super().files(),
-            "README.md": card(self.report, recipe, self.config),
+            "README.md": card(self.report, self.recipe.to_dict(), self.loading),
             "recipe.yaml": recipe,
             writer.PROVENANCE: writer.json_text(provenance),
         }

@@ -21,6 +21,7 @@ from .heads import Heads, settle_heads
 from .kinds import Module, Written, written_as
 from .members import (
     Member,
+    Task,
     check_statistics,
     check_together,
     compare_bases,
@@ -29,6 +30,7 @@ from .members import (
     one_base,
     one_spelling,
     refuse_strangers,
+    settle_task,
     warn_alone,
 )
 from .methods import Method, Stages, Trim, method_classes
@@ -62,6 +64,7 @@ class Plan:
         rank: r of the output; None for kinds that have none.
         dtype: of the tensors written.
         heads: what becomes of the whole tensors that ride along.
+        task: the task types of the adapters, and what the result's is.
         device: where the arithmetic is done.
         signs: the adapter that decides the signs, if one was given.
         restore_norm: whether what the rank truncates is brought back to the norm it had.
@@ -80,6 +83,7 @@ class Plan:
     rank: int | None
     dtype: torch.dtype
     heads: Heads
+    task: Task
     device: torch.device
     seed: int
     signs: Adapter | None = None
@@ -195,6 +199,7 @@ def make_plan(
     compare_bases(members, recipe, warnings)
     warn_alone(members, stages, warnings)
     scale = _scale(recipe.scale, stages)
+    heads = _heads(recipe, stages, members, modules, where, warnings)
     return Plan(
         members=members,
         modules=modules,
@@ -205,7 +210,8 @@ def make_plan(
         trim=_trim(stages.method, space),
         rank=rank,
         dtype=dtype,
-        heads=_heads(recipe, stages, members, modules, where, warnings),
+        heads=heads,
+        task=settle_task(members, heads.loads, warnings),
         device=where,
         seed=_seed(recipe.seed),
         signs=signs,

@@ -9,9 +9,8 @@ from typing import Any
 
 from . import sources, writer
 from .adapter import Adapter
+from .card import HERE
 from .errors import RecipeError, printable, warn_caller
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def _send(
     try:
         api = HfApi(token=token)
         api.create_repo(repo, private=private, exist_ok=True)
-        operations: list[Any] = [CommitOperationAdd(path.name, path) for path in own]
+        operations: list[Any] = [CommitOperationAdd(path.name, _content(path, repo)) for path in own]
         commit = api.create_commit(
             repo, operations, commit_message=message, revision=revision, create_pr=create_pr or None
         )
@@ -109,6 +108,13 @@ def _send(
             "name, the network, and that you are logged in (hf auth login) with the right to write there."
         ) from None
     return Pushed(repo, str(commit.pr_url or commit.commit_url), tuple(path.name for path in own), tuple(left))
+
+
+def _content(path: Path, repo: str) -> Path | bytes:
+    """What is sent of a file: itself, but that the lines in the card load the adapter from its repository."""
+    if path.name != sources.CARD:
+        return path
+    return path.read_bytes().replace(repr(HERE).encode(), repr(repo).encode())
 
 
 def _is_own(path: Path) -> bool:

@@ -36,6 +36,8 @@ class AdapterLine:
         ranks: the ranks that occur in it.
         norm: Frobenius norm of its unweighted task vector.
         kept, entries: how many entries the trim kept, of how many; 0 of 0 where nothing is trimmed.
+        page: its address on the Hub; None for one on this machine.
+        base: the base model's name as it gives it; None for none.
     """
 
     name: str
@@ -46,6 +48,8 @@ class AdapterLine:
     norm: float
     kept: int
     entries: int
+    page: str | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,9 @@ class Report:
         weights: `given`, or `norm` where they were made to bring all adapters to one length.
         seconds: how long it took.
         loops: what ran the inner loops: torch, or what compiled them; the numbers are the same within float32.
+        task_type: of the result, or why it has none though an input names one.
+        licence: the front matter that the result's card takes over from those of the inputs.
+        licence_note: that, or why none is taken over, in words.
     """
 
     method: str
@@ -155,6 +162,9 @@ class Report:
     formula: str | None = None
     seconds: float = 0.0
     loops: str = "torch"
+    task_type: str = ""
+    licence: dict[str, Any] = field(default_factory=dict)
+    licence_note: str = ""
 
     @property
     def scale_text(self) -> str:
@@ -230,6 +240,10 @@ class Report:
             table.add_row("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy{note}")
         for number, text in enumerate(rider_texts(self.riders)):
             table.add_row("" if number else "whole layers", escape(text))
+        if self.task_type:
+            table.add_row("task type", escape(self.task_type))
+        if self.licence_note:
+            table.add_row("licence", escape(self.licence_note))
         rounding = f", rounding {self.rounding:.1e}" if self.rounding else ""
         table.add_row("written as", f"{self.dtype}{rounding}")
         if self.copied:

@@ -13,14 +13,16 @@ nothing that it names is looked for outside the Hub's cache.
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from .errors import AdapterError, printable
 
-CONFIG = "adapter_config.json"
+CONFIG, CARD = "adapter_config.json", "README.md"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # of a file of weights
 FOREIGN = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapters.safetensors")  # other programs'
@@ -39,6 +41,7 @@ TOKENIZER = (
     "chat_template.json",
 )
 HUB_ID = re.compile(r"(?=.{1,96}$)(?!.*(?:\.\.|--))[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+HUB_NAME = re.compile(r"(?=.{1,96}$)(?!.*(?:\.\.|--))[A-Za-z0-9][A-Za-z0-9_.-]*")  # of old, without an organisation
 TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 PATTERN = re.compile(r"[*?\[]")
 
@@ -109,6 +112,63 @@ def _existing(source: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, RuntimeError, ValueError):  # no such user's home, a name too long
         return None
+
+
+def at_hand(source: str, file: str) -> Path | None:
+    """A file of a folder on this machine, or of a repository in the Hub's cache; None where it is not there.
+
+    Args:
+        source: a folder, a file in it, or a Hub id such as `org/name@revision:subfolder`.
+        file: its path inside.
+    """
+    folder = local(source)
+    if folder is None:
+        name, _, inside = source.partition(":")
+        folder = _cached(*name.partition("@")[::2])
+        folder = folder / inside if folder is not None and (not inside or is_inside(inside)) else None
+    elif folder.is_file():
+        folder = folder.parent
+    found = None if folder is None else _existing(str(folder / file))
+    return found if found is not None and found.is_file() else None
+
+
+def address(source: str | None) -> str | None:
+    """The page of an adapter on the Hub; None for one on this machine or in memory."""
+    if source is None or local(source) is not None:
+        return None
+    name, _, inside = source.partition(":")
+    repository, _, revision = name.partition("@")
+    if not HUB_ID.fullmatch(repository):
+        return None
+    place = f"/tree/{revision or 'main'}/{inside}".rstrip("/") if revision or inside else ""
+    return f"https://huggingface.co/{repository}{quote(place)}"
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether it names a repository on the Hub, and nothing on this machine."""
+    return bool(HUB_ID.fullmatch(text) or HUB_NAME.fullmatch(text)) and local(text) is None
+
+
+def cards(folder: Path) -> list[Path]:
+    """Where the card of an adapter's folder may lie: in it, or, in the Hub's cache, at the top of its repository."""
+    top = next((parent for parent in folder.parents if parent.parent.name == "snapshots"), None)
+    return [folder / CARD, *([top / CARD] if top is not None else [])]
+
+
+def _cached(name: str, revision: str) -> Path | None:
+    """The newest copy of a repository in the Hub's cache, whose layout huggingface_hub documents; it is not imported."""
+    if not is_hub_name(name) or ".." in revision:
+        return None
+    home = os.environ.get("HF_HOME") or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or str(Path(home) / "hub")
+    repository = _existing(str(Path(cache) / f"models--{name.replace('/', '--')}"))
+    if repository is None:
+        return None
+    reference = _existing(str(repository / "refs" / (revision or "main")))
+    commit = (
+        reference.read_text(encoding="utf-8").strip() if reference is not None and reference.is_file() else revision
+    )
+    return _existing(str(repository / "snapshots" / commit)) if commit and "/" not in commit else None
 
 
 def is_inside(subfolder: str) -> bool:
@@ -225,7 +285,7 @@ def _on_hub(source: str, token: str | None) -> Path:
         name,
         [f"{within}{file}" for file in (CONFIG, *([] if named else WEIGHTS))] + named,
         token,
-        optional=[f"{within}{file}" for file in TOKENIZER],
+        optional=[*(f"{within}{file}" for file in (*TOKENIZER, CARD)), *([CARD] if within else [])],
     )
     if not named and not (root / folder / CONFIG).is_file():  # what else is it, then?
         download(name, [f"{within}*/{CONFIG}", *(f"{within}{file}" for file in FOREIGN)], token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from cli.running import run, tree
 from safetensors.torch import load_file, save_file
 
@@ -67,8 +69,9 @@ def test_nothing_outside_the_output_is_written(make_lora: Make, nasty: Path, tmp
     assert obeyed(card) == []
     front = card.split("---\n")[1]
     assert "evil" not in [line.partition(":")[0] for line in front.splitlines()]
-    fence = next(line for line in card.splitlines() if line.endswith("yaml") and line.startswith("```"))
-    assert card.count("\n" + fence.removesuffix("yaml") + "\n") == 1  # no name closes the block of the recipe
+    fence, block = re.findall(r"\n(`{3,})yaml\n(.*)", card, re.DOTALL)[0]
+    recipe = yaml.safe_load(block[: block.index(f"\n{fence}\n")])  # no name closes the block of the recipe
+    assert recipe["parameters"] == {"space": "delta", "rank": "auto", "seed": 0}
 
 
 def test_the_same_names_come_back(make_lora: Make, nasty: Path, tmp_path: Path) -> None:

@@ -81,15 +81,6 @@ def test_three_lines_of_python_load_the_result(pair: tuple[str, str]) -> None:
     assert ast.literal_eval(call.args[1]) == "out's"
 
 
-@pytest.mark.parametrize(
-    ("task", "loader"),
-    [("CAUSAL_LM", "AutoModelForCausalLM"), ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"), (None, "AutoModel")],
-)
-def test_the_lines_fit_the_task(make_lora: Make, task: str | None, loader: str) -> None:
-    out = run("merge", make_lora("a", task_type=task), "--out", "out").out
-    assert f"base = {loader}.from_pretrained(" in out
-
-
 def test_the_lines_say_where_the_base_is_not_named(make_lora: Make) -> None:
     out = run("merge", make_lora("a", base_model_name_or_path=None), "--out", "out").out
     assert "from_pretrained('your/base-model')" in out

@@ -251,6 +251,9 @@ def test_the_endpoint_of_the_environment_is_asked(hub: Stub, tmp_path: Path) -> 
     assert pushed.count("\n") == 2, "no progress bar, this being no terminal"
     said += pushed
     assert hub.allowed not in said
-    assert hub.repos["me/merged"]["main"] == contents(tmp_path / "out")
+    kept = contents(tmp_path / "out")
+    sent = hub.repos["me/merged"]["main"]
+    assert {**kept, "README.md": kept["README.md"].replace(b"'path/to/this/folder'", b"'me/merged'")} == sent
+    assert b"PeftModel.from_pretrained(base, 'me/merged')" in sent["README.md"]
     assert all(hub.allowed.encode() not in content for content in contents(tmp_path / "out").values())
     assert torch.equal(Adapter.load("out").delta("layers.0.q"), Adapter.load("me/merged").delta("layers.0.q"))

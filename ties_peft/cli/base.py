@@ -9,13 +9,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..choices import DETAIL, KEEP, POLICIES, method_names
-from ..errors import TiesPeftWarning
+from ..errors import TiesPeftWarning, printable
+
+if TYPE_CHECKING:
+    from ..loading import Loading
 
 EVERY = 30.0  # seconds from line to line where there is no terminal
 PERIOD = 3600.0  # seconds over which the speed is taken: one step of a search can take minutes
@@ -150,6 +155,13 @@ def warnings_shown() -> Iterator[None]:
         yield
     said = (str(one.message) for one in found if issubclass(one.category, TiesPeftWarning))
     show_warnings(list(dict.fromkeys(said)))
+
+
+def show_written(console: Console, loading: Loading, out: Path) -> None:
+    """Where the result is, and the lines of Python that load it."""
+    console.print(f"\nwritten to {escape(printable(str(out), 4096))}; load it with\n", highlight=False, soft_wrap=True)
+    for line in loading.lines(str(out)):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_warnings(found: list[str]) -> None:

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from .. import sources
-from ..errors import printable
 from ..targets import TARGETS
-from .base import Json, print_json, progress_bar, show_warnings
+from .base import Json, print_json, progress_bar, show_warnings, show_written
 
 if TYPE_CHECKING:
     from ..merged import Merged
@@ -89,4 +87,4 @@ def _show(made: Merged, out: Path, as_json: bool) -> None:
         f", rounding to {made.report.dtype} {made.report.rounding:.1e} of the norm" if made.report.rounding else ""
     )
     console.print(f"\nlost: {lost:.2%} of the energy{rounding}", highlight=False)
-    console.print(f"written to {escape(printable(str(out), 4096))}", highlight=False, soft_wrap=True)
+    show_written(console, made.loading, out)

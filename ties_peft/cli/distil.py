@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from .. import sources
 from ..choices import DISTIL_BATCH, FITS
 from ..errors import RecipeError, printable
-from .base import Json, print_json, progress_bar, warnings_shown
+from .base import Json, print_json, progress_bar, show_written, warnings_shown
 
 Rows = Annotated[
     list[str] | None,
@@ -97,7 +96,7 @@ def distil(
         return
     console = Console()
     console.print(made.report.tables())
-    console.print(f"\nwritten to {escape(str(out))}", highlight=False, soft_wrap=True)
+    show_written(console, made.loading, out)
 
 
 def _rows(given: list[str] | None, count: int) -> Any:

@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from ..choices import DTYPES, SCOPES, space_names
-from ..errors import RecipeError, printable
+from ..errors import RecipeError
 from ..targets import TARGETS
-from .base import Json, among, complete_heads, complete_method, print_json, progress_bar, show_notes, show_warnings
+from .base import (
+    Json,
+    among,
+    complete_heads,
+    complete_method,
+    print_json,
+    progress_bar,
+    show_notes,
+    show_warnings,
+    show_written,
+)
 
 if TYPE_CHECKING:
     from ..flags import Flags
@@ -273,22 +282,4 @@ def _show_merged(merged: Merged, out: Path, as_json: bool) -> None:
         return
     console = Console()
     console.print(merged.report.tables())
-    console.print(f"\nwritten to {escape(printable(str(out), 4096))}; load it with\n", highlight=False, soft_wrap=True)
-    _print_loading(console, merged.base, out, merged.config.get("task_type"))
-
-
-def _print_loading(console: Console, base: str | None, out: Path, task: object) -> None:
-    """The lines of Python that load the result."""
-    loader = {
-        "CAUSAL_LM": "AutoModelForCausalLM",
-        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-        "SEQ_CLS": "AutoModelForSequenceClassification",
-    }.get(str(task), "AutoModel")
-    name = printable(base or "your/base-model")
-    lines = (
-        f"from transformers import {loader}; from peft import PeftModel",
-        f"base = {loader}.from_pretrained({name!r})",
-        f"model = PeftModel.from_pretrained(base, {str(out)!r})",
-    )
-    for line in lines:
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    show_written(console, merged.loading, out)
