@@ -22,14 +22,13 @@ from .delta import zero
 from .errors import RecipeError, printable, warn_caller
 from .factorise import Factors
 from .fast import load
-from .glance import Glance
 from .kinds import Module
 from .kinds.base import EMBEDDING, LINEAR
 from .loading import VOCABULARY, Evidence, find_loading
 from .members import statistics_of
 from .merged import Merged
 from .methods import TaskVectors
-from .methods.base import is_entrywise, is_linear, merge_part
+from .methods.base import merged
 from .order_statistics import Group, Levels, find_levels, with_own_levels
 from .plan import Plan, make_plan
 from .processes import ALONE, Team
@@ -215,12 +214,12 @@ def _merge_all(
     costs = {name: plan.cost(name) for name in plan.modules}
     mine = team.share(costs)
     own: dict[str, tuple[dict[str, Tensor], Record]] = {}
-    compiled = is_entrywise(plan.method) and not plan.arithmetic.shared
+    compiled = plan.method.entrywise and not plan.arithmetic.shared
     loops = load(sum(costs.values()), plan.device.type) if compiled else None
     with torch.no_grad(), workers(None if memory is None else memory.crew, loops) as crew:
         coordinates = Coordinates(plan, memory)
         survey = Survey(coordinates, crew, tell, team, mine)
-        levels = _levels_over_adapters(coordinates, crew, tell, team, mine)
+        levels = _levels_over_adapters(coordinates, survey, crew, tell, team, mine)
         for done, name in enumerate(mine):
             coordinates.expect(mine[done + 1] if done + 1 < len(mine) else None)
             own[name] = _one_module(coordinates, plan.modules[name], survey, levels, crew)
@@ -264,61 +263,61 @@ def _finite(tensor: Tensor) -> bool:
 def _merge_parts(
     coordinates: Coordinates, name: str, survey: Survey, levels: Levels, crew: Workers, tally: dict[str, int]
 ) -> Factors:
-    """The merged task vector of one module, part by part."""
+    """Return the merged task vector of one module: encode, merge part by part, decode."""
     plan = coordinates.plan
     encoding = coordinates.encoding(name)
     places = list(coordinates.prepared(name))
-    parts = [_with_levels(plan, name, part, levels, crew) for part in _parts(coordinates, name, crew)]
-    dense = is_entrywise(plan.method) and not is_linear(plan.method, len(places))
+    dense = plan.method.entrywise and not plan.method.linear(len(places))
     work = encoding.beforehand(plan.rank) if dense and plan.rank is not None else None
     begun = crew.beside(work) if work is not None else None
-    glance = Glance.of(plan.method, parts, crew)
-    cuts = survey.cuts(name, glance)
-    merged = []
-    for part, untrimmed in enumerate(parts):
-        tasks = replace(untrimmed, cuts=[tuple(cuts[place, name, part]) for place in places] if cuts else [])
-        if glance is not None and glance.looks:
-            result = glance.result([own[0] for own in tasks.cuts], tally)
-        else:
-            result = merge_part(plan.method, tasks, crew, tally)
+    results = []
+    for part, task_vectors in enumerate(_parts(coordinates, name, survey, crew, tally)):
+        result = merged(plan.method, _with_levels(plan, name, task_vectors, levels, crew))
         if plan.finishes:
             plain = [encoding.weighted(i, plan.weight(place, name))[part] for i, place in enumerate(places)]
             for stage in plan.finishes:
-                result = stage.finish(result, replace(tasks, deltas=plain))
-        merged.append(result)
+                result = stage.finish(result, replace(task_vectors, deltas=plain))
+        results.append(result)
     if begun is not None:
         begun()
-    return encoding.decode(merged, plan.rank, crew.map)
+    return encoding.decode(results, plan.rank, crew.map)
 
 
-def _parts(coordinates: Coordinates, name: str, crew: Workers) -> list[TaskVectors]:
-    """The task vectors of one module, part by part, their cuts not known yet."""
+def _parts(
+    coordinates: Coordinates, name: str, survey: Survey, crew: Workers, tally: dict[str, int]
+) -> list[TaskVectors]:
+    """Return the task vectors of one module, part by part."""
     plan = coordinates.plan
     encoding = coordinates.encoding(name)
     prepared = coordinates.prepared(name)
     places, seen = list(prepared), list(prepared.values())
     signs = encoding.parts[len(places)] if len(encoding.parts) > len(places) else None
+    thresholds = survey.of_module(name, places)
     return [
         TaskVectors(
             deltas=[parts[part] for parts in seen],
             weights=[encoding.weights(plan.weight(place, name))[part] for place in places],
+            trim_asked=plan.method.trims(),
+            thresholds=thresholds,
+            part=part,
+            density=getattr(plan.method, "density", None),
             densities=_densities(plan, name, places),
             total_weight=plan.total_weight(name),
-            total_heft=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
+            total_magnitude=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
             adapters=len(plan.members),
             signs=None if signs is None else signs[part],
             statistics=statistics_of(plan.method, [plan.members[place] for place in places], name),
             inputs=encoding.inputs if plan.method.needs else None,
             streams=[coordinates.stream(place, name, part) for place in places],
-            room=lambda purpose, shape: crew.scratch(purpose, shape, plan.device),
-            loops=crew.loops,
+            workers=crew,
+            tally=tally,
         )
         for part in range(len(seen[0]))
     ]
 
 
 def _levels_over_adapters(
-    coordinates: Coordinates, crew: Workers, tell: Progress, team: Team, mine: Sequence[str]
+    coordinates: Coordinates, survey: Survey, crew: Workers, tell: Progress, team: Team, mine: Sequence[str]
 ) -> Levels:
     """What the method asks to be ranked over whole adapters, by place and module; found before any module is merged."""
     plan = coordinates.plan
@@ -336,7 +335,7 @@ def _levels_over_adapters(
     def walk() -> Iterator[tuple[TaskVectors, list[Group]]]:
         for done, name in enumerate(here):
             own: list[Group] = [groups[place, name] for place in coordinates.prepared(name)]
-            yield from ((part, own) for part in _parts(coordinates, name, crew))
+            yield from ((part, own) for part in _parts(coordinates, name, survey, crew, {}))
             tell("rank", done + 1, len(here))
 
     found = find_levels(rankings, walk, {group: group[2] for group in groups.values()}, crew, team.gather)

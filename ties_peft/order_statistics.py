@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .methods.base import Ranking, TaskVectors
+from .collection import Ranking, TaskVectors
 from .tiles import Workers
 
 HALF = 16  # bits of a value that one pass tells apart

@@ -34,7 +34,6 @@ from .members import (
     warn_alone,
 )
 from .methods import Method, Stages, Trim, method_classes
-from .methods.base import is_linear, is_spectral
 from .processes import ALONE, Team
 from .ranks import output_rank
 from .recipe import NORM, Rank, Recipe
@@ -111,7 +110,7 @@ class Plan:
     @property
     def finishes(self) -> tuple[Method, ...]:
         """The methods that change the result: those after it, and those before it that close what they opened."""
-        return (*(stage for stage in self.stages.before if stage.finishes), *self.stages.after)
+        return (*(stage for stage in self.stages.before if stage.finishes()), *self.stages.after)
 
     @property
     def preparations(self) -> tuple[Method, ...]:
@@ -265,8 +264,7 @@ def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule
 
 def _arithmetic(space: Space, stages: Stages) -> Space:
     """`core` for spectral methods in space `delta`, where the result is the same and the matrices are small."""
-    beside = any(stage.spectral for stage in (*stages.before, *stages.after))
-    if space.name != "delta" or not (is_spectral(stages.method) or beside):
+    if space.name != "delta" or not any(stage.spectral for stage in stages.all):
         return space
     entrywise = [stage.name for stage in stages.all if stage.entrywise]
     if entrywise:
@@ -322,7 +320,7 @@ def _scale(scale: float | str | None, stages: Stages) -> Scale:
     if scale is not None:
         return Scale.read(scale)
     # a stage that closes with a norm of its own, such as pico, has the last word
-    last = ([stage for stage in stages.before if stage.finishes] or [stages.method])[-1]
+    last = ([stage for stage in stages.before if stage.finishes()] or [stages.method])[-1]
     return Scale.read(last.default_scale, f"the default scale of method '{last.name}'")
 
 
@@ -403,4 +401,4 @@ def _rank(
 
 
 def _linear(stages: Stages, adapters: int) -> bool:
-    return not stages.before and not stages.after and is_linear(stages.method, adapters)
+    return not stages.before and not stages.after and stages.method.linear(adapters)

@@ -6,17 +6,13 @@ random ones are handed their uniform numbers (see `draws`): they draw nothing th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .threshold import kth_largest
 from .trim import Cut
-
-SAMPLE = 1 << 14
-SIGMAS = 5.0  # of the sample's quantile: a bracket around the threshold misses about once in a million
 
 
 def add_up(vectors: Iterable[Tensor]) -> Tensor:
@@ -101,32 +97,8 @@ def largest(values: Tensor, count: int) -> Tensor:
     >>> largest(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2)
     tensor([False,  True,  True, False])
     """
-    least = threshold(values, count)
+    least = kth_largest(values, count)
     mask = values > least
     equal = (values == least).reshape(-1).nonzero().reshape(-1)
     mask.view(-1)[equal[: count - int(mask.sum())]] = True
     return mask
-
-
-def threshold(values: Tensor, count: int) -> float:
-    """The `count`-th largest of `values`, exactly.
-
-    >>> threshold(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2)
-    2.0
-    """
-    flat = values.reshape(-1).cpu().numpy()
-    share, sigmas = count / len(flat), SIGMAS
-    # in many entries the threshold is sought among the few that a sample says it is one of
-    while len(flat) > 8 * SAMPLE and sigmas * math.sqrt(share * (1 - share) / SAMPLE) < 0.5:
-        spread = sigmas * math.sqrt(share * (1 - share) / SAMPLE) + 1 / SAMPLE
-        sample = np.sort(flat[:: len(flat) // SAMPLE])[::-1]
-        top, bottom = math.floor((share - spread) * len(sample)), math.ceil((share + spread) * len(sample))
-        high = sample[top] if top >= 0 else np.float32(math.inf)
-        low = sample[bottom] if bottom < len(sample) else np.float32(-math.inf)
-        above = flat > high
-        inside = flat[(flat >= low) ^ above]
-        missing = count - int(np.count_nonzero(above))
-        if 0 < missing <= len(inside):
-            return float(np.partition(inside, len(inside) - missing)[len(inside) - missing])
-        sigmas *= 4
-    return float(np.partition(flat, len(flat) - count)[len(flat) - count])

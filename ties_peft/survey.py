@@ -21,17 +21,17 @@ from .coordinates import Coordinates
 from .delta import Delta, size
 from .errors import MethodError, printable
 from .fast import Kernels
-from .glance import Glance
 from .kinds.base import EMBEDDING
 from .plan import Plan
 from .processes import Team
+from .single_pass import SinglePass
 from .threshold import WHOLE, Search, sum_of
 from .tiles import TILE, Workers
 from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # as large as the vocabulary: trimmed apart
 SAMPLE = (1 << 13, 1 << 18)  # entries of a group that are sampled, at least and at most; about one in SPARSE
-SPARSE, FINE = 512, 64  # and in FINE for a glance, which notes the less the narrower its brackets are
+SPARSE, FINE = 512, 64  # and in FINE for a single pass, which notes the less the narrower its brackets are
 TOGETHER = 64  # adapters whose cuts are sought at once where all could be, and task vectors looked at in one go
 Value = TypeVar("Value")
 Progress = Callable[[str, int, int], None]
@@ -122,15 +122,20 @@ class Survey:
         """What all processes found, where groups go beyond the modules of one."""
         return [value] if self.by_module else self.team.gather(value)
 
-    def cuts(self, module: str, glance: Glance | None = None) -> Cuts:
-        """The cuts of one module, for every member that has it; found by a glance at them where that suffices."""
+    def of_module(self, module: str, places: Sequence[int]) -> ModuleThresholds:
+        """Return the thresholds of one module, of the members at some places, found when they are first asked for."""
+        return ModuleThresholds(self, module, places)
+
+    def cuts(self, module: str, single_pass: SinglePass | None = None) -> Cuts:
+        """The cuts of one module, for every member that has it; found in a single pass where that suffices."""
         if self.by_module:
             self._cuts, groups = {}, []
             for member, _ in self.plan.holders(module):
                 densities = self._densities(member, module)
                 parts = range(len(self.coordinates.parts(member, module)))
                 groups += [Group(member, [module], part, densities) for part in parts]
-            self._find(groups, glance)
+            alone = len(groups) == len(self.plan.holders(module))  # a single pass sees one part
+            self._find(groups, single_pass if alone else None)
         return self._cuts
 
     def _groups(self, member: int) -> list[Group]:
@@ -170,9 +175,9 @@ class Survey:
             while some := list(islice(steps, TOGETHER)):
                 yield some
 
-    def _find(self, groups: Sequence[Group], glance: Glance | None = None) -> None:
+    def _find(self, groups: Sequence[Group], single_pass: SinglePass | None = None) -> None:
         """The cuts of all places of some groups."""
-        sparse = SPARSE if glance is None else FINE
+        sparse = SPARSE if single_pass is None else FINE
         for steps in self._by_module(groups):
             large = []
             for group, spot, delta in steps:
@@ -200,8 +205,8 @@ class Survey:
             ranked = self._ranked(group)
             if ranked is not None:
                 search.settle(ranked)
-        if glance is not None and glance.suffices([search for _, search in searches]):
-            self._glance(glance, searches)
+        if single_pass is not None and single_pass.suffices([search for _, search in searches]):
+            self._look(single_pass, searches)
         while unsettled := [(group, search) for group, search in sought if search.threshold is None]:
             self._pass(unsettled)
         for group, search in searches:
@@ -210,14 +215,14 @@ class Survey:
         for group in groups:
             group.sample = []  # those of hundreds of adapters add up
 
-    def _glance(self, glance: Glance, searches: Sequence[tuple[Group, Search]]) -> None:
+    def _look(self, single_pass: SinglePass, searches: Sequence[tuple[Group, Search]]) -> None:
         """Settle the searches of a module's only part by one walk, which is in vain if any stays open."""
         (place,) = {(module, part) for group, _ in searches for _, module, part in group.sizes}
-        glance.walk([search for _, search in searches], place)
-        if glance.looks:
+        single_pass.walk([search for _, search in searches], place)
+        if single_pass.looks:
             self.crew.map(_close, [each for each in searches if each[1].sought])
         if any(search.sought and search.threshold is None for _, search in searches):
-            glance.looks = []
+            single_pass.looks = []
 
     def _ranked(self, group: Group) -> np.ndarray | None:
         """All magnitudes of one small part in order, which a prepared merge keeps; None where there is more to look at."""
@@ -271,6 +276,28 @@ class Survey:
                 spare -= min(count, spare)
             cuts[spot] = Cut(search.threshold, tuple(quota), before - spare)
         return cuts
+
+
+@dataclass
+class ModuleThresholds:
+    """The cuts of one module, found when they are first asked for.
+
+    Attributes:
+        survey: that finds them.
+        module: its name.
+        places: of the members whose cuts are asked for, in order.
+    """
+
+    survey: Survey
+    module: str
+    places: Sequence[int]
+    _cuts: Cuts | None = None
+
+    def of(self, part: int, single_pass: SinglePass | None = None) -> list[tuple[Cut, ...]]:
+        """Return the cuts of one part of the module; found in a single pass where one is offered and suffices."""
+        if self._cuts is None:
+            self._cuts = self.survey.cuts(self.module, single_pass)
+        return [tuple(self._cuts[place, self.module, part]) for place in self.places]
 
 
 def _close(sought: tuple[Group, Search]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 WHOLE = 1 << 18  # of so few entries all are kept: nothing to sample
 FEW = 1 << 19  # values that are kept; of more the counts are
@@ -180,3 +181,14 @@ class Search:
         order, last = values.argsort()[::-1], len(values) - 1
         bottom, top = np.searchsorted(np.cumsum(weights[order]) / weights.sum(), (more, fewer))
         return values[order[bottom]] if bottom < last else 0.0, values[order[min(top, last)]]
+
+
+def kth_largest(values: Tensor, k: int) -> float:
+    """Return the k-th largest of values that are all in memory, exactly.
+
+    >>> import torch
+    >>> kth_largest(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2)
+    2.0
+    """
+    flat = values.detach().reshape(-1).cpu().numpy()
+    return float(np.partition(flat, len(flat) - k)[len(flat) - k])

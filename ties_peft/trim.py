@@ -21,6 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .threshold import kth_largest
+
 Scope = Literal["adapter", "module"]  # over what a trim ranks magnitudes: the whole task vector, or each module
 
 
@@ -50,6 +52,21 @@ def band_ends(densities: Sequence[float], entries: int) -> list[int]:
     for count in others:
         ends.append(min(entries - last, (ends[-1] if ends else 0) + count))
     return [*ends, (ends[-1] if ends else 0) + last]
+
+
+@dataclass(frozen=True)
+class Trim:
+    """A trim as a method asks for it.
+
+    Attributes:
+        densities: the shares of bands of magnitudes, from the largest down; a cut is found at the
+            lower end of each. A density set for one adapter or module replaces the last, which is
+            kept whole: those above give way where together they exceed 1.
+        scope: over what magnitudes are ranked.
+    """
+
+    densities: tuple[float, ...]
+    scope: Scope = "adapter"
 
 
 ALL = -1  # in place of a tile's number of places: every entry that equals the threshold stays
@@ -105,6 +122,31 @@ KEEP_ALL = Cut(0.0)
 KEEP_NONE = Cut(math.inf)
 
 
+def find_cuts(magnitudes: Tensor, densities: Sequence[float], grid: Sequence[tuple[int, int]]) -> tuple[Cut, ...]:
+    """Return the cut at the lower end of each band, of magnitudes that are all in memory.
+
+    Args:
+        magnitudes: (rows, …), of one task vector on one part.
+        densities: as in `Trim`.
+        grid: the tiles in which the cuts will be applied.
+    Law: exactly ⌊density·n⌋ entries stay, the first of equal magnitudes.
+    """
+    return tuple(_find_cut(magnitudes, keep, grid) for keep in band_ends(densities, magnitudes.numel()))
+
+
+def _find_cut(magnitudes: Tensor, keep: int, grid: Sequence[tuple[int, int]]) -> Cut:
+    if keep in (0, magnitudes.numel()):
+        return KEEP_NONE if keep == 0 else KEEP_ALL
+    threshold = kth_largest(magnitudes, keep)
+    total = spare = keep - int((magnitudes > threshold).sum())
+    quota = []
+    for start, stop in grid:
+        equal = int((magnitudes[start:stop] == threshold).sum())
+        quota.append(ALL if equal <= spare else spare)
+        spare -= min(equal, spare)
+    return Cut(threshold, tuple(quota), total)
+
+
 def trim(values: Tensor, density: float) -> Tensor:
     """A copy of `values` with all but the ⌊density·n⌋ entries of largest magnitude set to zero.
 
@@ -117,11 +159,9 @@ def trim(values: Tensor, density: float) -> Tensor:
     >>> trim(torch.tensor([3.0, -1.0, 1.0, -2.0]), 0.75)
     tensor([ 3., -1.,  0., -2.])
     """
-    keep = kept_count(density, values.numel())
-    order = values.abs().reshape(-1).sort(descending=True, stable=True).indices
-    result = torch.zeros_like(values).reshape(-1)
-    result[order[:keep]] = values.reshape(-1)[order[:keep]]
-    return result.view_as(values)
+    flat = values.reshape(-1).clone()
+    (cut,) = find_cuts(flat.abs(), (density,), [(0, len(flat))])
+    return cut.apply_(flat, 0).view_as(values)
 
 
 def _float_below(value: float) -> float:

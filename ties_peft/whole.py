@@ -22,12 +22,12 @@ from .delta import Dense
 from .draws import key
 from .errors import MethodError, RecipeError, printable
 from .methods import Stages
-from .methods.base import Method, TaskVectors, merge_part
+from .methods.base import Method, TaskVectors
+from .methods.base import merged as merged_by
 from .order_statistics import with_own_levels
 from .riders import TOKENS, Held, Holder, sizes
 from .tensors import FLOATING
-from .tiles import tiles, workers
-from .trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends
+from .tiles import workers
 
 OTHERS = f"choose another fate for them: --heads {', '.join(p for p in POLICIES if p != MERGE)} (heads=… in Python)"
 
@@ -103,29 +103,27 @@ class Rule:
             for place in places:
                 own = adapters[place].tensors.read(riders[place].key).to(self.device, torch.float32)
                 vectors.append((own - origin).mul_(weights[place]).reshape(-1))
-            densities = [self._densities(place, module) for place in places]
-            tasks = TaskVectors(
+            task_vectors = TaskVectors(
                 deltas=[Dense(vector) for vector in vectors],
                 weights=[weights[place] for place in places],
-                cuts=[_cuts(v, own) for v, own in zip(vectors, densities, strict=True)] if self.method.trims() else [],
-                densities=[own[-1] for own in densities if own],
+                density=getattr(self.method, "density", None),
+                densities=self._densities(places, module),
                 total_weight=sum(weights),
-                total_heft=sum(map(abs, weights)),
+                total_magnitude=sum(map(abs, weights)),
                 adapters=len(adapters),
                 streams=[key(self.seed, tensor, 0, adapters[place].digest) for place in places],
-                room=lambda purpose, shape: crew.scratch(purpose, shape, self.device),
+                workers=crew,
             )
             if places and self.method.rankings():
-                tasks = with_own_levels(self.method.rankings(), tasks, crew)
-            merged = merge_part(self.method, tasks, crew, {}).dense() if places else torch.zeros_like(origin)
+                task_vectors = with_own_levels(self.method.rankings(), task_vectors, crew)
+            merged = merged_by(self.method, task_vectors).dense() if places else torch.zeros_like(origin)
         whole = origin.add(merged.reshape(origin.shape), alpha=self.scale).cpu()
         return whole.to(getattr(torch, dtypes.pop())) if len(dtypes) == 1 else whole
 
-    def _densities(self, place: int, module: str) -> tuple[float, ...]:
-        """The shares of the bands to cut, else the one share to keep; empty where the method has no density."""
-        trim, own = self.method.trims(), getattr(self.method, "density", None)
-        shares = trim.densities if trim is not None else () if own is None else (own,)
-        return (*shares[:-1], *(self.densities[place](module, default=last) for last in shares[-1:]))
+    def _densities(self, places: Sequence[int], module: str) -> list[float]:
+        """Return the share to keep of each adapter at some places; none where the method has no density."""
+        own = getattr(self.method, "density", None)
+        return [] if own is None else [self.densities[place](module, default=own) for place in places]
 
 
 def make_rule(
@@ -161,21 +159,3 @@ def make_rule(
             f"and (IA)³ alike, such as ties or task_arithmetic, or {OTHERS}."
         )
     return Rule(base, method, scale, seed, densities, device)
-
-
-def _cuts(vector: Tensor, densities: Sequence[float]) -> tuple[Cut, ...]:
-    """Where one vector is cut: exactly ⌊density·n⌋ entries stay, the first of equal magnitudes."""
-    return tuple(_cut(vector.abs(), keep) for keep in band_ends(densities, vector.numel()))
-
-
-def _cut(magnitudes: Tensor, keep: int) -> Cut:
-    if keep in (0, magnitudes.numel()):
-        return KEEP_NONE if keep == 0 else KEEP_ALL
-    threshold = magnitudes.kthvalue(magnitudes.numel() - keep + 1).values
-    total = spare = keep - int((magnitudes > threshold).sum())
-    quota = []
-    for start, stop in tiles(magnitudes.shape, magnitudes.device):
-        equal = int((magnitudes[start:stop] == threshold).sum())
-        quota.append(ALL if equal <= spare else spare)
-        spare -= min(equal, spare)
-    return Cut(threshold.item(), tuple(quota), total)

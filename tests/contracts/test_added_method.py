@@ -37,14 +37,13 @@ class Clip(Method):
     name: ClassVar[str] = "clip"
     source: ClassVar[str] = "a test"
     entrywise: ClassVar[bool] = True
-    finishes: ClassVar[bool] = True
 
     limit: float = Field(0.5, gt=0, description="the largest magnitude that stays")
 
-    def merge(self, tasks):
-        return sum(task.vector.clone() for task in tasks).clamp_(-self.limit, self.limit)
+    def merge(self, task_vectors):
+        return sum(task_vectors).clamp_(-self.limit, self.limit)
 
-    def finish(self, merged, tasks):
+    def finish(self, merged, task_vectors):
         return Dense(merged.dense().clamp(-self.limit, self.limit))
 '''
 

@@ -282,8 +282,8 @@ def test_other_factors_are_the_same_adapter(cell: Cell) -> None:
 
 
 PAIRS = [
-    *(f"{first}+{then}" for first, cls in method_classes().items() if cls.prepares for then in method_classes()),
-    *(f"{first}+{then}" for then, cls in method_classes().items() if cls.finishes for first in method_classes()),
+    *(f"{first}+{then}" for first, cls in method_classes().items() if cls.prepares() for then in method_classes()),
+    *(f"{first}+{then}" for then, cls in method_classes().items() if cls.finishes() for first in method_classes()),
 ]
 
 

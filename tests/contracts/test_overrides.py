@@ -17,11 +17,10 @@ import ties_peft
 from ties_peft import Adapter, fast
 from ties_peft.adapter import in_memory
 from ties_peft.delta import Delta
-from ties_peft.elect import Election
-from ties_peft.glance import Glance
 from ties_peft.methods import Method, TaskVectors, method_classes, register
-from ties_peft.methods.base import Trim, is_entrywise, is_linear, only_elects
+from ties_peft.methods.base import Trim
 from ties_peft.methods.ties import Ties
+from ties_peft.single_pass import SinglePass
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 NAME = "overridden"
@@ -37,9 +36,9 @@ def every_fast_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("ties_peft.tiles.TILE", 7)
     for module in ("threshold", "survey"):
         monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 10)
-    monkeypatch.setattr("ties_peft.glance.MOST", 99)
-    monkeypatch.setattr(Glance, "suffices", lambda self, searches: any(search.sought for search in searches))
-    monkeypatch.setattr(Glance, "most", lambda self, entries: entries)
+    monkeypatch.setattr("ties_peft.single_pass.MOST", 99)
+    monkeypatch.setattr(SinglePass, "suffices", lambda self, searches: any(search.sought for search in searches))
+    monkeypatch.setattr(SinglePass, "most", lambda self, entries: entries)
     monkeypatch.setattr(Adapter, "statistics", drawn_statistics)
     monkeypatch.setattr(sys.modules["ties_peft.methods"], "_REGISTERED", {})
     yield
@@ -54,26 +53,31 @@ def overridden(cls: type[Method], rule: Rule, **own: Any) -> type[Method]:
     return register(type("Overridden", (cls,), body))
 
 
-def summed(self: Method, tasks: TaskVectors) -> Delta:
+def summed(self: Method, task_vectors: TaskVectors) -> Delta:
     """Σ (i + 1)·wᵢ·τᵢ, in factors."""
-    return tasks.sum([float(place + 1) for place in range(len(tasks))])
+    return task_vectors.sum([float(place + 1) for place in range(len(task_vectors))])
 
 
-def counted(self: Method, tasks: TaskVectors) -> Tensor:
+def counted(self: Method, task_vectors: TaskVectors) -> Tensor:
     """The same, vector by vector."""
-    return sum((place * task.vector.clone() for place, task in enumerate(tasks, 1)), torch.zeros(tasks.shape))
+    return sum((place * values for place, values in enumerate(task_vectors, 1)), torch.zeros(task_vectors.shape))
 
 
-def counted_trimmed(self: Method, tasks: TaskVectors) -> Tensor:
+def counted_trimmed(self: Any, task_vectors: TaskVectors) -> Tensor:
     """Σ (i + 1)·trim(wᵢ·τᵢ), vector by vector."""
-    return sum((place * task.trimmed().clone() for place, task in enumerate(tasks, 1)), torch.zeros(tasks.shape))
+    return counted(self, task_vectors.trim(self.density, self.scope))
 
 
-def levelled(self: Method, tasks: TaskVectors) -> Tensor:
+def counted_in_tiles(self: Any, task_vectors: TaskVectors) -> Delta:
+    """The same, some rows at a time."""
+    return task_vectors.trim(self.density, self.scope).by_tiles(lambda tile: counted(self, tile))
+
+
+def levelled(self: Any, task_vectors: TaskVectors) -> Tensor:
     """Σ (i + 1)·trim(wᵢ·τᵢ)/‖trim(wᵢ·τᵢ)‖: of a whole module, not entry by entry."""
-    kept = [task.trimmed().clone() for task in tasks]
+    kept = list(task_vectors.trim(self.density, self.scope))
     return sum(
-        (place * own / own.norm().clamp_min(1e-9) for place, own in enumerate(kept, 1)), torch.zeros(tasks.shape)
+        (place * own / own.norm().clamp_min(1e-9) for place, own in enumerate(kept, 1)), torch.zeros(task_vectors.shape)
     )
 
 
@@ -149,11 +153,10 @@ def repeated(kind: str) -> list[Adapter]:
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 @pytest.mark.parametrize("name", TRIMMING)
-@pytest.mark.parametrize("restated", [False, True])
-def test_what_a_subclass_trims_is_exactly_what_the_method_trims(name: str, kind: str, restated: bool) -> None:
+@pytest.mark.parametrize("rule", [counted_trimmed, counted_in_tiles, levelled])
+def test_what_a_subclass_trims_is_exactly_what_the_method_trims(name: str, kind: str, rule: Rule) -> None:
     """Also where the rule needs a module whole, while its cuts were found tile by tile."""
-    own = {"entrywise": True} if restated else {}
-    overridden(method_classes()[name], counted_trimmed if restated else levelled, trims=one_cut, **own)
+    overridden(method_classes()[name], rule, trims=one_cut)
     weights, adapters = [2.0, -1.0, 0.5], repeated(kind)
     for scope in ("adapter", "module"):
         merged = ties_peft.merge(
@@ -167,7 +170,7 @@ def test_what_a_subclass_trims_is_exactly_what_the_method_trims(name: str, kind:
         )
         kept = definition.trim_all([vectors(adapter) for adapter in adapters], weights, 0.41, scope)
         parts = [
-            {n: place * v / (1.0 if restated else max(np.linalg.norm(v), 1e-9)) for n, v in own.items()}
+            {n: place * v / (max(np.linalg.norm(v), 1e-9) if rule is levelled else 1.0) for n, v in own.items()}
             for place, own in enumerate(kept, 1)
         ]
         assert_close(merged, {n: stack.sum(0) for n, stack in definition.stacks(parts).items()})
@@ -177,35 +180,23 @@ def one_cut(self: Any) -> Trim:
     return Trim((self.density,), self.scope)
 
 
-def two_cuts(self: Any) -> Trim:
-    return Trim((self.density, 1 - self.density), self.scope)
-
-
-def no_cut(self: Any) -> None:
-    return None
-
-
-@pytest.mark.parametrize(("trims", "kept"), [(no_cut, 1.0), (two_cuts, 0.3)])
 @pytest.mark.parametrize("scope", ["adapter", "module"])
-def test_cuts_that_a_subclass_asks_for_are_those_of_its_vote(
-    trims: Callable[..., Any], kept: float, scope: str
-) -> None:
-    overridden(Ties, Ties.merge, trims=trims, entrywise=True, election=Ties.election)
+def test_a_trim_that_was_not_declared(scope: str) -> None:
+    """Over a module it is found as it is asked for; over the adapter it cannot be any more, and is refused."""
+
+    def half(self: Any, task_vectors: TaskVectors) -> Delta:
+        kept = task_vectors.trim(0.5, self.scope)
+        return kept.disjoint_merge(kept.elect())
+
+    overridden(Ties, half)
     adapters, weights = repeated("lora"), [2.0, -1.0, 0.5]
-    merged = ties_peft.merge(adapters, NAME, weights=weights, density=0.3, scope=scope, rank="max")
-    assert_close(merged, definition.ties([vectors(a) for a in adapters], weights, kept, scope))
 
-
-@pytest.mark.parametrize("disjoint", ["mean", "sum"])
-def test_an_election_that_a_subclass_changes_is_held(disjoint: str) -> None:
-    def election(self: Any) -> Election:
-        return Election("mass", disjoint, normalize=False)  # type: ignore[arg-type]
-
-    overridden(Ties, Ties.merge, entrywise=True, election=election)
-    adapters, weights = repeated("lora"), [2.0, -1.0, 0.5]
-    merged = ties_peft.merge(adapters, NAME, weights=weights, density=0.3, scope="module", rank="max")
-    own = [vectors(adapter) for adapter in adapters]
-    assert_close(merged, definition.ties(own, weights, 0.3, "module", disjoint=disjoint, normalize=False))
+    if scope == "adapter":
+        with pytest.raises(ties_peft.MethodError, match="has to be declared"):
+            ties_peft.merge(adapters, NAME, density=0.3, scope=scope, rank="max")
+    else:
+        merged = ties_peft.merge(adapters, NAME, weights=weights, density=0.3, scope=scope, rank="max")
+        assert_close(merged, definition.ties([vectors(a) for a in adapters], weights, 0.5, scope))
 
 
 @pytest.mark.parametrize("name", sorted(method_classes()))
@@ -214,8 +205,8 @@ def test_one_put_in_the_place_of_a_methods_own_runs(name: str, monkeypatch: pyte
     kind = "lora" if "lora" in cls.kinds else "ia3"
     plain = cls.merge
 
-    def doubled(self: Any, tasks: TaskVectors) -> Tensor | Delta:
-        merged = plain(self, tasks)
+    def doubled(self: Any, task_vectors: TaskVectors) -> Tensor | Delta:
+        merged = plain(self, task_vectors)
         return merged * 2 if isinstance(merged, Tensor) else merged.scaled(2.0)
 
     adapters = samples(kind, EQUAL_RANKS)[:2]
@@ -231,8 +222,8 @@ def test_one_that_adds_to_the_methods_own(cell: Cell) -> None:
     """It calls the one that it overrides, which finds what it is used to: whole or by rows, trimmed exactly."""
     cls = cell.cls
 
-    def doubled(self: Any, tasks: TaskVectors) -> Tensor | Delta:
-        merged = cls.merge(self, tasks)
+    def doubled(self: Any, task_vectors: TaskVectors) -> Tensor | Delta:
+        merged = cls.merge(self, task_vectors)
         return merged * 2 if isinstance(merged, Tensor) else merged.scaled(2.0)
 
     own, factor = {"seed": 3, "scale": 1.0}, 4 if cell.space == "factors" else 2  # A and B each
@@ -250,21 +241,41 @@ def test_a_prepared_merge_runs_it_too() -> None:
     assert_close(merged, sum_of(adapters, weights, "delta"))
 
 
-def test_a_subclass_that_changes_no_rule_keeps_the_fast_way() -> None:
+def test_what_a_class_says_of_its_merge_holds_for_that_merge_alone() -> None:
     class Same(Ties):
         """A test."""
 
     class Other(Ties):
         """A test."""
 
-        def merge(self, tasks: TaskVectors) -> Tensor | Delta:
-            return super().merge(tasks)
+        def merge(self, task_vectors: TaskVectors) -> Tensor | Delta:
+            return super().merge(task_vectors)
 
     class Below(Other):
         """A test."""
 
         entrywise: ClassVar[bool] = True
 
-    assert is_entrywise(Same()) and only_elects(Same()) is not None and is_linear(Same(density=1.0), 1)
-    assert not is_entrywise(Other()) and only_elects(Other()) is None and not is_linear(Other(density=1.0), 1)
-    assert is_entrywise(Below()) and only_elects(Below()) is None
+    assert Same.entrywise and Same(density=1.0).linear(1)
+    assert not Other.entrywise and not Other(density=1.0).linear(1)
+    assert Below.entrywise and not Below(density=1.0).linear(1)
+
+
+def test_signs_of_other_task_vectors_decide() -> None:
+    """Elected by all entries, merged of the trimmed ones."""
+
+    def untrimmed(self: Any, task_vectors: TaskVectors) -> Delta:
+        kept = task_vectors.trim(self.density, self.scope)
+        return kept.disjoint_merge(task_vectors.elect(), "sum")
+
+    overridden(Ties, untrimmed)
+    adapters, weights = repeated("lora"), [2.0, -1.0, 0.5]
+    merged = ties_peft.merge(adapters, NAME, weights=weights, density=0.3, scope="module", rank="max")
+    own = [vectors(adapter) for adapter in adapters]
+    every = definition.stacks([{n: w * v for n, v in o.items()} for o, w in zip(own, weights, strict=True)])
+    kept = definition.stacks(definition.trim_all(own, weights, 0.3, "module"))
+    wanted = {}
+    for name, stack in kept.items():
+        signs = np.where(every[name].sum(0) >= 0, 1.0, -1.0)
+        wanted[name] = np.where(np.sign(stack) == signs, stack, 0.0).sum(0)
+    assert_close(merged, wanted)

@@ -41,8 +41,8 @@ def drawn(seed: int) -> list[torch.Tensor]:
     return parts
 
 
-def as_they_are(tasks: TaskVectors) -> Iterator[torch.Tensor]:
-    return (task.vector for task in tasks)
+def as_they_are(task_vectors: TaskVectors) -> Iterator[torch.Tensor]:
+    return task_vectors.stream()
 
 
 def walk(groups: dict[str, list[torch.Tensor]], places: Sequence[int]) -> Callable[[], Any]:
@@ -81,7 +81,7 @@ def test_a_later_ranking_sees_the_levels_of_those_before_it_and_ranks_hang_on_en
     values = {"x": [torch.tensor([1.0, -3.0, 2.0])], "y": [torch.tensor([5.0, 4.0, -6.0])]}
     largest = Ranking(as_they_are, lambda entries, density: (1,), "adapter")
     away = Ranking(
-        lambda tasks: (task.vector.sub_(task.levels[0]) for task in tasks),
+        lambda vectors: (values.sub_(own[0]) for values, own in zip(vectors.stream(), vectors.levels, strict=True)),
         lambda entries, density: (round(entries * density),),
         "adapter",
     )

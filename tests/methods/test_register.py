@@ -31,8 +31,8 @@ def make(**changes: Any) -> type[Method]:
         source: ClassVar[str] = "a test"
         share: float = Field(0.5, gt=0, le=1, description="of the sum")
 
-        def merge(self, tasks: TaskVectors) -> Any:
-            return tasks.sum(self.share)
+        def merge(self, task_vectors: TaskVectors) -> Any:
+            return task_vectors.sum(self.share)
 
         def linear(self, adapters: int) -> bool:
             return True
@@ -85,7 +85,7 @@ class Nothing:
     [
         (Nothing, "is no method; expected a subclass"),
         ("ties", "is no method; expected a subclass"),
-        (Method, "lacks name and source and merge"),
+        (Method, "lacks name and merge"),
         (make(name="ties"), "there is a method 'ties' already"),
         (make(name="dare+mine"), "has the name 'dare+mine'; expected letters"),
         (make(__doc__=""), "lacks a docstring"),

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ..errors import MethodError, RecipeError, printable, unknown
 from ..trim import Scope
-from .base import Density, Method, Task, TaskVectors, Trim, masked
+from .base import Density, Method, TaskVectors, Trim, masked
 
 __all__ = [
     "Density",
@@ -27,7 +27,6 @@ __all__ = [
     "MethodInfo",
     "Scope",
     "Stages",
-    "Task",
     "TaskVectors",
     "Trim",
     "find_method",
@@ -116,13 +115,13 @@ def register(cls: type[Method]) -> type[Method]:
     everywhere a method needs an entry point (see above). Registering a name anew replaces the class.
 
     Args:
-        cls: a subclass of `Method` with a `name`, a `source`, a docstring and a `merge`.
+        cls: a subclass of `Method` with a `name`, a docstring and a `merge`.
     Returns: the class.
     Raises: MethodError for anything else, and for a name that a method of another origin has.
     """
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise MethodError(f"{printable(repr(cls))} is no method; expected a subclass of ties_peft.methods.Method.")
-    missing = [name for name in ("name", "source") if not isinstance(getattr(cls, name, None), str)]
+    missing = [] if isinstance(getattr(cls, "name", None), str) else ["name"]
     missing += [] if vars(cls).get("__doc__") else ["a docstring"]
     missing += ["merge"] if inspect.isabstract(cls) else []
     if missing:
@@ -190,8 +189,8 @@ def make_stages(name: str, parameters: dict[str, Any]) -> Stages:
 
 def _merging(names: list[str], classes: list[type[Method]]) -> int:
     """Which of the stages merges: the first that does not stand before another by its nature."""
-    place = next((i for i, cls in enumerate(classes) if not cls.prepares), len(classes) - 1)
-    wrong = [name for name, cls in zip(names[place + 1 :], classes[place + 1 :], strict=True) if not cls.finishes]
+    place = next((i for i, cls in enumerate(classes) if not cls.prepares()), len(classes) - 1)
+    wrong = [name for name, cls in zip(names[place + 1 :], classes[place + 1 :], strict=True) if not cls.finishes()]
     if wrong:
         raise MethodError(
             f"method '{'+'.join(names)}': '{wrong[0]}' cannot stand after '{names[place]}'. Before a merging method: "
@@ -201,7 +200,7 @@ def _merging(names: list[str], classes: list[type[Method]]) -> int:
 
 
 def _which(role: str) -> str:
-    return ", ".join(name for name, cls in method_classes().items() if getattr(cls, role))
+    return ", ".join(name for name, cls in method_classes().items() if getattr(cls, role)())
 
 
 def _owner(parameter: str, names: list[str], classes: list[type[Method]]) -> tuple[int, str]:

@@ -22,9 +22,9 @@ class Average(Method):
     name: ClassVar[str] = "average"
     source: ClassVar[str] = "Wortsman et al., ICML 2022, arXiv 2203.05482"
 
-    def merge(self, tasks: TaskVectors) -> Delta:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """Σ wτ / Σ w over all adapters of the merge."""
-        return tasks.sum(1 / tasks.total_weight)
+        return task_vectors.sum(1 / task_vectors.total_weight)
 
     def linear(self, adapters: int) -> bool:
         """Always."""

@@ -35,15 +35,14 @@ class Boosting(Method):
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
     spectral: ClassVar[bool] = True
-    finishes: ClassVar[bool] = True
 
     beta: float = Field(0.01, ge=0, le=1, description="share of the sum of singular values that counts as strong")
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Tensor:
         """The sum, boosted."""
-        return self._boosted(tasks.matrices().sum(0))
+        return self._boosted(task_vectors.matrices().sum(0))
 
-    def finish(self, merged: Delta, tasks: TaskVectors) -> Delta:
+    def finish(self, merged: Delta, task_vectors: TaskVectors) -> Delta:
         """What another method made, boosted."""
         return Dense(self._boosted(merged.dense()).float())
 

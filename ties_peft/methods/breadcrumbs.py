@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from ..delta import Delta
-from ..sparsify import add_up, band_
 from ..trim import Scope
 from .base import Density, Method, TaskVectors, Trim
 
@@ -37,11 +35,9 @@ class Breadcrumbs(Method):
     gamma: float = Field(0.01, ge=0, lt=1, description="share of entries, the largest, that are dropped as outliers")
     scope: Scope = Field("adapter", description="rank magnitudes over the whole adapter or each module (the paper)")
 
-    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
-        """One pass."""
-        if tasks.whole and self.linear(len(tasks)):
-            return tasks.sum()
-        return add_up(band_(task.vector, task.cuts, task.tile) for task in tasks)
+    def merge(self, task_vectors: TaskVectors) -> Delta:
+        """Keep a band of each, and add."""
+        return task_vectors.keep_band(self.gamma, self.density, self.scope).sum()
 
     def trims(self) -> Trim:
         """Two cuts, above and below what stays."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from ..delta import Delta
 from ..elect import Disjoint, Elect
-from ..sparsify import band_
 from ..trim import Scope
-from .base import Density, Method, TaskVectors, Trim, elect_and_merge, only
+from .base import Density, Method, TaskVectors, Trim
 
 
 class BreadcrumbsTies(Method):
@@ -40,12 +38,10 @@ class BreadcrumbsTies(Method):
     disjoint: Disjoint = Field("mean", description="how the agreeing entries are combined: mean, sum or max")
     normalize: bool = Field(True, description="divide the mean by the agreeing weights; false: by their number")
 
-    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
-        """One pass, with accumulators for the election."""
-        if tasks.whole and self.linear(len(tasks)):
-            return only(tasks, self.disjoint == "mean" and self.normalize)
-        kept = (band_(task.vector, task.cuts, task.tile) for task in tasks)
-        return elect_and_merge(tasks, kept, self.elect, self.disjoint, self.normalize)
+    def merge(self, task_vectors: TaskVectors) -> Delta:
+        """Keep a band, elect, merge."""
+        kept = task_vectors.keep_band(self.gamma, self.density, self.scope)
+        return kept.disjoint_merge(kept.elect(self.elect), self.disjoint, self.normalize)
 
     def trims(self) -> Trim:
         """Two cuts, above and below what stays."""

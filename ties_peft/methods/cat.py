@@ -23,9 +23,9 @@ class Cat(Method):
     name: ClassVar[str] = "cat"
     source: ClassVar[str] = "PEFT's combination_type cat, huggingface/peft #817"
 
-    def merge(self, tasks: TaskVectors) -> Delta:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """Σ wτ."""
-        return tasks.sum()
+        return task_vectors.sum()
 
     def linear(self, adapters: int) -> bool:
         """Always."""

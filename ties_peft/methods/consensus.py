@@ -39,16 +39,19 @@ class Consensus(Method):
     threshold: float = Field(0.4, ge=0, allow_inf_nan=False, description="λ of the TALL masks; a larger one keeps less")
     agree: int = Field(2, ge=0, description="how many adapters must need an entry for it to stay")
 
-    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """Two passes: the sum, then how many need it."""
-        if tasks.whole and self.linear(tasks.adapters):
-            return tasks.sum()
-        total = add_up(task.vector for task in tasks)
+        if self.linear(task_vectors.adapters):
+            return task_vectors.sum()
+        return task_vectors.by_tiles(self._merge_rows)
+
+    def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
+        total = add_up(task_vectors.stream())
         needed = torch.zeros_like(total)
-        for task in tasks:
-            rest = (total - task.vector).abs_()
-            needed += task.vector.abs_() > rest.mul_(self.threshold)
-        return total.masked_fill_(needed < min(self.agree, tasks.adapters), 0.0)
+        for values in task_vectors.stream():
+            rest = (total - values).abs_()
+            needed += values.abs_() > rest.mul_(self.threshold)
+        return total.masked_fill_(needed < min(self.agree, task_vectors.adapters), 0.0)
 
     def linear(self, adapters: int) -> bool:
         """True of one adapter, and where none is asked."""

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from ..delta import Delta
-from ..sparsify import add_up, drop_
+from ..sparsify import drop_
 from .base import Density, Method, TaskVectors, masked
 
 
@@ -35,15 +34,12 @@ class Dare(Method):
     source: ClassVar[str] = "Yu et al., ICML 2024, arXiv 2311.03099"
     entrywise: ClassVar[bool] = True
     random: ClassVar[bool] = True
-    prepares: ClassVar[bool] = True
 
     density: Density = Field(0.5, description="probability with which an entry stays, in (0, 1]")
 
-    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
-        """One pass."""
-        if tasks.whole and self.linear(len(tasks)):
-            return tasks.sum()
-        return add_up(drop_(task.vector, task.uniform(), task.density or self.density) for task in tasks)
+    def merge(self, task_vectors: TaskVectors) -> Delta:
+        """Drop at random, and add."""
+        return task_vectors.drop(self.density).sum()
 
     def prepare(self, deltas: Sequence[Delta], streams: Sequence[int]) -> Sequence[Delta]:
         """The xᵢ, drawn as they are read."""

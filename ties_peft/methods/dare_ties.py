@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from ..delta import Delta
 from ..elect import Disjoint, Elect
-from ..sparsify import drop_
-from .base import Density, Method, TaskVectors, elect_and_merge, only
+from .base import Density, Method, TaskVectors
 
 
 class DareTies(Method):
@@ -41,12 +39,10 @@ class DareTies(Method):
     disjoint: Disjoint = Field("mean", description="how the agreeing entries are combined: mean, sum or max")
     normalize: bool = Field(True, description="divide the mean by the agreeing weights; false: by their number")
 
-    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
-        """One pass, with accumulators for the election."""
-        if tasks.whole and self.linear(len(tasks)):
-            return only(tasks, self.disjoint == "mean" and self.normalize)
-        kept = (drop_(task.vector, task.uniform(), task.density or self.density) for task in tasks)
-        return elect_and_merge(tasks, kept, self.elect, self.disjoint, self.normalize)
+    def merge(self, task_vectors: TaskVectors) -> Delta:
+        """Drop at random, elect, merge."""
+        kept = task_vectors.drop(self.density)
+        return kept.disjoint_merge(kept.elect(self.elect), self.disjoint, self.normalize)
 
     def linear(self, adapters: int) -> bool:
         """True of one adapter of which nothing is dropped."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from ..delta import Delta
 from ..elect import Disjoint, Elect
-from ..sparsify import drop_by_rank_
-from .base import Density, Method, TaskVectors, elect_and_merge, only
+from .base import Density, Method, TaskVectors
 
 
 class Della(Method):
@@ -44,15 +42,10 @@ class Della(Method):
     disjoint: Disjoint = Field("mean", description="how the agreeing entries are combined: mean, sum or max")
     normalize: bool = Field(True, description="divide the mean by the agreeing weights; false: by their number")
 
-    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
-        """One pass, with accumulators for the election."""
-        if tasks.whole and self.linear(len(tasks)):
-            return only(tasks, self.disjoint == "mean" and self.normalize)
-        kept = (
-            drop_by_rank_(task.vector, task.uniform(), task.density or self.density, self.epsilon, row, task.start)
-            for task, row in zip(tasks, tasks.vectors(), strict=True)
-        )
-        return elect_and_merge(tasks, kept, self.elect, self.disjoint, self.normalize)
+    def merge(self, task_vectors: TaskVectors) -> Delta:
+        """Drop by rank, elect, merge."""
+        kept = task_vectors.drop_by_rank(self.density, self.epsilon)
+        return kept.disjoint_merge(kept.elect(self.elect), self.disjoint, self.normalize)
 
     def linear(self, adapters: int) -> bool:
         """True of one adapter of which nothing is dropped."""

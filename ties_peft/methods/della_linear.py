@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from ..delta import Delta
-from ..sparsify import add_up, drop_by_rank_
 from .base import Density, Method, TaskVectors
 
 
@@ -37,14 +35,9 @@ class DellaLinear(Method):
     density: Density = Field(0.7, description="mean probability with which an entry stays, in (0, 1]")
     epsilon: float = Field(0.07, ge=0, le=0.5, description="how far the probability rises and falls around the density")
 
-    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
-        """One pass."""
-        if tasks.whole and self.linear(len(tasks)):
-            return tasks.sum()
-        return add_up(
-            drop_by_rank_(task.vector, task.uniform(), task.density or self.density, self.epsilon, row, task.start)
-            for task, row in zip(tasks, tasks.vectors(), strict=True)
-        )
+    def merge(self, task_vectors: TaskVectors) -> Delta:
+        """Drop by rank, and add."""
+        return task_vectors.drop_by_rank(self.density, self.epsilon).sum()
 
     def linear(self, adapters: int) -> bool:
         """True if nothing is dropped."""

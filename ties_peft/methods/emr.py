@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from ..delta import Delta
-from .base import Method, TaskVectors, elect_and_merge, only
+from .base import Method, TaskVectors
 
 
 class Emr(Method):
@@ -28,11 +26,9 @@ class Emr(Method):
     source: ClassVar[str] = "Huang et al., NeurIPS 2024, arXiv 2405.17461"
     entrywise: ClassVar[bool] = True
 
-    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
-        """One pass, with accumulators for the election."""
-        if tasks.whole and self.linear(len(tasks)):
-            return only(tasks, mean=False)
-        return elect_and_merge(tasks, (task.vector for task in tasks), disjoint="max")
+    def merge(self, task_vectors: TaskVectors) -> Delta:
+        """Elect, and take the largest that agrees."""
+        return task_vectors.disjoint_merge(task_vectors.elect(), "max")
 
     def linear(self, adapters: int) -> bool:
         """True of one adapter."""

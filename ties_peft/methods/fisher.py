@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..delta import Delta
 from .base import Method, TaskVectors
 
 
@@ -45,13 +46,17 @@ class Fisher(Method):
         """As the parameter says."""
         return self.normalize_fisher
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """One pass, with accumulators for both sums and for the plain mean."""
-        above, below, plain = tasks.room("fisher", (3, *tasks.shape)).zero_()
-        for task, statistic in zip(tasks, tasks.statistics, strict=True):
-            F = statistic.rows(*tasks.span).to(tasks.device)
-            above.addcmul_(F, task.vector)
-            below.add_(F, alpha=abs(task.weight))
-            plain.add_(task.vector)
-        merged: Tensor = torch.where(below > 0, above / below, plain / sum(map(abs, tasks.weights)))
+        return task_vectors.by_tiles(self._merge_rows)
+
+    def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
+        above, below, plain = task_vectors.room("fisher", (3, *task_vectors.shape)).zero_()
+        every = zip(task_vectors.stream(), task_vectors.weights, task_vectors.statistics, strict=True)
+        for values, weight, statistic in every:
+            F = statistic.rows(*task_vectors.span).to(task_vectors.device)
+            above.addcmul_(F, values)
+            below.add_(F, alpha=abs(weight))
+            plain.add_(values)
+        merged: Tensor = torch.where(below > 0, above / below, plain / sum(map(abs, task_vectors.weights)))
         return merged

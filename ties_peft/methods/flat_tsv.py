@@ -28,7 +28,7 @@ class FlatTsv(Method):
     Source: our own, after Gargiulo et al. (tsv) and Marczak et al. (iso_c), whose flat spectrum is the limit
         for large N. f = 1 − 1/N was chosen on validation rows of eight tasks at N = 2, 4, 6 and 8: on test,
         at N = 8, level with Iso-C at the λ tuned for it (−0.16 ± 0.16 points). One base model, one family of
-        tasks, equal ranks: see whether it holds on yours. On the six sample adapters it is level with TIES and
+        task_vectors, equal ranks: see whether it holds on yours. On the six sample adapters it is level with TIES and
         behind `tsv` with λ = 1/⁴√N (benchmarks/results).
     """
 
@@ -38,9 +38,9 @@ class FlatTsv(Method):
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
     spectral: ClassVar[bool] = True
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Tensor:
         """All of them together, in the small space."""
-        matrices = tasks.matrices()
+        matrices = task_vectors.matrices()
         found = spectra(matrices)
         return orthogonalised([_flattened(one, 1 - 1 / len(found)) for one in found]) if found else matrices[0]
 

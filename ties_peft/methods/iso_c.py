@@ -35,13 +35,12 @@ class IsoC(Method):
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
     spectral: ClassVar[bool] = True
-    finishes: ClassVar[bool] = True
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Tensor:
         """The sum, flattened."""
-        return _flat(tasks.matrices().sum(0))
+        return _flat(task_vectors.matrices().sum(0))
 
-    def finish(self, merged: Delta, tasks: TaskVectors) -> Delta:
+    def finish(self, merged: Delta, task_vectors: TaskVectors) -> Delta:
         """What another method made, flattened."""
         return Dense(_flat(merged.dense()).float())
 

@@ -36,9 +36,9 @@ class IsoCts(Method):
 
     common: float = Field(0.8, ge=0, le=1, description="share c of the directions that the sum gives")
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Tensor:
         """All of them together, in the small space."""
-        matrices = tasks.matrices()
+        matrices = task_vectors.matrices()
         given = [matrix for matrix in matrices if matrix.any()]
         if not given:
             return matrices[0]

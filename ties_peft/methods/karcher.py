@@ -37,16 +37,16 @@ class Karcher(Method):
     max_iter: int = Field(10, ge=1, description="the most steps to take")
     tol: float = Field(1e-5, gt=0, allow_inf_nan=False, description="the step, in radians, that is the last")
 
-    def merge(self, tasks: TaskVectors) -> Delta:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """Coefficients from the Gram matrix of the unit vectors."""
-        gram, weights = tasks.gram(), torch.tensor(tasks.weights, dtype=torch.float64).abs()
+        gram, weights = task_vectors.gram(), torch.tensor(task_vectors.weights, dtype=torch.float64).abs()
         norms = gram.diagonal().clamp_min(0).sqrt()
         there = norms > 0
         units = torch.where(there, 1 / torch.where(there, norms, 1.0), 0.0)
         cosines = (gram * units * units.unsqueeze(1)).clamp(-1, 1)
         mean = self._mean(cosines, weights * there / (weights * there).sum().clamp_min(1e-300))
-        factors: list[float] = (float(norms.sum()) / tasks.total_heft * mean * units).tolist()
-        return tasks.sum(factors)
+        factors: list[float] = (float(norms.sum()) / task_vectors.total_magnitude * mean * units).tolist()
+        return task_vectors.sum(factors)
 
     def _mean(self, cosines: Tensor, weights: Tensor) -> Tensor:
         """The coefficients of unit vectors that make their mean direction, zeros if they cancel."""

@@ -44,9 +44,9 @@ class Lego(Method):
 
     clusters: Clusters | None = Field(None, description="rank of the result; none for the largest of the inputs")
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Tensor:
         """All units together, in the small space."""
-        matrices = tasks.matrices()
+        matrices = task_vectors.matrices()
         found = spectra(matrices)
         if not found:
             return matrices[0]

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from ..delta import Delta
-from ..sparsify import add_up
 from ..trim import Scope
-from .base import Density, Method, TaskVectors, Trim, scope_fault
+from .base import Density, Method, TaskVectors, scope_fault
 
 
 class MagnitudePrune(Method):
@@ -33,15 +31,9 @@ class MagnitudePrune(Method):
     density: Density = Field(0.2, description="share of entries that the trim keeps, in (0, 1]")
     scope: Scope = Field("adapter", description="rank magnitudes over the whole adapter or each module")
 
-    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
-        """One pass."""
-        if tasks.whole and self.linear(len(tasks)):
-            return tasks.sum()
-        return add_up(task.trimmed() for task in tasks)
-
-    def trims(self) -> Trim:
-        """One cut, at the density."""
-        return Trim((self.density,), self.scope)
+    def merge(self, task_vectors: TaskVectors) -> Delta:
+        """Trim each, and add."""
+        return task_vectors.trim(self.density, self.scope).sum()
 
     def linear(self, adapters: int) -> bool:
         """True if nothing is trimmed."""

@@ -33,9 +33,9 @@ class ModelStock(Method):
     name: ClassVar[str] = "model_stock"
     source: ClassVar[str] = "Jang et al., ECCV 2024, arXiv 2403.19522"
 
-    def merge(self, tasks: TaskVectors) -> Delta:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """One factor, from the Gram matrix."""
-        gram = tasks.gram()
+        gram = task_vectors.gram()
         gram = gram[gram.diagonal() > 0][:, gram.diagonal() > 0]
         count, units = len(gram), gram.diagonal().rsqrt()
         agreement = 1.0
@@ -43,7 +43,7 @@ class ModelStock(Method):
             cosines = (gram * units * units.unsqueeze(1)).clamp(-1, 1)
             agreement = float(cosines.sum() - torch.trace(cosines)) / (count * (count - 1))
         share = count * max(agreement, 0.0) / (1 + max(count - 1, 0) * max(agreement, 0.0))
-        return tasks.sum(share / tasks.total_heft)
+        return task_vectors.sum(share / task_vectors.total_magnitude)
 
     def linear(self, adapters: int) -> bool:
         """Always."""

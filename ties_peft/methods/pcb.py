@@ -8,9 +8,10 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from ..delta import Delta
 from ..elect import NOTHING
 from ..trim import Scope, count_at_least, kept_count
-from .base import Density, Method, Ranking, Task, TaskVectors
+from .base import Density, Method, Ranking, TaskVectors
 
 
 class Pcb(Method):
@@ -47,18 +48,21 @@ class Pcb(Method):
     def rankings(self) -> Sequence[Ranking]:
         """The magnitudes to level at, then the least score kept and the largest."""
         return (
-            Ranking(lambda tasks: (task.vector.abs_() for task in tasks), self._extremes, self.scope),
-            Ranking(lambda tasks: (score for _, score in _scored(tasks)), _kept, self.scope),
+            Ranking(lambda vectors: (values.abs_() for values in vectors.stream()), self._extremes, self.scope),
+            Ranking(lambda vectors: (score for _, score in _scored(vectors)), _kept, self.scope),
         )
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """Two passes over the rows at hand: the sum, then scores and mean."""
-        mean, divisor = tasks.room("mean", (2, *tasks.shape)).zero_()
-        for task, score in _scored(tasks):
-            least, largest = task.levels[2:]
-            share = _ramp(score, least, largest)
-            divisor.add_(share, alpha=abs(task.weight))
-            mean.add_(share.mul_(_levelled(task)).mul_(task.vector.sign_()))
+        return task_vectors.by_tiles(self._merge_rows)
+
+    def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
+        mean, divisor = task_vectors.room("mean", (2, *task_vectors.shape)).zero_()
+        every = zip(_scored(task_vectors), task_vectors.weights, task_vectors.levels, strict=True)
+        for (values, score), weight, levels in every:
+            share = _ramp(score, *levels[2:])
+            divisor.add_(share, alpha=abs(weight))
+            mean.add_(share.mul_(_levelled(values, levels)).mul_(values.sign_()))
         merged: Tensor = mean.div_(divisor.clamp_min_(NOTHING))
         return merged
 
@@ -72,20 +76,20 @@ def _kept(entries: int, density: float) -> Sequence[int]:
     return count_at_least(density, entries), 1
 
 
-def _scored(tasks: TaskVectors) -> Iterator[tuple[Task, Tensor]]:
+def _scored(task_vectors: TaskVectors) -> Iterator[tuple[Tensor, Tensor]]:
     """Each task vector with the scores of its entries, but for the factor eᴺ, which cancels."""
-    total = tasks.room("total", tasks.shape).zero_()
-    for task in tasks:
-        total.add_(task.vector)
-    for task in tasks:
-        score = _ramp(_levelled(task), *task.levels[:2]).square_()
-        score.sub_(1).mul_(tasks.adapters).exp_()
-        yield task, score.mul_((task.vector * total).tanh_())
+    total = task_vectors.room("total", task_vectors.shape).zero_()
+    for values in task_vectors.stream():
+        total.add_(values)
+    for values, levels in zip(task_vectors.stream(), task_vectors.levels, strict=True):
+        score = _ramp(_levelled(values, levels), *levels[:2]).square_()
+        score.sub_(1).mul_(task_vectors.adapters).exp_()
+        yield values, score.mul_((values * total).tanh_())
 
 
-def _levelled(task: Task) -> Tensor:
+def _levelled(values: Tensor, levels: Sequence[float]) -> Tensor:
     """The magnitudes, the extreme ones brought to the levels."""
-    return task.vector.abs().clamp_(*task.levels[:2])
+    return values.abs().clamp_(*levels[:2])
 
 
 def _ramp(values: Tensor, low: float, high: float) -> Tensor:

@@ -33,13 +33,11 @@ class Pico(Method):
     name: ClassVar[str] = "pico"
     source: ClassVar[str] = "Tang and Yang, 2026, arXiv 2604.16826"
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    prepares: ClassVar[bool] = True
     joint: ClassVar[bool] = True
-    finishes: ClassVar[bool] = True
 
-    def merge(self, tasks: TaskVectors) -> Delta:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """The sum of the calibrated task vectors, its norm restored."""
-        return self.finish(stack(self.prepare(tasks.deltas, tasks.streams)), tasks)
+        return self.finish(stack(self.prepare(task_vectors.deltas, task_vectors.streams)), task_vectors)
 
     def linear(self, adapters: int) -> bool:
         """Alone: calibrated factors have their rank still, and are summed."""
@@ -56,8 +54,8 @@ class Pico(Method):
         blocks = torch.split(calibrated.float(), [own.rank for own in factors], dim=1)
         return [LowRank(block.contiguous(), own.A) for block, own in zip(blocks, factors, strict=True)]
 
-    def finish(self, merged: Delta, tasks: TaskVectors) -> Delta:
+    def finish(self, merged: Delta, task_vectors: TaskVectors) -> Delta:
         """What another method made of them, brought to the mean norm of the task vectors."""
-        sizes = [size for size in map(norm, tasks.deltas) if size > 0]
+        sizes = [size for size in map(norm, task_vectors.deltas) if size > 0]
         found = norm(merged)
         return merged.scaled(sum(sizes) / len(sizes) / found) if found > 0 else merged

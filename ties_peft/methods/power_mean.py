@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..delta import Delta
 from ..elect import NOTHING
 from .base import Method, TaskVectors
 
@@ -20,7 +21,7 @@ class PowerMean(Method):
 
     p = 0 is the plain mean over the adapters that have the module; a large p takes the largest
     magnitude. In (IA)³ an adapter's few large entries carry it, and a plain mean waters them down.
-    The default scale, 1.5, was chosen on eight tasks: it makes up for what a mean over many adapters
+    The default scale, 1.5, was chosen on eight task_vectors: it makes up for what a mean over many adapters
     loses, and stretches the l − 1 of a single adapter by half. Give scale 1 where there is one.
 
     Law: with scale 1 one adapter of positive weight comes back unchanged, and so do equal ones; for
@@ -40,14 +41,17 @@ class PowerMean(Method):
 
     p: float = Field(2.0, ge=0, le=64, description="power of the magnitude by which an entry is weighted")
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """Two passes: the largest magnitude of each entry, which keeps powers in range, then the mean."""
-        peak = torch.full(tasks.shape, NOTHING, device=tasks.device)
-        for task in tasks:
-            torch.maximum(peak, task.vector.abs(), out=peak)
+        return task_vectors.by_tiles(self._merge_rows)
+
+    def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
+        peak = torch.full(task_vectors.shape, NOTHING, device=task_vectors.device)
+        for values in task_vectors.stream():
+            torch.maximum(peak, values.abs(), out=peak)
         total, divisor = torch.zeros_like(peak), torch.zeros_like(peak)
-        for task in tasks:
-            share = (task.vector.abs() / peak).pow_(self.p)
-            divisor.add_(share, alpha=abs(task.weight))
-            total += share.mul_(task.vector)
+        for values, weight in zip(task_vectors.stream(), task_vectors.weights, strict=True):
+            share = (values.abs() / peak).pow_(self.p)
+            divisor.add_(share, alpha=abs(weight))
+            total += share.mul_(values)
         return total.div_(divisor.clamp_min_(NOTHING))

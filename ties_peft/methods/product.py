@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..delta import Delta
 from ..errors import MethodError
 from .base import Method, TaskVectors
 
@@ -31,15 +32,18 @@ class Product(Method):
     source: ClassVar[str] = "Liu et al., NeurIPS 2022, arXiv 2205.05638"
     entrywise: ClassVar[bool] = True
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """One pass, in float64: l is rebuilt from w·(l − 1)."""
-        product = torch.ones(tasks.shape, dtype=torch.float64, device=tasks.device)
-        for place, task in enumerate(tasks):
-            power = (1 + task.vector.double() / task.weight).pow_(task.weight)
+        return task_vectors.by_tiles(self._merge_rows)
+
+    def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
+        product = torch.ones(task_vectors.shape, dtype=torch.float64, device=task_vectors.device)
+        for place, (values, weight) in enumerate(zip(task_vectors.stream(), task_vectors.weights, strict=True)):
+            power = (1 + values.double() / weight).pow_(weight)
             product *= power
             if not bool(product.float().isfinite().all()):
                 raise MethodError(
-                    f"method 'product': the weight {task.weight:g} of adapter {place + 1} of those that have a module asks for "
+                    f"method 'product': the weight {weight:g} of adapter {place + 1} of those that have a module asks for "
                     "a root of a negative entry of l, the inverse of 0, or a number out of range. Use whole weights "
                     "from 0 up, or another method."
                 )

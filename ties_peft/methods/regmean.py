@@ -45,31 +45,34 @@ class RegMean(Method):
 
     off_diagonal: float = Field(0.9, ge=0, le=1, description="α, by which the off-diagonal of each Gram is scaled")
 
-    def merge(self, tasks: TaskVectors) -> Delta:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """One symmetric system for the module, its right-hand sides the rows of all adapters' A."""
-        grams = (self._gram(tasks, place) for place in range(len(tasks)))
+        grams = (self._gram(task_vectors, place) for place in range(len(task_vectors)))
         total: Tensor | None = None
         rows = []
-        for gram, delta, weight in zip(grams, tasks.deltas, tasks.weights, strict=True):
+        for gram, delta, weight in zip(grams, task_vectors.deltas, task_vectors.weights, strict=True):
             total = gram * abs(weight) if total is None else total.add_(gram, alpha=abs(weight))
             rows.append((delta.A if isinstance(delta, LowRank) else delta.dense()).double() @ gram)
         assert total is not None
         solved = torch.split(_solve(total, torch.cat(rows)).float(), [len(one) for one in rows])
         return stack(
-            [LowRank(d.B, A) if isinstance(d, LowRank) else Dense(A) for d, A in zip(tasks.deltas, solved, strict=True)]
+            [
+                LowRank(d.B, A) if isinstance(d, LowRank) else Dense(A)
+                for d, A in zip(task_vectors.deltas, solved, strict=True)
+            ]
         )
 
     def linear(self, adapters: int) -> bool:
         """A sum of factors, each with an A of its own: exact at rank Σrᵢ."""
         return True
 
-    def _gram(self, tasks: TaskVectors, place: int) -> Tensor:
+    def _gram(self, task_vectors: TaskVectors, place: int) -> Tensor:
         """G̃ of one adapter in the coordinates of the columns, float64."""
-        gram = tasks.statistics[place].whole().to(tasks.device).double()
+        gram = task_vectors.statistics[place].whole().to(task_vectors.device).double()
         gram = self.off_diagonal * gram + (1 - self.off_diagonal) * torch.diag(gram.diagonal())
-        if tasks.inputs is None:
+        if task_vectors.inputs is None:
             return gram
-        basis = tasks.inputs.double()
+        basis = task_vectors.inputs.double()
         return basis @ gram @ basis.T
 
 

@@ -12,7 +12,7 @@ from ..delta import Delta
 from ..elect import NOTHING
 from ..sparsify import add_up, largest
 from ..trim import kept_count
-from .base import Density, Method, TaskVectors, only
+from .base import Density, Method, TaskVectors
 
 
 class Sce(Method):
@@ -40,19 +40,20 @@ class Sce(Method):
 
     select_topk: Density = Field(1.0, description="share of the varying entries, those of largest variance, that stay")
 
-    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
+    def merge(self, task_vectors: TaskVectors) -> Tensor | Delta:
         """Three passes at most: the sum, the variance, and the mean, for which an energy is known at once."""
-        if tasks.whole and self.linear(tasks.adapters):
-            return only(tasks, mean=True)
-        total = add_up(task.vector for task in tasks)
-        chosen = self._chosen(tasks, total / tasks.adapters) if self.select_topk < 1 else None
-        energy = max(_energy(task.vector) for task in tasks) or 1.0
+        if self.linear(task_vectors.adapters):
+            return task_vectors.sum(1 / abs(task_vectors.weights[0]))
+        total = add_up(task_vectors.stream())
+        chosen = self._chosen(task_vectors, total / task_vectors.adapters) if self.select_topk < 1 else None
+        energy = max(map(_energy, task_vectors.stream())) or 1.0
         mean, divisor = torch.zeros_like(total), torch.zeros_like(total)
-        for task in tasks:
-            values = task.vector if chosen is None else task.vector.mul_(chosen)
+        for values, weight in zip(task_vectors.stream(), task_vectors.weights, strict=True):
+            if chosen is not None:
+                values.mul_(chosen)
             share = _energy(values) / energy  # ηᵢ but for a factor that cancels
             agrees = torch.where(total >= 0, values > 0, values < 0)
-            divisor.add_(agrees, alpha=share * abs(task.weight))
+            divisor.add_(agrees, alpha=share * abs(weight))
             mean.add_(values.mul_(agrees), alpha=share)
         return mean.div_(divisor.clamp_min_(NOTHING))
 
@@ -60,11 +61,11 @@ class Sce(Method):
         """True of one adapter."""
         return adapters == 1
 
-    def _chosen(self, tasks: TaskVectors, mean: Tensor) -> Tensor | None:
+    def _chosen(self, task_vectors: TaskVectors, mean: Tensor) -> Tensor | None:
         """Where the variance is largest, adapters that lack the module counted as zero."""
-        variance = mean.square() * (tasks.adapters - len(tasks))
-        for task in tasks:
-            variance += task.vector.sub_(mean).square_()
+        variance = mean.square() * (task_vectors.adapters - len(task_vectors))
+        for values in task_vectors.stream():
+            variance += values.sub_(mean).square_()
         count = kept_count(self.select_topk, int(variance.count_nonzero()))
         if count == 0:
             return None if not bool(variance.any()) else torch.zeros_like(variance, dtype=torch.bool)

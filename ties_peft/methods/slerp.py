@@ -49,20 +49,20 @@ class Slerp(Method):
         "even", description="how unequal norms and negative weights count: evenly, or as in mergekit's nuslerp"
     )
 
-    def merge(self, tasks: TaskVectors) -> Delta:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """Two coefficients, from a 2 × 2 Gram matrix."""
         even = self.form == "even"
-        weights = [abs(weight) if even else weight for weight in tasks.weights]
-        total = tasks.total_heft if even else tasks.total_weight
+        weights = [abs(weight) if even else weight for weight in task_vectors.weights]
+        total = task_vectors.total_magnitude if even else task_vectors.total_weight
         shares = [weight / total if abs(total) > NO_SUM else 0.5 for weight in weights]
         loads = weights if self.t is None else [1.0] * len(weights)
-        if len(tasks) == 1:
-            return tasks.sum((shares[0] if even else math.sin(shares[0] * math.pi / 2)) / loads[0])
-        gram = tasks.gram()
+        if len(task_vectors) == 1:
+            return task_vectors.sum((shares[0] if even else math.sin(shares[0] * math.pi / 2)) / loads[0])
+        gram = task_vectors.gram()
         norms = [float(gram[i, i]) ** 0.5 / abs(loads[i]) for i in (0, 1)]
         inner = float(gram[0, 1]) / (loads[0] * loads[1])
         first, second = _turned(shares[1] if self.t is None else self.t, norms, inner, even)
-        return tasks.sum([first / loads[0], second / loads[1]])
+        return task_vectors.sum([first / loads[0], second / loads[1]])
 
     def linear(self, adapters: int) -> bool:
         """Always."""

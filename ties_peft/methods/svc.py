@@ -37,18 +37,17 @@ class Svc(Method):
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
     spectral: ClassVar[bool] = True
-    finishes: ClassVar[bool] = True
 
     alpha: float = Field(0.1, gt=0, allow_inf_nan=False, description="the least that an adapter's share counts")
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Tensor:
         """The sum, calibrated."""
-        matrices = tasks.matrices()
+        matrices = task_vectors.matrices()
         return self._calibrated(matrices.sum(0), matrices)
 
-    def finish(self, merged: Delta, tasks: TaskVectors) -> Delta:
+    def finish(self, merged: Delta, task_vectors: TaskVectors) -> Delta:
         """What another method made, calibrated against the task vectors."""
-        return Dense(self._calibrated(merged.dense().double(), tasks.matrices()).float())
+        return Dense(self._calibrated(merged.dense().double(), task_vectors.matrices()).float())
 
     def _calibrated(self, matrix: Tensor, tasks: Tensor) -> Tensor:
         found = spectrum(matrix)

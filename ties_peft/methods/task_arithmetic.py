@@ -21,9 +21,9 @@ class TaskArithmetic(Method):
     default_scale: ClassVar[float] = 0.4
     source: ClassVar[str] = "Ilharco et al., ICLR 2023, arXiv 2212.04089"
 
-    def merge(self, tasks: TaskVectors) -> Delta:
+    def merge(self, task_vectors: TaskVectors) -> Delta:
         """Σ wτ; the scale is applied to every method's result alike."""
-        return tasks.sum()
+        return task_vectors.sum()
 
     def linear(self, adapters: int) -> bool:
         """Always."""

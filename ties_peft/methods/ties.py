@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from ..delta import Delta
-from ..elect import Combine, Election, Vote
+from ..elect import Combine, Vote
 from ..trim import Scope
-from .base import Density, Method, TaskVectors, Trim, only, scope_fault, trim_elect_and_merge
+from .base import Density, Method, TaskVectors, scope_fault
 
 
 class Ties(Method):
@@ -59,21 +58,11 @@ class Ties(Method):
     normalize: bool = Field(True, description="divide the mean by the agreeing weights; false: by their number")
     sign_from: Any = Field(None, description="an adapter (path, Hub id or Adapter) whose signs are taken, untrimmed")
 
-    def merge(self, tasks: TaskVectors) -> Tensor | Delta:
-        """One pass over the task vectors, with accumulators for the election."""
-        if tasks.whole and self.linear(len(tasks)):
-            if self.disjoint in ("mean_elected", "mean_all"):
-                return tasks.sum(1 / (tasks.total_heft if self.normalize else tasks.adapters))
-            return tasks.sum() if len(tasks) > 1 else only(tasks, self.disjoint == "mean" and self.normalize)
-        return trim_elect_and_merge(tasks, self.election())
-
-    def trims(self) -> Trim:
-        """One cut, at the density."""
-        return Trim((self.density,), self.scope)
-
-    def election(self) -> Election:
-        """As the parameters say."""
-        return Election(self.elect, self.disjoint, self.normalize)
+    def merge(self, task_vectors: TaskVectors) -> Delta:
+        """Trim, elect, merge."""
+        kept = task_vectors.trim(self.density, self.scope)
+        signs = kept.elect(self.elect)
+        return kept.disjoint_merge(signs, self.disjoint, self.normalize)
 
     def linear(self, adapters: int) -> bool:
         """True of untrimmed vectors where nobody is there to disagree, or is asked to agree."""

@@ -41,8 +41,8 @@ class Tsv(Method):
 
     directions: Directions | None = Field(None, description="how many of each adapter's directions; none for all")
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Tensor:
         """All of them together, in the small space."""
-        matrices = tasks.matrices()
+        matrices = task_vectors.matrices()
         found = [one.top(self.directions) for one in spectra(matrices)]
         return orthogonalised(found) if found else matrices[0]

@@ -40,9 +40,9 @@ class Wudi(Method):
 
     ridge: float = Field(0.1, ge=0, allow_inf_nan=False, description="how strongly the result is held to the sum")
 
-    def merge(self, tasks: TaskVectors) -> Tensor:
+    def merge(self, task_vectors: TaskVectors) -> Tensor:
         """One symmetric eigenvalue problem in the small space."""
-        matrices = tasks.matrices()
+        matrices = task_vectors.matrices()
         given = [matrix for matrix in matrices if matrix.any()]
         if not given:
             return matrices[0]

@@ -1,4 +1,4 @@
-"""One walk that counts and votes gives the bytes of two, on every shape; and samples that are fair."""
+"""One pass that counts and votes gives the bytes of two, on every shape; and samples that are fair."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import ties_peft
 from ties_peft import fast
 from ties_peft.adapter import in_memory
 from ties_peft.delta import Dense, LowRank
-from ties_peft.glance import Glance
+from ties_peft.single_pass import SinglePass
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 
@@ -29,22 +29,22 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def walks(glances: bool, **others: Callable[..., Any]) -> Iterator[list[int]]:
-    """Merges that glance wherever they can, or never; the list says how often a glance was all that it took."""
+def passes(single: bool, **others: Callable[..., Any]) -> Iterator[list[int]]:
+    """Merge in a single pass wherever it can be, or never; the list says how often that sufficed."""
     used: list[int] = []
-    plain = Glance.result
+    plain = SinglePass.result
 
-    def result(self: Glance, *given: Any) -> Any:
-        used.append(len(self.tasks))
+    def result(self: SinglePass, *given: Any) -> Any:
+        used.append(len(self.deltas))
         return plain(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ties_peft.glance.MOST", 99)
-        patch.setattr(Glance, "suffices", lambda self, searches: glances)
-        patch.setattr(Glance, "most", lambda self, entries: entries)
-        patch.setattr(Glance, "result", result)
+        patch.setattr("ties_peft.single_pass.MOST", 99)
+        patch.setattr(SinglePass, "suffices", lambda self, searches: single)
+        patch.setattr(SinglePass, "most", lambda self, entries: entries)
+        patch.setattr(SinglePass, "result", result)
         for name, other in others.items():
-            patch.setattr(Glance, name, other)
+            patch.setattr(SinglePass, name, other)
         yield used
 
 
@@ -95,7 +95,7 @@ ASKED: list[dict[str, Any]] = [
     ],
 )
 @pytest.mark.parametrize("tile", [450, 1 << 18])
-def test_one_walk_gives_the_bytes_of_two(
+def test_one_pass_gives_the_bytes_of_two(
     monkeypatch: pytest.MonkeyPatch, kind: str, rows: int, columns: int, ranks: list[int], tile: int
 ) -> None:
     monkeypatch.setattr("ties_peft.tiles.TILE", tile)  # with 450, tails of rows and of columns
@@ -103,9 +103,9 @@ def test_one_walk_gives_the_bytes_of_two(
     for asked in ASKED:
         own = {**asked, "weights": (asked["weights"] * len(ranks))[: len(ranks)]} if "weights" in asked else asked
         how = {"scope": "module", "rank": min(rows, columns, 16), **own}
-        with walks(glances=False) as never:
+        with passes(single=False) as never:
             two = ties_peft.merge(given, **how)
-        with walks(glances=True) as often:
+        with passes(single=True) as often:
             one = ties_peft.merge(given, **how)
         assert tensors(one) == tensors(two), asked
         assert told(one) == told(two), asked
@@ -113,12 +113,14 @@ def test_one_walk_gives_the_bytes_of_two(
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_a_glance_has_the_same_bytes_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+def test_a_single_pass_has_the_same_bytes_for_any_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
     monkeypatch.setattr("ties_peft.tiles.TILE", 2000)
     given, before = adapters("repeated", [4] * 5, 90, 170), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        with walks(glances=True) as used:
+        with passes(single=True) as used:
             alone = ties_peft.merge(given, scope="module", rank=8)
             torch.set_num_threads(threads)
             together = ties_peft.merge(given, scope="module", rank=8)
@@ -128,23 +130,25 @@ def test_a_glance_has_the_same_bytes_for_any_number_of_threads(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("why", ["missed", "no room"])
-def test_a_glance_in_vain_changes_nothing(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+def test_a_single_pass_that_does_not_suffice_changes_nothing(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     given = adapters("smooth", [4] * 3, 90, 170)
-    with walks(glances=False):
+    with passes(single=False):
         two = ties_peft.merge(given, scope="module", rank=8)
     if why == "missed":
         monkeypatch.setattr("ties_peft.threshold.SIGMAS", 1e-3)
     others = {"most": lambda self, entries: 1} if why == "no room" else {}
-    with walks(glances=True, **others) as used:
+    with passes(single=True, **others) as used:
         one = ties_peft.merge(given, scope="module", rank=8)
     assert not used and tensors(one) == tensors(two) and told(one) == told(two)
 
 
 def test_a_glance_is_made_of_few_and_two_walks_of_many() -> None:
     seen: list[int] = []
-    plain = Glance.result
+    plain = SinglePass.result
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Glance, "result", lambda self, *given: (seen.append(len(self.tasks)), plain(self, *given))[1])
+        patch.setattr(
+            SinglePass, "result", lambda self, *given: (seen.append(len(self.deltas)), plain(self, *given))[1]
+        )
         for count in (3, 33):
             ties_peft.merge(adapters("smooth", [2] * count, 700, 800), scope="module", rank=4)
     assert seen == [3]
@@ -152,7 +156,7 @@ def test_a_glance_is_made_of_few_and_two_walks_of_many() -> None:
 
 def test_over_the_only_module_both_scopes_are_one() -> None:
     given = adapters("smooth", [3] * 4, 60, 80)
-    with walks(glances=True) as used:
+    with passes(single=True) as used:
         both = [ties_peft.merge(given, scope=scope, rank=8) for scope in ("module", "adapter")]
     assert used == [4, 4] and tensors(both[0]) == tensors(both[1]) and told(both[0]) == told(both[1])
 
@@ -161,7 +165,7 @@ def test_over_the_only_module_both_scopes_are_one() -> None:
 def test_what_needs_more_than_a_glance_gets_it(asked: dict[str, Any]) -> None:
     given = adapters("smooth", [3] * 4, 60, 80)
     scope = {} if "method" in asked else {"scope": "module"}
-    with walks(glances=True) as used:
+    with passes(single=True) as used:
         ties_peft.merge(given, rank=8, **asked, **scope)
     assert not used
 
@@ -193,8 +197,8 @@ def test_a_sample_is_of_the_entries_and_as_good_as_one_drawn_alone(rows: int, co
 def test_whole_merges_glance_from_files(make_lora: Callable[..., Path]) -> None:
     shapes = {"layers.0.q": (37, 53), "layers.0.up": (130, 61)}
     paths = [make_lora(f"a{n}", rank=4, seed=n, shapes=shapes) for n in range(4)]
-    with walks(glances=True) as used:
+    with passes(single=True) as used:
         one = ties_peft.merge(paths, scope="module", rank=8)
-    with walks(glances=False):
+    with passes(single=False):
         two = ties_peft.merge(paths, scope="module", rank=8)
     assert used == [4, 4] and tensors(one) == tensors(two)
