@@ -145,9 +145,9 @@ def test_a_subclass_of_pcb_with_a_merge_of_its_own_is_given_the_levels_too(
 
         name: ClassVar[str] = "mine"
 
-        def merge(self, tasks: TaskVectors) -> torch.Tensor:
-            assert tasks.rows is None
-            return super().merge(tasks)
+        def merge(self, task_vectors: TaskVectors) -> Any:
+            assert task_vectors.rows is None
+            return super().merge(task_vectors)
 
     register(Mine)
     folders = [make_lora(f"s{n}", rank=3, seed=n) for n in range(2)]
