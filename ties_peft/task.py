@@ -1,7 +1,6 @@
 """Task: rows to judge by, and how a prediction is read from a model. A small YAML or JSON file, or a dict.
 
     name: sst2
-    measure: descriptions
     base: sentence-transformers/all-MiniLM-L6-v2
     rows: sst2/test.jsonl              # beside this file; or a data set on the Hub, with split: and config:
     limit: 300
@@ -18,6 +17,10 @@ Measures:
     exact_match   likewise; greedy text, cut at `stop`, stripped, equal to the row's label
     loss          likewise; mean −log p per token, of the label after the text, or of the text alone
                   with label: null
+
+The measure may be left out where the keys that are there have a meaning for one alone: descriptions or temperature
+mean `descriptions`, choices or mean mean `choices`, new_tokens or stop mean `exact_match`, labels without any of these
+mean `head`.
 
 A label in the rows is a number from 0, or one of `labels` (or of `choices`; with a head of the
 model's own label names). A class of a data set on the Hub is its name; where the task has no `labels`, and
@@ -43,6 +46,15 @@ from .schedule import is_number
 
 MEASURES = ("descriptions", "head", "choices", "exact_match", "loss")
 NEEDS = {"descriptions": "descriptions", "choices": "choices"}  # the list without which a measure is none
+MEASURES_OF = {  # of the keys that have no meaning for every measure: those for which they have one
+    "labels": ("descriptions", "head", "choices"),
+    "descriptions": ("descriptions",),
+    "temperature": ("descriptions",),
+    "choices": ("choices",),
+    "mean": ("choices",),
+    "new_tokens": ("exact_match",),
+    "stop": ("exact_match",),
+}
 SLOT = "{text}"
 KEPT_BACK = " In data sets on the Hub −1 stands for a label that is kept back: choose a split that has them (split: validation)."
 Given = Any  # a Task, a mapping, or the path of a file
@@ -210,6 +222,11 @@ class Task:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
+def is_task(given: Mapping[Any, Any]) -> bool:
+    """Return whether a mapping has a key that a task may have."""
+    return any(key in FORMS for key in given)
+
+
 def read_task(given: Given) -> Task:
     """A task from a file, a mapping, or as it is; checked, its rows not read yet.
 
@@ -299,9 +316,7 @@ def _make(document: Document, beside: Path) -> Task:
         holds, expected = FORMS[key]
         if not holds(value):
             raise RecipeError(f"{at((key,))}: {key} is {printable(repr(value))}; expected {expected}.")
-    measure = values.get("measure")
-    if measure is None:
-        raise RecipeError(f"{document.where}: there is no measure. Say one of {', '.join(MEASURES)}.")
+    measure = values.get("measure") or _inferred(document)
     if measure not in MEASURES:
         raise RecipeError(f"{at(('measure',))}: {unknown('measure', measure, MEASURES)}")
     needed = NEEDS.get(measure)
@@ -311,11 +326,33 @@ def _make(document: Document, beside: Path) -> Task:
         )
     _check_lists(document, measure)
     made: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    made["measure"] = measure
     rows = made.get("rows")
     if isinstance(rows, str) and Path(rows).suffix in FILES:
         made["rows"] = str(beside / rows)
     made.setdefault("name", _name(document.where, rows))
     return Task(**made)
+
+
+def _inferred(document: Document) -> str:
+    """Return the only measure for which all keys of a task have a meaning.
+
+    Raises: RecipeError where there is none, or more than one.
+    """
+    values = document.values
+    telling = [key for key in values if key in MEASURES_OF]
+    found = [measure for measure in MEASURES if all(measure in MEASURES_OF[key] for key in telling)]
+    if not found:
+        keys = " and ".join(f"{key} ({', '.join(MEASURES_OF[key])})" for key in telling)
+        raise RecipeError(
+            f"{document.where}: there is no measure, and the keys belong to different ones: {keys}. Say which is meant "
+            "(measure: …), and leave out the keys of the others."
+        )
+    if len(found) > 1:
+        found = [measure for measure in found if measure not in NEEDS or NEEDS[measure] in values]
+    if len(found) > 1:
+        raise RecipeError(f"{document.where}: there is no measure. Say one of {', '.join(found)} (measure: …).")
+    return found[0]
 
 
 def _check_lists(document: Document, measure: str) -> None:

@@ -15,7 +15,7 @@ from .exam import Classification, check_form, form_for
 from .lessons import LabelLesson, Lesson, TokenLesson, random_rows
 from .members import short_names
 from .rows import FILES, names_rows, read_rows, texts_of
-from .task import Task, read_task
+from .task import Task, is_task, read_task
 
 RANDOM_ROWS = 800
 FEWEST = 5  # rows: one is held back of five
@@ -145,12 +145,12 @@ def _each(what: str, given: Any, keys: Sequence[set[Any]], names: Sequence[str])
     """Return what is given for each adapter: by name, in order, or one for all."""
     if given is None or isinstance(given, (str, Path, int, Task)):
         return [given] * len(keys)
-    if isinstance(given, Mapping) and what == "tasks" and "measure" in given:
+    known = set().union(*keys)
+    if isinstance(given, Mapping) and what == "tasks" and is_task(given) and known.isdisjoint(map(_key, given)):
         return [given] * len(keys)
     if not isinstance(given, Mapping):
         return _in_order(what, list(given), len(keys))
     by_key = {_key(key): value for key, value in given.items()}
-    known = set().union(*keys)
     for key in by_key:
         if key not in known:
             raise RecipeError(f"{what}: {unknown('adapter', str(key), names)}")

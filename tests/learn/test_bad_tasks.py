@@ -28,7 +28,17 @@ def said(given: Any) -> str:
     [
         ("measure: descriptions\ndescriptons: [a, b]", ["line 2", "'descriptons'", "did you mean 'descriptions'?"]),
         ("measure: acuracy", ["line 1", "unknown measure 'acuracy'", "exact_match"]),
-        ("rows: a.jsonl", ["there is no measure", "head"]),
+        ("rows: a.jsonl", ["there is no measure", "Say one of head, exact_match, loss"]),
+        ("label: null\nrows: a.txt", ["there is no measure", "Say one of head, exact_match, loss"]),
+        (
+            "choices: [a, b]\ndescriptions: [c, d]",
+            ["there is no measure", "choices (choices)", "descriptions (descriptions)"],
+        ),
+        ("choices: [a, b]\nstop: null", ["there is no measure", "choices (choices)", "stop (exact_match)"]),
+        ("temperature: 3\nmean: true", ["there is no measure", "temperature (descriptions)", "mean (choices)"]),
+        ("temperature: 3", ["measure 'descriptions' needs descriptions"]),
+        ("mean: true\nlabels: [a, b]", ["measure 'choices' needs choices"]),
+        ("choices: [a, b]\nlabels: [x, y, z]", ["line 2", "3 labels and 2 choices"]),
         ("measure: choices\nrows: a.jsonl", ["needs choices", "Add choices"]),
         ("measure: head\nlimit: 0", ["line 2", "limit is 0", "from 1 up"]),
         ("measure: descriptions\ndescriptions: [a]", ["line 2", "two or more"]),
@@ -45,6 +55,25 @@ def test_a_task_file_is_read_strictly(text: str, parts: list[str], tmp_path: Pat
     path.write_text(text, encoding="utf-8")
     message = said(path)
     assert all(part in message for part in ["t.yaml", *parts]), message
+
+
+@pytest.mark.parametrize(
+    ("values", "measure"),
+    [
+        ({"choices": ["a", "b"]}, "choices"),
+        ({"choices": ["a", "b"], "mean": True, "labels": ["x", "y"], "template": "{text}:"}, "choices"),
+        ({"descriptions": ["a", "b"]}, "descriptions"),
+        ({"descriptions": ["a", "b"], "temperature": 5, "labels": ["x", "y"]}, "descriptions"),
+        ({"labels": ["x", "y"]}, "head"),
+        ({"new_tokens": 4}, "exact_match"),
+        ({"stop": None, "label": "answer"}, "exact_match"),
+    ],
+)
+def test_a_measure_that_can_be_only_one_need_not_be_said(values: dict[str, Any], measure: str, tmp_path: Path) -> None:
+    """In a file and as a mapping; the same task as where it is said."""
+    (tmp_path / "t.yaml").write_text(json.dumps(values), encoding="utf-8")
+    assert read_task(tmp_path / "t.yaml").measure == measure
+    assert read_task(values) == read_task({**values, "measure": measure})
 
 
 def test_yaml_json_and_a_dict_are_the_same_task(tmp_path: Path) -> None:

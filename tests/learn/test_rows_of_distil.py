@@ -80,3 +80,24 @@ def test_data_sets_on_the_hub_are_rows(rows: Any, loras: list[Path], monkeypatch
     monkeypatch.setattr("ties_peft.teachers.read_rows", read_rows)
     assert [teacher.texts for teacher in read_teachers(loras, rows, TASK)] == [tuple(TEXTS)] * 2
     assert asked == (["org/set"] * 2 if isinstance(rows, str) else ["org/set", "org/other"])
+
+
+@pytest.mark.parametrize("form", ["alone", "one of a list", "a list", "mapping"])
+def test_tasks_for_all_or_for_each_without_a_measure(form: str, loras: list[Path]) -> None:
+    """A task given as a mapping is told from a mapping of adapters by its keys."""
+    task = {"descriptions": TASK["descriptions"]}
+    forms = {
+        "alone": task,
+        "one of a list": [task],
+        "a list": [task, task],
+        "mapping": {"a0": task, "a1": task},
+    }
+    teachers = read_teachers(loras, 50, forms[form])
+    assert [teacher.task.measure for teacher in teachers if teacher.task] == ["descriptions"] * 2
+
+
+def test_a_wrong_key_among_adapters_and_in_a_task(loras: list[Path]) -> None:
+    with pytest.raises(TiesPeftError, match="unknown adapter 'a3'"):
+        read_teachers(loras, 50, {"a0": TASK, "a3": TASK})
+    with pytest.raises(TiesPeftError, match="did you mean 'descriptions'"):
+        read_teachers(loras, 50, {"descriptons": ["a", "b"], "name": "x"})

@@ -1,0 +1,96 @@
+"""The commands of the README that need a task: their files are here, and they run as they stand."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli.running import run
+from conftest import SAMPLES
+
+import ties_peft
+from ties_peft.rows import FILES
+from ties_peft.task import Task, read_task
+
+ROOT = SAMPLES.parent
+TASKS = sorted((ROOT / "examples" / "tasks").glob("*.yaml"))
+SHORT = {
+    "evaluate": (),
+    "distil": ("--steps", "4"),
+    "search": ("--budget", "2", "--no-controls"),
+    "signs": ("--steps", "2"),
+}
+
+
+def commands() -> Iterator[list[str]]:
+    """The words of every ties-peft command in a shell block of the README, without its comment."""
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL):
+        yield from (
+            words for line in block.splitlines() if (words := shlex.split(line, comments=True))[:1] == ["ties-peft"]
+        )
+
+
+def task_files(words: list[str]) -> list[str]:
+    return [value for flag, value in itertools.pairwise(words) if flag in ("--task", "--judge")]
+
+
+def is_local(task: Task) -> bool:
+    return isinstance(task.rows, str) and task.rows.endswith(FILES)
+
+
+LOCAL = [
+    pytest.param(words, id=f"{words[1]}-{number}", marks=[pytest.mark.slow] if "--tune" in words else [])
+    for number, words in enumerate(commands())
+    if words[1] in SHORT and task_files(words) and all(is_local(read_task(ROOT / path)) for path in task_files(words))
+]
+
+
+def test_the_commands_that_judge_and_learn_name_the_files_that_are_here() -> None:
+    named = {path for words in commands() for path in task_files(words)}
+    assert named == {str(path.relative_to(ROOT)) for path in TASKS}
+    assert {"evaluate", "distil", "search"} <= {param.values[0][1] for param in LOCAL}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+def test_a_task_file_is_read_and_its_rows_fit_it(path: Path) -> None:
+    task = read_task(path)
+    if is_local(task):
+        task.check_rows()
+        answers = task.answers(task.read())
+        assert len({answers.count(number) for number in range(len(task.options or ()))}) == 1  # all as often
+
+
+def test_a_measure_is_said_only_where_it_is_not_clear() -> None:
+    """One for an encoder, one by choices, one of generated text or its loss."""
+    assert {read_task(path).measure for path in TASKS} == {"descriptions", "choices", "loss"}
+    assert [path.stem for path in TASKS if re.search("^measure:", path.read_text(encoding="utf-8"), re.MULTILINE)] == [
+        "gsm8k"
+    ]
+
+
+@pytest.mark.parametrize("words", LOCAL)
+def test_a_command_runs_as_it_stands(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with what a clone holds; the base from a package instead of the Hub, and fewer steps."""
+    monkeypatch.syspath_prepend(SAMPLES)
+    base = importlib.import_module("minilm").base_source()
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapters", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    ties_peft.merge(sorted(Path("adapters/lora").iterdir()), "average").save("merged")
+    given = [path for word in words[2:] for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    json_too = () if words[1] == "signs" else ("--json",)
+    outcome = run(words[1], *given, *SHORT[words[1]], "--base", base, *json_too)
+    assert outcome.code == 0, outcome.err
+    if words[1] == "evaluate":
+        scores = {line["adapter"]: line["scores"] for line in json.loads(outcome.out)["evaluated"]}
+        assert list(scores) == ["base", "merged", "sst2"]
+        assert scores["sst2"][0]["accuracy"] > 0.8
+        assert scores["base"][1]["accuracy"] > 0.3
+    else:
+        assert ties_peft.Adapter.load(words[words.index("--out") + 1]).modules
