@@ -3,14 +3,18 @@
 A few kinds of adapter have no task vector without the weight they change (DoRA), and a whole tensor
 that an adapter saves is a task vector only as the distance from the base's own. Just those tensors are
 read; the rest of the checkpoint stays on the disk.
+
+Some models of transformers hold linear layers as `Conv1D`, with a weight (in, out) instead of (out, in). A
+square weight looks the same either way, so the architecture in the checkpoint's config.json decides.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +26,9 @@ from .tensors import Info, PickleFile, SafetensorsFile, TensorSource
 PIPELINE = "diffusion_pytorch_model.safetensors"  # of a pipeline's part, as diffusers saves it
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json", f"{PIPELINE}.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", PIPELINE)
+CONFIG = "config.json"
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")  # all layers of these names in those models
 
 
 class BaseModel:
@@ -30,11 +37,13 @@ class BaseModel:
     Args:
         files: where each tensor lies.
         label: how messages name the model.
+        config: the path of its config.json, which need not exist.
     """
 
-    def __init__(self, files: dict[str, TensorSource], label: str) -> None:
+    def __init__(self, files: dict[str, TensorSource], label: str, config: Path | None = None) -> None:
         self._files = files
         self.label = label
+        self._config = config
 
     @classmethod
     def load(cls, source: str | Path, token: str | None = None) -> BaseModel:
@@ -45,18 +54,41 @@ class BaseModel:
         label = printable(str(source))
         path = sources.local(str(source))
         if path is not None and path.is_file():
-            return cls(_whole(path, label), label)
+            return cls(_whole(path, label), label, path.parent / CONFIG)
         folder = path or _on_hub(str(source), token)
         index = next((folder / name for name in INDEX if (folder / name).is_file()), None)
         if index is not None:
-            return cls(_shards(index, label), label)
+            return cls(_shards(index, label), label, folder / CONFIG)
         single = next((folder / name for name in SINGLE if (folder / name).is_file()), None)
         if single is None:
             raise AdapterError(
                 f"base model '{label}': there is no {', '.join(SINGLE[:-1])} or {SINGLE[-1]} in it. Name the folder that "
                 "save_pretrained wrote, or its id on the Hub."
             )
-        return cls(_whole(single, label), label)
+        return cls(_whole(single, label), label, folder / CONFIG)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """The checkpoint's config.json, or None where there is none.
+
+        Raises: AdapterError where it cannot be read.
+        """
+        if self._config is None or not _is_file(self._config):
+            return None
+        try:
+            found = json.loads(self._config.read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            raise AdapterError(
+                f"base model '{self.label}': {CONFIG} cannot be read ({type(error).__name__}: {printable(str(error))}). "
+                "Download it again."
+            ) from None
+        if not isinstance(found, dict):
+            raise AdapterError(f"base model '{self.label}': {CONFIG} cannot be read: expected a mapping of settings.")
+        return found
+
+    def is_conv1d(self, module: str) -> bool | None:
+        """Return whether a linear layer is a Conv1D; None where the architecture is not known."""
+        return None if self.config is None else is_conv1d(module, self.config)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -115,6 +147,36 @@ class BaseModel:
         return self.read(name)
 
 
+def is_conv1d(module: str, config: Mapping[str, Any]) -> bool | None:
+    """Return whether a linear layer of a model holds its weight as (in, out).
+
+    Args:
+        module: its path.
+        config: the model's config.json.
+    Returns: None where the config names no architecture of transformers: it has no model_type, or the model's
+        code lies in its own repository.
+
+    >>> is_conv1d("transformer.h.0.attn.c_proj", {"model_type": "gpt2"})
+    True
+    >>> is_conv1d("transformer.h.0.attn.c_proj", {"model_type": "gpt_bigcode"})
+    False
+    """
+    models = set(_model_types(config))
+    if not models or "auto_map" in config:
+        return None
+    return module.rpartition(".")[2] in CONV1D_LAYERS and not models.isdisjoint(CONV1D_MODELS)
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every model_type, also those of the parts of a composite model."""
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        if isinstance(part.get("model_type"), str):
+            yield part["model_type"]
+        parts += [value for value in part.values() if isinstance(value, dict)]
+
+
 class _Chosen:
     """Some tensors of a base model, under names of the model's."""
 
@@ -142,7 +204,7 @@ def _on_hub(source: str, token: str | None) -> Path:
         )
     within = f"{inside.rstrip('/')}/" if inside else ""
     wanted = [f"{within}{file}" for file in (*INDEX, *SINGLE, "*.safetensors")]
-    return sources.download(name, wanted, token, "base model") / inside
+    return sources.download(name, wanted, token, "base model", optional=[f"{within}{CONFIG}"]) / inside
 
 
 def _whole(path: Path, label: str) -> dict[str, TensorSource]:

@@ -171,7 +171,7 @@ def _dora_weights(tuner: Any, name: str) -> BaseModel | None:
 
     Raises: AdapterError for other variants of LoRA, which do not work by s·B·A.
     """
-    weights = {}
+    weights, classes = {}, {}
     for path, layer in _layers(tuner):
         variant = getattr(layer, "lora_variant", {})
         if name not in variant:
@@ -182,8 +182,20 @@ def _dora_weights(tuner: Any, name: str) -> BaseModel | None:
                 "not by s·B·A, so ties_peft cannot merge it. Leave it out."
             )
         weights[f"{path}.weight"] = layer.get_base_layer().weight
-    found = LiveTensors(weights)
-    return BaseModel(dict.fromkeys(found.names, found), "the model's own") if weights else None
+        classes[path] = type(layer.get_base_layer()).__name__ == "Conv1D"
+    return _LoadedBase(LiveTensors(weights), classes) if weights else None
+
+
+class _LoadedBase(BaseModel):
+    """The weights under some layers of a loaded model, whose classes are at hand."""
+
+    def __init__(self, tensors: LiveTensors, classes: Mapping[str, bool]) -> None:
+        super().__init__(dict.fromkeys(tensors.names, tensors), "the model's own")
+        self._classes = classes
+
+    def is_conv1d(self, module: str) -> bool | None:
+        """Return whether a layer is a Conv1D, by its class."""
+        return self._classes.get(module)
 
 
 def _plain(value: Any) -> Any:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from .adapter import Adapter
-from .base_model import BaseModel
+from .base_model import CONV1D_LAYERS, BaseModel
 from .errors import CompatibilityError, RecipeError, printable
 from .kinds import Module, written_as
-from .kinds.base import EXPERT
+from .kinds.base import EXPERT, LINEAR
 from .methods import Method, Stages
 from .recipe import NORM, Recipe
 from .schedule import Schedule, count_layers
@@ -207,6 +207,33 @@ def settle_task(members: Sequence[Member], loads: Callable[[str], bool], warning
         advice = "Keep the head of one adapter (--heads keep=NAME) to have it."
     warnings.append(f"task_type is left out: {why}. The result is loaded as a plain PeftModel. {advice}")
     return Task(None, named, why)
+
+
+def compare_orientation(members: Sequence[Member], warnings: list[str]) -> None:
+    """Warn where the base's weights are not read as fan_in_fan_out says, and where nothing else tells how to read them."""
+    for member in members:
+        adapter, stated = member.adapter, bool(member.adapter.config.get("fan_in_fan_out"))
+        if adapter.weights is None:
+            continue
+        says, where = f"fan_in_fan_out={stated}", f"base model '{adapter.weights.label}'"
+        read = [module for module in adapter.layout.values() if module.needs and module.form == LINEAR]
+        odd = [printable(module.name) for module in read if module.conv1d != stated]
+        if odd:
+            here, order = ("Linear", "(out, in)") if stated else ("Conv1D", "(in, out)")
+            warnings.append(
+                f"{member.name}: its config says {says}, but {len(odd)} of its modules ('{odd[0]}') are {here} in {where}; "
+                f"their weights are read as {order}, as PEFT does."
+            )
+        doubtful = [
+            printable(module.name)
+            for module in read
+            if adapter.weights.is_conv1d(module.path) is None and (stated or module.path.endswith(CONV1D_LAYERS))
+        ]
+        if doubtful:
+            warnings.append(
+                f"{member.name}: {where} has no config.json that names its architecture, so that the weights of "
+                f"{len(doubtful)} modules ('{doubtful[0]}') are read as the adapter's {says} says."
+            )
 
 
 def refuse_strangers(members: Sequence[Member]) -> None:

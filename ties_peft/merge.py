@@ -23,7 +23,7 @@ from .errors import RecipeError, printable, warn_caller
 from .factorise import Factors
 from .fast import load
 from .kinds import Module
-from .kinds.base import EMBEDDING, LINEAR
+from .kinds.base import EMBEDDING, LINEAR, is_conv1d
 from .loading import VOCABULARY, Evidence, find_loading
 from .members import statistics_of
 from .merged import Merged
@@ -368,7 +368,7 @@ def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
         "inference_mode": True,
         **own,
         **{key: value for key, value in plan.heads.config().items() if key != "bias" or key in own},  # (IA)³ has none
-        **({"fan_in_fan_out": True} if any(config.get("fan_in_fan_out") for config in configs) else {}),
+        **({"fan_in_fan_out": True} if _has_conv1d(plan) else {}),
         **({"layer_replication": configs[0]["layer_replication"]} if configs[0].get("layer_replication") else {}),
     }
 
@@ -390,3 +390,9 @@ def _evidence(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> Evidence
         heads={name: layer for name, layer in layers.items() if is_head(name)},
         vocabulary=max(rows, default=None),
     )
+
+
+def _has_conv1d(plan: Plan) -> bool:
+    """Whether a module of the result may be a Conv1D, as far as the bases and the adapters' configs tell."""
+    adapters = [member.adapter for member in plan.members]
+    return any(is_conv1d(a.config, a.weights, module.path) for a in adapters for module in a.layout.values())

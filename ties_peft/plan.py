@@ -26,6 +26,7 @@ from .members import (
     check_together,
     compare_bases,
     compare_filters,
+    compare_orientation,
     find_members,
     one_base,
     one_spelling,
@@ -199,6 +200,7 @@ def make_plan(
     warn_alone(members, stages, warnings)
     scale = _scale(recipe.scale, stages)
     heads = _heads(recipe, stages, members, modules, where, warnings)
+    compare_orientation(members, warnings)
     return Plan(
         members=members,
         modules=modules,

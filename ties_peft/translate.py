@@ -84,6 +84,7 @@ def open_any(source: str, hints: Hints) -> tuple[Adapter, list[str]]:
         "peft_type": "LORA",
         "base_model_name_or_path": _base_name(hints, config),
         "target_modules": names,
+        **({"fan_in_fan_out": True} if base is not None and any(map(base.is_conv1d, names)) else {}),
         **scaling,
     }
     what = f"{form.path.name} was {foreign.TITLES[form.name]}, {len(names)} modules{f' of {p}' if (p := entries[0].part) else ''}"
@@ -209,6 +210,7 @@ def _fit(A: Tensor, B: Tensor, name: str, base: BaseModel | None, label: str) ->
     if base is None:
         return A, B
     shape = base.info(f"{name}.weight").shape
+    shape = shape[::-1] if base.is_conv1d(name) else shape
     plain = all(size == 1 for size in (*A.shape[2:], *B.shape[2:]))
     if plain and A.ndim != len(shape) and all(size == 1 for size in shape[2:]):
         ones = (1,) * (len(shape) - 2)

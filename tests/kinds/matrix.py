@@ -9,19 +9,21 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from kinds.models import ARCHITECTURES, Architecture, make, output
-from torch import nn
+from torch import Tensor, nn
 
 import ties_peft
 
 PAGE = Path(__file__).parents[2] / "docs" / "what-can-be-merged.md"
 BEGIN, END = "<!-- the table is written by tests/kinds/matrix.py -->\n", "<!-- end of the table -->\n"
 TOLERANCE = 1e-4
+UNMERGED = ("LoRA, bias on lora_B",)  # PEFT does not merge it into a layer without a bias
 
 Make = Callable[[Architecture], "peft.PeftConfig | None"]
 
@@ -125,39 +127,82 @@ def save(name: str, config: peft.PeftConfig, folder: Path) -> str | None:
     return None
 
 
-def cell(kind: str, name: str, folder: Path) -> tuple[str, str]:
-    """What becomes of one cell: (mark, what there is to say of it)."""
+@dataclass(frozen=True)
+class Cell:
+    """What becomes of one type of adapter on one architecture.
+
+    Attributes:
+        mark: as in the table; empty where PEFT makes no such adapter, WRONG where the result differs.
+        note: what there is to say of it.
+        error: the larger of two: of what the model computes, relative to its largest output (if over 1), and of the
+            change of any one weight that PEFT merges, relative to the norm of that change.
+    """
+
+    mark: str
+    note: str = ""
+    error: float = 0.0
+
+
+def cell(kind: str, name: str, folder: Path) -> Cell:
+    """Return what becomes of one type of adapter on one architecture."""
     config = KINDS[kind](ARCHITECTURES[name])
     if config is None:
-        return "", "the model has no such layer"
+        return Cell("", "the model has no such layer")
     fault = save(name, config, folder / "adapter")
     if fault is not None:
-        return "", f"PEFT makes none ({fault})"
+        return Cell("", f"PEFT makes none ({fault})")
     base = make(name)
     base.save_pretrained(folder / "base")
     try:
-        asked = {} if kind == "(IA)³" else {"rank": "max"}
-        mark = "yes"
-        try:
-            merged = ties_peft.merge([folder / "adapter"], density=1, **asked)
-        except ties_peft.AdapterError as error:
-            if "--base" not in str(error):
-                raise
-            merged, mark = ties_peft.merge([folder / "adapter"], density=1, base=folder / "base", **asked), "with base"
+        mark = merge_alone(folder, {} if kind == "(IA)³" else {"rank": "max"})
     except ties_peft.TiesPeftError as error:
-        return "refused", str(error)
-    merged.save(folder / "merged")
-    wanted = output(peft.PeftModel.from_pretrained(deepcopy(base), folder / "adapter"), name)
-    found = output(peft.PeftModel.from_pretrained(deepcopy(base), folder / "merged"), name)
+        return Cell("refused", str(error))
+    wanted, found = (output(load(base, folder / which), name) for which in ("adapter", "merged"))
     error = float((wanted - found).abs().max() / max(1.0, float(wanted.abs().max())))
+    if kind not in UNMERGED:
+        error = max(error, *weight_errors(base, folder / "adapter", folder / "merged").values())
     effect = float((wanted - output(base, name)).abs().max())
-    if error > TOLERANCE or effect < 1e-3:
-        return "WRONG", f"error {error:.1e}, effect {effect:.1e}"
-    return mark, ""
+    wrong = error > TOLERANCE or effect < 1e-3
+    return Cell("WRONG" if wrong else mark, f"error {error:.1e}, effect {effect:.1e}" if wrong else "", error)
 
 
-def row(kind: str) -> list[tuple[str, str]]:
-    """All cells of one kind."""
+def merge_alone(folder: Path, asked: dict[str, Any]) -> str:
+    """Merge `adapter` alone into `merged`, with `base` only where it is asked for; return the mark in the table."""
+    try:
+        merged, mark = ties_peft.merge([folder / "adapter"], density=1, **asked), "yes"
+    except ties_peft.AdapterError as error:
+        if "--base" not in str(error):
+            raise
+        merged, mark = ties_peft.merge([folder / "adapter"], density=1, base=folder / "base", **asked), "with base"
+    merged.save(folder / "merged")
+    return mark
+
+
+def load(base: nn.Module, adapter: Path) -> peft.PeftModel:
+    """Return PEFT's model of a copy of the base with an adapter from its folder."""
+    return peft.PeftModel.from_pretrained(deepcopy(base), adapter, autocast_adapter_dtype=False)
+
+
+def merged_weights(base: nn.Module, adapter: Path) -> dict[str, Tensor]:
+    """Return the weights of the base with an adapter merged into them by PEFT, in float64."""
+    model = load(deepcopy(base).double(), adapter).double()
+    return dict(model.merge_and_unload().state_dict())
+
+
+def weight_errors(base: nn.Module, adapter: Path, merged: Path) -> dict[str, float]:
+    """Return, for every weight that an adapter changes, how far the merged adapter's change is from it."""
+    wanted, found = merged_weights(base, adapter), merged_weights(base, merged)
+    before = {key: tensor.double() for key, tensor in base.state_dict().items()}
+    changes = {key: float((tensor - before[key]).norm()) for key, tensor in wanted.items()}
+    return {
+        key: float((found[key] - wanted[key]).norm()) / (changes[key] or 1.0)
+        for key in wanted
+        if changes[key] or not torch.equal(found[key], wanted[key])
+    }
+
+
+def row(kind: str) -> list[Cell]:
+    """Return all cells of one type."""
     cells = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -179,14 +224,16 @@ def table(rows: dict[str, list[str]]) -> str:
 
 
 def main() -> None:
-    rows = {}
+    rows, largest = {}, (0.0, "", "")
     for kind in KINDS:
         cells = row(kind)
-        rows[kind] = [mark for mark, _ in cells]
+        rows[kind] = [cell.mark for cell in cells]
         print(line(kind, rows[kind]), end="", flush=True)
-        for (mark, note), name in zip(cells, ARCHITECTURES, strict=True):
-            if note:
-                print(f"    {name}: {mark or '–'} {note[:300]}", flush=True)
+        for cell, name in zip(cells, ARCHITECTURES, strict=True):
+            largest = max(largest, (cell.error, kind, name))
+            if cell.note:
+                print(f"    {name}: {cell.mark or '–'} {cell.note[:300]}", flush=True)
+    print(f"largest error: {largest[0]:.1e} ({largest[1]} on {largest[2]})")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2], encoding="utf-8")
 

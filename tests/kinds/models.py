@@ -19,7 +19,7 @@ class Architecture:
     """A small model of a family, what of it is adapted, and an input.
 
     Attributes:
-        targets: linear layers, or convolutions.
+        targets: linear layers, or convolutions; of each class of layer square ones and others.
         feedforward: those among them whose input an (IA)³ multiplies.
         embedding: an embedding, if the model has one that can be adapted.
         parameters: of fused experts.
@@ -48,9 +48,16 @@ def llama() -> hf.PreTrainedModel:
     return hf.LlamaForCausalLM(hf.LlamaConfig(**WIDTHS, num_hidden_layers=2, num_key_value_heads=2))
 
 
+def bert_and_gpt2() -> hf.PreTrainedModel:
+    """Both classes of layer in one model."""
+    parts = {"encoder": bert().config.to_dict(), "decoder": gpt2().config.to_dict()}
+    parts["decoder"] |= {"is_decoder": True, "add_cross_attention": True}
+    return hf.EncoderDecoderModel(hf.EncoderDecoderConfig(**parts, **ENDS))
+
+
 def mixtral() -> hf.PreTrainedModel:
     sizes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "num_local_experts": 4}
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**WIDTHS, **sizes))
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**{**WIDTHS, "intermediate_size": 16}, **sizes))
 
 
 def bert() -> hf.PreTrainedModel:
@@ -87,7 +94,14 @@ ARCHITECTURES = {
     "T5": Architecture(
         t5, ["q", "v", "wo"], ["wo"], "shared", inputs={"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :3]}
     ),
-    "GPT-2": Architecture(gpt2, ["c_attn", "mlp.c_proj"], ["mlp.c_proj"], "wte", conv1d=True),
+    "GPT-2": Architecture(gpt2, ["c_attn", "attn.c_proj", "mlp.c_proj"], ["mlp.c_proj"], "wte", conv1d=True),
+    "BERT and GPT-2": Architecture(
+        bert_and_gpt2,
+        ["query", "intermediate.dense", "q_attn", "attn.c_proj", "c_fc", "crossattention.c_attn"],
+        ["c_fc"],
+        inputs={"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :3]},
+        conv1d=True,
+    ),
     "Llama": Architecture(llama, ["q_proj", "v_proj", "down_proj"], ["down_proj"], "embed_tokens"),
     "Mixtral": Architecture(
         mixtral, ["q_proj", "v_proj"], [], "embed_tokens", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

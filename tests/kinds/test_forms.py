@@ -19,7 +19,7 @@ import ties_peft
 from ties_peft import CompatibilityError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-FORMS = ["line", "plane", "room", "words", "linear"]
+FORMS = ["line", "plane", "room", "words", "linear", "few", "square"]
 
 
 class Forms(nn.Module):
@@ -29,6 +29,7 @@ class Forms(nn.Module):
         super().__init__()
         self.line, self.plane, self.room = nn.Conv1d(3, 6, 3), nn.Conv2d(2, 4, (1, 3)), nn.Conv3d(2, 4, (2, 3, 1))
         self.words, self.linear = nn.Embedding(10, 5), nn.Linear(5, 4)
+        self.few, self.square = nn.Embedding(5, 5), nn.Linear(5, 5)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self) -> Tensor:
@@ -36,7 +37,8 @@ class Forms(nn.Module):
         line, plane, room, values = (
             torch.randn(2, *sizes, generator=draw) for sizes in ((3, 7), (2, 4, 5), (2, 4, 5, 3), (3, 8))
         )
-        words = self.linear(self.words(torch.tensor([[1, 2], [3, 4]])))
+        tokens = torch.tensor([[1, 2], [3, 4]])
+        words = self.linear(self.square(self.words(tokens)) + self.few(tokens))
         attended = self.attention(values, values, values)[0]
         found = (self.line(line), self.plane(plane), self.room(room), words, attended)
         return torch.cat([part.flatten() for part in found])

@@ -21,8 +21,20 @@ UNLIKE = ("LoRA", "LoRA, rsLoRA and patterns", "DoRA", "AdaLoRA", "LoHa", "LoKr"
 @pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_the_table_in_the_docs_is_what_is_found(kind: str) -> None:
     cells = row(kind)
-    assert not [note for mark, note in cells if mark == "WRONG"]
-    assert line(kind, [mark for mark, _ in cells]) in PAGE.read_text(encoding="utf-8")
+    assert not [cell.note for cell in cells if cell.mark == "WRONG"]
+    assert line(kind, [cell.mark for cell in cells]) in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_class_of_layer_is_adapted_square_and_otherwise(name: str) -> None:
+    """Else a cell would not notice a weight that is transposed where its shape does not tell."""
+    targets = tuple(f".{target}" for target in ARCHITECTURES[name].targets)
+    square: dict[str, set[bool]] = {}
+    for path, layer in make(name).named_modules():
+        if path.endswith(targets):
+            square.setdefault(type(layer).__name__, set()).add(layer.weight.shape[0] == layer.weight.shape[1])
+    assert square and all(seen == {True, False} for seen in square.values()), square
+    assert ("Conv1D" in square) == ARCHITECTURES[name].conv1d
 
 
 def test_the_table_names_every_kind_and_no_other() -> None:

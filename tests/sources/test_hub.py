@@ -89,8 +89,10 @@ def test_a_base_model_in_a_folder_of_the_hub(hub: Stub) -> None:
     file = "diffusion_pytorch_model.safetensors"
     parts = {part: save({f"{part}.weight": torch.ones(2)}) for part in ("unet", "vae")}
     hub.repos["org/pipeline"] = {"main": {f"{part}/{file}": content for part, content in parts.items()}}
+    hub.repos["org/pipeline"]["main"] |= {f"{part}/config.json": b'{"model_type": "gpt2"}' for part in ("unet", "vae")}
     for source in ("org/pipeline:unet", "org/pipeline@main:unet/"):
         assert BaseModel.load(source).names == ("unet.weight",)
+        assert BaseModel.load(source).is_conv1d("h.0.attn.c_proj") is True
     assert not any("vae/" in request for request in hub.requests)
     for source in ("org/pipeline:../unet", "org/pipeline:/etc"):
         with pytest.raises(AdapterError, match="no path inside a repository"):

@@ -46,6 +46,7 @@ class Module:
         expert: (which, of how many), for EXPERT.
         own_rank: whether `rank` is the r it was trained at, and not merely what its shape allows.
         needs: the tensors of the base model without which it has no task vector.
+        conv1d: whether the base holds the layer's weight as (in, out), where that matters.
         extra: what else its kind reads it by.
     """
 
@@ -61,6 +62,7 @@ class Module:
     expert: tuple[int, int] = (0, 1)
     own_rank: bool = True
     needs: tuple[str, ...] = ()
+    conv1d: bool = False
     extra: Any = field(default=None, compare=False, repr=False)
 
     @property
@@ -206,10 +208,42 @@ def targets(chosen: Any, path: str) -> bool:
     return isinstance(chosen, (list, tuple)) and any(path == end or path.endswith(f".{end}") for end in chosen)
 
 
-def base_shape(base: BaseModel | None, path: str) -> tuple[int, ...] | None:
-    """The shape of a layer's weight in the base model; None where that is not known."""
-    found = base.find(f"{path}.weight") if base is not None else None
+def base_shape(base: BaseModel | None, path: str, parameter: str = "weight") -> tuple[int, ...] | None:
+    """The shape of a layer's weight, or other parameter, in the base model; None where that is not known."""
+    found = base.find(f"{path}.{parameter}") if base is not None else None
     return base.info(found).shape if base is not None and found is not None else None
+
+
+def is_conv1d(config: Config, base: BaseModel | None, path: str) -> bool:
+    """Return whether the base holds a layer's weight as (in, out).
+
+    The base's architecture decides, as in PEFT, which corrects fan_in_fan_out by the class of each layer; where the
+    architecture is not known, the adapter's fan_in_fan_out does.
+    """
+    known = base.is_conv1d(path) if base is not None else None
+    return bool(config.get("fan_in_fan_out")) if known is None else known
+
+
+def find_conv1d(config: Config, base: BaseModel | None, path: str, where: str, out: int | None = None) -> bool:
+    """Return what `is_conv1d` does, checked against the sizes that are known.
+
+    Args:
+        where: how messages name the layer.
+        out: its output size; by default that of its bias in the base.
+    Raises: AdapterError where the adapter's fan_in_fan_out alone tells, and the sizes contradict it.
+    """
+    found, shape = is_conv1d(config, base, path), base_shape(base, path)
+    if base is None or shape is None or len(shape) != 2 or base.is_conv1d(path) is not None:
+        return found
+    wide, tall = (shape[0], shape[1]) if found else (shape[1], shape[0])  # (in, out), as they are read
+    seen = (out,) if out is not None else base_shape(base, path, "bias")
+    if seen == (wide,) != (tall,):
+        raise AdapterError(
+            f"{where}: the weight in base model '{base.label}' is {list(shape)} and the layer's output size {wide}, which "
+            f"contradicts fan_in_fan_out={found} in the adapter's config, and the base's architecture is not known. Name "
+            "the base's folder or Hub id with its config.json, or correct fan_in_fan_out."
+        )
+    return found
 
 
 def find_kernel(shape: tuple[int, int], name: str, where: str, base: BaseModel | None) -> tuple[int, ...]:

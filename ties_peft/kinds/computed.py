@@ -22,7 +22,7 @@ from ..base_model import BaseModel
 from ..delta import Dense
 from ..errors import AdapterError, printable
 from ..tensors import TensorSource
-from .base import CONV, LINEAR, NEEDS_BASE, PREFIX, Config, Kind, Module, base_shape, base_weight
+from .base import CONV, LINEAR, NEEDS_BASE, PREFIX, Config, Kind, Module, base_shape, base_weight, find_conv1d
 
 SERVED = {
     "BOFT": ("BOFT", "boft_"),
@@ -91,9 +91,8 @@ class Computed(Kind):
             raise AdapterError(
                 f"adapter '{label}' is of type {self.title}, whose task vector PEFT makes from the base's weights. {NEEDS_BASE}"
             )
-        transposed = bool(config.get("fan_in_fan_out"))
-        shapes = {name: _shape(name, label, transposed, base) for name in sorted(layers)}
-        largest = tuple(max((shape[side] for shape, _ in shapes.values()), default=0) for side in (0, 1))
+        shapes = {name: _shape(name, label, config, base) for name in sorted(layers)}
+        largest = tuple(max((shape[side] for shape, _, _ in shapes.values()), default=0) for side in (0, 1))
         return {
             name: Module(
                 name,
@@ -104,9 +103,10 @@ class Computed(Kind):
                 kernel=kernel,
                 own_rank=False,
                 needs=(f"{name}.weight",),
+                conv1d=conv1d,
                 extra=Recomputed(config, (largest[0], largest[1]), f"adapter '{label}', module '{printable(name)}'"),
             )
-            for name, (shape, kernel) in shapes.items()
+            for name, (shape, kernel, conv1d) in shapes.items()
         }
 
     def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Dense:
@@ -126,21 +126,23 @@ class Computed(Kind):
                 f"{known.where}: PEFT cannot make its task vector ({type(error).__name__}: "
                 f"{printable(str(error), 300)}). Does the adapter load in PEFT on this base?"
             ) from error
-        if known.config.get("fan_in_fan_out"):
+        if module.conv1d:
             change = change.T
         return Dense(change.flatten(1).float().contiguous())
 
 
-def _shape(name: str, label: str, transposed: bool, base: BaseModel | None) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """((out, in), kernel) of a layer's weight in the base."""
+def _shape(
+    name: str, label: str, config: Config, base: BaseModel | None
+) -> tuple[tuple[int, int], tuple[int, ...], bool]:
+    """((out, in), kernel, whether it is a Conv1D) of a layer's weight in the base."""
     known = base_shape(base, name)
     if known is None or len(known) not in (2, 3, 4):
         raise AdapterError(
             f"adapter '{label}', module '{printable(name)}': the base has no weight of that name that is a matrix or a "
             f"convolution (found {known and list(known)}). Is it the base that the adapter was trained on, unquantised?"
         )
-    out, width = (known[1], known[0]) if transposed else known[:2]
-    return (out, width), known[2:]
+    conv1d = len(known) == 2 and find_conv1d(config, base, name, f"adapter '{label}', module '{printable(name)}'")
+    return (known[conv1d], known[not conv1d]), known[2:], conv1d
 
 
 def _merged(peft_type: str, module: Module, weight: Tensor, known: Recomputed, state: Mapping[str, Tensor]) -> Tensor:
@@ -150,10 +152,9 @@ def _merged(peft_type: str, module: Module, weight: Tensor, known: Recomputed, s
     cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
     accepted = inspect.signature(cls).parameters
     given = {key: value for key, value in known.config.items() if key in accepted and key not in FILTERS}
-    transposed = bool(known.config.get("fan_in_fan_out"))
     layer, largest = (
-        _layer(weight, transposed),
-        _layer(torch.zeros(known.largest[::-1] if transposed else known.largest), transposed),
+        _layer(weight, module.conv1d),
+        _layer(torch.zeros(known.largest[::-1] if module.conv1d else known.largest), module.conv1d),
     )
     root = nn.Module()
     _place(root, module.name, layer)
@@ -183,11 +184,11 @@ def _merged(peft_type: str, module: Module, weight: Tensor, known: Recomputed, s
 FILTERS = ("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "modules_to_save", "task_type")
 
 
-def _layer(weight: Tensor, transposed: bool) -> nn.Module:
+def _layer(weight: Tensor, conv1d: bool) -> nn.Module:
     """A layer with this weight, and a bias that shows whether it is touched."""
-    width, out = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
+    width, out = weight.shape[not conv1d], weight.shape[conv1d]
     layer: Any
-    if transposed:
+    if conv1d:
         from transformers.pytorch_utils import Conv1D
 
         layer = Conv1D(out, width)  # type: ignore[no-untyped-call]

@@ -38,6 +38,7 @@ from .base import (
     Module,
     Written,
     base_weight,
+    find_conv1d,
     number,
     parts_of,
     refuse_settings,
@@ -77,7 +78,9 @@ class Lora(Written):
         _refuse_changed_base(config, label)
         layers = parts_of(tensors, SUFFIXES, label)
         found = [
-            m for path, parts in layers.items() for m in _Layer(path, parts, config, tensors, label).modules(layers)
+            m
+            for path, parts in layers.items()
+            for m in _Layer(path, parts, config, tensors, label, base).modules(layers)
         ]
         if base is None and any(module.needs for module in found):
             raise AdapterError(
@@ -163,8 +166,17 @@ class Lora(Written):
 class _Layer:
     """One of PEFT's layers in a file: its tensors by what their names end in."""
 
-    def __init__(self, path: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str) -> None:
+    def __init__(
+        self,
+        path: str,
+        parts: dict[str, str],
+        config: Config,
+        tensors: TensorSource,
+        label: str,
+        base: BaseModel | None,
+    ) -> None:
         self.path, self.parts, self.config, self.tensors, self.label = path, parts, config, tensors, label
+        self.base = base
         self.where = f"adapter '{label}', module '{printable(path)}'"
 
     def modules(self, layers: dict[str, dict[str, str]]) -> Iterator[Module]:
@@ -208,7 +220,9 @@ class _Layer:
                 f"expected {shape[0]}, one for each output. Save the adapter again."
             )
         needs = (f"{self.path}.weight",)
-        return replace(whole, rank=min(shape), keys=(*keys, magnitude), own_rank=False, needs=needs)
+        conv1d = form == LINEAR and find_conv1d(self.config, self.base, self.path, self.where, shape[0])
+        whole = replace(whole, rank=min(shape), keys=(*keys, magnitude), own_rank=False)
+        return replace(whole, needs=needs, conv1d=conv1d)
 
     def bias(self, shapes: list[tuple[int, ...]]) -> Module:
         """The task vector of the layer's bias."""
@@ -311,8 +325,8 @@ def _float32(tensor: Tensor, factor: float) -> Tensor:
 def _dora(delta: LowRank, magnitude: Tensor, module: Module, base: BaseModel | None) -> Dense:
     """m∘V/‖V‖ − W with V = W + s·B·A, rows of unit length times m; in float64."""
     weight = base_weight(base, module.needs[0], f"DoRA on module '{printable(module.name)}'").flatten(1)
-    if module.form == EMBEDDING or (tuple(weight.shape) != module.shape and tuple(weight.T.shape) == module.shape):
-        weight = weight.T  # an embedding, or GPT-2's Conv1D
+    if module.form == EMBEDDING or module.conv1d:
+        weight = weight.T
     if tuple(weight.shape) != module.shape:
         raise AdapterError(
             f"module '{printable(module.name)}': the base's weight is {list(weight.shape)}, the adapter's task vector "
