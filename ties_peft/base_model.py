@@ -90,6 +90,11 @@ class BaseModel:
         """Return whether a linear layer is a Conv1D; None where the architecture is not known."""
         return None if self.config is None else is_conv1d(module, self.config)
 
+    @property
+    def modules(self) -> list[str]:
+        """The names of its modules that have a weight."""
+        return [name.removesuffix(".weight") for name in self.names if name.endswith(".weight")]
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """All tensors, sorted."""
@@ -98,8 +103,11 @@ class BaseModel:
     def find(self, tensor: str) -> str | None:
         """The checkpoint's name of a tensor, also where the checkpoint spells its module the older way."""
         module, _, parameter = tensor.rpartition(".")
-        names = [tensor, *(f"{name}.{parameter}" for name in older(module))]
-        return next((found for name in names if (found := self._find(name)) is not None), None)
+        own = self._find(tensor)
+        if own is not None:
+            return own
+        others = {found for name in older(module) if (found := self._find(f"{name}.{parameter}")) is not None}
+        return others.pop() if len(others) == 1 else None
 
     def _find(self, tensor: str) -> str | None:
         """The checkpoint's name of a tensor, such as `encoder.layer.0.attention.self.query.weight`.

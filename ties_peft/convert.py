@@ -42,7 +42,8 @@ def convert(
         part: which part of a pipeline's LoRA: `unet`, `text_encoder`, …
         base: the base's weights: for an adapter whose task vectors depend on them (DoRA), to tell a kohya
             file's modules apart, and to check those of others.
-        modules: a text file of the modules' names in place of the base.
+        modules: a text file of the modules' names in place of the base; an adapter of PEFT's is written under them
+            where a release of transformers renamed its modules.
         alpha: lora_alpha, where a file that is not PEFT's does not say it.
         base_model: the base's name to write; by default the adapter's.
         heads: what becomes of the whole layers that it holds: `drop` leaves them out, for a target that loads

@@ -158,7 +158,7 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
             f"adapter '{printable(name)}' is of type {kind.title}: a merge of it is a LoRA, for which a model of "
             f"{kind.title} layers has no room. Save the adapters and merge the folders with ties_peft.merge."
         )
-    adapter = Adapter(config, LiveTensors(tensors), name, _dora_weights(tuner, name))
+    adapter = Adapter(config, LiveTensors(tensors), name, _loaded_base(tuner, name))
     for path, layer in _layers(tuner):
         if name in getattr(layer, "scaling", ()):
             for module in [m for m in adapter.layout.values() if m.keys[0].startswith(f"{PREFIX}{path}.lora_")]:
@@ -166,13 +166,14 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
     return adapter
 
 
-def _dora_weights(tuner: Any, name: str) -> BaseModel | None:
-    """The base's weights of an adapter's DoRA layers, which are at hand here.
+def _loaded_base(tuner: Any, name: str) -> BaseModel:
+    """The model under an adapter: the classes of its layers, and the weights of those that are DoRA.
 
     Raises: AdapterError for other variants of LoRA, which do not work by s·B·A.
     """
-    weights, classes = {}, {}
+    weights, conv1d = {}, {}
     for path, layer in _layers(tuner):
+        conv1d[path] = type(layer.get_base_layer()).__name__ == "Conv1D"
         variant = getattr(layer, "lora_variant", {})
         if name not in variant:
             continue
@@ -182,20 +183,26 @@ def _dora_weights(tuner: Any, name: str) -> BaseModel | None:
                 "not by s·B·A, so ties_peft cannot merge it. Leave it out."
             )
         weights[f"{path}.weight"] = layer.get_base_layer().weight
-        classes[path] = type(layer.get_base_layer()).__name__ == "Conv1D"
-    return _LoadedBase(LiveTensors(weights), classes) if weights else None
+    return _LoadedBase(LiveTensors(weights), type(tuner.model).__name__, conv1d)
 
 
 class _LoadedBase(BaseModel):
-    """The weights under some layers of a loaded model, whose classes are at hand."""
+    """A loaded model, of which some weights are wanted.
 
-    def __init__(self, tensors: LiveTensors, classes: Mapping[str, bool]) -> None:
+    Args:
+        tensors: the weights.
+        architecture: the model's class.
+        conv1d: for each layer that is adapted, whether it is a Conv1D.
+    """
+
+    def __init__(self, tensors: LiveTensors, architecture: str, conv1d: Mapping[str, bool]) -> None:
         super().__init__(dict.fromkeys(tensors.names, tensors), "the model's own")
-        self._classes = classes
+        self.config = {"architectures": [architecture]}
+        self._conv1d = conv1d
 
     def is_conv1d(self, module: str) -> bool | None:
         """Return whether a layer is a Conv1D, by its class."""
-        return self._classes.get(module)
+        return self._conv1d.get(module)
 
 
 def _plain(value: Any) -> Any:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .adapter import Adapter
 from .base_model import CONV1D_LAYERS, BaseModel
 from .errors import CompatibilityError, RecipeError, printable
 from .kinds import Module, written_as
-from .kinds.base import EXPERT, LINEAR
+from .kinds.base import EXPERT, LINEAR, PREFIX
 from .methods import Method, Stages
 from .recipe import NORM, Recipe
 from .schedule import Schedule, count_layers
-from .spellings import agree
+from .spellings import agree, newer, tower_of, without_tower
 from .statistics import Statistic, command
 
 APART = re.compile(r"\.experts\.\d+\.(w[123]|(gate|up|down)_proj)$")  # one layer for each expert
@@ -315,16 +315,49 @@ def _present(weights: Sequence[Schedule], adapters: Sequence[Adapter]) -> list[b
 
 
 def one_spelling(adapters: Sequence[Adapter], warnings: list[str]) -> list[Adapter]:
-    """The adapters with one name for each module, where versions of transformers gave it two."""
-    tables = agree([{name: module.place for name, module in adapter.layout.items()} for adapter in adapters])
-    for adapter, table in zip(adapters, tables, strict=True):
-        if table:
-            old = min(table)
-            warnings.append(
-                f"{adapter.label} names {len(table)} modules as an older transformers did ('{printable(old)}'); they "
-                f"are taken for those of the others ('{printable(table[old])}'), and written under that name."
-            )
-    return [a.renamed(table) if table else a for a, table in zip(adapters, tables, strict=True)]
+    """The adapters with one name for each module, where versions of transformers gave it several."""
+    found = [
+        _respelled(a, {} if a.weights is None else without_tower(a.modules, a.weights.modules), "of the base", warnings)
+        for a in adapters
+    ]
+    tables = agree([{name: module.place for name, module in adapter.layout.items()} for adapter in found])
+    found = [_respelled(a, table, "of the others", warnings) for a, table in zip(found, tables, strict=True)]
+    _note_tower(found, warnings)
+    return found
+
+
+def _respelled(adapter: Adapter, table: Mapping[str, str], whose: str, warnings: list[str]) -> Adapter:
+    """The adapter with newer names for its modules, and a warning that says so."""
+    if not table:
+        return adapter
+    old = min(table)
+    warnings.append(
+        f"{adapter.label} names {len(table)} modules as an older transformers did ('{printable(old)}'); they "
+        f"are taken for those {whose} ('{printable(table[old])}'), and written under that name."
+    )
+    whole = [key for key in adapter.riders if newer(key.removeprefix(PREFIX)) is not None]
+    if whole:
+        warnings.append(
+            f"{adapter.label} holds {len(whole)} whole tensors under older names too ('{printable(whole[0])}'); they are "
+            "written as they are, and a newer transformers does not find them. Leave them out with --heads drop."
+        )
+    return adapter.renamed(table)
+
+
+def _note_tower(adapters: Sequence[Adapter], warnings: list[str]) -> None:
+    """Warn of a prefix that transformers removed from the class that has one encoder alone."""
+    tower = tower_of(name for adapter in adapters for name in adapter.modules)
+    configs = [adapter.weights.config for adapter in adapters if adapter.weights is not None]
+    classes = [str(name) for config in configs if config for name in config.get("architectures") or ()]
+    if tower is None or (classes and not any(name.endswith(("TextModel", "VisionModel")) for name in classes)):
+        return
+    kind = tower.partition("_")[0].title()
+    warnings.append(
+        f"the modules' names begin with '{tower}' ('{printable(adapters[0].modules[0])}') and are written so. In "
+        f"CLIPModel and CLIP{kind}ModelWithProjection they still do; CLIP{kind}Model and its like have had no such prefix "
+        "since transformers 5.6. For one of those, convert the adapter with --modules and a file of that model's module "
+        "names."
+    )
 
 
 def check_together(members: Sequence[Member], modules: dict[str, Module]) -> None:

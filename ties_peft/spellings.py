@@ -7,7 +7,7 @@ differently; a checkpoint keeps the old names. The pairs are facts of transforme
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 VIT = re.compile(r"^(.*?)encoder\.layer\.(\d+)\.(.+)$")
 VIT_PARTS = {
@@ -28,23 +28,40 @@ PREFIXES = (
     ("model.layers.", "model.language_model.layers."),
     ("model.embed_tokens", "model.language_model.embed_tokens"),
 )
+# CLIPTextModel, CLIPVisionModel and their like (SigLIP, MetaCLIP 2, …) lost these prefixes in transformers 5.6, also as
+# the vision tower of another model; CLIPModel and the classes with a projection have them still.
+TOWERS = ("text_model.", "vision_model.")
+TOWER = re.compile(
+    rf"^(|(?:.+\.)?vision_tower\.)({'|'.join(map(re.escape, TOWERS))})((?:encoder|embeddings|head)\..+)$"
+)
+BARE_TOWER = re.compile(r"^(|(?:.+\.)?vision_tower\.)((?:encoder|embeddings|head)\..+)$")
 
 
 def newer(name: str) -> str | None:
-    """A module's name in transformers 5, where it may have another; None where not."""
-    found = VIT.match(name)
-    if found is not None and found[3] in VIT_PARTS:
-        return f"{found[1]}layers.{found[2]}.{VIT_PARTS[found[3]]}"
-    return next((new + name[len(old) :] for old, new in PREFIXES if name.startswith(old)), None)
+    """A module's name in the next newer transformers, where it may have another; None where not."""
+    vit = VIT.match(name)
+    if vit is not None and vit[3] in VIT_PARTS:
+        return f"{vit[1]}layers.{vit[2]}.{VIT_PARTS[vit[3]]}"
+    moved = next((new + name[len(old) :] for old, new in PREFIXES if name.startswith(old)), None)
+    return moved if moved is not None else next(iter(_bare(name)), None)
+
+
+def all_newer(name: str) -> Iterator[str]:
+    """The names that a module may have in newer releases of transformers, the nearest first."""
+    following = newer(name)
+    while following is not None:
+        yield following
+        following = newer(following)
 
 
 def older(name: str) -> list[str]:
-    """The names that `newer` turns into this one."""
+    """The names that a module may have in older releases of transformers, the nearest first."""
     found = [old + name[len(new) :] for old, new in PREFIXES if name.startswith(new)]
     vit = re.match(r"^(.*?)layers\.(\d+)\.(.+)$", name)
     if vit is not None:
         found += [f"{vit[1]}encoder.layer.{vit[2]}.{old}" for old, new in VIT_PARTS.items() if new == vit[3]]
-    return found
+    found += _with_tower(name)
+    return [*found, *(oldest for one in found for oldest in older(one))]
 
 
 def agree(layouts: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
@@ -53,14 +70,80 @@ def agree(layouts: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
     Args:
         layouts: what each adapter knows of a module, by name; equal where two are of one form.
     Returns: for each adapter, old name → new; empty where its names stand. An adapter is renamed only
-        where one of its modules then meets another's, and all that meet are of one form.
+        where one of its modules then meets another's, and all that meet are of one form. None is where some would
+        keep a name that others lose.
     """
-    renamed: list[dict[str, str]] = []
-    for layout in layouts:
-        others = [other for other in layouts if other is not layout]
-        table = {name: new for name in layout if (new := newer(name)) is not None and new not in layout}
-        met = [(name, other[new]) for name, new in table.items() for other in others if new in other]
-        fits = bool(met) and all(layout[name] == place for name, place in met)
-        taken = any(name in other for name in table for other in others)
-        renamed.append(table if fits and not taken and len(set(table.values())) == len(table) else {})
-    return renamed
+    tables = [{name: name for name in layout} for layout in layouts]
+    while (found := _next_renamed(layouts, tables)) is not None:
+        place, table = found
+        tables[place] = table
+    kept: dict[str, str] = {}
+    apart = any(kept.setdefault(old, new) != new for table in tables for old, new in table.items())
+    return [{} if apart else {old: new for old, new in table.items() if old != new} for table in tables]
+
+
+def _next_renamed(
+    layouts: Sequence[Mapping[str, object]], tables: Sequence[Mapping[str, str]]
+) -> tuple[int, dict[str, str]] | None:
+    """The next adapter that newer names let meet others, and those names by its own."""
+    known = {new: layout[old] for layout, table in zip(layouts, tables, strict=True) for old, new in table.items()}
+    for place, (layout, table) in enumerate(zip(layouts, tables, strict=True)):
+        for renamed in _newer_tables(table):
+            met = [old for old, new in renamed.items() if new != table[old] and new in known]
+            if met and all(layout[old] == known[renamed[old]] for old in met):
+                return place, renamed
+    return None
+
+
+def _newer_tables(table: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """A table with the names of newer releases in place of its own, one step at a time; no two of them are equal."""
+    moved = dict(table)
+    while True:
+        before, moved = moved, {old: newer(name) or name for old, name in moved.items()}
+        if moved == before or len(set(moved.values())) < len(moved):
+            return
+        yield moved
+
+
+def without_tower(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """The names of modules that lose a tower's prefix in a base whose modules have none: own name → the base's."""
+    there = set(known)
+    return {name: new for name in names if name not in there for new in _bare(name) if new in there}
+
+
+def spelled(known: Iterable[str], *, exactly: bool) -> dict[str, str]:
+    """Every spelling of some modules of a model → the name to write.
+
+    Args:
+        known: the names of the modules.
+        exactly: whether they are the model's own. Those of a checkpoint may be older, so that a name without a
+            tower's prefix stays as it is, and other spellings count for nothing.
+    Returns: without the spellings that may be several modules.
+    """
+    names = set(known)
+    found: dict[str, set[str]] = {}
+    for name in names:
+        for other in older(name) if exactly else _with_tower(name):
+            found.setdefault(other, set()).add(name)
+        for other in all_newer(name) if exactly else _bare(name):
+            found.setdefault(other, set()).add(name if exactly else other)
+    single = {other: min(written) for other, written in found.items() if len(written) == 1}
+    return single | {name: name for name in names}
+
+
+def _with_tower(name: str) -> list[str]:
+    """The names with the prefix that a module's may have had."""
+    bare = BARE_TOWER.match(name)
+    return [] if bare is None else [f"{bare[1]}{tower}{bare[2]}" for tower in (TOWERS[1:] if bare[1] else TOWERS)]
+
+
+def _bare(name: str) -> list[str]:
+    """The name without a tower's prefix, if it has one."""
+    tower = TOWER.match(name)
+    return [] if tower is None else [tower[1] + tower[3]]
+
+
+def tower_of(names: Iterable[str]) -> str | None:
+    """The prefix of a tower that all of some names start with; None where they have none, or several."""
+    found = {match[2] if (match := TOWER.match(name)) is not None and not match[1] else None for name in names}
+    return found.pop() if len(found) == 1 else None

@@ -2,6 +2,7 @@
 
     diffusers  the part's module paths as they stand; alpha from the file, else scaling 1, as diffusers takes it
     kohya      the path is the one module of the base whose name with underscores for dots is the file's; alpha likewise
+               (of a module that versions of transformers name differently, any of the names; see `spellings`)
     MLX        A = lora_aᵀ, B = lora_bᵀ; scaling as the config gives it: scale, or in old files scale·alpha/rank
     PEFT       names as they stand; lora_alpha as it is said
 
@@ -28,6 +29,7 @@ from .base_model import PIPELINE, BaseModel
 from .errors import AdapterError, RecipeError, printable
 from .foreign import Entry, Form
 from .kinds.base import PREFIX
+from .spellings import spelled
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config in a safetensors file
 KEPT = ("lora_alpha", "alpha_pattern", "use_rslora")
@@ -40,7 +42,8 @@ class Hints:
     Attributes:
         part: of a pipeline, such as `unet`.
         base: the base's weights, for its modules' names: a folder, a file or a Hub id.
-        modules: a text file with those names, one a line, in place of the base.
+        modules: a text file with those names, one a line, in place of the base; also for an adapter that is PEFT's,
+            whose modules are then written under these names where a release of transformers renamed them.
         alpha: lora_alpha of all modules.
         base_model: the base's name to write.
     """
@@ -63,15 +66,15 @@ def open_any(source: str, hints: Hints) -> tuple[Adapter, list[str]]:
     config = read_config(found.folder, label)
     form = foreign.form_of(found, config, label)
     if form is None or (form.name == "PEFT" and config is not None):
-        given = [f"--{name}" for name in ("part", "modules", "alpha") if getattr(hints, name) is not None]
+        given = [f"--{name}" for name in ("part", "alpha") if getattr(hints, name) is not None]
         if given:
             raise RecipeError(f"{', '.join(given)} is for files that are not PEFT's, and '{label}' is. Leave it out.")
-        return Adapter.load(source, base=hints.base), []
+        return _respelled(Adapter.load(source, base=hints.base), hints, label)
     if form.rest or form.name == "LyCORIS":
         foreign.refuse_form(form, config, label)
     entries, remarks = _choose(form, hints, label)
     base = _base(hints)
-    names = _resolve(form, entries, hints, base, label)
+    names, respelled = _resolve(form, entries, hints, base, label)
     tensors: dict[str, Tensor] = {}
     alphas: dict[str, float | None] = {}
     for entry, name in zip(entries, names, strict=True):
@@ -88,7 +91,32 @@ def open_any(source: str, hints: Hints) -> tuple[Adapter, list[str]]:
         **scaling,
     }
     what = f"{form.path.name} was {foreign.TITLES[form.name]}, {len(names)} modules{f' of {p}' if (p := entries[0].part) else ''}"
-    return in_memory(made, tensors, source), [f"{printable(what)}; {said}.", *remarks]
+    return in_memory(made, tensors, source), [f"{printable(what)}; {said}.", *respelled, *remarks]
+
+
+def _respelled(adapter: Adapter, hints: Hints, label: str) -> tuple[Adapter, list[str]]:
+    """(an adapter under the names that --modules lists, if it was given; a remark on those that are other)."""
+    if hints.modules is None:
+        return adapter, []
+    known = _module_names(hints, None) or []
+    names = spelled(known, exactly=True)
+    paths = {name: m.path if name.startswith(m.path) else name for name, m in adapter.layout.items()}
+    missing = [path for path in paths.values() if path not in names]
+    if missing:
+        raise AdapterError(_unfit(label, missing, len(adapter.layout), known))
+    moved = {path: names[path] for path in paths.values() if names[path] != path}
+    inside = {name: moved[path] + name[len(path) :] for name, path in paths.items() if path in moved}
+    return (adapter.renamed(moved | inside) if moved else adapter), _told(moved)
+
+
+def _told(table: Mapping[str, str]) -> list[str]:
+    """A remark on modules that are written under other names, which it maps to by their own."""
+    if not table:
+        return []
+    old = min(table)
+    return [
+        f"{len(table)} modules are written under the base's names: '{printable(old)}' as '{printable(table[old])}'."
+    ]
 
 
 def _base_name(hints: Hints, config: Mapping[str, Any] | None) -> str | None:
@@ -124,7 +152,7 @@ def _base(hints: Hints) -> BaseModel | None:
 def _module_names(hints: Hints, base: BaseModel | None) -> list[str] | None:
     """The names of the base's modules, if they are known."""
     if base is not None:
-        return [name.removesuffix(".weight") for name in base.names if name.endswith(".weight")]
+        return base.modules
     if hints.modules is None:
         return None
     try:
@@ -134,34 +162,50 @@ def _module_names(hints: Hints, base: BaseModel | None) -> list[str] | None:
     return sorted({line.strip() for line in lines if line.strip()})
 
 
-def _resolve(form: Form, entries: Sequence[Entry], hints: Hints, base: BaseModel | None, label: str) -> list[str]:
-    """The modules' paths in the base, in order."""
+def _resolve(
+    form: Form, entries: Sequence[Entry], hints: Hints, base: BaseModel | None, label: str
+) -> tuple[list[str], list[str]]:
+    """(the modules' paths in the base, in order; a remark on those that the file spells otherwise)."""
     known = _module_names(hints, base)
-    if form.name != "kohya":
-        missing = [entry.module for entry in entries if known is not None and entry.module not in set(known)]
-        if missing:
-            raise AdapterError(_unfit(label, missing, len(entries), known or []))
-        return [entry.module for entry in entries]
+    own = [entry.module for entry in entries]
+    if known is None and form.name != "kohya":
+        return own, []
     if known is None:
         raise AdapterError(
-            f"adapter '{label}': kohya's names have underscores for dots ('{printable(entries[0].module)}'), so the names "
+            f"adapter '{label}': kohya's names have underscores for dots ('{printable(own[0])}'), so the names "
             "of the base's modules are needed to tell them apart. Name the base's weights with --base (for a pipeline, "
             f"those of its part, such as unet/{PIPELINE}), or a text file of the names with --modules."
         )
-    table: dict[str, list[str]] = {}
-    for name in known:
-        table.setdefault(name.replace(".", "_"), []).append(name)
-    missing = [entry.module for entry in entries if entry.module not in table]
+    table = _spellings(form, known, exactly=base is None)
+    missing = [name for name in own if name not in table]
     if missing:
         raise AdapterError(_unfit(label, missing, len(entries), known))
-    twofold = {entry.module: table[entry.module] for entry in entries if len(table[entry.module]) > 1}
+    twofold = {name: sorted(table[name]) for name in own if len(table[name]) > 1}
     if twofold:
         module, names = next(iter(twofold.items()))
         raise AdapterError(
             f"adapter '{label}': '{printable(module)}' may be any of {printable(', '.join(names))} ({len(twofold)} such "
             "name(s)). List the right ones alone with --modules."
         )
-    return [table[entry.module][0] for entry in entries]
+    found = [min(table[name]) for name in own]
+    plain = {name: new for name, new in zip(own, found, strict=True) if _flat(form, new) != name}
+    return found, _told(plain)
+
+
+def _spellings(form: Form, known: Sequence[str], exactly: bool) -> dict[str, set[str]]:
+    """The names to write, by how the file may spell them; names of the base itself come before other spellings."""
+    exact: dict[str, set[str]] = {}
+    for name in known:
+        exact.setdefault(_flat(form, name), set()).add(name)
+    others: dict[str, set[str]] = {}
+    for spelling, name in spelled(known, exactly=exactly).items():
+        others.setdefault(_flat(form, spelling), set()).add(name)
+    return others | exact
+
+
+def _flat(form: Form, name: str) -> str:
+    """A module's name as the file has it: kohya's with underscores for dots."""
+    return name.replace(".", "_") if form.name == "kohya" else name
 
 
 def _unfit(label: str, missing: Sequence[str], count: int, known: Sequence[str]) -> str:
@@ -209,7 +253,10 @@ def _fit(A: Tensor, B: Tensor, name: str, base: BaseModel | None, label: str) ->
     """A and B with as many dimensions as the base's weight has, where that is known; their sizes checked."""
     if base is None:
         return A, B
-    shape = base.info(f"{name}.weight").shape
+    found = base.find(f"{name}.weight")
+    if found is None:  # the name is newer than the checkpoint, which holds several modules that it may be
+        return A, B
+    shape = base.info(found).shape
     shape = shape[::-1] if base.is_conv1d(name) else shape
     plain = all(size == 1 for size in (*A.shape[2:], *B.shape[2:]))
     if plain and A.ndim != len(shape) and all(size == 1 for size in shape[2:]):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -157,13 +158,20 @@ def cell(kind: str, name: str, folder: Path) -> Cell:
         mark = merge_alone(folder, {} if kind == "(IA)³" else {"rank": "max"})
     except ties_peft.TiesPeftError as error:
         return Cell("refused", str(error))
-    wanted, found = (output(load(base, folder / which), name) for which in ("adapter", "merged"))
-    error = float((wanted - found).abs().max() / max(1.0, float(wanted.abs().max())))
-    if kind not in UNMERGED:
-        error = max(error, *weight_errors(base, folder / "adapter", folder / "merged").values())
-    effect = float((wanted - output(base, name)).abs().max())
+    try:
+        error = error_of(base, name, folder, kind not in UNMERGED)
+    except RuntimeError as fault:  # of PEFT, which cannot load the result
+        return Cell("WRONG", str(fault), math.inf)
+    effect = float((output(load(base, folder / "adapter"), name) - output(base, name)).abs().max())
     wrong = error > TOLERANCE or effect < 1e-3
     return Cell("WRONG" if wrong else mark, f"error {error:.1e}, effect {effect:.1e}" if wrong else "", error)
+
+
+def error_of(base: nn.Module, name: str, folder: Path, weights: bool) -> float:
+    """Return how far `merged` is from `adapter`, in what they compute and, where asked for, in the weights."""
+    wanted, found = (output(load(base, folder / which), name) for which in ("adapter", "merged"))
+    error = float((wanted - found).abs().max() / max(1.0, float(wanted.abs().max())))
+    return max(error, *weight_errors(base, folder / "adapter", folder / "merged").values()) if weights else error
 
 
 def merge_alone(folder: Path, asked: dict[str, Any]) -> str:

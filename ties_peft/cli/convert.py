@@ -19,7 +19,9 @@ Part = Annotated[str | None, typer.Option(help="Of a pipeline's LoRA: unet, text
 Base = Annotated[
     str | None, typer.Option(help="The base's weights: DoRA needs them; kohya, for names.", show_default=False)
 ]
-Modules = Annotated[Path | None, typer.Option(help="Those names, one a line, in its place.", show_default=False)]
+Modules = Annotated[
+    Path | None, typer.Option(help="The model's module names, one a line, in its place.", show_default=False)
+]
 Alpha = Annotated[float | None, typer.Option(help="lora_alpha, if the file lacks it.", show_default=False)]
 BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the input's")]
 Heads = Annotated[
