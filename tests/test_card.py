@@ -140,7 +140,7 @@ def test_no_path_of_this_machine_is_in_the_card(
         (
             ["---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n"] * 2,
             {"license": "other", "license_name": "llama3", "license_link": "LICENSE"},
-            "other (llama3), as the cards of all adapters say",
+            "other (llama3, LICENSE), as the cards of all adapters say",
         ),
         (
             ["---\nlicense: other\nlicense_name: llama3\n---\n", "---\nlicense: other\nlicense_name: gemma\n---\n"],

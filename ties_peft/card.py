@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def shared_licence(adapters: Sequence[tuple[str, Path | None]]) -> tuple[dict[st
     first = found[0][1]
     if first and all(licence == first for _, licence in found):
         of = "the adapter's card says" if len(found) == 1 else "the cards of all adapters say"
-        return first, f"{_worded(first)}, as {of}"
+        return dict(first), f"{_worded(first)}, as {of}"
     if not any(licence for _, licence in found):
         return {}, "left out: no adapter's card names one"
     holders: dict[str, list[str]] = {}
@@ -128,7 +129,15 @@ def shared_licence(adapters: Sequence[tuple[str, Path | None]]) -> tuple[dict[st
 def _licence(folder: Path | None) -> dict[str, Any]:
     """The licence in the front matter of an adapter's card; empty where it names none."""
     path = next((path for path in sources.cards(folder) if path.is_file()), None) if folder is not None else None
-    if path is None or not sources.stays_inside(path) or path.stat().st_size > LONGEST:
+    if path is None or not sources.stays_inside(path):
+        return {}
+    state = path.stat()
+    return _licence_in(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _licence_in(path: Path, size: int, changed: int) -> dict[str, Any]:
+    if size > LONGEST:
         return {}
     text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
     end = text.find("\n---", 4)
@@ -150,7 +159,8 @@ def _is_licence(value: object) -> bool:
 def _worded(licence: Mapping[str, Any]) -> str:
     named = licence["license"]
     text = ", ".join(named) if isinstance(named, list) else str(named)
-    return f"{text} ({licence['license_name']})" if "license_name" in licence else text
+    more = [str(licence[key]) for key in LICENCE[1:] if key in licence]
+    return f"{text} ({', '.join(more)})" if more else text
 
 
 def _fenced(text: str, language: str) -> str:

@@ -101,7 +101,7 @@ class Loading:
     vocabulary: int | None = None
 
     def lines(self, folder: str) -> list[str]:
-        """The lines of Python that load the adapter from a folder; a comment stands for what is not known."""
+        """Return the lines of Python that load the adapter from a folder; a comment stands for what is not known."""
         model = f"model = PeftModel.from_pretrained(base, {folder!r})"
         if not self.name:
             return [

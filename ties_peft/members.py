@@ -63,7 +63,7 @@ class Task:
 
     @property
     def said(self) -> str:
-        """What the report says of it."""
+        """Return what the report says of it."""
         return printable(self.kept) if self.kept else f"left out: {self.dropped}" if self.dropped else ""
 
 
@@ -199,7 +199,7 @@ def settle_task(members: Sequence[Member], loads: Callable[[str], bool], warning
     listed = "; ".join(f"{task}: {', '.join(names[:4])}{', …' * (len(names) > 4)}" for task, names in holders.items())
     if len(holders) > 1:
         why = f"the adapters differ in it ({listed})"
-        advice = "Where they were trained on one class of the base model, nothing is lost; merge others apart."
+        advice = "If they were trained on the same class of the base model, nothing is lost; otherwise merge them separately."
     elif not named:
         why, advice = f"PEFT knows none of this form ({listed})", "Mend task_type in their adapter_config.json."
     else:

@@ -115,7 +115,7 @@ def _existing(source: str) -> Path | None:
 
 
 def at_hand(source: str, file: str) -> Path | None:
-    """A file of a folder on this machine, or of a repository in the Hub's cache; None where it is not there.
+    """Return a file of a folder on this machine, or of a repository in the Hub's cache; None where it is not there.
 
     Args:
         source: a folder, a file in it, or a Hub id such as `org/name@revision:subfolder`.
@@ -133,7 +133,7 @@ def at_hand(source: str, file: str) -> Path | None:
 
 
 def address(source: str | None) -> str | None:
-    """The page of an adapter on the Hub; None for one on this machine or in memory."""
+    """Return the address of an adapter's page on the Hub; None for one on this machine or in memory."""
     if source is None or local(source) is not None:
         return None
     name, _, inside = source.partition(":")
@@ -145,12 +145,12 @@ def address(source: str | None) -> str | None:
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether it names a repository on the Hub, and nothing on this machine."""
+    """Return whether a text names a repository on the Hub, and nothing on this machine."""
     return bool(HUB_ID.fullmatch(text) or HUB_NAME.fullmatch(text)) and local(text) is None
 
 
 def cards(folder: Path) -> list[Path]:
-    """Where the card of an adapter's folder may lie: in it, or, in the Hub's cache, at the top of its repository."""
+    """Return where the card of an adapter may lie: in its folder or, in the Hub's cache, at the top of its repository."""
     top = next((parent for parent in folder.parents if parent.parent.name == "snapshots"), None)
     return [folder / CARD, *([top / CARD] if top is not None else [])]
 

@@ -158,7 +158,7 @@ def warnings_shown() -> Iterator[None]:
 
 
 def show_written(console: Console, loading: Loading, out: Path) -> None:
-    """Where the result is, and the lines of Python that load it."""
+    """Print where the result is, and the lines of Python that load it."""
     console.print(f"\nwritten to {escape(printable(str(out), 4096))}; load it with\n", highlight=False, soft_wrap=True)
     for line in loading.lines(str(out)):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
