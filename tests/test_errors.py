@@ -242,7 +242,8 @@ ASKED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"method": "average", "density": 0.2},
-        "method 'average': unknown parameter 'density'. Known: none.",
+        "method 'average': unknown parameter 'density'. Methods that have it: "
+        f"{', '.join(i.name for i in ties_peft.methods() if 'density' in {p.name for p in i.parameters})}. Known: none.",
     ),
     (
         {"method": "average", "weights": [1, -1]},

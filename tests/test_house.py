@@ -19,6 +19,7 @@ ROOT = Path(ties_peft.__file__).parent
 # import nothing of the folder but its `base`, and its `__init__` finds them.
 FLOORS = {
     "choices": 0,
+    "aliases": 0,
     "delta": 0,
     "draws": 0,
     "errors": 0,

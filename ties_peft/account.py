@@ -190,7 +190,12 @@ class Account:
         empty = [line.name for line in inputs if line.entries and line.kept == 0]
         if empty:
             found.append(f"the density keeps no entry at all of {', '.join(empty)}.")
-        heft = {line.name: line.norm * abs(line.weight) for line in inputs}
+        silent = [line.name for line in inputs if not line.norm]
+        if silent:
+            found.append(
+                f"the task vector of {', '.join(silent)} is 0 everywhere and has nothing to add. Leave it out."
+            )
+        heft = {line.name: line.norm * abs(line.weight) for line in inputs if line.norm} or {inputs[0].name: 0.0}
         large, small = max(heft, key=heft.__getitem__), min(heft, key=heft.__getitem__)
         if heft[large] > UNEQUAL * heft[small]:
             found.append(

@@ -34,7 +34,7 @@ def convert(
     """One adapter in another form, written as portably as a merge is.
 
     Args:
-        adapter: a folder, a file, a Hub id or an `Adapter`; a LoRA of diffusers, kohya or MLX too.
+        adapter: a folder, a file, a Hub id or an `Adapter`; a LoRA of diffusers, kohya, ComfyUI or MLX too.
         rank: of the output: a whole number, `max` or `auto`; by default all there is, so that nothing is lost.
         dtype: of the tensors written; by default its own.
         target: the loader that it is for: `peft`, `vllm` or `llama.cpp` (see `targets`).

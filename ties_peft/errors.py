@@ -46,8 +46,14 @@ class TiesPeftWarning(UserWarning):
     """Something possible but unwise; it also stands in the report."""
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """The sentence for an unknown name: the nearest known one first, then all of them.
+def unknown(what: str, name: str, known: Iterable[str], hint: str | None = None) -> str:
+    """Return the sentence for an unknown name: a hint or the nearest known name, then all known names.
+
+    Args:
+        what: the name should name.
+        name: that is unknown.
+        known: the names there are.
+        hint: a sentence on this very name, in place of the nearest known one.
 
     >>> unknown("method", "tys", ["average", "ties"])
     "unknown method 'tys': did you mean 'ties'? Known: average, ties."
@@ -55,8 +61,9 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
     near.sort(key=lambda other: sorted(other) != sorted(str(name)))  # letters out of order, before all else
-    hint = f": did you mean '{near[0]}'?" if near else "."
-    return f"unknown {what} '{printable(str(name))}'{hint} Known: {', '.join(names) or 'none'}."
+    guess = f": did you mean '{near[0]}'?" if near else "."
+    said = guess if hint is None else f". {hint}"
+    return f"unknown {what} '{printable(str(name))}'{said} Known: {', '.join(names) or 'none'}."
 
 
 def warn_caller(messages: Iterable[str]) -> None:
@@ -66,6 +73,17 @@ def warn_caller(messages: Iterable[str]) -> None:
         depth += 1
     for message in messages:
         warnings.warn(message, TiesPeftWarning, stacklevel=depth + 1)
+
+
+def share_hint(value: object, largest: object = 1) -> str:
+    """Return the question whether a share was meant as a percentage; nothing where it cannot have been.
+
+    >>> share_hint(20)
+    ' Did you mean 0.2?'
+    """
+    if largest != 1 or isinstance(value, bool) or not isinstance(value, (int, float)) or not 2 <= value <= 100:
+        return ""
+    return f" Did you mean {value / 100:g}?"
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -200,8 +200,10 @@ def _together(seen: Inspection, opened: Sequence[Adapter], base: str | None) -> 
 def _unlike(facts: Sequence[Facts], opened: Sequence[Adapter]) -> list[str]:
     """What is unusual of a set: norms far apart, one adapter twice."""
     found = []
-    large, small = max(facts, key=lambda one: one.norm), min(facts, key=lambda one: one.norm)
-    if large.norm > UNEQUAL * small.norm > 0:
+    moving = [one for one in facts if one.norm]  # what is said of the others is that they do nothing
+    large = max(moving, key=lambda one: one.norm, default=None)
+    small = min(moving, key=lambda one: one.norm, default=None)
+    if large is not None and small is not None and large.norm > UNEQUAL * small.norm:
         found.append(
             f"norms differ {large.norm / small.norm:.0f}-fold: {large.source} ({large.norm:.3g}) will outvote "
             f"{small.source} ({small.norm:.3g}). Weights can even them out."

@@ -38,50 +38,19 @@ lacks, a density above 1, DoRA and the like, a base that adapters are merged int
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .adapter import Adapter
+from .aliases import COMBINATION_TYPES, LARGEST
 from .errors import RecipeError, unknown
 from .loaded import add, check_names, check_state, find_tuner, open_loaded
 from .merge import Progress, make_recipe, merge_recipe
 from .merged import Merged
 from .recipe import Rank, Recipe
 
-LARGEST = "largest"  # the largest rank of the adapters
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """What one of PEFT's `combination_type` names means here.
-
-    Attributes:
-        method, space, parameters: as in `ties_peft.merge`.
-        rank: of the output where none is given; `largest` for the largest of the adapters' own.
-    """
-
-    method: str
-    space: str = "delta"
-    rank: Rank = "auto"
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-_MODULE = {"scope": "module"}
-COMBINATION_TYPES = {
-    "cat": Meaning("cat", rank="max"),
-    "dare_linear": Meaning("dare", "factors", LARGEST),
-    "dare_linear_svd": Meaning("dare", "delta", LARGEST),
-    "dare_ties": Meaning("dare_ties", "factors", LARGEST),
-    "dare_ties_svd": Meaning("dare_ties", "delta", LARGEST),
-    "linear": Meaning("task_arithmetic", rank="max"),
-    "magnitude_prune": Meaning("magnitude_prune", "factors", LARGEST, _MODULE),
-    "magnitude_prune_svd": Meaning("magnitude_prune", "delta", LARGEST, _MODULE),
-    "svd": Meaning("task_arithmetic", rank=LARGEST),
-    "ties": Meaning("ties", "factors", LARGEST, _MODULE),
-    "ties_svd": Meaning("ties", "delta", LARGEST, _MODULE),
-}
 ELECTIONS = {"total": "mass", "frequency": "count"}  # PEFT's majority_sign_method
 
 

@@ -137,8 +137,8 @@ def convert(document: Document) -> None:
     for key in LAYOUTS:
         if key in document.values:
             raise RecipeError(
-                f"{document.at((key,))}: `{key}:` says which layers of which models stand where, which adapters have "
-                "no part in. List the adapters under `models:`."
+                f"{document.at((key,))}: `{key}:` says which layers of which full models stand where, and full models are "
+                "merged by mergekit itself. List the adapters under `models:`."
             )
     _Conversion(document).run()
 

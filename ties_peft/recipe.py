@@ -36,7 +36,7 @@ from .riders import is_policy
 from .scale import EXPECTED as EXPECTED_SCALE
 from .scale import is_scale
 from .schedule import Schedule, as_read
-from .settings import parameter_names, settle
+from .settings import SHARED, all_parameters, parameter_names, settle, unknown_parameter
 from .sources import expand_all
 from .spaces import find_space
 from .targets import TARGETS
@@ -54,7 +54,6 @@ TOP = (
     "notes",
 )
 SYNONYMS = {"models": "adapters", "model": "adapter", "lambda": "scale"}
-SHARED = ("space", "rank", "scale", "seed", "restore_norm", "weights")
 ENTRY = ("adapter", "model", "parameters")
 OWN = ("weight", "density")
 NORM = "norm"
@@ -267,8 +266,11 @@ class _Reader:
         known = parameter_names(method, space)
         for key in parameters:
             if key not in known:
-                nearest = unknown("parameter", key, {*SHARED, *(name for name in known if "." not in name)})
-                raise MethodError(f"{self.at(('parameters', key))}: method '{method}': {nearest}")
+                where = self.at(("parameters", key))
+                elsewhere = _belongs(key, ("parameters",))
+                if elsewhere is not None:
+                    raise RecipeError(f"{where}: {unknown('parameter', key, {*SHARED, *known}, elsewhere)}")
+                raise MethodError(f"{where}: {unknown_parameter(method, space, key, SHARED)}")
 
     @contextmanager
     def blamed(self, *path: Any) -> Iterator[None]:
@@ -297,7 +299,7 @@ class _Table:
         for key, value in (values or {}).items():
             name = SYNONYMS.get(str(key), str(key))
             if known is not None and name not in known:
-                raise RecipeError(f"{at((*path, key))}: {unknown('key', name, known)}")
+                raise RecipeError(f"{at((*path, key))}: {unknown('key', name, known, _belongs(name, path))}")
             if name in self.values:
                 raise RecipeError(f"{at((*path, key))}: '{key}' stands there twice. Keep one of them.")
             self.values[name] = value
@@ -324,6 +326,19 @@ class _Table:
         if key not in self.values:
             return None
         return Schedule.read(self.values[key], f"{self.at((*self.path, key))}: {key}").value
+
+
+def _belongs(key: str, path: Place) -> str | None:
+    """Return the sentence on a key that stands in the wrong place of a recipe; None for one that belongs nowhere."""
+    if key in OWN and path[:1] == ("adapters",):
+        return f"{key} belongs under `parameters:` of this adapter."
+    if key == "weight":
+        return "weight belongs under `parameters:` of an adapter."
+    if key in TOP:
+        return f"{key} belongs at the top of the recipe."
+    if path != ("parameters",) and (key in SHARED or key in all_parameters()):
+        return f"{key} belongs under `parameters:`" + (" at the top of the recipe." if path else ".")
+    return None
 
 
 def _repeated(values: Any, counts: Sequence[int]) -> Any:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import MethodError, RecipeError, printable, unknown
+from .aliases import PARAMETERS
+from .errors import MethodError, RecipeError, printable, share_hint, unknown
 from .methods import Method, Stages, find_method, make_stages, method_classes
 from .schedule import OVER_LAYERS, Schedule, as_read, as_written, is_gradient
 from .spaces import Space, find_space, make_space, spaces
 
 DENSITY = "density"
+SHARED = ("space", "rank", "scale", "seed", "restore_norm", "weights")  # what belongs to a merge, whatever its method
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def settle(method: str, space: str, parameters: Mapping[str, Any], densities: Se
         raise RecipeError(unknown("space", str(space), spaces()))
     own = find_space(space).model_fields
     _check_once(method, parameters)
+    _check_known(method, space, parameters)
     varying = {key: value for key, value in parameters.items() if _varies(key, value)}
     numbers = {key: value for key, value in parameters.items() if key not in own and key not in varying}
     made = make_space(space, {key: value for key, value in parameters.items() if key in own})
@@ -110,6 +113,41 @@ def parameter_names(method: str, space: str) -> list[str]:
     return names
 
 
+def all_parameters() -> set[str]:
+    """Return the names of the parameters of all methods and spaces."""
+    models = (*method_classes().values(), *spaces().values())
+    return {name for model in models for name in model.model_fields}
+
+
+def unknown_parameter(method: str, space: str, name: str, more: Sequence[str] = ()) -> str:
+    """Return what to say of a parameter that neither a method nor a space has: its name here, or what has it.
+
+    Args:
+        method, space: by name.
+        name: of the parameter, as it was given.
+        more: further names that could have been given in its place.
+    """
+    known = {*(own for own in parameter_names(method, space) if "." not in own), *more}
+    bare = name.rpartition(".")[2]
+    ours = PARAMETERS.get(bare, bare)
+    hints = [f"{bare} is {ours} here."] if ours != bare else []
+    if ours in (*SHARED, "method") and ours not in known:
+        hints.append(f"It is an argument of the merge: --{ours.replace('_', '-')} ({ours}=…).")
+    elif ours not in known:
+        having = [other for other, cls in method_classes().items() if ours in cls.model_fields]
+        spatial = [other for other, cls in spaces().items() if ours in cls.model_fields]
+        hints += [f"Methods that have it: {', '.join(having)}."] if having else []
+        hints += [f"It belongs to space {', '.join(spatial)}."] if spatial else []
+    return f"method '{method}': {unknown('parameter', name, known, ' '.join(hints) or None)}"
+
+
+def _check_known(method: str, space: str, parameters: Mapping[str, Any]) -> None:
+    known = parameter_names(method, space)
+    for name in parameters:
+        if name not in known:
+            raise MethodError(unknown_parameter(method, space, name))
+
+
 def _varies(key: str, value: Any) -> bool:
     return _is_density(key) and isinstance(value, (list, tuple, dict))
 
@@ -153,7 +191,9 @@ def _densities(
     numbers = [number for schedule in [other, *read] for number in schedule.numbers()]
     for number in numbers:
         if not 0 < number <= 1:
-            raise MethodError(f"method '{method.name}', a density is {number}; expected a share in (0, 1].")
+            raise MethodError(
+                f"method '{method.name}', a density is {number}; expected a share in (0, 1].{share_hint(number)}"
+            )
     used = {number for schedule in read for number in schedule.numbers()} or set(numbers)
     if len(used) == 1:
         return method.model_copy(update={DENSITY: used.pop()}), (None,) * len(own)

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 from urllib.parse import quote
 
 from .errors import AdapterError, printable
@@ -25,6 +25,8 @@ from .errors import AdapterError, printable
 CONFIG, CARD = "adapter_config.json", "README.md"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # of a file of weights
+GGUF = ".gguf"  # of llama.cpp's files
+MODEL = ("config.json", "model_index.json")  # of a full model; of a pipeline of diffusers
 FOREIGN = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapters.safetensors")  # other programs'
 TOKENIZER = (
     "tokenizer.json",
@@ -83,6 +85,8 @@ def find(source: str, token: str | None = None) -> Found:
         token: as `huggingface_hub` takes it.
     Raises: AdapterError where there is no such adapter.
     """
+    if source.endswith(GGUF):
+        refuse_gguf(printable(source))
     path = local(source)
     if path is None:
         _refuse_missing_part(source)
@@ -94,6 +98,17 @@ def find(source: str, token: str | None = None) -> Found:
             f"adapter '{printable(source)}' is a file; expected the folder that holds {CONFIG}, or the weights beside it."
         )
     return Found(path)
+
+
+def refuse_gguf(label: str) -> NoReturn:
+    """Say that a format cannot be read.
+
+    Raises: AdapterError.
+    """
+    raise AdapterError(
+        f"adapter '{label}' is in llama.cpp's GGUF format, which cannot be read. Name the PEFT adapter that it was "
+        "converted from."
+    )
 
 
 def local(source: str) -> Path | None:
@@ -288,7 +303,7 @@ def _on_hub(source: str, token: str | None) -> Path:
         optional=[*(f"{within}{file}" for file in (*TOKENIZER, CARD)), *([CARD] if within else [])],
     )
     if not named and not (root / folder / CONFIG).is_file():  # what else is it, then?
-        download(name, [f"{within}*/{CONFIG}", *(f"{within}{file}" for file in FOREIGN)], token)
+        download(name, [f"{within}*/{CONFIG}", *(f"{within}{file}" for file in (*FOREIGN, *MODEL))], token)
     return root / inside if inside else root
 
 

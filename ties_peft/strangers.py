@@ -60,11 +60,12 @@ def look(source: str, found: Found, fault: str) -> Refused:
     form = _or_none(lambda: foreign.form_of(found, config or None, label))
     facts: dict[str, Any] = {}
     if form is not None:
-        facts = {"what": foreign.TITLES[form.name], "parts": dict(sorted(form.parts.items()))}
+        facts = {"what": form.title, "parts": dict(sorted(form.parts.items()))}
     elif "peft_type" in config:
         facts = {"what": f"a PEFT adapter of type {printable(str(config['peft_type']))}"}
     else:
-        facts = {"what": "of a config that is not PEFT's" if config else UNKNOWN}
+        what = "of a config that is not PEFT's" if config else foreign.other_model(found.folder)
+        facts = {"what": what or UNKNOWN}
     return Refused(label, fault, **facts, **_said(config), **_weights(found, label), converts=CONVERTS in fault)
 
 

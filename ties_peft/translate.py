@@ -3,6 +3,7 @@
     diffusers  the part's module paths as they stand; alpha from the file, else scaling 1, as diffusers takes it
     kohya      the path is the one module of the base whose name with underscores for dots is the file's; alpha likewise
                (of a module that versions of transformers name differently, any of the names; see `spellings`)
+    ComfyUI    names as they stand; alpha from the file, else the rank, as ComfyUI takes it
     MLX        A = lora_aᵀ, B = lora_bᵀ; scaling as the config gives it: scale, or in old files scale·alpha/rank
     PEFT       names as they stand; lora_alpha as it is said
 
@@ -70,7 +71,7 @@ def open_any(source: str, hints: Hints) -> tuple[Adapter, list[str]]:
         if given:
             raise RecipeError(f"{', '.join(given)} is for files that are not PEFT's, and '{label}' is. Leave it out.")
         return _respelled(Adapter.load(source, base=hints.base), hints, label)
-    if form.rest or form.name == "LyCORIS":
+    if not form.plain:
         foreign.refuse_form(form, config, label)
     entries, remarks = _choose(form, hints, label)
     base = _base(hints)
@@ -90,7 +91,7 @@ def open_any(source: str, hints: Hints) -> tuple[Adapter, list[str]]:
         **({"fan_in_fan_out": True} if base is not None and any(map(base.is_conv1d, names)) else {}),
         **scaling,
     }
-    what = f"{form.path.name} was {foreign.TITLES[form.name]}, {len(names)} modules{f' of {p}' if (p := entries[0].part) else ''}"
+    what = f"{form.path.name} was {form.title}, {len(names)} modules{f' of {p}' if (p := entries[0].part) else ''}"
     return in_memory(made, tensors, source), [f"{printable(what)}; {said}.", *respelled, *remarks]
 
 
@@ -133,16 +134,30 @@ def _choose(form: Form, hints: Hints, label: str) -> tuple[list[Entry], list[str
             entry for entry in entries if entry not in inside
         ]
     parts = Counter(entry.part for entry in entries)
-    part = hints.part or next(iter(parts))
-    if part not in parts or (hints.part is None and len(parts) > 1):
-        listed = ", ".join(f"{name or 'no name'} ({count} modules)" for name, count in sorted(parts.items()))
+    if hints.part is not None and hints.part not in parts:
+        raise AdapterError(_no_part(form, hints.part, parts, label))
+    if hints.part is None and len(parts) > 1:
         raise AdapterError(
-            f"adapter '{label}': {printable(form.path.name)} holds adapters for {len(parts)} part(s): {listed}; each "
+            f"adapter '{label}': {printable(form.path.name)} holds adapters for {len(parts)} part(s): {_listed(parts)}; each "
             f"becomes an adapter of its own. Say which: --part {next(name for name in sorted(parts, reverse=True))}."
         )
+    part = hints.part or next(iter(parts))
     others = [f"{name or 'no part'} ({count} modules)" for name, count in sorted(parts.items()) if name != part]
     remarks = [f"not converted, being adapters of their own: {', '.join(others)} (--part)."] if others else []
     return [entry for entry in entries if entry.part == part], remarks
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{printable(name) or 'no name'} ({count} modules)" for name, count in sorted(parts.items()))
+
+
+def _no_part(form: Form, part: str, parts: Counter[str], label: str) -> str:
+    """Return what to say of a part that a file does not have: those that it has."""
+    known = Counter({name: count for name, count in parts.items() if name})
+    if form.name == "PEFT":  # what the names of the modules begin with can be named as a part
+        known = Counter(entry.module.partition(".")[0] for entry in form.entries)
+    has = f"It has {_listed(known)}. Name one of them with --part" if known else "It has no parts. Leave --part out"
+    return f"adapter '{label}': {printable(form.path.name)} has no part '{printable(part)}'. {has}."
 
 
 def _base(hints: Hints) -> BaseModel | None:
@@ -287,9 +302,9 @@ def _scaling(
     if noted.get("use_dora"):
         raise AdapterError(f"adapter '{label}' is a DoRA by its metadata, which is no plain LoRA. Leave it out.")
     if own:
-        every = {name: own.get(name, float(rank)) for name, rank in ranks.items()}
+        each = {name: own.get(name, float(rank)) for name, rank in ranks.items()}
         lacking = len(ranks) - len(own)
-        return _by_module(every), "alpha from the file" + (f", scaling 1 for {lacking} without" if lacking else "")
+        return _by_module(each), "alpha from the file" + (f", scaling 1 for {lacking} without" if lacking else "")
     if "lora_alpha" in noted:
         return {key: noted[key] for key in KEPT if key in noted}, "alpha from the file's metadata"
     if form.name == "MLX" and hints.alpha is None:
@@ -297,13 +312,16 @@ def _scaling(
         return _by_module({name: scale * rank for name, rank in ranks.items()}), f"scaling {scale:g} from its config"
     if hints.alpha is not None:
         return {"lora_alpha": hints.alpha}, f"alpha {hints.alpha:g} as it was said"
+    every = _by_module({name: float(rank) for name, rank in ranks.items()})
+    if form.name == "ComfyUI":
+        return every, "alpha = rank (scaling 1), as ComfyUI takes a file that gives no alpha"
     if form.name == "PEFT" or (form.name == "diffusers" and len(set(ranks.values())) > 1):
         why = "releases of diffusers differ on its scaling" if form.name == "diffusers" else "nothing tells its scaling"
         raise AdapterError(
             f"adapter '{label}': the file gives no alpha (ranks {', '.join(map(str, sorted(set(ranks.values()))))}), and "
             f"{why}. Say lora_alpha as it was trained: --alpha NUMBER."
         )
-    return _by_module({name: float(rank) for name, rank in ranks.items()}), "scaling 1, as the file gives no alpha"
+    return every, "scaling 1, as the file gives no alpha"
 
 
 def _by_module(alphas: Mapping[str, float]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ STARTS: list[tuple[list[str], int]] = [
     (["--bogus"], 2),
     (["mergee"], 2),
     (["merge", "--bogus"], 2),
-    (["merge", "a", "--density", "much", "--out", "b"], 2),
+    (["merge", "a", "--seed", "1.5", "--out", "b"], 2),
     (["merge", "a", "b"], 2),  # no --out
     (["merge", "--out", "b"], 2),  # no adapters
     (["inspect"], 2),

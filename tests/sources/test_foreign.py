@@ -220,25 +220,26 @@ def test_mlx_is_converted_exactly(tmp_path: Path, parameters: dict[str, float], 
 
 def test_mlx_that_is_not_exact_is_refused(tmp_path: Path) -> None:
     pairs = factors(dict.fromkeys(MODULES, 4))
+    lora = {"fine_tune_type": "lora", "lora_parameters": {"scale": 1.0}}
     dora = {"fine_tune_type": "dora", "lora_parameters": {"scale": 1.0}}
     with pytest.raises(AdapterError, match="no plain LoRA"):
         ties_peft.convert(write(tmp_path / "a/adapters.safetensors", {**mlx(pairs), "x.m": torch.ones(3)}, config=dora))
-    with pytest.raises(AdapterError, match="fine_tune_type is 'dora'"):
+    with pytest.raises(AdapterError, match="of type DoRA"):
         ties_peft.convert(write(tmp_path / "b/adapters.safetensors", mlx(pairs), config=dora))
     with pytest.raises(AdapterError, match=r"gives no scale.*--alpha"):
         ties_peft.convert(write(tmp_path / "c/adapters.safetensors", mlx(pairs), config={"lora_layers": 4}))
     experts = {"e.lora_a": torch.ones(2, 3, 4), "e.lora_b": torch.ones(2, 4, 3)}
     with pytest.raises(AdapterError, match="experts"):
-        ties_peft.convert(write(tmp_path / "d/adapters.safetensors", experts, config=dora))
+        ties_peft.convert(write(tmp_path / "d/adapters.safetensors", experts, config=lora))
     table = {"model.embed_tokens.lora_a": torch.ones(9, 2), "model.embed_tokens.lora_b": torch.ones(2, 4)}
     with pytest.raises(AdapterError, match="embedding"):
-        ties_peft.convert(write(tmp_path / "e/adapters.safetensors", table, config=dora))
+        ties_peft.convert(write(tmp_path / "e/adapters.safetensors", table, config=lora))
 
 
 # PEFT's tensors alone
 
 
-@pytest.mark.parametrize("prefix", ["base_model.model.", "", "diffusion_model."])
+@pytest.mark.parametrize("prefix", ["base_model.model.", "", "encoder."])
 @pytest.mark.parametrize("name", ["", ".default"])
 def test_tensors_without_a_config_need_the_alpha(tmp_path: Path, prefix: str, name: str) -> None:
     pairs = factors(dict.fromkeys(MODULES, 4))
@@ -248,7 +249,7 @@ def test_tensors_without_a_config_need_the_alpha(tmp_path: Path, prefix: str, na
         for side, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
     }
     path = write(tmp_path / "adapter_model.safetensors", sides)
-    part = "diffusion_model" if prefix.startswith("diff") else None
+    part = "encoder" if prefix == "encoder." else None
     with pytest.raises(AdapterError, match="--alpha NUMBER"):
         ties_peft.convert(path, part=part)
     agrees(ties_peft.convert(path, part=part, alpha=2), {n: delta(pair, 0.5) for n, pair in pairs.items()})
@@ -325,7 +326,7 @@ def test_inspect_tells_in_json_what_is_refused(tmp_path: Path, make_lora: Make) 
     assert (two["file"], two["tensors"], two["dtypes"]) == ("lora.safetensors", len(held), ["float32"])
     assert two["numbers"] == sum(tensor.numel() for tensor in held.values())
     assert (mlx_["what"], mlx_["parts"], mlx_["converts"]) == ("an adapter of MLX-LM", {"": 3}, True)
-    assert (lycoris["what"], lycoris["converts"]) == ("a LyCORIS adapter", False)
+    assert (lycoris["what"], lycoris["converts"]) == ("a LyCORIS adapter of type LoHa", False)
     assert (own["what"], own["file"], own["tensors"]) == ("of a config that is not PEFT's", None, None)
     assert (unknown["what"], unknown["tensors"]) == ("no adapter that is known here", 1)
     assert (prompts["peft_type"], prompts["base"]) == ("PROMPT_TUNING", "org/base")

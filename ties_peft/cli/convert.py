@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    adapter: Annotated[str, typer.Argument(help="Folder, file or Hub id; diffusers', kohya's, MLX's too.")],
+    adapter: Annotated[str, typer.Argument(help="Folder, file or Hub id; diffusers', kohya's, ComfyUI's, MLX's too.")],
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     rank: Annotated[str | None, typer.Option(help="A whole number, max or auto.", show_default="max")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the input's")] = None,

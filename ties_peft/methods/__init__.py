@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from ..errors import MethodError, RecipeError, printable, unknown
+from ..aliases import other_name
+from ..choices import space_names
+from ..errors import MethodError, RecipeError, printable, share_hint, unknown
 from ..trim import Scope
 from .base import Density, Method, TaskVectors, Trim, masked
 
@@ -143,8 +145,15 @@ def find_method(name: str) -> type[Method]:
     Raises: RecipeError naming the nearest method and all of them.
     """
     if not isinstance(name, str) or name not in method_classes():
-        raise RecipeError(unknown("method", name, method_classes()))
+        raise RecipeError(unknown("method", name, method_classes(), _method_hint(str(name))))
     return method_classes()[name]
+
+
+def _method_hint(name: str) -> str | None:
+    """Return the sentence on a name that is no method but something else that is known; None for any other."""
+    if name in space_names():
+        return f'{name} is a space: --space {name} (space="{name}").'
+    return other_name(name)
 
 
 @dataclass(frozen=True)
@@ -231,7 +240,8 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
         where, seen = first["loc"][0], printable(repr(first["input"]))
         what = first["msg"][0].lower() + first["msg"][1:]
         meaning = cls.model_fields[str(where)].description
-        raise MethodError(f"method '{name}', parameter '{where}' is {seen}: {what} ({meaning}).") from None
+        percent = share_hint(first["input"], first.get("ctx", {}).get("le"))
+        raise MethodError(f"method '{name}', parameter '{where}' is {seen}: {what} ({meaning}).{percent}") from None
 
 
 def methods() -> tuple[MethodInfo, ...]:

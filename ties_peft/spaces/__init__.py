@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import MethodError, RecipeError, printable, unknown
+from ..choices import method_names
+from ..errors import MethodError, RecipeError, printable, share_hint, unknown
 from .base import Encoding, Space
 
 __all__ = ["Encoding", "Space", "find_space", "make_space", "spaces"]
@@ -32,7 +33,8 @@ def find_space(name: str) -> type[Space]:
     Raises: RecipeError naming the nearest space and all of them.
     """
     if not isinstance(name, str) or name not in spaces():
-        raise RecipeError(unknown("space", name, spaces()))
+        hint = f'{name} is a method: --method {name} (method="{name}").' if name in method_names() else None
+        raise RecipeError(unknown("space", name, spaces(), hint))
     return spaces()[name]
 
 
@@ -47,4 +49,7 @@ def make_space(name: str, parameters: dict[str, Any]) -> Space:
     except ValidationError as error:
         first = error.errors()[0]
         seen = printable(repr(first["input"]))
-        raise MethodError(f"space '{name}', parameter '{first['loc'][0]}' is {seen}: {first['msg']}.") from None
+        percent = share_hint(first["input"], first.get("ctx", {}).get("le"))
+        raise MethodError(
+            f"space '{name}', parameter '{first['loc'][0]}' is {seen}: {first['msg']}.{percent}"
+        ) from None
