@@ -23,7 +23,8 @@ from ties_peft import AdapterError
 from ties_peft.base_model import BaseModel, is_conv1d
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-READERS = ("DEFT", "DoRA", "FourierFT", "GraLoRA", "HiRA", "PVeRA", "RandLoRA", "VB-LoRA", "VeRA", "WaveFT")
+NAMES = ("DEFT", "DoRA", "FourierFT", "GraLoRA", "HiRA", "PVeRA", "RandLoRA", "VB-LoRA", "VeRA", "WaveFT")
+READERS = [name for name in NAMES if KINDS[name](ARCHITECTURES["GPT-2"]) is not None]  # those that this PEFT has
 LINEAR_ONLY = ("BOFT", "OFT", "SHiRA")  # they have fan_in_fan_out, and PEFT takes no Conv1D
 SMALL = {"n_embd": 16, "n_layer": 2, "n_head": 2}
 CLVP = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
