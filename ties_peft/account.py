@@ -26,6 +26,9 @@ PAIRS = 64  # up to so many adapters every pair's cosine is computed
 UNEQUAL = 10.0  # norms that differ by more than this deserve a word
 ALIKE = 0.97  # a cosine above this: two adapters that say the same
 LITTLE = 0.5  # energy kept under this deserves a word
+VISIBLE = 1e-3  # energy lost of a flat spectrum that deserves a word
+EQUAL = 1e-5  # relative difference of two singular values under which they are one, to float32's rounding
+TIED = 0.01  # energy lost among equal singular values that deserves a word; less happens by chance
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Record:
         products: ⟨τᵢ, τⱼ⟩ of their unweighted task vectors; beyond `PAIRS` adapters only those with i = j.
         kept, total: see `Factors`.
         lost: ‖written − computed‖².
+        tied: the energy that the rank cut off, where it cut through equal singular values; else 0.
         conflicting, shared: entries with both signs, and entries that two or more keep.
         beyond: the share of the task vectors' energy that the space's coordinates had no room for.
     """
@@ -48,6 +52,7 @@ class Record:
     kept: float
     total: float
     lost: float
+    tied: float
     conflicting: int
     shared: int
     beyond: float
@@ -81,7 +86,8 @@ def record(
     products = [] if encoding is None else _products(encoding, len(holders), len(plan.members) <= PAIRS)
     places = [place for place, _ in holders]
     beyond = 0.0 if encoding is None else encoding.beyond
-    return Record(line, places, products, factors.kept, factors.total, lost, conflicting or 0, shared, beyond)
+    tied = factors.total - factors.kept if factors.edge >= 1 - EQUAL else 0.0
+    return Record(line, places, products, factors.kept, factors.total, lost, tied, conflicting or 0, shared, beyond)
 
 
 def _products(encoding: Encoding, count: int, pairs: bool) -> list[Mapping[int, float]]:
@@ -100,7 +106,7 @@ class Account:
         self.squares = [0.0] * count
         self.products = [[0.0] * count for _ in range(count)] if count <= PAIRS else None
         self.lines: list[ModuleLine] = []
-        self.kept = self.total = self.lost = self.written = 0.0
+        self.kept = self.total = self.lost = self.tied = self.written = 0.0
         self.conflicting = self.shared = 0
         self.beyond: dict[str, float] = {}
 
@@ -113,6 +119,7 @@ class Account:
         self.kept += record.kept
         self.total += record.total
         self.lost += record.lost
+        self.tied += record.tied
         self.conflicting += record.conflicting
         self.shared += record.shared
         self.lines.append(record.line)
@@ -206,9 +213,26 @@ class Account:
             twins = [inputs[j].name for j in range(i) if cosines is not None and cosines[i][j] > ALIKE]
             if twins:
                 found.append(f"{inputs[i].name} is nearly the same as {', '.join(twins)} (cosine over {ALIKE}).")
+        return found + self._cut(energy)
+
+    def _cut(self, energy: float) -> list[str]:
+        """Say where the rank leaves out what counts as much as what it keeps."""
+        rank, most = self.plan.rank, max(min(line.rank, *line.shape) for line in self.lines)
+        flat = [stage.name for stage in self.plan.stages.all if stage.has_flat_spectrum()]
+        if flat and 1 - energy > VISIBLE:
+            return [
+                f"rank {rank} cuts the flat spectrum that '{flat[-1]}' makes: {1 - energy:.1%} of the merged energy is "
+                f"lost, in directions that count as much as those that are kept. Give rank {most}, the sum of the "
+                "adapters' ranks, or a method whose spectrum falls, such as tsv."
+            ]
+        if self.tied > TIED * self.total:
+            return [
+                f"rank {rank} cuts through equal singular values, so that which directions stay is arbitrary: "
+                f"{self.tied / self.total:.1%} of the merged energy is lost that way. Give a larger rank, up to {most}."
+            ]
         if energy < LITTLE:
-            found.append(f"rank {self.plan.rank} keeps {energy:.0%} of the merged energy; a larger rank keeps more.")
-        return found
+            return [f"rank {rank} keeps {energy:.0%} of the merged energy; a larger rank keeps more."]
+        return []
 
 
 def _share(part: float, whole: float) -> float:

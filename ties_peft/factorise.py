@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -112,21 +112,25 @@ class Factors:
             where the matrix has no more directions. A vector, which has no rank, stands whole.
         kept: Σ of the squared singular values kept.
         total: ‖M‖², the squared Frobenius norm before truncation.
+        edge: σᵣ₊₁ / σᵣ, the first singular value that is cut off over the last that is kept; 0 where none is cut off.
+            1 means that the rank cuts through equal singular values, among which the choice is arbitrary.
     """
 
     delta: Delta
     kept: float
     total: float
+    edge: float = 0.0
 
     def scaled(self, factor: float) -> Factors:
         """factor · the decomposition."""
-        return Factors(self.delta.scaled(factor), self.kept * factor**2, self.total * factor**2)
+        square = factor**2
+        return replace(self, delta=self.delta.scaled(factor), kept=self.kept * square, total=self.total * square)
 
     def restored(self) -> Factors:
         """The same directions, scaled so that they have the norm of the whole."""
         if self.kept <= 0:
             return self
-        return Factors(self.delta.scaled((self.total / self.kept) ** 0.5), self.kept, self.total)
+        return replace(self, delta=self.delta.scaled((self.total / self.kept) ** 0.5))
 
     @property
     def energy(self) -> float:
@@ -164,16 +168,19 @@ class Small:
         S: (k,), falling, no zeros.
         Y: (k, K); Y·A has orthonormal rows.
         total: ‖B·A‖².
+        edge: as in `Factors`, of what was cut off already.
     """
 
     X: Tensor
     S: Tensor
     Y: Tensor
     total: float
+    edge: float = 0.0
 
     def top(self, rank: int) -> Small:
         """Its `rank` largest directions."""
-        return Small(self.X[:, :rank], self.S[:rank], self.Y[:rank], self.total)
+        edge = float(self.S[rank] / self.S[rank - 1]) if rank < len(self.S) else self.edge
+        return Small(self.X[:, :rank], self.S[:rank], self.Y[:rank], self.total, edge)
 
     def balanced(self) -> tuple[Tensor, Tensor]:
         """X·√S and √S·Y."""
@@ -213,11 +220,19 @@ def leading(left: Tensor, right: Tensor, rank: int) -> Small:
         return decompose(left, right).top(rank)
     square = R @ left @ R.T
     values, vectors = eigh(square)
+    edge = _edge(values, rank)
     values, vectors = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
     there = values > NOISE * values[:1].clamp_min(0)
     S = values[there].sqrt()
     X = R.T @ vectors[:, there] / S
-    return Small(X, S, X.T @ left / S.unsqueeze(1), float(square.diagonal().sum()))
+    return Small(X, S, X.T @ left / S.unsqueeze(1), float(square.diagonal().sum()), edge)
+
+
+def _edge(squares: Tensor, rank: int) -> float:
+    """Return σᵣ₊₁ / σᵣ of squared singular values, rising; 0 where no more than rounding is beyond rank r."""
+    if rank >= len(squares) or not squares[-rank - 1] > NOISE * squares[-1]:
+        return 0.0
+    return math.sqrt(squares[-rank - 1] / squares[-rank])
 
 
 def compress(delta: LowRank, rank: int, span: Span | None = None) -> Factors:
@@ -248,7 +263,7 @@ def _from_span(total: Sum, rank: int, span: Span) -> Factors:
     small = leading(span.left * mix * mix.unsqueeze(1), span.right, rank)
     left, right = small.balanced()
     kept = float(small.S.square().sum())
-    return Factors(LowRank(span.columns(mix.unsqueeze(1) * left), span.rows(right)), kept, small.total)
+    return Factors(LowRank(span.columns(mix.unsqueeze(1) * left), span.rows(right)), kept, small.total, small.edge)
 
 
 def balance(delta: LowRank) -> LowRank:
@@ -273,7 +288,7 @@ def expand(factors: Factors, span: Bases, left: Tensor | None, right: Tensor | N
     assert isinstance(small, LowRank)
     B = small.B if left is None else span.columns(left @ small.B.double())
     A = small.A if right is None else span.rows(small.A.double() @ right)
-    return Factors(LowRank(B, A), factors.kept, factors.total)
+    return replace(factors, delta=LowRank(B, A))
 
 
 def truncate(
@@ -309,7 +324,8 @@ def _through_gram(matrix: Tensor, rank: int, run: Run = map) -> Factors:
     keep = S.square() > NOISE * values[-1].clamp_min(0)
     U, S, rest = U[:, keep], S[keep], rest[keep]
     Vt = rest / S.unsqueeze(1)
-    return _balanced(Vt.T, S, U.T, total) if tall else _balanced(U, S, Vt, total)
+    edge = _edge(values, rank)
+    return _balanced(Vt.T, S, U.T, total, edge) if tall else _balanced(U, S, Vt, total, edge)
 
 
 def _by_iteration(matrix: Tensor, rank: int, guess: Tensor, run: Run) -> Factors:
@@ -336,7 +352,8 @@ def _by_iteration(matrix: Tensor, rank: int, guess: Tensor, run: Run) -> Factors
     keep = S.square() > NOISE * values[-1:]
     top, S = top[:, keep], S[keep]
     near, far = basis.double() @ top, (seen.double() @ top) / S
-    return _balanced(near, S, far.T, total) if there else _balanced(far, S, near.T, total)
+    edge = _edge(values, rank)
+    return _balanced(near, S, far.T, total, edge) if there else _balanced(far, S, near.T, total, edge)
 
 
 def _product(matrix: Tensor, thin: Tensor, run: Run) -> Tensor:
@@ -390,8 +407,8 @@ def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors[:, keep] * root).T, vectors[:, keep] / root
 
 
-def _balanced(U: Tensor, S: Tensor, Vt: Tensor, total: float) -> Factors:
+def _balanced(U: Tensor, S: Tensor, Vt: Tensor, total: float, edge: float) -> Factors:
     """B = U·√S and A = √S·Vᵀ in float32."""
     root = S.sqrt()
     delta = LowRank((U * root).float().contiguous(), (root.unsqueeze(1) * Vt).float().contiguous())
-    return Factors(delta, kept=float(S.square().sum()), total=total)
+    return Factors(delta, kept=float(S.square().sum()), total=total, edge=edge)

@@ -77,7 +77,8 @@ def merge(
         scale: λ, on the merged task vector: a number, or a formula in N, the number of adapters with a weight other
             than 0, such as `1/sqrt(N)` or `N^-1/4` (see `scale`); by default the method's own.
         rank: of the output: a whole number, `max` (what loses nothing, or all there is) or `auto`
-            (min(Σrᵢ, max(64, largest rᵢ))). (IA)³ vectors have none.
+            (min(Σrᵢ, max(64, largest rᵢ)), and Σrᵢ where the method's spectrum is flat, as `iso_c`'s is).
+            (IA)³ vectors have none.
         seed: of every random draw.
         device: where the arithmetic is done.
         dtype: of the tensors written; by default that of the inputs, float32 if they differ.

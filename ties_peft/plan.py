@@ -399,7 +399,9 @@ def _rank(
     thinned = any(member.density is not None for member in members)
     lossless = space.lossless_rank or (_linear(stages, len(members)) and not thinned)
     adapters = {member.name: member.adapter for member in members}
-    return output_rank(asked, adapters, modules, lossless, warnings)
+    compresses = getattr(space, "compress_first", False)  # to the output's rank: then nothing is cut after the merge
+    flat = not compresses and any(stage.has_flat_spectrum() for stage in stages.all)
+    return output_rank(asked, adapters, modules, lossless, flat, warnings)
 
 
 def _linear(stages: Stages, adapters: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .adapter import Adapter
 from .errors import MethodError, RecipeError, printable
@@ -13,17 +13,23 @@ AUTO_RANK = 64
 
 
 def output_rank(
-    asked: Rank, adapters: Mapping[str, Adapter], modules: Mapping[str, Module], lossless: bool, warnings: list[str]
+    asked: Rank,
+    adapters: Mapping[str, Adapter],
+    modules: Mapping[str, Module],
+    lossless: bool,
+    flat: bool,
+    warnings: list[str],
 ) -> int | None:
     """One r for all modules; None for kinds that have none.
 
     Args:
         asked: a whole number; `max`: Σrᵢ where that loses nothing, else all there is; or `auto`:
-            min(Σrᵢ, max(64, largest rᵢ)). A task vector whose rank nobody chose, such as DoRA's, which
-            may have all that its shape allows, counts in that largest as at most 64, and is warned of.
+            min(Σrᵢ, max(64, largest rᵢ)), and Σrᵢ where the spectrum is flat. A task vector whose rank nobody chose,
+            such as DoRA's, which may have all that its shape allows, counts there as at most 64, and is warned of.
         adapters: by how they are named.
         modules: of the merge.
         lossless: whether Σrᵢ loses nothing.
+        flat: whether the result has a flat spectrum, which no rank under its own can cut well.
         warnings: added to.
     Raises: RecipeError, MethodError.
     """
@@ -33,11 +39,11 @@ def output_rank(
             raise MethodError(f"rank is {asked!r}, but {first.kind.title} vectors have no rank. Leave it out.")
         return None
     layouts = [adapter.layout for adapter in adapters.values()]
-    total = max(sum(layout[name].rank for layout in layouts if name in layout) for name in modules)
+    total = _total(layouts, modules, lambda module: module.rank)
     largest = max(_chosen(module) for layout in layouts for module in layout.values())
     full = max(min(module.shape) for module in modules.values())
     if asked == "auto":
-        rank = min(total, max(AUTO_RANK, largest))
+        rank = _total(layouts, modules, _chosen) if flat else min(total, max(AUTO_RANK, largest))
     elif asked == "max":
         rank = total if lossless else full
     elif isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
@@ -56,6 +62,11 @@ def output_rank(
             f"have ({' × '.join(map(str, largest_shape))})."
         )
     return written
+
+
+def _total(layouts: Sequence[Mapping[str, Module]], modules: Iterable[str], rank_of: Callable[[Module], int]) -> int:
+    """Return Σrᵢ of the module where it is largest."""
+    return max(sum(rank_of(layout[name]) for layout in layouts if name in layout) for name in modules)
 
 
 def _chosen(module: Module) -> int:

@@ -132,6 +132,14 @@ class Method(BaseModel, ABC):
         """Return whether the result is a weighted sum of so many task vectors, hence exact at rank Σrᵢ."""
         return False
 
+    def has_flat_spectrum(self) -> bool:
+        """Whether it makes all directions of the result, or all beyond the first few, about equally strong.
+
+        A rank that cuts such a result leaves out directions that count as much as those that stay, so that rank
+        `auto` keeps all of them, and a smaller rank is warned of.
+        """
+        return False
+
     def check(self, weights: Sequence[float], space: str) -> str | None:
         """Return what is wrong with using it on these weights in this space; None if nothing."""
         return None

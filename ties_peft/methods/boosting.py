@@ -38,6 +38,10 @@ class Boosting(Method):
 
     beta: float = Field(0.01, ge=0, le=1, description="share of the sum of singular values that counts as strong")
 
+    def has_flat_spectrum(self) -> bool:
+        """Whether the result has one: unless β = 1, all weak directions are equally strong."""
+        return self.beta < 1
+
     def merge(self, task_vectors: TaskVectors) -> Tensor:
         """The sum, boosted."""
         return self._boosted(task_vectors.matrices().sum(0))

@@ -21,7 +21,7 @@ class FlatTsv(Method):
     adapters that have the module. Where Σrᵢ is more than the module has rows or columns, the stacks are
     wide, polar gives them orthonormal rows, and the result is weaker by what no longer fits.
 
-    A flat spectrum has no leading part: keep the rank at `max`, and take `tsv` to cut.
+    A flat spectrum has no leading part: leave the rank at `auto`, which keeps all of it, and take `tsv` to cut.
 
     Law: one adapter comes back unchanged; two of equal flat spectra and orthogonal directions are summed;
         a common factor of all weights is a factor of the result; an adapter of zeros equals an absent one.
@@ -37,6 +37,10 @@ class FlatTsv(Method):
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
     spectral: ClassVar[bool] = True
+
+    def has_flat_spectrum(self) -> bool:
+        """Whether the result has one: always."""
+        return True
 
     def merge(self, task_vectors: TaskVectors) -> Tensor:
         """All of them together, in the small space."""

@@ -36,6 +36,10 @@ class IsoC(Method):
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
     spectral: ClassVar[bool] = True
 
+    def has_flat_spectrum(self) -> bool:
+        """Whether the result has one: always."""
+        return True
+
     def merge(self, task_vectors: TaskVectors) -> Tensor:
         """The sum, flattened."""
         return _flat(task_vectors.matrices().sum(0))

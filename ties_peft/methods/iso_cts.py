@@ -36,6 +36,10 @@ class IsoCts(Method):
 
     common: float = Field(0.8, ge=0, le=1, description="share c of the directions that the sum gives")
 
+    def has_flat_spectrum(self) -> bool:
+        """Whether the result has one: always."""
+        return True
+
     def merge(self, task_vectors: TaskVectors) -> Tensor:
         """All of them together, in the small space."""
         matrices = task_vectors.matrices()
