@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from .errors import printable
+
+CELL = 6  # columns of text for one cosine and the blank before it
+ENDS = 5  # pairs that are shown from each end of the order
+MOST_RANKS = 3  # of one adapter, that are shown one by one
 
 FATES = {
     "identical": "kept, the same in",
@@ -194,7 +199,9 @@ class Report:
 
     def tables(self) -> RenderableType:
         """What went in and what came out, without the warnings."""
-        return Group(self._inputs(), Text(), self._outcome())
+        count = len(self.adapters)
+        several = [Cosines([line.name for line in self.adapters], self.cosines)] if self.cosines and count > 2 else []
+        return Group(self._inputs(), Text(), *several, *([Text()] if several else []), self._outcome())
 
     def _inputs(self) -> Table:
         table = Table(
@@ -203,26 +210,19 @@ class Report:
             box=None,
             pad_edge=False,
         )
-        for heading in ("adapter", "weight", "modules", "rank", "norm", "kept"):
-            table.add_column(heading, justify="left" if heading == "adapter" else "right")
-        names = [line.name for line in self.adapters]
-        few = self.cosines is not None and 2 <= len(names) <= 8
-        if few:
-            table.add_column("cosine with " + ", ".join(str(i + 1) for i in range(len(names))), justify="right")
-        for number, line in enumerate(self.adapters):
-            label = f"{number + 1}  {escape(line.name)}"
-            ranks = ", ".join(map(str, line.ranks)) if self.rank is not None else "–"
-            cells = [
-                label,
+        table.add_column("", no_wrap=True)
+        table.add_column("adapter", overflow="fold")
+        for heading in ("weight", "modules", "rank", "norm", "kept"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for number, line in enumerate(self.adapters, start=1):
+            table.add_row(
+                str(number),
+                escape(line.name),
                 f"{line.weight:g}",
                 str(line.modules),
-                ranks,
+                _ranks(line.ranks) if self.rank is not None else "–",
                 f"{line.norm:.3g}",
                 _share(line.kept, line.entries),
-            ]
-            row = self.cosines[number] if self.cosines is not None and few else []
-            table.add_row(
-                *cells, *([" ".join(f"{c:5.2f}" if i != number else "    –" for i, c in enumerate(row))] if few else [])
             )
         return table
 
@@ -232,6 +232,8 @@ class Report:
         if self.weights == "norm":
             table.add_row("weights", "by norm: the mean of the adapters' norms over each one's own")
         table.add_row("modules", f"{len(self.modules)}, norm {self.norm:.3g}")
+        if self.cosines is not None and len(self.adapters) == 2:
+            table.add_row("cosine", f"{_cosine(self.cosines[1][0])} between the two task vectors")
         if self.conflict is not None:
             table.add_row("sign conflict", f"{self.conflict:.1%} of the entries that two or more adapters keep")
         if self.rank is not None:
@@ -250,6 +252,63 @@ class Report:
             table.add_row("beside it", ", ".join(self.copied))
         table.add_row("time", f"{self.seconds:.1f} s, inner loops by {self.loops}")
         return table
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """The cosines between the task vectors, as a table that fits the console.
+
+    Where a triangle of all pairs is too wide for it, the largest and the smallest are listed.
+
+    Attributes:
+        names: of the adapters, in their order.
+        values: the cosine of each pair, (N, N).
+    """
+
+    names: Sequence[str]
+    values: Sequence[Sequence[float]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        room = options.max_width - CELL * (len(self.names) - 1)
+        yield self._triangle(room) if room >= len("cosine ") else self._ends(options.max_width)
+
+    def _triangle(self, room: int) -> Table:
+        """Return a row for each adapter but the first and a column for each but the last.
+
+        Args:
+            room: how many columns of text are left for the adapters' names.
+        """
+        count = len(self.names)
+        table = Table(box=None, padding=0, header_style="")
+        table.add_column(
+            "cosine", width=min(room, max(map(cell_len, self.names)) + 5), no_wrap=True, overflow="ellipsis"
+        )
+        for number in range(1, count):
+            table.add_column(str(number), justify="right", width=CELL, no_wrap=True)
+        for place in range(1, count):
+            cells = [_cosine(value) for value in self.values[place][:place]]
+            table.add_row(f"{place + 1:<3}{escape(self.names[place])}", *cells)
+        return table
+
+    def _ends(self, width: int) -> RenderableType:
+        """Return the pairs with the largest and the smallest cosines, one a line."""
+        pairs = [(self.values[i][j], j, i) for i in range(len(self.names)) for j in range(i)]
+        pairs.sort(key=lambda pair: -pair[0])
+        lines = [f"cosine of {len(pairs)} pairs: the {ENDS} largest and the {ENDS} smallest (--json has all)"]
+        for value, first, second in (*pairs[:ENDS], *pairs[-ENDS:]):
+            numbers = f"{_cosine(value):>5}  {first + 1} and {second + 1}"
+            names = f"{self.names[first]}, {self.names[second]}"
+            lines.append(numbers + (f"  {names}" if cell_len(numbers + names) + 2 <= width else ""))
+        return Text("\n".join(lines))
+
+
+def _cosine(value: float) -> str:
+    return f"{value:.2f}".replace("-0.00", "0.00")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """Return some ranks, sorted; of many the least and the largest."""
+    return ", ".join(map(str, ranks)) if len(ranks) <= MOST_RANKS else f"{ranks[0]}–{ranks[-1]}"
 
 
 def _share(part: int, whole: int) -> str:

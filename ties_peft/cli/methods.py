@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +15,10 @@ from .base import Json, complete_method, print_json
 
 if TYPE_CHECKING:
     from ..methods import MethodInfo
+
+
+WIDEST = 100  # columns of text that are good to read
+HEADED = re.compile(r"[A-Z][a-z]+: |[-*] ")  # a line that starts a paragraph without a blank line above it
 
 
 def register(app: typer.Typer) -> None:
@@ -63,7 +69,44 @@ def _print_method(console: Console, info: MethodInfo) -> None:
     table.add_row("scale", _scale(info), "λ, on the merged task vector")
     console.print(table)
     console.print(f"\nspaces: {', '.join(info.spaces)}; for {', '.join(info.kinds)}\n", highlight=False)
-    console.print(escape(info.text.partition("\n")[2].strip("\n")), highlight=False)
+    text = laid_out(info.text.partition("\n")[2], console.width)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def laid_out(text: str, width: int) -> str:
+    """Return the text of a docstring with its paragraphs broken anew for a width.
+
+    A block that starts with an indented line is formulas, which keep their lines. `Law:` and `Source:` start paragraphs of
+    their own, whose further lines are indented.
+    """
+    blocks = re.split(r"\n\s*\n", text.strip("\n"))
+    return "\n\n".join(
+        _formulas(block, width) if block[:1].isspace() else _prose(block, min(width, WIDEST)) for block in blocks
+    )
+
+
+def _formulas(block: str, width: int) -> str:
+    """Return the lines as they are; those that are too long are drawn together and broken, and go on further to the right."""
+    lines = []
+    for line in block.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        if len(line) > width:
+            line = indent + re.sub(r" {4,}", "   ", line.lstrip())
+        lines += textwrap.wrap(line, width, subsequent_indent=f"{indent}    ", replace_whitespace=False) or [""]
+    return "\n".join(lines)
+
+
+def _prose(block: str, width: int) -> str:
+    found: list[str] = []
+    for line in block.splitlines():
+        if found and not HEADED.match(line):
+            found[-1] += f" {line.strip()}"
+        else:
+            found.append(line)
+    return "\n".join(
+        textwrap.fill(one, width, subsequent_indent="    " if HEADED.match(one) else "", break_on_hyphens=False)
+        for one in found
+    )
 
 
 def _scale(info: MethodInfo) -> str:
