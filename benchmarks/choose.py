@@ -127,7 +127,9 @@ class Kitchen:
             with self.bench.bench.wear(adapter):
                 return -sum(exam.score().loss or 0.0 for exam in exams) / len(exams)
 
-        return ties_peft.search(self.own(tasks), objective, controls=()).adapter
+        rank = {"rank": "max"} if self.kind == "lora" else {}  # (IA)³ vectors have none
+        found = ties_peft.search(self.own(tasks), objective, controls=(), method="task_arithmetic", scale=1.0, **rank)
+        return found.adapter
 
 
 class Log:

@@ -80,6 +80,9 @@ def measure(
         controls=controls,
         seed=seed,
         bench=judge.exam.bench,
+        method="task_arithmetic",  # LoRAHub's weighted sum
+        scale=1.0,
+        rank="max" if kind == "lora" else "auto",  # (IA)³ vectors have none
     )
     return {"search": 100 * (found.judged or 0), **{c.name: 100 * (c.judged or 0) for c in found.controls}}
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pkgutil
 from pathlib import Path
 
+# The defaults of a merge, the same for every call, command and recipe; a method's and a space's own are its fields'.
+METHOD, SPACE, RANK, SEED, DEVICE = "ties", "delta", "auto", 0, "cpu"
+
 DTYPES = ("float32", "float16", "bfloat16")
 SCOPES = ("adapter", "module")
 

@@ -31,7 +31,7 @@ BESIDE = ("modules_to_save", "trainable_token_indices", "bias")  # what a config
 
 
 def simple_recipes(recipe: Recipe) -> dict[str, list[Recipe]]:
-    """Recipes of the controls that are one merge each, by name: exact weighted sums of task vectors."""
+    """Recipes of the controls that are one merge each, by name: weighted sums of task vectors, at the recipe's rank."""
     count = len(recipe.adapters)
     plain = replace(recipe, method="task_arithmetic", parameters={}, densities=None, scale=1.0, space="delta")
     single = [tuple(float(i == j) for i in range(count)) for j in range(count)]

@@ -45,6 +45,7 @@ import torch
 
 from .adapter import Adapter
 from .aliases import COMBINATION_TYPES, LARGEST
+from .choices import DEVICE, SEED
 from .errors import RecipeError, unknown
 from .loaded import add, check_names, check_state, find_tuner, open_loaded
 from .merge import Progress, make_recipe, merge_recipe
@@ -67,8 +68,8 @@ def add_merged_adapter(
     rank: Rank | None = None,
     svd_rank: int | None = None,
     majority_sign_method: str | None = None,
-    seed: int = 0,
-    device: str = "cpu",
+    seed: int = SEED,
+    device: str = DEVICE,
     dtype: torch.dtype | str | None = None,
     *,
     densities: Sequence[Any] | None = None,

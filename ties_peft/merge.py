@@ -16,6 +16,7 @@ from .account import Account, Record, record
 from .adapter import Adapter, open_all
 from .base_model import BaseModel
 from .card import shared_licence
+from .choices import DEVICE, ERROR, METHOD, RANK, SEED, SPACE
 from .companions import gather
 from .coordinates import Coordinates, Memory
 from .delta import zero
@@ -45,13 +46,13 @@ Progress = Callable[[str, int, int], None]
 
 def merge(
     adapters: Sequence[str | Path | Adapter],
-    method: str = "ties",
-    space: str = "delta",
+    method: str = METHOD,
+    space: str = SPACE,
     weights: Weights | None = None,
     scale: float | str | None = None,
-    rank: Rank = "auto",
-    seed: int = 0,
-    device: str = "cpu",
+    rank: Rank = RANK,
+    seed: int = SEED,
+    device: str = DEVICE,
     dtype: torch.dtype | str | None = None,
     *,
     densities: Sequence[Any] | None = None,
@@ -60,7 +61,7 @@ def merge(
     base_model: str | None = None,
     base: str | Path | BaseModel | None = None,
     target: str | None = None,
-    heads: str = "error",
+    heads: str = ERROR,
     progress: Progress | None = None,
     **parameters: Any,
 ) -> Merged:
@@ -153,7 +154,7 @@ def _one_each(name: str, given: Any, expected: str) -> tuple[Any, ...]:
 def merge_recipe(
     recipe: Recipe,
     adapters: Sequence[Adapter] | None = None,
-    device: str = "cpu",
+    device: str = DEVICE,
     progress: Progress | None = None,
     team: Team = ALONE,
 ) -> Merged:

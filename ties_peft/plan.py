@@ -15,7 +15,7 @@ import torch
 
 from .adapter import Adapter, check_all
 from .base_model import BaseModel
-from .choices import MERGE
+from .choices import DEVICE, MERGE
 from .errors import CompatibilityError, MethodError, RecipeError, printable
 from .heads import Heads, settle_heads
 from .kinds import Module, Written, written_as
@@ -163,7 +163,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, adapters: Sequence[Adapter], device: str = "cpu", checked: bool = False, team: Team = ALONE
+    recipe: Recipe, adapters: Sequence[Adapter], device: str = DEVICE, checked: bool = False, team: Team = ALONE
 ) -> Plan:
     """Check everything that can be checked without arithmetic, and settle every default.
 

@@ -12,6 +12,7 @@ import torch
 
 from .adapter import Adapter, open_all
 from .base_model import BaseModel
+from .choices import DEVICE, ERROR, METHOD, RANK, SEED, SPACE
 from .coordinates import Coordinates, Memory
 from .merge import carry_out, make_recipe
 from .merged import Merged
@@ -39,11 +40,11 @@ class Prepared:
 
     def merge(
         self,
-        method: str = "ties",
+        method: str = METHOD,
         weights: Weights | None = None,
         scale: float | str | None = None,
-        rank: Rank = "auto",
-        seed: int = 0,
+        rank: Rank = RANK,
+        seed: int = SEED,
         dtype: torch.dtype | str | None = None,
         *,
         densities: Sequence[Any] | None = None,
@@ -97,15 +98,18 @@ class Prepared:
 
 def prepare(
     adapters: Sequence[str | Path | Adapter],
-    space: str = "core",
-    device: str = "cpu",
+    space: str = SPACE,
+    device: str = DEVICE,
     *,
     allow_disjoint: bool = False,
-    heads: str = "error",
+    heads: str = ERROR,
     base: str | Path | BaseModel | None = None,
     **parameters: Any,
 ) -> Prepared:
-    """Read adapters and make their shared bases once; `.merge(method=…, density=…)` then takes milliseconds.
+    """Read and check adapters once; each further `.merge(method=…, density=…)` costs its rule alone.
+
+    With space="core" or "knots" that takes milliseconds: the adapters' shared bases are made here, and in them a module
+    is small. In space "delta", the default as everywhere, each merge still goes through every entry of every module.
 
     Args:
         adapters: folders, files, Hub ids, patterns (see `sources`) or `Adapter`s.

@@ -29,7 +29,7 @@ from types import NoneType
 from typing import Any
 
 from . import mergekit
-from .choices import DTYPES, ERROR, POLICIES
+from .choices import DTYPES, ERROR, METHOD, POLICIES, RANK, SEED, SPACE
 from .document import Document, Place, dump
 from .errors import MethodError, RecipeError, TiesPeftError, printable, unknown
 from .riders import is_policy
@@ -90,13 +90,13 @@ class Recipe:
     adapters: tuple[str, ...]
     weights: tuple[Any, ...] | str | None = None
     densities: tuple[Any, ...] | None = None
-    method: str = "ties"
+    method: str = METHOD
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    space: str = "delta"
+    space: str = SPACE
     scale: float | str | None = None
-    rank: Rank = "auto"
+    rank: Rank = RANK
     restore_norm: bool = False
-    seed: int = 0
+    seed: int = SEED
     dtype: str | None = None
     base_model: str | None = None
     allow_disjoint: bool = False
@@ -184,12 +184,12 @@ class _Reader:
             adapters=names,
             weights=self.weights(weights),
             densities=densities,
-            method=top.text("merge_method", "ties"),
+            method=top.text("merge_method", METHOD),
             parameters={key: value for key, value in shared.values.items() if key not in SHARED},
-            space=shared.text("space", "delta"),
+            space=shared.text("space", SPACE),
             scale=shared.get("scale", None, is_scale, EXPECTED_SCALE),
-            rank=shared.get("rank", "auto", _is_rank, "a whole number from 1 up, max or auto"),
-            seed=shared.get("seed", 0, _is_seed, "a whole number, 0 or more"),
+            rank=shared.get("rank", RANK, _is_rank, "a whole number from 1 up, max or auto"),
+            seed=shared.get("seed", SEED, _is_seed, "a whole number, 0 or more"),
             restore_norm=shared.flag("restore_norm"),
             dtype=top.get("dtype", None, lambda name: name in DTYPES, " or ".join(DTYPES)),
             base_model=top.text("base_model"),

@@ -2,8 +2,9 @@
 
     maximise  worth(recipe) = objective(merge(recipe)) − penalty · mean |wᵢ|
 
-Out of the box it is LoRAHub's: N weights from −1.5 to 1.5, from 0 on, penalty 0.05, 40 trials; any other
-numbers and choices of a recipe are tuned alike (see `tuning`).
+By default N weights from −1.5 to 1.5 are searched, with penalty 0.05 and 40 trials, in a merge by the defaults of
+`merge`; any other numbers and choices of a recipe are tuned alike (see `tuning`). LoRAHub is the same with method
+`task_arithmetic`, scale 1 and rank `max`, so that each weight is a factor of its task vector and nothing is lost.
 
 Source: Huang et al., LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition (arXiv
 2307.13269). There the sum is of A's and of B's, so that what acts is (Σ wᵢ·Bᵢ)·(Σ wⱼ·Aⱼ): with cross terms,
@@ -21,7 +22,7 @@ from typing import Any
 
 from .adapter import Adapter, check_listed
 from .bench import Bench
-from .choices import ADAPTERS, BUDGET, CONTROLS, DETAIL, PENALTY, TRAINED, WEIGHTS
+from .choices import ADAPTERS, BUDGET, CONTROLS, DETAIL, DEVICE, METHOD, PENALTY, RANK, SEED, SPACE, TRAINED, WEIGHTS
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes
 from .errors import RecipeError, printable, unknown
 from .hunt import Hunt
@@ -97,10 +98,10 @@ def search(
     tune: Mapping[str, Any] | None = None,
     budget: int = BUDGET,
     *,
-    method: str = "task_arithmetic",
-    space: str = "delta",
+    method: str = METHOD,
+    space: str = SPACE,
     scale: float | str | None = None,
-    rank: Rank = "max",
+    rank: Rank = RANK,
     parameters: Mapping[str, Any] | None = None,
     densities: Sequence[Any] | None = None,
     penalty: float = PENALTY,
@@ -108,10 +109,10 @@ def search(
     controls: Sequence[str] = CONTROLS,
     storage: str | Path | None = None,
     study: str = "search",
-    seed: int = 0,
+    seed: int = SEED,
     sampler: str = "auto",
     base: str | Path | None = None,
-    device: str = "cpu",
+    device: str = DEVICE,
     bench: Bench | None = None,
     allow_disjoint: bool = False,
     progress: Progress | None = None,
@@ -125,8 +126,8 @@ def search(
             loss; or any callable objective(adapter) → float, the larger the better.
         tune: what is searched (see `tuning`); the weights, from −1.5 to 1.5, if nothing is said.
         budget: trials in all; those that a study holds already are counted.
-        method, space, scale, rank, parameters: of the recipe where they are not tuned. scale is 1 for
-            task_arithmetic, so that the weights are what they seem; rank `max` loses nothing.
+        method, space, scale, rank, parameters: of the recipe where they are not tuned, as in `merge`. For LoRAHub
+            say method="task_arithmetic", scale=1, rank="max".
         densities: as in `merge`.
         penalty: on the mean of |w|, where weights are searched.
         judge: a task or callable like `objective`, of other rows: what was found and the controls are
@@ -155,8 +156,8 @@ def search(
         opened,
         method=method,
         space=space,
-        scale=1.0 if scale is None and method == "task_arithmetic" else scale,
-        rank=rank if any(a.kind.has_rank for a in opened) else "auto",
+        scale=scale,
+        rank=rank,
         parameters=parameters or {},
         densities=densities,
         allow_disjoint=allow_disjoint,

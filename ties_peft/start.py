@@ -9,6 +9,7 @@ import torch
 
 from .adapter import Adapter, in_memory
 from .bench import Bench, transposed
+from .choices import METHOD
 from .delta import LowRank
 from .errors import MethodError, RecipeError, printable, unknown
 from .factorise import factorise
@@ -68,7 +69,7 @@ def make_start(
         merged = merge(own, **(asked | ranked | shared))
     except TypeError as error:
         raise RecipeError(f"start: {printable(str(error))}. Give what `merge` takes, or an adapter.") from None
-    return merged, f"{asked.get('method', 'ties')} of the adapters{', ' if told else ''}{told}"
+    return merged, f"{asked.get('method', METHOD)} of the adapters{', ' if told else ''}{told}"
 
 
 def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from worker import Worth
+from worker import LORAHUB, Worth
 
 import ties_peft
 from ties_peft import Adapter, MethodError, Recipe, RecipeError, TiesPeftError
@@ -28,7 +28,7 @@ def folders(make_lora: Make) -> list[str]:
 
 def test_weights_are_found_and_beat_every_control(folders: list[str]) -> None:
     worth = Worth(folders)
-    found = ties_peft.search(folders, worth, penalty=0.0, judge=lambda adapter: 10 * worth(adapter))
+    found = ties_peft.search(folders, worth, penalty=0.0, judge=lambda adapter: 10 * worth(adapter), **LORAHUB)
     assert found.recipe.weights == pytest.approx((0.7, 0.0, -0.4), abs=0.05)
     assert len(found.trials) == 40
     assert [control.name for control in found.controls] == [
@@ -50,7 +50,7 @@ def test_weights_are_found_and_beat_every_control(folders: list[str]) -> None:
 
 
 def test_the_recipe_and_the_adapter_are_ordinary_ones(folders: list[str], tmp_path: Path) -> None:
-    found = ties_peft.search(folders, Worth(folders), budget=8, controls=())
+    found = ties_peft.search(folders, Worth(folders), budget=8, controls=(), **LORAHUB)
     saved = Adapter.load(found.adapter.save(tmp_path / "out"))
     recipe = Recipe.from_file(tmp_path / "out" / "recipe.yaml")
     assert recipe == found.recipe
@@ -66,7 +66,7 @@ def test_it_begins_with_nothing_and_with_the_mean(folders: list[str]) -> None:
         seen.append(adapter)
         return -adapter.norm()
 
-    found = ties_peft.search(folders, watched, budget=3, controls=())
+    found = ties_peft.search(folders, watched, budget=3, controls=(), **LORAHUB)
     assert seen[0].norm() == 0.0
     assert dict(found.trials[0].setting) == dict.fromkeys([f"weights.{i}" for i in range(3)], 0.0)
     assert list(found.trials[1].setting.values()) == pytest.approx([1 / 3] * 3)
@@ -124,13 +124,13 @@ def test_any_numbers_and_choices_of_a_recipe(folders: list[str]) -> None:
 
 
 def test_some_of_the_adapters(folders: list[str]) -> None:
-    found = ties_peft.search(folders, Worth(folders), {"adapters": "some"}, budget=20, controls=())
+    found = ties_peft.search(folders, Worth(folders), {"adapters": "some"}, budget=20, controls=(), **LORAHUB)
     assert found.recipe.weights == (1.0, 0.0, 0.0)
 
 
 def test_vectors(make_ia3: Make) -> None:
     folders = [str(make_ia3(name, seed=seed)) for seed, name in enumerate("ab")]
-    found = ties_peft.search(folders, Worth(folders), penalty=0.0, budget=30)
+    found = ties_peft.search(folders, Worth(folders), penalty=0.0, budget=30, **LORAHUB)
     assert found.recipe.weights == pytest.approx((0.7, -0.4), abs=0.05)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worker import Worth
+from worker import LORAHUB, Worth
 
 import ties_peft
 from ties_peft.study import Study
@@ -133,7 +133,7 @@ def test_killed_in_the_middle_it_goes_on_and_loses_nothing(storage: str, folders
     assert len(trials) == BUDGET
     assert len(whole) == BUDGET + 1  # what was under way was done again, and nothing else
     assert whole[len(begun)].split(" ", 1)[1] == begun[-1].split(" ", 1)[1]
-    undisturbed = ties_peft.search(folders, Worth(folders), budget=BUDGET, controls=())
+    undisturbed = ties_peft.search(folders, Worth(folders), budget=BUDGET, controls=(), **LORAHUB)
     assert [(s, v) for _, s, v in trials] == [(dict(t.setting), t.value) for t in undisturbed.trials]
 
 

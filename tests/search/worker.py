@@ -16,6 +16,8 @@ from pathlib import Path
 import ties_peft
 from ties_peft import Adapter
 
+LORAHUB = {"method": "task_arithmetic", "scale": 1.0}  # exact weighted sums
+
 
 class Worth:
     def __init__(self, folders: list[str], seconds: float = 0.0, log: Path | None = None) -> None:
@@ -39,6 +41,6 @@ if __name__ == "__main__":
     while len(list(Path(log).parent.glob(f"{Path(log).name}.*"))) < int(os.environ["TOGETHER"]):
         time.sleep(0.01)
     found = ties_peft.search(
-        folders, Worth(folders, float(seconds), Path(log)), budget=int(budget), storage=storage, controls=()
+        folders, Worth(folders, float(seconds), Path(log)), budget=int(budget), storage=storage, controls=(), **LORAHUB
     )
     print(json.dumps([[trial.number, dict(trial.setting), trial.value] for trial in found.trials]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from ..choices import DTYPES, SCOPES, space_names
+from ..choices import DEVICE, DTYPES, ERROR, METHOD, RANK, SCOPES, SEED, SPACE, space_names
 from ..errors import RecipeError
 from ..targets import TARGETS
 from .base import (
@@ -40,14 +40,14 @@ HOW, RESULT = "How the adapters are combined", "What is written"
 Method = Annotated[
     str | None,
     typer.Option(
-        help="See `ties-peft methods`.", show_default="ties", autocompletion=complete_method, rich_help_panel=HOW
+        help="See `ties-peft methods`.", show_default=METHOD, autocompletion=complete_method, rich_help_panel=HOW
     ),
 ]
 Space = Annotated[
     str | None,
     typer.Option(
         help=", ".join(space_names()) + ".",
-        show_default="delta",
+        show_default=SPACE,
         autocompletion=among(space_names()),
         rich_help_panel=HOW,
     ),
@@ -99,7 +99,7 @@ Settings = Annotated[
         rich_help_panel=HOW,
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Of every random draw.", show_default="0", rich_help_panel=HOW)]
+Seed = Annotated[int | None, typer.Option(help="Of every random draw.", show_default=str(SEED), rich_help_panel=HOW)]
 AllowDisjoint = Annotated[
     bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.", rich_help_panel=HOW)
 ]
@@ -107,7 +107,7 @@ Rank = Annotated[
     str | None,
     typer.Option(
         help="A whole number, max or auto.",
-        show_default="auto",
+        show_default=RANK,
         autocompletion=among(("auto", "max")),
         rich_help_panel=RESULT,
     ),
@@ -133,7 +133,7 @@ Heads = Annotated[
     str | None,
     typer.Option(
         help="Whole layers that differ (heads, embeddings, biases): error, drop, keep=NAME, average or merge.",
-        show_default="error",
+        show_default=ERROR,
         autocompletion=complete_heads,
         rich_help_panel=RESULT,
     ),
@@ -179,7 +179,7 @@ def merge(
     rank: Rank = None,
     restore_norm: RestoreNorm = False,
     seed: Seed = None,
-    device: Annotated[str, typer.Option(help="Where the arithmetic is done.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where the arithmetic is done.")] = DEVICE,
     dtype: Dtype = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.", show_default=False)] = None,
     base: Base = None,

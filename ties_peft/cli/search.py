@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..choices import BUDGET, CONTROLS, PENALTY, TRAINED
+from ..choices import BUDGET, CONTROLS, DEVICE, METHOD, PENALTY, RANK, SEED, SPACE, TRAINED
 from ..errors import RecipeError, printable
 from .base import Json, print_json, progress_bar, show_warnings, warnings_shown
 
@@ -44,7 +44,7 @@ Scale = Annotated[
     str | None,
     typer.Option(
         help="λ, as in merge, unless --tune sets it.",
-        show_default="1 for task_arithmetic, else the method's",
+        show_default="the method's",
     ),
 ]
 Judge = Annotated[
@@ -65,10 +65,10 @@ def search(
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     tune: Tune = None,
     budget: Annotated[int, typer.Option(help="Trials in all, over all processes.")] = BUDGET,
-    method: Annotated[str, typer.Option(help="The method, unless --tune sets it.")] = "task_arithmetic",
-    space: Annotated[str, typer.Option(help="The space, unless --tune sets it.")] = "delta",
+    method: Annotated[str, typer.Option(help="The method, unless --tune sets it.")] = METHOD,
+    space: Annotated[str, typer.Option(help="The space, unless --tune sets it.")] = SPACE,
     scale: Scale = None,
-    rank: Annotated[str, typer.Option(help="A whole number, max or auto, unless --tune sets it.")] = "max",
+    rank: Annotated[str, typer.Option(help="A whole number, max or auto, unless --tune sets it.")] = RANK,
     settings: Settings = None,
     densities: Densities = None,
     penalty: Annotated[float, typer.Option(help="On the mean of |w|, where weights are tuned.")] = PENALTY,
@@ -77,15 +77,18 @@ def search(
     trained: Annotated[bool, typer.Option("--trained", help="Also train a new LoRA on the same rows.")] = False,
     storage: Storage = None,
     study: Annotated[str, typer.Option(help="Name of the search in the storage; it goes on where it was.")] = "search",
-    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of every draw.")] = SEED,
     sampler: Annotated[str, typer.Option(help="auto, cobyla, tpe or random.")] = "auto",
     base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's or adapters'")] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = DEVICE,
     allow_disjoint: AllowDisjoint = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Search for what does best on a few examples."""
+    """Search for what does best on a few examples.
+
+    For LoRAHub add --method task_arithmetic --scale 1 --rank max.
+    """
     from ..flags import read_numbers, read_scale
     from ..search import search as find
 
