@@ -85,9 +85,9 @@ def find(source: str, token: str | None = None) -> Found:
         token: as `huggingface_hub` takes it.
     Raises: AdapterError where there is no such adapter.
     """
-    if source.endswith(GGUF):
-        refuse_gguf(printable(source))
     path = local(source)
+    if source.endswith(GGUF) and (path is None or path.is_file()):
+        refuse_gguf(printable(source))
     if path is None:
         _refuse_missing_part(source)
         path = _on_hub(source, token)

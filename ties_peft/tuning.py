@@ -19,12 +19,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import MethodError, RecipeError, printable, unknown
-from .methods import method_classes
+from .methods import find_method
 from .recipe import Recipe
 from .scale import EXPECTED, Scale, is_scale
 from .schedule import is_number
 from .settings import parameter_names, settle
-from .spaces import find_space, spaces
+from .spaces import find_space
 
 SHARED = ("method", "space", "scale", "rank", "seed")
 LISTED = ("weights", "adapters")
@@ -197,11 +197,10 @@ def _knobs(name: str, value: Any, adapters: int) -> dict[str, Knob]:
     knob = _knob(name, value)
     if name in ("method", "space") and isinstance(knob, Choice):
         for choice in knob.values:
-            parts = str(choice).split("+") if name == "method" else [str(choice)]
-            there = method_classes() if name == "method" else spaces()
-            for part in parts:
-                if part.strip() not in there:
-                    raise RecipeError(unknown(name, part, there))
+            for part in str(choice).split("+") if name == "method" else []:
+                find_method(part.strip())
+            if name == "space":
+                find_space(str(choice))
     elif name == "scale" and isinstance(knob, Choice) and not all(map(is_scale, knob.values)):
         raise RecipeError(f"scale is {printable(repr(value))}; each choice is expected to be {EXPECTED}.")
     elif name in ("method", "space"):

@@ -252,6 +252,10 @@ def test_files(here: Path, name: str, by: str) -> None:
     assert "ties-peft convert" not in message  # it cannot
 
 
+def test_a_folder_may_be_called_gguf(make_lora: Make) -> None:
+    assert ties_peft.Adapter.load(make_lora("from.gguf").name).modules
+
+
 def test_a_mergekit_recipe_of_full_models(here: Path) -> None:
     for name in "ab":
         full_model(here / name)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
+from cli.running import run
 
 import ties_peft
+from ties_peft import cli
 from ties_peft.methods import method_classes
 from ties_peft.spaces import spaces
 
@@ -174,9 +178,29 @@ def test_values_are_completed() -> None:
     assert completed("ties-peft merge a --space ") == list(spaces())
     assert completed("ties-peft merge a --heads ") == ["error", "drop", "keep=", "average", "merge"]
     assert completed("ties-peft merge a --target v") == ["vllm"]
+    assert completed("ties-peft search a --method ti") == ["ties"]
+    assert completed("ties-peft convert a --target v") == ["vllm"]
 
 
 def test_completion_can_be_installed() -> None:
     code = "import sys; from ties_peft import cli; sys.argv = ['ties-peft', '--show-completion', 'bash']; cli.main()"
     shown = fresh(code, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert "_TIES_PEFT_COMPLETE=complete_bash" in shown and "ties-peft" in shown
+
+
+# What the help of merge shows
+
+
+def test_the_help_of_merge_groups_its_options_and_shows_two_examples_that_parse() -> None:
+    text = run("merge", "--help").out
+    panels = {"Options": "--out", "How the adapters are combined": "--density", "What is written": "--rank"}
+    for title, option in panels.items():
+        panel = text.partition(f"─ {title} ─")[2].partition("╰")[0]
+        assert option in panel, title
+        assert sum(other in panel for other in panels.values()) == 1
+    examples = [line.strip() for line in text.splitlines() if line.strip().startswith("ties-peft merge ")]
+    assert len(examples) == 2
+    command = typer.main.get_command(cli.app).commands["merge"]  # type: ignore[attr-defined]
+    for example in examples:
+        given = command.make_context("merge", shlex.split(example)[2:]).params
+        assert len(given["adapters"]) == 2 and str(given["out"]) == "merged"

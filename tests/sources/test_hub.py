@@ -121,6 +121,14 @@ def test_the_adapters_inside_a_repository_are_named(hub: Stub) -> None:
         Adapter.load("org/many")
 
 
+def test_a_full_model_is_known_by_its_config_alone(hub: Stub) -> None:
+    config = json.dumps({"architectures": ["LlamaForCausalLM"]}).encode()
+    hub.repos["org/full"] = {"main": {"config.json": config, "model.safetensors": b"x" * 10}}
+    with pytest.raises(AdapterError, match=r"full model .LlamaForCausalLM.*mergekit"):
+        Adapter.load("org/full")
+    assert not any("model.safetensors" in request for request in hub.requests)
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [

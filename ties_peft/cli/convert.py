@@ -10,7 +10,7 @@ from rich.console import Console
 
 from .. import sources
 from ..targets import TARGETS
-from .base import Json, print_json, progress_bar, show_warnings, show_written
+from .base import Json, among, print_json, progress_bar, show_warnings, show_written
 
 if TYPE_CHECKING:
     from ..merged import Merged
@@ -27,7 +27,12 @@ BaseName = Annotated[str | None, typer.Option(help="The base model's name to wri
 Heads = Annotated[
     str, typer.Option(help="drop: leave out whole layers (heads, embeddings, biases).", show_default="kept")
 ]
-Target = Annotated[str | None, typer.Option(help=f"The loader it is for: {', '.join(TARGETS)}.", show_default="peft")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help=f"The loader it is for: {', '.join(TARGETS)}.", show_default="peft", autocompletion=among(TARGETS)
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:

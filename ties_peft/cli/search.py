@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..choices import BUDGET, CONTROLS, DEVICE, METHOD, PENALTY, RANK, SEED, SPACE, TRAINED
+from ..choices import BUDGET, CONTROLS, DEVICE, METHOD, PENALTY, RANK, SEED, SPACE, TRAINED, space_names
 from ..errors import RecipeError, printable
-from .base import Json, print_json, progress_bar, show_warnings, warnings_shown
+from .base import Json, among, complete_method, print_json, progress_bar, show_warnings, warnings_shown
 
 if TYPE_CHECKING:
     from ..search import Found
@@ -50,6 +50,8 @@ Scale = Annotated[
 Judge = Annotated[
     Path | None, typer.Option(help="A task file with other rows, to judge by at the end.", show_default=False)
 ]
+Method = Annotated[str, typer.Option(help="The method, unless --tune sets it.", autocompletion=complete_method)]
+Space = Annotated[str, typer.Option(help="The space, unless --tune sets it.", autocompletion=among(space_names()))]
 Controls = Annotated[bool, typer.Option("--controls/--no-controls", help=f"Also make {', '.join(CONTROLS)}.")]
 AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")]
 
@@ -65,8 +67,8 @@ def search(
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     tune: Tune = None,
     budget: Annotated[int, typer.Option(help="Trials in all, over all processes.")] = BUDGET,
-    method: Annotated[str, typer.Option(help="The method, unless --tune sets it.")] = METHOD,
-    space: Annotated[str, typer.Option(help="The space, unless --tune sets it.")] = SPACE,
+    method: Method = METHOD,
+    space: Space = SPACE,
     scale: Scale = None,
     rank: Annotated[str, typer.Option(help="A whole number, max or auto, unless --tune sets it.")] = RANK,
     settings: Settings = None,
