@@ -12,6 +12,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,16 +98,30 @@ def mean_accuracy(model: Any, tokenizer: Any, heads: dict[str, torch.Tensor], sp
 
 def fit(job: Job, model: Any, tokenizer: Any, heads: dict[str, torch.Tensor], data: Path) -> dict[str, torch.Tensor]:
     """Train, and return the tensors of the epoch that was best on the validation rows."""
-    train = {task: minilm.read_rows(task, "train", data) for task in job.tasks}
     validation = {task: minilm.read_rows(task, "validation", data, 300) for task in job.tasks}
+    best, kept, epoch = -1.0, {}, 0
+    for ends_epoch in steps(job, model, tokenizer, heads, data):
+        if not ends_epoch:
+            continue
+        epoch += 1
+        score = mean_accuracy(model.eval(), tokenizer, heads, validation)
+        print(f"{job.kind}/{job.name} epoch {epoch}: validation {score:.2f}", flush=True)
+        if score > best:
+            best, kept = score, {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    return kept
+
+
+def steps(job: Job, model: Any, tokenizer: Any, heads: dict[str, torch.Tensor], data: Path) -> Iterator[bool]:
+    """Train one step at a time; each yields whether it was the last of an epoch."""
+    train = {task: minilm.read_rows(task, "train", data) for task in job.tasks}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.learning_rate, weight_decay=0.0)
     total = job.epochs * len(epoch_batches(train, job.batch, job.rows))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total))
-    best, kept = -1.0, {}
-    for epoch in range(job.epochs):
+    for _ in range(job.epochs):
         model.train()
-        for task, chosen in epoch_batches(train, job.batch, job.rows):
+        batches = epoch_batches(train, job.batch, job.rows)
+        for number, (task, chosen) in enumerate(batches, 1):
             rows = train[task]
             logits = (
                 minilm.TEMPERATURE * minilm.encode(model, tokenizer, [rows.texts[i] for i in chosen]) @ heads[task].T
@@ -117,11 +132,7 @@ def fit(job: Job, model: Any, tokenizer: Any, heads: dict[str, torch.Tensor], da
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
-        score = mean_accuracy(model.eval(), tokenizer, heads, validation)
-        print(f"{job.kind}/{job.name} epoch {epoch + 1}: validation {score:.2f}", flush=True)
-        if score > best:
-            best, kept = score, {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
-    return kept
+            yield number == len(batches)
 
 
 def card(job: Job, before: dict[str, float], after: dict[str, float], data: Path) -> str:

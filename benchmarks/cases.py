@@ -84,23 +84,29 @@ class Bench:
             report = merged.report
             return merged, {"rank": report.rank, "seconds": seconds, "energy": report.energy}
 
-        return self._find([kind, dict(chosen), setting.label, setting.space, setting.rank, list(tasks)], tasks, make)
+        return self.find([kind, dict(chosen), setting.label, setting.space, setting.rank, list(tasks)], tasks, make)
 
     def single(self, kind: str, task: str, gain: float = 1.0) -> dict[str, Any]:
         """What one own adapter comes to on its own task."""
         path = own_adapters(kind)[task]
-        return self._find([kind, {task: gain}, "own"], [task], lambda: (stretched(path, gain), {}))
+        return self.find([kind, {task: gain}, "own"], [task], lambda: (stretched(path, gain), {}))
 
     def base(self) -> dict[str, Any]:
         """What the bare base comes to on all tasks."""
-        return self._find(["base"], self.tasks, lambda: (None, {}))
+        return self.find(["base"], self.tasks, lambda: (None, {}))
 
     def multitask(self, kind: str) -> dict[str, Any]:
         """What the adapter trained on all tasks comes to on all of them."""
-        return self._find([kind, "multitask"], self.tasks, lambda: (ties_peft.Adapter.load(multitask(kind)), {}))
+        return self.find([kind, "multitask"], self.tasks, lambda: (ties_peft.Adapter.load(multitask(kind)), {}))
 
-    def _find(self, what: list[Any], tasks: Sequence[str], make: Any) -> dict[str, Any]:
-        """From the log, or by doing it."""
+    def find(self, what: list[Any], tasks: Sequence[str], make: Any) -> dict[str, Any]:
+        """Return what is known under a key: from the log, or by making and judging an adapter.
+
+        Args:
+            what: the key.
+            tasks: to judge on.
+            make: () → (the adapter, what else to note of it).
+        """
         key = json.dumps([self.split, self.rows, *what], ensure_ascii=False)
         if key not in self.known:
             adapter, facts = make()

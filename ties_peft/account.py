@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from .basis import SQUARE
-from .delta import distance
+from .coordinates import Coordinates
+from .delta import Delta, distance, inner, inner_with_each
 from .errors import printable
 from .factorise import WIDEST, Factors
 from .fast import Loops
 from .kinds import Module
+from .members import unequal_norms
 from .plan import Plan
-from .report import AdapterLine, ModuleLine, Report
+from .recipe import NORM
+from .report import AdapterLine, ModuleLine, Report, figure
 from .sources import address
 from .spaces import Encoding
 from .survey import Kept, trimmed_apart
 from .tensors import MemoryTensors
 
 PAIRS = 64  # up to so many adapters every pair's cosine is computed
-UNEQUAL = 10.0  # norms that differ by more than this deserve a word
+LEFT = 0.3  # a projection under this: little is left of an adapter; measured by benchmarks/retention.py
 ALIKE = 0.97  # a cosine above this: two adapters that say the same
 LITTLE = 0.5  # energy kept under this deserves a word
 VISIBLE = 1e-3  # energy lost of a flat spectrum that deserves a word
@@ -37,8 +42,10 @@ class Record:
 
     Attributes:
         line: of the report.
-        places: of the adapters that have it.
+        places: of the adapters that have it; those with a weight of 0 on it come last.
         products: ⟨τᵢ, τⱼ⟩ of their unweighted task vectors; beyond `PAIRS` adapters only those with i = j.
+        overlaps: ⟨τ, τᵢ⟩, with τ the merged task vector as it is written.
+        square: ‖τ‖².
         kept, total: see `Factors`.
         lost: ‖written − computed‖².
         tied: the energy that the rank cut off, where it cut through equal singular values; else 0.
@@ -49,6 +56,8 @@ class Record:
     line: ModuleLine
     places: Sequence[int]
     products: Sequence[Mapping[int, float]]
+    overlaps: Sequence[float]
+    square: float
     kept: float
     total: float
     lost: float
@@ -59,7 +68,7 @@ class Record:
 
 
 def record(
-    plan: Plan,
+    coordinates: Coordinates,
     module: Module,
     encoding: Encoding | None,
     factors: Factors,
@@ -67,13 +76,19 @@ def record(
     tally: Mapping[str, int],
 ) -> Record:
     """What became of one module; `encoding` is None where nobody has a weight on it."""
-    holders = plan.holders(module.name)
+    plan = coordinates.plan
+    holders, silent = plan.holders(module.name), plan.silent(module.name)
     conflicting, shared = tally.get("conflicting"), tally.get("shared", 0)
+    merged = plan.kind.read(plan.kind.written(module, plan.rank or 1), MemoryTensors(written), None)
     lost = 0.0
     if plan.dtype != torch.float32:
-        as_written = plan.kind.written(module, plan.rank or 1)
-        again = plan.kind.read(as_written, MemoryTensors(written), None)
-        lost = distance(again, factors.delta.to(torch.device("cpu"))) ** 2
+        lost = distance(merged, factors.delta.to(torch.device("cpu"))) ** 2
+    readers: list[Callable[[], Delta]] = []
+    if encoding is not None:
+        readers += [partial(encoding.deltas.__getitem__, i) for i in range(len(holders))]
+    readers += [partial(coordinates.delta, place, module.name) for place, _ in silent]
+    merged = merged.to(plan.device)
+    square, *overlaps = inner_with_each(merged, chain([merged], (read() for read in readers)))
     line = ModuleLine(
         name=module.name,
         shape=module.shape,
@@ -83,17 +98,35 @@ def record(
         energy=factors.energy,
         conflict=None if conflicting is None else _share(conflicting, shared),
     )
-    products = [] if encoding is None else _products(encoding, len(holders), len(plan.members) <= PAIRS)
-    places = [place for place, _ in holders]
-    beyond = 0.0 if encoding is None else encoding.beyond
     tied = factors.total - factors.kept if factors.edge >= 1 - EQUAL else 0.0
-    return Record(line, places, products, factors.kept, factors.total, lost, tied, conflicting or 0, shared, beyond)
+    return Record(
+        line=line,
+        places=[place for place, _ in (*holders, *silent)],
+        products=_products(encoding, readers, len(holders), len(plan.members) <= PAIRS),
+        overlaps=overlaps,
+        square=square,
+        kept=factors.kept,
+        total=factors.total,
+        lost=lost,
+        tied=tied,
+        conflicting=conflicting or 0,
+        shared=shared,
+        beyond=0.0 if encoding is None else encoding.beyond,
+    )
 
 
-def _products(encoding: Encoding, count: int, pairs: bool) -> list[Mapping[int, float]]:
-    if pairs:
-        return [dict(enumerate(row[: i + 1])) for i, row in enumerate(encoding.products[:count].tolist())]
-    return [{i: square} for i, square in enumerate(encoding.squares()[:count])]
+def _products(
+    encoding: Encoding | None, readers: Sequence[Callable[[], Delta]], encoded: int, pairs: bool
+) -> list[Mapping[int, float]]:
+    """⟨τᵢ, τⱼ⟩ for j ≤ i, or for j = i alone: of those encoded by their encoding, of the others from what is read."""
+    found: list[Mapping[int, float]] = []
+    if encoding is not None and pairs:
+        found += [dict(enumerate(row[: i + 1])) for i, row in enumerate(encoding.products[:encoded].tolist())]
+    elif encoding is not None:
+        found += [{i: square} for i, square in enumerate(encoding.squares()[:encoded])]
+    for i in range(encoded, len(readers)):
+        found.append({j: inner(readers[i](), readers[j]()) for j in (range(i + 1) if pairs else (i,))})
+    return found
 
 
 class Account:
@@ -105,6 +138,7 @@ class Account:
         self.plan = plan
         self.squares = [0.0] * count
         self.products = [[0.0] * count for _ in range(count)] if count <= PAIRS else None
+        self.overlaps = [0.0] * count
         self.lines: list[ModuleLine] = []
         self.kept = self.total = self.lost = self.tied = self.written = 0.0
         self.conflicting = self.shared = 0
@@ -114,8 +148,11 @@ class Account:
         """Take in one module; in the order of the modules, so that the sums have the same bits in any division."""
         for i, first in enumerate(record.places):
             self.squares[first] += record.products[i][i]
+            self.overlaps[first] += record.overlaps[i]
             for j in range(i) if self.products is not None else ():
-                self.products[first][record.places[j]] += record.products[i][j]  # type: ignore[index]
+                low, high = sorted((first, record.places[j]))
+                self.products[high][low] += record.products[i][j]  # type: ignore[index]
+        self.written += record.square
         self.kept += record.kept
         self.total += record.total
         self.lost += record.lost
@@ -140,6 +177,7 @@ class Account:
                 norm=math.sqrt(self.squares[place]),
                 kept=kept[place].kept,
                 entries=kept[place].entries,
+                **retention(self.overlaps[place], self.squares[place], self.written),
                 page=address(member.adapter.source),
                 base=member.adapter.base,
             )
@@ -202,13 +240,8 @@ class Account:
             found.append(
                 f"the task vector of {', '.join(silent)} is 0 everywhere and has nothing to add. Leave it out."
             )
-        heft = {line.name: line.norm * abs(line.weight) for line in inputs if line.norm} or {inputs[0].name: 0.0}
-        large, small = max(heft, key=heft.__getitem__), min(heft, key=heft.__getitem__)
-        if heft[large] > UNEQUAL * heft[small]:
-            found.append(
-                f"weighted norms differ {_times(heft[large], heft[small])}: {large} ({heft[large]:.3g}) will outvote "
-                f"{small} ({heft[small]:.3g}). Weights can even them out."
-            )
+        found += unequal_norms({line.name: line.norm * abs(line.weight) for line in inputs}, weighted=True)
+        found += little_left(inputs, plan)
         for i in range(len(inputs)):
             twins = [inputs[j].name for j in range(i) if cosines is not None and cosines[i][j] > ALIKE]
             if twins:
@@ -235,9 +268,51 @@ class Account:
         return []
 
 
+def little_left(inputs: Sequence[AdapterLine], plan: Plan) -> list[str]:
+    """Return a warning if the result holds little of some adapters; of one alone the energy tells."""
+    lost = [
+        line
+        for line in inputs
+        if line.projection is not None
+        and line.projection < LEFT
+        and line.weight > 0
+        and (line.kept or not line.entries)
+    ]
+    if not lost or len(inputs) < 2:
+        return []
+    lost.sort(key=lambda line: line.projection or 0)
+    shown = ", ".join(f"{line.name} ({figure(line.projection)})" for line in lost[:8])
+    more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
+    if len(lost) == len(inputs):
+        advice = f"Raise the scale, which is {plan.scale:g}, or choose a method that adds, such as task_arithmetic."
+    elif plan.weighting == NORM:
+        advice = "Raise its weight, or choose a method without an election, such as task_arithmetic."
+    else:
+        advice = (
+            'Raise its weight (--weights norm, weights="norm", brings all to one length), or choose a method without an '
+            "election, such as task_arithmetic."
+        )
+    return [
+        f"little is left of {shown}{more}: in brackets the projection, the share of its task vector that the result holds. "
+        f"Under {LEFT} the sample adapters lost about half of what they had learnt, or more. {advice}"
+    ]
+
+
+def retention(overlap: float, own: float, merged: float) -> dict[str, float | None]:
+    """Return how much of one adapter is in the merged one; None for what a norm of 0 leaves undefined.
+
+        projection = ⟨τ, τᵢ⟩ / ‖τᵢ‖²,  cosine = ⟨τ, τᵢ⟩ / (‖τ‖·‖τᵢ‖),  others = ‖τ − projection·τᵢ‖ / ‖τᵢ‖
+
+    Args:
+        overlap: ⟨τ, τᵢ⟩, with τ the merged task vector as it is written, τᵢ the adapter's own, unweighted.
+        own, merged: ‖τᵢ‖² and ‖τ‖².
+    """
+    if own <= 0:
+        return {"projection": None, "cosine": None, "others": None}
+    rest = max(0.0, merged - overlap * (overlap / own))
+    cosine = overlap / (math.sqrt(own) * math.sqrt(merged)) if merged > 0 else None
+    return {"projection": overlap / own, "cosine": cosine, "others": math.sqrt(rest / own)}
+
+
 def _share(part: float, whole: float) -> float:
     return min(1.0, part / whole) if whole else (1.0 if part else 0.0)
-
-
-def _times(large: float, small: float) -> str:
-    return f"{large / small:.0f}-fold" if small else "without bound"

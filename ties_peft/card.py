@@ -19,7 +19,7 @@ from . import sources
 from .document import Document, dump
 from .errors import RecipeError, printable
 from .loading import Loading
-from .report import Report, rider_texts
+from .report import Report, figure, rider_texts
 
 KIND_TAGS = {"LoRA": "lora", "(IA)³": "ia3"}
 HERE = "path/to/this/folder"  # in the lines of Python; on the Hub the repository's name stands there
@@ -37,7 +37,7 @@ def card(report: Report, recipe: Mapping[str, Any], loading: Loading) -> str:
         loading: how the result is put on its base.
     """
     rows = "\n".join(
-        f"| {linked(line.name, line.page)} | {line.weight:g} | {', '.join(map(str, line.ranks))} | {line.norm:.4g} | `{line.digest[:12]}` |"
+        f"| {linked(line.name, line.page)} | {line.weight:g} | {', '.join(map(str, line.ranks))} | {line.norm:.4g} | {figure(line.projection)} | {figure(line.cosine)} | {figure(line.others)} | `{line.digest[:12]}` |"
         for line in report.adapters
     )
     kept = (
@@ -52,9 +52,11 @@ def card(report: Report, recipe: Mapping[str, Any], loading: Loading) -> str:
 
 Made by [ties_peft](https://pypi.org/project/ties-peft/) with the method `{report.method}` in space `{report.space}`, scale {report.scale_text}.{kept}
 
-| adapter | weight | rank | norm | digest |
-|---|---|---|---|---|
+| adapter | weight | rank | norm | projection | cosine | others | digest |
+|---|---|---|---|---|---|---|---|
 {rows}
+
+Of each adapter's task vector τᵢ, in the merged one τ: projection = ⟨τ, τᵢ⟩/‖τᵢ‖² (1 is all of it, 0 is nothing), cosine = ⟨τ, τᵢ⟩/(‖τ‖·‖τᵢ‖), others = ‖τ − projection·τᵢ‖/‖τᵢ‖.
 {f"{chr(10)}Layers that some of them hold whole:{chr(10)}{whole}{chr(10)}" if whole else ""}
 {snippet(loading)}
 

@@ -293,13 +293,34 @@ def _mixed(parts: Iterable[Tensor], mix: Tensor) -> Tensor:
 def inner(first: Delta, second: Delta) -> float:
     """⟨first, second⟩, the sum of products of their entries, accumulated in float64.
 
-    For factors: tr((B₁ᵀB₂)(A₂A₁ᵀ)), r₁·r₂·(out + in) products instead of out·in.
+    For factors: tr((B₁ᵀB₂)(A₂A₁ᵀ)), r₁·r₂·(out + in) products instead of out·in. For factors and a matrix D:
+    the sum of B ∘ (D·Aᵀ), a band of rows at a time.
     """
     if isinstance(first, LowRank) and isinstance(second, LowRank):
         B, A = first.B.double(), first.A.double()
         B2, A2 = (B, A) if second is first else (second.B.double(), second.A.double())
         return float(((B.T @ B2) * (A @ A2.T)).sum())
+    if isinstance(first, LowRank) or isinstance(second, LowRank):
+        thin, other = (first, second) if isinstance(first, LowRank) else (second, first)
+        assert isinstance(thin, LowRank)
+        return _inner_by_rows(thin, other)
     return float((first.dense().double() * second.dense().double()).sum())
+
+
+def _inner_by_rows(thin: LowRank, other: Delta) -> float:
+    B, A = thin.B.double(), thin.A.double()
+    total = 0.0
+    for start in range(0, B.shape[0], GRAM_ROWS):
+        stop = min(start + GRAM_ROWS, B.shape[0])
+        total += float((B[start:stop] * (other.rows(start, stop).double() @ A.T)).sum())
+    return total
+
+
+def inner_with_each(first: Delta, others: Iterable[Delta]) -> list[float]:
+    """⟨first, other⟩ for each of the others; as `inner`, with the factors of the first brought to float64 once."""
+    if isinstance(first, LowRank):
+        first = LowRank(first.B.double(), first.A.double())
+    return [inner(first, other) for other in others]
 
 
 def distance(first: Delta, second: Delta) -> float:

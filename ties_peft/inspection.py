@@ -17,6 +17,7 @@ from .base_model import BaseModel
 from .companions import gather
 from .delta import inner_root
 from .errors import TiesPeftError, printable
+from .members import unequal_norms
 from .plan import Plan, make_plan
 from .recipe import Recipe
 from .riders import copies, describe, entries, read_riders, unfulfilled
@@ -199,15 +200,7 @@ def _together(seen: Inspection, opened: Sequence[Adapter], base: str | None) -> 
 
 def _unlike(facts: Sequence[Facts], opened: Sequence[Adapter]) -> list[str]:
     """What is unusual of a set: norms far apart, one adapter twice."""
-    found = []
-    moving = [one for one in facts if one.norm]  # what is said of the others is that they do nothing
-    large = max(moving, key=lambda one: one.norm, default=None)
-    small = min(moving, key=lambda one: one.norm, default=None)
-    if large is not None and small is not None and large.norm > UNEQUAL * small.norm:
-        found.append(
-            f"norms differ {large.norm / small.norm:.0f}-fold: {large.source} ({large.norm:.3g}) will outvote "
-            f"{small.source} ({small.norm:.3g}). Weights can even them out."
-        )
+    found = unequal_norms({one.source: one.norm for one in facts})
     for i, adapter in enumerate(opened):
         twin = next((other for other in opened[:i] if other.digest == adapter.digest), None)
         if twin is not None:
@@ -240,7 +233,6 @@ def _riders(adapter: Adapter) -> tuple[str, ...]:
     return tuple(describe(found, len(copies(adapter.riders))))
 
 
-UNEQUAL = 10.0  # norms that differ by more than this deserve a word
 FORMS = {
     "conv": "convolutions",
     "embedding": "LoRA on embeddings",

@@ -19,6 +19,7 @@ from .schedule import Schedule, count_layers
 from .spellings import agree, newer, tower_of, without_tower
 from .statistics import Statistic, command
 
+UNEQUAL = 3.0  # times: benchmarks/retention.py measures what is left of the smaller adapter
 APART = re.compile(r"\.experts\.\d+\.(w[123]|(gate|up|down)_proj)$")  # one layer for each expert
 
 
@@ -82,6 +83,27 @@ def equal_norm_weights(norms: Sequence[float]) -> list[float]:
     """
     mean = statistics.fmean([norm for norm in norms if norm] or [0.0])
     return [mean / norm if norm else 0.0 for norm in norms]
+
+
+def unequal_norms(norms: Mapping[str, float], weighted: bool = False) -> list[str]:
+    """Return a warning if the largest norm is about `UNEQUAL` times the smallest or more; a norm of 0 does not count.
+
+    Args:
+        norms: of the task vectors, by adapter.
+        weighted: whether they are those of w·τ.
+    """
+    there = {name: norm for name, norm in norms.items() if norm > 0}
+    if len(there) < 2:
+        return []
+    large, small = max(there, key=there.__getitem__), min(there, key=there.__getitem__)
+    times = there[large] / there[small]
+    if round(times, 1) < UNEQUAL:
+        return []
+    return [
+        f"{'weighted norms' if weighted else 'norms'} differ {times:.1f}-fold: {large} ({there[large]:.3g}), {small} "
+        f"({there[small]:.3g}). The largest leave little of the smallest. If that is not meant, --weights norm "
+        '(weights="norm") brings all to one length.'
+    ]
 
 
 def find_members(

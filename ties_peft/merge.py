@@ -186,8 +186,9 @@ def carry_out(
     memory: Memory | None = None,
     progress: Progress | None = None,
     team: Team = ALONE,
+    warns: bool = True,
 ) -> Merged:
-    """Do the work of a checked plan."""
+    """Do the work of a checked plan; `warns` says whether what the report warns of is also given as warnings."""
     tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None), team)
     tensors |= plan.heads.tensors([member.adapter for member in plan.members], plan.weight)
     companions = memory.companions if memory is not None else None
@@ -202,7 +203,7 @@ def carry_out(
         licence=licence,
         licence_note=note,
     )
-    warn_caller(report.warnings)
+    warn_caller(report.warnings if warns else ())
     config = _config(plan, recipe)
     check_written(recipe.target, config, tensors)
     loading = find_loading(_evidence(plan, recipe, config))
@@ -254,7 +255,7 @@ def _one_module(
             f"module '{printable(module.name)}': the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
             "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype)."
         )
-    return written, record(plan, module, encoding, factors, written, tally)
+    return written, record(coordinates, module, encoding, factors, written, tally)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -157,6 +157,10 @@ class Plan:
         """How much work a module is: entries of its task vectors, multiplied out, and of the result."""
         return math.prod(self.modules[module].shape) * (1 + len(self.holders(module)))
 
+    def silent(self, module: str) -> list[tuple[int, Member]]:
+        """The members that have a module but a weight of 0 on it, with their places."""
+        return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) == 0]
+
     def holders(self, module: str) -> list[tuple[int, Member]]:
         """The members that have a module and a weight on it, with their places."""
         return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) != 0]

@@ -27,12 +27,14 @@ class Prepared:
     Attributes:
         adapters: what is merged.
         recipe: the space and what else every merge shares.
+        warns: whether a merge gives the warnings of its report; a search, which tries hundreds, gives those of its result.
     """
 
     def __init__(self, adapters: Sequence[Adapter], recipe: Recipe, device: str) -> None:
         self.adapters = list(adapters)
         self.recipe = recipe
         self.device = device
+        self.warns = True
         self._memory = Memory()
         plan = make_plan(replace(recipe, method="ties"), adapters, device)  # which every space offers
         self._everyone, self._space = len(plan.members), plan.arithmetic
@@ -73,7 +75,7 @@ class Prepared:
             base=self.recipe.base,
         )
         plan = make_plan(asked, self.adapters, self.device, checked=True)
-        return carry_out(plan, asked, started, self._memory if self._fits(plan) else None)
+        return carry_out(plan, asked, started, self._memory if self._fits(plan) else None, warns=self.warns)
 
     def _fits(self, plan: Plan) -> bool:
         """Whether what is kept is what this merge needs: a weight of 0 takes an adapter out of the bases.

@@ -41,6 +41,11 @@ class AdapterLine:
         ranks: the ranks that occur in it.
         norm: Frobenius norm of its unweighted task vector.
         kept, entries: how many entries the trim kept, of how many; 0 of 0 where nothing is trimmed.
+        projection: ⟨τ, τᵢ⟩/‖τᵢ‖², with τ the merged task vector as written and τᵢ this one's, unweighted: 1 where
+            all of it is in the result, 0 where nothing is.
+        cosine: ⟨τ, τᵢ⟩/(‖τ‖·‖τᵢ‖).
+        others: ‖τ − projection·τᵢ‖/‖τᵢ‖, what the merge adds that is not this adapter's, by its own length.
+            These three are None where a norm of 0 leaves them undefined.
         page: its address on the Hub; None for one on this machine.
         base: the base model's name as it gives it; None for none.
     """
@@ -53,6 +58,9 @@ class AdapterLine:
     norm: float
     kept: int
     entries: int
+    projection: float | None
+    cosine: float | None
+    others: float | None
     page: str | None = None
     base: str | None = None
 
@@ -210,9 +218,11 @@ class Report:
             box=None,
             pad_edge=False,
         )
+        shares = [_share(line.kept, line.entries) for line in self.adapters]
+        mixed = len(set(shares)) > 1
         table.add_column("", no_wrap=True)
         table.add_column("adapter", overflow="fold")
-        for heading in ("weight", "modules", "rank", "norm", "kept"):
+        for heading in ("weight", "modules", "rank", "norm", *(["trim keeps"] if mixed else []), "projection"):
             table.add_column(heading, justify="right", no_wrap=True)
         for number, line in enumerate(self.adapters, start=1):
             table.add_row(
@@ -222,7 +232,8 @@ class Report:
                 str(line.modules),
                 _ranks(line.ranks) if self.rank is not None else "–",
                 f"{line.norm:.3g}",
-                _share(line.kept, line.entries),
+                *([shares[number - 1]] if mixed else []),
+                figure(line.projection),
             )
         return table
 
@@ -234,6 +245,10 @@ class Report:
         table.add_row("modules", f"{len(self.modules)}, norm {self.norm:.3g}")
         if self.cosines is not None and len(self.adapters) == 2:
             table.add_row("cosine", f"{_cosine(self.cosines[1][0])} between the two task vectors")
+        trimmed = {_share(line.kept, line.entries) for line in self.adapters}
+        if len(trimmed) == 1 and trimmed != {"all"}:
+            table.add_row("trim", f"keeps {trimmed.pop()} of the entries of each task vector")
+        table.add_row("projection", "how much of each adapter's task vector is in the result: 1 is all, 0 is nothing")
         if self.conflict is not None:
             table.add_row("sign conflict", f"{self.conflict:.1%} of the entries that two or more adapters keep")
         if self.rank is not None:
@@ -309,6 +324,11 @@ def _cosine(value: float) -> str:
 def _ranks(ranks: Sequence[int]) -> str:
     """Return some ranks, sorted; of many the least and the largest."""
     return ", ".join(map(str, ranks)) if len(ranks) <= MOST_RANKS else f"{ranks[0]}–{ranks[-1]}"
+
+
+def figure(value: float | None) -> str:
+    """Return a figure of an adapter's retention as text; a dash where it is undefined."""
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _share(part: int, whole: int) -> str:

@@ -24,7 +24,7 @@ from .adapter import Adapter, check_listed
 from .bench import Bench
 from .choices import ADAPTERS, BUDGET, CONTROLS, DETAIL, DEVICE, METHOD, PENALTY, RANK, SEED, SPACE, TRAINED, WEIGHTS
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes
-from .errors import RecipeError, printable, unknown
+from .errors import RecipeError, printable, unknown, warn_caller
 from .hunt import Hunt
 from .judges import Judges
 from .merge import Progress, make_recipe
@@ -173,6 +173,7 @@ def search(
     merged = hunt.merge(tuning.to_recipe(best.setting))
     held = _held_against(hunt, judges, controls, ask, shared)
     score = float(best.facts["score"])
+    warn_caller(merged.report.warnings)
     return Found(merged, merged.recipe, score, judges.judge(merged), tuple(trials), tuple(held))
 
 

@@ -347,12 +347,12 @@ def test_no_weights_are_advised_for_an_adapter_of_zeros(make_lora: Make) -> None
     assert len(about) == 1 and "is 0 everywhere" in about[0] and "Leave it out" in about[0]
     assert {str(one.message) for one in said} == set(merged.report.warnings)
     # the others are compared all the same, there and before the merge
-    assert any("a (" in text and "c (" in text and "Weights" in text for text in merged.report.warnings)
+    assert any("a (" in text and "c (" in text and "--weights" in text for text in merged.report.warnings)
     shown = run("inspect", *names).out
-    assert "Weights" in shown and "3 of 3 modules do nothing" in shown
+    assert "--weights" in shown and "3 of 3 modules do nothing" in shown
 
 
 def test_zeros_alone_are_no_reason_for_weights(make_lora: Make) -> None:
     with pytest.warns(TiesPeftWarning, match="is 0 everywhere"):
         merged = ties_peft.merge([zeros(make_lora("a")), zeros(make_lora("b", seed=1))])
-    assert not any("Weights" in text for text in merged.report.warnings)
+    assert not any("--weights" in text for text in merged.report.warnings)

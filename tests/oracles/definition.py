@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.torch import load_file  # NumPy's has no bfloat16
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Vectors = dict[str, Array]
@@ -24,7 +24,7 @@ PREFIX = "base_model.model."
 def read(folder: Path) -> Vectors:
     """The task vectors in an adapter's folder."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = {key: t.astype(np.float64) for key, t in load_file(folder / "adapter_model.safetensors").items()}
+    tensors = {key: t.double().numpy() for key, t in load_file(folder / "adapter_model.safetensors").items()}
     return task_vectors(config, tensors)
 
 
@@ -174,3 +174,11 @@ def energies(matrix: Array, rank: int) -> tuple[float, float]:
     """(the squared singular values that `rank` keeps, all of them), each as a sum."""
     squares = np.linalg.svd(matrix, compute_uv=False) ** 2
     return float(squares[:rank].sum()), float(squares.sum())
+
+
+def retention(merged: Vectors, own: Vectors) -> tuple[float, float, float]:
+    """(projection, cosine, others) of one adapter in a merged one."""
+    tau, one = matrix([merged, own])
+    projection = tau @ one / (one @ one)
+    others = np.linalg.norm(tau - projection * one) / np.linalg.norm(one)
+    return projection, tau @ one / np.linalg.norm(tau) / np.linalg.norm(one), others

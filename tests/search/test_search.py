@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,16 @@ def test_it_begins_with_nothing_and_with_the_mean(folders: list[str]) -> None:
     assert list(found.trials[1].setting.values()) == pytest.approx([1 / 3] * 3)
     assert found.trials[0].value == 0.0
     assert found.adapter.norm() == 0.0
+
+
+@pytest.mark.filterwarnings("default::ties_peft.TiesPeftWarning")
+def test_it_gives_the_warnings_of_its_result_and_none_of_its_trials(make_lora: Make) -> None:
+    folders = [str(make_lora("loud", gain=50)), str(make_lora("quiet", seed=1))]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ties_peft.TiesPeftWarning)
+        found = ties_peft.search(folders, lambda adapter: adapter.norm(), budget=8, controls=("mean",))
+    given = [str(one.message) for one in caught if one.category is ties_peft.TiesPeftWarning]
+    assert given == found.adapter.report.warnings != []
 
 
 @pytest.mark.parametrize("rows", [1, 5, 50])

@@ -1,0 +1,312 @@
+"""What a merge leaves of each adapter and of its accuracy: `python benchmarks/retention.py --data DIR`.
+
+Two questions. At which `projection` (the share of an adapter's task vector that the merged one holds, as in
+every merge's report) is most of what the adapter can do gone? And what helps where norms differ?
+
+- The six sample adapters of each type, merged by several methods.
+- Three of them (trec, subj, cr), of which one has a half, a third, a sixth or a tenth of the mean norm of the other
+  two: because it was scaled down (trec; `lora_alpha`, or l − 1), or because its training, that of
+  `adapters/train.py`, was stopped when it had that norm (trec, then cr).
+
+For every adapter of every merge: its norm, its own accuracy at that norm, projection, cosine and others, and the
+share of its gain over the base that the merged adapter keeps. A threshold for the projection is chosen on
+validation rows and judged on test rows. What was trained and judged is kept in `--work`, so that a run that was
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import FOURTH_ROOT_N, Bench, Setting
+from compare import versions
+from judge import ROOT, minilm, own_adapters, stretched
+from rich.console import Console
+from rich.table import Table
+
+import ties_peft
+
+TOGETHER = ("trec", "subj", "cr")
+RATIOS = (2, 3, 6, 10)
+SCALED, TRAINED = "scaled down", "trained less"
+SMALL = {SCALED: ("trec",), TRAINED: ("trec", "cr")}
+NORM = {"weights": "norm"}
+SAMPLES = {
+    "lora": [Setting(name) for name in ("ties", "task_arithmetic", "average", "iso_c")]
+    + [Setting("tsv", scale=FOURTH_ROOT_N)],
+    "ia3": [Setting(name) for name in ("ties", "task_arithmetic", "average")],
+}
+UNEQUAL = [Setting("ties"), Setting("task_arithmetic")]  # on every set of unequal norms
+FURTHER = {"lora": [Setting("tsv", scale=FOURTH_ROOT_N)], "ia3": []}  # on those of FEW
+REMEDIES = {  # on those of FEW that were trained less
+    "lora": [
+        Setting("ties", extra=NORM),
+        Setting("task_arithmetic", extra=NORM),
+        Setting("iso_c"),
+    ],
+    "ia3": [Setting("ties", extra=NORM), Setting("task_arithmetic", extra=NORM)],
+}
+FEW = (3, 10)
+GAIN = 10.0  # points over the base that an adapter must be worth, for a share of them to mean anything
+HALF = 0.5  # of that gain: less is called lost
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter: the sample's, or a smaller one.
+
+    Attributes:
+        kind, task: which sample.
+        way: how it was made smaller; "" for the sample itself.
+        ratio: how many times smaller its norm is than the mean norm of the others.
+    """
+
+    kind: str
+    task: str
+    way: str = ""
+    ratio: int = 1
+
+    @property
+    def key(self) -> list[Any]:
+        """What it goes by in the log."""
+        return [self.kind, self.task, self.way, self.ratio]
+
+    @property
+    def goal(self) -> float:
+        """The norm that it shall have."""
+        others = [norm(self.kind, task) for task in TOGETHER if task != self.task]
+        return sum(others) / len(others) / self.ratio
+
+    def open(self, trained: Path) -> ties_peft.Adapter:
+        """The adapter."""
+        path = own_adapters(self.kind)[self.task]
+        if self.way == TRAINED:
+            return ties_peft.Adapter.load(trained / f"{self.kind}-{self.task}-{self.ratio}")
+        return stretched(path, self.goal / norm(self.kind, self.task) if self.way else 1.0)
+
+
+@functools.cache
+def norm(kind: str, task: str) -> float:
+    """The norm of a sample adapter."""
+    return ties_peft.Adapter.load(own_adapters(kind)[task]).norm()
+
+
+def train(kind: str, task: str, data: Path, folder: Path) -> None:
+    """Train a sample adapter as it was trained, save it whenever it reaches the next norm, and stop at the last."""
+    import train as samples
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    from ties_peft.adapter import in_memory
+
+    goals = [Source(kind, task, TRAINED, ratio) for ratio in sorted(RATIOS, reverse=True)]
+    if all((folder / f"{kind}-{task}-{goal.ratio}").exists() for goal in goals):
+        return
+    job = next(job for job in samples.JOBS if (job.kind, job.name) == (kind, task))
+    torch.manual_seed(job.seed)
+    random.seed(job.seed)
+    base, tokenizer = minilm.load_base()
+    heads = minilm.make_heads(base, tokenizer, job.tasks, data)
+    model = get_peft_model(base, job.config())
+    with torch.enable_grad():
+        for number, _ in enumerate(samples.steps(job, model, tokenizer, heads, data), 1):
+            now = in_memory(model.peft_config["default"].to_dict(), get_peft_model_state_dict(model))
+            while goals and now.norm() >= goals[0].goal:
+                save(now, folder / f"{kind}-{task}-{goals[0].ratio}")
+                print(f"{kind}/{task}: norm {now.norm():.2f} after {number} steps", flush=True)
+                goals.pop(0)
+            if not goals:
+                return
+
+
+def save(adapter: ties_peft.Adapter, folder: Path) -> None:
+    """Save an adapter whose config PEFT keeps in sets."""
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.config.items()}
+    adapter.config = plain
+    adapter.save(folder, force=True)
+
+
+class Measured:
+    """Validation and test rows, and a log of what was judged on them."""
+
+    def __init__(self, data: Path, work: Path, rows: int, chosen_on: int) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.trained = work
+        self.benches = {
+            split: Bench(data, split, count, work / "log.jsonl")
+            for split, count in (("validation", chosen_on), ("test", rows))
+        }
+
+    def _judge(self, what: list[Any], tasks: Sequence[str], make: Any) -> dict[str, dict[str, Any]]:
+        once = functools.cache(make)
+        return {split: bench.find(what, tasks, lambda: _copy(once())) for split, bench in self.benches.items()}
+
+    def base(self, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The bare base's accuracy."""
+        return self._judge(["base", list(tasks)], tasks, lambda: (None, {}))
+
+    def own(self, source: Source) -> dict[str, dict[str, Any]]:
+        """One adapter's accuracy on its own task, and its norm."""
+
+        def make() -> tuple[ties_peft.Adapter, dict[str, Any]]:
+            adapter = source.open(self.trained)
+            return adapter, {"norm": adapter.norm()}
+
+        return self._judge(["own", *source.key], [source.task], make)
+
+    def merged(self, sources: Sequence[Source], setting: Setting) -> dict[str, dict[str, Any]]:
+        """Accuracies of a merge, and what its report says is left of each adapter.
+
+        Where one is smaller than the others it alone is judged, but for the settings of `UNEQUAL` on the ratios of `FEW`.
+        """
+        small = [source for source in sources if source.way]
+        everyone = not small or (setting in UNEQUAL and small[0].ratio in FEW)
+
+        def make() -> tuple[ties_peft.Adapter, dict[str, Any]]:
+            merged, _ = setting.merge(sources[0].kind, [source.open(self.trained) for source in sources])
+            lines = merged.report.adapters
+            return merged, {key: [getattr(line, key) for line in lines] for key in ("projection", "cosine", "others")}
+
+        tasks = [source.task for source in (sources if everyone else small)]
+        return self._judge(["merged", setting.label, *(source.key for source in sources)], tasks, make)
+
+
+def _copy(made: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    return made[0], dict(made[1])
+
+
+def cases(kind: str) -> Iterator[tuple[list[Source], list[Setting]]]:
+    """Every set of adapters of a type, and how it is merged."""
+    yield [Source(kind, task) for task in minilm.TASKS], SAMPLES[kind]
+    yield [Source(kind, task) for task in TOGETHER], [*UNEQUAL, *FURTHER[kind]]
+    for way in (SCALED, TRAINED):
+        for ratio in RATIOS:
+            for small in SMALL[way]:
+                further = FURTHER[kind] if ratio in FEW else []
+                remedies = REMEDIES[kind] if ratio in FEW and way == TRAINED else []
+                sources = [Source(kind, t, way, ratio) if t == small else Source(kind, t) for t in TOGETHER]
+                yield sources, [*UNEQUAL, *further, *remedies]
+
+
+def rows_of(measured: Measured, kind: str) -> Iterator[dict[str, Any]]:
+    """A row for each adapter of each merge of one type."""
+    base = measured.base(minilm.TASKS)
+    for sources, settings in cases(kind):
+        small = next((source for source in sources if source.way), None)
+        for setting in settings:
+            merged = measured.merged(sources, setting)
+            for place, source in enumerate(sources):
+                own = measured.own(source)
+                row: dict[str, Any] = {
+                    "type": kind,
+                    "adapters": len(sources),
+                    "way": small.way if small else "samples",
+                    "ratio": small.ratio if small else 1,
+                    "method": setting.label,
+                    "task": source.task,
+                    "small": source is small,
+                    "norm": round(own["test"]["norm"], 3),
+                }
+                row |= {key: round(merged["test"][key][place], 4) for key in ("projection", "cosine", "others")}
+                for split in merged if source.task in merged["test"]["accuracy"] else ():
+                    accuracy = [found[split]["accuracy"][source.task] for found in (base, own, merged)]
+                    row[split] = dict(zip(("base", "own", "merged"), (round(a, 1) for a in accuracy), strict=True))
+                    gain = accuracy[1] - accuracy[0]
+                    row[split]["kept"] = round((accuracy[2] - accuracy[0]) / gain, 3) if gain >= GAIN else None
+                yield row
+
+
+def threshold(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The projection under which most adapters have lost half of their gain: chosen on validation rows, told on test rows.
+
+    Chosen is the one with the largest difference between the share of the lost that lie under it and the share of
+    the others that do; of equal ones the smallest.
+    """
+    chosen = max((place / 100 for place in range(1, 81)), key=lambda at: _split(rows, at, "validation")["difference"])
+    return {"threshold": chosen, **{split: _split(rows, chosen, split) for split in ("validation", "test")}}
+
+
+def _split(rows: Sequence[Mapping[str, Any]], at: float, split: str) -> dict[str, Any]:
+    known = [row for row in rows if split in row and row[split]["kept"] is not None]
+    lost = [row["projection"] < at for row in known if row[split]["kept"] < HALF]
+    rest = [row["projection"] < at for row in known if row[split]["kept"] >= HALF]
+    shares = [sum(under) / max(1, len(under)) for under in (lost, rest)]
+    return {
+        "lost": len(lost),
+        "lost under it": sum(lost),
+        "others": len(rest),
+        "others under it": sum(rest),
+        "difference": round(shares[0] - shares[1], 3),
+    }
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the adapters of a merge's set that are alike: the small ones, and the others."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("type", "way", "ratio", "adapters", "method", "small"))
+        groups.setdefault(key, []).append(row)
+    found = []
+    for (kind, way, ratio, adapters, method, small), own in groups.items():
+        line = {"type": kind, "way": way, "ratio": ratio, "adapters": adapters, "method": method, "small": small}
+        line |= {key: _mean([row[key] for row in own], 3) for key in ("norm", "projection", "cosine", "others")}
+        judged = [row["test"] for row in own if "test" in row]
+        line |= {key: _mean([one[key] for one in judged], 1) for key in ("base", "own", "merged")}
+        line["kept"] = _mean([one["kept"] for one in judged if one["kept"] is not None], 2)
+        found.append(line)
+    return found
+
+
+def _mean(values: Sequence[float], digits: int) -> float | None:
+    return round(sum(values) / len(values), digits) if values else None
+
+
+def show(lines: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """The summary as a table."""
+    table = Table(box=None, pad_edge=False)
+    for key in lines[0]:
+        table.add_column(key, justify="left" if key in ("type", "way", "method") else "right")
+    for line in lines:
+        table.add_row(*("–" if value is None else str(value) for value in line.values()))
+    console.print(table)
+
+
+def main() -> None:
+    """Train what is missing, merge, judge, and choose the threshold."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a folder for each task")
+    parser.add_argument("--types", nargs="*", default=list(SAMPLES), choices=list(SAMPLES))
+    parser.add_argument("--rows", type=int, default=300, help="test rows of each task (300)")
+    parser.add_argument("--chosen-on", type=int, default=100, help="validation rows of each task (100)")
+    parser.add_argument("--work", type=Path, default=ROOT / "demo-out" / "retention", help="trained adapters and a log")
+    parser.add_argument("--json", type=Path, help="write every row there")
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    measured = Measured(asked.data, asked.work, asked.rows, asked.chosen_on)
+    rows: list[dict[str, Any]] = []
+    for kind in asked.types:
+        for small in SMALL[TRAINED]:
+            train(kind, small, asked.data, asked.work)
+        rows += rows_of(measured, kind)
+    console = Console(width=160)
+    lines = summary(rows)
+    show(lines, console)
+    found = threshold(rows)
+    console.print(found)
+    if asked.json:
+        about = {"command": "python benchmarks/retention.py --data DIR", "rows": asked.rows, "versions": versions()}
+        text = json.dumps({**about, "threshold": found, "means": lines, "every": rows}, indent=1, ensure_ascii=False)
+        asked.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
