@@ -18,8 +18,8 @@ ROOT = Path(ties_peft.__file__).parent
 # A module imports only from lower floors. Rooms that are folders count as one module; their own files
 # import nothing of the folder but its `base`, and its `__init__` finds them.
 FLOORS = {
-    "choices": 0,
     "aliases": 0,
+    "choices": 0,
     "delta": 0,
     "draws": 0,
     "errors": 0,

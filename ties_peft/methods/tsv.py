@@ -20,11 +20,11 @@ class Tsv(Method):
         τ = polar([U₁ … U_N]) · diag(S₁ … S_N) · polar([V₁ … V_N])ᵀ
 
     polar(M) is the nearest matrix with orthonormal columns. The norm grows like √N, as that of a sum of
-    orthogonal adapters does. λ = 1 is as published; on eight adapters trained for eight tasks 0.6 was
-    best (found on validation rows, so a hint and no default). N^(−1/4), which is 0.59 for eight, needs no
-    tuning and was ahead of TIES on sets of two to six sample adapters (benchmarks/results).
+    orthogonal adapters does; λ = 1/√N, the default, takes that back. λ = 1 is as published. On sets of two, four
+    and six sample adapters 1/√N and N^(−1/4) are level, and both ahead of 1 (benchmarks/results/scales.json); six
+    adapters of a causal language model did best with λ = 0.4, which is 1/√6.
 
-    Law: adapters whose directions are orthogonal are summed; one adapter comes back unchanged; a negative
+    Law: with λ = 1 adapters whose directions are orthogonal are summed; one adapter comes back unchanged; a negative
         weight negates; an adapter of zeros equals an absent one.
     Source: Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, CVPR 2025
         (arXiv 2412.00081), TSV-M. Published and in its code, every task gives its first min(out, in)/N
@@ -34,6 +34,8 @@ class Tsv(Method):
     """
 
     name: ClassVar[str] = "tsv"
+    default_scale: ClassVar[float | str] = "1/sqrt(N)"
+    published_scale: ClassVar[float | None] = 1.0
     source: ClassVar[str] = "Gargiulo et al., CVPR 2025, arXiv 2412.00081"
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
