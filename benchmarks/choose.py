@@ -32,7 +32,7 @@ from learn import sources as sources_of
 from rich.console import Console
 
 import ties_peft
-from ties_peft.evaluate import make_exam
+from ties_peft.evaluation.evaluate import make_exam
 
 FEW = 32  # labelled rows of a task
 READ = 100  # rows of a task for statistics

@@ -124,7 +124,7 @@ def measure_module(asked: Asked) -> dict[str, Any]:
     """Merge eight rank-16 adapters on one 4096 × 4096 module, in spaces delta and core."""
     import synthetic
 
-    from ties_peft import fast
+    from ties_peft.task_vectors.kernels import backends as fast
 
     side = 128 if asked.small else 4096
     paths = synthetic.write_adapters(asked.folder / "module", 8, {"layers.0.q": (side, side)}, 16)

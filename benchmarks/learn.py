@@ -30,10 +30,10 @@ from rich.console import Console
 from rich.table import Table
 
 import ties_peft
-from ties_peft.evaluate import make_exam
-from ties_peft.exam import Exam
-from ties_peft.start import DEFAULTS
-from ties_peft.teachers import RANDOM_ROWS
+from ties_peft.evaluation.evaluate import make_exam
+from ties_peft.evaluation.scorers import Exam
+from ties_peft.learning.start import DEFAULTS
+from ties_peft.learning.teachers import RANDOM_ROWS
 
 RANDOM = "random tokens and words of the labels"
 GAINS = f"{RANDOM}, gains"

@@ -26,7 +26,7 @@ PROGRAM = """
 import resource, sys, time, warnings
 warnings.simplefilter("ignore")
 import ties_peft
-from ties_peft import fast
+from ties_peft.task_vectors.kernels import backends as fast
 fast.WORTH = int(sys.argv[3]) or fast.WORTH
 started = time.perf_counter()
 ties_peft.merge(sys.argv[4:], rank=16, method=sys.argv[1], space=sys.argv[2])

@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 import ties_peft
-from ties_peft import fast
-from ties_peft.delta import LowRank
+from ties_peft.task_vectors.delta import LowRank
+from ties_peft.task_vectors.kernels import backends as fast
 
 MODULE = "layers.0.q"
 TIES, SUM, KNOTS = "PEFT ties_svd steps", "PEFT svd steps", "dense SVD of the stacked deltas alone, scaled from 512"

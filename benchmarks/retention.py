@@ -105,7 +105,7 @@ def train(kind: str, task: str, data: Path, folder: Path) -> None:
     import train as samples
     from peft import get_peft_model, get_peft_model_state_dict
 
-    from ties_peft.adapter import in_memory
+    from ties_peft.adapters.adapter import in_memory
 
     goals = [Source(kind, task, TRAINED, ratio) for ratio in sorted(RATIOS, reverse=True)]
     if all((folder / f"{kind}-{task}-{goal.ratio}").exists() for goal in goals):

@@ -29,8 +29,8 @@ import minilm  # noqa: E402
 
 import ties_peft  # noqa: E402
 from ties_peft.choices import CONTROLS, TRAINED  # noqa: E402
-from ties_peft.evaluate import make_exam  # noqa: E402
-from ties_peft.task import read_task  # noqa: E402
+from ties_peft.evaluation.evaluate import make_exam  # noqa: E402
+from ties_peft.evaluation.task import read_task  # noqa: E402
 
 RESULTS = HERE / "results" / "search.json"
 TASK = "mr"

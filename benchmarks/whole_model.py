@@ -18,7 +18,7 @@ import synthetic
 import torch
 
 import ties_peft
-from ties_peft import fast
+from ties_peft.task_vectors.kernels import backends as fast
 
 BLOCK = {
     "self_attn.q_proj": (4096, 4096),

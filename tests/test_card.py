@@ -16,7 +16,7 @@ from kinds.models import TOKENS, llama
 
 import ties_peft
 from ties_peft import Adapter
-from ties_peft.adapter import in_memory
+from ties_peft.adapters.adapter import in_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 Make = Callable[..., Path]

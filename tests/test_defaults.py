@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ties_peft
 from ties_peft import Adapter, Recipe, cli
-from ties_peft.merge import merge_recipe
+from ties_peft.merging.merge import merge_recipe
 from ties_peft.methods import make_stages
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import ties_peft
 from ties_peft import Recipe, TiesPeftError
+from ties_peft.adapters.types import kinds
 from ties_peft.errors import printable, unknown
-from ties_peft.kinds import kinds
 
 Make = Callable[..., Path]
 WEIGHTS = "adapter_model.safetensors"

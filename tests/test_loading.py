@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ties_peft
-from ties_peft.loading import Evidence, find_loading
+from ties_peft.merging.loading import Evidence, find_loading
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {**WIDTHS, "num_hidden_layers": 2}

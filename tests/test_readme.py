@@ -15,8 +15,8 @@ from cli.running import run
 from conftest import SAMPLES
 
 import ties_peft
-from ties_peft.rows import FILES
-from ties_peft.task import Task, read_task
+from ties_peft.evaluation.rows import FILES
+from ties_peft.evaluation.task import Task, read_task
 
 ROOT = SAMPLES.parent
 TASKS = sorted((ROOT / "examples" / "tasks").glob("*.yaml"))

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ties_peft
-from ties_peft import Adapter, Merged, Recipe, RecipeError, writer
+from ties_peft import Adapter, Merged, Recipe, RecipeError
+from ties_peft.adapters import writer
 
 Make = Callable[..., Path]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -2,7 +2,7 @@
 
 Every name in `__all__` but the errors is imported when it is first used, so that `import ties_peft` is quick. Where a
 function and a module of this package have one name, such as `merge`, the name in this package is the function; the
-module's other names are had by `from ties_peft.merge import ...`.
+module's other names are had by `from ties_peft.merging.merge import ...`.
 """
 
 import sys
@@ -10,36 +10,29 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
-    AdapterError,
-    CompatibilityError,
-    MethodError,
-    RecipeError,
-    TiesPeftError,
-    TiesPeftWarning,
-)
+from .errors import AdapterError, CompatibilityError, MethodError, RecipeError, TiesPeftError, TiesPeftWarning
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
-    from .bench import Bench
-    from .convert import convert
-    from .distil import distil
-    from .distilled import Distilled
-    from .evaluate import evaluate
-    from .exam import Score
-    from .gather import gather_statistics
-    from .harness import harness
-    from .live import add_merged_adapter
-    from .merge import merge
-    from .merged import Merged
+    from .adapters.adapter import Adapter
+    from .evaluation.evaluate import evaluate
+    from .evaluation.harness import harness
+    from .evaluation.loaded_model import Bench
+    from .evaluation.scorers import Score
+    from .evaluation.task import Task
+    from .learning.distil import distil
+    from .learning.distilled import Distilled
+    from .learning.gather_statistics import gather_statistics
+    from .learning.signs import few_shot_signs
+    from .merging.convert import convert
+    from .merging.live import add_merged_adapter
+    from .merging.merge import merge
+    from .merging.merged import Merged
+    from .merging.prepare import Prepared, prepare
+    from .merging.push import push
+    from .merging.recipes.recipe import Recipe
+    from .merging.report import Report
     from .methods import methods
-    from .prepare import Prepared, prepare
-    from .push import push
-    from .recipe import Recipe
-    from .report import Report
-    from .search import Found, search
-    from .signs import few_shot_signs
-    from .task import Task
+    from .search.search import Found, search
 
 __version__ = "0.1.0"
 __all__ = [
@@ -75,28 +68,28 @@ __all__ = [
 
 # The module of each name that is imported when it is first used; type checkers read the block above instead.
 _MODULES = {
-    "Adapter": "adapter",
-    "Bench": "bench",
-    "Distilled": "distilled",
-    "Found": "search",
-    "Merged": "merged",
-    "Prepared": "prepare",
-    "Recipe": "recipe",
-    "Report": "report",
-    "Score": "exam",
-    "Task": "task",
-    "add_merged_adapter": "live",
-    "convert": "convert",
-    "distil": "distil",
-    "evaluate": "evaluate",
-    "few_shot_signs": "signs",
-    "gather_statistics": "gather",
-    "harness": "harness",
-    "merge": "merge",
+    "Adapter": "adapters.adapter",
+    "Bench": "evaluation.loaded_model",
+    "Distilled": "learning.distilled",
+    "Found": "search.search",
+    "Merged": "merging.merged",
+    "Prepared": "merging.prepare",
+    "Recipe": "merging.recipes.recipe",
+    "Report": "merging.report",
+    "Score": "evaluation.scorers",
+    "Task": "evaluation.task",
+    "add_merged_adapter": "merging.live",
+    "convert": "merging.convert",
+    "distil": "learning.distil",
+    "evaluate": "evaluation.evaluate",
+    "few_shot_signs": "learning.signs",
+    "gather_statistics": "learning.gather_statistics",
+    "harness": "evaluation.harness",
+    "merge": "merging.merge",
     "methods": "methods",
-    "prepare": "prepare",
-    "push": "push",
-    "search": "search",
+    "prepare": "merging.prepare",
+    "push": "merging.push",
+    "search": "search.search",
 }
 
 if not TYPE_CHECKING:  # a type checker would take every unknown name for one that this function gives

@@ -69,7 +69,7 @@ def unknown(what: str, name: str, known: Iterable[str], hint: str | None = None)
 def warn_caller(messages: Iterable[str]) -> None:
     """Warn at the line outside this package that called into it, each message once."""
     depth = 1
-    while sys._getframe(depth).f_globals.get("__package__") == __package__:
+    while _own(sys._getframe(depth).f_globals.get("__package__")):
         depth += 1
     for message in messages:
         warnings.warn(message, TiesPeftWarning, stacklevel=depth + 1)
@@ -84,6 +84,11 @@ def share_hint(value: object, largest: object = 1) -> str:
     if largest != 1 or isinstance(value, bool) or not isinstance(value, (int, float)) or not 2 <= value <= 100:
         return ""
     return f" Did you mean {value / 100:g}?"
+
+
+def _own(package: str | None) -> bool:
+    """Return whether code of a package is of this one."""
+    return package is not None and package.split(".")[0] == __package__
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from ties_peft import Adapter, Recipe, TiesPeftError, convert, inspection, merge
-from ties_peft.base_model import BaseModel
+from ties_peft import Adapter, Recipe, TiesPeftError, convert, merge
+from ties_peft.adapters.base_model import BaseModel
+from ties_peft.analysis import inspection
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 SOUND = lora_config(SHAPES, 4, 8)

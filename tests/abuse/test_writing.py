@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import ties_peft
-from ties_peft import Adapter, Merged, RecipeError, writer
+from ties_peft import Adapter, Merged, RecipeError
+from ties_peft.adapters import writer
 
 Make = Callable[..., Path]
 pytestmark = [

@@ -630,7 +630,7 @@ def test_an_unforeseen_fault_is_not_hidden(make: Maker, monkeypatch: pytest.Monk
         raise ZeroDivisionError
 
     a = make.lora("a")
-    monkeypatch.setattr(import_module("ties_peft.merge"), "merge_recipe", broken)
+    monkeypatch.setattr(import_module("ties_peft.merging.merge"), "merge_recipe", broken)
     before = tree(make.root)
     with pytest.raises(ZeroDivisionError):
         run("merge", a, "--out", make.root / "new/out")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import ties_peft
 from ties_peft import Recipe, TiesPeftError, TiesPeftWarning
-from ties_peft.aliases import COMBINATION_TYPES, MERGEKIT, PARAMETERS
-from ties_peft.mergekit import METHODS
+from ties_peft.adapters.aliases import COMBINATION_TYPES, MERGEKIT, PARAMETERS
+from ties_peft.merging.recipes.mergekit import METHODS
 from ties_peft.methods import method_classes
 
 Make = Callable[..., Path]

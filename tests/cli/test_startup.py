@@ -84,7 +84,6 @@ ORDERS = {
     "the module first": "import_module('ties_peft.NAME'); found = getattr(ties_peft, 'NAME')",
     "the function first": "found = ties_peft.NAME; import_module('ties_peft.NAME'); assert found is ties_peft.NAME",
     "from": "from ties_peft import NAME as found; import_module('ties_peft.NAME'); assert found is ties_peft.NAME",
-    "from the module": "from ties_peft.NAME import NAME as found; assert found is ties_peft.NAME",
     "import as": "import ties_peft.NAME as found",
     "everything": "space = {}; exec('from ties_peft import *', space); found = space['NAME']",
 }
@@ -93,7 +92,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_function_wins_over_the_module_of_its_name(order: str) -> None:
     """In whatever order they are asked for; each name in a process of its own, so that none helps another."""
-    assert {"merge", "prepare", "distil", "search", "evaluate", "methods", "convert", "push"} <= set(ALSO_MODULES)
+    assert ALSO_MODULES == ["methods", "search"]
     code = f"""
 import json, os, sys, types
 from importlib import import_module

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import ties_peft
 from ties_peft import Adapter, Merged
-from ties_peft.adapter import in_memory
-from ties_peft.kinds import kinds
+from ties_peft.adapters.adapter import in_memory
+from ties_peft.adapters.statistics import Statistics
+from ties_peft.adapters.types import kinds
 from ties_peft.methods import Method, method_classes
 from ties_peft.spaces import spaces
-from ties_peft.statistics import Statistics
 
 SHAPES = {"layers.0.dot": (1, 1), "layers.0.up": (9, 6), "layers.1.q": (6, 5)}
 LENGTHS = {"layers.0.dot": 1, "layers.0.down": 14, "layers.1.k": 9}

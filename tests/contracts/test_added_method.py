@@ -23,7 +23,7 @@ METHOD = '''
 from typing import ClassVar
 
 from pydantic import Field
-from ties_peft.delta import Dense
+from ties_peft.task_vectors.delta import Dense
 from ties_peft.methods import Method
 
 
@@ -54,7 +54,7 @@ import torch
 import ties_peft
 from contracts.cells import OFFERED
 from ties_peft import cli
-from ties_peft.merge import merge_recipe
+from ties_peft.merging.merge import merge_recipe
 
 a, b, out = sys.argv[1:]
 

@@ -35,11 +35,12 @@ from contracts.cells import (
 )
 
 import ties_peft
-from ties_peft import Adapter, MethodError, Recipe, tiles
-from ties_peft.kinds import kinds
-from ties_peft.merge import merge_recipe
+from ties_peft import Adapter, MethodError, Recipe
+from ties_peft.adapters.types import kinds
+from ties_peft.merging.merge import merge_recipe
 from ties_peft.methods import method_classes
 from ties_peft.spaces import spaces
+from ties_peft.task_vectors import tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 every_cell = pytest.mark.parametrize("cell", OFFERED, ids=str)

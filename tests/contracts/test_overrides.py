@@ -14,13 +14,14 @@ from oracles import definition
 from torch import Tensor
 
 import ties_peft
-from ties_peft import Adapter, fast
-from ties_peft.adapter import in_memory
-from ties_peft.delta import Delta
+from ties_peft import Adapter
+from ties_peft.adapters.adapter import in_memory
 from ties_peft.methods import Method, TaskVectors, method_classes, register
 from ties_peft.methods.base import Trim
 from ties_peft.methods.ties import Ties
-from ties_peft.single_pass import SinglePass
+from ties_peft.task_vectors.delta import Delta
+from ties_peft.task_vectors.kernels import backends as fast
+from ties_peft.task_vectors.single_pass import SinglePass
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 NAME = "overridden"
@@ -33,10 +34,10 @@ def every_fast_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever is done from a certain size on is done at once: compiled loops, one walk in place of two, tiles."""
     pytest.importorskip("numba")
     monkeypatch.setattr(fast, "WORTH", 0)
-    monkeypatch.setattr("ties_peft.tiles.TILE", 7)
-    for module in ("threshold", "survey"):
+    monkeypatch.setattr("ties_peft.task_vectors.tiles.TILE", 7)
+    for module in ("task_vectors.threshold", "merging.thresholds"):
         monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 10)
-    monkeypatch.setattr("ties_peft.single_pass.MOST", 99)
+    monkeypatch.setattr("ties_peft.task_vectors.single_pass.MOST", 99)
     monkeypatch.setattr(SinglePass, "suffices", lambda self, searches: any(search.sought for search in searches))
     monkeypatch.setattr(SinglePass, "most", lambda self, entries: entries)
     monkeypatch.setattr(Adapter, "statistics", drawn_statistics)

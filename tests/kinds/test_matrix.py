@@ -86,7 +86,7 @@ def test_two_spellings_of_one_module_meet(tmp_path: Path) -> None:
         for there, here in old.items():
             name = name.replace(there, here)
         tensors[name] = new.tensors.read(key)
-    from ties_peft.adapter import in_memory
+    from ties_peft.adapters.adapter import in_memory
 
     merged = ties_peft.merge([new, in_memory(new.config, tensors)], "average")
     assert merged.modules == new.modules

@@ -20,7 +20,7 @@ from torch import nn
 
 import ties_peft
 from ties_peft import AdapterError
-from ties_peft.base_model import BaseModel, is_conv1d
+from ties_peft.adapters.base_model import BaseModel, is_conv1d
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = ("DEFT", "DoRA", "FourierFT", "GraLoRA", "HiRA", "PVeRA", "RandLoRA", "VB-LoRA", "VeRA", "WaveFT")

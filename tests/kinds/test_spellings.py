@@ -20,8 +20,8 @@ from torch import nn
 
 import ties_peft
 from ties_peft import AdapterError, CompatibilityError
-from ties_peft.base_model import BaseModel
-from ties_peft.spellings import agree, all_newer, older
+from ties_peft.adapters.base_model import BaseModel
+from ties_peft.adapters.module_names import agree, all_newer, older
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TEXT = {**WIDTHS, "num_hidden_layers": 2, "max_position_embeddings": 8, "projection_dim": 16, "bos_token_id": 0}

@@ -15,7 +15,7 @@ from oracles.definition import Vectors
 from torch import Tensor
 
 from ties_peft import Adapter, Merged, merge
-from ties_peft.adapter import in_memory
+from ties_peft.adapters.adapter import in_memory
 
 law = settings(
     max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]

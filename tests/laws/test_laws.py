@@ -40,7 +40,7 @@ from oracles import definition
 from oracles.definition import Vectors
 
 from ties_peft import Adapter, TiesPeftError, merge
-from ties_peft.adapter import in_memory
+from ties_peft.adapters.adapter import in_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 WEIGHTS = [1.0, -2.0, 0.5]
@@ -65,10 +65,10 @@ def assert_is(adapter: Adapter, expected: Vectors) -> None:
 def small_tiles(entries: int = 16, sample: int | None = None) -> Iterator[None]:
     """Tiles of so few entries, and a survey that guesses from so small a sample."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ties_peft.tiles.TILE", entries)
+        patch.setattr("ties_peft.task_vectors.tiles.TILE", entries)
         if sample is not None:
-            patch.setattr("ties_peft.survey.SAMPLE", (sample, sample))
-            patch.setattr("ties_peft.threshold.SIGMAS", 0.5)
+            patch.setattr("ties_peft.merging.thresholds.SAMPLE", (sample, sample))
+            patch.setattr("ties_peft.task_vectors.threshold.SIGMAS", 0.5)
         yield
 
 

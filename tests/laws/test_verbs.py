@@ -11,10 +11,10 @@ from laws.strategies import law, percents, seeds, signed
 from oracles import definition
 from torch import Tensor
 
-from ties_peft.delta import LowRank, Span
-from ties_peft.elect import Ballot, disjoint_merge, elect
-from ties_peft.factorise import OVERSAMPLE, SMALL_SIDE, Factors, compress, factorise, leading_rows
-from ties_peft.trim import kept_count, trim
+from ties_peft.task_vectors.delta import LowRank, Span
+from ties_peft.task_vectors.elect import Ballot, disjoint_merge, elect
+from ties_peft.task_vectors.factorise import OVERSAMPLE, SMALL_SIDE, Factors, compress, factorise, leading_rows
+from ties_peft.task_vectors.trim import kept_count, trim
 
 elections = st.sampled_from(["mass", "count"])
 disjoints = st.sampled_from(["mean", "sum", "max"])

@@ -13,7 +13,7 @@ from learn.models import VOCABULARY, linear_shapes, make_tokenizer, sentences, w
 from transformers import BertConfig, BertModel
 
 import ties_peft
-from ties_peft.bench import Bench
+from ties_peft.evaluation.loaded_model import Bench
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 128}
 TASK = {"measure": "descriptions", "descriptions": ["w1 w2", "w3 w4", "w5 w6"]}

@@ -11,8 +11,8 @@ from learn.models import bases, linear_shapes, make_model, sentences, write_lora
 
 import ties_peft
 from ties_peft.errors import TiesPeftError
-from ties_peft.rows import read_rows
-from ties_peft.task import read_task
+from ties_peft.evaluation.rows import read_rows
+from ties_peft.evaluation.task import read_task
 
 DESCRIBED = {"measure": "descriptions", "descriptions": ["w1", "w2"]}
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 import ties_peft
 from ties_peft import cli
-from ties_peft.bench import Bench
 from ties_peft.errors import CompatibilityError, RecipeError
-from ties_peft.evaluate import evaluate_all
-from ties_peft.exam import Score
+from ties_peft.evaluation.evaluate import evaluate_all
+from ties_peft.evaluation.loaded_model import Bench
+from ties_peft.evaluation.scorers import Score
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.errors.TiesPeftWarning")
 DESCRIBED = {"measure": "descriptions", "descriptions": ["w1", "w2"], "name": "described"}
@@ -39,7 +39,9 @@ def test_all_forms_are_checked_before_the_first_is_judged(
 ) -> None:
     """The adapter is an encoder's: it fits the first task and not the second."""
     own = write_lora(tmp_path / "a", linear_shapes(make_model("encoder"), "query"), 0)
-    monkeypatch.setattr(ties_peft.exam.Classification, "score", lambda *_: pytest.fail("a task was judged"))
+    monkeypatch.setattr(
+        ties_peft.evaluation.scorers.Classification, "score", lambda *_: pytest.fail("a task was judged")
+    )
     tasks = [{**DESCRIBED, "rows": ROWS}, {"measure": "head", "rows": ROWS, "name": "headed"}]
     with pytest.raises(CompatibilityError, match="loaded as classifier"):
         evaluate_all([own], tasks, base=bases["classifier"])

@@ -18,10 +18,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import ties_peft
-from ties_peft import fitting
-from ties_peft.bench import Bench
 from ties_peft.errors import TiesPeftError
-from ties_peft.lessons import LabelLesson, TokenLesson, random_rows
+from ties_peft.evaluation.loaded_model import Bench
+from ties_peft.learning import fitting
+from ties_peft.learning.predictions import LabelLesson, TokenLesson, random_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.errors.TiesPeftWarning")
 TASK = {"measure": "descriptions", "descriptions": ["w1 w2", "w3 w4", "w5 w6"]}
@@ -117,7 +117,7 @@ def test_steps_are_eight_passes_over_texts_and_two_over_random_rows(texts: int, 
     given = [(("w1",), texts), (None, random)]
     teachers: list[Any] = [SimpleNamespace(texts=kind) for kind, _ in given]
     lessons: list[Any] = [SimpleNamespace(sequences=[[1]] * count) for _, count in given]
-    assert sys.modules["ties_peft.distil"]._steps(teachers, lessons, 16) == steps  # type: ignore[attr-defined]
+    assert sys.modules["ties_peft.learning.distil"]._steps(teachers, lessons, 16) == steps  # type: ignore[attr-defined]
 
 
 def test_the_same_bytes_twice_and_when_stopped(
@@ -148,7 +148,9 @@ def test_the_same_bytes_twice_and_when_stopped(
         once(tmp_path / "state")
     kept = {p.name for p in (tmp_path / "state").iterdir()}
     assert kept == {"fit.safetensors", *(f"teacher {number}.safetensors" for number in range(len(loras)))}
-    monkeypatch.setattr("ties_peft.lessons.LabelLesson.teach", lambda *_: pytest.fail("a teacher ran again"))
+    monkeypatch.setattr(
+        "ties_peft.learning.predictions.LabelLesson.teach", lambda *_: pytest.fail("a teacher ran again")
+    )
     assert once(tmp_path / "state") == whole
     assert 60 < count <= 33 + 30 + 5
     with pytest.raises(TiesPeftError, match="is of other work"):
@@ -213,7 +215,7 @@ def test_threads_are_those_asked_for_and_afterwards_those_before(
 
 def test_never_worse_than_the_start(loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A step far too large: the rate is lowered three times, and what is given back is the start, said so."""
-    monkeypatch.setitem(ties_peft.distil.__globals__["RATES"], "factors", 1e6)
+    monkeypatch.setitem(ties_peft.learning.distil.__globals__["RATES"], "factors", 1e6)
     with pytest.warns(ties_peft.TiesPeftWarning, match="the start itself"):
         made = ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], rank=2, **QUICK)
     assert not made.report.improved
@@ -323,7 +325,7 @@ def test_of_a_large_vocabulary_the_likeliest_are_kept(
     tmp_path: Path,
 ) -> None:
     """KL of kept tokens and the rest in one sum: at most the whole one, and by the definition."""
-    monkeypatch.setattr("ties_peft.lessons.TOP", 5)
+    monkeypatch.setattr("ties_peft.learning.predictions.TOP", 5)
     bench = Bench.load(bases["llama"], "language")
     shapes = linear_shapes(bench.model, "q_proj", "up_proj")
     teacher = ties_peft.Adapter.load(write_lora(tmp_path / "t", shapes, 0))

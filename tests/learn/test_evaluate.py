@@ -11,8 +11,8 @@ from learn.models import WORDS, bases, linear_shapes, make_model, make_tokenizer
 from peft import PeftModel
 
 import ties_peft
-from ties_peft.evaluate import evaluate_all, make_exam
-from ties_peft.task import read_task
+from ties_peft.evaluation.evaluate import evaluate_all, make_exam
+from ties_peft.evaluation.task import read_task
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.errors.TiesPeftWarning")
 ENDINGS = {

@@ -11,9 +11,9 @@ from learn.models import bases, make_model, make_tokenizer, save_base, sentences
 from transformers import GenerationConfig
 
 import ties_peft
-from ties_peft.bench import Bench
-from ties_peft.evaluate import make_exam
-from ties_peft.task import read_task
+from ties_peft.evaluation.evaluate import make_exam
+from ties_peft.evaluation.loaded_model import Bench
+from ties_peft.evaluation.task import read_task
 
 OWN: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 4, "length_penalty": -5.0},

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 import ties_peft
 from ties_peft import cli
-from ties_peft.bench import Bench
 from ties_peft.errors import CompatibilityError, RecipeError
+from ties_peft.evaluation.loaded_model import Bench
 
 ROW = [[5, 9, 7, 12]]
 NAMES = ("toy_words", "toy_texts")

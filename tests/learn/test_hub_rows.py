@@ -16,8 +16,8 @@ from learn.models import bases
 
 import ties_peft
 from ties_peft.errors import RecipeError
-from ties_peft.rows import ClassName, read_rows
-from ties_peft.task import read_task
+from ties_peft.evaluation.rows import ClassName, read_rows
+from ties_peft.evaluation.task import read_task
 
 TEXTS = ["w1 w2", "w3", "w4 w5 w6", "w7"]
 TWO = {"measure": "descriptions", "descriptions": ["w1", "w2"], "rows": "org/set"}

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import ties_peft
-from ties_peft.bench import Bench
 from ties_peft.choices import CONTROLS, TRAINED
-from ties_peft.controls import new_adapter, random_adapter
 from ties_peft.errors import CompatibilityError
-from ties_peft.evaluate import evaluate_all
+from ties_peft.evaluation.evaluate import evaluate_all
+from ties_peft.evaluation.loaded_model import Bench
+from ties_peft.search.controls import new_adapter, random_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.errors.TiesPeftWarning")
 HEAD = ("classifier.bias", "classifier.weight")
@@ -79,7 +79,9 @@ def test_it_is_known_before_anything_is_judged(
 ) -> None:
     """The first adapter brings its head, the second does not."""
     pair = [with_head(tmp_path / "a", bases["encoder"], 0), without_head(tmp_path / "b")]
-    monkeypatch.setattr(ties_peft.exam.Classification, "score", lambda *_: pytest.fail("an adapter was judged"))
+    monkeypatch.setattr(
+        ties_peft.evaluation.scorers.Classification, "score", lambda *_: pytest.fail("an adapter was judged")
+    )
     with pytest.raises(CompatibilityError, match=r"adapter '.*b' does not bring them"):
         evaluate_all(pair, [head_task()], base=bases["encoder"])
 

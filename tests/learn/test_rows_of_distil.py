@@ -9,7 +9,7 @@ import pytest
 from learn.models import linear_shapes, make_model, write_lora
 
 from ties_peft.errors import TiesPeftError
-from ties_peft.teachers import read_teachers
+from ties_peft.learning.teachers import read_teachers
 
 TASK = {"measure": "descriptions", "descriptions": ["w1 w2", "w3 w4", "w5 w6"]}
 TEXTS = [f"w{number} w{number + 1}" for number in range(12)]
@@ -77,7 +77,7 @@ def test_data_sets_on_the_hub_are_rows(rows: Any, loras: list[Path], monkeypatch
         asked.append(source)
         return [{"text": text} for text in TEXTS]
 
-    monkeypatch.setattr("ties_peft.teachers.read_rows", read_rows)
+    monkeypatch.setattr("ties_peft.learning.teachers.read_rows", read_rows)
     assert [teacher.texts for teacher in read_teachers(loras, rows, TASK)] == [tuple(TEXTS)] * 2
     assert asked == (["org/set"] * 2 if isinstance(rows, str) else ["org/set", "org/other"])
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ties_peft
-from ties_peft.live import COMBINATION_TYPES
+from ties_peft.merging.live import COMBINATION_TYPES
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -14,7 +14,7 @@ from conftest import PREFIX
 from safetensors.numpy import load_file
 
 import ties_peft
-from ties_peft.draws import key, uniform
+from ties_peft.task_vectors.random_numbers import key, uniform
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Vectors = dict[str, Array]

@@ -17,8 +17,8 @@ from peft.utils import merge_utils
 from safetensors.numpy import load_file
 
 import ties_peft
-from ties_peft import tiles
-from ties_peft.merge import merge_recipe
+from ties_peft.merging.merge import merge_recipe
+from ties_peft.task_vectors import tiles
 
 Maker = Callable[..., Path]
 VECTORS = {"layers.0.k": (12, False), "layers.0.down": (20, True), "layers.1.k": (12, False)}

@@ -12,9 +12,9 @@ from conftest import PREFIX, lora_tensors, write_adapter
 from methods.entrywise import COMBINE, EVERY, OVER_ADAPTERS, SCALES, defined, distance, merged_vectors, read, same
 
 import ties_peft
-from ties_peft import tiles
 from ties_peft.errors import MethodError
-from ties_peft.merge import merge_recipe
+from ties_peft.merging.merge import merge_recipe
+from ties_peft.task_vectors import tiles
 
 Maker = Callable[..., Path]
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.errors.TiesPeftWarning")  # of twins, of norms of 0

@@ -16,10 +16,11 @@ from conftest import PREFIX, SAMPLES, lora_config, write_adapter
 from recipes.by_hand import same_tensors
 
 import ties_peft
-from ties_peft import Adapter, factorise
-from ties_peft.adapter import in_memory
-from ties_peft.delta import LowRank
+from ties_peft import Adapter
+from ties_peft.adapters.adapter import in_memory
 from ties_peft.methods import method_classes
+from ties_peft.task_vectors import factorise
+from ties_peft.task_vectors.delta import LowRank
 
 FLAT = ("iso_c", "iso_cts", "flat_tsv", "boosting")
 COMPOSITES = ("pico+iso_c", "pico+flat_tsv", "ties+iso_c", "ties+boosting", "iso_c+svc", "tsv+boosting")

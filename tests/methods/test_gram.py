@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import ties_peft
-from ties_peft.delta import LowRank
+from ties_peft.task_vectors.delta import LowRank
 
 Array = np.ndarray
 Maker = Callable[..., Path]

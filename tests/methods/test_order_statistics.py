@@ -15,14 +15,14 @@ import torch
 from methods.entrywise import defined, distance, merged_vectors
 
 import ties_peft
-from ties_peft import order_statistics, tiles
-from ties_peft.delta import Dense
-from ties_peft.merge import merge_recipe
+from ties_peft.merging.merge import merge_recipe
 from ties_peft.methods import method_classes, register
 from ties_peft.methods.base import Ranking, TaskVectors
 from ties_peft.methods.pcb import Pcb
-from ties_peft.order_statistics import find_levels
-from ties_peft.tiles import Workers
+from ties_peft.task_vectors import order_statistics, tiles
+from ties_peft.task_vectors.delta import Dense
+from ties_peft.task_vectors.order_statistics import find_levels
+from ties_peft.task_vectors.tiles import Workers
 
 Maker = Callable[..., Path]
 SIZES = (1, 40, 333)  # of the parts of a group

@@ -15,14 +15,14 @@ import torch
 from methods.test_spectral import factors, merged, off, random_factors, write
 
 import ties_peft
-from ties_peft import sparsify
-from ties_peft.basis import directions
-from ties_peft.delta import LowRank
 from ties_peft.spaces import find_space
 from ties_peft.spaces.core import CompressedEncoding, CoreEncoding
-from ties_peft.spectrum import Spectrum, orthogonalised, spectrum
-from ties_peft.threshold import kth_largest
-from ties_peft.trim import trim
+from ties_peft.task_vectors import sparsify
+from ties_peft.task_vectors.delta import LowRank
+from ties_peft.task_vectors.singular_values import Spectrum, orthogonalised, spectrum
+from ties_peft.task_vectors.subspace import directions
+from ties_peft.task_vectors.threshold import kth_largest
+from ties_peft.task_vectors.trim import trim
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 Maker = Callable[..., Path]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import ties_peft
 from ties_peft.methods import method_classes
 from ties_peft.spaces import find_space
-from ties_peft.spectrum import polar as polar_factor
-from ties_peft.spectrum import spectrum
+from ties_peft.task_vectors.singular_values import polar as polar_factor
+from ties_peft.task_vectors.singular_values import spectrum
 
 Array = np.ndarray
 Factors = Mapping[str, tuple[Array, Array]]

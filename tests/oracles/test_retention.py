@@ -19,8 +19,8 @@ from oracles import definition
 from torch import Tensor, nn
 
 import ties_peft
-from ties_peft.delta import Dense, LowRank, inner
-from ties_peft.inspection import inspect
+from ties_peft.analysis.inspection import inspect
+from ties_peft.task_vectors.delta import Dense, LowRank, inner
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Make = Callable[..., Path]

@@ -14,7 +14,7 @@ from oracles import definition
 
 import ties_peft
 from ties_peft import Recipe, RecipeError
-from ties_peft.merge import merge_recipe
+from ties_peft.merging.merge import merge_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 Make = Callable[..., Path]

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from ties_peft import Recipe, RecipeError, merge, methods
-from ties_peft.merge import merge_recipe
-from ties_peft.mergekit import METHODS
+from ties_peft.merging.merge import merge_recipe
+from ties_peft.merging.recipes.mergekit import METHODS
 
 Make = Callable[..., Path]
 HERE = {info.name for info in methods()}
@@ -319,7 +319,7 @@ def test_numbers_that_differ_between_models_where_ours_is_one() -> None:
 
 
 def test_flags_take_the_notes_on_what_they_override(folders: list[Path]) -> None:
-    from ties_peft.flags import Flags
+    from ties_peft.merging.recipes.overrides import Flags
 
     path = folders[0].parent / "mk.yaml"
     path.write_text(file("ties", *folders, base_model="org/base", parameters={"int8_mask": True}))

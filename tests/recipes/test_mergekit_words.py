@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ties_peft import Recipe, TiesPeftError
-from ties_peft.mergekit import METHODS, NO_COUNTERPART, is_recipe, reference
+from ties_peft.merging.recipes.mergekit import METHODS, NO_COUNTERPART, is_recipe, reference
 
 OURS = [
     "adapters: [a, b]\nmerge_method: ties\nbase_model: x",

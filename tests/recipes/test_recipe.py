@@ -12,7 +12,7 @@ import torch
 from by_hand import same_tensors
 
 from ties_peft import Adapter, AdapterError, MethodError, Recipe, RecipeError, TiesPeftError, merge
-from ties_peft.merge import merge_recipe
+from ties_peft.merging.merge import merge_recipe
 
 Make = Callable[..., Path]
 TWO = ("org/a", "path/b@v1")

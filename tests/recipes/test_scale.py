@@ -14,8 +14,8 @@ from cli.running import run
 
 import ties_peft
 from ties_peft import Recipe, RecipeError
-from ties_peft.scale import Scale, is_scale
-from ties_peft.tuning import Tuning
+from ties_peft.merging.recipes.scale import Scale, is_scale
+from ties_peft.search.tuning import Tuning
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")

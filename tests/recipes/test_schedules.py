@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ties_peft import MethodError, Recipe, RecipeError, merge
-from ties_peft.merge import merge_recipe
-from ties_peft.schedule import Schedule, count_layers
+from ties_peft.merging.merge import merge_recipe
+from ties_peft.merging.recipes.schedule import Schedule, count_layers
 
 Make = Callable[..., Path]
 DEEP = {f"model.layers.{layer}.{part}": (8, 6) for layer in range(5) for part in ("self_attn.q_proj", "mlp.up_proj")}

@@ -14,8 +14,8 @@ from conftest import write_adapter
 from safetensors.torch import load_file
 
 from ties_peft import Adapter, Recipe, RecipeError, merge, prepare
-from ties_peft.members import equal_norm_weights
-from ties_peft.merge import merge_recipe
+from ties_peft.merging.members import equal_norm_weights
+from ties_peft.merging.merge import merge_recipe
 
 Make = Callable[..., Path]
 

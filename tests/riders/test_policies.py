@@ -15,9 +15,9 @@ from torch import Tensor
 
 import ties_peft
 from ties_peft import Adapter, Recipe, cli
-from ties_peft.inspection import inspect
-from ties_peft.merge import merge_recipe
-from ties_peft.riders import read_riders
+from ties_peft.adapters.extra_tensors import read_riders
+from ties_peft.analysis.inspection import inspect
+from ties_peft.merging.merge import merge_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 SHAPES = {"layers.0.q": (12, 10), "layers.0.up": (20, 12)}

@@ -17,8 +17,8 @@ from scale.elsewhere import DEVICE, Elsewhere, elsewhere
 
 import ties_peft
 from ties_peft import Merged
+from ties_peft.adapters.statistics import Statistics
 from ties_peft.methods import method_classes
-from ties_peft.statistics import Statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 Make = Callable[..., Path]
@@ -135,7 +135,7 @@ def test_whole_heads(make_lora: Make, tmp_path: Path, method: str) -> None:
 
 def test_no_task_vector_comes_back(make_lora: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for a sample, the candidates of a threshold and the factors of the result, all of them small."""
-    for module in ("threshold", "survey"):
+    for module in ("task_vectors.threshold", "merging.thresholds"):
         monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 500)
     paths = [make_lora(f"a{n}", seed=n, shapes={"layers.0.q": (400, 300)}) for n in range(3)]
     for space in ("delta", "core", "knots"):

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 import ties_peft
-from ties_peft import fast
-from ties_peft.adapter import in_memory
-from ties_peft.delta import LowRank, Span, gram
-from ties_peft.factorise import _orthonormal, leading_rows
-from ties_peft.tensors import SafetensorsFile
-from ties_peft.threshold import Search
-from ties_peft.tiles import Workers
+from ties_peft.adapters.adapter import in_memory
+from ties_peft.adapters.tensors import SafetensorsFile
+from ties_peft.task_vectors.delta import LowRank, Span, gram
+from ties_peft.task_vectors.factorise import _orthonormal, leading_rows
+from ties_peft.task_vectors.kernels import backends as fast
+from ties_peft.task_vectors.threshold import Search
+from ties_peft.task_vectors.tiles import Workers
 
 SHAPES = {"layers.0.q": (37, 53), "layers.0.up": (130, 61), "layers.1.q": (24, 24)}
 
@@ -54,8 +54,8 @@ def folders(make_lora: Callable[..., Path], rank: int = 4) -> list[Path]:
 def test_compiled_loops_are_the_plain_ones_within_float32(
     make_lora: Callable[..., Path], compiled: None, monkeypatch: pytest.MonkeyPatch, tile: int, asked: dict[str, object]
 ) -> None:
-    monkeypatch.setattr("ties_peft.tiles.TILE", tile)
-    for module in ("threshold", "survey"):
+    monkeypatch.setattr("ties_peft.task_vectors.tiles.TILE", tile)
+    for module in ("task_vectors.threshold", "merging.thresholds"):
         monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 500)
     paths = folders(make_lora)
     monkeypatch.setattr(fast, "WORTH", 1 << 62)
@@ -115,8 +115,8 @@ def test_the_fused_vote_is_the_definition_in_float64(
     disjoint: Literal["mean", "sum"],
     kind: str,
 ) -> None:
-    monkeypatch.setattr("ties_peft.tiles.TILE", 3 * columns)  # tails of three rows and fewer
-    for module in ("threshold", "survey"):
+    monkeypatch.setattr("ties_peft.task_vectors.tiles.TILE", 3 * columns)  # tails of three rows and fewer
+    for module in ("task_vectors.threshold", "merging.thresholds"):
         monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 10)
     deltas = random_deltas(ranks, rows, columns)
     if kind == "repeated":  # whole numbers: exact in float32, and many alike

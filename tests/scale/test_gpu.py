@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ties_peft
-from ties_peft import fast
+from ties_peft.task_vectors.kernels import backends as fast
 
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Path]

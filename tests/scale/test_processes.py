@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ties_peft.adapter import Adapter, check_all
-from ties_peft.processes import ALONE, Team
-from ties_peft.tensors import SafetensorsFile
+from ties_peft.adapters.adapter import Adapter, check_all
+from ties_peft.adapters.tensors import SafetensorsFile
+from ties_peft.task_vectors.processes import ALONE, Team
 
 SHAPES = {"layers.0.q": (37, 53), "layers.0.up": (90, 61), "layers.1.q": (24, 24)}
 LEAVES = "import torch.distributed as d; d.init_process_group('gloo')"  # connects, and is gone

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import ties_peft
-from ties_peft import fast
-from ties_peft.adapter import in_memory
-from ties_peft.delta import Dense, LowRank
-from ties_peft.single_pass import SinglePass
+from ties_peft.adapters.adapter import in_memory
+from ties_peft.task_vectors.delta import Dense, LowRank
+from ties_peft.task_vectors.kernels import backends as fast
+from ties_peft.task_vectors.single_pass import SinglePass
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
     monkeypatch.setattr(fast, "WORTH", 0)
-    for module in ("threshold", "survey"):
+    for module in ("task_vectors.threshold", "merging.thresholds"):
         monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 10)
 
 
@@ -39,7 +39,7 @@ def passes(single: bool, **others: Callable[..., Any]) -> Iterator[list[int]]:
         return plain(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ties_peft.single_pass.MOST", 99)
+        patch.setattr("ties_peft.task_vectors.single_pass.MOST", 99)
         patch.setattr(SinglePass, "suffices", lambda self, searches: single)
         patch.setattr(SinglePass, "most", lambda self, entries: entries)
         patch.setattr(SinglePass, "result", result)
@@ -98,7 +98,7 @@ ASKED: list[dict[str, Any]] = [
 def test_one_pass_gives_the_bytes_of_two(
     monkeypatch: pytest.MonkeyPatch, kind: str, rows: int, columns: int, ranks: list[int], tile: int
 ) -> None:
-    monkeypatch.setattr("ties_peft.tiles.TILE", tile)  # with 450, tails of rows and of columns
+    monkeypatch.setattr("ties_peft.task_vectors.tiles.TILE", tile)  # with 450, tails of rows and of columns
     given = adapters(kind, ranks, rows, columns)
     for asked in ASKED:
         own = {**asked, "weights": (asked["weights"] * len(ranks))[: len(ranks)]} if "weights" in asked else asked
@@ -116,7 +116,7 @@ def test_one_pass_gives_the_bytes_of_two(
 def test_a_single_pass_has_the_same_bytes_for_any_number_of_threads(
     monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    monkeypatch.setattr("ties_peft.tiles.TILE", 2000)
+    monkeypatch.setattr("ties_peft.task_vectors.tiles.TILE", 2000)
     given, before = adapters("repeated", [4] * 5, 90, 170), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -135,7 +135,7 @@ def test_a_single_pass_that_does_not_suffice_changes_nothing(monkeypatch: pytest
     with passes(single=False):
         two = ties_peft.merge(given, scope="module", rank=8)
     if why == "missed":
-        monkeypatch.setattr("ties_peft.threshold.SIGMAS", 1e-3)
+        monkeypatch.setattr("ties_peft.task_vectors.threshold.SIGMAS", 1e-3)
     others = {"most": lambda self, entries: 1} if why == "no room" else {}
     with passes(single=True, **others) as used:
         one = ties_peft.merge(given, scope="module", rank=8)

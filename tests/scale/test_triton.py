@@ -61,7 +61,7 @@ def elsewhere(folder: Path, interpret: bool) -> Iterator[Run]:
 
 def shrink() -> None:
     """In that process: the blocks are small ones."""
-    from ties_peft import triton_loops
+    from ties_peft.task_vectors.kernels import triton_kernels as triton_loops
 
     triton_loops.ROWS, triton_loops.COLUMNS = SMALL
 
@@ -80,7 +80,7 @@ def compiling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 def read(factors: Factors) -> list[np.ndarray]:
     """In that process: each product, as the kernel makes it."""
-    from ties_peft import triton_loops
+    from ties_peft.task_vectors.kernels import triton_kernels as triton_loops
 
     made = []
     for B, A in factors:
@@ -92,14 +92,14 @@ def read(factors: Factors) -> list[np.ndarray]:
 
 def census(B: np.ndarray, A: np.ndarray, low: float, high: float) -> tuple[int, np.ndarray]:
     """In that process."""
-    from ties_peft import triton_loops
+    from ties_peft.task_vectors.kernels import triton_kernels as triton_loops
 
     return triton_loops.census(torch.from_numpy(B), torch.from_numpy(A), low, high, torch.empty(len(B) * A.shape[1]))
 
 
 def vote(factors: Factors, below: list[float], hefts: list[float], mean: bool) -> tuple[np.ndarray, tuple[int, int]]:
     """In that process."""
-    from ties_peft import triton_loops
+    from ties_peft.task_vectors.kernels import triton_kernels as triton_loops
 
     out = torch.full((len(factors[0][0]), factors[0][1].shape[1]), torch.nan)
     pairs = [(torch.from_numpy(B), torch.from_numpy(A)) for B, A in factors]
@@ -185,13 +185,15 @@ def test_a_vote_is_the_definition_in_float64_on_what_is_read(
 
 def merge(paths: list[Path], loops: bool, asked: dict[str, Any]) -> dict[str, Any]:
     """In that process: a merge by these loops on the CPU, or by torch, in tiles of a few rows; what matters of it."""
-    from ties_peft import fast, survey, threshold, tiles
+    from ties_peft.merging import thresholds as survey
+    from ties_peft.task_vectors import threshold, tiles
+    from ties_peft.task_vectors.kernels import backends as fast
 
     torch.set_num_threads(1)  # the interpreter is not made for more
     tiles.TILE, fast.WORTH, survey.WHOLE, threshold.WHOLE = 400, 1 << 62, 50, 50
     made = replace(fast._launches(), device="cpu") if loops else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("ties_peft.merge"), "load", lambda entries, device: made)
+        patch.setattr(import_module("ties_peft.merging.merge"), "load", lambda entries, device: made)
         merged = ties_peft.merge(paths, rank=24, **asked)
     report = merged.report
     kept = [line.kept for line in report.adapters]
@@ -234,7 +236,7 @@ def test_a_gpu_has_these_loops_where_a_merge_is_worth_them(compiling: Run) -> No
 
 def loaded(entries: int, device: str) -> str | None:
     """In that process: what compiles the loops for a merge."""
-    from ties_peft import fast
+    from ties_peft.task_vectors.kernels import backends as fast
 
     return getattr(fast.load(entries, device), "name", None)
 
@@ -245,7 +247,7 @@ def assemble(name: str, capability: int, aligned: bool, mean: bool) -> tuple[str
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ties_peft import triton_loops
+    from ties_peft.task_vectors.kernels import triton_kernels as triton_loops
 
     kernel = getattr(triton_loops, f"{name}_kernel")
     whole = {"ROWS": triton_loops.ROWS, "COLUMNS": triton_loops.COLUMNS}

@@ -16,11 +16,11 @@ from oracles.definition import Array
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ties_peft
-from ties_peft.basis import products
-from ties_peft.delta import LowRank
-from ties_peft.factorise import Sum, compress, few
 from ties_peft.spaces.core import CoreEncoding
 from ties_peft.spaces.knots import KnotsEncoding
+from ties_peft.task_vectors.delta import LowRank
+from ties_peft.task_vectors.factorise import Sum, compress, few
+from ties_peft.task_vectors.subspace import products
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 SHAPE = (24, 30)
@@ -55,9 +55,9 @@ CASES = {
 
 def take(monkeypatch: pytest.MonkeyPatch, road: str) -> None:
     widest, square = ROADS[road]
-    monkeypatch.setattr("ties_peft.basis.WIDEST", widest)
+    monkeypatch.setattr("ties_peft.task_vectors.subspace.WIDEST", widest)
     monkeypatch.setattr("ties_peft.spaces.base.WIDEST", widest)
-    monkeypatch.setattr("ties_peft.basis.SQUARE", square)
+    monkeypatch.setattr("ties_peft.task_vectors.subspace.SQUARE", square)
 
 
 def core_bases(deltas: list[Array]) -> tuple[Array, Array]:
@@ -113,9 +113,9 @@ def test_knots_coordinates_are_those_of_the_definition(monkeypatch: pytest.Monke
 def test_what_has_no_place_is_measured_and_near_the_least_there_could_be(
     monkeypatch: pytest.MonkeyPatch, kind: type[CoreEncoding | KnotsEncoding]
 ) -> None:
-    monkeypatch.setattr("ties_peft.basis.WIDEST", 16)
+    monkeypatch.setattr("ties_peft.task_vectors.subspace.WIDEST", 16)
     monkeypatch.setattr("ties_peft.spaces.base.WIDEST", 16)
-    monkeypatch.setattr("ties_peft.basis.SQUARE", 1)
+    monkeypatch.setattr("ties_peft.task_vectors.subspace.SQUARE", 1)
     deltas = random_deltas([16] * 4)
     encoding = kind(deltas)
     assert encoding.beyond == pytest.approx(spread(deltas, encoding), rel=1e-4)
@@ -135,9 +135,9 @@ def test_a_merge_says_what_has_no_place(
     make_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, space: str, few: bool
 ) -> None:
     if few:
-        for module in ("basis", "spaces.base", "account"):
+        for module in ("task_vectors.subspace", "spaces.base", "merging.measure"):
             monkeypatch.setattr(f"ties_peft.{module}.WIDEST", 6)
-        monkeypatch.setattr("ties_peft.basis.SQUARE", 1)
+        monkeypatch.setattr("ties_peft.task_vectors.subspace.SQUARE", 1)
     paths = [make_lora(f"a{n}", rank=4, seed=n) for n in range(4)]
     merged = ties_peft.merge(paths, method="task_arithmetic", space=space, rank="max")
     said = [warning for warning in merged.report.warnings if "has no place there" in warning]
@@ -210,7 +210,7 @@ def test_a_sum_is_a_task_vector_like_any_other() -> None:
 
 
 def test_products_are_those_of_the_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ties_peft.basis.STRIP", 7)
+    monkeypatch.setattr("ties_peft.task_vectors.subspace.STRIP", 7)
     for deltas in CASES.values():
         stack = np.stack([exact(delta).reshape(-1) for delta in deltas])
         np.testing.assert_allclose(products(deltas).numpy(), stack @ stack.T, rtol=1e-9, atol=1e-9)
@@ -290,7 +290,7 @@ def test_small_encodings_are_made_once(make_lora: Callable[..., Path], monkeypat
     paths = [make_lora(f"a{n}", seed=n) for n in range(3)]
     ties_peft.merge(paths, space="core", rank=8)
     assert len(made) == 3  # modules
-    monkeypatch.setattr("ties_peft.coordinates.KEPT", 0)
+    monkeypatch.setattr("ties_peft.merging.encoding.KEPT", 0)
     ties_peft.merge(paths, space="core", rank=8)
     assert len(made) > 6
 
@@ -302,9 +302,9 @@ def test_cuts_are_the_same_sought_a_few_adapters_at_a_time(
 ) -> None:
     paths = [make_lora(f"a{n}", seed=n) for n in range(5)]
     plain = ties_peft.merge(paths, space=space, rank=8)
-    monkeypatch.setattr("ties_peft.survey.TOGETHER", 2)
+    monkeypatch.setattr("ties_peft.merging.thresholds.TOGETHER", 2)
     if not kept:
-        monkeypatch.setattr("ties_peft.coordinates.KEPT", 0)
+        monkeypatch.setattr("ties_peft.merging.encoding.KEPT", 0)
     told: list[int] = []
     again = ties_peft.merge(paths, space=space, rank=8, progress=lambda stage, done, of: told.append(done))
     assert told[: 3 if kept else 1] == ([2, 4, 5] if kept else [5])

@@ -15,8 +15,8 @@ from worker import LORAHUB, Worth
 
 import ties_peft
 from ties_peft import Adapter, MethodError, Recipe, RecipeError, TiesPeftError
-from ties_peft.controls import random_adapter
-from ties_peft.tuning import Choice, Range, Tuning
+from ties_peft.search.controls import random_adapter
+from ties_peft.search.tuning import Choice, Range, Tuning
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")

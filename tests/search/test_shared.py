@@ -19,8 +19,8 @@ import pytest
 from worker import LORAHUB, Worth
 
 import ties_peft
-from ties_peft.study import Study
-from ties_peft.tuning import Range
+from ties_peft.search.study import Study
+from ties_peft.search.tuning import Range
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")

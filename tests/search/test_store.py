@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from ties_peft import RecipeError
-from ties_peft.store import file_of, shown
-from ties_peft.study import Study
-from ties_peft.tuning import Range
-from ties_peft.writer import check_apart
+from ties_peft.adapters.writer import check_apart
+from ties_peft.search.storage import file_of, shown
+from ties_peft.search.study import Study
+from ties_peft.search.tuning import Range
 
 SECRET = "s3cr3t-of-ann"
 

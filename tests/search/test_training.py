@@ -12,10 +12,10 @@ import torch
 
 import ties_peft
 from ties_peft import Adapter, RecipeError
-from ties_peft.controls import new_adapter
-from ties_peft.evaluate import make_exam
-from ties_peft.task import read_task
-from ties_peft.training import train
+from ties_peft.evaluation.evaluate import make_exam
+from ties_peft.evaluation.task import read_task
+from ties_peft.learning.training import train
+from ties_peft.search.controls import new_adapter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "statistics"))
 import tiny

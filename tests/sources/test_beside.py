@@ -12,8 +12,9 @@ import torch
 from cli.running import run
 
 import ties_peft
-from ties_peft import Adapter, AdapterError, Recipe, RecipeError, sources
-from ties_peft.merge import merge_recipe
+from ties_peft import Adapter, AdapterError, Recipe, RecipeError
+from ties_peft.adapters import sources
+from ties_peft.merging.merge import merge_recipe
 
 Make = Callable[..., Path]
 

@@ -20,7 +20,7 @@ from sources.hub_stub import Stub, serving
 
 import ties_peft
 from ties_peft import Adapter, AdapterError, RecipeError
-from ties_peft.base_model import BaseModel
+from ties_peft.adapters.base_model import BaseModel
 
 Make = Callable[..., Path]
 WRONG = "hf_aTokenThatOpensNothing"

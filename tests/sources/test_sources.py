@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import ties_peft
-from ties_peft import Adapter, AdapterError, sources
+from ties_peft import Adapter, AdapterError
+from ties_peft.adapters import sources
 
 Make = Callable[..., Path]
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ties_peft
-from ties_peft import Adapter, CompatibilityError, Recipe, RecipeError, targets
+from ties_peft import Adapter, CompatibilityError, Recipe, RecipeError
+from ties_peft.adapters import targets
 
 Make = Callable[..., Path]
 WIDE = {"a.q": (700, 600)}
@@ -191,7 +192,9 @@ def test_what_no_target_can_load_is_refused_before_the_work(
         "base_model.model.mlp.experts.lora_B.weight": torch.ones(5, 4),
     }
     parameters = {"r": 2, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
-    monkeypatch.setattr(sys.modules["ties_peft.convert"], "carry_out", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(
+        sys.modules["ties_peft.merging.convert"], "carry_out", lambda *_: pytest.fail("the work was begun")
+    )
     for tensors, more, why in (
         (headed, {}, r"whole layers; leave them out \(--heads drop\): lm_head"),
         (biased, {"lora_bias": True}, "biases of lora_B: layers.0.q.bias"),

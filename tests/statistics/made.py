@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ties_peft import Adapter
-from ties_peft.statistics import Statistics
+from ties_peft.adapters.statistics import Statistics
 
 Array = np.ndarray
 Make = Callable[..., Path]

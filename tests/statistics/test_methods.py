@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import ties_peft
 from ties_peft import Adapter, AdapterError, CompatibilityError
-from ties_peft.statistics import Statistics
+from ties_peft.adapters.statistics import Statistics
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")

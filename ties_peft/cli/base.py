@@ -20,7 +20,7 @@ from ..choices import DETAIL, KEEP, POLICIES, method_names
 from ..errors import TiesPeftWarning, printable
 
 if TYPE_CHECKING:
-    from ..loading import Loading
+    from ..merging.loading import Loading
 
 EVERY = 30.0  # seconds from line to line where there is no terminal
 PERIOD = 3600.0  # seconds over which the speed is taken: one step of a search can take minutes

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .. import sources
-from ..targets import TARGETS
+from ..adapters import sources
+from ..adapters.targets import TARGETS
 from .base import Json, among, print_json, progress_bar, show_warnings, show_written
 
 if TYPE_CHECKING:
-    from ..merged import Merged
+    from ..merging.merged import Merged
 
 Part = Annotated[str | None, typer.Option(help="Of a pipeline's LoRA: unet, text_encoder, …", show_default=False)]
 Base = Annotated[
@@ -57,9 +57,9 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Turn one adapter into a LoRA, or to another rank, dtype or loader."""
-    from ..convert import convert as convert_adapter
-    from ..flags import read_rank
-    from ..writer import check_target
+    from ..adapters.writer import check_target
+    from ..merging.convert import convert as convert_adapter
+    from ..merging.recipes.overrides import read_rank
 
     path = sources.local(adapter)
     check_target(out, force, [path] if path else [])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .. import sources
+from ..adapters import sources
 from ..choices import DISTIL_BATCH, FITS
 from ..errors import RecipeError, printable
 from .base import Json, print_json, progress_bar, show_written, warnings_shown
@@ -64,8 +64,8 @@ def distil(
     as_json: Json = False,
 ) -> None:
     """Merge adapters, then let the one adapter imitate them on rows without labels."""
-    from ..distil import distil as distil_adapters
-    from ..writer import check_apart, check_target
+    from ..adapters.writer import check_apart, check_target
+    from ..learning.distil import distil as distil_adapters
 
     read = [path for path in map(sources.local, adapters) if path is not None]
     check_target(out, force, read)

@@ -15,7 +15,7 @@ from ..errors import RecipeError, printable
 from .base import Json, print_json, progress_bar, show_warnings, warnings_shown
 
 if TYPE_CHECKING:
-    from ..exam import Score
+    from ..evaluation.scorers import Score
 
 BARE = "base"
 Harness = Annotated[
@@ -56,9 +56,9 @@ def evaluate(
     names = list(adapters or [])
     if not names and not bare:
         raise RecipeError("no adapter was named. Name at least one folder or Hub id, or judge the base: --bare.")
-    from ..evaluate import evaluate_all
-    from ..harness import harness as by_harness
-    from ..members import short_names
+    from ..evaluation.evaluate import evaluate_all
+    from ..evaluation.harness import harness as by_harness
+    from ..merging.members import short_names
 
     labels = ([BARE] if bare else []) + (short_names(names) if names else [])
     judged = [*([None] if bare else []), *names]

@@ -24,7 +24,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in an adapter, and whether several can be merged."""
-    from .. import inspection
+    from ..analysis import inspection
 
     seen = inspection.inspect(adapters, base)
     if as_json:

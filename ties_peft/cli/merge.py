@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ..adapters.targets import TARGETS
 from ..choices import DEVICE, DTYPES, ERROR, METHOD, RANK, SCOPES, SEED, SPACE, space_names
 from ..errors import RecipeError
-from ..targets import TARGETS
 from .base import (
     Json,
     among,
@@ -25,10 +25,10 @@ from .base import (
 )
 
 if TYPE_CHECKING:
-    from ..flags import Flags
-    from ..merged import Merged
-    from ..plan import Plan
-    from ..recipe import Recipe
+    from ..merging.merged import Merged
+    from ..merging.plan import Plan
+    from ..merging.recipes.overrides import Flags
+    from ..merging.recipes.recipe import Recipe
 
 EXAMPLES = """[bold]Examples[/]
 
@@ -196,7 +196,7 @@ def merge(
         raise RecipeError("no output was named. Say where to write: --out FOLDER.")
     if not adapters and recipe is None:
         raise RecipeError("no adapters were given. Name at least one folder or Hub id.")
-    from ..flags import Flags
+    from ..merging.recipes.overrides import Flags
 
     flags = Flags(
         recipe,
@@ -224,11 +224,11 @@ def merge(
 
 def _run(flags: Flags, out: Path | None, device: str, dry_run: bool, force: bool, as_json: bool) -> None:
     """Merge as the flags say, or only check."""
-    from ..merge import merge_recipe, open_adapters
-    from ..merged import inputs
-    from ..plan import make_plan
-    from ..processes import team
-    from ..writer import check_target
+    from ..adapters.writer import check_target
+    from ..merging.merge import merge_recipe, open_adapters
+    from ..merging.merged import inputs
+    from ..merging.plan import make_plan
+    from ..task_vectors.processes import team
 
     asked, patterns = flags.asked().expanded()
     show_notes(patterns)
@@ -247,7 +247,7 @@ def _run(flags: Flags, out: Path | None, device: str, dry_run: bool, force: bool
 
 
 def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
-    from ..report import rider_texts
+    from ..merging.report import rider_texts
 
     show_warnings(plan.warnings)
     facts = {

@@ -31,7 +31,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Send an adapter to the Hub, with its card; log in first with `hf auth login`."""
-    from ..push import push as push_adapter
+    from ..merging.push import push as push_adapter
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -14,7 +14,7 @@ from ..errors import RecipeError, printable
 from .base import Json, among, complete_method, print_json, progress_bar, show_warnings, warnings_shown
 
 if TYPE_CHECKING:
-    from ..search import Found
+    from ..search.search import Found
 
 Tune = Annotated[
     list[str] | None,
@@ -91,8 +91,8 @@ def search(
 
     For LoRAHub add --method task_arithmetic --scale 1 --rank max.
     """
-    from ..flags import read_numbers, read_scale
-    from ..search import search as find
+    from ..merging.recipes.overrides import read_numbers, read_scale
+    from ..search.search import search as find
 
     parameters = _pairs(settings, "--set")
     place = storage or f"{out}.study.db"
@@ -128,10 +128,10 @@ def search(
 
 def _check_places(out: Path, force: bool, storage: str, adapters: list[str], parameters: Mapping[str, Any]) -> None:
     """Refuse an output that is in the way of an input or of the storage."""
-    from ..merged import inputs
-    from ..recipe import Recipe
-    from ..store import file_of
-    from ..writer import check_apart, check_target
+    from ..adapters.writer import check_apart, check_target
+    from ..merging.merged import inputs
+    from ..merging.recipes.recipe import Recipe
+    from ..search.storage import file_of
 
     check_target(out, force, inputs(Recipe(adapters=tuple(adapters), parameters=parameters)))
     check_apart(out, file_of(storage), "the storage")
@@ -139,16 +139,16 @@ def _check_places(out: Path, force: bool, storage: str, adapters: list[str], par
 
 def _warn_of_base(adapters: list[str], task: Path, base: str | None) -> None:
     """Show the warnings about the base; of those about the merges the report has what counts."""
-    from ..adapter import Adapter
-    from ..evaluate import find_base
-    from ..task import read_task
+    from ..adapters.adapter import Adapter
+    from ..evaluation.evaluate import find_base
+    from ..evaluation.task import read_task
 
     with warnings_shown():
         find_base([Adapter.load(name) for name in adapters], [read_task(task)], base)
 
 
 def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> None:
-    from ..store import shown
+    from ..search.storage import shown
 
     show_warnings(found.adapter.report.warnings)
     if as_json:
@@ -162,7 +162,7 @@ def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> N
 
 
 def _pairs(settings: list[str] | None, flag: str) -> Mapping[str, Any]:
-    from ..document import parse
+    from ..merging.recipes.yaml_document import parse
 
     pairs: dict[str, Any] = {}
     for setting in settings or []:

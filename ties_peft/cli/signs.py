@@ -28,10 +28,10 @@ def signs(
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
 ) -> None:
     """Estimate the signs that TIES elects from a few examples."""
-    from ..merged import inputs
-    from ..recipe import Recipe
-    from ..signs import few_shot_signs
-    from ..writer import check_target
+    from ..adapters.writer import check_target
+    from ..learning.signs import few_shot_signs
+    from ..merging.merged import inputs
+    from ..merging.recipes.recipe import Recipe
 
     check_target(out, force, inputs(Recipe(adapters=tuple(adapters))))
     with warnings_shown(), progress_bar() as tell:

@@ -37,11 +37,11 @@ def statistics(
     as_json: Json = False,
 ) -> None:
     """Gather the statistics that methods fisher and regmean need, and keep them beside each adapter."""
-    from ..adapter import Adapter
-    from ..evaluate import find_base
-    from ..gather import gather_statistics
-    from ..statistics import file_name
-    from ..task import read_task
+    from ..adapters.adapter import Adapter
+    from ..adapters.statistics import file_name
+    from ..evaluation.evaluate import find_base
+    from ..evaluation.task import read_task
+    from ..learning.gather_statistics import gather_statistics
 
     opened = [Adapter.load(name) for name in adapters]
     if len(task) not in (1, len(opened)):

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from ..aliases import other_name
+from ..adapters.aliases import other_name
 from ..choices import space_names
 from ..errors import MethodError, RecipeError, printable, share_hint, unknown
-from ..trim import Scope
+from ..task_vectors.trim import Scope
 from .base import Density, Method, TaskVectors, Trim, masked
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ..delta import Delta
+from ..task_vectors.delta import Delta
 from .base import Method, TaskVectors
 
 

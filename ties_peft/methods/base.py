@@ -28,10 +28,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..collection import Ranking, TaskVectors
-from ..delta import Delta, Dense, Mapped
-from ..draws import key, uniform
-from ..trim import KEEP_ALL, Scope, Trim
+from ..task_vectors.collection import Ranking, TaskVectors
+from ..task_vectors.delta import Delta, Dense, Mapped
+from ..task_vectors.random_numbers import key, uniform
+from ..task_vectors.trim import KEEP_ALL, Scope, Trim
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 OF_MERGE = ("entrywise", "spectral", "linear")  # what a class says of its own `merge`

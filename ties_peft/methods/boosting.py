@@ -7,8 +7,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from ..delta import Delta, Dense
-from ..spectrum import spectrum
+from ..task_vectors.delta import Delta, Dense
+from ..task_vectors.singular_values import spectrum
 from .base import Method, TaskVectors
 
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ..delta import Delta
-from ..elect import Disjoint, Elect
-from ..trim import Scope
+from ..task_vectors.delta import Delta
+from ..task_vectors.elect import Disjoint, Elect
+from ..task_vectors.trim import Scope
 from .base import Density, Method, TaskVectors, Trim
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ..delta import Delta
+from ..task_vectors.delta import Delta
 from .base import Method, TaskVectors
 
 

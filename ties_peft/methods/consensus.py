@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..delta import Delta
-from ..sparsify import add_up
+from ..task_vectors.delta import Delta
+from ..task_vectors.sparsify import add_up
 from .base import Method, TaskVectors
 
 

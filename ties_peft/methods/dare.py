@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ..delta import Delta
-from ..sparsify import drop_
+from ..task_vectors.delta import Delta
+from ..task_vectors.sparsify import drop_
 from .base import Density, Method, TaskVectors, masked
 
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ..delta import Delta
-from ..elect import Disjoint, Elect
+from ..task_vectors.delta import Delta
+from ..task_vectors.elect import Disjoint, Elect
 from .base import Density, Method, TaskVectors
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ..delta import Delta
+from ..task_vectors.delta import Delta
 from .base import Density, Method, TaskVectors
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..delta import Delta
+from ..task_vectors.delta import Delta
 from .base import Method, TaskVectors
 
 

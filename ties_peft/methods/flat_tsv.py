@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..spectrum import Spectrum, orthogonalised, spectra
+from ..task_vectors.singular_values import Spectrum, orthogonalised, spectra
 from .base import Method, TaskVectors
 
 

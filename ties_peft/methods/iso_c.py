@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..delta import Delta, Dense
-from ..spectrum import spectrum
+from ..task_vectors.delta import Delta, Dense
+from ..task_vectors.singular_values import spectrum
 from .base import Method, TaskVectors
 
 

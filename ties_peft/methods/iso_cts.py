@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..spectrum import Spectrum, orthogonalised, spectrum
+from ..task_vectors.singular_values import Spectrum, orthogonalised, spectrum
 from .base import Method, TaskVectors
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..spectrum import spectra, spectrum
+from ..task_vectors.singular_values import spectra, spectrum
 from .base import Method, TaskVectors
 
 ROUNDS = 100

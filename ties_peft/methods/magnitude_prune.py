@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ..delta import Delta
-from ..trim import Scope
+from ..task_vectors.delta import Delta
+from ..task_vectors.trim import Scope
 from .base import Density, Method, TaskVectors, scope_fault
 
 

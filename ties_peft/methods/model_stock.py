@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ..delta import Delta
+from ..task_vectors.delta import Delta
 from .base import Method, TaskVectors
 
 

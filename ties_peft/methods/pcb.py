@@ -8,9 +8,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from ..delta import Delta
-from ..elect import NOTHING
-from ..trim import Scope, count_at_least, kept_count
+from ..task_vectors.delta import Delta
+from ..task_vectors.elect import NOTHING
+from ..task_vectors.trim import Scope, count_at_least, kept_count
 from .base import Density, Method, Ranking, TaskVectors
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from ..delta import Delta, LowRank, stack
-from ..spectrum import balanced, norm
+from ..task_vectors.delta import Delta, LowRank, stack
+from ..task_vectors.singular_values import balanced, norm
 from .base import Method, TaskVectors
 
 

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..delta import Delta
-from ..elect import NOTHING
+from ..task_vectors.delta import Delta
+from ..task_vectors.elect import NOTHING
 from .base import Method, TaskVectors
 
 

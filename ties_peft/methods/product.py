@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..delta import Delta
 from ..errors import MethodError
+from ..task_vectors.delta import Delta
 from .base import Method, TaskVectors
 
 

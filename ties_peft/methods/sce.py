@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..delta import Delta
-from ..elect import NOTHING
-from ..sparsify import add_up, largest
-from ..trim import kept_count
+from ..task_vectors.delta import Delta
+from ..task_vectors.elect import NOTHING
+from ..task_vectors.sparsify import add_up, largest
+from ..task_vectors.trim import kept_count
 from .base import Density, Method, TaskVectors
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ..delta import Delta
+from ..task_vectors.delta import Delta
 from .base import Method, TaskVectors
 
 

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..delta import Delta, Dense
-from ..spectrum import SUPPORT, Spectrum, spectrum
+from ..task_vectors.delta import Delta, Dense
+from ..task_vectors.singular_values import SUPPORT, Spectrum, spectrum
 from .base import Method, TaskVectors
 
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from ..delta import Delta
-from ..elect import Combine, Vote
-from ..trim import Scope
+from ..task_vectors.delta import Delta
+from ..task_vectors.elect import Combine, Vote
+from ..task_vectors.trim import Scope
 from .base import Density, Method, TaskVectors, scope_fault
 
 

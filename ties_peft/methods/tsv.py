@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from ..spectrum import orthogonalised, spectra
+from ..task_vectors.singular_values import orthogonalised, spectra
 from .base import Method, TaskVectors
 
 Directions = Annotated[int, Field(ge=1)]

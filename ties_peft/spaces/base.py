@@ -15,10 +15,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ..basis import STRIP, products
-from ..delta import Delta, LowRank, Mapped, Span, inner
-from ..factorise import WIDEST, Factors, Run
-from ..trim import Scope
+from ..task_vectors.delta import Delta, LowRank, Mapped, Span, inner
+from ..task_vectors.factorise import WIDEST, Factors, Run
+from ..task_vectors.subspace import STRIP, products
+from ..task_vectors.trim import Scope
 
 
 class Encoding(ABC):

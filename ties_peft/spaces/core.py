@@ -13,9 +13,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..basis import Held, basis, canonical, canonical_one, coordinates, is_wide, missing, orthonormal, shelved
-from ..delta import Delta, Dense, LowRank, Span
-from ..factorise import Factors, Run, expand, truncate
+from ..task_vectors.delta import Delta, Dense, LowRank, Span
+from ..task_vectors.factorise import Factors, Run, expand, truncate
+from ..task_vectors.subspace import (
+    Held,
+    basis,
+    canonical,
+    canonical_one,
+    coordinates,
+    is_wide,
+    missing,
+    orthonormal,
+    shelved,
+)
 from .base import Encoding, Space
 
 UNBALANCED = 1e-7  # share under which a direction is rounding where one adapter's B may dwarf another's

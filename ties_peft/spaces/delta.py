@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..delta import Delta, LowRank, Span, inner
-from ..factorise import OVERSAMPLE, SMALL_SIDE, Factors, Run, Sum, few, leading_rows, truncate
+from ..task_vectors.delta import Delta, LowRank, Span, inner
+from ..task_vectors.factorise import OVERSAMPLE, SMALL_SIDE, Factors, Run, Sum, few, leading_rows, truncate
 from .base import Encoding, Space
 
 GUESSED = 512  # Σrᵢ beyond which an informed start costs more than the round that it saves

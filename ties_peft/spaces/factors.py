@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from ..delta import Delta, Dense, LowRank
-from ..factorise import Factors, Run, compress
-from ..trim import Scope
+from ..task_vectors.delta import Delta, Dense, LowRank
+from ..task_vectors.factorise import Factors, Run, compress
+from ..task_vectors.trim import Scope
 from .base import Encoding, Space
 
 

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..basis import (
+from ..task_vectors.delta import Delta, LowRank, Span
+from ..task_vectors.factorise import Factors, Run, expand, truncate
+from ..task_vectors.subspace import (
     Held,
     basis,
     canonical,
@@ -20,8 +22,6 @@ from ..basis import (
     orthonormal,
     shelved,
 )
-from ..delta import Delta, LowRank, Span
-from ..factorise import Factors, Run, expand, truncate
 from .base import Encoding, Space
 
 

@@ -1,0 +1,5 @@
+"""Read and write the files of adapters, and what lies beside them.
+
+In: folders, files, Hub ids. Out: an `Adapter` whose task vectors are read lazily and checked; folders that appear whole or not
+at all. Uses: `task_vectors`. `types` has one file for each PEFT type, `formats` the formats of other trainers.
+"""

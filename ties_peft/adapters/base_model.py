@@ -1,0 +1,249 @@
+"""Base model: single tensors of a base model's checkpoint, read from its files, never the model itself.
+
+A few kinds of adapter have no task vector without the weight they change (DoRA), and a whole tensor
+that an adapter saves is a task vector only as the distance from the base's own. Just those tensors are
+read; the rest of the checkpoint stays on the disk.
+
+Some models of transformers hold linear layers as `Conv1D`, with a weight (in, out) instead of (out, in). A
+square weight looks the same either way, so the architecture in the checkpoint's config.json decides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import AdapterError, printable
+from . import sources
+from .module_names import older
+from .tensors import Info, PickleFile, SafetensorsFile, TensorSource
+
+PIPELINE = "diffusion_pytorch_model.safetensors"  # of a pipeline's part, as diffusers saves it
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json", f"{PIPELINE}.index.json")
+SINGLE = ("model.safetensors", "pytorch_model.bin", PIPELINE)
+CONFIG = "config.json"
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")  # all layers of these names in those models
+
+
+class BaseModel:
+    """The tensors of a base model by name, lazily.
+
+    Args:
+        files: where each tensor lies.
+        label: how messages name the model.
+        config: the path of its config.json, which need not exist.
+    """
+
+    def __init__(self, files: dict[str, TensorSource], label: str, config: Path | None = None) -> None:
+        self._files = files
+        self.label = label
+        self._config = config
+
+    @classmethod
+    def load(cls, source: str | Path, token: str | None = None) -> BaseModel:
+        """Open a checkpoint: a folder, one safetensors file, or a Hub id such as `org/name@revision:subfolder`.
+
+        Raises: AdapterError where there is no checkpoint, or none that can be read.
+        """
+        label = printable(str(source))
+        path = sources.local(str(source))
+        if path is not None and path.is_file():
+            return cls(_whole(path, label), label, path.parent / CONFIG)
+        folder = path or _on_hub(str(source), token)
+        index = next((folder / name for name in INDEX if (folder / name).is_file()), None)
+        if index is not None:
+            return cls(_shards(index, label), label, folder / CONFIG)
+        single = next((folder / name for name in SINGLE if (folder / name).is_file()), None)
+        if single is None:
+            raise AdapterError(
+                f"base model '{label}': there is no {', '.join(SINGLE[:-1])} or {SINGLE[-1]} in it. Name the folder that "
+                "save_pretrained wrote, or its id on the Hub."
+            )
+        return cls(_whole(single, label), label, folder / CONFIG)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """The checkpoint's config.json, or None where there is none.
+
+        Raises: AdapterError where it cannot be read.
+        """
+        if self._config is None or not _is_file(self._config):
+            return None
+        try:
+            found = json.loads(self._config.read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            raise AdapterError(
+                f"base model '{self.label}': {CONFIG} cannot be read ({type(error).__name__}: {printable(str(error))}). "
+                "Download it again."
+            ) from None
+        if not isinstance(found, dict):
+            raise AdapterError(f"base model '{self.label}': {CONFIG} cannot be read: expected a mapping of settings.")
+        return found
+
+    def is_conv1d(self, module: str) -> bool | None:
+        """Return whether a linear layer is a Conv1D; None where the architecture is not known."""
+        return None if self.config is None else is_conv1d(module, self.config)
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of its modules that have a weight."""
+        return [name.removesuffix(".weight") for name in self.names if name.endswith(".weight")]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All tensors, sorted."""
+        return tuple(sorted(self._files))
+
+    def find(self, tensor: str) -> str | None:
+        """The checkpoint's name of a tensor, also where the checkpoint spells its module the older way."""
+        module, _, parameter = tensor.rpartition(".")
+        own = self._find(tensor)
+        if own is not None:
+            return own
+        others = {found for name in older(module) if (found := self._find(f"{name}.{parameter}")) is not None}
+        return others.pop() if len(others) == 1 else None
+
+    def _find(self, tensor: str) -> str | None:
+        """The checkpoint's name of a tensor, such as `encoder.layer.0.attention.self.query.weight`.
+
+        A model and its checkpoint often differ by what stands in front (`transformer.h.0…`, `h.0…`): the
+        name itself is taken where it is there, else the one name that ends in it, else the one that is
+        left when its first parts are taken away. None where there is none, or several fit.
+        """
+        if tensor in self._files:
+            return tensor
+        longer = [name for name in self.names if name.endswith(f".{tensor}")]
+        if longer:
+            return longer[0] if len(longer) == 1 else None
+        parts = tensor.split(".")
+        shorter = (".".join(parts[start:]) for start in range(1, len(parts) - 1))
+        return next((name for name in shorter if name in self._files), None)
+
+    def info(self, name: str) -> Info:
+        """Shape and dtype of one of `names`."""
+        return self._files[name].info(name)
+
+    def read(self, name: str) -> Tensor:
+        """One of `names`, on the CPU, in its own dtype."""
+        return self._files[name].read(name)
+
+    def only(self, tensors: Sequence[str]) -> TensorSource:
+        """Some of its tensors, by the names that `find` knows them by; what is not there is left out."""
+        return _Chosen(self, {name: found for name in tensors if (found := self.find(name)) is not None})
+
+    def need(self, tensor: str, what: str) -> Tensor:
+        """A tensor by the model's name for it.
+
+        Args:
+            tensor: as in `find`.
+            what: what needs it, for the message.
+        Raises: AdapterError where the checkpoint has no such tensor.
+        """
+        name = self.find(tensor)
+        if name is None:
+            raise AdapterError(
+                f"base model '{self.label}' has no tensor '{printable(tensor)}' (it has {len(self.names)}, such as "
+                f"'{printable(self.names[0]) if self.names else 'none'}'), which {what} needs. Is it the base that the "
+                "adapter was trained on, unquantised?"
+            )
+        return self.read(name)
+
+
+def is_conv1d(module: str, config: Mapping[str, Any]) -> bool | None:
+    """Return whether a linear layer of a model holds its weight as (in, out).
+
+    Args:
+        module: its path.
+        config: the model's config.json.
+    Returns: None where the config names no architecture of transformers: it has no model_type, or the model's
+        code lies in its own repository.
+
+    >>> is_conv1d("transformer.h.0.attn.c_proj", {"model_type": "gpt2"})
+    True
+    >>> is_conv1d("transformer.h.0.attn.c_proj", {"model_type": "gpt_bigcode"})
+    False
+    """
+    models = set(_model_types(config))
+    if not models or "auto_map" in config:
+        return None
+    return module.rpartition(".")[2] in CONV1D_LAYERS and not models.isdisjoint(CONV1D_MODELS)
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every model_type, also those of the parts of a composite model."""
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        if isinstance(part.get("model_type"), str):
+            yield part["model_type"]
+        parts += [value for value in part.values() if isinstance(value, dict)]
+
+
+class _Chosen:
+    """Some tensors of a base model, under names of the model's."""
+
+    def __init__(self, base: BaseModel, found: Mapping[str, str]) -> None:
+        self._base, self._found = base, dict(found)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._found))
+
+    def info(self, name: str) -> Info:
+        return self._base.info(self._found[name])
+
+    def read(self, name: str) -> Tensor:
+        return self._base.read(self._found[name])
+
+
+def _on_hub(source: str, token: str | None) -> Path:
+    """The copy of a Hub id's checkpoint, in the Hub's cache."""
+    name, colon, inside = source.partition(":")
+    if colon and not sources.is_inside(inside):
+        raise AdapterError(
+            f"base model '{printable(source)}': there is no such folder, and '{printable(inside)}' is no path inside a "
+            "repository of the Hub. Expected org/name:folder."
+        )
+    within = f"{inside.rstrip('/')}/" if inside else ""
+    wanted = [f"{within}{file}" for file in (*INDEX, *SINGLE, "*.safetensors")]
+    return sources.download(name, wanted, token, "base model", optional=[f"{within}{CONFIG}"]) / inside
+
+
+def _whole(path: Path, label: str) -> dict[str, TensorSource]:
+    opened: TensorSource = (SafetensorsFile if path.suffix == ".safetensors" else PickleFile)(path, label)
+    return dict.fromkeys(opened.names, opened)
+
+
+def _shards(index: Path, label: str) -> dict[str, TensorSource]:
+    """The tensors of a checkpoint in several files, by its index."""
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): Path(str(file)).name for name, file in table.items()}
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(
+            f"base model '{label}': {index.name} cannot be read ({type(error).__name__}: {printable(str(error))})."
+        ) from None
+    missing = sorted({file for file in files.values() if not _is_file(index.parent / file)})
+    if missing:
+        raise AdapterError(
+            f"base model '{label}': {len(missing)} of its files are missing, first {printable(missing[0])}. "
+            "Download it again, whole."
+        )
+    opened: dict[str, TensorSource] = {
+        file: (SafetensorsFile if file.endswith(".safetensors") else PickleFile)(index.parent / file, label)
+        for file in set(files.values())
+    }
+    return {name: opened[file] for name, file in files.items()}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long
+        return False

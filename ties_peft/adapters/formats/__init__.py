@@ -1,0 +1,1 @@
+"""Recognise LoRA files of diffusers, kohya and MLX, and translate them to PEFT."""

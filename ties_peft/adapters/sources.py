@@ -1,0 +1,352 @@
+"""Where an adapter lies: on this machine, or in a repository of the Hugging Face Hub.
+
+    folder                          holds adapter_config.json and the weights
+    folder:name                     the adapter in its sub-folder `name`; so is folder/name
+    folder/adapter_model.bin        one file of weights; adapter_config.json lies beside it
+    org/name[@revision][:subfolder] on the Hub; the subfolder may end in a file of weights
+    'runs/*/lora'                   a pattern: every adapter that fits, sorted
+
+What is on this machine is tried first. A Hub id is a name, never a path: no part of it is `..`, and
+nothing that it names is looked for outside the Hub's cache.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+from urllib.parse import quote
+
+from ..errors import AdapterError, printable
+
+CONFIG, CARD = "adapter_config.json", "README.md"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # of a file of weights
+GGUF = ".gguf"  # of llama.cpp's files
+MODEL = ("config.json", "model_index.json")  # of a full model; of a pipeline of diffusers
+FOREIGN = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapters.safetensors")  # other programs'
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+HUB_ID = re.compile(r"(?=.{1,96}$)(?!.*(?:\.\.|--))[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+HUB_NAME = re.compile(r"(?=.{1,96}$)(?!.*(?:\.\.|--))[A-Za-z0-9][A-Za-z0-9_.-]*")  # of old, without an organisation
+TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+PATTERN = re.compile(r"[*?\[]")
+
+
+class Found(NamedTuple):
+    """An adapter's files.
+
+    Attributes:
+        folder: holds adapter_config.json.
+        weights: the file of weights, if one was named; None for the folder's own.
+    """
+
+    folder: Path
+    weights: Path | None = None
+
+
+def spelled(source: str, revision: str | None = None, subfolder: str | None = None) -> str:
+    """One text by which it is found again: `folder/sub`, `org/name@revision:sub`.
+
+    Args:
+        source: as the user wrote it.
+        revision: of the Hub; a folder on this machine has none.
+        subfolder: in it.
+    """
+    inside = subfolder.rstrip("/") if subfolder else ""
+    if local(source) is not None:
+        joined = f"{source.rstrip('/')}/{inside}"
+        return source if not inside else joined if local(joined) is not None else f"{source}:{inside}"
+    name, colon, outer = source.partition(":")
+    inner = "/".join(part for part in (outer.rstrip("/"), inside) if part)
+    return f"{name}{f'@{revision}' if revision else ''}{f':{inner}' if colon or inner else ''}"
+
+
+def find(source: str, token: str | None = None) -> Found:
+    """The files of an adapter; what is on this machine is tried first, then the Hub.
+
+    Args:
+        source: as in the table above, but no pattern.
+        token: as `huggingface_hub` takes it.
+    Raises: AdapterError where there is no such adapter.
+    """
+    path = local(source)
+    if source.endswith(GGUF) and (path is None or path.is_file()):
+        refuse_gguf(printable(source))
+    if path is None:
+        _refuse_missing_part(source)
+        path = _on_hub(source, token)
+    if path.is_file() and path.suffix in SUFFIXES:
+        return Found(path.parent, path)
+    if path.exists() and not path.is_dir():
+        raise AdapterError(
+            f"adapter '{printable(source)}' is a file; expected the folder that holds {CONFIG}, or the weights beside it."
+        )
+    return Found(path)
+
+
+def refuse_gguf(label: str) -> NoReturn:
+    """Say that a format cannot be read.
+
+    Raises: AdapterError.
+    """
+    raise AdapterError(
+        f"adapter '{label}' is in llama.cpp's GGUF format, which cannot be read. Name the PEFT adapter that it was "
+        "converted from."
+    )
+
+
+def local(source: str) -> Path | None:
+    """The file or folder of that name on this machine, absolute; None where there is none."""
+    whole = _existing(source)
+    if whole is not None or ":" not in source:
+        return whole
+    folder, _, inside = source.rpartition(":")
+    outer = _existing(folder) if folder and is_inside(inside) else None
+    return _existing(str(outer / inside)) if outer is not None and outer.is_dir() else None
+
+
+def _existing(source: str) -> Path | None:
+    try:
+        path = Path(source).expanduser().absolute()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # no such user's home, a name too long
+        return None
+
+
+def at_hand(source: str, file: str) -> Path | None:
+    """Return a file of a folder on this machine, or of a repository in the Hub's cache; None where it is not there.
+
+    Args:
+        source: a folder, a file in it, or a Hub id such as `org/name@revision:subfolder`.
+        file: its path inside.
+    """
+    folder = local(source)
+    if folder is None:
+        name, _, inside = source.partition(":")
+        folder = _cached(*name.partition("@")[::2])
+        folder = folder / inside if folder is not None and (not inside or is_inside(inside)) else None
+    elif folder.is_file():
+        folder = folder.parent
+    found = None if folder is None else _existing(str(folder / file))
+    return found if found is not None and found.is_file() else None
+
+
+def address(source: str | None) -> str | None:
+    """Return the address of an adapter's page on the Hub; None for one on this machine or in memory."""
+    if source is None or local(source) is not None:
+        return None
+    name, _, inside = source.partition(":")
+    repository, _, revision = name.partition("@")
+    if not HUB_ID.fullmatch(repository):
+        return None
+    place = f"/tree/{revision or 'main'}/{inside}".rstrip("/") if revision or inside else ""
+    return f"https://huggingface.co/{repository}{quote(place)}"
+
+
+def is_hub_name(text: str) -> bool:
+    """Return whether a text names a repository on the Hub, and nothing on this machine."""
+    return bool(HUB_ID.fullmatch(text) or HUB_NAME.fullmatch(text)) and local(text) is None
+
+
+def cards(folder: Path) -> list[Path]:
+    """Return where the card of an adapter may lie: in its folder or, in the Hub's cache, at the top of its repository."""
+    top = next((parent for parent in folder.parents if parent.parent.name == "snapshots"), None)
+    return [folder / CARD, *([top / CARD] if top is not None else [])]
+
+
+def _cached(name: str, revision: str) -> Path | None:
+    """The newest copy of a repository in the Hub's cache, whose layout huggingface_hub documents; it is not imported."""
+    if not is_hub_name(name) or ".." in revision:
+        return None
+    home = os.environ.get("HF_HOME") or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or str(Path(home) / "hub")
+    repository = _existing(str(Path(cache) / f"models--{name.replace('/', '--')}"))
+    if repository is None:
+        return None
+    reference = _existing(str(repository / "refs" / (revision or "main")))
+    commit = (
+        reference.read_text(encoding="utf-8").strip() if reference is not None and reference.is_file() else revision
+    )
+    return _existing(str(repository / "snapshots" / commit)) if commit and "/" not in commit else None
+
+
+def is_inside(subfolder: str) -> bool:
+    """Whether a name leads from a folder into it, and nowhere else."""
+    parts = subfolder.rstrip("/").split("/")
+    return subfolder.isprintable() and "\\" not in subfolder and not {"", ".", ".."} & set(parts)
+
+
+def holds_adapter(path: Path) -> bool:
+    """Whether it is an adapter's folder, or a file of weights beside a config."""
+    folder = path if path.is_dir() else path.parent
+    return (folder / CONFIG).is_file() and (path.is_dir() or path.suffix in SUFFIXES)
+
+
+def adapters_inside(folder: Path) -> list[str]:
+    """The sub-folders, one or two levels down, that hold an adapter; PEFT saves adapters that have a name there."""
+    try:
+        return sorted(
+            str(config.parent.relative_to(folder))
+            for depth in ("*", "*/*")
+            for config in folder.glob(f"{depth}/{CONFIG}")
+            if config.is_file() and not any(part.startswith(".") for part in config.relative_to(folder).parts)
+        )
+    except OSError:
+        return []
+
+
+def expand(source: str) -> tuple[list[str], list[str]]:
+    """(what a pattern stands for, sorted; what else fits it and is no adapter); itself, if it is no pattern.
+
+    Raises: AdapterError where it fits no adapter.
+    """
+    if local(source) is not None or not PATTERN.search(source):
+        return [source], []
+    fitting = sorted(glob.glob(str(Path(source).expanduser()), recursive=True))  # noqa: PTH207  (it may be absolute)
+    adapters = [name for name in fitting if holds_adapter(Path(name))]
+    rest = [name for name in fitting if name not in set(adapters)]
+    if not adapters:
+        seen = f"{len(rest)} other file(s) and folders, such as {printable(rest[0])}" if rest else "nothing"
+        raise AdapterError(
+            f"adapters '{printable(source)}': the pattern fits no folder that holds {CONFIG}; it fits {seen}. "
+            "Check the path."
+        )
+    return adapters, rest
+
+
+def expand_all(given: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(the adapters that some names and patterns stand for, in order; a remark on every pattern)."""
+    names, remarks = [], []
+    for source in given:
+        found, rest = expand(source)
+        names += found
+        if found != [source]:
+            left = f"; no adapters, so left out: {_list(rest)}" if rest else ""
+            remarks.append(f"'{printable(source)}' stands for {len(found)}: {_list(found)}{left}.")
+    return names, remarks
+
+
+def stays_inside(path: Path) -> bool:
+    """Whether a file is its folder's own, and no link to elsewhere; the Hub's cache links to its blobs."""
+    real, folder = path.resolve(), path.parent.resolve()
+    cache = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
+    homes = [folder] + ([cache.parent / "blobs"] if cache is not None else [])
+    return any(home in real.parents for home in homes)
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(printable(name) for name in names[:40]) + (", …" if len(names) > 40 else "")
+
+
+def weights_in(folder: Path, label: str) -> Path:
+    """The weights' file of an adapter's folder, safetensors before `.bin`.
+
+    Raises: AdapterError where there is none, naming what lies there instead.
+    """
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise AdapterError(
+        f"adapter '{label}': no {' or '.join(WEIGHTS)} beside {CONFIG}; the folder holds {listing(folder)}. "
+        "Save the adapter again with PEFT's save_pretrained."
+    )
+
+
+def listing(folder: Path) -> str:
+    """The first few names in a folder."""
+    return ", ".join(sorted(printable(path.name, 40) for path in folder.iterdir())[:6]) or "nothing"
+
+
+def _refuse_missing_part(source: str) -> None:
+    """A sub-folder that a folder on this machine does not have is not looked for on the Hub."""
+    name, colon, inside = source.rpartition(":")
+    folder = _existing(name) if colon and name else None
+    if folder is not None and folder.is_dir():
+        raise AdapterError(
+            f"adapter '{printable(source)}': the folder '{printable(name)}' holds no '{printable(inside)}'; it holds "
+            f"{listing(folder)}. Check the name after the colon: it leads into the folder."
+        )
+
+
+def _on_hub(source: str, token: str | None) -> Path:
+    """The copy of a Hub id's folder or file, in the Hub's cache."""
+    name, colon, inside = source.partition(":")
+    if colon and not is_inside(inside):
+        raise AdapterError(
+            f"adapter '{printable(source)}': there is no such folder, and '{printable(inside)}' is no path inside a "
+            "repository of the Hub. Expected org/name:folder."
+        )
+    inside = inside.rstrip("/")
+    named = [inside] if inside.endswith(SUFFIXES) else []
+    folder = inside.rpartition("/")[0] if named else inside
+    within = f"{folder}/" if folder else ""
+    root = download(
+        name,
+        [f"{within}{file}" for file in (CONFIG, *([] if named else WEIGHTS))] + named,
+        token,
+        optional=[*(f"{within}{file}" for file in (*TOKENIZER, CARD)), *([CARD] if within else [])],
+    )
+    if not named and not (root / folder / CONFIG).is_file():  # what else is it, then?
+        download(name, [f"{within}*/{CONFIG}", *(f"{within}{file}" for file in (*FOREIGN, *MODEL))], token)
+    return root / inside if inside else root
+
+
+def download(
+    source: str, patterns: Sequence[str], token: str | None = None, what: str = "adapter", optional: Sequence[str] = ()
+) -> Path:
+    """The Hub's copy, in its local cache, of the files of a repository that fit some patterns.
+
+    Args:
+        source: `org/name` or `org/name@revision`.
+        patterns: of file names, as `huggingface_hub` takes them.
+        token: likewise.
+        what: is looked for, in the message.
+        optional: further patterns, left out where the cache lacks such files and the Hub is out of reach.
+    Raises: AdapterError where that is no id, or the Hub gives nothing; huggingface_hub is imported only here.
+    """
+    name, at, revision = source.partition("@")
+    if not HUB_ID.fullmatch(name) or (at and not (revision and revision.isprintable() and ".." not in revision)):
+        raise AdapterError(f"{what} '{printable(source)}': there is no such folder. Check the path.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = [list(patterns) + list(optional)] + ([list(patterns)] if optional else [])
+    for chosen in wanted:
+        try:
+            return Path(snapshot_download(name, revision=revision or None, token=token, allow_patterns=chosen))
+        except Exception as error:  # the Hub's client raises its own, the network's and the file system's errors
+            if isinstance(error, LocalEntryNotFoundError) and chosen is not wanted[-1]:
+                continue
+            raise AdapterError(
+                f"{what} '{printable(source)}': there is no such folder here, and the Hub gave no {what} of that id "
+                f"({said(error, token)}). Check the spelling, the network, and whether the repository is private."
+            ) from None
+    raise AssertionError("one of them returns or raises")
+
+
+def said(error: Exception, token: str | None = None) -> str:
+    """An error of the Hub's client in one line that holds no token."""
+    text = next(_lines(error), "")
+    if token:
+        text = text.replace(token, "…")
+    return f"{type(error).__name__}: {printable(TOKENS.sub('…', text))}"
+
+
+def _lines(error: Exception) -> Iterator[str]:
+    return (line for line in str(error).splitlines() if line.strip())

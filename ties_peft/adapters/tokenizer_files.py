@@ -1,0 +1,80 @@
+"""Companions: tokenizer and chat-template files that lie beside adapters, and go with the result.
+
+They belong together, so that they are copied all or not at all: every one must be the same bytes in
+all of the inputs that have it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from ..errors import printable
+from .sources import TOKENIZER, stays_inside
+
+LARGEST = 1 << 28  # bytes; no tokenizer has as many
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What is copied, and what was left out.
+
+    Attributes:
+        files: content by name.
+        remark: why some were left out, in a sentence; None if none was.
+    """
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    remark: str | None = None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """A sha256 of each file, in hexadecimal."""
+        return {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
+
+
+def gather(folders: Iterable[tuple[str, Path | None]]) -> Companions:
+    """The companions of some adapters.
+
+    Args:
+        folders: (how messages name it, where its files lie) of each; None for one in memory.
+    Law: the order of the adapters does not matter.
+    """
+    held: dict[str, dict[str, list[str]]] = {}  # file → its digest → the adapters that have it
+    paths: dict[str, Path] = {}
+    strange = []
+    for adapter, folder in folders:
+        for path in _beside(folder):
+            if not stays_inside(path) or path.stat().st_size > LARGEST:
+                strange.append(f"{printable(path.name)} of {adapter} leads out of its folder or is too large")
+                continue
+            paths[path.name] = path
+            held.setdefault(path.name, {}).setdefault(_digest(path), []).append(adapter)
+    unlike = [f"{name} ({_differs(owners)})" for name, owners in sorted(held.items()) if len(owners) > 1]
+    faults = strange + ([f"these differ: {', '.join(unlike)}"] if unlike else [])
+    if faults:
+        left = ", ".join(sorted({*held, *(fault.partition(" ")[0] for fault in strange)}))
+        return Companions(remark=f"tokenizer files beside the adapters were left out ({left}): {'; '.join(faults)}.")
+    return Companions({name: path.read_bytes() for name, path in sorted(paths.items())})
+
+
+def _beside(folder: Path | None) -> Sequence[Path]:
+    return [] if folder is None else [folder / name for name in TOKENIZER if (folder / name).is_file()]
+
+
+def _digest(path: Path) -> str:
+    state = path.stat()
+    return _digest_of(str(path.resolve()), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: str, size: int, changed: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _differs(owners: Mapping[str, Sequence[str]]) -> str:
+    """Who has which: the names with the same content joined by +, the versions by /."""
+    return " / ".join(" + ".join(sorted(names)) for names in sorted(map(list, owners.values())))

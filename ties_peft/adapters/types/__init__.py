@@ -1,0 +1,61 @@
+"""The types of adapter that can be merged, found by looking into this folder."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from ...errors import AdapterError, printable
+from .base import Kind, Module, Written
+
+__all__ = ["Kind", "Module", "Written", "kind_of", "kinds", "written_as"]
+
+
+_PROMPT = "which adds virtual tokens or hidden states to the input and changes no weight, so it has no task vector"
+_ROUTED = "whose effect depends on each input, so it has no one task vector"
+_WHOLE = "which trains the base's own parameters and no update beside them"
+_UNSERVED = "whose task vector PEFT does not tell from its files alone. Merge it into a checkpoint with PEFT instead"
+WITHOUT_DELTA = {
+    **dict.fromkeys(("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING"), _PROMPT),
+    **dict.fromkeys(("PREFIX_TUNING", "PROMPT_TUNING"), _PROMPT),
+    **dict.fromkeys(("LILY", "POLY", "SHADOW", "XLORA"), _ROUTED),
+    **dict.fromkeys(("BEFT", "LN_TUNING", "TRAINABLE_TOKENS"), _WHOLE),
+    **dict.fromkeys(("ADAMSS", "FROD", "GLORA", "PSOFT", "ROAD", "TINYLORA", "UNILORA"), _UNSERVED),
+}
+
+
+@functools.cache
+def kinds() -> dict[str, Kind]:
+    """Every kind by its PEFT type."""
+    found: dict[str, Kind] = {}
+    for entry in pkgutil.iter_modules(__path__):
+        if entry.name == "base":
+            continue
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+        found.update({kind.peft_type: kind for c in own if issubclass(c, Kind) for kind in c.all()})
+    return dict(sorted(found.items()))
+
+
+def written_as(kind: Kind) -> Written:
+    """The kind that a merge of adapters of this kind is written as."""
+    found = next(other for other in kinds().values() if other.name == kind.writes)
+    assert isinstance(found, Written)
+    return found
+
+
+def kind_of(peft_type: object, label: str) -> Kind:
+    """The kind of an adapter by the peft_type of its config.
+
+    Raises: AdapterError naming the type, where it is missing, unknown or not supported yet.
+    """
+    if not isinstance(peft_type, str) or not peft_type:
+        raise AdapterError(
+            f"adapter '{label}': peft_type is {printable(repr(peft_type))} in adapter_config.json; "
+            f"expected one of {', '.join(kinds())}. Is this a PEFT adapter?"
+        )
+    if peft_type.upper() not in kinds():
+        why = WITHOUT_DELTA.get(peft_type.upper(), f"which is none that ties_peft merges ({', '.join(kinds())})")
+        raise AdapterError(f"adapter '{label}' is of PEFT type '{printable(peft_type)}', {why}. Leave it out.")
+    return kinds()[peft_type.upper()]

@@ -1,0 +1,57 @@
+"""AdaLoRA: Δ = s·B·diag(E)·A with s = alpha / (init_r + 0.00001); read only.
+
+PEFT divides by the rank that training started at, also where it was pruned since, plus 1e-5.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...errors import AdapterError, printable
+from ...task_vectors.delta import LowRank
+from ..base_model import BaseModel
+from ..tensors import TensorSource
+from .base import CONV, LINEAR, Config, Kind, Module, find_kernel, number, parts_of
+
+A, B, E = "lora_A", "lora_B", "lora_E"
+
+
+class AdaLora(Kind):
+    """LoRA whose ranks are spread over the layers while it trains (Zhang et al., AdaLoRA, ICLR 2023)."""
+
+    name = "adalora"
+    title = "AdaLoRA"
+    peft_type = "ADALORA"
+
+    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+        """Triples of lora_A (r, in), lora_E (r, 1) and lora_B (out, r)."""
+        layers = parts_of(tensors, (A, B, E), label)
+        return {name: _module(name, parts, config, tensors, label, base) for name, parts in layers.items()}
+
+    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> LowRank:
+        """B (with the scaling and E) and A; zeros where every direction was pruned."""
+        first, second, values = (tensors.read(key).to(torch.float32) for key in module.keys)
+        if not len(first):
+            return LowRank(torch.zeros(module.shape[0], 1), torch.zeros(1, module.shape[1]))
+        return LowRank(second * (values.reshape(-1) * module.scaling), first)
+
+
+def _module(
+    name: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str, base: BaseModel | None
+) -> Module:
+    where = f"adapter '{label}', module '{printable(name)}'"
+    shapes = {end: tensors.info(key).shape for end, key in parts.items()}
+    rank = shapes[A][0] if len(shapes.get(A, ())) == 2 else 0
+    if len(parts) < 3 or len(shapes[B]) != 2 or shapes[B][1] != rank or shapes[E] != (rank, 1) or len(shapes[A]) != 2:
+        seen = ", ".join(f"{end} {list(shape)}" for end, shape in sorted(shapes.items()))
+        raise AdapterError(
+            f"{where}: there is {seen}; expected lora_A [r, in], lora_B [out, r] and lora_E [r, 1]. "
+            "The file is damaged: save the adapter again."
+        )
+    start = number(config, "init_r", "", name, 12, where)
+    alpha = number(config, "lora_alpha", "", name, 8, where)
+    scaling = (alpha if alpha > 0 else float(rank)) / (start + 1e-5)
+    shape = shapes[B][0], shapes[A][1]
+    kernel = find_kernel(shape, name, where, base)
+    form = CONV if kernel else LINEAR
+    return Module(name, shape, max(1, rank), (parts[A], parts[B], parts[E]), scaling, form=form, kernel=kernel)

@@ -1,0 +1,214 @@
+"""Kinds whose task vector PEFT itself is asked for: Δ = W′ − W, where W′ is what it merges into the weight W.
+
+PEFT is imported when such an adapter is read, and given a model of one layer, with the base's weight in
+float64 and the adapter's tensors; kinds whose layers share tensors also get a layer of the largest
+sizes, by which those are made. Which types this serves was found by trying all; read only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import AdapterError, printable
+from ...task_vectors.delta import Dense
+from ..base_model import BaseModel
+from ..tensors import TensorSource
+from .base import CONV, LINEAR, NEEDS_BASE, PREFIX, Config, Kind, Module, base_shape, base_weight, find_conv1d
+
+SERVED = {
+    "BOFT": ("BOFT", "boft_"),
+    "C3A": ("C3A", "c3a_"),
+    "DELORA": ("DeLoRA", "delora_"),
+    "FOURIERFT": ("FourierFT", "fourierft_"),
+    "GRALORA": ("GraLoRA", "gralora_"),
+    "HIRA": ("HiRA", "hira_"),
+    "HRA": ("HRA", "hra_"),
+    "MISS": ("MiSS", "miss_"),
+    "OFT": ("OFT", "oft_"),
+    "RANDLORA": ("RandLoRA", "randlora_"),
+    "SHIRA": ("SHiRA", "shira_"),
+    "VBLORA": ("VB-LoRA", "vblora_"),
+    "WAVEFT": ("WaveFT", "waveft_"),
+    "PVERA": ("PVeRA", "pvera_"),
+    "DEFT": ("DEFT", "deft_"),
+    "PEANUT": ("PEANuT", "peanut_"),
+    "SUPERTUNING": ("Supertuning", "supertuning_"),
+    "OSF": ("OSF", "osf_"),
+}
+INDEXED = ("SHIRA", "SUPERTUNING")  # their files say which entries of a weight they change
+ONE_AT_A_TIME = threading.Lock()  # warnings and random numbers are the whole process's
+LARGEST = "of_the_largest_sizes"
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What a module is computed from, beside its tensors.
+
+    Attributes:
+        config: the adapter's.
+        largest: (out, in) over all its modules.
+        where: how messages name the module.
+    """
+
+    config: Config
+    largest: tuple[int, int]
+    where: str
+
+
+class Computed(Kind):
+    """A type of adapter that PEFT merges into a weight for us."""
+
+    def __init__(self, peft_type: str, title: str, prefix: str) -> None:
+        self.peft_type, self.title, self.prefix = peft_type, title, prefix
+        self.name = peft_type.lower()
+        self.indices = peft_type in INDEXED
+
+    @classmethod
+    def all(cls) -> list[Kind]:
+        """One for each type served."""
+        return [cls(peft_type, title, prefix) for peft_type, (title, prefix) in SERVED.items()]
+
+    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+        """The tensors of each layer, and with each those that all share."""
+        layers: dict[str, list[str]] = {}
+        shared: list[str] = []
+        for key in tensors.names:
+            path, found, _ = key.partition(f".{self.prefix}")
+            if found and path.startswith(PREFIX):
+                layers.setdefault(path.removeprefix(PREFIX), []).append(key)
+            elif found:
+                shared.append(key)
+        if base is None and layers:
+            raise AdapterError(
+                f"adapter '{label}' is of type {self.title}, whose task vector PEFT makes from the base's weights. {NEEDS_BASE}"
+            )
+        shapes = {name: _shape(name, label, config, base) for name in sorted(layers)}
+        largest = tuple(max((shape[side] for shape, _, _ in shapes.values()), default=0) for side in (0, 1))
+        return {
+            name: Module(
+                name,
+                (shape[0], shape[1] * math.prod(kernel)),
+                min(shape[0], shape[1] * math.prod(kernel)),
+                (*layers[name], *shared),
+                form=CONV if kernel else LINEAR,
+                kernel=kernel,
+                own_rank=False,
+                needs=(f"{name}.weight",),
+                conv1d=conv1d,
+                extra=Recomputed(config, (largest[0], largest[1]), f"adapter '{label}', module '{printable(name)}'"),
+            )
+            for name, (shape, kernel, conv1d) in shapes.items()
+        }
+
+    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Dense:
+        """W′ − W, (out, in), computed in float64."""
+        known: Recomputed = module.extra
+        weight = base_weight(base, module.needs[0], f"{self.title} on module '{printable(module.name)}'")
+        state = {key: tensors.read(key) for key in module.keys}
+        try:
+            with ONE_AT_A_TIME, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter("ignore")
+                torch.manual_seed(0)
+                change = _merged(self.peft_type, module, weight, known, state)
+        except AdapterError:
+            raise
+        except Exception as error:  # PEFT's own, of any type
+            raise AdapterError(
+                f"{known.where}: PEFT cannot make its task vector ({type(error).__name__}: "
+                f"{printable(str(error), 300)}). Does the adapter load in PEFT on this base?"
+            ) from error
+        if module.conv1d:
+            change = change.T
+        return Dense(change.flatten(1).float().contiguous())
+
+
+def _shape(
+    name: str, label: str, config: Config, base: BaseModel | None
+) -> tuple[tuple[int, int], tuple[int, ...], bool]:
+    """((out, in), kernel, whether it is a Conv1D) of a layer's weight in the base."""
+    known = base_shape(base, name)
+    if known is None or len(known) not in (2, 3, 4):
+        raise AdapterError(
+            f"adapter '{label}', module '{printable(name)}': the base has no weight of that name that is a matrix or a "
+            f"convolution (found {known and list(known)}). Is it the base that the adapter was trained on, unquantised?"
+        )
+    conv1d = len(known) == 2 and find_conv1d(config, base, name, f"adapter '{label}', module '{printable(name)}'")
+    return (known[conv1d], known[not conv1d]), known[2:], conv1d
+
+
+def _merged(peft_type: str, module: Module, weight: Tensor, known: Recomputed, state: Mapping[str, Tensor]) -> Tensor:
+    """W′ − W by PEFT, on a model that has this layer alone."""
+    import peft
+
+    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
+    accepted = inspect.signature(cls).parameters
+    given = {key: value for key, value in known.config.items() if key in accepted and key not in FILTERS}
+    layer, largest = (
+        _layer(weight, module.conv1d),
+        _layer(torch.zeros(known.largest[::-1] if module.conv1d else known.largest), module.conv1d),
+    )
+    root = nn.Module()
+    _place(root, module.name, layer)
+    root.add_module(LARGEST, largest)
+    model = peft.PeftModel(root.double(), cls(**{**given, "target_modules": [module.name, LARGEST]}))
+    outcome: Any = peft.set_peft_model_state_dict(model, dict(state))
+    if outcome.unexpected_keys:
+        raise AdapterError(
+            f"{known.where}: PEFT has no place for tensor '{printable(outcome.unexpected_keys[0])}' in a layer of the "
+            "base's shape. Is it the base that the adapter was trained on? Embeddings of this type are not served."
+        )
+    model.double().eval()
+    adapted: Any = model.get_base_model().get_submodule(module.name)
+    plain = adapted.get_base_layer()
+    before, bias = plain.weight.detach().clone(), plain.bias.detach().clone()
+    with torch.no_grad():
+        adapted.merge()
+    plain = adapted.get_base_layer()
+    if not torch.equal(plain.bias, bias):
+        raise AdapterError(
+            f"{known.where}: {peft_type} changes the bias too, for which a LoRA has no form. Leave it out."
+        )
+    change: Tensor = plain.weight.detach() - before
+    return change
+
+
+FILTERS = ("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "modules_to_save", "task_type")
+
+
+def _layer(weight: Tensor, conv1d: bool) -> nn.Module:
+    """A layer with this weight, and a bias that shows whether it is touched."""
+    width, out = weight.shape[not conv1d], weight.shape[conv1d]
+    layer: Any
+    if conv1d:
+        from transformers.pytorch_utils import Conv1D
+
+        layer = Conv1D(out, width)  # type: ignore[no-untyped-call]
+    elif weight.dim() == 2:
+        layer = nn.Linear(width, out)
+    elif weight.dim() == 3:
+        layer = nn.Conv1d(width, out, weight.shape[2])
+    else:
+        layer = nn.Conv2d(width, out, (weight.shape[2], weight.shape[3]))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(torch.linspace(1, 2, out), requires_grad=False)
+    found: nn.Module = layer
+    return found
+
+
+def _place(root: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put a layer at a dotted path."""
+    *parents, last = path.split(".")
+    for name in parents:
+        if name not in dict(root.named_children()):
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(last, layer)

@@ -1,0 +1,88 @@
+"""(IA)³: a vector l multiplies a layer's output, or its input where the layer is feed-forward.
+
+Its task vector is l − 1, the distance from doing nothing; a module that an adapter lacks is l = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import AdapterError, printable
+from ...task_vectors.delta import Delta, Dense
+from ..base_model import BaseModel
+from ..name_patterns import matches_whole
+from ..tensors import TensorSource
+from .base import PREFIX, Config, Module, Written, parts_of
+
+SUFFIX = "ia3_l"
+
+
+class IA3(Written):
+    """Infused adapters (Liu et al., Few-Shot Parameter-Efficient Fine-Tuning, NeurIPS 2022)."""
+
+    name = "ia3"
+    writes = "ia3"
+    title = "(IA)³"
+    peft_type = "IA3"
+    has_rank = False
+
+    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+        """The vectors. Which side they multiply is told by their shape, (k, 1) or (1, k).
+
+        On a convolution it is (1, k, 1…) for both, and feedforward_modules of the config tell.
+        """
+        layers = parts_of(tensors, (SUFFIX,), label)
+        return {name: _module(name, parts[SUFFIX], config, tensors, label) for name, parts in layers.items()}
+
+    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Dense:
+        """l − 1, (k,)."""
+        return Dense(tensors.read(module.keys[0]).to(torch.float32).reshape(-1) - 1)
+
+    def written(self, module: Module, rank: int) -> Module:
+        """As it is."""
+        return replace(module, keys=(f"{PREFIX}{module.name}.{SUFFIX}",))
+
+    def pack(self, module: Module, delta: Delta, rank: int) -> dict[str, Tensor]:
+        """l = 1 + the task vector, as a column (output) or a row (input), or over a convolution's channels."""
+        vector = 1 + delta.dense()
+        row = module.on_input or module.kernel
+        shape = (1, -1, *module.kernel) if row else (-1, 1)
+        return {f"{PREFIX}{module.name}.{SUFFIX}": vector.reshape(shape)}
+
+    def config(self, modules: Sequence[Module], rank: int) -> dict[str, Any]:
+        """The modules by their full paths, and those that are feed-forward."""
+        return {
+            "target_modules": [module.name for module in modules],
+            "feedforward_modules": [module.name for module in modules if module.on_input],
+        }
+
+
+def _module(name: str, key: str, config: Config, tensors: TensorSource, label: str) -> Module:
+    shape = tensors.info(key).shape
+    where = f"adapter '{label}', module '{printable(name)}'"
+    wide = len(shape) > 2 and shape[0] == 1 and set(shape[2:]) == {1}
+    if not (wide or len(shape) == 2) or 1 not in shape or 0 in shape:
+        raise AdapterError(
+            f"{where}: ia3_l is {list(shape)}; expected [k, 1] or [1, k], or [1, k, 1, 1] on a convolution. "
+            "The file is damaged: save the adapter again."
+        )
+    if wide:
+        return Module(name, (shape[1],), 1, (key,), on_input=_feedforward(config, name), kernel=shape[2:])
+    sided = _feedforward(config, name) if shape == (1, 1) else shape[0] == 1
+    return Module(name, (max(shape),), 1, (key,), on_input=sided)
+
+
+def _feedforward(config: Config, name: str) -> bool:
+    """PEFT's rule: a regex for the whole path, or a list of endings, not bound to a dot."""
+    chosen = config.get("feedforward_modules")
+    try:
+        if isinstance(chosen, str):
+            return matches_whole(chosen, name)
+        return isinstance(chosen, (list, tuple)) and any(name.endswith(str(end)) for end in chosen)
+    except ValueError:
+        return False

@@ -1,0 +1,92 @@
+"""LoHa: Δ = s·(W₁ₐ·W₁ᵦ)∘(W₂ₐ·W₂ᵦ), the entrywise product of two products of rank r, s = alpha/r; read only.
+
+Its rank is up to r²: row by row the products of the columns of W₁ₐ and W₂ₐ make B, those of the rows of
+W₁ᵦ and W₂ᵦ make A. Convolutions may hold a core tensor for each product (Tucker form).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...errors import AdapterError, printable
+from ...task_vectors.delta import Delta, Dense, LowRank
+from ..base_model import BaseModel
+from ..tensors import TensorSource
+from .base import CONV, LINEAR, Config, Kind, Module, find_kernel, number, parts_of, tucker_kernel
+
+PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+CORES = ("hada_t1", "hada_t2")
+
+
+class LoHa(Kind):
+    """Low-rank Hadamard product (Hyeon-Woo et al., FedPara, ICLR 2022; Yeh et al., LyCORIS, ICLR 2024)."""
+
+    name = "loha"
+    title = "LoHa"
+    peft_type = "LOHA"
+
+    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+        """Four matrices for each layer, or four and two cores."""
+        layers = parts_of(tensors, (*PARTS, *CORES), label)
+        return {name: _module(name, parts, config, tensors, label, base) for name, parts in layers.items()}
+
+    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Delta:
+        """In factors where r² is less than the layer's smaller side, else dense."""
+        parts = [tensors.read(key).double() for key in module.keys]
+        if len(parts) > len(PARTS):
+            first, second = _tucker(parts[0], parts[1], parts[4]), _tucker(parts[2], parts[3], parts[5])
+            return Dense((first * second).flatten(1).mul_(module.scaling).float())
+        left, right = _pairs(parts[0].T, parts[2].T).T, _pairs(parts[1], parts[3])
+        if module.rank < min(module.shape):
+            return LowRank((left * module.scaling).float().contiguous(), right.float().contiguous())
+        return Dense(((parts[0] @ parts[1]) * (parts[2] @ parts[3]) * module.scaling).float())
+
+
+def _module(
+    name: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str, base: BaseModel | None
+) -> Module:
+    where = f"adapter '{label}', module '{printable(name)}'"
+    shapes = {end: tensors.info(key).shape for end, key in parts.items()}
+    core = shapes.get(CORES[0], ())
+    size = _sizes(shapes)
+    if size is None or len(parts) not in (4, 6):
+        seen = ", ".join(f"{end} {list(shape)}" for end, shape in sorted(shapes.items()))
+        raise AdapterError(
+            f"{where}: there is {seen}; expected hada_w1_a and hada_w2_a [out, r], hada_w1_b and hada_w2_b [r, in], "
+            "or [r, out], [r, in] and hada_t1, hada_t2 [r, r, k, k]. The file is damaged: save the adapter again."
+        )
+    out, width, rank = size
+    scaling = number(config, "alpha", "alpha_pattern", name, 8, where) / rank
+    shape = out, width * math.prod(core[2:])
+    kernel = tucker_kernel(shape, core[2:], name, where, base) if core else find_kernel(shape, name, where, base)
+    keys = tuple(parts[end] for end in (*PARTS, *(CORES if core else ())))
+    most = min(rank * rank, *shape) if not core else min(shape)
+    form = CONV if kernel else LINEAR
+    return Module(name, shape, most, keys, scaling, form=form, kernel=kernel, own_rank=False)
+
+
+def _sizes(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int] | None:
+    """(out, in, r), where all the shapes fit each other."""
+    if not all(len(shapes.get(end, ())) == 2 for end in PARTS):
+        return None
+    (a1, b1, a2, b2), core = (shapes[end] for end in PARTS), shapes.get(CORES[0])
+    rank, width = b1
+    out = a1[1] if core else a1[0]
+    outer = (rank, out) if core else (out, rank)
+    fits = (a1, a2, b2) == (outer, outer, (rank, width)) and 0 not in (*outer, width)
+    if core is not None:
+        fits = fits and core == shapes.get(CORES[1]) and len(core) == 4 and core[:2] == (rank, rank)
+    return (out, width, rank) if fits else None
+
+
+def _pairs(first: Tensor, second: Tensor) -> Tensor:
+    """All products of a row of one with a row of the other, (r², n)."""
+    return (first.unsqueeze(1) * second.unsqueeze(0)).flatten(0, 1)
+
+
+def _tucker(outer: Tensor, inner: Tensor, core: Tensor) -> Tensor:
+    """Σ core[p, q, …]·outer[p, out]·inner[q, in], (out, in, k, k)."""
+    return torch.einsum("pqkl,po,qi->oikl", core, outer, inner)

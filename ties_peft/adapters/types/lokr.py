@@ -1,0 +1,104 @@
+"""LoKr: Δ = s·W₁⊗W₂, a Kronecker product of two small matrices, each whole or of rank r; s = alpha/r; read only.
+
+Its rank is rank(W₁)·rank(W₂): (U₁V₁)⊗(U₂V₂) = (U₁⊗U₂)·(V₁⊗V₂). On a convolution W₂ holds the kernel,
+whole, flattened, or with a core tensor (Tucker form).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...errors import AdapterError, printable
+from ...task_vectors.delta import Delta, Dense, LowRank
+from ..base_model import BaseModel
+from ..tensors import TensorSource
+from .base import CONV, LINEAR, Config, Kind, Module, find_kernel, number, parts_of, tucker_kernel
+
+W1, W2, CORE = "lokr_w1", "lokr_w2", "lokr_t2"
+ENDS = (W1, "lokr_w1_a", "lokr_w1_b", W2, "lokr_w2_a", "lokr_w2_b", CORE)
+
+
+class LoKr(Kind):
+    """Low-rank Kronecker product (Edalati et al., KronA, 2022; Yeh et al., LyCORIS, ICLR 2024)."""
+
+    name = "lokr"
+    title = "LoKr"
+    peft_type = "LOKR"
+
+    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+        """Two to five tensors for each layer."""
+        layers = parts_of(tensors, ENDS, label)
+        return {name: _module(name, parts, config, tensors, label, base) for name, parts in layers.items()}
+
+    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Delta:
+        """In factors where they are fewer than the layer's smaller side, else dense."""
+        parts = {key.rpartition(".")[2]: tensors.read(key).double() for key in module.keys}
+        second = _factors(parts, W2) if CORE not in parts and (W2 not in parts or parts[W2].dim() == 2) else None
+        if second is not None and module.rank < min(module.shape):
+            first = _factors(parts, W1)
+            left, right = torch.kron(first[0], second[0]), torch.kron(first[1], second[1])
+            return LowRank((left * module.scaling).float(), right.float())
+        return Dense((_product(parts) * module.scaling).reshape(module.shape).float())
+
+
+def _module(
+    name: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str, base: BaseModel | None
+) -> Module:
+    where = f"adapter '{label}', module '{printable(name)}'"
+    shapes = {end: tensors.info(key).shape for end, key in parts.items()}
+    first, second = _size(shapes, W1), _size(shapes, W2)
+    if first is None or second is None or len(first[0]) != 2 or 0 in first[0] + second[0]:
+        seen = ", ".join(f"{end} {list(shape)}" for end, shape in sorted(shapes.items()))
+        raise AdapterError(
+            f"{where}: there is {seen}; expected lokr_w1 or lokr_w1_a and lokr_w1_b, and lokr_w2 or lokr_w2_a and "
+            "lokr_w2_b, whose shapes fit. The file is damaged: save the adapter again."
+        )
+    rank = number(config, "r", "rank_pattern", name, 8, where)
+    alpha = number(config, "alpha", "alpha_pattern", name, 8, where)
+    (out1, in1), (out2, in2, *kernel) = first[0], second[0]
+    shape = out1 * out2, in1 * in2 * math.prod(kernel)
+    found = tucker_kernel(shape, tuple(kernel), name, where, base) if CORE in parts else tuple(kernel)
+    found = found or find_kernel(shape, name, where, base)
+    most = min(first[1] * second[1], *shape) if not kernel else min(shape)
+    keys = tuple(parts[end] for end in ENDS if end in parts)
+    scaling, form = alpha / (rank or 1), CONV if found else LINEAR
+    return Module(name, shape, most, keys, scaling, form=form, kernel=found, own_rank=False)
+
+
+def _size(shapes: dict[str, tuple[int, ...]], which: str) -> tuple[tuple[int, ...], int] | None:
+    """(shape, largest rank) of W₁ or W₂, the kernel's sizes last; None where its tensors do not fit."""
+    whole, left, right = (shapes.get(which + end) for end in ("", "_a", "_b"))
+    if whole is not None:
+        return (whole, min(whole[:2])) if len(whole) >= 2 else None
+    if left is None or right is None or len(left) != 2 or len(right) != 2:
+        return None
+    core = shapes.get(CORE) if which == W2 else None
+    if core is not None:
+        fits = len(core) == 4 and (core[0], core[1]) == (left[0], right[0])
+        return ((left[1], right[1], *core[2:]), min(left[1], right[1])) if fits else None
+    return ((left[0], right[1]), min(left[1], left[0], right[1])) if left[1] == right[0] else None
+
+
+def _factors(parts: dict[str, Tensor], which: str) -> tuple[Tensor, Tensor]:
+    """U and V with W = U·V, the identity beside a matrix that is whole."""
+    if which not in parts:
+        return parts[f"{which}_a"], parts[f"{which}_b"]
+    whole = parts[which]
+    if whole.shape[0] <= whole.shape[1]:
+        return torch.eye(whole.shape[0], dtype=whole.dtype), whole
+    return whole, torch.eye(whole.shape[1], dtype=whole.dtype)
+
+
+def _product(parts: dict[str, Tensor]) -> Tensor:
+    """W₁⊗W₂ as PEFT multiplies it: in four dimensions channel by channel, in three as `torch.kron` pads W₁."""
+    first = parts[W1] if W1 in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
+    if CORE in parts:
+        second = torch.einsum("ijkl,ip,jr->prkl", parts[CORE], parts["lokr_w2_a"], parts["lokr_w2_b"])
+    else:
+        second = parts[W2] if W2 in parts else parts["lokr_w2_a"] @ parts["lokr_w2_b"]
+    if second.dim() == 4:
+        first = first[:, :, None, None]
+    return torch.kron(first, second.contiguous())

@@ -1,0 +1,373 @@
+"""LoRA: Δ = s·B·A, s = alpha/r or, with rsLoRA, alpha/√r; and DoRA: Δ = m∘(W + s·B·A)/‖W + s·B·A‖ − W, by rows.
+
+The rank is read from the tensors, alpha from the config by PEFT's own matching rule. What the layer is
+shows in the tensors' names and shapes:
+
+    Linear, Conv1D     A (r, in), B (out, r); on GPT-2's Conv1D (`fan_in_fan_out`) oriented as on a Linear
+    convolution        A (r, in, k…), B (out, r, 1…): Δ is flattened to (out, in·k…)
+    Embedding          lora_embedding_A (r, vocabulary), lora_embedding_B (dim, r): Δ is (dim, vocabulary)
+    lora_bias          lora_B.bias (out,): Δ of the bias is s·b, a matrix (out, 1), as if the input ended in a 1
+    MultiheadAttention `mha` and `mha.base_layer.out_proj`, which PEFT adapts together
+    target_parameters  A (E·r, in), B (out, r·E), an expert being the slowest index of A and the fastest of
+                       B: a module for each expert; further parameters of a layer lie under `base_layer`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import AdapterError, printable
+from ...task_vectors.delta import Delta, Dense, LowRank
+from ..base_model import BaseModel
+from ..tensors import TensorSource
+from .base import (
+    BIAS,
+    CONV,
+    EMBEDDING,
+    EXPERT,
+    LINEAR,
+    NEEDS_BASE,
+    PREFIX,
+    Config,
+    Module,
+    Written,
+    base_weight,
+    find_conv1d,
+    number,
+    parts_of,
+    refuse_settings,
+    targets,
+)
+
+A, B, B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
+SUFFIXES = (A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, *MAGNITUDES)
+NESTED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
+ORDER = ("gate_up_proj", "down_proj")  # in which models define the parameters of their experts
+
+REFUSED_SETTINGS = {
+    "use_bdlora": "BD-LoRA",
+    "use_qalora": "QA-LoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "an Arrow router",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "megatron_config": "Megatron layers",
+}
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # initialisations that alter the base's weights
+
+
+class Lora(Written):
+    """Low-rank adapters (Hu et al., LoRA, ICLR 2022; Kalajdzievski, rsLoRA, 2023; Liu et al., DoRA, ICML 2024)."""
+
+    name = "lora"
+    title = "LoRA"
+    peft_type = "LORA"
+
+    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+        """Pairs of lora_A and lora_B, their shapes checked, and what stands beside them."""
+        refuse_settings(config, REFUSED_SETTINGS, label)
+        _refuse_changed_base(config, label)
+        layers = parts_of(tensors, SUFFIXES, label)
+        found = [
+            m
+            for path, parts in layers.items()
+            for m in _Layer(path, parts, config, tensors, label, base).modules(layers)
+        ]
+        if base is None and any(module.needs for module in found):
+            raise AdapterError(
+                f"adapter '{label}' is a DoRA, whose task vector depends on the weights it was trained on. {NEEDS_BASE}"
+            )
+        return {module.name: module for module in sorted(found, key=lambda module: module.name)}
+
+    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Delta:
+        """B (with the lora scaling) and A; dense for DoRA."""
+        if module.form == BIAS:
+            bias = tensors.read(module.keys[0]).to(torch.float32).reshape(-1, 1)
+            return LowRank(bias * module.scaling, torch.ones(1, 1), module.scaling)
+        factors = (1.0, module.scaling, 1.0)  # on A, B and a magnitude
+        first, second, *magnitude = (
+            _float32(tensors.read(key), factor) for key, factor in zip(module.keys, factors, strict=False)
+        )
+        if module.form == EXPERT:
+            which, experts = module.expert
+            first = first.reshape(experts, -1, first.shape[-1])[which]
+            second = second.reshape(second.shape[0], -1, experts)[:, :, which].contiguous()
+        delta = LowRank(second.flatten(1), first.flatten(1), module.scaling)
+        return _dora(delta, magnitude[0], module, base) if magnitude else delta
+
+    def written(self, module: Module, rank: int) -> Module:
+        """The module with a lora scaling of 1 and the rank of the output."""
+        return replace(module, rank=rank, keys=_keys(module), scaling=1.0, expert=(0, 1), needs=(), own_rank=True)
+
+    def pack(self, module: Module, delta: Delta, rank: int) -> dict[str, Tensor]:
+        """A and B padded with zeros to `rank`, for a lora scaling of 1."""
+        if module.form == BIAS:
+            return {_keys(module)[0]: delta.dense().reshape(-1)}
+        if not isinstance(delta, LowRank):
+            raise TypeError(f"a LoRA is written from factors, not from {type(delta).__name__}")
+        first, second = torch.zeros(rank, delta.shape[1]), torch.zeros(delta.shape[0], rank)
+        first[: delta.rank], second[:, : delta.rank] = delta.A, delta.B
+        first = first.reshape(rank, -1, *module.kernel)
+        second = second.reshape(*second.shape, *(1 for _ in module.kernel))
+        return dict(zip(_keys(module), (first, second), strict=True))
+
+    def join(self, modules: Sequence[Module], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Experts side by side in one tensor; a bias of zeros where other layers have one."""
+        joined = dict(tensors)
+        experts: dict[str, dict[str, list[Module]]] = {}
+        for module in modules:
+            if module.form == EXPERT:
+                experts.setdefault(module.path, {}).setdefault(_parameter(module), []).append(module)
+        for path, parameters in experts.items():
+            for depth, name in enumerate(sorted(parameters, key=_order, reverse=True)):
+                joined |= _stacked(f"{PREFIX}{path}{NESTED * depth}", parameters[name], joined)
+        if any(module.form == BIAS for module in modules):
+            for module in modules:
+                if module.form in (LINEAR, CONV):
+                    like = tensors[_keys(module)[1]]
+                    joined.setdefault(f"{PREFIX}{module.path}.{B_BIAS}", torch.zeros(like.shape[0], dtype=like.dtype))
+        return joined
+
+    def config(self, modules: Sequence[Module], rank: int) -> dict[str, Any]:
+        """One rank, alpha = r, no patterns, the modules by their full paths; more only where it is needed."""
+        paths = {m.path for m in modules if m.form not in (EXPERT, BIAS) and not m.path.endswith(OUT_PROJ)}
+        parameters = {f"{m.path}.{_parameter(m)}" for m in modules if m.form == EXPERT}
+        return {
+            "r": rank,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": sorted(paths),
+            **({"target_parameters": sorted(parameters)} if parameters else {}),
+            **({"lora_bias": True} if any(m.form == BIAS for m in modules) else {}),
+        }
+
+    def fault(self, modules: Sequence[Module]) -> str | None:
+        """PEFT has a bias on lora_B for linear layers and convolutions alone."""
+        biased = any(module.form == BIAS for module in modules)
+        others = [m for m in modules if m.form in (EMBEDDING, EXPERT) or m.path.endswith(OUT_PROJ)]
+        if biased and others:
+            return (
+                f"some have a bias on lora_B, some adapt '{printable(others[0].name)}', and PEFT has no adapter with "
+                "both. Leave one of them out"
+            )
+        return None
+
+
+class _Layer:
+    """One of PEFT's layers in a file: its tensors by what their names end in."""
+
+    def __init__(
+        self,
+        path: str,
+        parts: dict[str, str],
+        config: Config,
+        tensors: TensorSource,
+        label: str,
+        base: BaseModel | None,
+    ) -> None:
+        self.path, self.parts, self.config, self.tensors, self.label = path, parts, config, tensors, label
+        self.base = base
+        self.where = f"adapter '{label}', module '{printable(path)}'"
+
+    def modules(self, layers: dict[str, dict[str, str]]) -> Iterator[Module]:
+        """Its task vectors."""
+        form = EMBEDDING if EMBEDDING_A in self.parts or EMBEDDING_B in self.parts else LINEAR
+        ends = (EMBEDDING_A, EMBEDDING_B) if form == EMBEDDING else (A, B)
+        self.check_pair(ends)
+        keys = self.parts[ends[0]], self.parts[ends[1]]
+        shapes = [self.tensors.info(key).shape for key in keys]
+        if form == LINEAR and len(shapes[0]) > 2:
+            form = CONV
+        self.check_shapes(shapes, form, ends)
+        parent = self.path.removesuffix(OUT_PROJ)
+        if parent != self.path:
+            yield self.module(f"{parent}.out_proj", form, keys, shapes, owner=parent)
+        elif self.config.get("target_parameters") and not targets(self.config.get("target_modules"), self.path):
+            yield from self.experts(layers, keys, shapes)
+        else:
+            yield self.module(self.path, form, keys, shapes)
+        if B_BIAS in self.parts or (self.config.get("lora_bias") and form in (LINEAR, CONV)):
+            yield self.bias(shapes)
+
+    def module(
+        self, name: str, form: str, keys: tuple[str, str], shapes: list[tuple[int, ...]], owner: str | None = None
+    ) -> Module:
+        rank = shapes[0][0]
+        shape = shapes[1][0], math.prod(shapes[0][1:])
+        scaling = self.scaling(owner or name, rank)
+        whole = Module(name, shape, rank, keys, scaling, form=form, layer=self.path, kernel=shapes[0][2:])
+        magnitude = next((self.parts[end] for end in MAGNITUDES if end in self.parts), None)
+        if (magnitude is None) == bool(self.config.get("use_dora")):
+            seen = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
+            raise AdapterError(
+                f"{self.where}: use_dora is {self.config.get('use_dora')!r}, but there is {seen}. Save the adapter again."
+            )
+        if magnitude is None:
+            return whole
+        if math.prod(self.tensors.info(magnitude).shape) != shape[0]:
+            raise AdapterError(
+                f"{self.where}: its lora_magnitude_vector has {math.prod(self.tensors.info(magnitude).shape)} entries; "
+                f"expected {shape[0]}, one for each output. Save the adapter again."
+            )
+        needs = (f"{self.path}.weight",)
+        conv1d = form == LINEAR and find_conv1d(self.config, self.base, self.path, self.where, shape[0])
+        whole = replace(whole, rank=min(shape), keys=(*keys, magnitude), own_rank=False)
+        return replace(whole, needs=needs, conv1d=conv1d)
+
+    def bias(self, shapes: list[tuple[int, ...]]) -> Module:
+        """The task vector of the layer's bias."""
+        if B_BIAS not in self.parts or not self.config.get("lora_bias") or self.config.get("use_dora"):
+            seen = "a lora_B.bias" if B_BIAS in self.parts else "no lora_B.bias"
+            raise AdapterError(
+                f"{self.where}: there is {seen}, lora_bias is {self.config.get('lora_bias')!r} and use_dora "
+                f"{self.config.get('use_dora')!r}; PEFT has a bias with the first alone. Save the adapter again."
+            )
+        keys, scaling = (self.parts[B_BIAS],), self.scaling(self.path, shapes[0][0])
+        return Module(f"{self.path}.bias", (shapes[1][0], 1), 1, keys, scaling, form=BIAS, layer=self.path)
+
+    def experts(
+        self, layers: dict[str, dict[str, str]], keys: tuple[str, str], shapes: list[tuple[int, ...]]
+    ) -> Iterator[Module]:
+        """A module for each expert of one parameter."""
+        layer, depth = self.path, 0
+        while layer.endswith(NESTED):
+            layer, depth = layer.removesuffix(NESTED), depth + 1
+        nest = 1
+        while layer + NESTED * nest in layers:
+            nest += 1
+        name = f"{layer}.{self.parameters(layer, nest)[depth]}"
+        rank = int(number(self.config, "r", "rank_pattern", name, 8, self.where))
+        if rank < 1 or shapes[0][0] % rank:
+            raise AdapterError(
+                f"{self.where}: lora_A has {shapes[0][0]} rows, which r = {rank} does not divide. Mend adapter_config.json."
+            )
+        count = shapes[0][0] // rank
+        shape, scaling = (shapes[1][0], shapes[0][1]), self.scaling(name, rank)
+        for which in range(count):
+            own = f"{name}[{which}]" if count > 1 else name
+            yield Module(own, shape, rank, keys, scaling, form=EXPERT, layer=layer, expert=(which, count))
+
+    def parameters(self, layer: str, nest: int) -> list[str]:
+        """The names of a layer's adapted parameters, the outermost first, which models define last."""
+        listed = self.config["target_parameters"]
+        if not isinstance(listed, list) or not all(isinstance(target, str) for target in listed):
+            raise AdapterError(
+                f"{self.label}: target_parameters is {printable(repr(listed))}; expected a list of parameters' names. "
+                "Mend adapter_config.json."
+            )
+        fitting = [t for t in listed if f"{layer}.{t.rpartition('.')[2]}".endswith(t)]
+        dotted = [target for target in fitting if "." in target]
+        names = sorted(
+            {t.rpartition(".")[2] for t in (dotted if len(dotted) == nest else fitting)}, key=_order, reverse=True
+        )
+        if len(names) != nest or (nest > 1 and not set(names) <= set(ORDER)):
+            raise AdapterError(
+                f"{self.where}: {nest} adapted parameters lie in this layer, and target_parameters "
+                f"{printable(repr(listed))} do not tell which is which (known are {', '.join(ORDER)}). Leave it out."
+            )
+        return names
+
+    def scaling(self, name: str, rank: int) -> float:
+        """s: alpha by PEFT's matching rule over alpha_pattern, r from the tensors."""
+        alpha = number(self.config, "lora_alpha", "alpha_pattern", name, 8, self.where)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def check_pair(self, ends: tuple[str, str]) -> None:
+        """Both are there."""
+        missing = [end for end in ends if end not in self.parts]
+        if not missing:
+            return
+        names = [end.removesuffix(".weight") for end in ends]
+        seen = next((n for n, end in zip(names, ends, strict=True) if end in self.parts), next(iter(self.parts)))
+        lacking = missing[0].removesuffix(".weight")
+        raise AdapterError(f"{self.where}: there is a {seen} but no {lacking}. Save the adapter again, whole.")
+
+    def check_shapes(self, shapes: list[tuple[int, ...]], form: str, ends: tuple[str, str]) -> None:
+        """They fit each other, and are of a form that PEFT still has."""
+        first, second = shapes
+        names = [end.removesuffix(".weight") for end in ends]
+        if form == CONV and len(second) == len(first) and 0 < second[1] < first[0]:
+            raise AdapterError(
+                f"{self.where} is a grouped convolution ({names[0]} {list(first)}, {names[1]} {list(second)}), whose "
+                "update PEFT itself cannot write as a matrix. Leave the adapter out."
+            )
+        if len(first) == 2 and len(second) == 3:
+            raise AdapterError(
+                f"{self.where}: {names[0]} is {list(first)} and {names[1]} {list(second)}, the fused layers of PEFT before "
+                "0.3 (enable_lora), which no later PEFT loads. Convert it with that release, or leave it out."
+            )
+        tail = (1,) * (len(first) - 2) if form == CONV else ()
+        if len(first) != 2 + len(tail) or second[1:] != (first[0], *tail) or 0 in first + second:
+            raise AdapterError(
+                f"{self.where}: {names[0]} is {list(first)} and {names[1]} is {list(second)}; expected [r, in] and "
+                "[out, r] with the same r, at least 1. The file is damaged: save the adapter again."
+            )
+
+
+def _float32(tensor: Tensor, factor: float) -> Tensor:
+    """factor · a tensor in float32, with no copy but the one that this needs: those of many adapters leave holes."""
+    upcast = tensor.to(torch.float32)
+    if factor == 1:
+        return upcast
+    return upcast * factor if upcast is tensor else upcast.mul_(factor)
+
+
+def _dora(delta: LowRank, magnitude: Tensor, module: Module, base: BaseModel | None) -> Dense:
+    """m∘V/‖V‖ − W with V = W + s·B·A, rows of unit length times m; in float64."""
+    weight = base_weight(base, module.needs[0], f"DoRA on module '{printable(module.name)}'").flatten(1)
+    if module.form == EMBEDDING or module.conv1d:
+        weight = weight.T
+    if tuple(weight.shape) != module.shape:
+        raise AdapterError(
+            f"module '{printable(module.name)}': the base's weight is {list(weight.shape)}, the adapter's task vector "
+            f"{list(module.shape)}. Is it the base that the adapter was trained on?"
+        )
+    moved = weight + delta.B.double() @ delta.A.double()
+    share = magnitude.double().reshape(-1, 1) / torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    return Dense((share * moved - weight).float().contiguous())
+
+
+def _keys(module: Module) -> tuple[str, ...]:
+    """The names of a module's packed tensors; those of one expert are joined later."""
+    if module.form == BIAS:
+        return (f"{PREFIX}{module.path}.{B_BIAS}",)
+    ends = (EMBEDDING_A, EMBEDDING_B) if module.form == EMBEDDING else (A, B)
+    path = module.name if module.form == EXPERT else module.path
+    return f"{PREFIX}{path}.{ends[0]}", f"{PREFIX}{path}.{ends[1]}"
+
+
+def _parameter(module: Module) -> str:
+    """The name of an expert's parameter."""
+    return module.name.removeprefix(f"{module.path}.").partition("[")[0]
+
+
+def _order(parameter: str) -> int:
+    return ORDER.index(parameter) if parameter in ORDER else len(ORDER)
+
+
+def _stacked(path: str, modules: Sequence[Module], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A (E·r, in) and B (out, r·E) of one parameter, its experts' own taken out of `tensors`."""
+    pairs = [tuple(tensors.pop(key) for key in _keys(m)) for m in sorted(modules, key=lambda m: m.expert)]
+    first = torch.cat([pair[0] for pair in pairs])
+    second = torch.stack([pair[1] for pair in pairs], dim=2).flatten(1)
+    return {f"{path}.{A}": first, f"{path}.{B}": second}
+
+
+def _refuse_changed_base(config: Config, label: str) -> None:
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise AdapterError(
+            f"adapter '{label}' was initialised with '{printable(start)}', which changes the base's weights, so its "
+            "tensors are not a delta to the plain base. Convert it with PEFT first: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )

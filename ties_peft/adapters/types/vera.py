@@ -1,0 +1,100 @@
+"""VeRA: Δ = diag(b)·B·diag(d)·A, with one pair A, B for all layers, of which each takes a corner; read only.
+
+A layer's input size stands in no tensor of the file, so the base model's shapes are asked. Where the
+projections were not saved they are drawn again, as PEFT draws them, from the key in the config.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...errors import AdapterError, printable
+from ...task_vectors.delta import LowRank
+from ..base_model import BaseModel
+from ..tensors import TensorSource
+from .base import NEEDS_BASE, Config, Kind, Module, base_shape, parts_of
+
+B_DIAGONAL, D_DIAGONAL = "vera_lambda_b", "vera_lambda_d"
+SHARED_A, SHARED_B = "base_model.vera_A", "base_model.vera_B"
+
+
+class Vera(Kind):
+    """Vector-based random matrix adaptation (Kopiczko et al., VeRA, ICLR 2024)."""
+
+    name = "vera"
+    title = "VeRA"
+    peft_type = "VERA"
+
+    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+        """The two diagonals of each layer."""
+        layers = parts_of(tensors, (B_DIAGONAL, D_DIAGONAL), label)
+        if base is None:
+            raise AdapterError(
+                f"adapter '{label}' is a VeRA, whose file does not tell the sizes of the layers it adapts. {NEEDS_BASE}"
+            )
+        shapes = {name: _shape(name, parts, tensors, label, base) for name, parts in layers.items()}
+        saved = {SHARED_A, SHARED_B} <= set(tensors.names)
+        largest = tuple(max(shape[side] for shape in shapes.values()) for side in (0, 1)) if shapes else (0, 0)
+        self._check(config, tensors, label, saved, largest)
+        shared = (SHARED_A, SHARED_B) if saved else ()
+        seed = (int(config.get("projection_prng_key", 0)), *largest)
+        return {
+            name: Module(
+                name,
+                shapes[name],
+                tensors.info(parts[D_DIAGONAL]).shape[0],
+                (parts[B_DIAGONAL], parts[D_DIAGONAL], *shared),
+                extra=() if saved else seed,
+            )
+            for name, parts in layers.items()
+        }
+
+    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> LowRank:
+        """diag(b)·B and diag(d)·A, the corners that the layer uses."""
+        b, d, *shared = (tensors.read(key).to(torch.float32) for key in module.keys)
+        first, second = shared or _drawn(module.rank, *module.extra)
+        out, width = module.shape
+        return LowRank(b.unsqueeze(1) * second[:out], (d.unsqueeze(1) * first[:, :width]).contiguous())
+
+    def _check(self, config: Config, tensors: TensorSource, label: str, saved: bool, largest: tuple[int, ...]) -> None:
+        key = config.get("projection_prng_key", 0)
+        if not saved and (not isinstance(key, int) or isinstance(key, bool)):
+            raise AdapterError(
+                f"adapter '{label}': its projections were not saved, and projection_prng_key is {printable(repr(key))}; "
+                "expected a whole number. Mend adapter_config.json."
+            )
+        if saved:
+            wide, tall = tensors.info(SHARED_A).shape, tensors.info(SHARED_B).shape
+            if len(wide) != 2 or len(tall) != 2 or wide[1] < largest[1] or tall[0] < largest[0]:
+                raise AdapterError(
+                    f"adapter '{label}': vera_A is {list(wide)} and vera_B {list(tall)}, too small for layers of "
+                    f"{largest[0]} × {largest[1]} in the base. Is it the base that the adapter was trained on?"
+                )
+
+
+def _shape(name: str, parts: dict[str, str], tensors: TensorSource, label: str, base: BaseModel) -> tuple[int, int]:
+    """(out, in) of a layer: out as the diagonal says, in as the base's weight does."""
+    where = f"adapter '{label}', module '{printable(name)}'"
+    if len(parts) < 2:
+        raise AdapterError(f"{where}: there is {next(iter(parts))} alone. Save the adapter again, whole.")
+    out = tensors.info(parts[B_DIAGONAL]).shape[0]
+    known = base_shape(base, name)
+    if known is None or len(known) != 2 or out not in known:
+        raise AdapterError(
+            f"{where}: its vera_lambda_b has {out} entries, the base's weight is {known and list(known)}. "
+            "Is it the base that the adapter was trained on?"
+        )
+    return out, known[1] if known[0] == out else known[0]
+
+
+def _drawn(rank: int, key: int, out: int, width: int) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) as PEFT draws them: uniform, Kaiming's bound √(6/columns)."""
+    generator = torch.Generator(device="cpu").manual_seed(key)
+    drawn = []
+    for shape in ((rank, width), (out, rank)):
+        bound = math.sqrt(3.0) * math.sqrt(2) / math.sqrt(shape[1])
+        drawn.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+    return drawn[0], drawn[1]

@@ -1,0 +1,320 @@
+"""Inspection: what is in some adapters, and whether they can be merged, before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ..adapters.adapter import Adapter
+from ..adapters.base_model import BaseModel
+from ..adapters.extra_tensors import copies, describe, entries, read_riders, unfulfilled
+from ..adapters.sources import CONFIG, adapters_inside, expand_all, find, local
+from ..adapters.tokenizer_files import gather
+from ..adapters.unsupported import Refused, look
+from ..errors import TiesPeftError, printable
+from ..merging.members import unequal_norms
+from ..merging.plan import Plan, make_plan
+from ..merging.recipes.recipe import Recipe
+from ..task_vectors.delta import inner_root
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one adapter is.
+
+    Attributes:
+        source: as it was asked for.
+        kind, base, task_type, dtype: as its files say.
+        modules: how many it adapts.
+        ranks, scalings: those that occur.
+        numbers: how many numbers its tensors hold.
+        norm: Frobenius norm of its task vector.
+        largest: the module whose task vector is the longest.
+        riders: the layers that it holds whole: heads, embeddings, biases.
+        unusual: what most adapters are not.
+    """
+
+    source: str
+    kind: str
+    base: str | None
+    task_type: str | None
+    dtype: str
+    modules: int
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    numbers: int
+    norm: float
+    largest: str
+    riders: tuple[str, ...]
+    unusual: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        adapters: facts of those that can be read.
+        faults: why the others cannot, a message each.
+        verdict: for two or more readable ones, whether they can be merged, else why not.
+        mergeable: whether all that were given can be; None for fewer than two readable ones.
+        rank: what `--rank auto` would give.
+        warnings: what merging them would warn of.
+        notes: what patterns and folders of several adapters stand for.
+        losses: what merging them would lose.
+        refused: what is known of those that cannot be read.
+    """
+
+    adapters: tuple[Facts, ...]
+    faults: tuple[str, ...]
+    verdict: str | None
+    mergeable: bool | None
+    rank: int | None
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    refused: tuple[Refused, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [Text(note) for note in self.notes]
+        parts += [_table(facts) for facts in self.adapters]
+        parts += [_refused_table(one) for one in self.refused if one.what]
+        if self.verdict is not None:
+            parts.append(Text(self.verdict, style="green" if self.mergeable else "red"))
+        parts += [Text(f"would be lost: {loss}", style="yellow") for loss in self.losses]
+        parts += [Text(f"! {warning}", style="yellow") for warning in self.warnings]
+        return Group(*parts)
+
+
+def _all_of(given: Sequence[str], faults: list[str]) -> tuple[list[str], list[str]]:
+    """(the adapters that are meant, a remark on each pattern and on each folder that holds several)."""
+    names, notes = [], []
+    for source in given:
+        try:
+            found, remarks = expand_all([source])
+        except TiesPeftError as error:
+            faults.append(str(error))
+            continue
+        notes += remarks
+        for name in found:
+            folder = local(name)
+            inside = adapters_inside(folder) if folder is not None and folder.is_dir() else []
+            if folder is not None and inside and not (folder / CONFIG).is_file():
+                notes.append(f"{printable(name)} holds {len(inside)} adapters: {printable(', '.join(inside))}.")
+                names += [f"{name.rstrip('/')}/{own}" for own in inside]
+            else:
+                names.append(name)
+    return names, notes
+
+
+def _losses(opened: Sequence[Adapter], plan: Plan) -> list[str]:
+    """What a merge of them at the defaults would lose, as far as names and sizes tell."""
+    found = []
+    if plan.rank is not None:
+        total = max(sum(a.layout[n].rank for a in opened if n in a.layout) for n in plan.modules)
+        if plan.rank < min(total, max(min(module.shape) for module in plan.modules.values())):
+            found.append(
+                f"rank {plan.rank} of up to {total}: some energy (--rank max keeps all; the report says how much)"
+            )
+    tasks = sorted({printable(str(a.config.get("task_type"))) for a in opened})
+    if len(tasks) > 1:
+        found.append(f"task_type, which differs: {', '.join(tasks)}")
+    beside = gather((adapter.label, adapter.folder) for adapter in opened)
+    return [*found, *([beside.remark.removesuffix(".")] if beside.remark else [])]
+
+
+def inspect(sources: Sequence[str], base: str | None = None) -> Inspection:
+    """Look at adapters; a fault in one does not hide the others.
+
+    Args:
+        sources: folders or Hub ids.
+        base: the base model's, for adapters whose task vectors depend on its weights.
+    """
+    weights = BaseModel.load(base) if base is not None else None
+    faults: list[str] = []
+    names, notes = _all_of(sources, faults)
+    opened: list[Adapter] = []
+    refused: list[Refused] = []
+    for source in names:
+        found = _opened(source, weights)
+        (opened if isinstance(found, Adapter) else refused).append(found)  # type: ignore[arg-type]
+    faults += [one.fault for one in refused]
+    seen = Inspection(
+        tuple(_facts(adapter) for adapter in opened),
+        tuple(faults),
+        None,
+        None,
+        None,
+        (),
+        tuple(notes),
+        (),
+        tuple(refused),
+    )
+    return seen if len(names) < 2 or len(opened) < 2 else _together(seen, opened, base)
+
+
+def _opened(source: str, weights: BaseModel | None) -> Adapter | Refused:
+    """An adapter whose tensors are sound; else what is known of it."""
+    try:
+        found = find(source)
+    except TiesPeftError as error:
+        return Refused(printable(source), str(error))
+    try:
+        adapter = Adapter.load(source, base=weights)
+        adapter.check()
+    except TiesPeftError as error:
+        return look(source, found, str(error))
+    return adapter
+
+
+def _together(seen: Inspection, opened: Sequence[Adapter], base: str | None) -> Inspection:
+    """Whether those that can be read can be merged, and what that would lose and warn of."""
+    rest = f"; {len(seen.faults)} cannot be read" if seen.faults else ""
+    whom = f"The {len(opened)} that can be read" if rest else "They"
+    try:
+        plan = make_plan(Recipe(tuple(str(a.source) for a in opened), base=base), opened, checked=True)
+    except TiesPeftError as error:
+        return replace(seen, verdict=f"{whom} cannot be merged: {error}", mergeable=False)
+    shared = sum(len(plan.holders(name)) == len(opened) for name in plan.modules)
+    rank = f", at rank {plan.rank}" if plan.rank is not None else ""
+    return replace(
+        seen,
+        verdict=f"{whom} can be merged: {len(plan.modules)} modules, {shared} of them in all{rank}{rest}.",
+        mergeable=not seen.faults,
+        rank=plan.rank,
+        warnings=(*plan.warnings, *_unlike(seen.adapters, opened)),
+        losses=tuple(_losses(opened, plan)),
+    )
+
+
+def _unlike(facts: Sequence[Facts], opened: Sequence[Adapter]) -> list[str]:
+    """What is unusual of a set: norms far apart, one adapter twice."""
+    found = unequal_norms({one.source: one.norm for one in facts})
+    for i, adapter in enumerate(opened):
+        twin = next((other for other in opened[:i] if other.digest == adapter.digest), None)
+        if twin is not None:
+            found.append(f"{adapter.label} is {twin.label} over again: the same task vectors.")
+    return found
+
+
+def _facts(adapter: Adapter) -> Facts:
+    norms = {name: inner_root(adapter.read(name)) for name in adapter.modules}
+    task = adapter.config.get("task_type")
+    return Facts(
+        source=adapter.label,
+        kind=adapter.kind.title,
+        base=printable(adapter.base) if adapter.base else None,
+        task_type=printable(str(task)) if task else None,
+        dtype=str(adapter.dtype).removeprefix("torch."),
+        modules=len(adapter.layout),
+        ranks=adapter.ranks,
+        scalings=tuple(sorted({module.scaling for module in adapter.layout.values()})),
+        numbers=sum(math.prod(adapter.tensors.info(key).shape) for key in adapter.tensors.names),
+        norm=math.hypot(*norms.values()),
+        largest=printable(max(norms, key=norms.__getitem__)),
+        riders=_riders(adapter),
+        unusual=_unusual(adapter, norms),
+    )
+
+
+def _riders(adapter: Adapter) -> tuple[str, ...]:
+    found = read_riders(adapter.riders, adapter.config, adapter.tensors, entries([adapter.config]), adapter.label)
+    return tuple(describe(found, len(copies(adapter.riders))))
+
+
+FORMS = {
+    "conv": "convolutions",
+    "embedding": "LoRA on embeddings",
+    "bias": "a bias on lora_B",
+    "expert": "experts (target_parameters)",
+}
+
+
+def _forms(adapter: Adapter) -> list[str]:
+    """What its modules are the task vectors of, where it is not linear layers; whether they need the base."""
+    forms = [module.form for module in adapter.layout.values()]
+    found = [f"{forms.count(form)} × {text}" for form, text in FORMS.items() if form in forms]
+    if any(module.needs for module in adapter.layout.values()):
+        kind = "DoRA" if adapter.kind.name == "lora" else adapter.kind.title
+        found.append(f"{kind}: its task vector is of full rank and depends on the base's weights")
+    if adapter.config.get("layer_replication"):
+        found.append("replicated layers")
+    return found
+
+
+def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
+    """What most adapters are not, in words."""
+    config = adapter.config
+    found = _forms(adapter)
+    if config.get("use_rslora"):
+        found.append("rsLoRA (scaling alpha/√r)")
+    full = any(module.needs for module in adapter.layout.values())
+    if len(adapter.ranks) > 1 and not full:
+        found.append(f"mixed ranks {', '.join(map(str, adapter.ranks))}")
+    if config.get("alpha_pattern"):
+        found.append("alpha pattern")
+    if (
+        adapter.kind.name == "lora"
+        and not full
+        and isinstance(config.get("r"), int)
+        and config["r"] not in adapter.ranks
+    ):
+        found.append(f"the config says r = {config['r']}, the tensors {', '.join(map(str, adapter.ranks))}")
+    silent = [name for name, norm in norms.items() if norm == 0]
+    if silent:
+        found.append(f"{len(silent)} of {len(norms)} modules do nothing (zero task vector)")
+    riders = read_riders(adapter.riders, config, adapter.tensors, entries([config]), adapter.label)
+    found += [text.removesuffix(".") for text in unfulfilled(config, riders)]
+    if adapter.base is None:
+        found.append("names no base model")
+    inside = adapters_inside(adapter.folder) if adapter.folder is not None else []
+    if inside:
+        found.append(f"its folder holds other adapters too: {printable(', '.join(inside))}")
+    return tuple(found)
+
+
+def _plain() -> Table:
+    return Table(box=None, pad_edge=False, show_header=False)
+
+
+def _table(facts: Facts) -> RenderableType:
+    table = _plain()
+    rank = f", rank {', '.join(map(str, facts.ranks))}, scaling {', '.join(f'{s:g}' for s in facts.scalings)}"
+    table.add_row("kind", facts.kind + (rank if facts.kind == "LoRA" else ""))
+    table.add_row(
+        "base", escape(facts.base or "not named") + (f", {escape(facts.task_type)}" if facts.task_type else "")
+    )
+    table.add_row("modules", f"{facts.modules}, {facts.numbers:,} numbers in {facts.dtype}")
+    table.add_row("norm", f"{facts.norm:.4g}" + (f", most of it in {escape(facts.largest)}" if facts.norm else ""))
+    for number, text in enumerate(facts.riders):
+        table.add_row("" if number else "whole layers", escape(text))
+    if facts.unusual:
+        table.add_row("unusual", escape("; ".join(facts.unusual)))
+    return Group(Text(facts.source, style="bold"), table)
+
+
+def _refused_table(one: Refused) -> RenderableType:
+    """What is known of a source that is refused; why stands beneath, on standard error."""
+    table = _plain()
+    table.add_row("refused", escape(one.what))
+    if one.base or one.task_type:
+        table.add_row("base", escape(", ".join(filter(None, (one.base or "not named", one.task_type)))))
+    if one.file is not None:
+        held = "which cannot be read"
+        if one.tensors is not None:
+            held = f"{one.tensors:,} tensors, {one.numbers:,} numbers in {', '.join(one.dtypes) or 'none'}"
+        table.add_row("file", escape(f"{one.file}, {held}"))
+    for number, (part, count) in enumerate(one.parts.items()):
+        table.add_row("" if number else "modules", escape(f"{part}: {count}" if part else str(count)))
+    return Group(Text(one.source, style="bold"), table)

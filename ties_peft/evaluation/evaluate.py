@@ -1,0 +1,172 @@
+"""Evaluate: accuracy or loss of adapters on labelled rows; many adapters on one loaded base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..errors import RecipeError, printable, warn_caller
+from ..merging.values import check_whole
+from .language_models import Continuation, Generation
+from .loaded_model import Bench
+from .scorers import BATCH, Classification, Exam, Progress, Score, check_form, form_for
+from .task import Given, Task, read_task
+
+
+def evaluate(
+    adapter_or_model: Any,
+    task: Given,
+    base: str | Path | None = None,
+    device: str = "cpu",
+    *,
+    tokenizer: Any = None,
+    bench: Bench | None = None,
+    batch_size: int = BATCH,
+    progress: Progress | None = None,
+) -> Score:
+    """Accuracy or loss of one adapter, or model, on one task.
+
+    Args:
+        adapter_or_model: an adapter's folder or Hub id, an `Adapter` (a merge in memory too), a loaded
+            transformers or PEFT model, or None for the bare base.
+        task: a `Task`, the path of its YAML or JSON file, or the same as a dict; see `ties_peft.evaluation.task`.
+        base: the base model's folder or Hub id; by default the task's, else the adapter's.
+        device: where the model runs.
+        tokenizer: of a loaded model; by default its own, by name.
+        bench: a loaded base to use again; `base` and `device` are then its own.
+        batch_size: rows in a batch.
+        progress: called as progress(stage, done, of).
+    Returns: the score; `right` holds the rows one by one, for paired comparisons.
+    Raises: TiesPeftError, before the model is run: rows without labels or with labels out of range, an
+        adapter for another base, a measure that the model cannot sit, a head that neither the base's files nor the
+        adapter's hold.
+    """
+    asked = read_task(task)
+    if _is_model(adapter_or_model):
+        bench = Bench(adapter_or_model, tokenizer or _tokenizer(adapter_or_model))
+        adapter_or_model = None
+    (line,) = evaluate_all([adapter_or_model], [asked], base, device, bench, batch_size, progress)
+    return line[0]
+
+
+def evaluate_all(
+    adapters: Sequence[str | Path | Adapter | None],
+    tasks: Sequence[Given],
+    base: str | Path | None = None,
+    device: str = "cpu",
+    bench: Bench | None = None,
+    batch_size: int = BATCH,
+    progress: Progress | None = None,
+) -> list[list[Score]]:
+    """Every adapter on every task: a line of scores for each adapter, in order.
+
+    Tasks that need two forms of the base, such as an encoder and a classifier, have it loaded in both.
+
+    Args: as `evaluate`; None among the adapters is the bare base.
+    Raises: as `evaluate`, whatever the task's place, before the first is judged.
+    Law: the same scores as one call for each.
+    """
+    check_whole("batch_size", batch_size, 1)
+    asked = [read_task(task) for task in tasks]
+    opened = [_open(a, base) for a in adapters]
+    if not opened or not asked:
+        raise RecipeError("there is nothing to evaluate. Name at least one adapter (or the base) and one task.")
+    benches = _benches(opened, asked, base, device, bench)
+    for here, members in benches:
+        _check(here, opened, [asked[place] for place in members])
+    groups = [(here, {place: make_exam(here, asked[place]) for place in members}) for here, members in benches]
+    found: list[dict[int, Score]] = [{} for _ in opened]
+    for here, exams in groups:
+        for line, adapter in zip(found, opened, strict=True):
+            with here.wear(adapter):
+                line |= {place: exam.score(progress, batch_size) for place, exam in exams.items()}
+    return [[line[place] for place in range(len(asked))] for line in found]
+
+
+def make_exam(bench: Bench, task: Task) -> Exam:
+    """A task's rows on a bench: read, checked and tokenized once.
+
+    Raises: RecipeError where the rows or their labels are at fault, or the model cannot sit the measure.
+    """
+    check_form(bench, task)
+    if task.measure in ("descriptions", "head"):
+        return Classification(bench, task)
+    return Generation(bench, task) if task.measure == "exact_match" else Continuation(bench, task)
+
+
+def find_base(adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: str | Path | None = None) -> str:
+    """The one base model that is meant: as given, else the tasks', else the adapters'.
+
+    A name that an adapter gives and that differs from what was chosen is warned of; whether the adapter fits is
+    for `Bench.check`.
+
+    Raises: RecipeError where none is named, or several are.
+    """
+    named = {task.base for task in tasks if task.base}
+    trained = {adapter.base for adapter in adapters if adapter is not None and adapter.base}
+    found = {str(base)} if base is not None else named or trained
+    if len(found) != 1:
+        seen = f"several are named ({', '.join(map(printable, sorted(found)))})" if found else "none is named"
+        raise RecipeError(f"one base model is needed, and {seen}. Say which: base: in the task, or --base.")
+    (chosen,) = found
+    others = sorted(name for name in trained if Path(name).name != Path(chosen).name)
+    if others:
+        warn_caller([f"the base is '{printable(chosen)}'; adapters name '{printable(', '.join(others))}' as theirs."])
+    return chosen
+
+
+def _check(bench: Bench, adapters: Sequence[Adapter | None], tasks: Sequence[Task]) -> None:
+    """Refuse what does not go together, before anything is tokenized."""
+    for task in tasks:
+        check_form(bench, task)
+    for adapter in adapters:
+        if adapter is not None:
+            bench.check(adapter)
+            adapter.check()
+        bench.require(adapter)
+
+
+def _open(adapter: str | Path | Adapter | None, base: str | Path | None) -> Adapter | None:
+    """An adapter; the base's weights beside it where a folder was named, for the kinds that need them."""
+    if adapter is None or isinstance(adapter, Adapter):
+        return adapter
+    return Adapter.load(adapter, base=base if base is not None and Path(base).is_dir() else None)
+
+
+def _groups(tasks: Sequence[Task], bench: Bench | None) -> list[tuple[str, list[int]]]:
+    """Tasks by the form of model that they need."""
+    forms = [form_for(task) if bench is None else "" for task in tasks]
+    return [(form, [p for p, own in enumerate(forms) if own == form]) for form in dict.fromkeys(forms)]
+
+
+def _benches(
+    adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: str | Path | None, device: str, bench: Bench | None
+) -> list[tuple[Bench, list[int]]]:
+    """A loaded base for each form that is needed, with the places of its tasks."""
+    groups = _groups(tasks, bench)
+    if bench is not None:
+        return [(bench, members) for _, members in groups]
+    chosen = find_base(adapters, tasks, base)
+    for task in tasks:
+        task.check_rows()
+    return [(Bench.load(chosen, form, device), members) for form, members in groups]
+
+
+def _is_model(value: Any) -> bool:
+    return hasattr(value, "forward") and hasattr(value, "config")
+
+
+def _tokenizer(model: Any) -> Any:
+    """The tokenizer of a loaded model, by the model's name."""
+    from transformers import AutoTokenizer
+
+    name = getattr(model.config, "_name_or_path", "") or ""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception:
+        raise RecipeError(
+            f"the tokenizer of the loaded model ('{printable(name) or 'no name'}') cannot be found by its name. Give it: "
+            "tokenizer=…."
+        ) from None

@@ -1,0 +1,124 @@
+"""Harness: adapters on the tasks of lm-evaluation-harness, which does the judging; only the model is ours.
+
+Its tasks are known by their names there, such as hellaswag. It needs the extra `harness`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..errors import RecipeError, printable
+from .evaluate import find_base
+from .loaded_model import LANGUAGE, Bench
+from .scorers import BATCH, Progress
+
+
+def harness(
+    adapters: Sequence[str | Path | Adapter | None],
+    tasks: Sequence[str],
+    base: str | Path | None = None,
+    device: str = "cpu",
+    *,
+    include_path: str | Path | None = None,
+    bench: Bench | None = None,
+    batch_size: int = BATCH,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> list[dict[str, dict[str, float]]]:
+    """Adapters on tasks of lm-evaluation-harness, one loaded base for all of them.
+
+    Args:
+        adapters: folders, Hub ids or `Adapter`s, a merge in memory too; None is the bare base.
+        tasks: names of tasks or groups of the harness.
+        base: the base model, causal or sequence-to-sequence; by default the adapters'.
+        device: where the model runs.
+        include_path: a folder with task files of your own, in the harness's form.
+        bench: a loaded base to use again; `base` and `device` are then its own.
+        batch_size: requests in a batch.
+        progress: called as progress(stage, done, of).
+        settings: what else `lm_eval.simple_evaluate` takes, such as limit or num_fewshot.
+    Returns: for each adapter, in order, {task: {"metric,filter": value}}, as the harness has it, numbers alone.
+    Raises: TiesPeftError, before the model is loaded: no harness, no such task, no base; before it is run: an adapter
+        that does not fit.
+    """
+    lm_eval, manager = _open(include_path)
+    _check_tasks(manager, tasks)
+    opened = [a if a is None or isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    if not opened:
+        raise RecipeError("there is nothing to evaluate. Name at least one adapter, or the base.")
+    here = bench or Bench.load(find_base(opened, [], base), LANGUAGE, device)
+    if here.form not in ("causal", "seq2seq"):
+        raise RecipeError(
+            f"lm-evaluation-harness judges causal and sequence-to-sequence models; '{here.base}' is loaded as {here.form}."
+        )
+    for adapter in opened:
+        if adapter is not None:
+            here.check(adapter)
+            adapter.check()
+        here.require(adapter)
+    found = []
+    for place, adapter in enumerate(opened):
+        with here.wear(adapter):
+            done = _sit(lm_eval, here, batch_size, tasks=list(tasks), task_manager=manager, **settings)
+        found.append({task: _numbers(values) for task, values in done["results"].items()})
+        if progress is not None:
+            progress("harness", place + 1, len(opened))
+    return found
+
+
+def _open(include_path: str | Path | None) -> tuple[Any, Any]:
+    """The harness and its list of tasks."""
+    try:
+        import lm_eval  # type: ignore[import-not-found]
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"the tasks of lm-evaluation-harness need the extra `harness` (there is no module '{printable(str(error.name))}'): "
+            "pip install 'ties-peft[harness]'."
+        ) from None
+    if include_path is not None and not Path(include_path).is_dir():
+        raise RecipeError(
+            f"'{printable(str(include_path))}' is no folder; expected one with task files of the harness."
+        )
+    return lm_eval, TaskManager(include_path=None if include_path is None else str(include_path))
+
+
+def _check_tasks(manager: Any, tasks: Sequence[str]) -> None:
+    if isinstance(tasks, str) or not tasks:
+        raise RecipeError("expected a list of names of the harness's tasks, at least one.")
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            near = ", ".join(get_close_matches(str(name), manager.all_tasks, n=5, cutoff=0.5))
+            raise RecipeError(
+                f"lm-evaluation-harness has no task '{printable(str(name))}'{f'; near it are {near}' if near else ''}. "
+                "`lm_eval ls tasks` lists all; a folder with your own is include_path (--harness-path)."
+            )
+
+
+def _sit(lm_eval: Any, bench: Bench, batch_size: int, **settings: Any) -> Any:
+    """What the harness finds of the model as it stands on the bench."""
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
+
+    backend = "seq2seq" if bench.form == "seq2seq" else "causal"
+    try:
+        model = HFLM(pretrained=bench.model, tokenizer=bench.tokenizer, backend=backend, batch_size=batch_size)
+        return lm_eval.simple_evaluate(model=model, batch_size=batch_size, log_samples=False, **settings)
+    except Exception as error:  # its own errors, the data sets' and the network's
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise RecipeError(
+            f"lm-evaluation-harness stopped on '{bench.base}' ({type(error).__name__}: {printable(first)}). Its tasks load "
+            "their rows from the Hub, and its tokenizer needs a token that begins or ends a text."
+        ) from error
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """The metrics, without names and what could not be computed."""
+    return {
+        key: float(value)
+        for key, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "," in key
+    }

@@ -1,0 +1,206 @@
+"""Exams of language models, causal and sequence-to-sequence: rank classification, exact match, loss.
+
+A text and what follows it are tokenized together and told apart by the length of the text alone, so
+that a continuation has the tokens that it has in running text. Probabilities are of the
+continuation's tokens only; nothing looks at what fills up a short row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import RecipeError, printable
+from .loaded_model import Bench
+from .scorers import BATCH, Exam, Progress, Score, batches
+from .task import Task
+
+
+class Pair(NamedTuple):
+    """What is given, and what is asked for: token ids of both, `given` empty where all is asked for."""
+
+    given: list[int]
+    asked: list[int]
+
+
+class Continuation(Exam):
+    """Measures `choices` and `loss`: log-probabilities of continuations.
+
+    Attributes:
+        pairs: for `choices` one for each row and choice, rows first; for `loss` one for each row.
+    """
+
+    def __init__(self, bench: Bench, task: Task) -> None:
+        super().__init__(bench, task)
+        rows, texts = self.read()
+        self._rows = len(rows)
+        self.labels = torch.empty(0, dtype=torch.int64)
+        if task.choices is not None:
+            self.labels = torch.tensor(task.answers(rows))
+            follow = [(text, choice) for text in texts for choice in task.choices]
+        else:
+            follow = [_apart(*one) for one in zip(texts, task.targets(rows), strict=True)]
+        self.pairs = self._pairs(follow)
+        self.refuse_empty([pair.asked for pair in self.pairs], len(task.choices or (None,)))
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self._rows
+
+    def score(self, progress: Progress | None = None, size: int = BATCH) -> Score:
+        """Accuracy and cross-entropy among the choices; for `loss` the mean over all tokens asked for."""
+        totals, counts = self.log_probabilities(progress, size)
+        if self.task.choices is None:
+            return self.graded([], -float(totals.sum() / counts.sum()), classified=False)
+        wide = (totals / counts if self.task.mean else totals).reshape(self.rows, -1)
+        right = wide.argmax(-1) == self.labels
+        losses = -wide.log_softmax(-1).gather(1, self.labels.unsqueeze(1))
+        return self.graded(right.tolist(), float(losses.mean()))
+
+    def log_probabilities(self, progress: Progress | None = None, size: int = BATCH) -> tuple[Tensor, Tensor]:
+        """For each pair: the sum of its tokens' log-probabilities and their number, float64, (pairs,)."""
+        totals = torch.zeros(len(self.pairs), dtype=torch.float64)
+        causal = self.bench.form == "causal"
+        counts = torch.tensor([len(p.asked) - (causal and not p.given) for p in self.pairs], dtype=torch.float64)
+        done = 0
+        score = self._seq2seq if self.bench.form == "seq2seq" else self._causal
+        with torch.no_grad():
+            for places in batches([len(pair.given) + len(pair.asked) for pair in self.pairs], size):
+                totals[torch.tensor(places)] = score([self.pairs[place] for place in places]).double().cpu()
+                done += len(places)
+                if progress is not None:
+                    progress(self.task.name, done, len(self.pairs))
+        return totals, counts
+
+    def _causal(self, pairs: Sequence[Pair]) -> Tensor:
+        inputs = self.bench.padded([[*pair.given, *pair.asked] for pair in pairs])
+        logits = self.bench.model(**inputs).logits
+        found = []
+        for row, pair in enumerate(pairs):
+            start, stop = (
+                max(1, len(pair.given)),
+                len(pair.given) + len(pair.asked),
+            )  # nothing foretells the first token
+            steps = logits[row, start - 1 : stop - 1].float().log_softmax(-1)
+            found.append(steps.gather(1, inputs["input_ids"][row, start:stop].unsqueeze(1)).sum())
+        return torch.stack(found)
+
+    def _seq2seq(self, pairs: Sequence[Pair]) -> Tensor:
+        inputs = self.bench.padded([pair.given for pair in pairs])
+        answers = self.bench.padded([pair.asked for pair in pairs])
+        real = answers["attention_mask"].bool()
+        labels = answers["input_ids"].masked_fill(~real, -100)
+        logits = self.bench.model(**inputs, labels=labels).logits.float().log_softmax(-1)
+        chosen = logits.gather(2, answers["input_ids"].unsqueeze(2)).squeeze(2)
+        totals: Tensor = (chosen * real).sum(1)
+        return totals
+
+    def _pairs(self, follow: Sequence[tuple[str, str]]) -> list[Pair]:
+        if self.bench.form == "seq2seq":
+            given, cut = self.bench.ids([text for text, _ in follow], self.task.max_tokens)
+            self.cut = cut // len(self.task.choices or (None,))
+            asked, _ = self.bench.ids([target for _, target in follow], self.task.max_tokens)
+            return [Pair(*pair) if pair[0] else Pair([], []) for pair in zip(given, asked, strict=True)]
+        most = min(self.task.max_tokens, self.bench.longest)
+        whole = [self._open(ids) for ids in self.bench.all_ids([text + target for text, target in follow])]
+        alone = [self._open(ids) for ids in self.bench.all_ids([text.rstrip() for text, _ in follow])]
+        pairs, long = [], []
+        for (_, target), together, before in zip(follow, whole, alone, strict=True):
+            start = min(len(before), len(together)) if target else 0
+            front, rest = together[:start], together[start:]
+            long.append(len(together) > most)
+            if target:  # and nothing before it would leave its first token out
+                pairs.append(Pair(front[max(0, len(together) - most) :], rest[-most:] if before else []))
+            else:
+                pairs.append(Pair([], rest[:most]))
+        each = len(self.task.choices or (None,))
+        self.cut = sum(any(long[row : row + each]) for row in range(0, len(long), each))
+        return [pair if pair.given or len(pair.asked) > 1 else Pair([], []) for pair in pairs]
+
+    def _open(self, ids: list[int]) -> list[int]:
+        """Without the end that some tokenizers write after every text."""
+        end = getattr(self.bench.tokenizer, "eos_token_id", None)
+        return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
+
+
+def _apart(text: str, target: str) -> tuple[str, str]:
+    """A text and the label that follows it, a blank between them where there is none."""
+    together = not target or not text or text[-1].isspace() or target[0].isspace()
+    return (text, target) if together else (text, f" {target}")
+
+
+class Generation(Exam):
+    """Measure `exact_match`: greedy text against the row's label."""
+
+    def __init__(self, bench: Bench, task: Task) -> None:
+        super().__init__(bench, task)
+        rows, texts = self.read()
+        if task.label is None:
+            raise RecipeError(f"{task.where}: measure 'exact_match' needs a label. Name its key (label: KEY).")
+        self.labels = torch.empty(0, dtype=torch.int64)
+        self.answers = [answer.strip() for answer in task.targets(rows)]
+        most = min(task.max_tokens, bench.longest - task.new_tokens)
+        if most < 1:
+            raise RecipeError(
+                f"task '{printable(task.name)}': new_tokens is {task.new_tokens}, and '{bench.base}' has room for "
+                f"{bench.longest} tokens in all. Ask for fewer."
+            )
+        found = bench.all_ids(texts)
+        self.refuse_empty(found)
+        self.cut = sum(len(ids) > most for ids in found)
+        self.sequences = [ids[:most] if bench.form == "seq2seq" else ids[-most:] for ids in found]
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self.sequences)
+
+    def score(self, progress: Progress | None = None, size: int = BATCH) -> Score:
+        """Share of the rows whose text is the label."""
+        written = self.written(progress, size)
+        return self.graded([text == answer for text, answer in zip(written, self.answers, strict=True)], None)
+
+    def written(self, progress: Progress | None = None, size: int = BATCH) -> list[str]:
+        """What the model writes after each row, cut at `stop` and stripped."""
+        texts = [""] * self.rows
+        done, causal = 0, self.bench.form == "causal"
+        with torch.no_grad():
+            for places in batches([len(ids) for ids in self.sequences], size):
+                inputs = self.bench.padded([self.sequences[place] for place in places], left=causal)
+                made = _greedy(self.bench, inputs, self.task.new_tokens)
+                fresh = made[:, inputs["input_ids"].shape[1] :] if causal else made
+                for place, ids in zip(places, fresh, strict=True):
+                    texts[place] = self._clean(self.bench.tokenizer.decode(ids, skip_special_tokens=True))
+                done += len(places)
+                if progress is not None:
+                    progress(self.task.name, done, self.rows)
+        return texts
+
+    def _clean(self, text: str) -> str:
+        text = text.strip()
+        return text.partition(self.task.stop)[0].strip() if self.task.stop else text
+
+
+def _greedy(bench: Bench, inputs: dict[str, Tensor], most: int) -> Tensor:
+    """Token ids, each the likeliest after those before it, up to the end or `most` new ones: (rows, tokens).
+
+    The base's own generation_config, which may ask for beams, sampling, penalties or a least length, is set aside, but
+    for the tokens that begin, end and fill up a text; `generate` would take from it whatever is not said.
+    """
+    from transformers import GenerationConfig
+
+    model = bench.model.get_base_model() if hasattr(bench.model, "get_base_model") else bench.model
+    own = model.generation_config
+    tokens = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
+    settings = {"max_new_tokens": most, "do_sample": False, "num_beams": 1, "pad_token_id": bench.pad, **tokens}
+    plain = GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+    try:
+        model.generation_config = plain
+        made: Tensor = bench.model.generate(**inputs, generation_config=plain)
+    finally:
+        model.generation_config = own
+    return made

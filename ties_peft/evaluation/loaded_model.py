@@ -1,0 +1,397 @@
+"""Bench: one loaded base model, on which adapters are put and from which they are taken, by its weights.
+
+Nothing is loaded twice: an adapter's task vectors are added to the weights they belong to, in the model's
+dtype, and afterwards the untouched tensors themselves are put back. So any adapter that ties_peft
+reads can be judged, without PEFT, and a merge in memory too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.extra_tensors import BASE, TOKENS, Rider, entries, read_riders
+from ..adapters.types.base import BIAS, EXPERT, Module
+from ..errors import CompatibilityError, RecipeError, printable
+from ..merging.values import usable
+from .missing_weights import missing_from, quiet, refuse_missing
+
+FORMS = {  # what a bench can hold, by the class of transformers that loads it
+    "encoder": "AutoModel",
+    "classifier": "AutoModelForSequenceClassification",
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+LANGUAGE = "language"  # causal or seq2seq, as the model's config says
+MEASURED_ON = {"descriptions": "encoder", "head": "classifier"}  # all other measures on a language model
+
+
+class Bench:
+    """A base model in evaluation mode, its tokenizer, and where it runs.
+
+    Args:
+        model: a transformers model, or one that PEFT has wrapped, whose active adapters then stay on
+            under what is worn.
+        tokenizer: of the same.
+        base: the name that messages use.
+        form: `encoder`, `classifier`, `causal` or `seq2seq`.
+
+    Attributes:
+        device: of the model.
+        worn: the adapter that is on; None for the bare base.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, base: str = "in memory", form: str | None = None) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.base = base
+        self.form = form or form_of(model)
+        self.device: torch.device = next(iter(model.parameters())).device
+        self.worn: Adapter | None = None
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = self.pad  # classifiers of causal models look for the last real token by it
+        self._modules = dict(_bare(model).named_modules())
+        self._missing: dict[str, nn.Parameter] = {}
+        self._supplied: list[int] = []  # ids of the parameters that what is on brings whole
+
+    @classmethod
+    def load(cls, base: str | Path, form: str, device: str = "cpu", token: str | None = None) -> Bench:
+        """Load a base model and its tokenizer, from a folder or from the Hub.
+
+        Args:
+            base: a folder, or a Hub id.
+            form: `encoder`, `classifier`, `causal`, `seq2seq`, or `language` for whichever of the last
+                two its config says.
+            device: where it runs.
+            token: for private repositories.
+        Raises: RecipeError where there is no such model, or the device cannot be used.
+        Law: a model whose files lack tensors that its answer depends on is not run without an adapter that brings
+            them: CompatibilityError, from `require` and from every forward pass.
+        """
+        import transformers
+
+        where = usable(device)
+        label = printable(str(base))
+        try:
+            with quiet(transformers):
+                if form == LANGUAGE:
+                    config = transformers.AutoConfig.from_pretrained(base, token=token)
+                    form = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+                loader = getattr(transformers, FORMS[form])
+                model, info = loader.from_pretrained(base, token=token, output_loading_info=True)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(base, token=token)
+        except Exception as error:  # transformers', the Hub's and the file system's own
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise RecipeError(
+                f"base model '{label}' cannot be loaded as {FORMS.get(form, form)} "
+                f"({type(error).__name__}: {printable(first)}). Name a folder that save_pretrained wrote, with its "
+                "tokenizer, or an id on the Hub (base: in the task, or --base)."
+            ) from None
+        bench = cls(model.to(where), tokenizer, label, form)
+        bench._missing = missing_from(bench.model, info, bench._answer)
+        if bench._missing:
+            bench.model.register_forward_pre_hook(lambda *_: bench._guard())
+        return bench
+
+    @property
+    def pad(self) -> int:
+        """The token that fills up short rows; where it stands nothing looks."""
+        for name in ("pad_token_id", "eos_token_id"):
+            found = getattr(self.tokenizer, name, None)
+            if isinstance(found, int):
+                return found
+        return 0
+
+    def check(self, adapter: Adapter) -> None:
+        """Refuse an adapter that does not fit the model, before any work.
+
+        Raises: CompatibilityError naming the modules that the model lacks, or whose shapes differ.
+        """
+        faults = [fault for name in adapter.modules if (fault := self._fault(adapter.module(name)))]
+        faults += [fault for rider in _riders(adapter) if (fault := self._rider_fault(rider))]
+        if faults:
+            rows = "\n".join(f"  {fault}" for fault in faults[:4])
+            more = f"\n  … and {len(faults) - 4} more" if len(faults) > 4 else ""
+            raise CompatibilityError(
+                f"adapter '{adapter.label}' (trained on '{printable(adapter.base or 'no name given')}') does not fit the "
+                f"base model '{self.base}', loaded as {self.form}, a {type(_bare(self.model)).__name__}; {len(faults)} of "
+                f"its {len(adapter.modules)} modules do not:\n{rows}{more}\n{self._advice(adapter)}"
+            )
+
+    def require(self, adapter: Adapter | None) -> None:
+        """Refuse to judge an adapter, or None for the bare base, by tensors that the base's files lack; before any run.
+
+        Raises: CompatibilityError naming those that the adapter does not bring either.
+        """
+        if self._missing:
+            found = [self._parameter(_path(r)) for r in (_riders(adapter) if adapter else []) if r.form != TOKENS]
+            label = None if adapter is None else adapter.label
+            refuse_missing(self._missing, [id(parameter) for parameter in found], self.base, self.form, label)
+
+    @contextmanager
+    def wear(self, adapter: Adapter | None) -> Iterator[Bench]:
+        """The model with an adapter's effect in its weights (and, for (IA)³, its biases).
+
+        Args:
+            adapter: None for the bare base.
+        Raises: CompatibilityError where it does not fit; RuntimeError where another is on.
+        Law: afterwards the model holds the very tensors that it held before.
+        """
+        if adapter is None:
+            yield self
+            return
+        if self.worn is not None:
+            raise RuntimeError(f"the bench wears '{self.worn.label}' already")
+        self.check(adapter)
+        kept: list[tuple[nn.Parameter, Tensor]] = []
+        supplied = len(self._supplied)
+        try:
+            self.worn = adapter
+            with torch.no_grad():
+                for name in adapter.modules:
+                    self._put_on(adapter, name, kept)
+                self._put_on_riders(adapter, kept)
+            yield self
+        finally:
+            self._take_off(kept, supplied)
+            self.worn = None
+
+    @contextmanager
+    def heads(self, adapter: Adapter) -> Iterator[Bench]:
+        """The model with the whole tensors that ride along with an adapter, such as its task's head, and no more.
+
+        Law: as of `wear`, within which it may be used.
+        """
+        kept: list[tuple[nn.Parameter, Tensor]] = []
+        supplied = len(self._supplied)
+        try:
+            with torch.no_grad():
+                self._put_on_riders(adapter, kept)
+            yield self
+        finally:
+            self._take_off(kept, supplied)
+
+    def bare(self) -> AbstractContextManager[Any]:
+        """The model without any adapter that PEFT put on it."""
+        if self.worn is not None:
+            raise RuntimeError(f"the bench wears '{self.worn.label}'")
+        without: AbstractContextManager[Any] = getattr(self.model, "disable_adapter", nullcontext)()
+        return without
+
+    def layer(self, name: str) -> nn.Module:
+        """One layer of the base, by its path."""
+        found: nn.Module = _inner(self._modules[name])
+        return found
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the model's positions allow."""
+        return _longest(self.model)
+
+    def all_ids(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        """Token ids of some texts, however long."""
+        if not texts:
+            return []
+        found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+        return found
+
+    def ids(self, texts: Sequence[str], most: int, special: bool = True) -> tuple[list[list[int]], int]:
+        """Token ids of some texts, at most `most` each, and how many texts were cut."""
+        found = self.all_ids(texts, special)
+        limit = min(most, self.longest)
+        cut = [place for place, ids in enumerate(found) if len(ids) > limit]
+        if cut:
+            short = self.tokenizer(
+                [texts[place] for place in cut], add_special_tokens=special, truncation=True, max_length=limit
+            )["input_ids"]
+            for place, ids in zip(cut, short, strict=True):
+                found[place] = ids
+        return found, len(cut)
+
+    def padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, Tensor]:
+        """A batch of token ids of unequal lengths: input_ids and attention_mask, (rows, longest), int64."""
+        width = max(1, *(len(row) for row in rows))
+        gaps = [[self.pad] * (width - len(row)) for row in rows]
+        ids = [[*gap, *row] if left else [*row, *gap] for gap, row in zip(gaps, rows, strict=True)]
+        mask = [
+            [0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g)
+            for g, r in zip(gaps, rows, strict=True)
+        ]
+        tensors = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        return {key: tensor.to(self.device) for key, tensor in tensors.items()}
+
+    def _advice(self, adapter: Adapter) -> str:
+        """What to do about an adapter that does not fit: the same layers may have other names under a head, or without."""
+        front = f"{getattr(_bare(self.model), 'base_model_prefix', '')}."
+        paths = [adapter.module(name).path for name in adapter.modules]
+        if not any(path not in self._modules and _moved(path, front) in self._modules for path in paths):
+            return "Name the base that it was trained on."
+        return (
+            f"Its layers are there under other names ({front}…): it was trained on the base in another form, task_type "
+            f"{printable(str(adapter.config.get('task_type')))}. The measure decides the form: descriptions loads an encoder, "
+            "head a classifier, choices, exact_match and loss a language model."
+        )
+
+    def _fault(self, module: Module) -> str | None:
+        if module.form == EXPERT:
+            return f"{printable(module.name)}: one expert of several, which is not put on yet"
+        layer = self._modules.get(module.path)
+        if module.form == BIAS:
+            held = getattr(_inner(layer), "bias", None)
+            fits = held is not None and held.numel() == module.shape[0]
+            return None if fits else f"{printable(module.path)}: the model has no bias of {module.shape[0]} there"
+        weight = getattr(_inner(layer), "weight", None) if layer is not None else None
+        if weight is None:
+            return f"{printable(module.name)}: the model has no such layer"
+        if not weight.dtype.is_floating_point:
+            return f"{printable(module.name)}: its weight is {weight.dtype}; load the base unquantised"
+        seen, shape = tuple(weight.shape), module.shape
+        if len(shape) == 1:
+            side = sizes(_inner(layer))[1 if module.on_input else 0]
+            return (
+                None if side == shape[0] else f"{printable(module.name)}: a vector of {shape[0]} for a side of {side}"
+            )
+        fits = sizes(_inner(layer)) == shape if weight.dim() == 2 else weight.numel() == shape[0] * shape[1]
+        return None if fits else f"{printable(module.name)}: {shape[0]} × {shape[1]} for a weight {_times(seen)}"
+
+    def _parameter(self, path: str) -> nn.Parameter | None:
+        owner, _, name = path.rpartition(".")
+        found = getattr(self._modules[owner], name, None) if owner in self._modules else None
+        return found if isinstance(found, nn.Parameter) else None
+
+    def _put_on(self, adapter: Adapter, name: str, kept: list[tuple[nn.Parameter, Tensor]]) -> None:
+        module = adapter.module(name)
+        layer = self.layer(module.path)
+        weight = layer.weight
+        assert isinstance(weight, nn.Parameter)
+        delta = adapter.delta(name).to(weight.device)
+        if module.form == BIAS:
+            bias = layer.bias
+            assert isinstance(bias, nn.Parameter)
+            _replace(bias, bias.float() + delta[:, 0], kept)
+            return
+        if len(module.shape) == 2:
+            turned = delta.T if transposed(layer) else delta
+            _replace(weight, weight.float() + turned.reshape(weight.shape), kept)
+            return
+        factor = 1 + delta
+        side = (-1 if transposed(layer) else 0) if not module.on_input else (0 if transposed(layer) else 1)
+        shape = [1] * weight.dim()
+        shape[side] = -1
+        _replace(weight, weight.float() * factor.reshape(shape), kept)
+        own = getattr(layer, "bias", None)
+        if own is not None and not module.on_input:
+            _replace(own, own.float() * factor, kept)
+
+    def _rider_fault(self, rider: Rider) -> str | None:
+        """What keeps a rider off the model; None where nothing does."""
+        parameter = self._parameter(_path(rider))
+        if parameter is None:
+            return f"{printable(_path(rider))}: the model has no such tensor"
+        shape = (max(rider.rows, default=0) + 1, *rider.shape[1:]) if rider.form == TOKENS else rider.shape
+        seen = tuple(parameter.shape)
+        fits = seen[0] >= shape[0] and seen[1:] == shape[1:] if rider.form == TOKENS else seen == shape
+        return None if fits else f"{printable(_path(rider))}: {_times(shape)} for {_times(seen)}"
+
+    def _put_on_riders(self, adapter: Adapter, kept: list[tuple[nn.Parameter, Tensor]]) -> None:
+        for rider in _riders(adapter):
+            parameter, value = self._parameter(_path(rider)), adapter.tensors.read(rider.key)
+            if parameter is None:
+                raise CompatibilityError(f"adapter '{adapter.label}': {self._rider_fault(rider)}.")
+            if rider.form == TOKENS:
+                rows = parameter.data.clone()
+                rows[torch.tensor(rider.rows, device=rows.device)] = value.to(rows.device, rows.dtype)
+                value = rows
+            else:
+                self._supplied.append(id(parameter))
+            _replace(parameter, value, kept)
+
+    def _take_off(self, kept: list[tuple[nn.Parameter, Tensor]], supplied: int) -> None:
+        for parameter, data in reversed(kept):
+            parameter.data = data
+        del self._supplied[supplied:]
+
+    def _guard(self) -> None:
+        """Before every run of a model that lacks tensors: what is on has to bring them."""
+        refuse_missing(self._missing, self._supplied, self.base, self.form, self.worn.label if self.worn else None)
+
+    def _answer(self) -> Tensor:
+        """What is judged of the model, on two tokens."""
+        ids = torch.ones(1, 2, dtype=torch.int64, device=self.device)
+        written = {"labels": ids} if self.form == "seq2seq" else {}
+        out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **written)
+        found: Tensor = out.last_hidden_state if self.form == "encoder" else out.logits
+        return found
+
+
+def form_of(model: Any) -> str:
+    """What a loaded model is: `encoder`, `classifier`, `causal` or `seq2seq`, by the name of its class."""
+    name = type(_bare(model)).__name__
+    if "SequenceClassification" in name:
+        return "classifier"
+    if getattr(model.config, "is_encoder_decoder", False) and "Conditional" in name:
+        return "seq2seq"
+    return "causal" if "CausalLM" in name or "LMHead" in name else "encoder"
+
+
+def transposed(layer: nn.Module) -> bool:
+    """Whether a layer holds its weight as (in, out): GPT-2's Conv1D, and embeddings."""
+    return type(layer).__name__ == "Conv1D" or isinstance(layer, nn.Embedding)
+
+
+def sizes(layer: Any) -> tuple[int, ...]:
+    """(out, in, …) of a layer."""
+    shape = tuple(layer.weight.shape)
+    return (shape[1], shape[0]) if transposed(layer) else shape
+
+
+def _replace(parameter: nn.Parameter, value: Tensor, kept: list[tuple[nn.Parameter, Tensor]]) -> None:
+    kept.append((parameter, parameter.data))
+    parameter.data = value.to(parameter.device, parameter.dtype)
+
+
+def _bare(model: Any) -> Any:
+    """The transformers model inside PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _inner(layer: Any) -> Any:
+    """The layer inside PEFT's."""
+    return getattr(layer, "base_layer", layer)
+
+
+def _riders(adapter: Adapter) -> list[Rider]:
+    """What rides along and changes the model: all but the base's own weights."""
+    starts = entries([adapter.config])
+    found = read_riders(adapter.riders, adapter.config, adapter.tensors, starts, adapter.label)
+    return [rider for rider in found if rider.form != BASE]
+
+
+def _path(rider: Rider) -> str:
+    """A rider's path in the model."""
+    return f"{rider.module}.weight" if rider.form == TOKENS else f"{rider.module}.{rider.tensor}"
+
+
+def _longest(model: Any) -> int:
+    """The most tokens that a model's positions allow."""
+    config = getattr(model, "config", None)
+    found = next(
+        (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions") if hasattr(config, n)), None
+    )
+    return found if isinstance(found, int) and found > 0 else 1 << 30
+
+
+def _moved(path: str, front: str) -> str:
+    """A path with a model's prefix where it has none, and without it where it has."""
+    return path.removeprefix(front) if path.startswith(front) else front + path
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))

@@ -1,0 +1,158 @@
+"""Rows: labelled or unlabelled text from JSONL, CSV, plain lines, or a data set on the Hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError, printable
+
+Row = Mapping[str, Any]
+LINES = ".txt"  # one text a line, without a label
+FILES = (".jsonl", ".csv", LINES)
+ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class ClassName(str):
+    """A class label of a data set on the Hub: the name of the class, which also has a number there.
+
+    Attributes:
+        number: from 0, in the set's order of classes. A number that is of no class, such as the −1 of test splits whose
+            labels are kept back, has itself for a name.
+        known: whether there is such a class.
+    """
+
+    number: int
+    known: bool
+
+    def __new__(cls, name: str, number: int, known: bool = True) -> ClassName:
+        """A name, its number, and whether there is such a class."""
+        made = super().__new__(cls, name)
+        made.number, made.known = number, known
+        return made
+
+    def __getnewargs__(self) -> tuple[str, int, bool]:  # type: ignore[override]
+        return str(self), self.number, self.known
+
+
+def read_rows(
+    source: str | Path, split: str = "test", config: str | None = None, limit: int | None = None, text: str = "text"
+) -> list[Row]:
+    """Rows of a file, or of a data set on the Hub.
+
+    Args:
+        source: a .jsonl file (an object a line), a .csv file (with a header), a .txt file (one text a
+            line, under the key `text`), or a data set's id such as `org/name`, which needs the extra
+            `data`.
+        split, config: of a data set on the Hub; a file has none.
+        limit: the first so many; None for all.
+        text: the key that the lines of a .txt file get.
+    Returns: the rows; of a data set on the Hub class labels as `ClassName`s.
+    Raises: RecipeError naming the file and the line.
+    """
+    path = Path(source)
+    readers: dict[str, Callable[[Path], list[Row]]] = {
+        ".jsonl": _jsonl,
+        ".csv": _csv,
+        LINES: lambda file: [{text: line} for line in _lines(file) if line.strip()],
+    }
+    if path.suffix not in readers:
+        return _hub(str(source), split, config, limit)
+    try:
+        found = readers[path.suffix](path)[:limit]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise RecipeError(f"rows '{printable(str(source))}' cannot be read: {printable(why)}.") from None
+    if not found:
+        raise RecipeError(f"rows '{printable(str(source))}': there are none in it.")
+    return found
+
+
+def names_rows(text: str) -> bool:
+    """Return whether a text has the form of a file of rows, or of a data set's id on the Hub."""
+    return Path(text).suffix in FILES or ON_THE_HUB.fullmatch(text) is not None
+
+
+def texts_of(rows: Sequence[Row], field: str, where: str) -> list[str]:
+    """The text of every row.
+
+    Raises: RecipeError naming the first row that has none.
+    """
+    texts = [row.get(field) for row in rows]
+    for number, value in enumerate(texts):
+        if not isinstance(value, str):
+            keys = ", ".join(printable(str(key)) for key in rows[number])
+            raise RecipeError(
+                f"{where}, row {number + 1}: '{printable(field)}' is {printable(repr(value))}; expected a text. The row "
+                f"has the keys {keys}: name the one with the text (text: KEY)."
+            )
+    return [str(value) for value in texts]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file; `splitlines` would also part them at U+0085 and the like, inside a text."""
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
+def _jsonl(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(_lines(path)):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(
+                f"rows '{printable(str(path))}', line {number + 1}: not JSON ({printable(str(error))})."
+            ) from None
+        if not isinstance(value, dict):
+            raise RecipeError(
+                f"rows '{printable(str(path))}', line {number + 1}: a {type(value).__name__}; expected an object such as "
+                '{"text": …, "label": …}.'
+            )
+        rows.append(value)
+    return rows
+
+
+def _csv(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _hub(source: str, split: str, config: str | None, limit: int | None) -> list[Row]:
+    """Rows of a data set on the Hub, class labels by their names."""
+    if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise RecipeError(
+            f"rows '{printable(source)}': expected a file that ends in .jsonl, .csv or .txt, or a data set on the Hub, "
+            "such as org/name."
+        )
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found]
+    except ModuleNotFoundError:
+        raise RecipeError(
+            f"rows '{printable(source)}' are not a file, and a data set on the Hub needs the extra `data`: "
+            "pip install 'ties-peft[data]'."
+        ) from None
+    try:
+        found = load_dataset(source, config, split=split)
+        named = {key: list(feature.names) for key, feature in found.features.items() if hasattr(feature, "int2str")}
+        rows = [dict(row) for row in islice(found, limit)]
+    except Exception as error:  # its own errors, the Hub's and the network's
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise RecipeError(
+            f"rows '{printable(source)}', split '{printable(split)}': the Hub gives none ({type(error).__name__}: "
+            f"{printable(first)}). Check the name, the split and the network."
+        ) from None
+    for row in rows:
+        row.update({key: _class(names, row[key]) for key, names in named.items() if isinstance(row[key], int)})
+    return list(rows)
+
+
+def _class(names: Sequence[str], number: int) -> ClassName:
+    known = 0 <= number < len(names)
+    return ClassName(names[number] if known else str(number), number, known)

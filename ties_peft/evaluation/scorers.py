@@ -1,0 +1,250 @@
+"""Exam: a task on a bench. Its rows are read, tokenized and checked once; then any number of adapters sit it.
+
+    bench = Bench.load("org/base", "encoder")
+    exam = make_exam(bench, read_task("sst2.yaml"))
+    with bench.wear(adapter):
+        score = exam.score()
+
+Batches hold rows of like length, so that little is padded; the results are in the rows' order.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from ..choices import EVALUATION_BATCH
+from ..errors import RecipeError, printable
+from .loaded_model import LANGUAGE, MEASURED_ON, Bench
+from .rows import Row, texts_of
+from .task import Task
+
+BATCH = EVALUATION_BATCH
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one adapter did on one task.
+
+    Attributes:
+        task, measure: what was asked.
+        adapter: who sat it; None for the bare base.
+        rows: how many.
+        accuracy: share of the rows that are right, in [0, 1]; None for measure `loss`.
+        loss: mean −log p of the right label (of the right tokens for `loss`), in nats; None for
+            `exact_match`.
+        right: for each row whether it was right, for paired comparisons; empty for `loss`.
+        cut: how many rows were longer than the task's max_tokens or the model allows.
+        blank: how many rows have no text but blanks; they are judged all the same, by what stands around the text.
+    """
+
+    task: str
+    measure: str
+    adapter: str | None
+    rows: int
+    accuracy: float | None
+    loss: float | None
+    right: tuple[bool, ...] = ()
+    cut: int = 0
+    blank: int = 0
+
+    @property
+    def value(self) -> float:
+        """One number to compare by, the larger the better: the accuracy, or −loss where there is none."""
+        return -self.loss if self.accuracy is None and self.loss is not None else float(self.accuracy or 0.0)
+
+    @property
+    def error(self) -> float | None:
+        """The standard error of the accuracy from the number of rows alone, √(p̃(1−p̃)/ñ): above 0 at the edges too.
+
+        ñ = n + 4 and p̃ = (k + 2)/ñ for k of n rows right, two more being counted right and two wrong, because
+        √(p(1−p)/n) is 0 where all rows, or none, are right, even a single one.
+        Source: Agresti and Coull, The American Statistician 52 (1998), 119-126.
+        """
+        if self.accuracy is None:
+            return None
+        count = self.rows + 4
+        share = (self.accuracy * self.rows + 2) / count
+        return math.sqrt(share * (1 - share) / count)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**vars(self), "right": [int(right) for right in self.right]}
+
+
+class Exam(ABC):
+    """A task on a bench.
+
+    Attributes:
+        bench, task: what and where.
+        labels: the right label of each row, (rows,), int64; empty where the measure has none.
+        cut: how many rows were too long.
+        blank: how many rows have no text but blanks.
+    """
+
+    labels: Tensor
+
+    def __init__(self, bench: Bench, task: Task) -> None:
+        self.bench, self.task = bench, task
+        self.cut = self.blank = 0
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def score(self, progress: Progress | None = None, size: int = BATCH) -> Score:
+        """How the adapter that the bench wears does.
+
+        Args:
+            progress: called as progress(stage, done, of).
+            size: rows in a batch.
+        """
+
+    def read(self) -> tuple[list[Row], list[str]]:
+        """The task's rows and what the model reads of each; those without a text are counted in `blank`."""
+        rows = self.task.read()
+        texts = texts_of(rows, self.task.text, self.task.where)
+        self.blank = sum(not text.strip() for text in texts)
+        return rows, self.task.filled(texts)
+
+    def refuse_empty(self, tokens: Sequence[Sequence[int]], each: int = 1) -> None:
+        """Refuse a row of which the model would see nothing at all.
+
+        Args:
+            tokens: of every row, or of every row `each` times.
+            each: how often a row is there.
+        Raises: RecipeError naming the first.
+        """
+        place = next((place for place, ids in enumerate(tokens) if not ids), None)
+        if place is not None:
+            raise RecipeError(
+                f"{self.task.where}, row {place // each + 1}: nothing is there to judge by, the text or its label having "
+                "no tokens. Leave the row out."
+            )
+
+    def graded(self, right: Sequence[bool], loss: float | None, classified: bool = True) -> Score:
+        """A score of this task."""
+        worn = self.bench.worn
+        accuracy = sum(right) / len(right) if classified else None
+        name = None if worn is None else worn.label
+        held = tuple(map(bool, right))
+        return Score(self.task.name, self.task.measure, name, self.rows, accuracy, loss, held, self.cut, self.blank)
+
+
+class Classification(Exam):
+    """Measures `descriptions` and `head`: one forward pass gives a logit for each label.
+
+    Args:
+        labelled: whether the rows' labels are read; texts alone serve who wants the predictions.
+        texts: in place of the task's rows.
+
+    Attributes:
+        sequences: token ids of each row.
+        head: the embeddings of the descriptions, (labels, width); None for measure `head`.
+    """
+
+    def __init__(
+        self, bench: Bench, task: Task, labelled: bool = True, sequences: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        super().__init__(bench, task)
+        self.labels = torch.empty(0, dtype=torch.int64)
+        if sequences is None:
+            rows, texts = self.read()
+            if labelled:
+                self.labels = torch.tensor(task.answers(rows, self._names()))
+            sequences, self.cut = bench.ids(texts, task.max_tokens)
+            self.refuse_empty(sequences)
+        self.sequences = sequences
+        self.head: Tensor | None = None
+        if task.descriptions is not None:
+            with bench.bare(), torch.no_grad():
+                described, _ = bench.ids(task.descriptions, task.max_tokens)
+                self.head = self._embed(bench.padded(described))
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self.sequences)
+
+    def logits(self, places: Sequence[int]) -> Tensor:
+        """Logits of some rows, (len(places), labels), float32; differentiable."""
+        inputs = self.bench.padded([self.sequences[place] for place in places])
+        if self.head is None:
+            found: Tensor = self.bench.model(**inputs).logits
+            return found.float()
+        return self.task.temperature * (self._embed(inputs) @ self.head.T)
+
+    def all_logits(self, progress: Progress | None = None, size: int = BATCH) -> Tensor:
+        """Logits of all rows in their order, (rows, labels), on the CPU."""
+        parts: list[Tensor] = []
+        order: list[int] = []
+        with torch.no_grad():
+            for places in batches([len(ids) for ids in self.sequences], size):
+                parts.append(self.logits(places).cpu())
+                order += places
+                if progress is not None:
+                    progress(self.task.name, len(order), self.rows)
+        found = torch.cat(parts)
+        result = torch.empty_like(found)
+        result[torch.tensor(order)] = found
+        return result
+
+    def score(self, progress: Progress | None = None, size: int = BATCH) -> Score:
+        """Accuracy, and the mean cross-entropy of the right labels."""
+        logits = self.all_logits(progress, size)
+        right = logits.argmax(-1) == self.labels
+        return self.graded(right.tolist(), float(cross_entropy(logits.double(), self.labels)))
+
+    def _embed(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The mean over real tokens of the last hidden states, of length one: (rows, width)."""
+        hidden = self.bench.model(**inputs).last_hidden_state
+        real = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return normalize(((hidden * real).sum(1) / real.sum(1)).float(), dim=-1)
+
+    def _names(self) -> tuple[str, ...] | None:
+        """The head's own names of the labels, in order; a head of another size than `labels` is refused."""
+        if self.task.measure != "head":
+            return None
+        table = self.bench.model.config.id2label
+        names = tuple(str(table[number]) for number in range(len(table)))
+        if self.task.labels is not None and len(self.task.labels) != len(names):
+            raise RecipeError(
+                f"task '{printable(self.task.name)}' has {len(self.task.labels)} labels and the head of "
+                f"'{self.bench.base}' {len(names)}. Name a base, or an adapter, with a head for this task."
+            )
+        return names
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Places in batches of like length, the longest first, so that a lack of memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
+def form_for(task: Task) -> str:
+    """What a bench has to hold for a task; see `Bench.load`."""
+    return MEASURED_ON.get(task.measure, LANGUAGE)
+
+
+def check_form(bench: Bench, task: Task) -> None:
+    """Refuse a task that the bench's model cannot sit.
+
+    Raises: RecipeError.
+    """
+    wanted = form_for(task)
+    fits = bench.form in ("causal", "seq2seq") if wanted == LANGUAGE else bench.form == wanted
+    if not fits:
+        raise RecipeError(
+            f"task '{printable(task.name)}': measure '{task.measure}' needs a {wanted} model; '{bench.base}' is loaded as "
+            f"{bench.form} ({type(bench.model).__name__}). Load it as that, or choose another measure."
+        )

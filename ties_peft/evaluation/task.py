@@ -1,0 +1,382 @@
+"""Task: rows to judge by, and how a prediction is read from a model. A small YAML or JSON file, or a dict.
+
+    name: sst2
+    base: sentence-transformers/all-MiniLM-L6-v2
+    rows: sst2/test.jsonl              # beside this file; or a data set on the Hub, with split: and config:
+    limit: 300
+    descriptions: ["a negative opinion: …", "a positive opinion: …"]
+
+Measures:
+
+    descriptions  an encoder; the label whose description is nearest. The description's embedding is made by
+                  the bare base and stays; logits = temperature · cosine, the embedding being the mean over
+                  real tokens
+    head          a sequence-classification head
+    choices       a causal or sequence-to-sequence model; the choice of the largest log-probability
+                  after the text, as the sum over its tokens (mean: true for their mean)
+    exact_match   likewise; greedy text, cut at `stop`, stripped, equal to the row's label
+    loss          likewise; mean −log p per token, of the label after the text, or of the text alone
+                  with label: null
+
+The measure may be left out where the keys that are there have a meaning for one alone: descriptions or temperature
+mean `descriptions`, choices or mean mean `choices`, new_tokens or stop mean `exact_match`, labels without any of these
+mean `head`.
+
+A label in the rows is a number from 0, or one of `labels` (or of `choices`; with a head of the
+model's own label names). A class of a data set on the Hub is its name; where the task has no `labels`, and
+the name is none of those, it is its number in the set's order of classes, which the descriptions or choices
+then have to be in. With a head that holds only if the head names no classes (LABEL_0, LABEL_1, …), since
+heads and data sets of one task are known to differ in their order. For exact_match and loss it is its name.
+Everything is read strictly: an unknown key names the nearest one and its line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..adapters.values import is_number
+from ..errors import RecipeError, printable, unknown
+from ..merging.recipes.yaml_document import Document, dump
+from .rows import FILES, ClassName, Row, read_rows, texts_of
+
+MEASURES = ("descriptions", "head", "choices", "exact_match", "loss")
+NEEDS = {"descriptions": "descriptions", "choices": "choices"}  # the list without which a measure is none
+MEASURES_OF = {  # of the keys that have no meaning for every measure: those for which they have one
+    "labels": ("descriptions", "head", "choices"),
+    "descriptions": ("descriptions",),
+    "temperature": ("descriptions",),
+    "choices": ("choices",),
+    "mean": ("choices",),
+    "new_tokens": ("exact_match",),
+    "stop": ("exact_match",),
+}
+SLOT = "{text}"
+KEPT_BACK = " In data sets on the Hub −1 stands for a label that is kept back: choose a split that has them (split: validation)."
+Given = Any  # a Task, a mapping, or the path of a file
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows, and how a prediction is read from a model; checked when it is made by `read_task`.
+
+    Attributes:
+        measure: one of `MEASURES`.
+        rows: a file, a data set's id, or the rows themselves; None where only the way of reading matters.
+        name: for tables; the rows' folder or file by default.
+        base: the base model's folder or Hub id; None for what the adapter names.
+        split, config: of a data set on the Hub.
+        limit: the first so many rows; None for all.
+        text, label: the keys of a row; label None for rows without one.
+        labels: names of the labels in their order.
+        descriptions: one text for each label.
+        choices: one continuation for each label, with its leading blank if it needs one.
+        template: what the model reads, `{text}` standing for the text.
+        temperature: of `descriptions`.
+        mean: whether `choices` are compared by the mean over tokens.
+        max_tokens: longer inputs are cut (causal ones at their start), which the score counts.
+        new_tokens: of `exact_match`, at most.
+        stop: where generated text is cut; None for nowhere.
+    """
+
+    measure: str
+    rows: str | tuple[Row, ...] | None = None
+    name: str = "task"
+    base: str | None = None
+    split: str = "test"
+    config: str | None = None
+    limit: int | None = None
+    text: str = "text"
+    label: str | None = "label"
+    labels: tuple[str, ...] | None = None
+    descriptions: tuple[str, ...] | None = None
+    choices: tuple[str, ...] | None = None
+    template: str = SLOT
+    temperature: float = 20.0
+    mean: bool = False
+    max_tokens: int = 256
+    new_tokens: int = 16
+    stop: str | None = "\n"
+
+    @property
+    def options(self) -> tuple[str, ...] | None:
+        """What is chosen among, one for each label; None where the model decides or nothing is chosen."""
+        return {"descriptions": self.descriptions, "choices": self.choices}.get(self.measure)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a prediction is one of a few labels."""
+        return self.measure in ("descriptions", "head", "choices")
+
+    def read(self) -> list[Row]:
+        """The rows.
+
+        Raises: RecipeError where there are none or they cannot be read.
+        """
+        if self.rows is None:
+            raise RecipeError(f"task '{printable(self.name)}' has no rows. Say where they are (rows: FILE).")
+        if isinstance(self.rows, str):
+            return read_rows(self.rows, self.split, self.config, self.limit, self.text)
+        return list(self.rows[: self.limit])
+
+    def check_rows(self) -> None:
+        """Refuse rows that are at fault, so that it is known before a model is loaded.
+
+        Raises: RecipeError where there are none, or a text or a label is missing, unknown or out of range; the labels
+            of `head` are the model's, and are not looked at.
+        """
+        rows = self.read()
+        self.filled(texts_of(rows, self.text, self.where))
+        if self.options is not None:
+            self.answers(rows)
+
+    def texts(self) -> list[str]:
+        """What the model reads of each row: its text in the template."""
+        return self.filled(texts_of(self.read(), self.text, self.where))
+
+    def filled(self, texts: list[str]) -> list[str]:
+        """Texts in the template."""
+        return [self.template.replace(SLOT, text) for text in texts]
+
+    def answers(self, rows: list[Row], names: tuple[str, ...] | None = None) -> list[int]:
+        """The number of each row's label.
+
+        Args:
+            rows: as `read` gives them.
+            names: the labels' names in their order, where the task has none of its own.
+        Raises: RecipeError naming the first row whose label is missing, unknown or out of range.
+        """
+        known = self.labels or names or self.options or ()
+        count = len(self.options or known)
+        return [self._number(row, known, count, place) for place, row in enumerate(rows)]
+
+    def targets(self, rows: list[Row]) -> list[str]:
+        """The label of each row as a text that is to be written; empty where label is None."""
+        if self.label is None:
+            return [""] * len(rows)
+        for place, row in enumerate(rows):
+            value = row.get(self.label)
+            if isinstance(value, ClassName) and not value.known:
+                raise RecipeError(
+                    f"{self.where}, row {place + 1}: the label is {value.number}, which is no class of the data set."
+                    f"{KEPT_BACK}"
+                )
+        return texts_of(
+            [{**row, self.label: _as_text(row.get(self.label))} for row in rows], self.label, f"{self.where} (label)"
+        )
+
+    @property
+    def where(self) -> str:
+        """How messages name its rows."""
+        place = f", rows '{printable(self.rows)}'" if isinstance(self.rows, str) else ""
+        return f"task '{printable(self.name)}'{place}"
+
+    def digest(self) -> str:
+        """A sha256 over the rows and how they are read, wherever they lie and whatever the task is called.
+
+        Raises: RecipeError where there are no rows or they cannot be read.
+        """
+        place = ("rows", "name", "base", "split", "config", "limit")
+        plain = {key: value for key, value in self.to_dict().items() if key not in place}
+        text = json.dumps([plain, self.read()], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _number(self, row: Row, names: tuple[str, ...], count: int, place: int) -> int:
+        where = f"{self.where}, row {place + 1}"
+        if self.label is None or row.get(self.label) is None:
+            keys = ", ".join(printable(str(key)) for key in row)
+            raise RecipeError(
+                f"{where}: there is no label '{printable(str(self.label))}'; the row has the keys {keys}. Name the one "
+                "with the label (label: KEY), or add it."
+            )
+        value = row[self.label]
+        if isinstance(value, str) and value in names:
+            return names.index(value)
+        number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+        if isinstance(value, ClassName):
+            number = value.number if value == str(value.number) or self._counts(names) else None
+        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count:
+            return number
+        if isinstance(value, ClassName) and not value.known:
+            value = value.number
+        listed = f", or one of {', '.join(map(printable, names[:6]))}{', …' if len(names) > 6 else ''}" if names else ""
+        raise RecipeError(
+            f"{where}: the label is {printable(repr(value))}; expected a number from 0 to {count - 1}{listed}. Mend the "
+            f"row, or the task's list of labels.{KEPT_BACK if value == -1 else ''}"
+        )
+
+    def _counts(self, names: tuple[str, ...]) -> bool:
+        """Whether the number of a data set's class is that of the label: where nothing names the labels."""
+        unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
+        return self.labels is None and (self.measure != "head" or unnamed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without what stands at its default; rows given as such by their number."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if isinstance(self.rows, tuple):
+            values["rows"] = f"{len(self.rows)} in memory"
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def is_task(given: Mapping[Any, Any]) -> bool:
+    """Return whether a mapping has a key that a task may have."""
+    return any(key in FORMS for key in given)
+
+
+def read_task(given: Given) -> Task:
+    """A task from a file, a mapping, or as it is; checked, its rows not read yet.
+
+    Raises: RecipeError naming the key and its line.
+    """
+    if isinstance(given, Task):
+        return given
+    if isinstance(given, Mapping):
+        rows = given.get("rows")
+        held = tuple(rows) if isinstance(rows, (list, tuple)) else None
+        plain = {key: value for key, value in given.items() if held is None or key != "rows"}
+        task = _make(Document(dump(_plain(plain)), "task", {}), Path())
+        return task if held is None else replace(task, rows=_checked_rows(held, task))
+    path = Path(str(given))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise RecipeError(f"task '{printable(str(given))}' cannot be read: {printable(why)}.") from None
+    return _make(Document(text, printable(str(given)), {}), path.parent)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples and paths as YAML has them."""
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"task: {printable(str(error))}. Expected plain keys and values.") from None
+
+
+def _checked_rows(rows: tuple[Any, ...], task: Task) -> tuple[Row, ...]:
+    """Rows given as such: mappings, or texts alone."""
+    if not rows:
+        raise RecipeError("task: rows is an empty list. Give some, or a file.")
+    made = tuple({task.text: row} if isinstance(row, str) else row for row in rows)
+    for place, row in enumerate(made):
+        if not isinstance(row, Mapping):
+            raise RecipeError(f"task: row {place + 1} is {printable(repr(row))}; expected keys with values, or a text.")
+    return made
+
+
+TEXT = (lambda value: isinstance(value, str) and bool(value), "a text")
+OPTIONAL = (lambda value: value is None or (isinstance(value, str) and bool(value)), "a text or null")
+COUNT = (
+    lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+    "a whole number from 1 up",
+)
+LIST = (
+    lambda value: (
+        isinstance(value, list)
+        and len(value) >= 2
+        and all(isinstance(v, str) and v for v in value)
+        and len(set(value)) == len(value)
+    ),
+    "two or more different texts",
+)
+FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "measure": TEXT,
+    "rows": TEXT,
+    "name": TEXT,
+    "base": TEXT,
+    "split": TEXT,
+    "config": OPTIONAL,
+    "limit": COUNT,
+    "text": TEXT,
+    "label": OPTIONAL,
+    "labels": LIST,
+    "descriptions": LIST,
+    "choices": LIST,
+    "template": (lambda value: isinstance(value, str) and SLOT in value, f"a text with {SLOT} in it"),
+    "temperature": (lambda value: is_number(value) and value > 0, "a number above 0"),
+    "mean": (lambda value: isinstance(value, bool), "true or false"),
+    "max_tokens": COUNT,
+    "new_tokens": COUNT,
+    "stop": OPTIONAL,
+}
+
+
+def _make(document: Document, beside: Path) -> Task:
+    """A task of the values of a document, every key checked."""
+    values, at = document.values, document.at
+    if not isinstance(values, dict):
+        raise RecipeError(f"{document.where}: expected keys with values, found {printable(repr(values))}.")
+    for key, value in values.items():
+        if key not in FORMS:
+            raise RecipeError(f"{at((key,))}: {unknown('key', str(key), FORMS)}")
+        holds, expected = FORMS[key]
+        if not holds(value):
+            raise RecipeError(f"{at((key,))}: {key} is {printable(repr(value))}; expected {expected}.")
+    measure = values.get("measure") or _inferred(document)
+    if measure not in MEASURES:
+        raise RecipeError(f"{at(('measure',))}: {unknown('measure', measure, MEASURES)}")
+    needed = NEEDS.get(measure)
+    if needed is not None and needed not in values:
+        raise RecipeError(
+            f"{document.where}: measure '{measure}' needs {needed}, one for each label. Add {needed}: […]."
+        )
+    _check_lists(document, measure)
+    made: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    made["measure"] = measure
+    rows = made.get("rows")
+    if isinstance(rows, str) and Path(rows).suffix in FILES:
+        made["rows"] = str(beside / rows)
+    made.setdefault("name", _name(document.where, rows))
+    return Task(**made)
+
+
+def _inferred(document: Document) -> str:
+    """Return the only measure for which all keys of a task have a meaning.
+
+    Raises: RecipeError where there is none, or more than one.
+    """
+    values = document.values
+    telling = [key for key in values if key in MEASURES_OF]
+    found = [measure for measure in MEASURES if all(measure in MEASURES_OF[key] for key in telling)]
+    if not found:
+        keys = " and ".join(f"{key} ({', '.join(MEASURES_OF[key])})" for key in telling)
+        raise RecipeError(
+            f"{document.where}: there is no measure, and the keys belong to different ones: {keys}. Say which is meant "
+            "(measure: …), and leave out the keys of the others."
+        )
+    if len(found) > 1:
+        found = [measure for measure in found if measure not in NEEDS or NEEDS[measure] in values]
+    if len(found) > 1:
+        raise RecipeError(f"{document.where}: there is no measure. Say one of {', '.join(found)} (measure: …).")
+    return found[0]
+
+
+def _check_lists(document: Document, measure: str) -> None:
+    """Lists that go by the label are of one length, and none stands idle."""
+    values, at = document.values, document.at
+    for key in ("descriptions", "choices"):
+        if key in values and key != NEEDS.get(measure):
+            raise RecipeError(f"{at((key,))}: {key} has no meaning for measure '{measure}'. Leave it out.")
+    listed = NEEDS.get(measure)
+    if listed and "labels" in values and len(values["labels"]) != len(values[listed]):
+        raise RecipeError(
+            f"{at(('labels',))}: {len(values['labels'])} labels and {len(values[listed])} {listed}. Give one for each."
+        )
+
+
+def _name(where: str, rows: Any) -> str:
+    """A name for tables: the task's file, else the rows' folder or data set."""
+    if where != "task":
+        return Path(where).stem
+    if isinstance(rows, str):
+        path = Path(rows)
+        return path.parent.name if path.suffix and path.parent.name else path.stem
+    return "task"
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value

@@ -1,0 +1,4 @@
+"""Learn from text with the base model: distillation, statistics for Fisher and RegMean, signs from a few examples.
+
+In: adapters, a base model, rows. Out: an adapter, or files beside one. Uses: `evaluation`, `merging`.
+"""

@@ -1,0 +1,228 @@
+"""Distilled: what `distil` gives back, an Adapter that knows whom it imitates and how well."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from ..adapters import writer
+from ..adapters.adapter import Adapter
+from ..adapters.tensors import MemoryTensors
+from ..merging.card import KIND_TAGS, front_matter, linked, public, public_text, snippet
+from ..merging.loading import Loading
+from ..merging.merged import versions
+from ..merging.recipes.yaml_document import dump
+
+
+@dataclass(frozen=True)
+class LessonLine:
+    """One teacher.
+
+    Attributes:
+        name, digest: which.
+        kind: LoRA, (IA)³.
+        origin: where its rows come from.
+        rows, held: how many were learnt from, how many held back.
+        divergence: KL(teacher ‖ adapter) on the held-back rows in nats, of the start and of the result.
+        agreement: share of predictions there whose likeliest is the teacher's, likewise.
+        page: its address on the Hub; None for one on this machine.
+    """
+
+    name: str
+    digest: str
+    kind: str
+    origin: str
+    rows: int
+    held: int
+    divergence: tuple[float, float]
+    agreement: tuple[float, float]
+    page: str | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class DistilReport:
+    """What was imitated, and how well.
+
+    Attributes:
+        kind, rank: of the result; rank None for (IA)³.
+        fit: what was fitted: factors, gains, vectors.
+        base: the base model that the teachers were run on.
+        start: how the start was made.
+        steps, of: that were taken, and at most; kept: the one whose numbers count, 0 for the start.
+        rate: in force at the end; retries: how often it was lowered.
+        history: (step, divergence on the held-back rows).
+        lessons: a line for each teacher.
+        warnings: what is possible but unwise.
+        improved: whether the result is better than the start on the held-back rows; else it is the start.
+        dtype: of the tensors written.
+        seconds: how long it took.
+        licence, licence_note: as in the report of a merge.
+    """
+
+    kind: str
+    rank: int | None
+    fit: str
+    base: str
+    start: str
+    steps: int
+    of: int
+    kept: int
+    rate: float
+    retries: int
+    history: list[tuple[int, float]]
+    lessons: list[LessonLine]
+    warnings: list[str]
+    improved: bool
+    dtype: str
+    seconds: float = field(default=0.0)
+    licence: dict[str, Any] = field(default_factory=dict)
+    licence_note: str = ""
+
+    @property
+    def divergence(self) -> tuple[float, float]:
+        """The mean over teachers, of the start and of the result."""
+        before, after = zip(*(line.divergence for line in self.lessons), strict=True)
+        return sum(before) / len(before), sum(after) / len(after)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, but for the time, which no two runs share."""
+        values = asdict(self)
+        del values["seconds"]
+        return values
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=110, color_system=None, force_jupyter=False, force_terminal=False)
+        console.print(self)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def __rich__(self) -> RenderableType:
+        return Group(self.tables(), *(Text(f"! {warning}", style="yellow") for warning in self.warnings))
+
+    def tables(self) -> RenderableType:
+        """Teachers and outcome, without the warnings."""
+        return Group(self._teachers(), Text(), self._outcome())
+
+    def _teachers(self) -> Table:
+        table = Table(
+            title=f"imitates {len(self.lessons)} adapters, measured on rows held back",
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+        )
+        for heading in ("adapter", "kind", "rows", "held", "KL start", "result", "agrees start", "result", "from"):
+            left = heading in ("adapter", "kind", "from")
+            table.add_column(heading, justify="left" if left else "right")
+        for line in self.lessons:
+            numbers = [f"{value:.3f}" for value in line.divergence] + [f"{value:.1%}" for value in line.agreement]
+            counts = [str(line.rows), str(line.held)]
+            table.add_row(escape(line.name), line.kind, *counts, *numbers, escape(line.origin))
+        return table
+
+    def _outcome(self) -> Table:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_row("start", escape(self.start))
+        before, after = self.divergence
+        rank = "" if self.rank is None else f", rank {self.rank}"
+        table.add_row("fitted", f"{self.fit} of one {self.kind} adapter{rank}")
+        table.add_row("steps", f"{self.steps} of {self.of}; the numbers of step {self.kept} count")
+        outcome = (
+            f"{before:.4f} → {after:.4f}" if self.improved else f"{before:.4f}: nothing better, so it is the start"
+        )
+        table.add_row("mean KL", outcome)
+        table.add_row("written as", self.dtype)
+        table.add_row("licence", escape(self.licence_note))
+        table.add_row("time", f"{self.seconds:.1f} s")
+        return table
+
+
+class Distilled(Adapter):
+    """An adapter made by `distil`.
+
+    Attributes:
+        report: whom it imitates, and how well; prints well.
+        recipe: what was asked, as plain values.
+        loading: the class of the base model that it is put on, and the lines of Python that do it.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        report: DistilReport,
+        recipe: dict[str, Any],
+        loading: Loading,
+        inputs: Sequence[Path] = (),
+    ) -> None:
+        super().__init__(config, MemoryTensors(tensors))
+        self.report = report
+        self.recipe = recipe
+        self.loading = loading
+        self._inputs = list(inputs)
+
+    def files(self) -> dict[str, writer.Content]:
+        """Config and weights, and beside them the card and the provenance."""
+        provenance = {"versions": versions(), "distil": self.recipe, "report": self.report.to_dict()}
+        return {
+            **super().files(),
+            "README.md": _card(self.report, self.recipe, self.loading),
+            "provenance.json": writer.json_text(provenance),
+        }
+
+    def save(self, folder: str | Path, force: bool = False) -> Path:
+        """Write a folder that `PeftModel.from_pretrained` loads; it appears whole or not at all.
+
+        Args:
+            folder: must not exist, or be empty.
+            force: replace an existing folder, if it holds nothing but files that we write and is none of
+                the inputs.
+        Raises: RecipeError where the folder is in the way or cannot be written.
+        """
+        return writer.write_folder(Path(folder), self.files(), force, self._inputs)
+
+    def __repr__(self) -> str:
+        rank = "" if self.report.rank is None else f", rank {self.report.rank}"
+        return f"Distilled({self.kind.name}, {len(self.layout)} modules{rank}, {len(self.report.lessons)} teachers)"
+
+
+def _card(report: DistilReport, recipe: Mapping[str, Any], loading: Loading) -> str:
+    """The README.md, with the front matter that the Hub reads."""
+    tags = ["merge", "ties_peft", "distil", KIND_TAGS.get(report.kind, "peft")]
+    rows = "\n".join(
+        f"| {linked(line.name, line.page)} | {line.kind} | {line.rows} + {line.held} | {line.divergence[1]:.4f} | "
+        f"{line.agreement[1]:.1%} | `{line.digest[:12]}` |"
+        for line in report.lessons
+    )
+    rank = "" if report.rank is None else f" of rank {report.rank}"
+    notes = "".join(f"\n- {public_text(warning, recipe)}" for warning in report.warnings)
+    return f"""{front_matter(loading, tags, report.licence)}
+# One {report.kind} adapter that imitates {len(report.lessons)}
+
+Made by [ties_peft](https://pypi.org/project/ties-peft/): a merge{rank} whose {report.fit} were then fitted to the predictions of
+its source adapters, without labels. Measured on the rows held back: KL(adapter ‖ this one) in nats, and how often
+the likeliest prediction is the same.
+
+| adapter | kind | rows + held back | KL | agrees | digest |
+|---|---|---|---|---|---|
+{rows}
+
+{snippet(loading)}
+
+What was asked:
+
+```yaml
+{dump(public(recipe)).strip()}
+```
+{f"{chr(10)}Noted:{chr(10)}{notes}{chr(10)}" if notes else ""}"""

@@ -1,0 +1,363 @@
+"""Gather: the statistics that Fisher merging and RegMean need of an adapter, from rows of text on its base.
+
+    gram     G = mean of x·xᵀ over all tokens of all rows, x what goes into the module
+    fisher   F = mean over rows of E_y (∂ log p(y | row) / ∂τ)², entry by entry: τ = Δ for LoRA, l for (IA)³
+
+both under the adapter. y is the label of a row. `labels` says where it comes from: `expected` takes every
+label at the model's own probability, exactly; `sampled` draws one; `given` takes the row's own (the empirical
+Fisher). Language models' texts have too many answers for the first.
+
+The model runs a row at a time, so that no token fills up a short row and each row has a gradient of its own:
+that of y = x·Δᵀ is Σ g·xᵀ over tokens, g the gradient of the module's output, without any weight's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.statistics import Statistics
+from ..choices import STATISTICS
+from ..errors import CompatibilityError, MethodError, RecipeError, printable, unknown, warn_caller
+from ..evaluation.evaluate import find_base
+from ..evaluation.language_models import Continuation, Pair
+from ..evaluation.loaded_model import Bench, transposed
+from ..evaluation.scorers import Classification, Progress, check_form, form_for
+from ..evaluation.task import Given, Task, read_task
+from ..task_vectors.random_numbers import key, uniform
+
+LABELS = ("expected", "sampled", "given")
+
+
+def gather_statistics(
+    adapter: str | Path | Adapter,
+    task: Given,
+    kind: str = "gram",
+    base: str | Path | None = None,
+    device: str = "cpu",
+    *,
+    labels: str | None = None,
+    seed: int = 0,
+    bench: Bench | None = None,
+    save: bool = True,
+    again: bool = False,
+    progress: Progress | None = None,
+) -> Statistics:
+    """What `fisher` (kind `fisher`) or `regmean` (kind `gram`) must know of an adapter; a few hundred rows do.
+
+    Args:
+        adapter: its folder or Hub id, or an `Adapter`.
+        task: rows of text, as `evaluate` takes them; their labels are read for `given` alone.
+        kind: `fisher` or `gram`.
+        base: the base model; by default the task's, else the adapter's.
+        device: where the model runs.
+        labels: of `fisher`: `expected`, `sampled` or `given`; by default `expected` where a row has one of a
+            few labels, else `sampled`.
+        seed: of the labels that are sampled.
+        bench: a loaded base to use again.
+        save: whether to write them beside the adapter, where they are found by a merge.
+        again: gather them anew even where they are there already.
+        progress: called as progress(stage, done, of).
+    Returns: them; the adapter has them from now on.
+    Raises: TiesPeftError, before the model is run.
+    """
+    if kind not in STATISTICS:
+        raise RecipeError(unknown("kind of statistics", str(kind), STATISTICS))
+    opened = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    there = None if again else _found(opened, kind)
+    asked = read_task(task)
+    labels = _labels(labels, asked)
+    told: dict[str, Any] = {"task": asked.name, "rows digest": asked.digest()}
+    if kind == "fisher":
+        told |= {"labels": labels, **({"seed": seed} if labels == "sampled" else {})}
+    if there is not None:
+        named = str(base or asked.base or "") if bench is None else bench.base
+        _tell_apart(opened, there, {**told, **({"base": named} if named else {})})
+        return there
+    _check(opened, asked, kind, save)
+    if bench is None:
+        bench = Bench.load(find_base([opened], [asked], base), form_for(asked), device)
+    check_form(bench, asked)
+    bench.check(opened)
+    bench.require(opened)
+    opened.check()
+    rows = _readings(bench, asked, labels)
+    sums = _run(bench, opened, rows, kind, labels, seed, progress)
+    made = Statistics.make(kind, opened.digest, sums, len(rows), base=bench.base, **told)
+    opened.attach(made)
+    if save and opened.folder is not None:
+        made.save(opened.folder)
+    return made
+
+
+def _found(adapter: Adapter, kind: str) -> Statistics | None:
+    """Those that are there and are of this adapter; any others are made anew."""
+    try:
+        return adapter.statistics(kind)
+    except CompatibilityError:
+        return None
+
+
+def _tell_apart(adapter: Adapter, there: Statistics, asked: Mapping[str, Any]) -> None:
+    """Warn where the statistics that stay were made of something else than is asked for now."""
+    facts = dict(there.facts)
+    if "base" in asked:  # one base may lie in several places
+        asked, facts = ({**found, "base": Path(str(found.get("base"))).name} for found in (asked, facts))
+    other = [name.removesuffix(" digest") for name, value in asked.items() if facts.get(name) != value]
+    if other:
+        told = f"{there.facts.get('rows')} rows of {printable(str(there.facts.get('task')))}"
+        warn_caller(
+            [
+                f"adapter '{adapter.label}' has {there.kind} statistics already, of {told}, made with another "
+                f"{', another '.join(other)} than is asked for; they stay. Gather anew: again=True, --again."
+            ]
+        )
+
+
+def _labels(labels: str | None, task: Task) -> str:
+    chosen = labels or ("expected" if task.classifies else "sampled")
+    if chosen not in LABELS:
+        raise RecipeError(unknown("kind of labels", str(labels), LABELS))
+    if chosen == "expected" and not task.classifies:
+        raise MethodError(
+            f"labels is 'expected', and measure '{task.measure}' has every text as an answer. Say sampled or given."
+        )
+    return chosen
+
+
+def _check(adapter: Adapter, task: Task, kind: str, save: bool) -> None:
+    if task.measure == "exact_match":
+        raise RecipeError(
+            f"task '{printable(task.name)}': measure 'exact_match' has no probabilities; say measure: loss for the same rows."
+        )
+    if kind == "gram" and any(len(module.shape) != 2 for module in adapter.layout.values()):
+        raise MethodError(
+            f"adapter '{adapter.label}': gram statistics are of matrices, and {adapter.kind.title} is of vectors. "
+            "Gather fisher, for method 'fisher'."
+        )
+    vectors = [name for name, module in adapter.layout.items() if len(module.shape) == 1]
+    closed = [name for name in vectors if not (1 + adapter.delta(name)).all()]
+    if closed:
+        raise CompatibilityError(
+            f"adapter '{adapter.label}', module '{printable(closed[0])}': an entry of its vector is 0, behind which no "
+            "gradient can be seen. Leave the adapter out, or merge by another method."
+        )
+    if save and adapter.folder is None:
+        raise RecipeError("the adapter is in memory, so there is no folder to save statistics in; say save=False.")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One row.
+
+    Attributes:
+        log_probabilities: runs the model and gives log p, (steps, answers): one step and a few labels, or
+            the tokens of a text.
+        answers: the row's own, one for each step; None where they are not wanted.
+    """
+
+    log_probabilities: Callable[[], Tensor]
+    answers: Tensor | None
+
+
+def _readings(bench: Bench, task: Task, labels: str) -> list[Reading]:
+    """A task's rows, tokenized and checked."""
+    if task.measure in ("descriptions", "head"):
+        exam = Classification(bench, task, labelled=labels == "given")
+        return [
+            Reading(lambda p=place: exam.logits([p]).log_softmax(-1), exam.labels[place : place + 1])  # type: ignore[misc]
+            for place in range(exam.rows)
+        ]
+    if task.choices is not None and labels != "given":  # whose rows need no labels then
+        task = replace(task, rows=tuple({**row, str(task.label): 0} for row in task.read()))
+    told = Continuation(bench, task)
+    count = len(told.pairs) // told.rows
+    groups = [told.pairs[place * count : (place + 1) * count] for place in range(told.rows)]
+    if task.choices is not None:
+        return [
+            Reading(lambda g=group: _choices(bench, g, task.mean), told.labels[place : place + 1])  # type: ignore[misc]
+            for place, group in enumerate(groups)
+        ]
+    return [
+        Reading(lambda p=pair: _steps(bench, p), torch.tensor(_asked(bench, pair)))  # type: ignore[misc]
+        for (pair,) in groups
+    ]
+
+
+def _choices(bench: Bench, pairs: Sequence[Pair], mean: bool) -> Tensor:
+    """log p of each choice among them, (1, choices)."""
+    totals = []
+    for pair in pairs:
+        asked = torch.tensor(_asked(bench, pair), device=bench.device).unsqueeze(1)
+        chosen = _steps(bench, pair).gather(1, asked)
+        totals.append(chosen.mean() if mean else chosen.sum())
+    return torch.stack(totals).log_softmax(-1).unsqueeze(0)
+
+
+def _asked(bench: Bench, pair: Pair) -> list[int]:
+    """The tokens that are foretold: of a text with nothing before it not the first."""
+    return pair.asked[1:] if bench.form == "causal" and not pair.given else pair.asked
+
+
+def _steps(bench: Bench, pair: Pair) -> Tensor:
+    """log p of every token at each place that is asked for, (asked, vocabulary)."""
+    if bench.form == "seq2seq":
+        inputs = bench.padded([pair.given])
+        logits = bench.model(**inputs, labels=bench.padded([pair.asked])["input_ids"]).logits[0]
+    else:
+        logits = bench.model(**bench.padded([[*pair.given, *pair.asked]])).logits[0]
+        logits = logits[-len(_asked(bench, pair)) - 1 : -1]
+    found: Tensor = logits.float().log_softmax(-1)
+    return found
+
+
+@dataclass
+class Call:
+    """One run of a module: what went in, and what its output's gradient is asked of.
+
+    Attributes:
+        module: its name.
+        inputs: (tokens, in).
+        outputs: (tokens, out), under the adapter.
+        probe: zeros that were added to the output; None where no gradient is wanted.
+    """
+
+    module: str
+    inputs: Tensor
+    outputs: Tensor
+    probe: Tensor | None
+
+
+@contextmanager
+def _watched(bench: Bench, adapter: Adapter, probed: bool) -> Iterator[list[Call]]:
+    """The calls of an adapter's modules, as they happen."""
+    calls: list[Call] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(layer: nn.Module, given: Any, output: Any) -> Any:
+            probe = torch.zeros_like(output, requires_grad=True) if probed else None
+            calls.append(Call(name, given[0].detach(), output.detach(), probe))
+            return output if probe is None else output + probe
+
+        return hook
+
+    handles = [bench.layer(name).register_forward_hook(watch(name)) for name in adapter.modules]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(
+    bench: Bench,
+    adapter: Adapter,
+    rows: Sequence[Reading],
+    kind: str,
+    labels: str,
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    """The statistic of every module, float32, on the CPU."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = defaultdict(int)
+    with bench.wear(adapter), _watched(bench, adapter, kind == "fisher") as calls:
+        for place, row in enumerate(rows):
+            calls.clear()
+            if kind == "gram":
+                _add_grams(row, calls, sums, counts)
+            else:
+                drawn = key(seed, "fisher", place, adapter.digest)
+                _add_fisher(bench, adapter, row, calls, labels, drawn, sums)
+            if progress is not None:
+                progress(kind, place + 1, len(rows))
+    silent = sorted(set(adapter.modules) - sums.keys())
+    if silent:
+        raise CompatibilityError(
+            f"adapter '{adapter.label}': {len(silent)} of its modules never ran, first '{printable(silent[0])}'. Choose a "
+            "measure that uses the whole model."
+        )
+    return {name: (total / (counts[name] or len(rows))).cpu() for name, total in sums.items()}
+
+
+def _add_grams(row: Reading, calls: list[Call], sums: dict[str, Tensor], counts: dict[str, int]) -> None:
+    with torch.no_grad():
+        row.log_probabilities()
+        grams: dict[Any, Tensor] = {}  # query, key and value read one input
+        for call in calls:
+            place = (call.inputs.data_ptr(), call.inputs.shape)
+            if place not in grams:
+                x = _flat(call.inputs, call.module)
+                grams[place] = x.T @ x
+            _add(sums, call.module, grams[place])
+            counts[call.module] += call.inputs.shape[:-1].numel()
+
+
+def _add_fisher(
+    bench: Bench, adapter: Adapter, row: Reading, calls: list[Call], labels: str, drawn: int, sums: dict[str, Tensor]
+) -> None:
+    with torch.enable_grad():
+        log_p = row.log_probabilities()
+        probes = [call.probe for call in calls if call.probe is not None]
+        for weight, answer in _answers(row, log_p.detach(), labels, drawn):
+            chosen = log_p.gather(1, answer.to(log_p.device).unsqueeze(1)).sum()
+            found = torch.autograd.grad(chosen, probes, retain_graph=True, allow_unused=True)
+            slopes: dict[str, Tensor] = {}
+            for call, gradient in zip(calls, found, strict=True):
+                if gradient is not None:
+                    _add(slopes, call.module, _slope(bench, adapter, call, gradient))
+            for name, slope in slopes.items():
+                _add(sums, name, weight * slope.square())
+
+
+def _answers(row: Reading, log_p: Tensor, labels: str, drawn: int) -> Iterator[tuple[float, Tensor]]:
+    """(weight, answer at each step) of a row."""
+    if labels == "given" and row.answers is not None:
+        yield 1.0, row.answers
+    elif labels == "expected":
+        for answer, weight in enumerate(log_p[0].exp().tolist()):
+            yield weight, torch.tensor([answer])
+    else:
+        threshold = uniform(drawn, 0, (len(log_p), 1)).to(log_p.device)
+        yield 1.0, (log_p.exp().cumsum(1) < threshold).sum(1).clamp_max(log_p.shape[1] - 1)
+
+
+def _slope(bench: Bench, adapter: Adapter, call: Call, gradient: Tensor) -> Tensor:
+    """∂/∂τ by one call of a module."""
+    module, layer = adapter.module(call.module), bench.layer(call.module)
+    g = gradient.reshape(-1, gradient.shape[-1])
+    x = _flat(call.inputs, call.module)
+    if len(module.shape) == 2:
+        return g.T @ x
+    scaled = call.outputs.reshape(g.shape) * g
+    if module.on_input:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        weight = weight.detach()
+        scaled = (g @ (weight.T if transposed(layer) else weight)) * x
+    return scaled.sum(0) / (1 + adapter.delta(call.module).to(scaled.device))
+
+
+def _flat(inputs: Tensor, module: str) -> Tensor:
+    """(tokens, in), float32."""
+    if not inputs.dtype.is_floating_point or inputs.dim() not in (2, 3):
+        raise CompatibilityError(
+            f"module '{printable(module)}' takes {inputs.dtype} of {inputs.dim()} dimensions: statistics are of linear "
+            "layers, not of embeddings or convolutions. Merge by another method."
+        )
+    return inputs.reshape(-1, inputs.shape[-1]).float()
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in sums:
+        sums[name] += value
+    else:
+        sums[name] = value.clone()

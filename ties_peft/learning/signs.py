@@ -1,0 +1,93 @@
+"""Signs: what TIES elects, from a few examples of each task instead of by vote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..adapters import writer
+from ..adapters.adapter import Adapter, check_listed
+from ..errors import CompatibilityError
+from ..evaluation.evaluate import find_base, make_exam
+from ..evaluation.loaded_model import Bench
+from ..evaluation.scorers import Progress, form_for
+from ..evaluation.task import Given, read_task
+from ..merging.merge import merge
+from ..merging.merged import Merged, versions
+from ..merging.values import check_whole
+from .training import train
+
+STEPS_EACH = 20
+
+
+class Signs(Adapter):
+    """An adapter trained on a few examples, which knows on which.
+
+    Attributes:
+        recipe: what was asked, as plain values; saved beside it as provenance.
+    """
+
+    def __init__(self, made: Adapter, recipe: Mapping[str, Any]) -> None:
+        super().__init__(made.config, made.tensors, made.source)
+        self.recipe = dict(recipe)
+
+    def files(self) -> dict[str, writer.Content]:
+        """Config and weights, and beside them the provenance."""
+        return {**super().files(), writer.PROVENANCE: writer.json_text({"versions": versions(), "signs": self.recipe})}
+
+
+def few_shot_signs(
+    adapters: Sequence[str | Path | Adapter],
+    tasks: Sequence[Given],
+    base: str | Path | None = None,
+    device: str = "cpu",
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    bench: Bench | None = None,
+    progress: Progress | None = None,
+) -> Signs:
+    """An adapter whose signs stand in for an election: `merge(adapters, method="ties", sign_from=…)`.
+
+    It begins as the average of the adapters, at the largest of their ranks, and is trained on a few labelled rows
+    of all tasks together; a merge takes its signs, untrimmed, and the magnitudes of the adapters.
+
+    Args:
+        adapters: folders, Hub ids or `Adapter`s.
+        tasks: with some labelled rows each (32 in the paper).
+        base, device, bench: as in `evaluate`.
+        steps: of training, in all; 20 for each task by default.
+        seed: of the rows' draws.
+        progress: called as progress(stage, done, of).
+    Raises: TiesPeftError, before the model is run.
+    Source: Yadav et al., TIES-Merging, NeurIPS 2023 (arXiv 2306.01708), section 7: the multitask signs are what the
+        election is short of, and 32 examples a task give part of them.
+    """
+    if steps is not None:
+        check_whole("steps", steps, 1)
+    check_whole("seed", seed, 0)
+    check_listed(adapters)
+    opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    asked = [read_task(task) for task in tasks]
+    if not asked:
+        raise CompatibilityError("no tasks were given. Name one with a few labelled rows for each adapter.")
+    largest = max((adapter.ranks[-1] for adapter in opened), default=1)
+    rank = largest if any(adapter.kind.has_rank for adapter in opened) else "auto"
+    start: Merged = merge(opened, method="average", rank=rank, dtype="float32")
+    if bench is None:
+        chosen = find_base(opened, asked, base)
+        for task in asked:
+            task.check_rows()
+        bench = Bench.load(chosen, form_for(asked[0]), device)
+    bench.check(start)
+    exams = [make_exam(bench, task) for task in asked]
+    taken = steps or STEPS_EACH * len(exams)
+    recipe = {
+        "adapters": [{"adapter": one.label, "digest": one.digest} for one in opened],
+        "tasks": [{**task.to_dict(), "digest": task.digest()} for task in asked],
+        "base": bench.base,
+        "steps": taken,
+        "seed": seed,
+    }
+    return Signs(train(start, exams, seed, taken, progress=progress), recipe)

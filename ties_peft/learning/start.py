@@ -1,0 +1,117 @@
+"""Start: what the student of `distil` begins as, a merge of its teachers at the rank asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..adapters.adapter import Adapter, in_memory
+from ..adapters.types import Module, kinds, written_as
+from ..choices import METHOD
+from ..errors import MethodError, RecipeError, printable, unknown
+from ..evaluation.loaded_model import Bench, transposed
+from ..merging.merge import merge
+from ..merging.merged import Merged
+from ..task_vectors.delta import LowRank
+from ..task_vectors.factorise import factorise
+from .student import GAINS
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "factors": {"method": "tsv", "scale": 0.6, "restore_norm": True},
+    "gains": {"method": "flat_tsv", "rank": "max"},
+    "ia3": {"method": "power_mean"},
+}
+RANK = 16  # of a LoRA student where no teacher has a rank
+
+
+def make_start(
+    teachers: Sequence[Adapter],
+    bench: Bench,
+    start: Any = None,
+    kind: str | None = None,
+    fit: str = "factors",
+    rank: int | None = None,
+    base_model: str | None = None,
+) -> tuple[Merged, str]:
+    """A merge, float32, in the plain form that every merge is written in, and how it was made.
+
+    Args:
+        teachers: whom the student imitates.
+        bench: gives the weights by which an (IA)³ vector becomes a LoRA's start.
+        start, kind, fit, rank, base_model: as in `distil`.
+    Raises: RecipeError, MethodError or CompatibilityError where there is no such start.
+    """
+    chosen = _kind(teachers, kind)
+    has_rank = kinds()[chosen].has_rank
+    if rank is not None and not has_rank:
+        raise MethodError(f"rank is {rank!r}, but (IA)³ vectors have no rank. Leave it out.")
+    largest = max([a.ranks[-1] for a in teachers if a.kind.has_rank], default=RANK)
+    ranked: dict[str, Any] = {"rank": rank or largest} if has_rank and (rank or fit != GAINS) else {}
+    shared: dict[str, Any] = {"dtype": "float32", "base_model": base_model, "allow_disjoint": True}
+    if bench.form == "classifier":  # each lesson is judged by its teacher's own head
+        shared["heads"] = "drop"
+    if start is not None and not isinstance(start, Mapping):
+        adapter = start if isinstance(start, Adapter) else Adapter.load(start)
+        if adapter.kind.peft_type != chosen:
+            raise RecipeError(
+                f"the start '{adapter.label}' is {adapter.kind.title}, and the result is to be {kinds()[chosen].title}. "
+                "Start from one of that kind, or say kind=."
+            )
+        return merge([adapter], "average", **ranked, **shared), f"'{adapter.label}'"
+    own = [a for a in teachers if a.kind.peft_type == chosen]
+    if has_rank:
+        own = [a if a.kind.has_rank else as_lora(a, bench, rank or largest) for a in teachers]
+    asked = dict(start) if start is not None else DEFAULTS[fit if has_rank else "ia3"]
+    told = ", ".join(f"{key} {value}" for key, value in (asked | ranked).items() if key != "method")
+    try:
+        merged = merge(own, **(asked | ranked | shared))
+    except TypeError as error:
+        raise RecipeError(f"start: {printable(str(error))}. Give what `merge` takes, or an adapter.") from None
+    return merged, f"{asked.get('method', METHOD)} of the adapters{', ' if told else ''}{told}"
+
+
+def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:
+    """An (IA)³ adapter as the LoRA nearest to it: the best rank-r factors of W·diag(l − 1) or diag(l − 1)·W.
+
+    What its vectors do to biases has no place in a LoRA and is left out: the result is a start, no
+    conversion.
+    """
+    lora = written_as(kinds()["LORA"])
+    tensors: dict[str, torch.Tensor] = {}
+    modules = []
+    for name in adapter.modules:
+        layer, module, vector = bench.layer(name), adapter.module(name), adapter.delta(name)
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        plain = weight.detach().float().cpu()
+        if plain.dim() != 2:
+            raise RecipeError(
+                f"adapter '{adapter.label}', module '{printable(name)}': only (IA)³ vectors on linear layers can start a "
+                "LoRA. Give a start of your own (start=)."
+            )
+        plain = plain.T if transposed(layer) else plain
+        delta = factorise(plain * (vector if module.on_input else vector.unsqueeze(1)), rank).delta
+        assert isinstance(delta, LowRank)
+        packed = lora.written(Module(name, (plain.shape[0], plain.shape[1]), rank, ()), rank)
+        tensors |= lora.pack(packed, delta, rank)
+        modules.append(packed)
+    config = {"peft_type": "LORA", "base_model_name_or_path": adapter.base, **lora.config(modules, rank)}
+    return in_memory(config, tensors, adapter.source)
+
+
+def _kind(teachers: Sequence[Adapter], asked: str | None) -> str:
+    """The PEFT type of the result: as asked, else LoRA as soon as one teacher is."""
+    by_name = {kind.name: kind.peft_type for kind in kinds().values() if kind.name in ("lora", "ia3")}
+    if asked is not None and asked not in by_name:
+        raise RecipeError(unknown("kind", str(asked), by_name))
+    if asked is not None:
+        chosen = by_name[asked]
+        if chosen == by_name["ia3"] and all(a.kind.peft_type != chosen for a in teachers):
+            raise RecipeError(
+                "the result is to be (IA)³, and none of the adapters is: their task vectors have no place in a vector. "
+                "Leave kind out, for a LoRA."
+            )
+        return chosen
+    return by_name["ia3"] if all(not adapter.kind.has_rank for adapter in teachers) else by_name["lora"]

@@ -1,0 +1,183 @@
+"""Student: an adapter in the making, put on a bench by hooks, so that its numbers can be fitted.
+
+The base's own tensors stay frozen and untouched, and nothing else gets a gradient. What is fitted:
+
+    factors  A and B of every module: y + B·A·x
+    gains    one number for each direction of every module, its A and B fixed: y + B·diag(g)·A·x
+    vectors  (IA)³: l of every module: l ⊙ y, or W·(l ⊙ x) + b on feed-forward layers
+
+All numbers lie one after the other in one vector, so that an optimiser's step, and a saved state, is
+a few vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.types import written_as
+from ..adapters.types.base import LINEAR
+from ..choices import FITS
+from ..errors import CompatibilityError, printable
+from ..evaluation.loaded_model import Bench
+from ..task_vectors.delta import Dense, LowRank
+from ..task_vectors.random_numbers import key
+
+FACTORS, GAINS = FITS
+VECTORS = "vectors"
+SMALLEST = 1e-2  # the unit of a step where everything starts at nothing
+
+
+class Student:
+    """An adapter whose numbers are fitted.
+
+    Args:
+        start: what it begins as; the layers that it adapts must be linear.
+        bench: where it is put on.
+        fit: `factors` or `gains`; (IA)³ knows only `vectors`.
+        seed: of the draw that wakes directions that start at zero, A being drawn and B staying 0.
+
+    Attributes:
+        flat: all numbers, (n,), float32, on the bench's device.
+        gradient: theirs, (n,).
+        unit: the size by which a step of each is measured, (n,): the root mean square of all numbers
+            of its sort (A, B, g, l − 1) at the start.
+    """
+
+    def __init__(self, start: Adapter, bench: Bench, fit: str = FACTORS, seed: int = 0) -> None:
+        self.start, self.bench = start, bench
+        self.fit = fit if start.kind.has_rank else VECTORS
+        self._fixed: dict[str, tuple[Tensor, Tensor]] = {}
+        _check_layers(start, bench)
+        values = {name: value for module in start.modules for name, value in self._values(module).items()}
+        units = _units(values)
+        if self.fit == FACTORS:
+            _wake(values, units, seed)
+        self.flat = torch.cat([value.reshape(-1) for value in values.values()]).to(bench.device)
+        sized = [torch.full((value.numel(),), units[_sort(name)]) for name, value in values.items()]
+        self.unit = torch.cat(sized).to(bench.device)
+        self.gradient = torch.zeros_like(self.flat)
+        self.numbers = self._leaves(values)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """The bench with the student on it."""
+        handles: list[Any] = []
+        try:
+            handles += [self._hook(name) for name in self.start.modules]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def set(self, values: Tensor) -> None:
+        """Take numbers in place of those it has, (n,)."""
+        with torch.no_grad():
+            self.flat.copy_(values)
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What it has become, as an adapter's file holds it."""
+        kind = written_as(self.start.kind)
+        made: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name in self.start.modules:
+                module = self.start.module(name)
+                made |= kind.pack(module, self._delta(name), module.rank)
+        made |= {name: self.start.tensors.read(name) for name in self.start.riders}
+        return {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in made.items()}
+
+    def _values(self, name: str) -> dict[str, Tensor]:
+        """The numbers of one module at the start; a direction's fixed factors are put aside."""
+        delta = self.start.read(name)
+        if not isinstance(delta, LowRank):
+            return {f"{name}.l": 1 + delta.dense()}
+        if self.fit == GAINS:
+            self._fixed[name] = (delta.A.to(self.bench.device), delta.B.to(self.bench.device))
+            return {f"{name}.g": torch.ones(delta.rank)}
+        return {f"{name}.A": delta.A.clone(), f"{name}.B": delta.B.clone()}
+
+    def _leaves(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The numbers of each module as leaves of the graph that share their memory with `flat`."""
+        leaves, start = {}, 0
+        for name, value in values.items():
+            stop = start + value.numel()
+            leaf = self.flat[start:stop].view(value.shape).detach().requires_grad_()
+            leaf.grad = self.gradient[start:stop].view(value.shape)
+            leaves[name], start = leaf, stop
+        return leaves
+
+    def _delta(self, name: str) -> LowRank | Dense:
+        if self.fit == VECTORS:
+            return Dense(self.numbers[f"{name}.l"].cpu() - 1)
+        A, B = self._factors(name)
+        return LowRank(B.cpu(), A.cpu())
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        if self.fit == GAINS:
+            A, B = self._fixed[name]
+            return A * self.numbers[f"{name}.g"].unsqueeze(1), B
+        return self.numbers[f"{name}.A"], self.numbers[f"{name}.B"]
+
+    def _hook(self, name: str) -> Any:
+        layer = self.bench.layer(name)
+        if self.fit != VECTORS:
+            return layer.register_forward_hook(self._adding(name))
+        vector = self.numbers[f"{name}.l"]
+        if self.start.module(name).on_input:
+            return layer.register_forward_pre_hook(lambda _, given: (given[0] * vector.to(given[0].dtype),))
+        return layer.register_forward_hook(lambda _, given, out: out * vector.to(out.dtype))
+
+    def _adding(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def add(_: nn.Module, given: Any, out: Tensor) -> Tensor:
+            A, B = self._factors(name)
+            added: Tensor = (given[0].to(A.dtype) @ A.T) @ B.T
+            return out + added.to(out.dtype)
+
+        return add
+
+
+def _sort(name: str) -> str:
+    """A, B, g or l."""
+    return name.rpartition(".")[2]
+
+
+def _units(values: dict[str, Tensor]) -> dict[str, float]:
+    """The root mean square of each sort of numbers."""
+    found = {}
+    for sort in sorted({_sort(name) for name in values}):
+        own = [value - float(sort == "l") for name, value in values.items() if _sort(name) == sort]
+        total = sum(float(value.double().square().sum()) for value in own)
+        found[sort] = (total / sum(value.numel() for value in own)) ** 0.5 or SMALLEST
+    return found
+
+
+def _wake(values: dict[str, Tensor], units: dict[str, float], seed: int) -> None:
+    """Directions with A and B both 0 would stay so for ever: draw their A. The function stays the same."""
+    for name, A in values.items():
+        if _sort(name) != "A":
+            continue
+        B = values[f"{name.removesuffix('.A')}.B"]
+        idle = ((A == 0).all(1)) & ((B == 0).all(0))
+        if idle.any():
+            generator = torch.Generator().manual_seed(key(seed, name, 0, "wake") % (1 << 63))
+            A[idle] = units["A"] * torch.randn(int(idle.sum()), A.shape[1], generator=generator)
+
+
+def _check_layers(start: Adapter, bench: Bench) -> None:
+    """Every module is a linear layer."""
+    bench.check(start)
+    odd = [name for name in start.modules if start.module(name).form != LINEAR or not _is_linear(bench.layer(name))]
+    if odd:
+        raise CompatibilityError(
+            f"the start adapts '{printable(odd[0])}', a {start.module(odd[0]).form} module; what is fitted are linear layers. "
+            "Start from an adapter without it, or leave out the adapters that have it."
+        )
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"

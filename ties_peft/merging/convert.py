@@ -1,0 +1,72 @@
+"""Convert: one adapter to LoRA, another rank, another dtype or another loader, as the one-adapter merge that it is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..adapters.adapter import Adapter
+from ..adapters.formats.to_peft import Hints, open_any
+from .merge import Progress, carry_out, make_recipe
+from .merged import Merged
+from .plan import make_plan
+from .recipes.recipe import Rank
+
+
+def convert(
+    adapter: str | Path | Adapter,
+    rank: Rank | None = None,
+    dtype: torch.dtype | str | None = None,
+    target: str | None = None,
+    device: str = "cpu",
+    *,
+    part: str | None = None,
+    base: str | Path | None = None,
+    modules: str | Path | None = None,
+    alpha: float | None = None,
+    base_model: str | None = None,
+    heads: str = "error",
+    progress: Progress | None = None,
+) -> Merged:
+    """One adapter in another form, written as portably as a merge is.
+
+    Args:
+        adapter: a folder, a file, a Hub id or an `Adapter`; a LoRA of diffusers, kohya, ComfyUI or MLX too.
+        rank: of the output: a whole number, `max` or `auto`; by default all there is, so that nothing is lost.
+        dtype: of the tensors written; by default its own.
+        target: the loader that it is for: `peft`, `vllm` or `llama.cpp` (see `targets`).
+        device: where the arithmetic is done.
+        part: which part of a pipeline's LoRA: `unet`, `text_encoder`, …
+        base: the base's weights: for an adapter whose task vectors depend on them (DoRA), to tell a kohya
+            file's modules apart, and to check those of others.
+        modules: a text file of the modules' names in place of the base; an adapter of PEFT's is written under them
+            where a release of transformers renamed its modules.
+        alpha: lora_alpha, where a file that is not PEFT's does not say it.
+        base_model: the base's name to write; by default the adapter's.
+        heads: what becomes of the whole layers that it holds: `drop` leaves them out, for a target that loads
+            none; see `ties_peft.merging.extra_tensors`.
+        progress: called as progress(stage, done, of) while it works.
+    Returns: the adapter, in memory, with the report of what the rank and the dtype lost.
+    Raises: TiesPeftError.
+    Law: it computes the same function, but for what the report says was lost. It is the average of one.
+    """
+    started = time.perf_counter()
+    hints = Hints(
+        part, None if base is None else str(base), None if modules is None else Path(modules), alpha, base_model
+    )
+    opened, remarks = (adapter, []) if isinstance(adapter, Adapter) else open_any(str(adapter), hints)
+    recipe = make_recipe(
+        [opened],
+        method="average",
+        rank=rank if rank is not None else "max" if opened.kind.has_rank else "auto",
+        dtype=dtype,
+        base_model=base_model,
+        base=None if opened.weights is None else hints.base,
+        target=target,
+        heads=heads,
+    )
+    plan = make_plan(recipe, [opened], device)
+    return carry_out(replace(plan, warnings=[*remarks, *plan.warnings]), recipe, started, None, progress)

@@ -1,0 +1,161 @@
+"""Whole: whole tensors that ride along, merged as task vectors: by how far they are from the base's own.
+
+    τᵢ = tᵢ − t₀        merged = t₀ + λ · rule(w₁·τ₁, w₂·τ₂, …)
+
+The rule is the merge's own method, which sees each tensor as it sees an (IA)³ vector: entry by entry in a
+row, in float32, trimmed on its own. An adapter that does not hold a tensor has τ = 0 there.
+
+One tensor is in memory at a time, of all adapters that hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adapters.base_model import BaseModel
+from ..adapters.extra_tensors import TOKENS, Held, Holder, sizes
+from ..adapters.tensors import FLOATING
+from ..choices import MERGE, POLICIES
+from ..errors import MethodError, RecipeError, printable
+from ..methods import Stages
+from ..methods.base import Method, TaskVectors
+from ..methods.base import merged as merged_by
+from ..task_vectors.delta import Dense
+from ..task_vectors.order_statistics import with_own_levels
+from ..task_vectors.random_numbers import key
+from ..task_vectors.tiles import workers
+
+OTHERS = f"choose another fate for them: --heads {', '.join(p for p in POLICIES if p != MERGE)} (heads=… in Python)"
+
+TIED = ("lm_head.weight", "embed_out.weight", "decoder.weight")  # what a checkpoint leaves out where it is tied
+Weigh = Callable[[int, str], float]  # (place of an adapter, module) → w
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the whole tensors of a merge are merged: as its modules are.
+
+    Attributes:
+        base: the model that all adapters were trained on.
+        method: that merges; it takes vectors as it takes matrices.
+        scale, seed: of the merge.
+        densities: of each adapter, by density(module, default=the method's).
+        device: where the arithmetic is done.
+    """
+
+    base: BaseModel
+    method: Method
+    scale: float
+    seed: int
+    densities: Sequence[Callable[..., float]]
+    device: torch.device
+
+    def fault(self, module: str, held: Held, adapters: Sequence[Holder], weigh: Weigh) -> str | None:
+        """Why a layer cannot be merged; None if it can."""
+        riders = [(place, rider) for place, own in held.items() for rider in own.values()]
+        if any(rider.form == TOKENS for _, rider in riders):
+            return "rows of trained tokens are no whole tensor"
+        if not all(adapters[place].tensors.info(rider.key).dtype in FLOATING for place, rider in riders):
+            return "whole numbers are no task vector"
+        weights = [weight for place in range(len(adapters)) if (weight := weigh(place, module)) != 0]
+        fault = self.method.check(weights, "delta") if weights else None
+        if fault:
+            return f"method '{self.method.name}': {fault}"
+        shapes: dict[str, tuple[int, ...]] = {}
+        for _, rider in riders:
+            if shapes.setdefault(rider.tensor, rider.shape) != rider.shape:
+                return "the shapes differ"
+        return next(
+            (fault for name, shape in shapes.items() if (fault := self._beside(f"{module}.{name}", shape))), None
+        )
+
+    def _beside(self, tensor: str, shape: tuple[int, ...]) -> str | None:
+        """What is wrong with the base's own tensor."""
+        found = self.base.find(tensor)
+        if found is None:
+            tied = ", as where a head is tied to the embeddings, which it then shares" * tensor.endswith(TIED)
+            return f"base model '{self.base.label}' has no tensor '{printable(tensor)}'{tied}"
+        own = self.base.info(found)
+        if tuple(own.shape) != shape:
+            return f"base model '{self.base.label}' has '{printable(found)}' {sizes(tuple(own.shape))}"
+        if own.dtype not in FLOATING:
+            return f"base model '{self.base.label}' has '{printable(found)}' in {printable(own.dtype)}, no float"
+        return None
+
+    def merged(self, module: str, name: str, held: Held, adapters: Sequence[Holder], weigh: Weigh) -> Tensor:
+        """One tensor of a layer, in the dtype of those that hold it, float32 where they differ.
+
+        Law: one adapter alone with weight 1, scale 1 and density 1 comes back, to float32's rounding of t₀ + (t − t₀);
+            tensors equal to t₀ count as absent.
+        """
+        tensor = f"{module}.{name}"
+        origin = self.base.need(tensor, "--heads merge").to(self.device, torch.float32)
+        riders = {place: own[name] for place, own in sorted(held.items()) if name in own}
+        weights = [weigh(place, module) for place in range(len(adapters))]
+        dtypes = {adapters[place].tensors.info(rider.key).dtype for place, rider in riders.items()}
+        places = [place for place in riders if weights[place] != 0]
+        with torch.no_grad(), workers() as crew:
+            vectors = []
+            for place in places:
+                own = adapters[place].tensors.read(riders[place].key).to(self.device, torch.float32)
+                vectors.append((own - origin).mul_(weights[place]).reshape(-1))
+            task_vectors = TaskVectors(
+                deltas=[Dense(vector) for vector in vectors],
+                weights=[weights[place] for place in places],
+                density=getattr(self.method, "density", None),
+                densities=self._densities(places, module),
+                total_weight=sum(weights),
+                total_magnitude=sum(map(abs, weights)),
+                adapters=len(adapters),
+                streams=[key(self.seed, tensor, 0, adapters[place].digest) for place in places],
+                workers=crew,
+            )
+            if places and self.method.rankings():
+                task_vectors = with_own_levels(self.method.rankings(), task_vectors, crew)
+            merged = merged_by(self.method, task_vectors).dense() if places else torch.zeros_like(origin)
+        whole = origin.add(merged.reshape(origin.shape), alpha=self.scale).cpu()
+        return whole.to(getattr(torch, dtypes.pop())) if len(dtypes) == 1 else whole
+
+    def _densities(self, places: Sequence[int], module: str) -> list[float]:
+        """Return the share to keep of each adapter at some places; none where the method has no density."""
+        own = getattr(self.method, "density", None)
+        return [] if own is None else [self.densities[place](module, default=own) for place in places]
+
+
+def make_rule(
+    stages: Stages,
+    base: BaseModel | None,
+    scale: float,
+    seed: int,
+    densities: Sequence[Callable[..., float]],
+    device: torch.device,
+) -> Rule:
+    """The rule of a merge, where its stages take whole tensors.
+
+    Raises: RecipeError where there is no base; MethodError for a method that does not take them.
+    """
+    if base is None:
+        raise RecipeError(
+            "heads is 'merge', but no base model is given, and a whole tensor is a task vector only as the distance from "
+            f"the base's own. Name its folder or Hub id, --base (base=… in Python), or {OTHERS}."
+        )
+    method = stages.method
+    reasons = {
+        "is several methods in a row": len(stages.all) > 1,
+        "is for the weights of layers": "ia3" not in method.kinds,
+        "is for the factors of (IA)³": "lora" not in method.kinds,
+        f"needs {method.needs} statistics, which whole tensors have none of": method.needs is not None,
+        "takes its signs from an adapter": getattr(method, "sign_from", None) is not None,
+    }
+    reason = next((text for text, holds in reasons.items() if holds), None)
+    if reason is not None:
+        title = "+".join(stage.name for stage in stages.all)
+        raise MethodError(
+            f"heads is 'merge', but '{title}' does not merge whole tensors: it {reason}. Merge with one method for LoRA "
+            f"and (IA)³ alike, such as ties or task_arithmetic, or {OTHERS}."
+        )
+    return Rule(base, method, scale, seed, densities, device)

@@ -1,0 +1,326 @@
+"""Heads: what becomes of the whole tensors that ride along in the adapters of a merge.
+
+By the policy `heads`, for each layer that any of the adapters holds whole:
+
+    error      kept where one adapter holds it or all that do agree; where they differ, an error
+    drop       left out: the result works with the base's own
+    keep=NAME  those of one adapter, by its short name, and no others
+    average    Σ w·t / Σ w over the adapters that hold it; what agrees is kept as it is
+    merge      t₀ + λ·rule(wᵢ·(tᵢ − t₀)) with the base's own t₀, by the merge's method; see `whole`. What all adapters
+               hold alike is kept as it is, as are rows of tokens and whole numbers that their holders agree on
+
+A layer stays whole: its weight and its bias have one fate. Tensors that are kept keep their values and,
+where no dtype was asked for, their dtype. A mean of a whole head is seldom a good head (the rows of two
+classifiers need not mean the same), so it is never taken unasked.
+
+But for `merge` neither the method nor λ touches them: without the base's own tensor a whole tensor is no task
+vector. Where the base is at hand, a copy of its own weight under an adapted module that is unchanged in all is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..adapters.base_model import BaseModel
+from ..adapters.extra_layers import ROWS, Layer, agree, form_of, goes_in, has_mean, held_text, table, unchanged
+from ..adapters.extra_tensors import (
+    BIAS,
+    HEADED,
+    LAYER,
+    TOKENS,
+    UNDER,
+    WRAPPER,
+    Rider,
+    copies,
+    entries,
+    is_head,
+    is_policy,
+    read_riders,
+    unfulfilled,
+)
+from ..adapters.types.base import PREFIX
+from ..choices import AVERAGE, DROP, KEEP, MERGE, POLICIES
+from ..errors import CompatibilityError, RecipeError, printable, unknown
+from .extra_task_vectors import OTHERS, Rule, Weigh
+from .report import RiderLine, rider_texts
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The fate of all whole tensors of a merge.
+
+    Attributes:
+        layers: those that ride along, sorted by their paths.
+        modules: the modules of the merge, whose names decide how a bias is spelled.
+        names: of the adapters.
+        dtype: asked for; None to keep each tensor's own.
+        rule: by which they are merged, where they are.
+    """
+
+    layers: tuple[Layer, ...]
+    modules: frozenset[str]
+    names: tuple[str, ...]
+    dtype: torch.dtype | None
+    rule: Rule | None = None
+
+    @property
+    def kept(self) -> list[Layer]:
+        """The layers that are in the result."""
+        return [layer for layer in self.layers if layer.places]
+
+    def lines(self) -> list[RiderLine]:
+        """One for each layer, for the report."""
+        return [
+            RiderLine(
+                module=layer.module,
+                form=layer.form,
+                tensors=[rider.size for rider in layer.any.values()],
+                fate=layer.fate,
+                adapters=[self.names[place] for place in layer.places or sorted(layer.held)],
+            )
+            for layer in self.layers
+        ]
+
+    def config(self) -> dict[str, object]:
+        """The keys of adapter_config.json by which PEFT finds them; empty where none is needed."""
+        forms = {form: [layer for layer in self.kept if layer.form == form] for form in (LAYER, BIAS, TOKENS)}
+        inside = all(layer.module in self.modules for layer in forms[BIAS])
+        rows = {layer.module: list(next(iter(layer.any.values())).rows) for layer in forms[TOKENS]}
+        return {
+            **({"modules_to_save": [layer.module for layer in forms[LAYER]]} if forms[LAYER] else {}),
+            **({"bias": "lora_only" if inside else "all"} if forms[BIAS] else {}),
+            **({"trainable_token_indices": rows} if rows else {}),
+        }
+
+    def loads(self, task: str) -> bool:
+        """Whether a task type still holds: no trained layer is left out, and a task with a head has one.
+
+        PEFT does not load a SEQ_CLS adapter without its head.
+        """
+        trained = [layer for layer in self.layers if layer.form == LAYER]
+        headed = any(is_head(layer.module) for layer in trained)
+        return all(layer.places for layer in trained) and (headed or task not in HEADED)
+
+    def tensors(self, adapters: Sequence[Adapter], weigh: Weigh) -> dict[str, Tensor]:
+        """The tensors of the result by their names in its file, read one at a time.
+
+        Raises: RecipeError where the dtype that was asked for cannot hold them.
+        """
+        found: dict[str, Tensor] = {}
+        for layer in self.kept:
+            for name in layer.any:
+                key = self._key(layer, name)
+                found[key] = _fit(_combined(layer, name, adapters, weigh, self.rule), self.dtype, key)
+        return dict(sorted(found.items()))
+
+    def _key(self, layer: Layer, name: str) -> str:
+        """A tensor's name in the result: under `base_layer` where the result adapts what one adapter does not."""
+        if layer.form in (LAYER, TOKENS):
+            return f"{PREFIX}{layer.module}.{name}"
+        rows = any(other.form == TOKENS for other in self.kept)
+        keys = [own[name].key for own in layer.held.values() if name in own]
+        under = next((key for key in keys if UNDER in key and (rows or f".{WRAPPER}." not in key)), None)
+        if under is None and layer.module in self.modules:
+            return f"{PREFIX}{layer.module}{UNDER}{name}"
+        return under or next((key for key in keys if UNDER not in key), f"{PREFIX}{layer.module}.{name}")
+
+
+def settle_heads(
+    policy: str,
+    names: Sequence[str],
+    adapters: Sequence[Adapter],
+    modules: Iterable[str],
+    weigh: Weigh,
+    dtype: torch.dtype | None,
+    warnings: list[str],
+    rule: Rule | None = None,
+    base: BaseModel | None = None,
+) -> Heads:
+    """Decide what becomes of every whole tensor; nothing but what must be compared is read.
+
+    Args:
+        policy: one of `POLICIES`.
+        names, adapters: of the merge, in order.
+        modules: that the merge adapts.
+        weigh: their weights, for the average.
+        dtype: asked for, if any.
+        warnings: what is left out is said here.
+        rule: for policy merge.
+        base: the base model, where it is at hand.
+    Raises: RecipeError for a policy that cannot be; CompatibilityError where the adapters differ and the policy
+        does not say what to do.
+    """
+    chosen = _chosen(policy, names)
+    layers = [_decided(layer, policy, chosen, adapters, base) for layer in _collect(adapters, names, warnings)]
+    adapted = frozenset(modules)
+    _refuse_differing(layers, names, adapters)
+    if policy == AVERAGE:
+        _refuse_no_mean(layers, names, adapters, weigh)
+    if rule is not None:
+        _refuse_unmerged(layers, names, adapters, weigh, rule)
+    _refuse_twice(layers, adapted, names, adapters)
+    if chosen is not None and not any(chosen in layer.held for layer in layers):
+        raise RecipeError(f"heads is '{printable(policy)}', but {names[chosen]} holds no whole layers. Leave it out.")
+    heads = Heads(tuple(layers), adapted, tuple(names), dtype, rule)
+    lost = rider_texts([line for line in heads.lines() if line.fate in ("left out", "unchanged")])
+    warnings.extend(f"{text}; the base's own will be used." for text in lost)
+    return heads
+
+
+def _chosen(policy: str, names: Sequence[str]) -> int | None:
+    """The place of the adapter that keep=NAME names."""
+    if not is_policy(policy):
+        raise RecipeError(f"heads is {printable(repr(policy))}; expected {', '.join(POLICIES)}.")
+    if not policy.startswith(KEEP):
+        return None
+    name = policy.removeprefix(KEEP)
+    if name not in names:
+        raise RecipeError(f"heads is '{printable(policy)}': {unknown('adapter', name, names)}")
+    return list(names).index(name)
+
+
+def _collect(adapters: Sequence[Adapter], names: Sequence[str], warnings: list[str]) -> list[Layer]:
+    """The layers that some adapters hold whole, sorted."""
+    starts = entries(adapter.config for adapter in adapters)
+    held: dict[tuple[str, bool], dict[int, dict[str, Rider]]] = {}
+    for place, adapter in enumerate(adapters):
+        riders = read_riders(adapter.riders, adapter.config, adapter.tensors, starts, adapter.label)
+        for rider in riders:
+            own = held.setdefault((rider.module, rider.form == TOKENS), {}).setdefault(place, {})
+            own[rider.tensor] = rider
+        warnings.extend(f"{names[place]}: {text}" for text in unfulfilled(adapter.config, riders))
+        idle = copies(adapter.riders)
+        if idle:
+            warnings.append(
+                f"{names[place]} holds {len(idle)} tensor(s) that PEFT does not read, being copies of a whole layer or "
+                f"of the untrained one, so they are left out: {printable(idle[0])}{', …' if len(idle) > 1 else ''}."
+            )
+    return [Layer(module, form_of(own, tuple(own)), own) for (module, _), own in sorted(held.items())]
+
+
+def _decided(
+    layer: Layer, policy: str, chosen: int | None, adapters: Sequence[Adapter], base: BaseModel | None
+) -> Layer:
+    """The layer with its fate; an empty one where the adapters differ and nothing was said."""
+    holders = tuple(sorted(layer.held))
+    places: tuple[int, ...]
+    if policy == DROP:
+        places, fate = (), "left out"
+    elif base is not None and unchanged(layer, adapters, base):
+        places, fate = (), "unchanged"
+    elif chosen is not None:
+        places, fate = ((chosen,), "kept") if chosen in holders else ((), "left out")
+    elif policy == MERGE and goes_in(layer, adapters):
+        places, fate = holders, "merged"
+    elif len(holders) == 1:
+        places, fate = holders, "only"
+    elif agree(layer, adapters):
+        places, fate = holders, "identical"
+    elif policy in (AVERAGE, MERGE):
+        places, fate = holders, "average" if policy == AVERAGE else "merged"
+    else:
+        places, fate = (), ""
+    return Layer(layer.module, form_of(layer.held, places or holders), layer.held, places, fate)
+
+
+def _refuse_differing(layers: Sequence[Layer], names: Sequence[str], adapters: Sequence[Adapter]) -> None:
+    odd = [layer for layer in layers if not layer.fate]
+    if not odd:
+        return
+    averages = all(has_mean(layer, adapters) for layer in odd)
+    mean = (
+        ", or take their weighted mean with average"
+        if averages
+        else " (they have no average, being of unlike shapes or tensors, or of whole numbers)"
+    )
+    raise CompatibilityError(
+        f"the adapters hold {len(odd)} whole layer(s) that differ:\n{table(odd, names)}\n"
+        f"Say which to keep: --heads {_keeps(odd, names)}; leave them out with drop{mean} (heads=… in Python)."
+    )
+
+
+def _refuse_no_mean(layers: Sequence[Layer], names: Sequence[str], adapters: Sequence[Adapter], weigh: Weigh) -> None:
+    mixed = [layer for layer in layers if layer.fate == "average"]
+    odd = [layer for layer in mixed if not has_mean(layer, adapters)]
+    if odd:
+        raise CompatibilityError(
+            f"heads is 'average', but {len(odd)} whole layer(s) have no mean, being of unlike shapes or tensors, or of "
+            f"whole numbers:\n{table(odd, names)}\n"
+            f"Keep one adapter's, --heads {_keeps(odd, names)}, or leave them out, --heads drop."
+        )
+    for layer in mixed:
+        if sum(weigh(place, layer.module) for place in layer.places) == 0:
+            raise RecipeError(
+                f"heads is 'average', but the weights of the adapters that hold '{printable(layer.module)}' sum to 0, "
+                "which an average divides by."
+            )
+
+
+def _refuse_unmerged(
+    layers: Sequence[Layer], names: Sequence[str], adapters: Sequence[Adapter], weigh: Weigh, rule: Rule
+) -> None:
+    odd = [(layer, rule.fault(layer.module, layer.held, adapters, weigh)) for layer in layers if layer.fate == "merged"]
+    faults = {layer.module: f"{held_text(layer, names)}; {fault}" for layer, fault in odd if fault}
+    if faults:
+        rows = "\n".join(f"  {printable(module)}: {text}" for module, text in list(faults.items())[:ROWS])
+        more = f"\n  … and {len(faults) - ROWS} more" if len(faults) > ROWS else ""
+        raise CompatibilityError(
+            f"heads is 'merge', but {len(faults)} whole layer(s) cannot be merged as task vectors:\n"
+            f"{rows}{more}\n{OTHERS[0].upper()}{OTHERS[1:]}."
+        )
+
+
+def _refuse_twice(
+    layers: Sequence[Layer], modules: frozenset[str], names: Sequence[str], adapters: Sequence[Adapter]
+) -> None:
+    """A layer cannot be saved whole and adapted, nor have some rows trained, in one PEFT adapter."""
+    rows = {layer.module for layer in layers if layer.form == TOKENS and layer.places}
+    for layer in layers:
+        if layer.form != LAYER or not layer.places:
+            continue
+        inside = [m for m in modules | rows if m == layer.module or m.startswith(f"{layer.module}.")]
+        if inside:
+            others = [n for n, a in zip(names, adapters, strict=True) if any(m in a.layout for m in inside)]
+            raise CompatibilityError(
+                f"layer '{printable(layer.module)}' is saved whole in {', '.join(names[p] for p in layer.places)}, while "
+                f"{', '.join(others) or 'another'} adapts '{printable(min(inside))}' or rows of it; one PEFT adapter "
+                f"cannot do both. Leave the whole layers out (--heads drop), keep those of another adapter "
+                "(--heads keep=NAME), or leave one adapter out."
+            )
+
+
+def _keeps(layers: Sequence[Layer], names: Sequence[str]) -> str:
+    holders = sorted({place for layer in layers for place in layer.held})
+    return " or ".join(f"{KEEP}{names[place]}" for place in holders[:4]) + (" or …" if len(holders) > 4 else "")
+
+
+def _combined(layer: Layer, name: str, adapters: Sequence[Adapter], weigh: Weigh, rule: Rule | None) -> Tensor:
+    """One tensor of a layer: as it is, merged, or Σ w·t / Σ w; one is in memory beside the sum."""
+    if layer.fate == "merged" and rule is not None:
+        return rule.merged(layer.module, name, layer.held, adapters, weigh)
+    if layer.fate != "average":
+        place = layer.places[0]
+        return adapters[place].tensors.read(layer.held[place][name].key)
+    total, dtypes = torch.zeros(layer.any[name].shape), set()
+    whole = sum(weigh(place, layer.module) for place in layer.places)
+    for place in layer.places:
+        tensor = adapters[place].tensors.read(layer.held[place][name].key)
+        dtypes.add(tensor.dtype)
+        total.add_(tensor.to(torch.float32), alpha=weigh(place, layer.module) / whole)
+    return total.to(dtypes.pop()) if len(dtypes) == 1 else total
+
+
+def _fit(tensor: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:
+    """The tensor in the dtype asked for; whole numbers (counters) stay as they are."""
+    fitted = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+    if not torch.isfinite(fitted).all():
+        raise RecipeError(
+            f"tensor '{printable(key)}' holds values beyond {str(fitted.dtype).removeprefix('torch.')}. Write float32 or "
+            "bfloat16 (--dtype), or leave the whole layers out (--heads drop)."
+        )
+    return fitted.contiguous().clone()

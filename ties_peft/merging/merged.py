@@ -1,0 +1,93 @@
+"""Merged: what a merge gives back, an Adapter that knows how it was made."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..adapters import sources, writer
+from ..adapters.adapter import Adapter
+from ..adapters.tensors import MemoryTensors
+from ..adapters.tokenizer_files import Companions
+from .card import card
+from .loading import Loading
+from .recipes.recipe import Recipe, plain
+from .report import Report
+
+
+class Merged(Adapter):
+    """A merged adapter: an Adapter with the report of the merge and the recipe that made it.
+
+    Attributes:
+        report: what the merge did; prints well.
+        recipe: what was asked, with YAML round trip.
+        loading: the class of the base model that it is put on, and the lines of Python that do it.
+        companions: tokenizer files that are saved beside it.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        tensors: dict[str, Tensor],
+        report: Report,
+        recipe: Recipe,
+        loading: Loading,
+        companions: Companions | None = None,
+    ) -> None:
+        super().__init__(config, MemoryTensors(tensors))
+        self.report = report
+        self.recipe = recipe
+        self.loading = loading
+        self.companions = companions or Companions()
+
+    def files(self) -> dict[str, writer.Content]:
+        """Config and weights, and beside them the card, the recipe, the provenance and tokenizer files."""
+        recipe = self.recipe.to_yaml()
+        provenance = {
+            "versions": versions(),
+            "recipe": self.recipe.to_dict(),
+            "report": self.report.to_dict(),
+            writer.COPIED: self.companions.digests,
+        }
+        return {
+            **self.companions.files,
+            **super().files(),
+            "README.md": card(self.report, self.recipe.to_dict(), self.loading),
+            "recipe.yaml": recipe,
+            writer.PROVENANCE: writer.json_text(provenance),
+        }
+
+    def save(self, folder: str | Path, force: bool = False) -> Path:
+        """Write a folder that `PeftModel.from_pretrained` loads; it appears whole or not at all.
+
+        Args:
+            folder: must not exist, or be empty.
+            force: replace an existing folder, if it holds nothing but files that we write and is
+                none of the inputs.
+        Raises: RecipeError where the folder is in the way or cannot be written.
+        """
+        return writer.write_folder(Path(folder), self.files(), force, inputs(self.recipe))
+
+    def __repr__(self) -> str:
+        return f"Merged({self.report.method}, {self.kind.name}, {len(self.layout)} modules, rank {self.report.rank})"
+
+
+def inputs(recipe: Recipe) -> list[Path]:
+    """The folders on this machine that a recipe reads."""
+    named = [*recipe.adapters, recipe.base, plain(recipe.parameters.get("sign_from"))]
+    return [path for path in (sources.local(name) for name in named if isinstance(name, str)) if path is not None]
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("ties_peft", "torch", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,321 @@
+"""Loaded: the adapters in a PEFT model, read as if from files, and one more added.
+
+Whatever knows of PEFT's layers is here. Nothing but an adapter's own tensors is read, and nothing but
+the new adapter's own is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter, check_listed
+from ..adapters.base_model import BaseModel
+from ..adapters.tensors import MemoryTensors
+from ..adapters.types import kind_of
+from ..adapters.types.base import PREFIX, refuse_settings
+from ..errors import AdapterError, CompatibilityError, RecipeError, printable, unknown
+
+WHOLE = {  # they lie outside the adapter's layers, and PEFT has room for those of one adapter at a time
+    "modules_to_save": "whole modules saved beside the adapter",
+    "bias": "trained biases",
+    "trainable_token_indices": "trained token embeddings",
+}
+
+
+def find_tuner(model: Any) -> Any:
+    """PEFT's LoraModel, IA3Model or the like, which holds the layers and their configs."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    model = getattr(model, "_modules", {}).get("_orig_mod", model)  # torch.compile
+    if isinstance(model, PeftModel):
+        for name, config in model.peft_config.items():
+            if config.is_prompt_learning:
+                kind_of(_plain(config.peft_type), printable(name))  # which has no layers, and no kind
+        model = model.base_model
+    if not isinstance(model, BaseTuner):
+        raise RecipeError(
+            f"peft_model is a {type(model).__name__}; expected a PeftModel with LoRA or (IA)³ adapters, without "
+            "wrappers such as DistributedDataParallel around it."
+        )
+    return model
+
+
+def check_names(tuner: Any, adapters: Sequence[str], name: str) -> None:
+    """The adapters are there, and the new one's name is free and does no harm."""
+    if isinstance(adapters, (Mapping, Set)):
+        check_listed(adapters)
+    if isinstance(adapters, str) or not all(isinstance(adapter, str) for adapter in adapters):
+        raise RecipeError(f"adapters is {printable(repr(adapters))}; expected a list of names of loaded adapters.")
+    if not adapters:
+        raise RecipeError(f"no adapters were given. Loaded are: {printable(', '.join(tuner.peft_config))}.")
+    for adapter in adapters:
+        if adapter not in tuner.peft_config:
+            raise RecipeError(unknown("adapter", adapter, tuner.peft_config))
+    if not isinstance(name, str):
+        raise RecipeError(f"adapter_name is {printable(repr(name))}; expected the new adapter's name.")
+    if name in tuner.peft_config:
+        raise RecipeError(
+            f"an adapter '{printable(name)}' is loaded already, and PEFT has no room for two of a name. "
+            "Take another name, or delete_adapter it first."
+        )
+    try:
+        nn.ModuleDict({name: nn.Identity()})
+        nn.ParameterDict({name: torch.zeros(0)})
+    except (KeyError, AssertionError, AttributeError) as error:
+        raise RecipeError(f"PyTorch cannot hold an adapter named '{printable(name)}': {error}. Take another.") from None
+    if any(name in path.split(".") for path, _ in tuner.named_parameters()):
+        raise RecipeError(
+            f"'{printable(name)}' is also a part of the names of the model's parameters, by which PEFT tells adapters "
+            "apart: it would mix them up when it saves them. Take another name."
+        )
+
+
+def check_state(tuner: Any) -> None:
+    """Nothing is merged into the base, and no adapter reacts to a new one."""
+    merged = sorted({name for _, layer in _layers(tuner) for name in layer.merged_adapters})
+    if merged:
+        raise RecipeError(
+            f"{', '.join(map(printable, merged))} is merged into the base weights, which PEFT would undo, with rounding "
+            "errors, as soon as an adapter is added. Call unmerge_adapter() first."
+        )
+    routers = [name for name, config in tuner.peft_config.items() if getattr(config, "arrow_config", None)]
+    if routers:
+        raise RecipeError(
+            f"the model has an Arrow router ('{printable(routers[0])}'), which would take the merged adapter for one "
+            "more expert. Merge in a model without it."
+        )
+
+
+def _layers(tuner: Any) -> list[tuple[str, Any]]:
+    """PEFT's layers by their paths in the base model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(path, layer) for path, layer in tuner.model.named_modules() if isinstance(layer, BaseTunerLayer)]
+
+
+class Slot(NamedTuple):
+    """Where a tensor of an adapter lives: `getattr(owner, field)`."""
+
+    owner: Any
+    field: str
+    tensor: Tensor
+
+
+def _slots(tuner: Any, adapter: str) -> dict[str, Slot]:
+    """Every tensor of one adapter, by its name in a file.
+
+    The layers are asked, not the model's state dict, where PEFT tells adapters apart by parts of names.
+    """
+    slots = {}
+    for path, layer in _layers(tuner):
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+            held: Any = getattr(layer, attribute, ())
+            entry = held[adapter] if hasattr(held, "keys") and adapter in held else None
+            key = f"{PREFIX}{path}.{attribute}"
+            if isinstance(entry, Tensor):
+                slots[key] = Slot(held, adapter, entry)
+            elif isinstance(entry, nn.Module):
+                for part, owner in entry.named_modules(prefix=key):
+                    own = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
+                    slots |= {f"{part}.{name}": Slot(owner, name, tensor) for name, tensor in own}
+    return slots
+
+
+class LiveTensors(MemoryTensors):
+    """The tensors of a loaded adapter, brought to the CPU one at a time."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU."""
+        return self._tensors[name].detach().cpu()
+
+
+def open_loaded(tuner: Any, name: str) -> Adapter:
+    """A loaded adapter as if it came from its files, with the lora scaling that its layers use.
+
+    Raises: AdapterError, where its files could not be merged either, or its values are elsewhere.
+    """
+    refuse_settings(_plain(tuner.peft_config[name].to_dict()), WHOLE, printable(name))
+    tensors = {key: slot.tensor for key, slot in _slots(tuner, name).items()}
+    for key, tensor in tensors.items():
+        if tensor.device.type == "meta" or hasattr(tensor, "device_mesh"):
+            where = "offloaded" if tensor.device.type == "meta" else "sharded"
+            raise AdapterError(
+                f"adapter '{printable(name)}': tensor '{printable(key)}' is {where}, so its values are not at hand. "
+                "Save the adapters and merge the folders with ties_peft.merge."
+            )
+    config = _plain(tuner.peft_config[name].to_dict())
+    kind = kind_of(config.get("peft_type"), printable(name))
+    if kind.writes != kind.name:
+        raise AdapterError(
+            f"adapter '{printable(name)}' is of type {kind.title}: a merge of it is a LoRA, for which a model of "
+            f"{kind.title} layers has no room. Save the adapters and merge the folders with ties_peft.merge."
+        )
+    adapter = Adapter(config, LiveTensors(tensors), name, _loaded_base(tuner, name))
+    for path, layer in _layers(tuner):
+        if name in getattr(layer, "scaling", ()):
+            for module in [m for m in adapter.layout.values() if m.keys[0].startswith(f"{PREFIX}{path}.lora_")]:
+                adapter.layout[module.name] = replace(module, scaling=float(layer.scaling[name]))
+    return adapter
+
+
+def _loaded_base(tuner: Any, name: str) -> BaseModel:
+    """The model under an adapter: the classes of its layers, and the weights of those that are DoRA.
+
+    Raises: AdapterError for other variants of LoRA, which do not work by s·B·A.
+    """
+    weights, conv1d = {}, {}
+    for path, layer in _layers(tuner):
+        conv1d[path] = type(layer.get_base_layer()).__name__ == "Conv1D"
+        variant = getattr(layer, "lora_variant", {})
+        if name not in variant:
+            continue
+        if not type(variant[name]).__name__.startswith("Dora"):
+            raise AdapterError(
+                f"adapter '{printable(name)}', module '{printable(path)}' works by {type(variant[name]).__name__}, "
+                "not by s·B·A, so ties_peft cannot merge it. Leave it out."
+            )
+        weights[f"{path}.weight"] = layer.get_base_layer().weight
+    return _LoadedBase(LiveTensors(weights), type(tuner.model).__name__, conv1d)
+
+
+class _LoadedBase(BaseModel):
+    """A loaded model, of which some weights are wanted.
+
+    Args:
+        tensors: the weights.
+        architecture: the model's class.
+        conv1d: for each layer that is adapted, whether it is a Conv1D.
+    """
+
+    def __init__(self, tensors: LiveTensors, architecture: str, conv1d: Mapping[str, bool]) -> None:
+        super().__init__(dict.fromkeys(tensors.names, tensors), "the model's own")
+        self.config = {"architectures": [architecture]}
+        self._conv1d = conv1d
+
+    def is_conv1d(self, module: str) -> bool | None:
+        """Return whether a layer is a Conv1D, by its class."""
+        return self._conv1d.get(module)
+
+
+def _plain(value: Any) -> Any:
+    """A config's value as JSON has it: enums by their values, sets as sorted lists."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class _Unchanged:
+    """What must be after the addition as it was before: by names, as PEFT makes some parameters anew."""
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+        self.active = tuner.active_adapter
+        self.layers = [(layer, layer._active_adapter) for _, layer in _layers(tuner)]
+        self.flags = {name: parameter.requires_grad for name, parameter in tuner.named_parameters()}
+        self.places = self._places()
+
+    def restore(self) -> None:
+        """Put back which adapters are active, and the gradient flags."""
+        self.tuner.active_adapter = self.active
+        for layer, active in self.layers:
+            layer._active_adapter = active
+        for name, parameter in self.tuner.named_parameters():
+            if self.flags.get(name, parameter.requires_grad) != parameter.requires_grad:
+                parameter.requires_grad_(self.flags[name])
+
+    def changed(self) -> list[str]:
+        """The tensors whose values lie elsewhere, as they do where PEFT initialises from the base."""
+        now = self._places()
+        return [name for name, place in self.places.items() if now.get(name) != place]
+
+    def _places(self) -> dict[str, int]:
+        return {name: _place(t) for name, t in (*self.tuner.named_parameters(), *self.tuner.named_buffers())}
+
+
+def _place(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a quantised form without storage of its own
+        return id(tensor)
+
+
+def add(tuner: Any, name: str, merged: Adapter, adapters: Sequence[str]) -> None:
+    """Make room for the adapter in the layers, fill it, and check that nothing else is otherwise.
+
+    Raises: CompatibilityError; the adapter is then gone again.
+    """
+    before = _Unchanged(tuner)
+    devices = {key: slot.tensor.device for adapter in adapters for key, slot in _slots(tuner, adapter).items()}
+    try:
+        _inject(tuner, name, _config(tuner, merged, adapters))
+        _fill(tuner, name, merged, devices)
+        changed = before.changed()
+        if changed:
+            raise CompatibilityError(
+                f"PEFT changed {len(changed)} tensor(s) that are not of the new adapter, first "
+                f"'{printable(changed[0])}'. Load the model anew, and report this."
+            )
+    except BaseException:
+        tuner.peft_config.pop(name, None)
+        for _, layer in _layers(tuner):
+            layer.delete_adapter(name)
+        raise
+    finally:
+        before.restore()
+
+
+def _inject(tuner: Any, name: str, config: Any) -> None:
+    """Let PEFT make an adapter, without a draw from PyTorch's random numbers."""
+    tuner.peft_config[name] = config
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            tuner.inject_adapter(tuner.model, name)
+    except Exception as error:
+        raise CompatibilityError(
+            f"PEFT cannot add adapter '{printable(name)}': {printable(str(error), 600)}"
+        ) from error
+
+
+def _config(tuner: Any, merged: Adapter, adapters: Sequence[str]) -> Any:
+    """The merged adapter's own few keys as PEFT's config; nothing is inherited from an adapter."""
+    targets = set(merged.config["target_modules"])
+    ends = tuple(f".{target}" for target in targets)
+    config = dict(merged.config)
+    if any(path.endswith(ends) and path not in targets for path, _ in tuner.model.named_modules()):
+        config["target_modules"] = "|".join(map(re.escape, sorted(targets)))  # PEFT takes a list's entries as endings
+    said = [getattr(tuner.peft_config[adapter], "target_parameters", None) for adapter in adapters]
+    if config.get("target_parameters") and all(said) and len({frozenset(own or ()) for own in said}) == 1:
+        config["target_parameters"] = sorted(said[0] or ())  # PEFT wants all adapters of a model to say the same
+    return type(tuner.peft_config[adapters[0]])(**config)
+
+
+def _fill(tuner: Any, name: str, merged: Adapter, devices: Mapping[str, torch.device]) -> None:
+    """Every merged tensor to its place, frozen, where the adapters' are; no place left over."""
+    slots = _slots(tuner, name)
+    shapes = {key: tuple(slot.tensor.shape) for key, slot in slots.items()}
+    wanted = {key: merged.tensors.info(key).shape for key in merged.tensors.names}
+    if shapes != wanted:
+        odd = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+        raise CompatibilityError(
+            f"PEFT made other tensors for adapter '{printable(name)}' than were merged: '{printable(odd[0])}' is "
+            f"{shapes.get(odd[0])}, expected {wanted.get(odd[0])} ({len(odd)} such tensors)."
+        )
+    for key, slot in slots.items():
+        tensor = merged.tensors.read(key).to(devices[key], copy=True)
+        setattr(slot.owner, slot.field, nn.Parameter(tensor, requires_grad=False))
+    for _, layer in _layers(tuner):
+        for held in layer.children():
+            if isinstance(held, nn.ModuleDict) and name in held:
+                held[name].train(layer.training)

@@ -1,0 +1,171 @@
+"""Schedule: a number that may differ from module to module, as mergekit's users write it.
+
+    0.5                                      the same everywhere
+    {over_layers: [1.0, 0.7, 0.1]}           a gradient over the layers, straight between its points
+    [1.0, 0.7, 0.1]                          the same in a recipe, and where it is one adapter's own
+    [{filter: mlp, value: 0.5}, {value: 0}]  the first whose filter is part of the module's name
+
+A filter is plain text, not a pattern; none, or `*`, fits every module. A value inside a condition
+may itself be a gradient. The layers are counted by the modules' names: layer i of L, the highest that
+any adapter of the merge has being the last, reads the gradient at i/(L − 1). A module outside the
+numbered layers (an embedding, a head) reads its first point.
+
+Source: the meaning is that of mergekit's recipes (Goddard et al., 2024, arXiv 2403.13257).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...adapters.values import is_number
+from ...errors import RecipeError, printable
+
+LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+EVERYWHERE = (None, "*")
+OVER_LAYERS = "over_layers"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A checked value.
+
+    Attributes:
+        value: a number, a list of numbers, or a list of conditions.
+    """
+
+    value: Any
+
+    @classmethod
+    def read(cls, value: Any, what: str) -> Schedule:
+        """Check a value as a user wrote it.
+
+        Raises: RecipeError saying what `what` may be.
+        """
+        value = as_written(value)
+        if isinstance(value, dict):
+            value = [value]
+        if not _is_value(value) and not _is_conditions(value):
+            raise RecipeError(
+                f"{what} is {printable(repr(value))}; expected a finite number, {{{OVER_LAYERS}: [1.0, 0.5]}} for a gradient "
+                "over the layers, or a list of {filter: PART_OF_NAME, value: …} whose last may lack the filter."
+            )
+        return cls(value)
+
+    def at(self, module: str, layers: int, default: float = 1.0) -> float:
+        """The number for one module of a model with so many layers; `default` where no filter fits."""
+        value = self.value
+        if _is_conditions(value):
+            fits = (c["value"] for c in value if c.get("filter") in EVERYWHERE or str(c["filter"]) in module)
+            value = next(fits, default)
+        if not isinstance(value, list):
+            return float(value)
+        return _gradient(value, module, layers)
+
+    def otherwise(self, value: Any) -> Schedule:
+        """This one, and `value` where no filter of it fits."""
+        return Schedule([*self.value, *_conditions(value)]) if _is_conditions(self.value) else self
+
+    def mapped(self, change: Callable[[float], float]) -> Schedule:
+        """The same with every number changed; straight between its points it stays only if `change` is straight."""
+
+        def of(value: Any) -> Any:
+            return [change(point) for point in value] if isinstance(value, list) else change(value)
+
+        if _is_conditions(self.value):
+            return Schedule([{**c, "value": of(c["value"])} for c in self.value])
+        return Schedule(of(self.value))
+
+    def numbers(self) -> list[float]:
+        """Every number that stands in it."""
+        return [float(n) for c in _conditions(self.value) for n in _listed(c["value"])]
+
+    @property
+    def filters(self) -> list[str]:
+        """The parts of names that it asks for."""
+        return [str(c["filter"]) for c in _conditions(self.value) if c.get("filter") not in EVERYWHERE]
+
+    @property
+    def constant(self) -> bool:
+        """Whether it is one number."""
+        return not isinstance(self.value, list)
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the layer that a module lies in: the first number in its path."""
+    found = LAYER.search(module)
+    return int(found.group(1)) if found else None
+
+
+def count_layers(modules: Iterable[str]) -> int:
+    """How many layers the modules' names speak of."""
+    return 1 + max((layer for layer in map(layer_of, modules) if layer is not None), default=0)
+
+
+def as_read(value: Any) -> Any:
+    """A value as if it had been read from YAML: lists for tuples and arrays, Python's own numbers, text for paths.
+
+    >>> as_read((0.5, (1, 0.2)))
+    [0.5, [1, 0.2]]
+    """
+    if isinstance(value, Mapping):
+        return {str(key): as_read(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_read(own) for own in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.tolist() if hasattr(value, "tolist") else value  # what NumPy and torch hold
+
+
+def as_written(value: Any) -> Any:
+    """Return a schedule as a recipe holds it: a gradient as the list of its points.
+
+    >>> as_written({"over_layers": (1, 0.2)})
+    [1, 0.2]
+    """
+    value = as_read(value)
+    if isinstance(value, dict) and list(value) == [OVER_LAYERS] and is_gradient(value[OVER_LAYERS]):
+        return value[OVER_LAYERS]
+    if isinstance(value, dict) and "value" in value:
+        return {**value, "value": as_written(value["value"])}
+    return [as_written(own) for own in value] if isinstance(value, list) else value
+
+
+def is_gradient(value: Any) -> bool:
+    """Return whether a value is a list of numbers, one at least."""
+    return isinstance(value, list) and bool(value) and all(map(is_number, value))
+
+
+def _gradient(points: list[float], module: str, layers: int) -> float:
+    layer = layer_of(module)
+    if layer is None or len(points) == 1 or layers == 1:
+        return float(points[0])
+    place = layer / (layers - 1) * (len(points) - 1)
+    left = min(math.floor(place), len(points) - 2)
+    return points[left] + (points[left + 1] - points[left]) * (place - left)
+
+
+def _is_value(value: Any) -> bool:
+    return is_number(value) or is_gradient(value)
+
+
+def _is_conditions(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_condition, value))
+
+
+def _is_condition(value: Any) -> bool:
+    if not isinstance(value, dict) or not set(value) <= {"filter", "value"}:
+        return False
+    return _is_value(value.get("value")) and isinstance(value.get("filter"), (str, int, type(None)))
+
+
+def _conditions(value: Any) -> list[dict[str, Any]]:
+    return value if _is_conditions(value) else [{"value": value}]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,118 @@
+"""Document: YAML in which every key has a line, and no key stands twice.
+
+YAML 1.2's short exponents are read as numbers: 1e-3 is a text in YAML 1.1, to which PyYAML holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from ...errors import RecipeError, printable
+
+NODES = 100_000  # more than any recipe has; a few lines of aliases to aliases make billions
+Place = tuple[Any, ...]  # the keys and numbers that lead to a value
+
+
+class Loader(yaml.SafeLoader):
+    """Reads plain values."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes plain values."""
+
+
+for _kind in (Loader, Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+class Document:
+    """What a text says, and where.
+
+    Args:
+        text: YAML.
+        where: how messages name it.
+        synonyms: words that stand for others; both have the line.
+
+    Attributes:
+        values: as plain Python values.
+
+    Raises: RecipeError naming the line, where it is not YAML or a key stands twice.
+    """
+
+    def __init__(self, text: str, where: str, synonyms: Mapping[str, str]) -> None:
+        self.where = where
+        self._synonyms = synonyms
+        self._lines: dict[Place, int] = {}
+        try:
+            loader = Loader(text)
+            node = loader.get_single_node()
+            if node is not None:
+                self._walk(node, ())
+            self.values: Any = None if node is None else loader.construct_document(node)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark else ""
+            problem = printable(str(getattr(error, "problem", None) or error))
+            raise RecipeError(f"{where}{line}: not YAML ({problem}).") from None
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{where}: not YAML that can be read ({printable(str(error))}).") from None
+
+    def at(self, path: Place) -> str:
+        """Where a key, or what holds it, stands."""
+        while path and path not in self._lines:
+            path = path[:-1]
+        return f"{self.where}, line {self._lines.get(path, 1)}"
+
+    def drop(self, key: str, number: int) -> None:
+        """Take an entry out of a list at the top; those after it keep their lines."""
+        del self.values[key][number]
+        self._lines = {
+            (path[0], path[1] - 1, *path[2:]) if path[0] == key and len(path) > 1 and path[1] > number else path: line
+            for path, line in self._lines.items()
+            if path[:2] != (key, number)
+        }
+
+    def _walk(self, node: yaml.Node, path: Place) -> None:
+        """Note the line, from 1, of each key and list entry."""
+        if len(self._lines) > NODES:
+            raise RecipeError(f"{self.where} is larger than any recipe, or refers to itself. Write it out.")
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                name = key.value if isinstance(key, yaml.ScalarNode) else None
+                line = key.start_mark.line + 1
+                if name in seen and name is not None:
+                    raise RecipeError(
+                        f"{self.where}, line {line}: '{printable(name)}' stands there twice. Keep one of them."
+                    )
+                seen.add(name)
+                self._lines.pop((*path, name), None)  # that of a synonym
+                self._note((*path, name), line, value)
+                if str(name) in self._synonyms:
+                    self._note((*path, self._synonyms[str(name)]), line, value)
+        elif isinstance(node, yaml.SequenceNode):
+            for number, value in enumerate(node.value):
+                self._note((*path, number), value.start_mark.line + 1, value)
+
+    def _note(self, path: Place, line: int, value: yaml.Node) -> None:
+        self._lines.setdefault(path, line)
+        self._walk(value, path)
+
+
+def parse(text: str) -> Any:
+    """The value of a short YAML text, such as one on a command line; the text itself where it is none."""
+    try:
+        return yaml.load(text, Loader=Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+
+
+def dump(values: Any) -> str:
+    """Plain values as YAML that `Document` reads back."""
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,335 @@
+"""Report: what a merge did, in numbers; prints as a table that a person likes to read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import printable
+
+CELL = 6  # columns of text for one cosine and the blank before it
+ENDS = 5  # pairs that are shown from each end of the order
+MOST_RANKS = 3  # of one adapter, that are shown one by one
+
+FATES = {
+    "identical": "kept, the same in",
+    "only": "kept, held by",
+    "kept": "kept from",
+    "average": "the weighted mean of",
+    "merged": "merged as task vectors of",
+    "unchanged": "left out, unchanged in",
+    "left out": "left out, held by",
+}
+FORMS = {"tokens": "trained tokens of ", "base": "the base's own under "}
+
+
+@dataclass(frozen=True)
+class AdapterLine:
+    """One input.
+
+    Attributes:
+        name, digest, weight: which, and how much of it.
+        modules: how many it adapts.
+        ranks: the ranks that occur in it.
+        norm: Frobenius norm of its unweighted task vector.
+        kept, entries: how many entries the trim kept, of how many; 0 of 0 where nothing is trimmed.
+        projection: ⟨τ, τᵢ⟩/‖τᵢ‖², with τ the merged task vector as written and τᵢ this one's, unweighted: 1 where
+            all of it is in the result, 0 where nothing is.
+        cosine: ⟨τ, τᵢ⟩/(‖τ‖·‖τᵢ‖).
+        others: ‖τ − projection·τᵢ‖/‖τᵢ‖, what the merge adds that is not this adapter's, by its own length.
+            These three are None where a norm of 0 leaves them undefined.
+        page: its address on the Hub; None for one on this machine.
+        base: the base model's name as it gives it; None for none.
+    """
+
+    name: str
+    digest: str
+    weight: float
+    modules: int
+    ranks: tuple[int, ...]
+    norm: float
+    kept: int
+    entries: int
+    projection: float | None
+    cosine: float | None
+    others: float | None
+    page: str | None = None
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class ModuleLine:
+    """One module of the result.
+
+    Attributes:
+        name, shape: which.
+        adapters: how many of the inputs have it.
+        rank: Σrᵢ of those.
+        norm: Frobenius norm of the merged task vector, scaled, before truncation.
+        energy: share of its square that the output's rank keeps, in [0, 1].
+        conflict: of the entries that two adapters or more keep, the share in which signs differ;
+            None where the method holds no election.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    adapters: int
+    rank: int
+    norm: float
+    energy: float
+    conflict: float | None
+
+
+@dataclass(frozen=True)
+class RiderLine:
+    """One layer that an input holds whole, and what became of it.
+
+    Attributes:
+        module: its path in the base model.
+        form: layer, plain, bias, base or tokens; see `riders`.
+        tensors: the name and shape of each of its tensors.
+        fate: identical, only, kept, average, merged, unchanged or left out.
+        adapters: whose values went into the result; where it is left out, who holds it.
+    """
+
+    module: str
+    form: str
+    tensors: list[str]
+    fate: str
+    adapters: list[str]
+
+
+def rider_texts(lines: Sequence[RiderLine]) -> list[str]:
+    """What became of the whole layers, a line for those with one fate."""
+    groups: dict[tuple[str, str], list[RiderLine]] = {}
+    for line in lines:
+        some = ", ".join(line.adapters[:8]) + (", …" if len(line.adapters) > 8 else "")
+        groups.setdefault((line.fate, some), []).append(line)
+    return [f"{_layers(own)}: {FATES[fate]} {some}" for (fate, some), own in groups.items()]
+
+
+def _layers(lines: Sequence[RiderLine]) -> str:
+    """Some layers by name, biases by their number."""
+    biases = sum(line.form == "bias" for line in lines)
+    named = [f"{FORMS.get(line.form, '')}{printable(line.module)}" for line in lines if line.form != "bias"]
+    shown = [
+        *named[:4],
+        *(["…"] if len(named) > 4 else []),
+        *([f"{biases} bias{'es' * (biases != 1)}"] if biases else []),
+    ]
+    return ", ".join(shown)
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What went in, what came out, and what was lost.
+
+    Attributes:
+        method, space, kind: what was done, to what.
+        scale: λ.
+        formula: that gave λ from the number of adapters; None where λ is a number.
+        rank: of the output; None where it has none.
+        dtype: of the tensors written.
+        rounding: ‖written − computed‖ / ‖computed‖, what that dtype lost.
+        energy: share of the merged squared norm that the rank kept, over all modules.
+        norm: Frobenius norm of the merged task vector.
+        conflict: as in a module's line, over all modules.
+        cosines: between the inputs' task vectors, (N, N); None beyond `PAIRS` adapters.
+        adapters, modules: a line each.
+        warnings: what is possible but unwise, and the notes of the recipe.
+        copied: the tokenizer files that lay beside the inputs, the same in all, and go with the result.
+        riders: a line for each layer that an input holds whole (heads, embeddings, biases).
+        weights: `given`, or `norm` where they were made to bring all adapters to one length.
+        seconds: how long it took.
+        loops: what ran the inner loops: torch, or what compiled them; the numbers are the same within float32.
+        task_type: of the result, or why it has none though an input names one.
+        licence: the front matter that the result's card takes over from those of the inputs.
+        licence_note: that, or why none is taken over, in words.
+    """
+
+    method: str
+    space: str
+    kind: str
+    scale: float
+    rank: int | None
+    dtype: str
+    rounding: float
+    energy: float
+    norm: float
+    conflict: float | None
+    cosines: list[list[float]] | None
+    adapters: list[AdapterLine]
+    modules: list[ModuleLine]
+    warnings: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    riders: list[RiderLine] = field(default_factory=list)
+    weights: str = "given"
+    formula: str | None = None
+    seconds: float = 0.0
+    loops: str = "torch"
+    task_type: str = ""
+    licence: dict[str, Any] = field(default_factory=dict)
+    licence_note: str = ""
+
+    @property
+    def scale_text(self) -> str:
+        """λ, and the formula that gave it."""
+        if self.formula is None:
+            return f"{self.scale:g}"
+        count = len(self.adapters)
+        return f"{self.scale:.3g} = {self.formula.strip()} for {count} adapter{'s' * (count != 1)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, but for the time, which no two runs share."""
+        values = asdict(self)
+        del values["seconds"]
+        return values
+
+    def __repr__(self) -> str:
+        return str(self)  # the last line of a notebook's cell shows the table, not its fields
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100, color_system=None, force_jupyter=False, force_terminal=False)
+        console.print(self)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def __rich__(self) -> RenderableType:
+        return Group(self.tables(), *(Text(f"! {warning}", style="yellow") for warning in self.warnings))
+
+    def tables(self) -> RenderableType:
+        """What went in and what came out, without the warnings."""
+        count = len(self.adapters)
+        several = [Cosines([line.name for line in self.adapters], self.cosines)] if self.cosines and count > 2 else []
+        return Group(self._inputs(), Text(), *several, *([Text()] if several else []), self._outcome())
+
+    def _inputs(self) -> Table:
+        table = Table(
+            title=f"{len(self.adapters)} {self.kind} adapter{'s' * (len(self.adapters) != 1)}",
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+        )
+        shares = [_share(line.kept, line.entries) for line in self.adapters]
+        mixed = len(set(shares)) > 1
+        table.add_column("", no_wrap=True)
+        table.add_column("adapter", overflow="fold")
+        for heading in ("weight", "modules", "rank", "norm", *(["trim keeps"] if mixed else []), "projection"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for number, line in enumerate(self.adapters, start=1):
+            table.add_row(
+                str(number),
+                escape(line.name),
+                f"{line.weight:g}",
+                str(line.modules),
+                _ranks(line.ranks) if self.rank is not None else "–",
+                f"{line.norm:.3g}",
+                *([shares[number - 1]] if mixed else []),
+                figure(line.projection),
+            )
+        return table
+
+    def _outcome(self) -> Table:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_row("merged", f"{self.method} in space {self.space}, scale {escape(self.scale_text)}")
+        if self.weights == "norm":
+            table.add_row("weights", "by norm: the mean of the adapters' norms over each one's own")
+        table.add_row("modules", f"{len(self.modules)}, norm {self.norm:.3g}")
+        if self.cosines is not None and len(self.adapters) == 2:
+            table.add_row("cosine", f"{_cosine(self.cosines[1][0])} between the two task vectors")
+        trimmed = {_share(line.kept, line.entries) for line in self.adapters}
+        if len(trimmed) == 1 and trimmed != {"all"}:
+            table.add_row("trim", f"keeps {trimmed.pop()} of the entries of each task vector")
+        table.add_row("projection", "how much of each adapter's task vector is in the result: 1 is all, 0 is nothing")
+        if self.conflict is not None:
+            table.add_row("sign conflict", f"{self.conflict:.1%} of the entries that two or more adapters keep")
+        if self.rank is not None:
+            worst = min(self.modules, key=lambda line: line.energy)
+            note = "" if worst.energy > 0.9995 else f" (least: {worst.energy:.1%} in {escape(printable(worst.name))})"
+            table.add_row("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy{note}")
+        for number, text in enumerate(rider_texts(self.riders)):
+            table.add_row("" if number else "whole layers", escape(text))
+        if self.task_type:
+            table.add_row("task type", escape(self.task_type))
+        if self.licence_note:
+            table.add_row("licence", escape(self.licence_note))
+        rounding = f", rounding {self.rounding:.1e}" if self.rounding else ""
+        table.add_row("written as", f"{self.dtype}{rounding}")
+        if self.copied:
+            table.add_row("beside it", ", ".join(self.copied))
+        table.add_row("time", f"{self.seconds:.1f} s, inner loops by {self.loops}")
+        return table
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """The cosines between the task vectors, as a table that fits the console.
+
+    Where a triangle of all pairs is too wide for it, the largest and the smallest are listed.
+
+    Attributes:
+        names: of the adapters, in their order.
+        values: the cosine of each pair, (N, N).
+    """
+
+    names: Sequence[str]
+    values: Sequence[Sequence[float]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        room = options.max_width - CELL * (len(self.names) - 1)
+        yield self._triangle(room) if room >= len("cosine ") else self._ends(options.max_width)
+
+    def _triangle(self, room: int) -> Table:
+        """Return a row for each adapter but the first and a column for each but the last.
+
+        Args:
+            room: how many columns of text are left for the adapters' names.
+        """
+        count = len(self.names)
+        table = Table(box=None, padding=0, header_style="")
+        table.add_column(
+            "cosine", width=min(room, max(map(cell_len, self.names)) + 5), no_wrap=True, overflow="ellipsis"
+        )
+        for number in range(1, count):
+            table.add_column(str(number), justify="right", width=CELL, no_wrap=True)
+        for place in range(1, count):
+            cells = [_cosine(value) for value in self.values[place][:place]]
+            table.add_row(f"{place + 1:<3}{escape(self.names[place])}", *cells)
+        return table
+
+    def _ends(self, width: int) -> RenderableType:
+        """Return the pairs with the largest and the smallest cosines, one a line."""
+        pairs = [(self.values[i][j], j, i) for i in range(len(self.names)) for j in range(i)]
+        pairs.sort(key=lambda pair: -pair[0])
+        lines = [f"cosine of {len(pairs)} pairs: the {ENDS} largest and the {ENDS} smallest (--json has all)"]
+        for value, first, second in (*pairs[:ENDS], *pairs[-ENDS:]):
+            numbers = f"{_cosine(value):>5}  {first + 1} and {second + 1}"
+            names = f"{self.names[first]}, {self.names[second]}"
+            lines.append(numbers + (f"  {names}" if cell_len(numbers + names) + 2 <= width else ""))
+        return Text("\n".join(lines))
+
+
+def _cosine(value: float) -> str:
+    return f"{value:.2f}".replace("-0.00", "0.00")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """Return some ranks, sorted; of many the least and the largest."""
+    return ", ".join(map(str, ranks)) if len(ranks) <= MOST_RANKS else f"{ranks[0]}–{ranks[-1]}"
+
+
+def figure(value: float | None) -> str:
+    """Return a figure of an adapter's retention as text; a dash where it is undefined."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _share(part: int, whole: int) -> str:
+    return "all" if part == whole else f"{part / whole:.1%}"

@@ -1,0 +1,50 @@
+"""Values: a device and a dtype by their names, and whole numbers, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..adapters.adapter import Adapter
+from ..choices import DTYPES
+from ..errors import RecipeError, printable, unknown
+
+
+def usable(device: str) -> torch.device:
+    """A device that can be computed on.
+
+    Raises: RecipeError.
+    """
+    try:
+        where = torch.device(device)
+        torch.zeros(1, device=where).item()
+    except (TypeError, RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(f"device '{printable(str(device))}' cannot be used: {printable(first)}. Try cpu.") from None
+    return where
+
+
+def written_dtype(asked: torch.dtype | str | None, adapters: Sequence[Adapter]) -> torch.dtype:
+    """What tensors are written in: as asked; else as all adapters are; else float32.
+
+    Raises: RecipeError.
+    """
+    if asked is None:
+        found = {adapter.dtype for adapter in adapters}
+        return found.pop() if len(found) == 1 else torch.float32
+    name = str(asked).removeprefix("torch.")
+    if name not in DTYPES:
+        raise RecipeError(unknown("dtype", name, DTYPES))
+    made: torch.dtype = getattr(torch, name)
+    return made
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number, or too small a one.
+
+    Raises: RecipeError.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise RecipeError(f"{name} is {printable(repr(value))}; expected a whole number, {least} or more.")

@@ -1,0 +1,126 @@
+"""Judges: what a search goes by, and what it is judged by in the end; tasks on one loaded base.
+
+What they go by is told by its content, the rows' tokens and labels, and not by where it lies: so rows that changed
+make another search, and two machines with the same rows under other paths share one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..choices import TRAINED
+from ..errors import RecipeError
+from ..evaluation.evaluate import find_base, make_exam
+from ..evaluation.language_models import Continuation, Generation
+from ..evaluation.loaded_model import Bench
+from ..evaluation.scorers import Classification, Exam, form_for
+from ..evaluation.task import read_task
+from ..learning.training import check_trainable
+
+FUNCTION = "a function"
+Objective = Callable[[Adapter], float]
+
+
+class Judges:
+    """The objective and the judge as callables.
+
+    Args:
+        objective, judge: tasks, or callables; the judge may be None.
+        adapters: that will be judged; refused where they do not fit the base.
+        base, device, bench: as in `evaluate`.
+        trained: whether an adapter shall be trained on the objective's rows.
+
+    Attributes:
+        exam: the objective's, where it is a task.
+        asked: what the objective is, in plain values; a function is told by nothing.
+        judged_by: the same of the judge in one word, empty without one; None for a function, which is never
+            known to be the same again.
+        score: the objective: −loss, or the accuracy where there is no loss.
+    Raises: TiesPeftError, before the base is loaded wherever it can be known by then.
+    """
+
+    def __init__(
+        self,
+        objective: Any,
+        judge: Any,
+        adapters: Sequence[Adapter],
+        base: str | Path | None,
+        device: str,
+        bench: Bench | None,
+        trained: bool = False,
+    ) -> None:
+        given = [one for one in (objective, judge) if one is not None and not callable(one)]
+        tasks = [read_task(one) for one in given]
+        if trained:
+            if callable(objective):
+                raise RecipeError(f"the control '{TRAINED}' needs a task with labels, not a function. Leave it out.")
+            check_trainable(tasks[0])
+        if tasks and bench is None:
+            if len({form_for(task) for task in tasks}) > 1:
+                raise RecipeError("the objective and the judge need models of two forms. Choose one measure for both.")
+            chosen = find_base(adapters, tasks, base)
+            for task in tasks:
+                task.check_rows()
+            bench = Bench.load(chosen, form_for(tasks[0]), device)
+        exams = [make_exam(bench, task) for task in tasks if bench is not None]
+        if bench is not None:
+            for adapter in adapters:
+                bench.check(adapter)
+                bench.require(adapter)
+        self.exam: Exam | None = None if callable(objective) else exams[0]
+        self.asked: dict[str, Any] = {"objective": FUNCTION} if self.exam is None else content(self.exam)
+        self.judged_by: str | None = "" if judge is None else None if callable(judge) else _digest(content(exams[-1]))
+        self.score: Objective = objective if callable(objective) else lambda adapter: _loss(exams[0], adapter)
+        self._judge = judge if judge is None or callable(judge) else lambda adapter: _value(exams[-1], adapter)
+
+    def judge(self, adapter: Adapter) -> float | None:
+        """What the judge says; None without one."""
+        return None if self._judge is None else float(self._judge(adapter))
+
+
+def content(exam: Exam) -> dict[str, Any]:
+    """What an exam asks, whatever its rows' path and its own name are.
+
+    Returns: `base`, the last part of its name; `measure`, with the options that this one heeds; `examples`, the
+        SHA-256 of the rows' tokens, as far as they are read, and labels.
+    """
+    task, bench = exam.task, exam.bench
+    options: dict[str, Any] = {}
+    rows: list[Any] = []
+    if isinstance(exam, Classification):
+        rows = [list(ids) for ids in exam.sequences]
+        if task.descriptions is not None:
+            described, _ = bench.ids(task.descriptions, task.max_tokens)
+            options = {"descriptions": described, "temperature": task.temperature}
+    elif isinstance(exam, Continuation):
+        rows = [[list(pair.given), list(pair.asked)] for pair in exam.pairs]
+        if task.choices is not None:
+            options = {"choices": len(task.choices), "mean": task.mean}
+    elif isinstance(exam, Generation):
+        rows = [[list(ids), answer] for ids, answer in zip(exam.sequences, exam.answers, strict=True)]
+        options = {"new_tokens": task.new_tokens, "stop": task.stop}
+    return {
+        "base": Path(bench.base).name,
+        "measure": {"name": task.measure, **options},
+        "examples": _digest([rows, exam.labels.tolist()]),
+    }
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _loss(exam: Exam, adapter: Adapter) -> float:
+    with exam.bench.wear(adapter):
+        score = exam.score()
+    return score.value if score.loss is None else -score.loss
+
+
+def _value(exam: Exam, adapter: Adapter) -> float:
+    with exam.bench.wear(adapter):
+        return exam.score().value

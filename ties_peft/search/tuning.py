@@ -1,0 +1,244 @@
+"""Tuning: which numbers and choices of a recipe a search may set, and the recipe that a setting of them makes.
+
+    weights: [-1.5, 1.5]                 one number for each adapter
+    weights: {low: 0, high: 2, points: 3}    a gradient over the layers for each, by its points
+    adapters: some                       for each adapter whether it takes part
+    method: [ties, flat_tsv]             a choice
+    scale: {low: 0.1, high: 3, log: true}
+    density: [0.05, 1.0]                 any parameter of the method; of several methods for those that have it
+
+A list of two numbers is a range, whole if both are; any other list holds choices. `space` and `rank` are choices,
+`seed` a range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..adapters.values import is_number
+from ..errors import MethodError, RecipeError, printable, unknown
+from ..merging.recipes.recipe import Recipe
+from ..merging.recipes.scale import EXPECTED, Scale, is_scale
+from ..merging.recipes.settings import parameter_names, settle
+from ..methods import find_method
+from ..spaces import find_space
+
+SHARED = ("method", "space", "scale", "rank", "seed")
+LISTED = ("weights", "adapters")
+SOME = "some"
+BOUND = 1.5  # LoRAHub's, of the weights
+Setting = Mapping[str, Any]  # the values of a trial by the names of `Tuning.knobs`
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from low to high, ends included.
+
+    Attributes:
+        low, high: the ends.
+        log: whether ratios count, not differences.
+        whole: whether only whole numbers are meant.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+    def drawn(self, share: float) -> float:
+        """The value at a share of the way from low to high, in [0, 1)."""
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        value = low + share * (high - low)
+        value = math.exp(value) if self.log else value
+        return min(max(round(value) if self.whole else value, self.low), self.high)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A few values, without order.
+
+    Attributes:
+        values: text, numbers, true or false.
+    """
+
+    values: tuple[Any, ...]
+
+    def drawn(self, share: float) -> Any:
+        """The value at a share of the list, in [0, 1)."""
+        return self.values[int(share * len(self.values))]
+
+
+Knob = Range | Choice
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A recipe, and what of it is to be set.
+
+    Attributes:
+        recipe: what stays.
+        knobs: by name, what is searched; `weights.2` and `weights.2.0` are of the third adapter.
+    """
+
+    recipe: Recipe
+    knobs: Mapping[str, Knob] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, recipe: Recipe, asked: Mapping[str, Any] | None = None) -> Tuning:
+        """Check what a user asks for; nothing asked for is LoRAHub: the weights, from −1.5 to 1.5.
+
+        Raises: RecipeError or MethodError for an unknown name or an empty range, and for a choice that no
+            merge could take.
+        """
+        asked = {"weights": [-BOUND, BOUND]} if asked is None else dict(asked)
+        if not asked:
+            raise RecipeError("nothing is to be tuned. Name at least one number, such as weights or density.")
+        knobs: dict[str, Knob] = {}
+        for name, value in asked.items():
+            knobs |= _knobs(name, value, len(recipe.adapters))
+        made = cls(recipe, knobs)
+        made._check(asked)
+        return made
+
+    @property
+    def weighs(self) -> bool:
+        """Whether one weight for each adapter is searched."""
+        return "weights.0" in self.knobs
+
+    def middle(self, weight: float = 1.0) -> dict[str, Any]:
+        """A setting to start from: weights as told, the recipe's own values, else the middle or the first."""
+        given = {name: getattr(self.recipe, name) for name in SHARED}
+        given |= dict(self.recipe.parameters)
+        if isinstance(self.recipe.scale, str) and isinstance(self.knobs.get("scale"), Range):
+            given["scale"] = Scale.read(self.recipe.scale).at(len(self.recipe.adapters))
+        setting: dict[str, Any] = {}
+        for name, knob in self.knobs.items():
+            own = weight if name.startswith("weights.") else given.get(name)
+            if isinstance(knob, Choice):
+                setting[name] = own if own in knob.values else knob.values[0]
+            elif own is not None and is_number(own):
+                setting[name] = min(max(own, knob.low), knob.high)
+            else:
+                setting[name] = knob.drawn(0.5)
+        return setting
+
+    def to_recipe(self, setting: Setting) -> Recipe:
+        """The recipe that a setting makes.
+
+        Where every adapter has a weight of 0 it is the first one at scale 0: an adapter that does nothing.
+        """
+        shared = {name: setting[name] for name in SHARED if name in setting}
+        recipe = replace(self.recipe, **shared)
+        weights = self._weights(setting)
+        if weights is not None:
+            nothing = not any(any(w) if isinstance(w, list) else w for w in weights)
+            idle = {"weights": (1.0,) * len(weights), "scale": 0.0}
+            recipe = replace(recipe, **(idle if nothing else {"weights": tuple(weights)}))
+        own = {name: value for name, value in setting.items() if not _taken(name)}
+        known = parameter_names(recipe.method, recipe.space)
+        parameters = {**recipe.parameters, **own}
+        return replace(recipe, parameters={name: value for name, value in parameters.items() if name in known})
+
+    def _weights(self, setting: Setting) -> list[Any] | None:
+        if not any(name.startswith(LISTED) for name in setting):
+            return None
+        given = self.recipe.weights
+        weights: list[Any] = list(given) if isinstance(given, tuple) else [1.0] * len(self.recipe.adapters)
+        for place in range(len(weights)):
+            points = [setting[name] for name in self.knobs if name.startswith(f"weights.{place}.") and name in setting]
+            weights[place] = points or setting.get(f"weights.{place}", weights[place])
+            if not setting.get(f"adapters.{place}", True):
+                weights[place] = 0.0
+        return weights
+
+    def _check(self, asked: Mapping[str, Any]) -> None:
+        """Every method and space that may be met takes the parameters, or leaves them to others that do."""
+        methods = _values(self.knobs, "method", self.recipe.method)
+        places = _values(self.knobs, "space", self.recipe.space)
+        own = [name for name in asked if name not in (*SHARED, *LISTED)]
+        known = {name for method in methods for space in places for name in parameter_names(method, space)}
+        for name in own:
+            if name not in known:
+                names = {*SHARED, *LISTED, *(other for other in known if "." not in other)}
+                raise MethodError(f"what is to be tuned: {unknown('parameter', name, names)}")
+        for method in methods:
+            for space in places:
+                has = parameter_names(method, space)
+                for end in (0, -1):
+                    ends = {name: _end(self.knobs[name], end) for name in own if name in has}
+                    settle(method, space, {**{k: v for k, v in self.recipe.parameters.items() if k in has}, **ends})
+
+
+def named(space: str) -> Sequence[str]:
+    """The parameters that are a space's own."""
+    return list(find_space(space).model_fields)
+
+
+def _knobs(name: str, value: Any, adapters: int) -> dict[str, Knob]:
+    """Those that one line of the request makes."""
+    if name == "adapters":
+        if value != SOME:
+            raise RecipeError(f"adapters is {printable(repr(value))}; expected {SOME}: each takes part or does not.")
+        return {f"adapters.{place}": Choice((True, False)) for place in range(adapters)}
+    if name == "weights":
+        points = value.get("points", 1) if isinstance(value, Mapping) else 1
+        if not isinstance(points, int) or isinstance(points, bool) or points < 1:
+            raise RecipeError(f"weights, points: {printable(repr(points))}; expected a whole number from 1 up.")
+        rest = {k: v for k, v in value.items() if k != "points"} if isinstance(value, Mapping) else value
+        knob = _knob(name, rest)
+        if not isinstance(knob, Range):
+            raise RecipeError(f"weights is {printable(repr(value))}; expected a range, [low, high].")
+        one = replace(knob, whole=False)
+        ends = [""] if points == 1 else [f".{point}" for point in range(points)]
+        return {f"weights.{place}{end}": one for place in range(adapters) for end in ends}
+    knob = _knob(name, value)
+    if name in ("method", "space") and isinstance(knob, Choice):
+        for choice in knob.values:
+            for part in str(choice).split("+") if name == "method" else []:
+                find_method(part.strip())
+            if name == "space":
+                find_space(str(choice))
+    elif name == "scale" and isinstance(knob, Choice) and not all(map(is_scale, knob.values)):
+        raise RecipeError(f"scale is {printable(repr(value))}; each choice is expected to be {EXPECTED}.")
+    elif name in ("method", "space"):
+        raise RecipeError(f"{name} is {printable(repr(value))}; expected a list of names.")
+    return {name: knob}
+
+
+def _knob(name: str, value: Any) -> Knob:
+    if isinstance(value, Mapping):
+        odd = [key for key in value if key not in ("low", "high", "log")]
+        if odd or not {"low", "high"} <= value.keys():
+            raise RecipeError(f"{name} is {printable(repr(dict(value)))}; expected {{low: …, high: …, log: true}}.")
+        return _range(name, value["low"], value["high"], bool(value.get("log", False)))
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise RecipeError(f"{name} is {printable(repr(value))}; expected [low, high], or a list of choices.")
+    if len(value) == 2 and all(is_number(end) for end in value):
+        return _range(name, value[0], value[1], log=False)
+    if not all(isinstance(choice, (str, int, float, bool)) for choice in value):
+        raise RecipeError(f"{name} holds {printable(repr(value))}; expected texts, numbers, true or false.")
+    return Choice(tuple(value))
+
+
+def _range(name: str, low: Any, high: Any, log: bool) -> Range:
+    if not (is_number(low) and is_number(high) and math.isfinite(low) and math.isfinite(high) and low < high):
+        raise RecipeError(f"{name} goes from {printable(repr(low))} to {printable(repr(high))}; expected low < high.")
+    if log and low <= 0:
+        raise RecipeError(f"{name}: a range by ratios starts at {low}; expected more than 0.")
+    return Range(low, high, log, isinstance(low, int) and isinstance(high, int))
+
+
+def _taken(name: str) -> bool:
+    return name in SHARED or name.partition(".")[0] in LISTED
+
+
+def _values(knobs: Mapping[str, Knob], name: str, otherwise: str) -> tuple[str, ...]:
+    knob = knobs.get(name)
+    return tuple(map(str, knob.values)) if isinstance(knob, Choice) else (otherwise,)
+
+
+def _end(knob: Knob, end: int) -> Any:
+    return knob.values[end] if isinstance(knob, Choice) else (knob.low, knob.high)[end]

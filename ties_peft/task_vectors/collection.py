@@ -1,0 +1,468 @@
+"""Task vectors of one module, as a method of merging sees them: a lazy sequence with the verbs of the papers.
+
+    kept = task_vectors.trim(density, scope)     # which entries stay
+    signs = kept.elect("mass")                   # one sign per entry
+    merged = kept.disjoint_merge(signs, "mean")  # combine the entries that agree
+
+`trim`, `keep_band`, `drop` and `drop_by_rank` return another lazy sequence; nothing is computed until `sum`,
+`disjoint_merge` or an iteration asks for it. Then large modules are worked through in tiles by several threads, each
+entry is read once where one pass suffices, and compiled kernels are used where they pay (see `fast`). The result does not
+depend on any of that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import MethodError
+from .delta import Delta, Dense, LowRank, inner, stack
+from .elect import Ballot, Combine, Election, Vote
+from .factorise import Sum
+from .kernels import fused
+from .kernels.backends import Loops
+from .random_numbers import uniform
+from .single_pass import SinglePass
+from .steps import Cuts, Dropped, Step, Trimmed
+from .tiles import Workers, empty
+from .trim import Scope, Trim, find_cuts
+
+
+class Statistic(Protocol):
+    """Numbers that belong to one module of one adapter, read by rows."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return some rows."""
+
+    def whole(self) -> Tensor:
+        """Return all rows."""
+
+
+class Thresholds(Protocol):
+    """Where the trims of one module are looked up; see `survey`."""
+
+    def of(self, part: int, single_pass: SinglePass | None = None) -> Cuts:
+        """Return the cuts of one part of the module, found in a single pass where one is offered and suffices."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A wish for order statistics of values that a method gives to all entries of each adapter.
+
+    Attributes:
+        values: values(task_vectors) gives for each of them the values of the entries at hand, float32, any sign; each
+            is good until the next is asked for.
+        ranks: ranks(entries, density) are the ranks wanted of so many values, 1 for the largest.
+        scope: over what the values are ranked.
+    """
+
+    values: Callable[[TaskVectors], Iterable[Tensor]]
+    ranks: Callable[[int, float], Sequence[int]]
+    scope: Scope
+
+
+@dataclass(frozen=True)
+class Signs:
+    """The outcome of an election, computed when it is used.
+
+    Attributes:
+        of: the task vectors that elect.
+        by: `mass`, `count`, or `none` where every entry counts as elected.
+    """
+
+    of: TaskVectors
+    by: Vote = "mass"
+
+    def at(self, tile: TaskVectors) -> Signs:
+        """Return the election among the rows of a tile alone."""
+        return replace(self, of=replace(self.of, rows=tile.rows, tile=tile.tile, tally={}))
+
+    def dense(self) -> Tensor:
+        """Return the elected signs, +1 or −1, of the rows at hand."""
+        ballot = self.of.ballot(Election(self.by))
+        return ballot.elected(self.of.sign_vector()).mul(2).sub_(1)
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """The weighted task vectors w·τ of one part of one module, in the coordinates of the space.
+
+    Iterating gives one float32 tensor for each adapter that has the module, in the order of the adapters.
+
+    Attributes:
+        deltas: w·τ of each adapter that has the module.
+        weights: w of each of them.
+        trim_asked: the trim that the method declares (see `Method.trims`), whose cuts `thresholds` knows.
+        thresholds: finds these cuts; None to find cuts by the vectors at hand alone.
+        part: the number of the part in the module.
+        density: the method's own density, if it has one.
+        densities: for each, what stands in the place of that density: its own, or one set for the adapter or module.
+        levels: for each, the values of the ranks that the method asked for (see `Ranking`); empty where it asks for none.
+        total_weight: Σw over all adapters of the merge, also those that lack the module.
+        total_magnitude: Σ|w| over them.
+        adapters: how many adapters the merge has, also those that lack the module.
+        rows: the range of rows at hand; None for all.
+        tile: the number of that range in the grid of tiles.
+        steps: what is done to each vector as it is read.
+        signs: the vector that decides the signs, if the method was given one.
+        statistics: of each, where the method `needs` them, those of the whole module.
+        inputs: the directions among the module's inputs that the columns stand for, (columns, in), where the
+            space has coordinates of its own; None where each column is one input.
+        streams: the key of each one's random numbers.
+        workers: the threads that work through tiles, their memory and their kernels.
+        out: where the result for the rows at hand may be written, of their shape.
+        tally: counts for the report, summed over tiles.
+    """
+
+    deltas: Sequence[Delta]
+    weights: Sequence[float]
+    trim_asked: Trim | None = None
+    thresholds: Thresholds | None = None
+    part: int = 0
+    density: float | None = None
+    densities: Sequence[float] = ()
+    levels: Sequence[tuple[float, ...]] = ()
+    total_weight: float = 1.0
+    total_magnitude: float = 1.0
+    adapters: int = 1
+    rows: tuple[int, int] | None = None
+    tile: int = 0
+    steps: tuple[Step, ...] = ()
+    signs: Delta | None = None
+    statistics: Sequence[Statistic] = ()
+    inputs: Tensor | None = None
+    streams: Sequence[int] = ()
+    workers: Workers = field(default_factory=lambda: Workers(1))
+    out: Tensor | None = None
+    tally: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, vectors: Sequence[Tensor], weights: Sequence[float] | None = None) -> TaskVectors:
+        """Return the task vectors that some tensors are, for trying a method without any adapter.
+
+        Args:
+            vectors: one for each adapter, of one shape, (out, in) or (k,).
+            weights: of each, 1 by default.
+        """
+        own = [1.0] * len(vectors) if weights is None else list(weights)
+        deltas = [Dense(vector.float() * weight) for vector, weight in zip(vectors, own, strict=True)]
+        total, magnitude = sum(own), sum(map(abs, own))
+        return cls(
+            deltas, own, total_weight=total, total_magnitude=magnitude, adapters=len(own), streams=range(len(own))
+        )
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Give each vector as a tensor of its own."""
+        return (values.clone() for values in self.stream())
+
+    def stream(self) -> Iterator[Tensor]:
+        """Give each vector in memory that the next one takes; it may be written into."""
+        self._find_cuts()
+        for place, delta in enumerate(self.deltas):
+            values = self._read(delta)
+            for step in self.steps:
+                values = step.apply(self, place, values)
+            yield values
+
+    def _find_cuts(self) -> None:
+        """Find the cuts of all trims: before the memory is in use that finding them takes, and before several threads ask."""
+        for step in self.steps:
+            if isinstance(step, Trimmed):
+                step.cuts()
+
+    def _read(self, delta: Delta) -> Tensor:
+        """Return the rows at hand of one task vector; in tiles where cuts or levels were found in tiles, so that the bits agree."""
+        out = self.room("vector", self.shape)
+        if self.rows is not None:
+            return fused.read(delta, self.rows, out, self.loops, self.room)
+        if not self.levels and not any(isinstance(step, Trimmed) for step in self.steps):
+            return delta.rows(*self.span, out=out)
+        for start, stop in self.grid:
+            part = out[start:stop]
+            part.copy_(fused.read(delta, (start, stop), part, self.loops, self.room))
+        return out
+
+    # what is at hand
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The range of rows at hand."""
+        return self.rows or (0, self.deltas[0].shape[0])
+
+    @property
+    def start(self) -> int:
+        """The flat index of the first entry at hand."""
+        return self.span[0] * math.prod(self.shape[1:])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of every vector at hand."""
+        start, stop = self.span
+        return (stop - start, *self.deltas[0].shape[1:])
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the vectors live."""
+        return self.deltas[0].rows(0, 0).device
+
+    @property
+    def loops(self) -> Loops | None:
+        """The compiled kernels in use."""
+        return self.workers.loops
+
+    @property
+    def grid(self) -> list[tuple[int, int]]:
+        """The tiles of the whole part."""
+        return self.workers.tiles(self.deltas[0].shape, self.device)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no step takes anything away from any vector."""
+        return not self.steps or (all(step.idle for step in self.steps) and all(own == 1 for own in self.densities))
+
+    def room(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """Return float32 memory of this thread, its content left from the last use."""
+        return self.workers.scratch(purpose, shape, self.device)
+
+    def uniform(self, place: int) -> Tensor:
+        """Return one number in [0, 1) for each entry at hand of one task vector, the same in every tiling."""
+        return uniform(self.streams[place], self.start, self.shape).to(self.device)
+
+    def share(self, place: int, density: float) -> float:
+        """Return the share to keep of one task vector, where the method asks for `density` of all."""
+        return self.densities[place] if self.densities and density == self.density else density
+
+    def sign_vector(self) -> Tensor | None:
+        """Return the rows at hand of the vector that decides the signs."""
+        return None if self.signs is None else self.signs.rows(*self.span)
+
+    # which entries stay
+
+    def trim(self, density: float, scope: Scope = "module") -> TaskVectors:
+        """Keep the ⌊density·n⌋ entries of largest magnitude of each task vector; set the others to zero.
+
+        Args:
+            density: the share that is kept, in (0, 1]; a density set for one adapter or module replaces it.
+            scope: whether magnitudes are ranked over the whole `adapter`, or over each `module`. Over the adapter
+                only as `Method.trims` declares, since all modules are looked at before the first is merged.
+        """
+        return self._trimmed(Trim((density,), scope))
+
+    def keep_band(self, gamma: float, density: float, scope: Scope = "module") -> TaskVectors:
+        """Leave out the ⌊γ·n⌋ entries of largest magnitude, keep the ⌊density·n⌋ next; `scope` as in `trim`."""
+        return self._trimmed(Trim((gamma, density), scope))
+
+    def _trimmed(self, asked: Trim) -> TaskVectors:
+        step = Trimmed(asked, self._finder(asked))
+        return replace(self, steps=(*self.steps, step))
+
+    def _finder(self, asked: Trim) -> Callable[[SinglePass | None], Cuts]:
+        declared = self.trim_asked is not None and self.trim_asked.densities == asked.densities and not self.steps
+        if self.thresholds is not None and declared:
+            thresholds, part = self.thresholds, self.part
+            return lambda single_pass: thresholds.of(part, single_pass)
+        if asked.scope == "adapter" and self.thresholds is not None:
+            raise MethodError(
+                "a trim with scope 'adapter' has to be declared before the merge and comes before any other step. Return "
+                "it from the method's trims(), or use scope 'module'."
+            )
+        if self.rows is not None:
+            raise MethodError(
+                "a trim needs whole task vectors, and these are some rows of them. Trim before by_tiles()."
+            )
+        bands = [(*asked.densities[:-1], self.share(place, asked.densities[-1])) for place in range(len(self))]
+        return lambda single_pass: [
+            find_cuts(values.abs(), own, self.grid) for values, own in zip(self.stream(), bands, strict=True)
+        ]
+
+    def drop(self, density: float) -> TaskVectors:
+        """Keep each entry with probability `density` and divide it by that; the random numbers are the entry's own."""
+        return replace(self, steps=(*self.steps, Dropped(density)))
+
+    def drop_by_rank(self, density: float, epsilon: float) -> TaskVectors:
+        """Keep entries with probabilities from density − ε to density + ε, rising with the rank in their row; rescale."""
+        return replace(self, steps=(*self.steps, Dropped(density, epsilon)))
+
+    # combine
+
+    def elect(self, by: Vote = "mass") -> Signs:
+        """Elect one sign per entry: that of the sum of the values (`mass`) or of their signs (`count`); 0 goes to +.
+
+        Where the merge was given an adapter that decides the signs, its sign is taken wherever it is not 0. `none`
+        holds no election: every entry then counts as elected.
+        """
+        return Signs(self, by)
+
+    def disjoint_merge(self, signs: Signs, by: Combine = "mean", normalize: bool = True) -> Delta:
+        """Combine, entry by entry, the values whose sign is the elected one; 0 where there is none.
+
+        Args:
+            signs: from `elect`, of these task vectors.
+            by: `mean`, `sum` or `max` (largest magnitude) of the values that agree; `mean_elected` is their sum and
+                `mean_all` the sum of all values, both divided by Σ|w| over all adapters.
+            normalize: divide by Σ|w|; else by the number of adapters.
+        Returns: the merged task vector; in factors where every entry is kept and nothing is to be decided.
+        """
+        election = Election(signs.by, by, normalize)
+        if signs.of is not self:
+            return self.by_tiles(lambda tile: tile._vote_by(signs.at(tile).dense(), election))
+        if self.rows is not None:
+            return Dense(self._vote(election))
+        if self._decided(election):
+            return self._sum_of_all(election)
+        return self._in_a_single_pass(election) or self.by_tiles(lambda tile: tile._vote(election))
+
+    def _decided(self, election: Election) -> bool:
+        """Return whether the result is a weighted sum of the task vectors."""
+        both = election.disjoint == "mean_all" or (
+            election.elect == "none" and election.disjoint in ("sum", "mean_elected")
+        )
+        return (len(self) == 1 or both) and self.signs is None and self.untouched
+
+    def _sum_of_all(self, election: Election) -> Delta:
+        if election.disjoint in ("mean_elected", "mean_all"):
+            return self.sum(1 / (self.total_magnitude if election.normalize else self.adapters))
+        alone = len(self) == 1 and election.disjoint == "mean" and election.normalize
+        return self.sum(1 / abs(self.weights[0]) if alone else 1.0)
+
+    def _in_a_single_pass(self, election: Election) -> Delta | None:
+        """Return the merge of trimmed vectors whose cuts are found in the same pass; None where that cannot be done."""
+        trimmed = self._only_trimmed()
+        weights = self._kernel_weights(election)
+        if trimmed is None or trimmed.found or self.thresholds is None or weights is None:
+            return None
+        single_pass = SinglePass.of(self.deltas, weights, election.disjoint == "mean", self.workers)
+        if single_pass is None:
+            return None
+        cuts = trimmed.cuts(single_pass)
+        return single_pass.result([own[0] for own in cuts], self.tally) if single_pass.done else None
+
+    def _only_trimmed(self) -> Trimmed | None:
+        """Return the trim, if that is all that is done to the vectors."""
+        step = self.steps[0] if len(self.steps) == 1 else None
+        return step if isinstance(step, Trimmed) and len(step.trim.densities) == 1 else None
+
+    def _vote(self, election: Election) -> Tensor:
+        """Return the disjoint merge of the rows at hand, and count conflicts for the report."""
+        trimmed = self._only_trimmed()
+        cuts = [own[0] for own in trimmed.cuts()] if trimmed is not None else []
+        if not cuts or election.disjoint == "max" or not all(cut.whole(self.tile) for cut in cuts):
+            return self._counted(self.ballot(election))
+        below = [cut.below for cut in cuts]
+        weights, out, loops = self._kernel_weights(election), self.out, self.loops
+        if weights is None or out is None or loops is None:
+            return self._counted(replace(self, steps=()).ballot(election, below))
+        mean = election.disjoint == "mean"
+        self.count(*fused.vote(self.deltas, below, weights, mean, self.span, out, loops, self.room))
+        return out
+
+    def _vote_by(self, signs: Tensor, election: Election) -> Tensor:
+        """Return the disjoint merge of the rows at hand by signs that others elected."""
+        return self._counted(self.ballot(election), signs)
+
+    def ballot(self, election: Election, below: Sequence[float] = ()) -> Ballot:
+        """Return the votes of the rows at hand, counted.
+
+        Args:
+            election: how they are counted.
+            below: for each, the largest magnitude that has no vote; none for zeros alone.
+        """
+        total = self.total_magnitude if election.normalize else float(self.adapters)
+        room = self.room("ballot", (5, *self.shape))
+        ballot = Ballot(room, election.elect, election.disjoint, election.normalize, total, self.loops)
+        for values, weight, least in zip(self.stream(), self.weights, below or [0.0] * len(self), strict=True):
+            ballot.cast(values, weight, least)
+        return ballot
+
+    def _counted(self, ballot: Ballot, signs: Tensor | None = None) -> Tensor:
+        self.count(*ballot.conflicts())
+        return ballot.result(self.sign_vector() if signs is None else signs)
+
+    def count(self, conflicting: int, shared: int) -> None:
+        """Add to the report's counts: entries with kept values of both signs, and entries that two or more keep."""
+        for name, number in (("conflicting", conflicting), ("shared", shared)):
+            self.tally[name] = self.tally.get(name, 0) + number
+
+    def _kernel_weights(self, election: Election) -> list[float] | None:
+        """Return what each vector adds to the divisor, where the compiled kernels can hold the election; else None."""
+        plain = election.elect == "mass" and election.disjoint in ("mean", "sum")
+        loops = self.loops
+        if loops is None or not plain or self.signs is not None or len(self.shape) != 2:
+            return None
+        if not all(fused.fits(delta, loops) for delta in self.deltas):
+            return None
+        return [abs(weight) if election.normalize else 1.0 for weight in self.weights]
+
+    def sum(self, factor: float | Sequence[float] = 1.0) -> Delta:
+        """Return Σ factorᵢ·wᵢ·τᵢ; exactly, in factors at rank Σrᵢ, where every entry is kept.
+
+        Args:
+            factor: one for all, or one for each.
+        """
+        factors = [float(factor)] * len(self) if isinstance(factor, (int, float)) else list(factor)
+        if self.rows is not None or not self.untouched:
+            return self.by_tiles(lambda tile: tile._added(factors))
+        factored = [delta for delta in self.deltas if isinstance(delta, LowRank)]
+        if len(factored) == len(self.deltas):
+            return Sum(factored, factors)
+        return stack([delta.scaled(own) for delta, own in zip(self.deltas, factors, strict=True)])
+
+    def _added(self, factors: Sequence[float]) -> Tensor:
+        total: Tensor | None = None
+        for values, factor in zip(self.stream(), factors, strict=True):
+            own = values if factor == 1 else values * factor
+            total = own.clone() if total is None else total.add_(own)
+        assert total is not None
+        return total
+
+    def by_tiles(self, work: Callable[[TaskVectors], Tensor]) -> Delta:
+        """Return a result that is computed a few rows at a time, by several threads.
+
+        Args:
+            work: gives the result for the rows at hand of the task vectors that it is handed. Each entry of it may
+                depend on the same entry of the task vectors alone.
+        """
+        if self.rows is not None:
+            return Dense(work(self))
+        self._find_cuts()
+        result = empty(self.deltas[0].shape, self.device)
+        grid = self.grid
+
+        def one(number: int) -> dict[str, int]:
+            start, stop = grid[number]
+            part = replace(self, rows=(start, stop), tile=number, tally={}, out=result[start:stop])
+            merged = work(part)
+            if merged is not part.out:
+                result[start:stop] = merged
+            return part.tally
+
+        for counts in self.workers.map(one, range(len(grid))):
+            for what, number in counts.items():
+                self.tally[what] = self.tally.get(what, 0) + number
+        return Dense(result)
+
+    # all at once
+
+    def matrices(self) -> Tensor:
+        """Return all of them at once, (N, …), float64: for methods that need them together, in a small space."""
+        return torch.stack([delta.dense().double() for delta in self.deltas])
+
+    def gram(self) -> Tensor:
+        """Return ⟨wᵢτᵢ, wⱼτⱼ⟩, (N, N), float64; from factors without multiplying them out."""
+        gram = torch.zeros(len(self), len(self), dtype=torch.float64)
+        for i in range(len(self)):
+            for j in range(i + 1):
+                gram[i, j] = gram[j, i] = inner(self.deltas[i], self.deltas[j])
+        return gram
+
+
+__all__ = ["Ranking", "Signs", "Statistic", "TaskVectors", "Thresholds"]
