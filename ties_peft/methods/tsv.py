@@ -20,12 +20,12 @@ class Tsv(Method):
         τ = polar([U₁ … U_N]) · diag(S₁ … S_N) · polar([V₁ … V_N])ᵀ
 
     polar(M) is the nearest matrix with orthonormal columns. The norm grows like √N, as that of a sum of
-    orthogonal adapters does; λ = 1/√N, the default, takes that back. λ = 1 is as published. On sets of two, four
-    and six sample adapters 1/√N and N^(−1/4) are level, and both ahead of 1 (benchmarks/results/scales.json); six
-    adapters of a causal language model did best with λ = 0.4, which is 1/√6.
+    orthogonal adapters does, and the default λ = 1/√N makes up for that. λ = 1 is as published: on sample adapters it
+    is as good for two, and worse for four and six. There 1/√N is half a point under the best λ, N^(−1/3)
+    (benchmarks/results/scales.json); for causal language models smaller ones were better than larger ones.
 
-    Law: with λ = 1 adapters whose directions are orthogonal are summed; one adapter comes back unchanged; a negative
-        weight negates; an adapter of zeros equals an absent one.
+    Law: with λ = 1, adapters whose directions are orthogonal are summed; one adapter comes back unchanged; a negative
+        weight negates; for a given λ, an adapter of zeros equals an absent one.
     Source: Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, CVPR 2025
         (arXiv 2412.00081), TSV-M. Published and in its code, every task gives its first min(out, in)/N
         directions; of a LoRA those beyond its rank rᵢ belong to singular values of zero and are arbitrary
