@@ -90,7 +90,8 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 
 
 def merged(folders: Sequence[Path], method: str, space: str = "delta", **asked: Any) -> dict[str, Array]:
-    result = ties_peft.merge(list(folders), method=method, space=space, **{"rank": "max", **asked})
+    """What a method makes at full rank, with λ = 1, for which the laws and definitions hold."""
+    result = ties_peft.merge(list(folders), method=method, space=space, **{"rank": "max", "scale": 1.0, **asked})
     return {name: result.delta(name).double().numpy() for name in result.modules}
 
 

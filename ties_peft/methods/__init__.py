@@ -175,6 +175,11 @@ class Stages:
         """In order."""
         return (*self.before, self.method, *self.after)
 
+    @property
+    def last(self) -> Method:
+        """The stage that changes the result last, whose default λ holds."""
+        return (self.method, *(stage for stage in self.before if stage.finishes()), *self.after)[-1]
+
 
 def make_stages(name: str, parameters: dict[str, Any]) -> Stages:
     """The method or methods of a name such as `ties` or `dare+ties`, with their parameters, checked.

@@ -43,6 +43,7 @@ class Method(BaseModel, ABC):
     Attributes:
         name: as users write it.
         default_scale: λ where the user gives none: a number, or a formula in N, the number of adapters (see `scale`).
+        published_scale: λ as published, where it was worse than the default: who gives it is warned.
         spaces: where it can be used.
         kinds: of adapter it makes sense for.
         source: the paper.
@@ -62,6 +63,7 @@ class Method(BaseModel, ABC):
 
     name: ClassVar[str]
     default_scale: ClassVar[float | str] = 1.0
+    published_scale: ClassVar[float | None] = None
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots")
     kinds: ClassVar[tuple[str, ...]] = ("lora", "ia3")
     source: ClassVar[str] = ""

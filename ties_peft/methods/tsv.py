@@ -20,12 +20,12 @@ class Tsv(Method):
         τ = polar([U₁ … U_N]) · diag(S₁ … S_N) · polar([V₁ … V_N])ᵀ
 
     polar(M) is the nearest matrix with orthonormal columns. The norm grows like √N, as that of a sum of
-    orthogonal adapters does. λ = 1 is as published; on eight adapters trained for eight tasks 0.6 was
-    best (found on validation rows, so a hint and no default). N^(−1/4), which is 0.59 for eight, needs no
-    tuning and was ahead of TIES on sets of two to six sample adapters (benchmarks/results).
+    orthogonal adapters does, and the default λ = 1/√N makes up for that. λ = 1 is as published: on sample adapters it
+    is as good for two, and worse for four and six. There 1/√N is half a point under the best λ, N^(−1/3)
+    (benchmarks/results/scales.json); for causal language models smaller ones were better than larger ones.
 
-    Law: adapters whose directions are orthogonal are summed; one adapter comes back unchanged; a negative
-        weight negates; an adapter of zeros equals an absent one.
+    Law: with λ = 1, adapters whose directions are orthogonal are summed; one adapter comes back unchanged; a negative
+        weight negates; for a given λ, an adapter of zeros equals an absent one.
     Source: Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, CVPR 2025
         (arXiv 2412.00081), TSV-M. Published and in its code, every task gives its first min(out, in)/N
         directions; of a LoRA those beyond its rank rᵢ belong to singular values of zero and are arbitrary
@@ -34,6 +34,8 @@ class Tsv(Method):
     """
 
     name: ClassVar[str] = "tsv"
+    default_scale: ClassVar[float | str] = "1/sqrt(N)"
+    published_scale: ClassVar[float | None] = 1.0
     source: ClassVar[str] = "Gargiulo et al., CVPR 2025, arXiv 2412.00081"
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
