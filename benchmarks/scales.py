@@ -31,9 +31,9 @@ SIZES = (2, 4, 6)
 METHODS: list[tuple[Setting, tuple[float | str, ...]]] = [
     (Setting("tsv"), (0.4, 0.6, "1/sqrt(N)", "N^-1/3", "N^-1/4", "0.8*N^-1/4")),
     (Setting("boosting"), (0.2, 0.3, 0.4, 0.6, "1/sqrt(N)", "0.7/sqrt(N)", "N^-1/4", "0.7*N^-1/4")),
-    (Setting("ties+boosting", space="core"), (0.4, "1/sqrt(N)", "0.7*N^-1/4")),
+    (Setting("ties+boosting", space="core"), (0.4, "1/sqrt(N)", "0.7/sqrt(N)", "0.7*N^-1/4")),
 ]
-CUT = [Setting("iso_c"), Setting("iso_cts"), Setting("flat_tsv"), Setting("boosting", scale=0.4)]
+CUT = [Setting("iso_c"), Setting("iso_cts"), Setting("flat_tsv"), Setting("boosting", scale="0.7/sqrt(N)")]
 WHOLE = [Setting("tsv", scale="1/sqrt(N)"), Setting("ties")]  # for comparison: their spectra fall
 RANKS = ("max", 42, 28, 16)
 
