@@ -58,6 +58,7 @@ REMEDIES = {  # on those of FEW that were trained less
 FEW = (3, 10)
 GAIN = 10.0  # points over the base that an adapter must be worth, for a share of them to mean anything
 HALF = 0.5  # of that gain: less is called lost
+ALARMS = 0.05  # of the adapters that kept half, at most, may lie under the threshold
 
 
 @dataclass(frozen=True)
@@ -225,27 +226,40 @@ def rows_of(measured: Measured, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def threshold(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The projection under which most adapters have lost half of their gain: chosen on validation rows, told on test rows.
+    """Return the projection under which an adapter has likely lost half of its gain, and what it tells on both splits.
 
-    Chosen is the one with the largest difference between the share of the lost that lie under it and the share of
-    the others that do; of equal ones the smallest.
+    Chosen on validation rows: the largest, in hundredths, under which lie at most `ALARMS` of the adapters that kept
+    half or more.
     """
-    chosen = max((place / 100 for place in range(1, 81)), key=lambda at: _split(rows, at, "validation")["difference"])
-    return {"threshold": chosen, **{split: _split(rows, chosen, split) for split in ("validation", "test")}}
+    fitting = [at for at in range(1, 100) if _under(rows, at / 100, "validation")["false alarms"] <= ALARMS]
+    chosen = max(fitting) / 100
+    return {"threshold": chosen, **{split: _under(rows, chosen, split) for split in ("validation", "test")}}
 
 
-def _split(rows: Sequence[Mapping[str, Any]], at: float, split: str) -> dict[str, Any]:
+def _under(rows: Sequence[Mapping[str, Any]], at: float, split: str) -> dict[str, Any]:
+    """How many of the adapters that lost half lie under a projection, and how many of the others."""
     known = [row for row in rows if split in row and row[split]["kept"] is not None]
     lost = [row["projection"] < at for row in known if row[split]["kept"] < HALF]
     rest = [row["projection"] < at for row in known if row[split]["kept"] >= HALF]
-    shares = [sum(under) / max(1, len(under)) for under in (lost, rest)]
     return {
-        "lost": len(lost),
-        "lost under it": sum(lost),
-        "others": len(rest),
-        "others under it": sum(rest),
-        "difference": round(shares[0] - shares[1], 3),
+        "lost half": len(lost),
+        "of them under it": sum(lost),
+        "kept half": len(rest),
+        "under it all the same": sum(rest),
+        "false alarms": round(sum(rest) / max(1, len(rest)), 3),
     }
+
+
+def bins(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean share of the gain that is kept on test rows, and how often less than half, by the projection."""
+    edges = [(-9.0, 0.0), *((low / 10, (low + 1) / 10) for low in range(7)), (0.7, 9.0)]
+    found = []
+    for low, high in edges:
+        kept = [row["test"]["kept"] for row in rows if "test" in row and low <= row["projection"] < high]
+        kept = [share for share in kept if share is not None]
+        lost = sum(share < HALF for share in kept)
+        found.append({"from": low, "to": high, "adapters": len(kept), "kept": _mean(kept, 2), "lost half": lost})
+    return found
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -285,7 +299,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder for each task")
     parser.add_argument("--types", nargs="*", default=list(SAMPLES), choices=list(SAMPLES))
     parser.add_argument("--rows", type=int, default=300, help="test rows of each task (300)")
-    parser.add_argument("--chosen-on", type=int, default=100, help="validation rows of each task (100)")
+    parser.add_argument("--chosen-on", type=int, default=300, help="validation rows of each task (300)")
     parser.add_argument("--work", type=Path, default=ROOT / "demo-out" / "retention", help="trained adapters and a log")
     parser.add_argument("--json", type=Path, help="write every row there")
     asked = parser.parse_args()
@@ -300,10 +314,19 @@ def main() -> None:
     lines = summary(rows)
     show(lines, console)
     found = threshold(rows)
-    console.print(found)
+    console.print(found, bins(rows))
     if asked.json:
-        about = {"command": "python benchmarks/retention.py --data DIR", "rows": asked.rows, "versions": versions()}
-        text = json.dumps({**about, "threshold": found, "means": lines, "every": rows}, indent=1, ensure_ascii=False)
+        about = {
+            "command": "python benchmarks/retention.py --data DIR",
+            "rows": asked.rows,
+            "chosen on": asked.chosen_on,
+            "versions": versions(),
+        }
+        text = json.dumps(
+            {**about, "threshold": found, "by projection": bins(rows), "means": lines, "every": rows},
+            indent=1,
+            ensure_ascii=False,
+        )
         asked.json.write_text(text + "\n", encoding="utf-8")
 
 

@@ -283,18 +283,16 @@ def little_left(inputs: Sequence[AdapterLine], plan: Plan) -> list[str]:
     lost.sort(key=lambda line: line.projection or 0)
     shown = ", ".join(f"{line.name} ({figure(line.projection)})" for line in lost[:8])
     more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
+    even = "" if plan.weighting == NORM else ' (--weights norm, weights="norm", brings all to one length)'
     if len(lost) == len(inputs):
-        advice = f"Raise the scale, which is {plan.scale:g}, or choose a method that adds, such as task_arithmetic."
-    elif plan.weighting == NORM:
-        advice = "Raise its weight, or choose a method without an election, such as task_arithmetic."
+        advice = f"Raise the scale, which is {plan.scale:g}."
+    elif plan.method.linear(len(inputs)):
+        advice = f"Raise its weight{even}, or the scale, which is {plan.scale:g}."
     else:
-        advice = (
-            'Raise its weight (--weights norm, weights="norm", brings all to one length), or choose a method without an '
-            "election, such as task_arithmetic."
-        )
+        advice = f"Use a method that adds, such as task_arithmetic, or raise its weight{even}."
     return [
-        f"little is left of {shown}{more}: in brackets the projection, the share of its task vector that the result holds. "
-        f"Under {LEFT} the sample adapters lost about half of what they had learnt, or more. {advice}"
+        f"little is left of {shown}{more}: in brackets the projection, the share of its task vector that the result holds; "
+        f"under {LEFT} an adapter has likely lost half of what it had learnt. {advice}"
     ]
 
 

@@ -101,8 +101,8 @@ def unequal_norms(norms: Mapping[str, float], weighted: bool = False) -> list[st
         return []
     return [
         f"{'weighted norms' if weighted else 'norms'} differ {times:.1f}-fold: {large} ({there[large]:.3g}), {small} "
-        f"({there[small]:.3g}). The largest leave little of the smallest. If that is not meant, --weights norm "
-        '(weights="norm") brings all to one length.'
+        f"({there[small]:.3g}). An election of signs leaves the smallest little. A method that adds, such as "
+        'task_arithmetic, leaves it more, and --weights norm (weights="norm") brings all to one length.'
     ]
 
 
