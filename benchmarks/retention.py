@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder for each task")
     parser.add_argument("--types", nargs="*", default=list(SAMPLES), choices=list(SAMPLES))
     parser.add_argument("--rows", type=int, default=300, help="test rows of each task (300)")
-    parser.add_argument("--chosen-on", type=int, default=300, help="validation rows of each task (300)")
+    parser.add_argument("--chosen-on", type=int, default=100, help="validation rows of each task (100)")
     parser.add_argument("--work", type=Path, default=ROOT / "demo-out" / "retention", help="trained adapters and a log")
     parser.add_argument("--json", type=Path, help="write every row there")
     asked = parser.parse_args()

@@ -215,7 +215,7 @@ def test_threads_are_those_asked_for_and_afterwards_those_before(
 
 def test_never_worse_than_the_start(loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A step far too large: the rate is lowered three times, and what is given back is the start, said so."""
-    monkeypatch.setitem(ties_peft.learning.distil.__globals__["RATES"], "factors", 1e6)
+    monkeypatch.setitem(ties_peft.distil.__globals__["RATES"], "factors", 1e6)
     with pytest.warns(ties_peft.TiesPeftWarning, match="the start itself"):
         made = ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], rank=2, **QUICK)
     assert not made.report.improved

@@ -155,7 +155,7 @@ def test_a_threshold_is_the_kth_largest(
     monkeypatch: pytest.MonkeyPatch, few: int, steps: int, kind: str, misled: bool
 ) -> None:
     for name, value in (("FEW", few), ("STEPS", steps), ("WHOLE", 10)):
-        monkeypatch.setattr(f"ties_peft.threshold.{name}", value)
+        monkeypatch.setattr(f"ties_peft.task_vectors.threshold.{name}", value)
     draw = np.random.default_rng(0)
     values = np.abs(draw.standard_normal(3000)).astype(np.float32)
     values = {"smooth": values, "repeated": np.round(values, 1), "zeros": values * (draw.random(3000) < 0.4)}[kind]

@@ -277,7 +277,7 @@ def test_what_is_kept_and_what_is_read_again_changes_no_bit(
     if space != "factors":
         asked["sign_from"] = paths[2]
     plain = ties_peft.merge(paths, **asked)
-    monkeypatch.setattr(f"ties_peft.coordinates.{setting}", 0)
+    monkeypatch.setattr(f"ties_peft.merging.encoding.{setting}", 0)
     again = ties_peft.merge(paths, **asked)
     assert all(torch.equal(plain.delta(name), again.delta(name)) for name in plain.modules)
     assert plain.report.to_dict()["cosines"] == again.report.to_dict()["cosines"]

@@ -28,7 +28,7 @@ from .report import AdapterLine, ModuleLine, Report, figure
 from .thresholds import Kept, trimmed_apart
 
 PAIRS = 64  # up to so many adapters every pair's cosine is computed
-LEFT = 0.39  # a projection under this: little is left of an adapter; chosen by benchmarks/retention.py
+LEFT = 0.34  # a projection under this: little is left of an adapter; chosen by benchmarks/retention.py
 ALIKE = 0.97  # a cosine above this: two adapters that say the same
 LITTLE = 0.5  # energy kept under this deserves a word
 VISIBLE = 1e-3  # energy lost of a flat spectrum that deserves a word
