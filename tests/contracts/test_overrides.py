@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from conftest import PREFIX
 from contracts.cells import EQUAL_RANKS, OFFERED, Cell, drawn_statistics, samples, tensors, with_tensors
 from oracles import definition
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ties_peft
@@ -240,6 +243,32 @@ def test_a_prepared_merge_runs_it_too() -> None:
     adapters, weights = samples("lora", EQUAL_RANKS), [2.0, -1.0, 0.5]
     merged = ties_peft.prepare(adapters, space="delta").merge(NAME, weights=weights, scope="module", rank="max")
     assert_close(merged, sum_of(adapters, weights, "delta"))
+
+
+@pytest.mark.parametrize("name", TRIMMING)
+@pytest.mark.parametrize("scope", ["adapter", "module"])
+def test_whole_layers_are_merged_by_it_too(
+    make_lora: Callable[..., Path], tmp_path: Path, name: str, scope: str
+) -> None:
+    """A head as a task vector, trimmed on its own; many of its magnitudes are equal."""
+    overridden(method_classes()[name], levelled, trims=one_cut)
+    draw, key = torch.Generator().manual_seed(5), "score.weight"
+    origin = torch.randint(-9, 10, (5, 7), generator=draw).float()  # whole numbers: what is added comes back exactly
+    (tmp_path / "base").mkdir()
+    save_file({key: origin}, tmp_path / "base/model.safetensors")
+    heads = [torch.randint(-3, 4, (5, 7), generator=draw).float() for _ in range(3)]
+    folders, weights = [], [2.0, -1.0, 0.5]
+    for place, head in enumerate(heads):
+        folders.append(make_lora(f"a{place}", seed=place))
+        own = load_file(folders[-1] / "adapter_model.safetensors") | {f"{PREFIX}{key}": origin + head}
+        save_file(own, folders[-1] / "adapter_model.safetensors", metadata={"format": "pt"})
+    asked = {"weights": weights, "density": 0.41, "scope": scope, "scale": 1.0}
+    merged = ties_peft.merge(folders, NAME, heads="merge", base=tmp_path / "base", **asked)
+    kept = [
+        definition.trim({key: w * h.double().numpy()}, 0.41, "module")[key] for w, h in zip(weights, heads, strict=True)
+    ]
+    expected = origin.double().numpy() + sum(place * own / np.linalg.norm(own) for place, own in enumerate(kept, 1))
+    np.testing.assert_allclose(merged.tensors.read(f"{PREFIX}{key}").numpy(), expected, atol=1e-5)
 
 
 def test_what_a_class_says_of_its_merge_holds_for_that_merge_alone() -> None:
