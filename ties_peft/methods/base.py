@@ -163,7 +163,7 @@ def scope_fault(method: Method, scope: Scope, space: str) -> str | None:
 def masked(delta: Delta, change: Callable[[Tensor, Tensor], Tensor], stream: int) -> Mapped:
     """Return a task vector that is read through change(values, uniform numbers): how `prepare` drops at random.
 
-    The numbers belong to the entries (see `draws`); change must commute with scaling.
+    The numbers belong to the entries (see `random_numbers`); change must commute with scaling.
     """
 
     def apply(values: Tensor, start: int, drawn: bool) -> Tensor:

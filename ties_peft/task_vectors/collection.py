@@ -6,7 +6,7 @@
 
 `trim`, `keep_band`, `drop` and `drop_by_rank` return another lazy sequence; nothing is computed until `sum`,
 `disjoint_merge` or an iteration asks for it. Then large modules are worked through in tiles by several threads, each
-entry is read once where one pass suffices, and compiled kernels are used where they pay (see `fast`). The result does not
+entry is read once where one pass suffices, and compiled kernels are used where they pay (see `kernels.backends`). The result does not
 depend on any of that.
 """
 
@@ -45,7 +45,7 @@ class Statistic(Protocol):
 
 
 class Thresholds(Protocol):
-    """Where the trims of one module are looked up; see `survey`."""
+    """Where the trims of one module are looked up; see `merging.thresholds`."""
 
     def of(self, part: int, single_pass: SinglePass | None = None) -> Cuts:
         """Return the cuts of one part of the module, found in a single pass where one is offered and suffices."""

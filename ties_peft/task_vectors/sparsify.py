@@ -1,7 +1,7 @@
 """Sparsify: which entries of a task vector stay, by chance, by rank or by score; and sums over many vectors.
 
 What `trim` is for magnitudes over a whole adapter, these are for a tile or a module at a time. The
-random ones are handed their uniform numbers (see `draws`): they draw nothing themselves.
+random ones are handed their uniform numbers (see `random_numbers`): they draw nothing themselves.
 """
 
 from __future__ import annotations
