@@ -62,7 +62,7 @@ def test_a_task_file_is_read_and_its_rows_fit_it(path: Path) -> None:
     task = read_task(path)
     if is_local(task):
         task.check_rows()
-        answers = task.answers(task.read())
+        answers = task.label_numbers(task.read())
         assert len({answers.count(number) for number in range(len(task.options or ()))}) == 1  # all as often
 
 

@@ -113,7 +113,7 @@ def test_files_of_rows(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "a.csv") == [{"text": "one, two", "label": "1"}, {"text": "b", "label": "0"}]
     assert read_rows(tmp_path / "a.txt", limit=1) == [{"text": "one two"}]
     labels = read_task({**DESCRIBED, "rows": str(tmp_path / "a.csv")})
-    assert labels.answers(labels.read()) == [1, 0]
+    assert labels.label_numbers(labels.read()) == [1, 0]
 
 
 @pytest.mark.parametrize(

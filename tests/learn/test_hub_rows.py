@@ -80,7 +80,7 @@ def publish(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 def answers(**more: Any) -> list[int]:
     task = read_task({**TWO, **more})
-    return task.answers(task.read())
+    return task.label_numbers(task.read())
 
 
 def test_rows_have_names_and_numbers(publish: Publish) -> None:
@@ -122,12 +122,15 @@ def test_a_label_that_is_kept_back_is_not_written(measure: str, publish: Publish
 def test_texts_alone_need_no_labels(publish: Publish) -> None:
     publish([-1, -1])
     assert read_task(TWO).texts() == TEXTS[:2]
-    assert read_task({"measure": "loss", "label": None, "rows": "org/set"}).targets(read_rows("org/set")) == ["", ""]
+    assert read_task({"measure": "loss", "label": None, "rows": "org/set"}).target_texts(read_rows("org/set")) == [
+        "",
+        "",
+    ]
 
 
 def test_a_number_written_in_a_file_is_a_text_to_write() -> None:
     task = read_task({"measure": "exact_match", "rows": [{"text": "2 - 3 =", "label": -1}]})
-    assert task.targets(task.read()) == ["-1"]
+    assert task.target_texts(task.read()) == ["-1"]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +180,6 @@ def test_the_classes_of_a_head(
     task = read_task({"measure": "head", "rows": "org/set", **({"labels": labels} if labels else {})})
     if expected is None:
         with pytest.raises(RecipeError, match=r"the label is 'neg'; expected .* one of NEGATIVE, POSITIVE"):
-            task.answers(task.read(), head)
+            task.label_numbers(task.read(), head)
     else:
-        assert task.answers(task.read(), head) == expected
+        assert task.label_numbers(task.read(), head) == expected

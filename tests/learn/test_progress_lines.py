@@ -14,7 +14,7 @@ from cli.running import run
 from learn.models import bases, linear_shapes, make_model, sentences, write_lora
 
 from ties_peft.cli import base
-from ties_peft.cli.base import Lines, progress_bar
+from ties_peft.cli.base import ProgressLines, progress_bar
 
 Told = tuple[str, int, int]
 
@@ -24,14 +24,14 @@ class Script:
 
     def __init__(self, *waits: list[tuple[float, Told]]) -> None:
         self.now = 100.0
-        self.lines = Lines(lambda: self.now)
+        self.lines = ProgressLines(lambda: self.now)
         self._waits = iter(waits)
 
     def wait(self, seconds: float) -> bool:
         end, told = self.now + seconds, next(self._waits, None)
         for after, what in told or []:
             self.now = end - seconds + after
-            self.lines.tell(*what)
+            self.lines.update(*what)
         self.now = end
         return told is None
 
@@ -105,14 +105,14 @@ def test_lines_come_while_the_work_goes_on_and_end_with_it(
 @pytest.fixture
 def half_minutes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Half a minute passes with all that is told."""
-    tell: Callable[..., None] = Lines.tell
+    tell: Callable[..., None] = ProgressLines.update
 
-    def telling(lines: Lines, *what: object) -> None:
+    def telling(lines: ProgressLines, *what: object) -> None:
         tell(lines, *what)
         sys.stderr.write(f"{lines.line()}\n")
 
-    monkeypatch.setattr(Lines, "tell", telling)
-    monkeypatch.setattr(Lines, "run", lambda *_: None)
+    monkeypatch.setattr(ProgressLines, "update", telling)
+    monkeypatch.setattr(ProgressLines, "run", lambda *_: None)
     return
 
 

@@ -193,7 +193,7 @@ def test_what_no_target_can_load_is_refused_before_the_work(
     }
     parameters = {"r": 2, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
     monkeypatch.setattr(
-        sys.modules["ties_peft.merging.convert"], "carry_out", lambda *_: pytest.fail("the work was begun")
+        sys.modules["ties_peft.merging.convert"], "run_plan", lambda *_: pytest.fail("the work was begun")
     )
     for tensors, more, why in (
         (headed, {}, r"whole layers; leave them out \(--heads drop\): lm_head"),

@@ -28,7 +28,7 @@ PERIOD = 3600.0  # seconds over which the speed is taken: one step of a search c
 # Completions of a value, for the shell. They import nothing more, because they run at every press of the tab key.
 
 
-def among(values: Iterable[str]) -> Callable[[str], list[str]]:
+def complete_from(values: Iterable[str]) -> Callable[[str], list[str]]:
     """Return a completion by a list of values."""
     known = tuple(values)
     return lambda incomplete: [value for value in known if value.startswith(incomplete)]
@@ -49,7 +49,7 @@ def complete_heads(incomplete: str) -> list[str]:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-class _At(NamedTuple):
+class _Stage(NamedTuple):
     """Where the work is: the stage, and when and at which step it was first told of."""
 
     stage: str
@@ -59,7 +59,7 @@ class _At(NamedTuple):
     first: int
 
 
-class Lines:
+class ProgressLines:
     """What the work does, in lines on standard error: for output that is not a terminal.
 
     Args:
@@ -68,18 +68,18 @@ class Lines:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._begun = clock, clock()
-        self._at: _At | None = None  # replaced as a whole, because another thread reads it
+        self._stage: _Stage | None = None  # replaced as a whole, because another thread reads it
 
-    def tell(self, stage: str, done: int, total: int) -> None:
+    def update(self, stage: str, done: int, total: int) -> None:
         """Take note of how far a stage is."""
-        at = self._at
+        at = self._stage
         same = at is not None and _name(at.stage) == _name(stage) and at.done <= done
         begun, first = (at.begun, at.first) if at is not None and same else (self._clock(), done)
-        self._at = _At(stage, done, total, begun, first)
+        self._stage = _Stage(stage, done, total, begun, first)
 
     def line(self) -> str:
         """Return what there is to say now."""
-        at, now = self._at, self._clock()
+        at, now = self._stage, self._clock()
         so_far = f"({_time(now - self._begun)} so far)"
         if at is None:
             return f"working {so_far}"
@@ -122,9 +122,9 @@ def _time(seconds: float) -> str:
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """Show progress on standard error: bars on a terminal, one for each stage, and elsewhere a line every half minute."""
     if not sys.stderr.isatty():
-        lines = Lines()
+        lines = ProgressLines()
         with lines.running():
-            yield lines.tell
+            yield lines.update
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -148,29 +148,29 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def warnings_shown() -> Iterator[None]:
+def print_warnings_after() -> Iterator[None]:
     """What the work warns of, once each, when it is done."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", TiesPeftWarning)
         yield
     said = (str(one.message) for one in found if issubclass(one.category, TiesPeftWarning))
-    show_warnings(list(dict.fromkeys(said)))
+    print_warnings(list(dict.fromkeys(said)))
 
 
-def show_written(console: Console, loading: Loading, out: Path) -> None:
+def print_loading(console: Console, loading: Loading, out: Path) -> None:
     """Print where the result is, and the lines of Python that load it."""
     console.print(f"\nwritten to {escape(printable(str(out), 4096))}; load it with\n", highlight=False, soft_wrap=True)
     for line in loading.lines(str(out)):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def show_warnings(found: list[str]) -> None:
+def print_warnings(found: list[str]) -> None:
     """A line each on standard error."""
     for warning in found:
         sys.stderr.write(f"warning: {warning}\n")
 
 
-def show_notes(found: list[str]) -> None:
+def print_notes(found: list[str]) -> None:
     """A line each on standard error."""
     for note in found:
         sys.stderr.write(f"note: {note}\n")

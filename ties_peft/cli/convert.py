@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..adapters import sources
 from ..adapters.targets import TARGETS
-from .base import Json, among, print_json, progress_bar, show_warnings, show_written
+from .base import Json, complete_from, print_json, print_loading, print_warnings, progress_bar
 
 if TYPE_CHECKING:
     from ..merging.merged import Merged
@@ -30,7 +30,7 @@ Heads = Annotated[
 Target = Annotated[
     str | None,
     typer.Option(
-        help=f"The loader it is for: {', '.join(TARGETS)}.", show_default="peft", autocompletion=among(TARGETS)
+        help=f"The loader it is for: {', '.join(TARGETS)}.", show_default="peft", autocompletion=complete_from(TARGETS)
     ),
 ]
 
@@ -83,7 +83,7 @@ def convert(
 
 
 def _show(made: Merged, out: Path, as_json: bool) -> None:
-    show_warnings(made.report.warnings)
+    print_warnings(made.report.warnings)
     lost = 1 - made.report.energy
     if as_json:
         print_json({"out": str(out), "lost": lost, "recipe": made.recipe.to_dict(), "report": made.report.to_dict()})
@@ -94,4 +94,4 @@ def _show(made: Merged, out: Path, as_json: bool) -> None:
         f", rounding to {made.report.dtype} {made.report.rounding:.1e} of the norm" if made.report.rounding else ""
     )
     console.print(f"\nlost: {lost:.2%} of the energy{rounding}", highlight=False)
-    show_written(console, made.loading, out)
+    print_loading(console, made.loading, out)

@@ -11,7 +11,7 @@ from rich.console import Console
 from ..adapters import sources
 from ..choices import DISTIL_BATCH, FITS
 from ..errors import RecipeError, printable
-from .base import Json, print_json, progress_bar, show_written, warnings_shown
+from .base import Json, print_json, print_loading, print_warnings_after, progress_bar
 
 Rows = Annotated[
     list[str] | None,
@@ -70,7 +70,7 @@ def distil(
     read = [path for path in map(sources.local, adapters) if path is not None]
     check_target(out, force, read)
     check_apart(out, state, "the state (--state)")
-    with warnings_shown(), progress_bar() as tell:
+    with print_warnings_after(), progress_bar() as tell:
         made = distil_adapters(
             adapters,
             start=start,
@@ -96,7 +96,7 @@ def distil(
         return
     console = Console()
     console.print(made.report.tables())
-    show_written(console, made.loading, out)
+    print_loading(console, made.loading, out)
 
 
 def _rows(given: list[str] | None, count: int) -> Any:

@@ -12,12 +12,12 @@ from rich.table import Table
 
 from ..choices import EVALUATION_BATCH
 from ..errors import RecipeError, printable
-from .base import Json, print_json, progress_bar, show_warnings, warnings_shown
+from .base import Json, print_json, print_warnings, print_warnings_after, progress_bar
 
 if TYPE_CHECKING:
     from ..evaluation.scorers import Score
 
-BARE = "base"
+BASE_LABEL = "base"
 Harness = Annotated[
     list[str] | None,
     typer.Option(help="Tasks of lm-evaluation-harness by name, A,B or repeated.", show_default=False),
@@ -60,9 +60,9 @@ def evaluate(
     from ..evaluation.harness import harness as by_harness
     from ..merging.members import short_names
 
-    labels = ([BARE] if bare else []) + (short_names(names) if names else [])
+    labels = ([BASE_LABEL] if bare else []) + (short_names(names) if names else [])
     judged = [*([None] if bare else []), *names]
-    with warnings_shown(), progress_bar() as tell:
+    with print_warnings_after(), progress_bar() as tell:
         if harness:
             tasks = [name for one in harness for name in one.split(",") if name]
             given: dict[str, Any] = {"include_path": harness_path, "batch_size": batch_size, "limit": limit}
@@ -72,7 +72,7 @@ def evaluate(
     if harness:
         _show_harness(labels, results, as_json)
         return
-    _say_odd_rows(scores[0])
+    _warn_about_rows(scores[0])
     if as_json:
         lines = [
             {"adapter": label, "scores": [s.to_dict() for s in line]}
@@ -99,7 +99,7 @@ def _show_harness(labels: list[str], results: list[dict[str, dict[str, float]]],
     Console().print(table)
 
 
-def _say_odd_rows(line: list[Score]) -> None:
+def _warn_about_rows(line: list[Score]) -> None:
     """What was done with rows that are too long, or have nothing in them: the same for every adapter."""
     texts = [
         (score, count, told)
@@ -110,7 +110,7 @@ def _say_odd_rows(line: list[Score]) -> None:
         )
         if count
     ]
-    show_warnings([f"task '{printable(s.task)}': {count} of {s.rows} rows were {told}." for s, count, told in texts])
+    print_warnings([f"task '{printable(s.task)}': {count} of {s.rows} rows were {told}." for s, count, told in texts])
 
 
 def _table(labels: list[str], scores: list[list[Score]]) -> Table:

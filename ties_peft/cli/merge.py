@@ -14,14 +14,14 @@ from ..choices import DEVICE, DTYPES, ERROR, METHOD, RANK, SCOPES, SEED, SPACE, 
 from ..errors import RecipeError
 from .base import (
     Json,
-    among,
+    complete_from,
     complete_heads,
     complete_method,
     print_json,
+    print_loading,
+    print_notes,
+    print_warnings,
     progress_bar,
-    show_notes,
-    show_warnings,
-    show_written,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ Space = Annotated[
     typer.Option(
         help=", ".join(space_names()) + ".",
         show_default=SPACE,
-        autocompletion=among(space_names()),
+        autocompletion=complete_from(space_names()),
         rich_help_panel=HOW,
     ),
 ]
@@ -86,7 +86,7 @@ Scope = Annotated[
     typer.Option(
         help="Trim over the whole adapter or each module.",
         show_default="adapter",
-        autocompletion=among(SCOPES),
+        autocompletion=complete_from(SCOPES),
         rich_help_panel=HOW,
     ),
 ]
@@ -108,7 +108,7 @@ Rank = Annotated[
     typer.Option(
         help="A whole number, max or auto.",
         show_default=RANK,
-        autocompletion=among(("auto", "max")),
+        autocompletion=complete_from(("auto", "max")),
         rich_help_panel=RESULT,
     ),
 ]
@@ -125,7 +125,7 @@ Dtype = Annotated[
     typer.Option(
         help="float32, float16 or bfloat16.",
         show_default="the inputs'",
-        autocompletion=among(DTYPES),
+        autocompletion=complete_from(DTYPES),
         rich_help_panel=RESULT,
     ),
 ]
@@ -147,7 +147,7 @@ Target = Annotated[
     typer.Option(
         help=f"The loader it is for: {', '.join(TARGETS)}.",
         show_default="peft",
-        autocompletion=among(TARGETS),
+        autocompletion=complete_from(TARGETS),
         rich_help_panel=RESULT,
     ),
 ]
@@ -231,7 +231,7 @@ def _run(flags: Flags, out: Path | None, device: str, dry_run: bool, force: bool
     from ..task_vectors.processes import team
 
     asked, patterns = flags.asked().expanded()
-    show_notes(patterns)
+    print_notes(patterns)
     if out is not None:
         check_target(out, force, inputs(asked))
     if dry_run:
@@ -249,7 +249,7 @@ def _run(flags: Flags, out: Path | None, device: str, dry_run: bool, force: bool
 def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
     from ..merging.report import rider_texts
 
-    show_warnings(plan.warnings)
+    print_warnings(plan.warnings)
     facts = {
         "adapters": [member.name for member in plan.members],
         "kind": plan.title,
@@ -276,10 +276,10 @@ def _shown(value: object) -> object:
 
 
 def _show_merged(merged: Merged, out: Path, as_json: bool) -> None:
-    show_warnings(merged.report.warnings)
+    print_warnings(merged.report.warnings)
     if as_json:
         print_json({"out": str(out), "recipe": merged.recipe.to_dict(), "report": merged.report.to_dict()})
         return
     console = Console()
     console.print(merged.report.tables())
-    show_written(console, merged.loading, out)
+    print_loading(console, merged.loading, out)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..methods import MethodInfo
 
 
-WIDEST = 100  # columns of text that are good to read
-HEADED = re.compile(r"[A-Z][a-z]+: |[-*] ")  # a line that starts a paragraph without a blank line above it
+MAX_WIDTH = 100  # columns of text that are good to read
+PARAGRAPH_START = re.compile(r"[A-Z][a-z]+: |[-*] ")  # a line that starts a paragraph without a blank line above it
 
 
 def register(app: typer.Typer) -> None:
@@ -69,11 +69,11 @@ def _print_method(console: Console, info: MethodInfo) -> None:
     table.add_row("scale", _scale(info), "λ, on the merged task vector")
     console.print(table)
     console.print(f"\nspaces: {', '.join(info.spaces)}; for {', '.join(info.kinds)}\n", highlight=False)
-    text = laid_out(info.text.partition("\n")[2], console.width)
+    text = reflow(info.text.partition("\n")[2], console.width)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def laid_out(text: str, width: int) -> str:
+def reflow(text: str, width: int) -> str:
     """Return the text of a docstring with its paragraphs broken anew for a width.
 
     A block that starts with an indented line is formulas, which keep their lines. `Law:` and `Source:` start paragraphs of
@@ -81,7 +81,7 @@ def laid_out(text: str, width: int) -> str:
     """
     blocks = re.split(r"\n\s*\n", text.strip("\n"))
     return "\n\n".join(
-        _formulas(block, width) if block[:1].isspace() else _prose(block, min(width, WIDEST)) for block in blocks
+        _formulas(block, width) if block[:1].isspace() else _prose(block, min(width, MAX_WIDTH)) for block in blocks
     )
 
 
@@ -99,12 +99,14 @@ def _formulas(block: str, width: int) -> str:
 def _prose(block: str, width: int) -> str:
     found: list[str] = []
     for line in block.splitlines():
-        if found and not HEADED.match(line):
+        if found and not PARAGRAPH_START.match(line):
             found[-1] += f" {line.strip()}"
         else:
             found.append(line)
     return "\n".join(
-        textwrap.fill(one, width, subsequent_indent="    " if HEADED.match(one) else "", break_on_hyphens=False)
+        textwrap.fill(
+            one, width, subsequent_indent="    " if PARAGRAPH_START.match(one) else "", break_on_hyphens=False
+        )
         for one in found
     )
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .base import Json, print_json, show_warnings
+from .base import Json, print_json, print_warnings
 
 Private = Annotated[
     bool | None, typer.Option("--private/--public", help="Of a new repository.", show_default="the account's")
@@ -37,7 +37,7 @@ def push(
         warnings.simplefilter("ignore")
         pushed = push_adapter(folder, repo, private=private, revision=revision, message=message, create_pr=create_pr)
     if pushed.left:
-        show_warnings([f"not sent, being no adapter's files: {', '.join(pushed.left)}."])
+        print_warnings([f"not sent, being no adapter's files: {', '.join(pushed.left)}."])
     if as_json:
         print_json(asdict(pushed))
         return

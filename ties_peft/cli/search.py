@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from ..choices import BUDGET, CONTROLS, DEVICE, METHOD, PENALTY, RANK, SEED, SPACE, TRAINED, space_names
 from ..errors import RecipeError, printable
-from .base import Json, among, complete_method, print_json, progress_bar, show_warnings, warnings_shown
+from .base import Json, complete_from, complete_method, print_json, print_warnings, print_warnings_after, progress_bar
 
 if TYPE_CHECKING:
     from ..search.search import Found
@@ -51,7 +51,9 @@ Judge = Annotated[
     Path | None, typer.Option(help="A task file with other rows, to judge by at the end.", show_default=False)
 ]
 Method = Annotated[str, typer.Option(help="The method, unless --tune sets it.", autocompletion=complete_method)]
-Space = Annotated[str, typer.Option(help="The space, unless --tune sets it.", autocompletion=among(space_names()))]
+Space = Annotated[
+    str, typer.Option(help="The space, unless --tune sets it.", autocompletion=complete_from(space_names()))
+]
 Controls = Annotated[bool, typer.Option("--controls/--no-controls", help=f"Also make {', '.join(CONTROLS)}.")]
 AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")]
 
@@ -96,7 +98,7 @@ def search(
 
     parameters = _pairs(settings, "--set")
     place = storage or f"{out}.study.db"
-    _check_places(out, force, place, adapters, parameters)
+    _check_paths(out, force, place, adapters, parameters)
     with progress_bar() as tell:
         found = find(
             adapters,
@@ -126,7 +128,7 @@ def search(
     _show(found, out, place, study, as_json)
 
 
-def _check_places(out: Path, force: bool, storage: str, adapters: list[str], parameters: Mapping[str, Any]) -> None:
+def _check_paths(out: Path, force: bool, storage: str, adapters: list[str], parameters: Mapping[str, Any]) -> None:
     """Refuse an output that is in the way of an input or of the storage."""
     from ..adapters.writer import check_apart, check_target
     from ..merging.merged import inputs
@@ -143,14 +145,14 @@ def _warn_of_base(adapters: list[str], task: Path, base: str | None) -> None:
     from ..evaluation.evaluate import find_base
     from ..evaluation.task import read_task
 
-    with warnings_shown():
+    with print_warnings_after():
         find_base([Adapter.load(name) for name in adapters], [read_task(task)], base)
 
 
 def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> None:
     from ..search.storage import shown
 
-    show_warnings(found.adapter.report.warnings)
+    print_warnings(found.adapter.report.warnings)
     if as_json:
         print_json({"out": str(out), "storage": shown(storage), "study": study, **found.to_dict()})
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .base import progress_bar, warnings_shown
+from .base import print_warnings_after, progress_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -34,7 +34,7 @@ def signs(
     from ..merging.recipes.recipe import Recipe
 
     check_target(out, force, inputs(Recipe(adapters=tuple(adapters))))
-    with warnings_shown(), progress_bar() as tell:
+    with print_warnings_after(), progress_bar() as tell:
         made = few_shot_signs(adapters, task, base, device, steps=steps, seed=seed, progress=tell)
     made.save(out, force)
     names = " ".join(adapters)

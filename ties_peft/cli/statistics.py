@@ -9,7 +9,7 @@ import typer
 
 from ..choices import STATISTICS
 from ..errors import RecipeError
-from .base import Json, print_json, progress_bar, warnings_shown
+from .base import Json, print_json, print_warnings_after, progress_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -48,7 +48,7 @@ def statistics(
         raise RecipeError(f"{len(task)} tasks for {len(opened)} adapters. Give one for all, or one for each.")
     tasks = [read_task(path) for path in (task * len(opened) if len(task) == 1 else task)]
     made = []
-    with warnings_shown(), progress_bar() as tell:
+    with print_warnings_after(), progress_bar() as tell:
         base = find_base(opened, tasks, base)
         for adapter, own in zip(opened, tasks, strict=True):
             for one in kind or [k for k in STATISTICS if k != "gram" or adapter.kind.has_rank]:

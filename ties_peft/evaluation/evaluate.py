@@ -12,12 +12,12 @@ from ..merging.values import check_whole
 from .language_models import Continuation, Generation
 from .loaded_model import Bench
 from .scorers import BATCH, Classification, Exam, Progress, Score, check_form, form_for
-from .task import Given, Task, read_task
+from .task import Task, TaskSource, read_task
 
 
 def evaluate(
     adapter_or_model: Any,
-    task: Given,
+    task: TaskSource,
     base: str | Path | None = None,
     device: str = "cpu",
     *,
@@ -53,7 +53,7 @@ def evaluate(
 
 def evaluate_all(
     adapters: Sequence[str | Path | Adapter | None],
-    tasks: Sequence[Given],
+    tasks: Sequence[TaskSource],
     base: str | Path | None = None,
     device: str = "cpu",
     bench: Bench | None = None,

@@ -39,10 +39,10 @@ class Continuation(Exam):
         self._rows = len(rows)
         self.labels = torch.empty(0, dtype=torch.int64)
         if task.choices is not None:
-            self.labels = torch.tensor(task.answers(rows))
+            self.labels = torch.tensor(task.label_numbers(rows))
             follow = [(text, choice) for text in texts for choice in task.choices]
         else:
-            follow = [_apart(*one) for one in zip(texts, task.targets(rows), strict=True)]
+            follow = [_apart(*one) for one in zip(texts, task.target_texts(rows), strict=True)]
         self.pairs = self._pairs(follow)
         self.refuse_empty([pair.asked for pair in self.pairs], len(task.choices or (None,)))
 
@@ -142,7 +142,7 @@ class Generation(Exam):
         if task.label is None:
             raise RecipeError(f"{task.where}: measure 'exact_match' needs a label. Name its key (label: KEY).")
         self.labels = torch.empty(0, dtype=torch.int64)
-        self.answers = [answer.strip() for answer in task.targets(rows)]
+        self.answers = [answer.strip() for answer in task.target_texts(rows)]
         most = min(task.max_tokens, bench.longest - task.new_tokens)
         if most < 1:
             raise RecipeError(

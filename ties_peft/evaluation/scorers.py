@@ -115,7 +115,7 @@ class Exam(ABC):
         rows = self.task.read()
         texts = texts_of(rows, self.task.text, self.task.where)
         self.blank = sum(not text.strip() for text in texts)
-        return rows, self.task.filled(texts)
+        return rows, self.task.fill_template(texts)
 
     def refuse_empty(self, tokens: Sequence[Sequence[int]], each: int = 1) -> None:
         """Refuse a row of which the model would see nothing at all.
@@ -161,7 +161,7 @@ class Classification(Exam):
         if sequences is None:
             rows, texts = self.read()
             if labelled:
-                self.labels = torch.tensor(task.answers(rows, self._names()))
+                self.labels = torch.tensor(task.label_numbers(rows, self._names()))
             sequences, self.cut = bench.ids(texts, task.max_tokens)
             self.refuse_empty(sequences)
         self.sequences = sequences

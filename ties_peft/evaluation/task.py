@@ -45,8 +45,8 @@ from ..merging.recipes.yaml_document import Document, dump
 from .rows import FILES, ClassName, Row, read_rows, texts_of
 
 MEASURES = ("descriptions", "head", "choices", "exact_match", "loss")
-NEEDS = {"descriptions": "descriptions", "choices": "choices"}  # the list without which a measure is none
-MEASURES_OF = {  # of the keys that have no meaning for every measure: those for which they have one
+REQUIRED_LIST = {"descriptions": "descriptions", "choices": "choices"}  # the list without which a measure is none
+MEASURES_BY_KEY = {  # of the keys that have no meaning for every measure: those for which they have one
     "labels": ("descriptions", "head", "choices"),
     "descriptions": ("descriptions",),
     "temperature": ("descriptions",),
@@ -56,8 +56,8 @@ MEASURES_OF = {  # of the keys that have no meaning for every measure: those for
     "stop": ("exact_match",),
 }
 SLOT = "{text}"
-KEPT_BACK = " In data sets on the Hub −1 stands for a label that is kept back: choose a split that has them (split: validation)."
-Given = Any  # a Task, a mapping, or the path of a file
+WITHHELD_HINT = " In data sets on the Hub −1 stands for a label that is kept back: choose a split that has them (split: validation)."
+TaskSource = Any  # a Task, a mapping, or the path of a file
 
 
 @dataclass(frozen=True)
@@ -130,19 +130,19 @@ class Task:
             of `head` are the model's, and are not looked at.
         """
         rows = self.read()
-        self.filled(texts_of(rows, self.text, self.where))
+        self.fill_template(texts_of(rows, self.text, self.where))
         if self.options is not None:
-            self.answers(rows)
+            self.label_numbers(rows)
 
     def texts(self) -> list[str]:
         """What the model reads of each row: its text in the template."""
-        return self.filled(texts_of(self.read(), self.text, self.where))
+        return self.fill_template(texts_of(self.read(), self.text, self.where))
 
-    def filled(self, texts: list[str]) -> list[str]:
+    def fill_template(self, texts: list[str]) -> list[str]:
         """Texts in the template."""
         return [self.template.replace(SLOT, text) for text in texts]
 
-    def answers(self, rows: list[Row], names: tuple[str, ...] | None = None) -> list[int]:
+    def label_numbers(self, rows: list[Row], names: tuple[str, ...] | None = None) -> list[int]:
         """The number of each row's label.
 
         Args:
@@ -154,7 +154,7 @@ class Task:
         count = len(self.options or known)
         return [self._number(row, known, count, place) for place, row in enumerate(rows)]
 
-    def targets(self, rows: list[Row]) -> list[str]:
+    def target_texts(self, rows: list[Row]) -> list[str]:
         """The label of each row as a text that is to be written; empty where label is None."""
         if self.label is None:
             return [""] * len(rows)
@@ -163,7 +163,7 @@ class Task:
             if isinstance(value, ClassName) and not value.known:
                 raise RecipeError(
                     f"{self.where}, row {place + 1}: the label is {value.number}, which is no class of the data set."
-                    f"{KEPT_BACK}"
+                    f"{WITHHELD_HINT}"
                 )
         return texts_of(
             [{**row, self.label: _as_text(row.get(self.label))} for row in rows], self.label, f"{self.where} (label)"
@@ -198,7 +198,7 @@ class Task:
             return names.index(value)
         number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
         if isinstance(value, ClassName):
-            number = value.number if value == str(value.number) or self._counts(names) else None
+            number = value.number if value == str(value.number) or self._counts_labels(names) else None
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count:
             return number
         if isinstance(value, ClassName) and not value.known:
@@ -206,10 +206,10 @@ class Task:
         listed = f", or one of {', '.join(map(printable, names[:6]))}{', …' if len(names) > 6 else ''}" if names else ""
         raise RecipeError(
             f"{where}: the label is {printable(repr(value))}; expected a number from 0 to {count - 1}{listed}. Mend the "
-            f"row, or the task's list of labels.{KEPT_BACK if value == -1 else ''}"
+            f"row, or the task's list of labels.{WITHHELD_HINT if value == -1 else ''}"
         )
 
-    def _counts(self, names: tuple[str, ...]) -> bool:
+    def _counts_labels(self, names: tuple[str, ...]) -> bool:
         """Whether the number of a data set's class is that of the label: where nothing names the labels."""
         unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
         return self.labels is None and (self.measure != "head" or unnamed)
@@ -227,7 +227,7 @@ def is_task(given: Mapping[Any, Any]) -> bool:
     return any(key in FORMS for key in given)
 
 
-def read_task(given: Given) -> Task:
+def read_task(given: TaskSource) -> Task:
     """A task from a file, a mapping, or as it is; checked, its rows not read yet.
 
     Raises: RecipeError naming the key and its line.
@@ -319,7 +319,7 @@ def _make(document: Document, beside: Path) -> Task:
     measure = values.get("measure") or _inferred(document)
     if measure not in MEASURES:
         raise RecipeError(f"{at(('measure',))}: {unknown('measure', measure, MEASURES)}")
-    needed = NEEDS.get(measure)
+    needed = REQUIRED_LIST.get(measure)
     if needed is not None and needed not in values:
         raise RecipeError(
             f"{document.where}: measure '{measure}' needs {needed}, one for each label. Add {needed}: […]."
@@ -340,16 +340,16 @@ def _inferred(document: Document) -> str:
     Raises: RecipeError where there is none, or more than one.
     """
     values = document.values
-    telling = [key for key in values if key in MEASURES_OF]
-    found = [measure for measure in MEASURES if all(measure in MEASURES_OF[key] for key in telling)]
+    telling = [key for key in values if key in MEASURES_BY_KEY]
+    found = [measure for measure in MEASURES if all(measure in MEASURES_BY_KEY[key] for key in telling)]
     if not found:
-        keys = " and ".join(f"{key} ({', '.join(MEASURES_OF[key])})" for key in telling)
+        keys = " and ".join(f"{key} ({', '.join(MEASURES_BY_KEY[key])})" for key in telling)
         raise RecipeError(
             f"{document.where}: there is no measure, and the keys belong to different ones: {keys}. Say which is meant "
             "(measure: …), and leave out the keys of the others."
         )
     if len(found) > 1:
-        found = [measure for measure in found if measure not in NEEDS or NEEDS[measure] in values]
+        found = [measure for measure in found if measure not in REQUIRED_LIST or REQUIRED_LIST[measure] in values]
     if len(found) > 1:
         raise RecipeError(f"{document.where}: there is no measure. Say one of {', '.join(found)} (measure: …).")
     return found[0]
@@ -359,9 +359,9 @@ def _check_lists(document: Document, measure: str) -> None:
     """Lists that go by the label are of one length, and none stands idle."""
     values, at = document.values, document.at
     for key in ("descriptions", "choices"):
-        if key in values and key != NEEDS.get(measure):
+        if key in values and key != REQUIRED_LIST.get(measure):
             raise RecipeError(f"{at((key,))}: {key} has no meaning for measure '{measure}'. Leave it out.")
-    listed = NEEDS.get(measure)
+    listed = REQUIRED_LIST.get(measure)
     if listed and "labels" in values and len(values["labels"]) != len(values[listed]):
         raise RecipeError(
             f"{at(('labels',))}: {len(values['labels'])} labels and {len(values[listed])} {listed}. Give one for each."

@@ -31,7 +31,7 @@ from ..evaluation.evaluate import find_base
 from ..evaluation.language_models import Continuation, Pair
 from ..evaluation.loaded_model import Bench, transposed
 from ..evaluation.scorers import Classification, Progress, check_form, form_for
-from ..evaluation.task import Given, Task, read_task
+from ..evaluation.task import Task, TaskSource, read_task
 from ..task_vectors.random_numbers import key, uniform
 
 LABELS = ("expected", "sampled", "given")
@@ -39,7 +39,7 @@ LABELS = ("expected", "sampled", "given")
 
 def gather_statistics(
     adapter: str | Path | Adapter,
-    task: Given,
+    task: TaskSource,
     kind: str = "gram",
     base: str | Path | None = None,
     device: str = "cpu",

@@ -12,7 +12,7 @@ from ..errors import CompatibilityError
 from ..evaluation.evaluate import find_base, make_exam
 from ..evaluation.loaded_model import Bench
 from ..evaluation.scorers import Progress, form_for
-from ..evaluation.task import Given, read_task
+from ..evaluation.task import TaskSource, read_task
 from ..merging.merge import merge
 from ..merging.merged import Merged, versions
 from ..merging.values import check_whole
@@ -39,7 +39,7 @@ class Signs(Adapter):
 
 def few_shot_signs(
     adapters: Sequence[str | Path | Adapter],
-    tasks: Sequence[Given],
+    tasks: Sequence[TaskSource],
     base: str | Path | None = None,
     device: str = "cpu",
     *,

@@ -105,7 +105,7 @@ def _lesson(teacher: Teacher, bench: Bench, seed: int) -> Lesson:
     if teacher.texts is None:
         sequences = random_rows(bench, teacher.count, seed, teacher.adapter.digest, task.descriptions)
     else:
-        found, _ = bench.ids(task.filled(list(teacher.texts)), task.max_tokens)
+        found, _ = bench.ids(task.fill_template(list(teacher.texts)), task.max_tokens)
         sequences = [ids for ids in found if ids]
     if len(sequences) < FEWEST:
         raise RecipeError(

@@ -10,7 +10,7 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats.to_peft import Hints, open_any
-from .merge import Progress, carry_out, make_recipe
+from .merge import Progress, make_recipe, run_plan
 from .merged import Merged
 from .plan import make_plan
 from .recipes.recipe import Rank
@@ -69,4 +69,4 @@ def convert(
         heads=heads,
     )
     plan = make_plan(recipe, [opened], device)
-    return carry_out(replace(plan, warnings=[*remarks, *plan.warnings]), recipe, started, None, progress)
+    return run_plan(replace(plan, warnings=[*remarks, *plan.warnings]), recipe, started, None, progress)

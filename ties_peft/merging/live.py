@@ -101,8 +101,8 @@ def add_merged_adapter(
     check_state(tuner)
     opened = [open_loaded(tuner, name) for name in adapters]
     given = {"method": method, "space": space, "scale": scale, "rank": _rank(rank, svd_rank)}
-    own = {"density": density, **_election(majority_sign_method, parameters), **parameters}
-    asked = _settle(combination_type, given, own, opened)
+    own = {"density": density, **_elect_parameter(majority_sign_method, parameters), **parameters}
+    asked = _translate(combination_type, given, own, opened)
     recipe = make_recipe(
         opened, weights, dtype, densities=densities, seed=seed, restore_norm=restore_norm, allow_disjoint=True, **asked
     )
@@ -112,7 +112,7 @@ def add_merged_adapter(
     return merged
 
 
-def _election(majority_sign_method: str | None, parameters: Mapping[str, Any]) -> dict[str, str]:
+def _elect_parameter(majority_sign_method: str | None, parameters: Mapping[str, Any]) -> dict[str, str]:
     """PEFT's `majority_sign_method` as `elect`."""
     if majority_sign_method is None:
         return {}
@@ -129,7 +129,7 @@ def _rank(rank: Rank | None, svd_rank: int | None) -> Rank | None:
     return svd_rank if rank is None else rank
 
 
-def _settle(
+def _translate(
     combination_type: str | None, given: Mapping[str, Any], own: Mapping[str, Any], adapters: Sequence[Adapter]
 ) -> dict[str, Any]:
     """What `make_recipe` is asked for: what was given, else what PEFT's name means, else nothing."""

@@ -37,8 +37,8 @@ from .members import statistics_of
 from .merged import Merged
 from .plan import Plan, make_plan
 from .recipes.recipe import IN_MEMORY, Rank, Recipe, Weights
-from .recipes.schedule import as_written
-from .recipes.settings import as_asked
+from .recipes.schedule import plain_schedule
+from .recipes.settings import recipe_parameters
 from .thresholds import Kept, Survey, trimmed_apart
 
 Progress = Callable[[str, int, int], None]
@@ -132,23 +132,23 @@ def make_recipe(
     **asked: Any,
 ) -> Recipe:
     """The recipe of a call: what was asked for, in the form that is saved."""
-    each = None if densities is None else _one_each("densities", densities, "one density per adapter")
+    each = None if densities is None else _one_per_adapter("densities", densities, "one density per adapter")
     named = weights is None or isinstance(weights, str)
     return Recipe(
         adapters=tuple(adapter.source or IN_MEMORY for adapter in adapters),
-        weights=weights if named else _one_each("weights", weights, "norm, or one weight per adapter"),  # type: ignore[arg-type]
+        weights=weights if named else _one_per_adapter("weights", weights, "norm, or one weight per adapter"),  # type: ignore[arg-type]
         densities=each,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        parameters=as_asked(parameters, each),
+        parameters=recipe_parameters(parameters, each),
         **asked,
     )
 
 
-def _one_each(name: str, given: Any, expected: str) -> tuple[Any, ...]:
+def _one_per_adapter(name: str, given: Any, expected: str) -> tuple[Any, ...]:
     """The numbers or schedules of a call, one for each adapter."""
     if not isinstance(given, Iterable) or isinstance(given, (str, Mapping, Set)):
         raise RecipeError(f"the {name} are {printable(repr(given))}; expected {expected}, in a list: {name}=[1, 0.5].")
-    return tuple(as_written(one) for one in given)
+    return tuple(plain_schedule(one) for one in given)
 
 
 def merge_recipe(
@@ -170,7 +170,7 @@ def merge_recipe(
     if adapters is None:
         recipe, _ = recipe.expanded()
     opened = open_adapters(recipe) if adapters is None else list(adapters)
-    return carry_out(make_plan(recipe, opened, device, team=team), recipe, started, None, progress, team)
+    return run_plan(make_plan(recipe, opened, device, team=team), recipe, started, None, progress, team)
 
 
 def open_adapters(recipe: Recipe) -> list[Adapter]:
@@ -179,7 +179,7 @@ def open_adapters(recipe: Recipe) -> list[Adapter]:
     return [Adapter.load(name, base=base) for name in recipe.adapters]
 
 
-def carry_out(
+def run_plan(
     plan: Plan,
     recipe: Recipe,
     started: float,
@@ -225,7 +225,7 @@ def _merge_all(
         levels = _levels_over_adapters(coordinates, survey, crew, tell, team, mine)
         for done, name in enumerate(mine):
             coordinates.expect(mine[done + 1] if done + 1 < len(mine) else None)
-            own[name] = _one_module(coordinates, plan.modules[name], survey, levels, crew)
+            own[name] = _merge_module(coordinates, plan.modules[name], survey, levels, crew)
             tell("merge", done + 1, len(mine))
     tensors: dict[str, Tensor] = {}
     account = Account(plan, loops)
@@ -237,7 +237,7 @@ def _merge_all(
     return plan.kind.join(list(plan.modules.values()), tensors), account, survey.kept()
 
 
-def _one_module(
+def _merge_module(
     coordinates: Coordinates, module: Module, survey: Survey, levels: Levels, crew: Workers
 ) -> tuple[dict[str, Tensor], Record]:
     """The tensors of one module of the result, and what the report shall say of it."""
@@ -250,7 +250,7 @@ def _one_module(
     factors = (factors.restored() if plan.restore_norm else factors).scaled(plan.scale)
     tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
     written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
-    if not all(_finite(tensor) for tensor in written.values()):
+    if not all(_all_finite(tensor) for tensor in written.values()):
         raise RecipeError(
             f"module '{printable(module.name)}': the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
             "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype)."
@@ -258,7 +258,7 @@ def _one_module(
     return written, record(coordinates, module, encoding, factors, written, tally)
 
 
-def _finite(tensor: Tensor) -> bool:
+def _all_finite(tensor: Tensor) -> bool:
     """Whether all values are; a finite sum says so at a fraction of the cost of asking each."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 

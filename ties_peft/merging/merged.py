@@ -15,7 +15,7 @@ from ..adapters.tensors import MemoryTensors
 from ..adapters.tokenizer_files import Companions
 from .card import card
 from .loading import Loading
-from .recipes.recipe import Recipe, plain
+from .recipes.recipe import Recipe, yaml_value
 from .report import Report
 
 
@@ -78,7 +78,7 @@ class Merged(Adapter):
 
 def inputs(recipe: Recipe) -> list[Path]:
     """The folders on this machine that a recipe reads."""
-    named = [*recipe.adapters, recipe.base, plain(recipe.parameters.get("sign_from"))]
+    named = [*recipe.adapters, recipe.base, yaml_value(recipe.parameters.get("sign_from"))]
     return [path for path in (sources.local(name) for name in named if isinstance(name, str)) if path is not None]
 
 

@@ -44,7 +44,7 @@ from .ranks import output_rank
 from .recipes.recipe import NORM, Rank, Recipe
 from .recipes.scale import Scale
 from .recipes.schedule import Schedule, count_layers
-from .recipes.settings import settle
+from .recipes.settings import make_settings
 from .values import usable, written_dtype
 
 
@@ -266,7 +266,7 @@ def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule
     densities = recipe.densities if recipe.densities is not None else (None,) * count
     if len(densities) != count:
         raise RecipeError(f"{len(densities)} densities for {count} adapters. Give one per adapter, or None.")
-    settings = settle(recipe.method, recipe.space, recipe.parameters, densities)
+    settings = make_settings(recipe.method, recipe.space, recipe.parameters, densities)
     return settings.space, settings.stages, settings.densities
 
 

@@ -15,7 +15,7 @@ from ..adapters.base_model import BaseModel
 from ..choices import DEVICE, ERROR, METHOD, RANK, SEED, SPACE
 from ..task_vectors.tiles import workers
 from .encoding import Coordinates, Memory
-from .merge import carry_out, make_recipe
+from .merge import make_recipe, run_plan
 from .merged import Merged
 from .plan import Plan, make_plan
 from .recipes.recipe import Rank, Recipe, Weights
@@ -37,7 +37,7 @@ class Prepared:
         self.warns = True
         self._memory = Memory()
         plan = make_plan(replace(recipe, method="ties"), adapters, device)  # which every space offers
-        self._everyone, self._space = len(plan.members), plan.arithmetic
+        self._member_count, self._space = len(plan.members), plan.arithmetic
         self._encode(plan)
 
     def merge(
@@ -75,9 +75,9 @@ class Prepared:
             base=self.recipe.base,
         )
         plan = make_plan(asked, self.adapters, self.device, checked=True)
-        return carry_out(plan, asked, started, self._memory if self._fits(plan) else None, warns=self.warns)
+        return run_plan(plan, asked, started, self._memory if self._can_reuse(plan) else None, warns=self.warns)
 
-    def _fits(self, plan: Plan) -> bool:
+    def _can_reuse(self, plan: Plan) -> bool:
         """Whether what is kept is what this merge needs: a weight of 0 takes an adapter out of the bases.
 
         So do other parameters of the space, which make other coordinates.
@@ -85,7 +85,7 @@ class Prepared:
         everywhere = all(plan.weight(place, name) != 0 for place in range(len(plan.members)) for name in plan.modules)
         compresses = getattr(plan.arithmetic, "compress_first", False)
         return (
-            len(plan.members) == self._everyone
+            len(plan.members) == self._member_count
             and everywhere
             and not compresses
             and plan.arithmetic == plan.space == self._space

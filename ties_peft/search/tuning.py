@@ -22,7 +22,7 @@ from ..adapters.values import is_number
 from ..errors import MethodError, RecipeError, printable, unknown
 from ..merging.recipes.recipe import Recipe
 from ..merging.recipes.scale import EXPECTED, Scale, is_scale
-from ..merging.recipes.settings import parameter_names, settle
+from ..merging.recipes.settings import make_settings, parameter_names
 from ..methods import find_method
 from ..spaces import find_space
 
@@ -169,7 +169,9 @@ class Tuning:
                 has = parameter_names(method, space)
                 for end in (0, -1):
                     ends = {name: _end(self.knobs[name], end) for name in own if name in has}
-                    settle(method, space, {**{k: v for k, v in self.recipe.parameters.items() if k in has}, **ends})
+                    make_settings(
+                        method, space, {**{k: v for k, v in self.recipe.parameters.items() if k in has}, **ends}
+                    )
 
 
 def named(space: str) -> Sequence[str]:

@@ -25,11 +25,11 @@ from ...adapters.values import is_number
 from ...errors import RecipeError, printable
 from ...methods import find_method, method_classes
 from .schedule import Schedule
-from .yaml_document import Document, Place
+from .yaml_document import Document, Location
 
-MARKS = ("base_model", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
+MERGEKIT_KEYS = ("base_model", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
 IGNORED = ("tokenizer_source", "tokenizer", "chat_template")  # of the model as a whole
-LAYOUTS = ("slices", "modules")  # which layers of which models stand where
+LAYER_TABLES = ("slices", "modules")  # which layers of which models stand where
 ONLY_MERGEKIT = ("int8_mask", "rescale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise")
 SUM = ("weight", "normalize", "rescale", "lambda", "int8_mask")
 
@@ -115,7 +115,7 @@ def is_recipe(values: Any) -> bool:
     """Whether the values of a YAML file are a recipe of mergekit's, by the rule above."""
     if not isinstance(values, dict) or "adapters" in values:
         return False
-    if any(key in values for key in LAYOUTS):
+    if any(key in values for key in LAYER_TABLES):
         return True
     method, models = values.get("merge_method"), values.get("models")
     if not isinstance(models, list) or method not in (*METHODS, *NO_COUNTERPART):
@@ -124,7 +124,7 @@ def is_recipe(values: Any) -> bool:
     tables = [values.get("parameters"), *(entry.get("parameters") for entry in entries)]
     return (
         method not in method_classes()
-        or any(key in values for key in MARKS)
+        or any(key in values for key in MERGEKIT_KEYS)
         or any("+" in str(entry.get("model")) for entry in entries)
         or any(key in table for table in tables if isinstance(table, dict) for key in ONLY_MERGEKIT)
     )
@@ -135,7 +135,7 @@ def convert(document: Document) -> None:
 
     Raises: RecipeError naming the line, for what has no counterpart.
     """
-    for key in LAYOUTS:
+    for key in LAYER_TABLES:
         if key in document.values:
             raise RecipeError(
                 f"{document.at((key,))}: `{key}:` says which layers of which full models stand where, and full models are "
@@ -180,20 +180,20 @@ class _Conversion:
             self.note("merge_method", self.rule.differs)
         if self.name == "nuslerp" and "base_model" not in self.top:
             self.note("merge_method", _ON_WEIGHTS)
-        self.keys()
-        base = self.base()
-        self.references(base)
-        self.sift()
+        self.convert_top_keys()
+        base = self.convert_base()
+        self.split_references(base)
+        self.drop_foreign_parameters()
         if self.name == "slerp":
-            self.turn(base)
-        self.flags()
-        self.weights()
-        self.amounts()
-        self.sums()
+            self.convert_slerp(base)
+        self.check_flags()
+        self.convert_weights()
+        self.convert_trim()
+        self.convert_scale()
         self.document.values = {**self.top, "merge_method": self.method, "notes": self.notes}
 
     @property
-    def tables(self) -> list[tuple[Place, dict[str, Any]]]:
+    def tables(self) -> list[tuple[Location, dict[str, Any]]]:
         """Everywhere that a parameter may stand."""
         own = [(("adapters", place, "parameters"), entry["parameters"]) for place, entry in enumerate(self.entries)]
         return [(("parameters",), self.shared), *own]
@@ -212,7 +212,7 @@ class _Conversion:
         self.table(("adapters", place, "parameters"), entry)
         return entry
 
-    def table(self, path: Place, holder: dict[str, Any]) -> dict[str, Any]:
+    def table(self, path: Location, holder: dict[str, Any]) -> dict[str, Any]:
         """The parameters in a table, made if there are none."""
         if holder.get("parameters") is None:
             holder["parameters"] = {}
@@ -221,7 +221,7 @@ class _Conversion:
         found: dict[str, Any] = holder["parameters"]
         return found
 
-    def keys(self) -> None:
+    def convert_top_keys(self) -> None:
         """The keys at the top."""
         for key in IGNORED:
             if self.top.pop(key, None) is not None:
@@ -232,7 +232,7 @@ class _Conversion:
         if written is not None:
             self.top["dtype"] = written
 
-    def base(self) -> str | None:
+    def convert_base(self) -> str | None:
         """`base_model:`, taken out where it is not a plain model."""
         given = self.top.get("base_model")
         if not isinstance(given, str):
@@ -245,7 +245,7 @@ class _Conversion:
             self.top["base_model"] = given.partition("@")[0]
         return given
 
-    def references(self, base: str | None) -> None:
+    def split_references(self, base: str | None) -> None:
         """Of base+lora the adapter; the base itself left out of what it would add nothing to."""
         split = [reference(entry["model"]) for entry in self.entries]
         bases = {b for b, _ in split if b} | ({base.partition("@")[0]} if base and self.name != "slerp" else set())
@@ -253,13 +253,13 @@ class _Conversion:
             own, adapter = split[place]
             self.entries[place]["model"] = adapter
             if own is None and adapter.partition("@")[0] in bases:
-                self.skip(place, adapter)
+                self.leave_out(place, adapter)
         if any(b for b, _ in split):
             self.note("adapters", f"of base+lora the adapter is taken; named as base: {', '.join(sorted(bases))}")
         if "base_model" not in self.top and len(bases) == 1:
             (self.top["base_model"],) = bases
 
-    def skip(self, place: int, name: str) -> None:
+    def leave_out(self, place: int, name: str) -> None:
         """Leave the base model out of the adapters."""
         if not self.rule.skips_base:
             self.refuse(
@@ -270,7 +270,7 @@ class _Conversion:
         self.document.drop("adapters", place)
         self.note("adapters", f"{name} is the base model itself, which adds nothing, so it is left out")
 
-    def sift(self) -> None:
+    def drop_foreign_parameters(self) -> None:
         """Leave out the parameters that the method does not have in mergekit either."""
         for path, table in self.tables:
             for key in [
@@ -279,7 +279,7 @@ class _Conversion:
                 del table[key]
                 self.note(f"{path[0]}.{key}", f"mergekit's {self.name} has no {key}, so it is left out")
 
-    def turn(self, base: str | None) -> None:
+    def convert_slerp(self, base: str | None) -> None:
         """slerp's t runs from `base_model` to the other; where it varies, the weights are 1 − t and t."""
         names = [entry["model"] for entry in self.entries]
         start = reference(base)[1] if base else names[0]
@@ -287,7 +287,7 @@ class _Conversion:
             self.entries.insert(0, {"model": start, "parameters": {}})
         if len(self.entries) != 2:
             self.refuse(("adapters",), f"slerp turns one adapter into one other; these are {len(self.entries)}")
-        t = self.one("t", lambda value: True, "")
+        t = self.take_common("t", lambda value: True, "")
         turn = Schedule.read(0.5 if t is None else t, f"{self.at(('parameters', 't'))}: t")
         forward, back = turn, turn.mapped(lambda value: 1 - value)
         if start == self.entries[1]["model"]:
@@ -298,7 +298,7 @@ class _Conversion:
             self.entries[0]["parameters"]["weight"], self.entries[1]["parameters"]["weight"] = back.value, forward.value
             self.note("parameters.t", "where it varies it is written as the weights 1 − t and t")
 
-    def flags(self) -> None:
+    def check_flags(self) -> None:
         """What is true or false, and has no counterpart when it is."""
         if self.flag("int8_mask", False):
             self.note("parameters.int8_mask", "it saves memory in mergekit and nothing here, so it is left out")
@@ -313,15 +313,15 @@ class _Conversion:
                 ("parameters", "rescale"), f"rescale: {now} has no counterpart in '{self.method}'. Leave it out"
             )
 
-    def weights(self) -> None:
+    def convert_weights(self) -> None:
         """A weight for all goes to each adapter that has none, or none that fits."""
         general = self.shared.pop("weight", None)
         for place, entry in enumerate(self.entries if general is not None else []):
             own = entry["parameters"].get("weight", general)
             where = f"{self.at(('adapters', place, 'parameters', 'weight'))}: weight"
-            entry["parameters"]["weight"] = Schedule.read(own, where).otherwise(general).value
+            entry["parameters"]["weight"] = Schedule.read(own, where).with_default(general).value
 
-    def amounts(self) -> None:
+    def convert_trim(self) -> None:
         """How much a trim keeps, over what, and the other numbers."""
         if "density" in self.rule.takes:
             if any("density" not in table for _, table in self.tables[1:]) and "density" not in self.shared:
@@ -335,12 +335,12 @@ class _Conversion:
                 self.shared[key] = value
                 self.note(f"parameters.{key}", text)
         for key, default in self.rule.numbers.items():
-            found = self.one(key, is_number, "one number")
+            found = self.take_common(key, is_number, "one number")
             self.shared[key] = default if found is None else found
 
-    def sums(self) -> None:
+    def convert_scale(self) -> None:
         """λ, and what the sum is divided by."""
-        scale = self.one("lambda", is_number, "one number")
+        scale = self.take_common("lambda", is_number, "one number")
         divides = self.flag("normalize", self.rule.normalize)
         if divides and self.rule.elects and self.negative():
             self.note("parameters.normalize", "with negative weights mergekit divides by Σw, and here it is by Σ|w|")
@@ -376,10 +376,10 @@ class _Conversion:
 
     def flag(self, key: str, default: bool) -> bool:
         """A parameter that is true or false."""
-        found = self.one(key, lambda value: isinstance(value, bool), "true or false")
+        found = self.take_common(key, lambda value: isinstance(value, bool), "true or false")
         return default if found is None else bool(found)
 
-    def one(self, key: str, holds: Callable[[Any], bool], expected: str) -> Any:
+    def take_common(self, key: str, holds: Callable[[Any], bool], expected: str) -> Any:
         """A parameter that has one value for all adapters here, taken out; None if it is not given."""
         found = [((*path, key), table.pop(key)) for path, table in self.tables if key in table]
         for path, value in found:
@@ -395,10 +395,10 @@ class _Conversion:
         if line not in self.notes:
             self.notes.append(line)
 
-    def refuse(self, path: Place, why: str) -> NoReturn:
+    def refuse(self, path: Location, why: str) -> NoReturn:
         """Name the line, and stop."""
         raise RecipeError(f"{self.at(path)}: {why}.")
 
-    def at(self, path: Place) -> str:
+    def at(self, path: Location) -> str:
         """Where a key stands."""
         return self.document.at(path)

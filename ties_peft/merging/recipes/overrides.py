@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import RecipeError, printable
 from .recipe import NORM, Rank, Recipe
 from .scale import EXPECTED, is_scale
-from .settings import as_asked, parameter_names
+from .settings import parameter_names, recipe_parameters
 from .yaml_document import parse
 
 
@@ -91,7 +91,7 @@ class Flags:
             if not equals or not key:
                 raise RecipeError(f"--set is '{printable(setting)}'; expected NAME=VALUE, such as --set elect=count.")
             found[key] = parse(value)
-        return as_asked(found, read_numbers("--densities", self.densities))
+        return recipe_parameters(found, read_numbers("--densities", self.densities))
 
 
 def _kept(recipe: Recipe, changed: Recipe, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def read_numbers(flag: str, text: str | None, otherwise: str = "") -> tuple[floa
 
 
 def _density(text: str | None) -> float | list[float] | None:
-    """What --density says: a number; of several `as_asked` says what they could mean."""
+    """What --density says: a number; of several `recipe_parameters` says what they could mean."""
     if text is None:
         return None
     try:

@@ -37,9 +37,9 @@ from ...spaces import find_space
 from . import mergekit
 from .scale import EXPECTED as EXPECTED_SCALE
 from .scale import is_scale
-from .schedule import Schedule, as_read
-from .settings import SHARED, all_parameters, parameter_names, settle, unknown_parameter
-from .yaml_document import Document, Place, dump
+from .schedule import Schedule, to_plain
+from .settings import SHARED, all_parameters, make_settings, parameter_names, unknown_parameter
+from .yaml_document import Document, Location, dump
 
 TOP = (
     "merge_method",
@@ -119,7 +119,7 @@ class Recipe:
         rest: dict[str, Any] = {"dtype": self.dtype, "base_model": self.base_model}
         rest |= {"base": self.base, "target": self.target}
         rest |= {"allow_disjoint": self.allow_disjoint or None, "heads": None if self.heads == ERROR else self.heads}
-        values: dict[str, Any] = plain(
+        values: dict[str, Any] = yaml_value(
             {
                 "merge_method": self.method,
                 "adapters": entries,
@@ -242,19 +242,19 @@ class _Reader:
             )
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse what `settle` refuses, naming the line."""
+        """Refuse what `make_settings` refuses, naming the line."""
         method, space, parameters = recipe.method, recipe.space, recipe.parameters
         self.check_names(method, space, parameters)
         densities = recipe.densities or ()
         try:
-            settle(method, space, parameters, densities)
+            make_settings(method, space, parameters, densities)
         except TiesPeftError as error:
             for key, value in parameters.items():
                 with self.blamed("parameters", key):
-                    settle(method, space, {key: value})
+                    make_settings(method, space, {key: value})
             for place, density in enumerate(densities):
                 with self.blamed("adapters", place, "parameters", "density"):
-                    settle(method, space, parameters, [density])
+                    make_settings(method, space, parameters, [density])
             raise type(error)(f"{self.at(('parameters',))}: {error}") from None
 
     def check_names(self, method: str, space: str, parameters: Mapping[str, Any]) -> None:
@@ -262,12 +262,12 @@ class _Reader:
         with self.blamed("parameters", "space"):
             find_space(space)
         with self.blamed("merge_method"):
-            settle(method, space, {})
+            make_settings(method, space, {})
         known = parameter_names(method, space)
         for key in parameters:
             if key not in known:
                 where = self.at(("parameters", key))
-                elsewhere = _belongs(key, ("parameters",))
+                elsewhere = _misplaced_hint(key, ("parameters",))
                 if elsewhere is not None:
                     raise RecipeError(f"{where}: {unknown('parameter', key, {*SHARED, *known}, elsewhere)}")
                 raise MethodError(f"{where}: {unknown_parameter(method, space, key, SHARED)}")
@@ -291,7 +291,7 @@ class _Table:
         known: the keys that may stand there; None for any.
     """
 
-    def __init__(self, at: Callable[[Place], str], values: Any, path: Place, known: Sequence[str] | None) -> None:
+    def __init__(self, at: Callable[[Location], str], values: Any, path: Location, known: Sequence[str] | None) -> None:
         self.at, self.path = at, path
         self.values: dict[str, Any] = {}
         if not isinstance(values, (dict, NoneType)) or (values is None and not path):
@@ -299,7 +299,7 @@ class _Table:
         for key, value in (values or {}).items():
             name = SYNONYMS.get(str(key), str(key))
             if known is not None and name not in known:
-                raise RecipeError(f"{at((*path, key))}: {unknown('key', name, known, _belongs(name, path))}")
+                raise RecipeError(f"{at((*path, key))}: {unknown('key', name, known, _misplaced_hint(name, path))}")
             if name in self.values:
                 raise RecipeError(f"{at((*path, key))}: '{key}' stands there twice. Keep one of them.")
             self.values[name] = value
@@ -328,7 +328,7 @@ class _Table:
         return Schedule.read(self.values[key], f"{self.at((*self.path, key))}: {key}").value
 
 
-def _belongs(key: str, path: Place) -> str | None:
+def _misplaced_hint(key: str, path: Location) -> str | None:
     """Return the sentence on a key that stands in the wrong place of a recipe; None for one that belongs nowhere."""
     if key in OWN and path[:1] == ("adapters",):
         return f"{key} belongs under `parameters:` of this adapter."
@@ -352,13 +352,13 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def plain(value: Any) -> Any:
+def yaml_value(value: Any) -> Any:
     """A value as YAML and JSON know it; an adapter as its source."""
     if isinstance(value, dict):
-        return {key: plain(own) for key, own in value.items()}
+        return {key: yaml_value(own) for key, own in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(own) for own in value]
-    return (value.source or IN_MEMORY) if hasattr(value, "source") else as_read(value)
+        return [yaml_value(own) for own in value]
+    return (value.source or IN_MEMORY) if hasattr(value, "source") else to_plain(value)
 
 
 def _seen(value: Any) -> str:

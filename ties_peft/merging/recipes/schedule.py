@@ -46,7 +46,7 @@ class Schedule:
 
         Raises: RecipeError saying what `what` may be.
         """
-        value = as_written(value)
+        value = plain_schedule(value)
         if isinstance(value, dict):
             value = [value]
         if not _is_value(value) and not _is_conditions(value):
@@ -66,7 +66,7 @@ class Schedule:
             return float(value)
         return _gradient(value, module, layers)
 
-    def otherwise(self, value: Any) -> Schedule:
+    def with_default(self, value: Any) -> Schedule:
         """This one, and `value` where no filter of it fits."""
         return Schedule([*self.value, *_conditions(value)]) if _is_conditions(self.value) else self
 
@@ -106,33 +106,33 @@ def count_layers(modules: Iterable[str]) -> int:
     return 1 + max((layer for layer in map(layer_of, modules) if layer is not None), default=0)
 
 
-def as_read(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """A value as if it had been read from YAML: lists for tuples and arrays, Python's own numbers, text for paths.
 
-    >>> as_read((0.5, (1, 0.2)))
+    >>> to_plain((0.5, (1, 0.2)))
     [0.5, [1, 0.2]]
     """
     if isinstance(value, Mapping):
-        return {str(key): as_read(own) for key, own in value.items()}
+        return {str(key): to_plain(own) for key, own in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_read(own) for own in value]
+        return [to_plain(own) for own in value]
     if isinstance(value, Path):
         return str(value)
     return value.tolist() if hasattr(value, "tolist") else value  # what NumPy and torch hold
 
 
-def as_written(value: Any) -> Any:
+def plain_schedule(value: Any) -> Any:
     """Return a schedule as a recipe holds it: a gradient as the list of its points.
 
-    >>> as_written({"over_layers": (1, 0.2)})
+    >>> plain_schedule({"over_layers": (1, 0.2)})
     [1, 0.2]
     """
-    value = as_read(value)
+    value = to_plain(value)
     if isinstance(value, dict) and list(value) == [OVER_LAYERS] and is_gradient(value[OVER_LAYERS]):
         return value[OVER_LAYERS]
     if isinstance(value, dict) and "value" in value:
-        return {**value, "value": as_written(value["value"])}
-    return [as_written(own) for own in value] if isinstance(value, list) else value
+        return {**value, "value": plain_schedule(value["value"])}
+    return [plain_schedule(own) for own in value] if isinstance(value, list) else value
 
 
 def is_gradient(value: Any) -> bool:

@@ -11,7 +11,7 @@ from ...adapters.aliases import PARAMETERS
 from ...errors import MethodError, RecipeError, printable, share_hint, unknown
 from ...methods import Method, Stages, find_method, make_stages, method_classes
 from ...spaces import Space, find_space, make_space, spaces
-from .schedule import OVER_LAYERS, Schedule, as_read, as_written, is_gradient
+from .schedule import OVER_LAYERS, Schedule, is_gradient, plain_schedule, to_plain
 
 DENSITY = "density"
 SHARED = ("space", "rank", "scale", "seed", "restore_norm", "weights")  # what belongs to a merge, whatever its method
@@ -32,7 +32,7 @@ class Settings:
     densities: tuple[Schedule | None, ...]
 
 
-def settle(method: str, space: str, parameters: Mapping[str, Any], densities: Sequence[Any] = ()) -> Settings:
+def make_settings(method: str, space: str, parameters: Mapping[str, Any], densities: Sequence[Any] = ()) -> Settings:
     """Give every parameter to the space or the method that has it.
 
     A density that is a schedule (a gradient, or conditions) goes to every adapter that has none of
@@ -65,7 +65,7 @@ def settle(method: str, space: str, parameters: Mapping[str, Any], densities: Se
     return Settings(made, replace(stages, method=changed), read)
 
 
-def as_asked(parameters: Mapping[str, Any], densities: Sequence[Any] | None = None) -> dict[str, Any]:
+def recipe_parameters(parameters: Mapping[str, Any], densities: Sequence[Any] | None = None) -> dict[str, Any]:
     """Return the parameters of a call or of a command line as a recipe holds them.
 
     Args:
@@ -76,16 +76,16 @@ def as_asked(parameters: Mapping[str, Any], densities: Sequence[Any] | None = No
     """
     asked = {}
     for key, given in parameters.items():
-        value = as_read(given)
+        value = to_plain(given)
         if _is_density(key):
             if is_gradient(value):
                 raise RecipeError(_two_meanings(key, value))
             if densities and None not in densities:
                 raise RecipeError(
                     f"{key} is {printable(repr(value))}, but every adapter has a density of its own: "
-                    f"{printable(repr(as_read(densities)))}. Leave one of the two out."
+                    f"{printable(repr(to_plain(densities)))}. Leave one of the two out."
                 )
-            value = as_written(value)
+            value = plain_schedule(value)
         asked[key] = value
     return asked
 
@@ -183,9 +183,9 @@ def _densities(
     general = getattr(method, DENSITY, None)
     if general is None:
         raise MethodError(f"method '{method.name}' has no density, but an adapter was given one.")
-    other = Schedule(general) if shared is None else shared.otherwise(general)
+    other = Schedule(general) if shared is None else shared.with_default(general)
     read = [
-        other if density is None else Schedule.read(density, f"density {place + 1}").otherwise(other.value)
+        other if density is None else Schedule.read(density, f"density {place + 1}").with_default(other.value)
         for place, density in enumerate(own)
     ]
     numbers = [number for schedule in [other, *read] for number in schedule.numbers()]

@@ -13,8 +13,8 @@ import yaml
 
 from ...errors import RecipeError, printable
 
-NODES = 100_000  # more than any recipe has; a few lines of aliases to aliases make billions
-Place = tuple[Any, ...]  # the keys and numbers that lead to a value
+MAX_NODES = 100_000  # more than any recipe has; a few lines of aliases to aliases make billions
+Location = tuple[Any, ...]  # the keys and numbers that lead to a value
 
 
 class Loader(yaml.SafeLoader):
@@ -48,7 +48,7 @@ class Document:
     def __init__(self, text: str, where: str, synonyms: Mapping[str, str]) -> None:
         self.where = where
         self._synonyms = synonyms
-        self._lines: dict[Place, int] = {}
+        self._lines: dict[Location, int] = {}
         try:
             loader = Loader(text)
             node = loader.get_single_node()
@@ -63,7 +63,7 @@ class Document:
         except (ValueError, RecursionError) as error:
             raise RecipeError(f"{where}: not YAML that can be read ({printable(str(error))}).") from None
 
-    def at(self, path: Place) -> str:
+    def at(self, path: Location) -> str:
         """Where a key, or what holds it, stands."""
         while path and path not in self._lines:
             path = path[:-1]
@@ -78,9 +78,9 @@ class Document:
             if path[:2] != (key, number)
         }
 
-    def _walk(self, node: yaml.Node, path: Place) -> None:
+    def _walk(self, node: yaml.Node, path: Location) -> None:
         """Note the line, from 1, of each key and list entry."""
-        if len(self._lines) > NODES:
+        if len(self._lines) > MAX_NODES:
             raise RecipeError(f"{self.where} is larger than any recipe, or refers to itself. Write it out.")
         if isinstance(node, yaml.MappingNode):
             seen = set()
@@ -100,7 +100,7 @@ class Document:
             for number, value in enumerate(node.value):
                 self._note((*path, number), value.start_mark.line + 1, value)
 
-    def _note(self, path: Place, line: int, value: yaml.Node) -> None:
+    def _note(self, path: Location, line: int, value: yaml.Node) -> None:
         self._lines.setdefault(path, line)
         self._walk(value, path)
 
