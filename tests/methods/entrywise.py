@@ -115,17 +115,17 @@ def safe(top: Array, bottom: Array) -> Array:
 def disjoint(stack: Array, w: Array, elect: str = "mass", how: str = "mean", normalize: bool = True) -> Array:
     """TIES' election and merge, its ablations included."""
     agree = (stack != 0) if elect == "none" else np.sign(stack) == signs(stack, elect)
-    heft = np.abs(w) if normalize else np.ones(len(w))
+    divisor = np.abs(w) if normalize else np.ones(len(w))
     if how == "mean_all":
-        return stack.sum(0) / heft.sum()
+        return stack.sum(0) / divisor.sum()
     kept = np.where(agree, stack, 0.0)
     if how == "max":
         return np.take_along_axis(kept, np.abs(kept).argmax(0)[None], 0)[0]
     if how == "sum":
         return kept.sum(0)
     if how == "mean_elected":
-        return kept.sum(0) / heft.sum()
-    return safe(kept.sum(0), np.tensordot(heft, agree.astype(np.float64), 1))
+        return kept.sum(0) / divisor.sum()
+    return safe(kept.sum(0), np.tensordot(divisor, agree.astype(np.float64), 1))
 
 
 def plain_sum(stack: Array, w: Array) -> Array:

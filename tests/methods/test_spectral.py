@@ -539,21 +539,21 @@ def test_pico_has_the_mean_norm_times_the_scale(families: dict[str, list[Path]])
 # lego
 
 
-def lego_of(units: Sequence[Array], heaps: Sequence[Sequence[int]]) -> tuple[float, Array]:
-    """What k-means loses with these heaps of rank-one matrices, and the merge that they make."""
+def lego_of(units: Sequence[Array], clusters: Sequence[Sequence[int]]) -> tuple[float, Array]:
+    """What k-means loses with these clusters of rank-one matrices, and the merge that they make."""
     loss, total = 0.0, np.zeros_like(units[0])
-    for heap in heaps:
-        own = [units[i] for i in heap]
+    for cluster in clusters:
+        own = [units[i] for i in cluster]
         mean = sum(own) / len(own)
         loss += sum(np.sum((unit - mean) ** 2) for unit in own)
         U, _, Vt = svd(mean)
         total += np.mean([np.linalg.norm(unit) for unit in own]) * np.outer(U[:, 0], Vt[0])
-    return loss, np.sqrt(len(units) / len(heaps)) * total
+    return loss, np.sqrt(len(units) / len(clusters)) * total
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_lego_finds_the_best_heaps(tmp_path: Path, seed: int) -> None:
-    """Two adapters of two directions each, alike in pairs, among all ways to sort four units into two heaps."""
+def test_lego_finds_the_best_clusters(tmp_path: Path, seed: int) -> None:
+    """Two adapters of two directions each, alike in pairs, among all ways to sort four units into two clusters."""
     draw = np.random.default_rng(seed)
     U, V = np.linalg.qr(draw.normal(size=(14, 2)))[0], np.linalg.qr(draw.normal(size=(11, 2)))[0]
     folders, units = [], []
@@ -565,11 +565,11 @@ def test_lego_finds_the_best_heaps(tmp_path: Path, seed: int) -> None:
     pairs = [((i,), tuple({0, 1, 2, 3} - {i})) for i in range(4)] + [
         ((0, i), tuple({1, 2, 3} - {i})) for i in (1, 2, 3)
     ]
-    best = min((lego_of(units, heaps) for heaps in pairs), key=lambda found: found[0])[1]
+    best = min((lego_of(units, clusters) for clusters in pairs), key=lambda found: found[0])[1]
     assert off(merged(folders, "lego"), {"q": best}) < 1e-4
 
 
-def test_lego_with_a_heap_for_every_unit_is_the_sum(families: dict[str, list[Path]]) -> None:
+def test_lego_with_one_cluster_for_every_unit_is_the_sum(families: dict[str, list[Path]]) -> None:
     whole = merged(families["mixed"], "task_arithmetic", scale=1.0)
     assert off(merged(families["mixed"], "lego", clusters=99), whole) < 1e-5
     for clusters in (1, 3):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHAPES, lora_config, lora_tensors, write_adapter
-from worker import Worth
+from worker import NegativeDistance
 
 import ties_peft
 from ties_peft import Adapter, CompatibilityError, RecipeError
@@ -43,10 +43,11 @@ def held(found: ties_peft.Found) -> dict[str, tuple[float, float | None]]:
 def test_controls_are_of_the_budget_that_is_asked_for(folders: list[str], tmp_path: Path) -> None:
     asked: dict[str, Any] = {"controls": DRAWN, "penalty": 0.0}
     few, many = (
-        held(ties_peft.search(folders, Worth(folders), budget=b, storage=tmp_path / "s.db", **asked)) for b in (3, 20)
+        held(ties_peft.search(folders, NegativeDistance(folders), budget=b, storage=tmp_path / "s.db", **asked))
+        for b in (3, 20)
     )
-    assert few == held(ties_peft.search(folders, Worth(folders), budget=3, **asked))
-    assert many == held(ties_peft.search(folders, Worth(folders), budget=20, **asked))
+    assert few == held(ties_peft.search(folders, NegativeDistance(folders), budget=3, **asked))
+    assert many == held(ties_peft.search(folders, NegativeDistance(folders), budget=20, **asked))
     assert many["random weights"] > few["random weights"]
 
 
@@ -68,7 +69,7 @@ def test_a_function_that_judges_is_asked_each_time(folders: list[str], tmp_path:
     for number in (1.0, 2.0):
         found = ties_peft.search(
             folders,
-            Worth(folders),
+            NegativeDistance(folders),
             budget=2,
             judge=lambda adapter, number=number: number,
             storage=tmp_path / "s.db",

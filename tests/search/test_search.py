@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from worker import LORAHUB, Worth
+from worker import LORAHUB, NegativeDistance
 
 import ties_peft
 from ties_peft import Adapter, MethodError, Recipe, RecipeError, TiesPeftError
@@ -28,8 +28,8 @@ def folders(make_lora: Make) -> list[str]:
 
 
 def test_weights_are_found_and_beat_every_control(folders: list[str]) -> None:
-    worth = Worth(folders)
-    found = ties_peft.search(folders, worth, penalty=0.0, judge=lambda adapter: 10 * worth(adapter), **LORAHUB)
+    objective = NegativeDistance(folders)
+    found = ties_peft.search(folders, objective, penalty=0.0, judge=lambda adapter: 10 * objective(adapter), **LORAHUB)
     assert found.recipe.weights == pytest.approx((0.7, 0.0, -0.4), abs=0.05)
     assert len(found.trials) == 40
     assert [control.name for control in found.controls] == [
@@ -44,20 +44,20 @@ def test_weights_are_found_and_beat_every_control(folders: list[str]) -> None:
     assert scores["base"] == pytest.approx(-1.0)
     assert found.judged == pytest.approx(10 * found.score)
     assert all(control.judged == pytest.approx(10 * control.score) for control in found.controls)
-    single = [worth(ties_peft.merge([folder], method="average")) for folder in folders]
+    single = [objective(ties_peft.merge([folder], method="average")) for folder in folders]
     assert scores["best single"] == pytest.approx(max(single), abs=1e-4)
     mean = ties_peft.merge(folders, method="average", rank="max")
-    assert scores["mean"] == pytest.approx(worth(mean), abs=1e-5)
+    assert scores["mean"] == pytest.approx(objective(mean), abs=1e-5)
 
 
 def test_the_recipe_and_the_adapter_are_ordinary_ones(folders: list[str], tmp_path: Path) -> None:
-    found = ties_peft.search(folders, Worth(folders), budget=8, controls=(), **LORAHUB)
+    found = ties_peft.search(folders, NegativeDistance(folders), budget=8, controls=(), **LORAHUB)
     saved = Adapter.load(found.adapter.save(tmp_path / "out"))
     recipe = Recipe.from_file(tmp_path / "out" / "recipe.yaml")
     assert recipe == found.recipe
     again = ties_peft.merge(folders, recipe.method, weights=recipe.weights, scale=recipe.scale, rank=recipe.rank)
     assert again.digest == saved.digest
-    assert Worth(folders)(saved) == pytest.approx(found.score)
+    assert NegativeDistance(folders)(saved) == pytest.approx(found.score)
 
 
 def test_it_begins_with_nothing_and_with_the_mean(folders: list[str]) -> None:
@@ -110,7 +110,9 @@ def test_one_seed_one_search(folders: list[str]) -> None:
         "elect": ["mass", "count"],
     }
     asked: dict[str, Any] = {"tune": tune, "budget": 15, "controls": ("random weights",)}
-    first, again, other = (ties_peft.search(folders, Worth(folders), **asked, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (
+        ties_peft.search(folders, NegativeDistance(folders), **asked, seed=seed) for seed in (0, 0, 1)
+    )
     assert first.to_dict() == again.to_dict()
     assert first.to_dict() != other.to_dict()
 
@@ -124,7 +126,7 @@ def test_any_numbers_and_choices_of_a_recipe(folders: list[str]) -> None:
         "weights": {"low": 0.1, "high": 1.0, "points": 2},
         "space": ["delta", "core"],
     }
-    found = ties_peft.search(folders, Worth(folders), tune, budget=20, controls=(), rank=8)
+    found = ties_peft.search(folders, NegativeDistance(folders), tune, budget=20, controls=(), rank=8)
     seen = {trial.setting["method"] for trial in found.trials}
     assert len(seen) > 1
     assert isinstance(found.recipe.weights, tuple)
@@ -135,13 +137,15 @@ def test_any_numbers_and_choices_of_a_recipe(folders: list[str]) -> None:
 
 
 def test_some_of_the_adapters(folders: list[str]) -> None:
-    found = ties_peft.search(folders, Worth(folders), {"adapters": "some"}, budget=20, controls=(), **LORAHUB)
+    found = ties_peft.search(
+        folders, NegativeDistance(folders), {"adapters": "some"}, budget=20, controls=(), **LORAHUB
+    )
     assert found.recipe.weights == (1.0, 0.0, 0.0)
 
 
 def test_vectors(make_ia3: Make) -> None:
     folders = [str(make_ia3(name, seed=seed)) for seed, name in enumerate("ab")]
-    found = ties_peft.search(folders, Worth(folders), penalty=0.0, budget=30, **LORAHUB)
+    found = ties_peft.search(folders, NegativeDistance(folders), penalty=0.0, budget=30, **LORAHUB)
     assert found.recipe.weights == pytest.approx((0.7, -0.4), abs=0.05)
 
 
@@ -160,14 +164,14 @@ def test_random_adapters_have_the_shapes_and_norms_and_nothing_else(make_lora: M
 
 def test_no_trial_is_made_again_by_a_second_call(folders: list[str], tmp_path: Path) -> None:
     asked: dict[str, Any] = {"budget": 6, "storage": tmp_path / "s.db"}
-    first = ties_peft.search(folders, Worth(folders), **asked)
+    first = ties_peft.search(folders, NegativeDistance(folders), **asked)
 
     calls = []
-    worth = Worth(folders)
+    objective = NegativeDistance(folders)
 
     def watched(adapter: Adapter) -> float:
         calls.append(adapter)
-        return worth(adapter)
+        return objective(adapter)
 
     again = ties_peft.search(folders, watched, **asked)
     assert not calls
@@ -178,16 +182,18 @@ def test_no_trial_is_made_again_by_a_second_call(folders: list[str], tmp_path: P
 
 
 def test_a_study_of_another_search_is_refused(folders: list[str], tmp_path: Path) -> None:
-    ties_peft.search(folders, Worth(folders), budget=2, storage=tmp_path / "s.db", controls=())
+    ties_peft.search(folders, NegativeDistance(folders), budget=2, storage=tmp_path / "s.db", controls=())
     with pytest.raises(RecipeError, match="is of another search: it differs in adapters"):
-        ties_peft.search(folders[:2], Worth(folders), budget=2, storage=tmp_path / "s.db", controls=())
+        ties_peft.search(folders[:2], NegativeDistance(folders), budget=2, storage=tmp_path / "s.db", controls=())
     with pytest.raises(RecipeError, match="it differs in penalty"):
-        ties_peft.search(folders, Worth(folders), budget=2, storage=tmp_path / "s.db", controls=(), penalty=0)
+        ties_peft.search(
+            folders, NegativeDistance(folders), budget=2, storage=tmp_path / "s.db", controls=(), penalty=0
+        )
 
 
 def test_progress_is_told_of_the_search_and_of_the_controls_that_cost_as_much(folders: list[str]) -> None:
     told: list[tuple[str, int, int]] = []
-    found = ties_peft.search(folders, Worth(folders), budget=5, progress=lambda *one: told.append(one))
+    found = ties_peft.search(folders, NegativeDistance(folders), budget=5, progress=lambda *one: told.append(one))
     stages = [stage.partition(" · ")[0] for stage, _, _ in told]
     assert list(dict.fromkeys(stages)) == ["search", "random weights", "random adapters"]
     for name in dict.fromkeys(stages):
@@ -234,11 +240,11 @@ def test_an_objective_that_gives_no_number_is_said(folders: list[str]) -> None:
 
 def test_knobs() -> None:
     tuning = Tuning.read(Recipe(adapters=("a", "b")), {"weights": [0, 2], "elect": ["mass", "count"], "rank": [4, 8]})
-    assert tuning.knobs == {
+    assert tuning.domains == {
         "weights.0": Range(0, 2),
         "weights.1": Range(0, 2),
         "elect": Choice(("mass", "count")),
         "rank": Range(4, 8, whole=True),
     }
-    assert Range(1.0, 100.0, log=True).drawn(0.5) == pytest.approx(10.0)
-    assert [Choice(("a", "b")).drawn(share) for share in (0.0, 0.49, 0.5, 0.99)] == ["a", "a", "b", "b"]
+    assert Range(1.0, 100.0, log=True).value_at(0.5) == pytest.approx(10.0)
+    assert [Choice(("a", "b")).value_at(share) for share in (0.0, 0.49, 0.5, 0.99)] == ["a", "a", "b", "b"]

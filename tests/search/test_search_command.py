@@ -128,10 +128,10 @@ def test_an_output_that_could_not_be_written_is_refused_before_the_trials(
 
 def test_the_help_can_be_read_as_it_was_written() -> None:
     for width in ("80", "200"):
-        shown = " ".join(run("search", "--help", env={"COLUMNS": width}).out.replace("│", " ").split())
+        without_password = " ".join(run("search", "--help", env={"COLUMNS": width}).out.replace("│", " ").split())
         for text in ("method=[ties,flat_tsv];", "density=[0.05,1.0];", "postgresql+psycopg2://…"):
-            assert text in shown
-        assert "Likewise" not in shown
+            assert text in without_password
+        assert "Likewise" not in without_password
 
 
 def test_one_bar_for_a_stage_whose_best_changes(monkeypatch: pytest.MonkeyPatch) -> None:

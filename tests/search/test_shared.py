@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worker import LORAHUB, Worth
+from worker import LORAHUB, NegativeDistance
 
 import ties_peft
 from ties_peft.search.study import Study
@@ -133,15 +133,15 @@ def test_killed_in_the_middle_it_goes_on_and_loses_nothing(storage: str, folders
     assert len(trials) == BUDGET
     assert len(whole) == BUDGET + 1  # what was under way was done again, and nothing else
     assert whole[len(begun)].split(" ", 1)[1] == begun[-1].split(" ", 1)[1]
-    undisturbed = ties_peft.search(folders, Worth(folders), budget=BUDGET, controls=(), **LORAHUB)
+    undisturbed = ties_peft.search(folders, NegativeDistance(folders), budget=BUDGET, controls=(), **LORAHUB)
     assert [(s, v) for _, s, v in trials] == [(dict(t.setting), t.value) for t in undisturbed.trials]
 
 
 def test_a_trial_whose_objective_fails_is_free_again(tmp_path: Path) -> None:
-    knobs = {"scale": Range(0.0, 1.0)}
+    domains = {"scale": Range(0.0, 1.0)}
 
     def made() -> Study:
-        return Study(tmp_path / "s.db", "s", knobs, [{"scale": 0.25}], {})
+        return Study(tmp_path / "s.db", "s", domains, [{"scale": 0.25}], {})
 
     def fail(setting: Any) -> Any:
         raise KeyboardInterrupt
@@ -153,7 +153,7 @@ def test_a_trial_whose_objective_fails_is_free_again(tmp_path: Path) -> None:
 
 
 def test_a_smaller_budget_is_met_by_what_is_there(tmp_path: Path) -> None:
-    knobs = {"scale": Range(0.0, 1.0)}
-    study = Study(tmp_path / "s.db", "s", knobs, [{"scale": 0.25}], {})
+    domains = {"scale": Range(0.0, 1.0)}
+    study = Study(tmp_path / "s.db", "s", domains, [{"scale": 0.25}], {})
     many = study.run(lambda setting: (setting["scale"], {}), 5)
     assert study.run(lambda setting: pytest.fail("a trial was made"), 3) == many[:3]

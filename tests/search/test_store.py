@@ -1,4 +1,4 @@
-"""Where trials are kept: no password is shown, folders are made, and a store in the output's way is refused."""
+"""Where trials are kept: no password is without_password, folders are made, and a store in the output's way is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from ties_peft import RecipeError
 from ties_peft.adapters.writer import check_apart
-from ties_peft.search.storage import file_of, shown
+from ties_peft.search.storage import storage_path, without_password
 from ties_peft.search.study import Study
 from ties_peft.search.tuning import Range
 
@@ -31,8 +31,8 @@ def study(storage: str | Path) -> Study:
     ],
 )
 def test_no_password_is_shown(url: str) -> None:
-    assert SECRET not in shown(url)
-    assert "://" in shown(url)
+    assert SECRET not in without_password(url)
+    assert "://" in without_password(url)
     with pytest.raises(RecipeError, match="the study cannot be kept in") as refused:
         study(url)
     assert SECRET not in str(refused.value)
@@ -43,18 +43,18 @@ def test_no_password_is_shown(url: str) -> None:
 
 def test_what_holds_no_password_is_shown_as_it_is(tmp_path: Path) -> None:
     for storage in (tmp_path / "s.db", "s.db", f"journal:{tmp_path}/log", "sqlite:///s.db", "mysql+pymysql://host/x"):
-        assert shown(storage) == str(storage)
-    assert shown(None) == "memory"
+        assert without_password(storage) == str(storage)
+    assert without_password(None) == "memory"
 
 
 def test_files() -> None:
-    assert [file_of(s) for s in ("a/s.db", "journal:a/log", "sqlite:///a/s.db", "sqlite:////a/s.db")] == [
+    assert [storage_path(s) for s in ("a/s.db", "journal:a/log", "sqlite:///a/s.db", "sqlite:////a/s.db")] == [
         Path("a/s.db"),
         Path("a/log"),
         Path("a/s.db"),
         Path("/a/s.db"),
     ]
-    assert [file_of(s) for s in (None, "sqlite://", "sqlite:///:memory:", "postgresql://h/a")] == [None] * 4
+    assert [storage_path(s) for s in (None, "sqlite://", "sqlite:///:memory:", "postgresql://h/a")] == [None] * 4
 
 
 @pytest.mark.parametrize("form", ["{}", "journal:{}", "sqlite:///{}"])
@@ -83,8 +83,8 @@ def test_folders_of_a_store_that_does_not_open_are_gone_again(tmp_path: Path, mo
 def test_a_store_in_the_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=r"the storage '.*out.*is, holds or lies in the output 'out'"):
-        check_apart(Path("out"), file_of(place), "the storage")
+        check_apart(Path("out"), storage_path(place), "the storage")
     with pytest.raises(RecipeError, match=r"the storage 's\.db' is, holds or lies in the output 's\.db/out'"):
-        check_apart(Path("s.db/out"), file_of("s.db"), "the storage")
+        check_apart(Path("s.db/out"), storage_path("s.db"), "the storage")
     for apart in (None, "out.study.db", "output/s.db", "postgresql://host/out", "sqlite://"):
-        check_apart(Path("out"), file_of(apart), "the storage")
+        check_apart(Path("out"), storage_path(apart), "the storage")

@@ -1,6 +1,6 @@
 """A process that takes part in a search: python worker.py STORAGE BUDGET SECONDS LOG ADAPTER…
 
-Every trial is noted in LOG as it is begun; its worth is the distance to 0.7 of the first task vector less 0.4 of
+Every trial is noted in LOG as it is begun; its objective is the distance to 0.7 of the first task vector less 0.4 of
 the last, and takes SECONDS. It begins when as many processes are there as TOGETHER says.
 """
 
@@ -19,7 +19,7 @@ from ties_peft import Adapter
 LORAHUB = {"method": "task_arithmetic", "scale": 1.0}  # exact weighted sums
 
 
-class Worth:
+class NegativeDistance:
     def __init__(self, folders: list[str], seconds: float = 0.0, log: Path | None = None) -> None:
         opened = [Adapter.load(folder) for folder in folders]
         self.target = {m: 0.7 * opened[0].delta(m) - 0.4 * opened[-1].delta(m) for m in opened[0].modules}
@@ -41,6 +41,11 @@ if __name__ == "__main__":
     while len(list(Path(log).parent.glob(f"{Path(log).name}.*"))) < int(os.environ["TOGETHER"]):
         time.sleep(0.01)
     found = ties_peft.search(
-        folders, Worth(folders, float(seconds), Path(log)), budget=int(budget), storage=storage, controls=(), **LORAHUB
+        folders,
+        NegativeDistance(folders, float(seconds), Path(log)),
+        budget=int(budget),
+        storage=storage,
+        controls=(),
+        **LORAHUB,
     )
     print(json.dumps([[trial.number, dict(trial.setting), trial.value] for trial in found.trials]))

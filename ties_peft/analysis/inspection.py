@@ -26,7 +26,7 @@ from ..task_vectors.delta import inner_root
 
 
 @dataclass(frozen=True)
-class Facts:
+class AdapterSummary:
     """What one adapter is.
 
     Attributes:
@@ -61,7 +61,7 @@ class Inspection:
     """What was found.
 
     Attributes:
-        adapters: facts of those that can be read.
+        adapters: summary of those that can be read.
         faults: why the others cannot, a message each.
         verdict: for two or more readable ones, whether they can be merged, else why not.
         mergeable: whether all that were given can be; None for fewer than two readable ones.
@@ -72,7 +72,7 @@ class Inspection:
         refused: what is known of those that cannot be read.
     """
 
-    adapters: tuple[Facts, ...]
+    adapters: tuple[AdapterSummary, ...]
     faults: tuple[str, ...]
     verdict: str | None
     mergeable: bool | None
@@ -88,7 +88,7 @@ class Inspection:
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [Text(note) for note in self.notes]
-        parts += [_table(facts) for facts in self.adapters]
+        parts += [_summary_table(summary) for summary in self.adapters]
         parts += [_refused_table(one) for one in self.refused if one.what]
         if self.verdict is not None:
             parts.append(Text(self.verdict, style="green" if self.mergeable else "red"))
@@ -97,7 +97,7 @@ class Inspection:
         return Group(*parts)
 
 
-def _all_of(given: Sequence[str], faults: list[str]) -> tuple[list[str], list[str]]:
+def _expand_sources(given: Sequence[str], faults: list[str]) -> tuple[list[str], list[str]]:
     """(the adapters that are meant, a remark on each pattern and on each folder that holds several)."""
     names, notes = [], []
     for source in given:
@@ -143,15 +143,15 @@ def inspect(sources: Sequence[str], base: str | None = None) -> Inspection:
     """
     weights = BaseModel.load(base) if base is not None else None
     faults: list[str] = []
-    names, notes = _all_of(sources, faults)
+    names, notes = _expand_sources(sources, faults)
     opened: list[Adapter] = []
     refused: list[Refused] = []
     for source in names:
-        found = _opened(source, weights)
+        found = _open(source, weights)
         (opened if isinstance(found, Adapter) else refused).append(found)  # type: ignore[arg-type]
     faults += [one.fault for one in refused]
     seen = Inspection(
-        tuple(_facts(adapter) for adapter in opened),
+        tuple(_summarize(adapter) for adapter in opened),
         tuple(faults),
         None,
         None,
@@ -161,10 +161,10 @@ def inspect(sources: Sequence[str], base: str | None = None) -> Inspection:
         (),
         tuple(refused),
     )
-    return seen if len(names) < 2 or len(opened) < 2 else _together(seen, opened, base)
+    return seen if len(names) < 2 or len(opened) < 2 else _with_merge_check(seen, opened, base)
 
 
-def _opened(source: str, weights: BaseModel | None) -> Adapter | Refused:
+def _open(source: str, weights: BaseModel | None) -> Adapter | Refused:
     """An adapter whose tensors are sound; else what is known of it."""
     try:
         found = find(source)
@@ -178,7 +178,7 @@ def _opened(source: str, weights: BaseModel | None) -> Adapter | Refused:
     return adapter
 
 
-def _together(seen: Inspection, opened: Sequence[Adapter], base: str | None) -> Inspection:
+def _with_merge_check(seen: Inspection, opened: Sequence[Adapter], base: str | None) -> Inspection:
     """Whether those that can be read can be merged, and what that would lose and warn of."""
     rest = f"; {len(seen.faults)} cannot be read" if seen.faults else ""
     whom = f"The {len(opened)} that can be read" if rest else "They"
@@ -193,14 +193,14 @@ def _together(seen: Inspection, opened: Sequence[Adapter], base: str | None) -> 
         verdict=f"{whom} can be merged: {len(plan.modules)} modules, {shared} of them in all{rank}{rest}.",
         mergeable=not seen.faults,
         rank=plan.rank,
-        warnings=(*plan.warnings, *_unlike(seen.adapters, opened)),
+        warnings=(*plan.warnings, *_warnings_of_set(seen.adapters, opened)),
         losses=tuple(_losses(opened, plan)),
     )
 
 
-def _unlike(facts: Sequence[Facts], opened: Sequence[Adapter]) -> list[str]:
+def _warnings_of_set(summary: Sequence[AdapterSummary], opened: Sequence[Adapter]) -> list[str]:
     """What is unusual of a set: norms far apart, one adapter twice."""
-    found = unequal_norms({one.source: one.norm for one in facts})
+    found = unequal_norms({one.source: one.norm for one in summary})
     for i, adapter in enumerate(opened):
         twin = next((other for other in opened[:i] if other.digest == adapter.digest), None)
         if twin is not None:
@@ -208,10 +208,10 @@ def _unlike(facts: Sequence[Facts], opened: Sequence[Adapter]) -> list[str]:
     return found
 
 
-def _facts(adapter: Adapter) -> Facts:
+def _summarize(adapter: Adapter) -> AdapterSummary:
     norms = {name: inner_root(adapter.read(name)) for name in adapter.modules}
     task = adapter.config.get("task_type")
-    return Facts(
+    return AdapterSummary(
         source=adapter.label,
         kind=adapter.kind.title,
         base=printable(adapter.base) if adapter.base else None,
@@ -223,17 +223,17 @@ def _facts(adapter: Adapter) -> Facts:
         numbers=sum(math.prod(adapter.tensors.info(key).shape) for key in adapter.tensors.names),
         norm=math.hypot(*norms.values()),
         largest=printable(max(norms, key=norms.__getitem__)),
-        riders=_riders(adapter),
+        riders=_extra_tensors(adapter),
         unusual=_unusual(adapter, norms),
     )
 
 
-def _riders(adapter: Adapter) -> tuple[str, ...]:
+def _extra_tensors(adapter: Adapter) -> tuple[str, ...]:
     found = read_riders(adapter.riders, adapter.config, adapter.tensors, entries([adapter.config]), adapter.label)
     return tuple(describe(found, len(copies(adapter.riders))))
 
 
-FORMS = {
+FORM_NAMES = {
     "conv": "convolutions",
     "embedding": "LoRA on embeddings",
     "bias": "a bias on lora_B",
@@ -241,10 +241,10 @@ FORMS = {
 }
 
 
-def _forms(adapter: Adapter) -> list[str]:
+def _special_modules(adapter: Adapter) -> list[str]:
     """What its modules are the task vectors of, where it is not linear layers; whether they need the base."""
     forms = [module.form for module in adapter.layout.values()]
-    found = [f"{forms.count(form)} × {text}" for form, text in FORMS.items() if form in forms]
+    found = [f"{forms.count(form)} × {text}" for form, text in FORM_NAMES.items() if form in forms]
     if any(module.needs for module in adapter.layout.values()):
         kind = "DoRA" if adapter.kind.name == "lora" else adapter.kind.title
         found.append(f"{kind}: its task vector is of full rank and depends on the base's weights")
@@ -256,7 +256,7 @@ def _forms(adapter: Adapter) -> list[str]:
 def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
     """What most adapters are not, in words."""
     config = adapter.config
-    found = _forms(adapter)
+    found = _special_modules(adapter)
     if config.get("use_rslora"):
         found.append("rsLoRA (scaling alpha/√r)")
     full = any(module.needs for module in adapter.layout.values())
@@ -284,29 +284,31 @@ def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _plain() -> Table:
+def _empty_table() -> Table:
     return Table(box=None, pad_edge=False, show_header=False)
 
 
-def _table(facts: Facts) -> RenderableType:
-    table = _plain()
-    rank = f", rank {', '.join(map(str, facts.ranks))}, scaling {', '.join(f'{s:g}' for s in facts.scalings)}"
-    table.add_row("kind", facts.kind + (rank if facts.kind == "LoRA" else ""))
+def _summary_table(summary: AdapterSummary) -> RenderableType:
+    table = _empty_table()
+    rank = f", rank {', '.join(map(str, summary.ranks))}, scaling {', '.join(f'{s:g}' for s in summary.scalings)}"
+    table.add_row("kind", summary.kind + (rank if summary.kind == "LoRA" else ""))
     table.add_row(
-        "base", escape(facts.base or "not named") + (f", {escape(facts.task_type)}" if facts.task_type else "")
+        "base", escape(summary.base or "not named") + (f", {escape(summary.task_type)}" if summary.task_type else "")
     )
-    table.add_row("modules", f"{facts.modules}, {facts.numbers:,} numbers in {facts.dtype}")
-    table.add_row("norm", f"{facts.norm:.4g}" + (f", most of it in {escape(facts.largest)}" if facts.norm else ""))
-    for number, text in enumerate(facts.riders):
+    table.add_row("modules", f"{summary.modules}, {summary.numbers:,} numbers in {summary.dtype}")
+    table.add_row(
+        "norm", f"{summary.norm:.4g}" + (f", most of it in {escape(summary.largest)}" if summary.norm else "")
+    )
+    for number, text in enumerate(summary.riders):
         table.add_row("" if number else "whole layers", escape(text))
-    if facts.unusual:
-        table.add_row("unusual", escape("; ".join(facts.unusual)))
-    return Group(Text(facts.source, style="bold"), table)
+    if summary.unusual:
+        table.add_row("unusual", escape("; ".join(summary.unusual)))
+    return Group(Text(summary.source, style="bold"), table)
 
 
 def _refused_table(one: Refused) -> RenderableType:
     """What is known of a source that is refused; why stands beneath, on standard error."""
-    table = _plain()
+    table = _empty_table()
     table.add_row("refused", escape(one.what))
     if one.base or one.task_type:
         table.add_row("base", escape(", ".join(filter(None, (one.base or "not named", one.task_type)))))

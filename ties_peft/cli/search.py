@@ -133,10 +133,10 @@ def _check_paths(out: Path, force: bool, storage: str, adapters: list[str], para
     from ..adapters.writer import check_apart, check_target
     from ..merging.merged import inputs
     from ..merging.recipes.recipe import Recipe
-    from ..search.storage import file_of
+    from ..search.storage import storage_path
 
     check_target(out, force, inputs(Recipe(adapters=tuple(adapters), parameters=parameters)))
-    check_apart(out, file_of(storage), "the storage")
+    check_apart(out, storage_path(storage), "the storage")
 
 
 def _warn_of_base(adapters: list[str], task: Path, base: str | None) -> None:
@@ -150,15 +150,15 @@ def _warn_of_base(adapters: list[str], task: Path, base: str | None) -> None:
 
 
 def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> None:
-    from ..search.storage import shown
+    from ..search.storage import without_password
 
     print_warnings(found.adapter.report.warnings)
     if as_json:
-        print_json({"out": str(out), "storage": shown(storage), "study": study, **found.to_dict()})
+        print_json({"out": str(out), "storage": without_password(storage), "study": study, **found.to_dict()})
         return
     typer.echo(f"{found}\n\nbest of {len(found.trials)} trials:\n{found.recipe.to_yaml()}\nwritten to {out}")
     typer.echo(
-        f"the trials stay in {shown(storage)} (study '{printable(study)}'); the same command with a larger --budget and "
+        f"the trials stay in {without_password(storage)} (study '{printable(study)}'); the same command with a larger --budget and "
         "--force goes on from there"
     )
 

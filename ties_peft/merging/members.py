@@ -282,7 +282,7 @@ def statistics_of(method: Method, members: Sequence[Member], module: str) -> lis
         statistics = adapter.statistics(method.needs or "")
         one = None if statistics is None else statistics.of(module)
         if statistics is not None and one is not None:
-            norm = statistics.norm(adapter.modules) if method.normalizes() else 1.0
+            norm = statistics.norm(adapter.modules) if method.normalizes_statistics() else 1.0
             found.append(replace(one, divisor=norm or 1.0))
     return found
 

@@ -78,7 +78,7 @@ def method_classes() -> dict[str, type[Method]]:
         found += [c for c in own if issubclass(c, Method) and "name" in vars(c)]
     known = {c.name: c for c in found}
     for point in importlib.metadata.entry_points(group=GROUP):
-        cls = _plugged(point)
+        cls = _load_entry_point(point)
         if cls.name in known:
             other = known[cls.name]
             raise MethodError(
@@ -90,7 +90,7 @@ def method_classes() -> dict[str, type[Method]]:
     return dict(sorted(known.items()))
 
 
-def _plugged(point: importlib.metadata.EntryPoint) -> type[Method]:
+def _load_entry_point(point: importlib.metadata.EntryPoint) -> type[Method]:
     """The class that another package adds.
 
     Raises: MethodError naming the entry point, where it cannot be loaded or is no method.
@@ -192,32 +192,32 @@ def make_stages(name: str, parameters: dict[str, Any]) -> Stages:
     """
     names = [part.strip() for part in name.split("+")]
     classes = [find_method(part) for part in names]
-    merging = _merging(names, classes)
+    merging = _find_merging_stage(names, classes)
     given: list[dict[str, Any]] = [{} for _ in names]
     for parameter, value in parameters.items():
-        stage, own = _owner(parameter, names, classes)
+        stage, own = _find_stage(parameter, names, classes)
         given[stage][own] = value
     made = [make_method(part, values) for part, values in zip(names, given, strict=True)]
     return Stages(tuple(made[:merging]), made[merging], tuple(made[merging + 1 :]))
 
 
-def _merging(names: list[str], classes: list[type[Method]]) -> int:
+def _find_merging_stage(names: list[str], classes: list[type[Method]]) -> int:
     """Which of the stages merges: the first that does not stand before another by its nature."""
     place = next((i for i, cls in enumerate(classes) if not cls.prepares()), len(classes) - 1)
     wrong = [name for name, cls in zip(names[place + 1 :], classes[place + 1 :], strict=True) if not cls.finishes()]
     if wrong:
         raise MethodError(
             f"method '{'+'.join(names)}': '{wrong[0]}' cannot stand after '{names[place]}'. Before a merging method: "
-            f"{_which('prepares')}; after it: {_which('finishes')}."
+            f"{_methods_with('prepares')}; after it: {_methods_with('finishes')}."
         )
     return place
 
 
-def _which(role: str) -> str:
+def _methods_with(role: str) -> str:
     return ", ".join(name for name, cls in method_classes().items() if getattr(cls, role)())
 
 
-def _owner(parameter: str, names: list[str], classes: list[type[Method]]) -> tuple[int, str]:
+def _find_stage(parameter: str, names: list[str], classes: list[type[Method]]) -> tuple[int, str]:
     """The stage that a parameter is meant for, and its name there."""
     stage, dot, own = parameter.rpartition(".")
     if dot and stage in names and own in classes[names.index(stage)].model_fields:

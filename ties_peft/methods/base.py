@@ -126,7 +126,7 @@ class Method(BaseModel, ABC):
         """Return the order statistics to find before the merge; each ranking sees the levels of those before it."""
         return ()
 
-    def normalizes(self) -> bool:
+    def normalizes_statistics(self) -> bool:
         """Return whether the statistics of each adapter are divided by their norm over all its modules."""
         return False
 

@@ -42,7 +42,7 @@ class Fisher(Method):
 
     normalize_fisher: bool = Field(False, description="divide each adapter's F by its norm over all its modules")
 
-    def normalizes(self) -> bool:
+    def normalizes_statistics(self) -> bool:
         """As the parameter says."""
         return self.normalize_fisher
 

@@ -42,13 +42,13 @@ class IsoC(Method):
 
     def merge(self, task_vectors: TaskVectors) -> Tensor:
         """The sum, flattened."""
-        return _flat(task_vectors.matrices().sum(0))
+        return _flattened(task_vectors.matrices().sum(0))
 
     def finish(self, merged: Delta, task_vectors: TaskVectors) -> Delta:
         """What another method made, flattened."""
-        return Dense(_flat(merged.dense()).float())
+        return Dense(_flattened(merged.dense()).float())
 
 
-def _flat(matrix: Tensor) -> Tensor:
+def _flattened(matrix: Tensor) -> Tensor:
     found = spectrum(matrix)
     return found.valued(found.S.mean().expand_as(found.S)).dense()

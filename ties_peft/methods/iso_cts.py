@@ -49,15 +49,15 @@ class IsoCts(Method):
         total = spectrum(torch.stack(given).sum(0))
         own = round((len(total) - int(len(total) * self.common)) / len(given))
         shared = total.top(len(total) - own * len(given))
-        parts = [_rest(matrix, shared).top(own) for matrix in given]
-        return _flat([*parts, shared])
+        parts = [_without_shared(matrix, shared).top(own) for matrix in given]
+        return _flattened([*parts, shared])
 
 
-def _rest(matrix: Tensor, shared: Spectrum) -> Spectrum:
+def _without_shared(matrix: Tensor, shared: Spectrum) -> Spectrum:
     """What of a matrix does not lie in the shared output directions."""
     return spectrum(matrix - shared.U @ (shared.U.T @ matrix), beside=float(matrix.norm()))
 
 
-def _flat(parts: list[Spectrum]) -> Tensor:
+def _flattened(parts: list[Spectrum]) -> Tensor:
     level = torch.cat([part.S for part in parts]).mean()
     return orthogonalised([part.valued(level.expand_as(part.S)) for part in parts])

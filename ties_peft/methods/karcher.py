@@ -51,19 +51,19 @@ class Karcher(Method):
     def _mean(self, cosines: Tensor, weights: Tensor) -> Tensor:
         """The coefficients of unit vectors that make their mean direction, zeros if they cancel."""
         mean = weights
-        if _size(mean, cosines) < self.tol:
+        if _norm(mean, cosines) < self.tol:
             return torch.zeros_like(mean)
-        mean = mean / _size(mean, cosines)
+        mean = mean / _norm(mean, cosines)
         for _ in range(self.max_iter):
             along = (cosines @ mean).clamp(-1, 1)
             angles = along.acos()
-            pull = weights * torch.where(angles.sin() > STRAIGHT, angles / angles.sin(), 1.0)
-            step = pull - (pull @ along) * mean
-            size = _size(step, cosines)
+            logarithms = weights * torch.where(angles.sin() > MIN_SINE, angles / angles.sin(), 1.0)
+            step = logarithms - (logarithms @ along) * mean
+            size = _norm(step, cosines)
             if size < self.tol:
                 break
             mean = size.cos() * mean + size.sin() / size * step
-            mean = mean / _size(mean, cosines)
+            mean = mean / _norm(mean, cosines)
         return mean
 
     def linear(self, adapters: int) -> bool:
@@ -71,9 +71,9 @@ class Karcher(Method):
         return True
 
 
-STRAIGHT = 1e-4  # sin of an angle that is 0 or π to the rounding of factors in float32: nothing to follow
+MIN_SINE = 1e-4  # sin of an angle that is 0 or π to the rounding of factors in float32: nothing to follow
 
 
-def _size(mixed: Tensor, cosines: Tensor) -> Tensor:
+def _norm(mixed: Tensor, cosines: Tensor) -> Tensor:
     """The norm of a mixture of unit vectors."""
     return (mixed @ cosines @ mixed).clamp_min(0).sqrt()

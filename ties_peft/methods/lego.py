@@ -1,4 +1,4 @@
-"""LoRA-LEGO: the adapters' rank-one units, sorted into heaps of alike ones."""
+"""LoRA-LEGO: the adapters' rank-one units, sorted into clusters of alike ones."""
 
 from __future__ import annotations
 
@@ -52,32 +52,32 @@ class Lego(Method):
             return matrices[0]
         left = torch.cat([one.U * one.S.sqrt() for one in found], 1)
         right = torch.cat([one.Vt * one.S.sqrt().unsqueeze(1) for one in found], 0)
-        likeness = (left.T @ left) * (right @ right.T)
-        heaps = _heaps(likeness, self.clusters or max(map(len, found)))
-        speakers = [_speaker(left[:, heap], right[heap]) for heap in heaps]
-        merged: Tensor = torch.stack(speakers).sum(0) * (len(likeness) / len(heaps)) ** 0.5
+        similarity = (left.T @ left) * (right @ right.T)
+        clusters = _clusters(similarity, self.clusters or max(map(len, found)))
+        representatives = [_representative(left[:, cluster], right[cluster]) for cluster in clusters]
+        merged: Tensor = torch.stack(representatives).sum(0) * (len(similarity) / len(clusters)) ** 0.5
         return merged
 
 
-def _heaps(likeness: Tensor, count: int) -> list[Tensor]:
+def _clusters(similarity: Tensor, count: int) -> list[Tensor]:
     """The members of each cluster, given the inner products of all units."""
-    starts = _starts(likeness, count)
-    labels = (likeness.diagonal()[starts] - 2 * likeness[:, starts]).argmin(1)
+    starts = _initial_units(similarity, count)
+    labels = (similarity.diagonal()[starts] - 2 * similarity[:, starts]).argmin(1)
     for _ in range(ROUNDS):
-        member = torch.nn.functional.one_hot(labels).to(likeness.dtype)
+        member = torch.nn.functional.one_hot(labels).to(similarity.dtype)
         member = member[:, member.any(0)]  # a cluster that nobody is left in is none
         share = member / member.sum(0)
-        within = likeness @ share
+        within = similarity @ share
         before, labels = labels, ((share * within).sum(0) - 2 * within).argmin(1)
         if torch.equal(before, labels):
             break
     return [(labels == label).nonzero().flatten() for label in torch.unique(labels)]
 
 
-def _starts(likeness: Tensor, count: int) -> list[int]:
+def _initial_units(similarity: Tensor, count: int) -> list[int]:
     """Units that together leave least unexplained, one after another, each the best next one."""
-    sizes = likeness.diagonal()
-    distance = sizes.unsqueeze(1) + sizes - 2 * likeness
+    sizes = similarity.diagonal()
+    distance = sizes.unsqueeze(1) + sizes - 2 * similarity
     left, chosen = sizes, list[int]()
     for _ in range(min(count, len(sizes))):
         gain = (left - distance).clamp_min(0).sum(1)
@@ -89,10 +89,10 @@ def _starts(likeness: Tensor, count: int) -> list[int]:
     return chosen
 
 
-def _speaker(left: Tensor, right: Tensor) -> Tensor:
+def _representative(left: Tensor, right: Tensor) -> Tensor:
     """The leading direction of Σ bⱼ·aⱼᵀ at the mean norm of the units."""
     out, mix = torch.linalg.qr(left)
     lead = spectrum(mix @ right).top(1)
     norms = left.norm(dim=0) * right.norm(dim=1)
-    speaker: Tensor = out @ lead.valued(norms.mean().expand_as(lead.S)).dense()
-    return speaker
+    representative: Tensor = out @ lead.valued(norms.mean().expand_as(lead.S)).dense()
+    return representative

@@ -48,8 +48,8 @@ class Pcb(Method):
     def rankings(self) -> Sequence[Ranking]:
         """The magnitudes to level at, then the least score kept and the largest."""
         return (
-            Ranking(lambda vectors: (values.abs_() for values in vectors.stream()), self._extremes, self.scope),
-            Ranking(lambda vectors: (score for _, score in _scored(vectors)), _kept, self.scope),
+            Ranking(lambda vectors: (values.abs_() for values in vectors.stream()), self._magnitude_ranks, self.scope),
+            Ranking(lambda vectors: (score for _, score in _with_scores(vectors)), _score_ranks, self.scope),
         )
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
@@ -58,41 +58,41 @@ class Pcb(Method):
 
     def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
         mean, divisor = task_vectors.room("mean", (2, *task_vectors.shape)).zero_()
-        every = zip(_scored(task_vectors), task_vectors.weights, task_vectors.levels, strict=True)
+        every = zip(_with_scores(task_vectors), task_vectors.weights, task_vectors.levels, strict=True)
         for (values, score), weight, levels in every:
-            share = _ramp(score, *levels[2:])
+            share = _minmax(score, *levels[2:])
             divisor.add_(share, alpha=abs(weight))
-            mean.add_(share.mul_(_levelled(values, levels)).mul_(values.sign_()))
+            mean.add_(share.mul_(_clamped(values, levels)).mul_(values.sign_()))
         merged: Tensor = mean.div_(divisor.clamp_min_(NOTHING))
         return merged
 
-    def _extremes(self, entries: int, density: float) -> Sequence[int]:
+    def _magnitude_ranks(self, entries: int, density: float) -> Sequence[int]:
         """The ranks of the magnitudes that the smallest and the largest are brought to."""
         return entries - kept_count(self.clamp, entries), min(entries, count_at_least(self.clamp, entries) + 1)
 
 
-def _kept(entries: int, density: float) -> Sequence[int]:
+def _score_ranks(entries: int, density: float) -> Sequence[int]:
     """The ranks of the least score that is kept, and of the largest."""
     return count_at_least(density, entries), 1
 
 
-def _scored(task_vectors: TaskVectors) -> Iterator[tuple[Tensor, Tensor]]:
+def _with_scores(task_vectors: TaskVectors) -> Iterator[tuple[Tensor, Tensor]]:
     """Each task vector with the scores of its entries, but for the factor eᴺ, which cancels."""
     total = task_vectors.room("total", task_vectors.shape).zero_()
     for values in task_vectors.stream():
         total.add_(values)
     for values, levels in zip(task_vectors.stream(), task_vectors.levels, strict=True):
-        score = _ramp(_levelled(values, levels), *levels[:2]).square_()
+        score = _minmax(_clamped(values, levels), *levels[:2]).square_()
         score.sub_(1).mul_(task_vectors.adapters).exp_()
         yield values, score.mul_((values * total).tanh_())
 
 
-def _levelled(values: Tensor, levels: Sequence[float]) -> Tensor:
+def _clamped(values: Tensor, levels: Sequence[float]) -> Tensor:
     """The magnitudes, the extreme ones brought to the levels."""
     return values.abs().clamp_(*levels[:2])
 
 
-def _ramp(values: Tensor, low: float, high: float) -> Tensor:
+def _minmax(values: Tensor, low: float, high: float) -> Tensor:
     """0 up to `low`, in proportion from there, 1 from `high` on; where `low` is not below it, 1 where `high` is reached.
 
     Nothing is reached where no value is positive, as where all are 0.

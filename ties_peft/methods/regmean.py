@@ -88,7 +88,7 @@ def _solve(gram: Tensor, rows: Tensor) -> Tensor:
         return torch.zeros_like(rows)
     size = gram.diagonal()[there].sqrt()  # one that is a thousand times another would hide it otherwise
     factor, failed = torch.linalg.cholesky_ex(gram[there][:, there] / size / size.unsqueeze(1))
-    if not failed and float(factor.diagonal().min()) > SINGULAR:
+    if not failed and float(factor.diagonal().min()) > MIN_PIVOT:
         solved = torch.zeros_like(rows)
         solved[:, there] = torch.cholesky_solve((rows[:, there] / size).T, factor).T / size
         return solved
@@ -99,4 +99,4 @@ def _solve(gram: Tensor, rows: Tensor) -> Tensor:
     return least
 
 
-SINGULAR = 1e-2  # of a Cholesky factor's diagonal, 1 for an input that no other foretells; squared, far over float32's rounding
+MIN_PIVOT = 1e-2  # of a Cholesky factor's diagonal, 1 for an input that no other foretells; squared, far over float32's rounding

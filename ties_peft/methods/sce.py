@@ -45,12 +45,12 @@ class Sce(Method):
         if self.linear(task_vectors.adapters):
             return task_vectors.sum(1 / abs(task_vectors.weights[0]))
         total = add_up(task_vectors.stream())
-        chosen = self._chosen(task_vectors, total / task_vectors.adapters) if self.select_topk < 1 else None
+        selected = self._selected(task_vectors, total / task_vectors.adapters) if self.select_topk < 1 else None
         energy = max(map(_energy, task_vectors.stream())) or 1.0
         mean, divisor = torch.zeros_like(total), torch.zeros_like(total)
         for values, weight in zip(task_vectors.stream(), task_vectors.weights, strict=True):
-            if chosen is not None:
-                values.mul_(chosen)
+            if selected is not None:
+                values.mul_(selected)
             share = _energy(values) / energy  # ηᵢ but for a factor that cancels
             agrees = torch.where(total >= 0, values > 0, values < 0)
             divisor.add_(agrees, alpha=share * abs(weight))
@@ -61,7 +61,7 @@ class Sce(Method):
         """True of one adapter."""
         return adapters == 1
 
-    def _chosen(self, task_vectors: TaskVectors, mean: Tensor) -> Tensor | None:
+    def _selected(self, task_vectors: TaskVectors, mean: Tensor) -> Tensor | None:
         """Where the variance is largest, adapters that lack the module counted as zero."""
         variance = mean.square() * (task_vectors.adapters - len(task_vectors))
         for values in task_vectors.stream():

@@ -54,15 +54,15 @@ class Slerp(Method):
         even = self.form == "even"
         weights = [abs(weight) if even else weight for weight in task_vectors.weights]
         total = task_vectors.total_magnitude if even else task_vectors.total_weight
-        shares = [weight / total if abs(total) > NO_SUM else 0.5 for weight in weights]
-        loads = weights if self.t is None else [1.0] * len(weights)
+        shares = [weight / total if abs(total) > MIN_WEIGHT_SUM else 0.5 for weight in weights]
+        divisors = weights if self.t is None else [1.0] * len(weights)
         if len(task_vectors) == 1:
-            return task_vectors.sum((shares[0] if even else math.sin(shares[0] * math.pi / 2)) / loads[0])
+            return task_vectors.sum((shares[0] if even else math.sin(shares[0] * math.pi / 2)) / divisors[0])
         gram = task_vectors.gram()
-        norms = [float(gram[i, i]) ** 0.5 / abs(loads[i]) for i in (0, 1)]
-        inner = float(gram[0, 1]) / (loads[0] * loads[1])
-        first, second = _turned(shares[1] if self.t is None else self.t, norms, inner, even)
-        return task_vectors.sum([first / loads[0], second / loads[1]])
+        norms = [float(gram[i, i]) ** 0.5 / abs(divisors[i]) for i in (0, 1)]
+        inner = float(gram[0, 1]) / (divisors[0] * divisors[1])
+        first, second = _coefficients(shares[1] if self.t is None else self.t, norms, inner, even)
+        return task_vectors.sum([first / divisors[0], second / divisors[1]])
 
     def linear(self, adapters: int) -> bool:
         """Always."""
@@ -73,19 +73,19 @@ class Slerp(Method):
         return f"it turns one adapter into another; these are {len(weights)}. Use karcher" if len(weights) > 2 else None
 
 
-COLINEAR = 1e-4  # sin θ; below it the two sines are the rounding of factors in float32
-NO_SUM = 1e-6  # of signed weights: below it they give no share, in mergekit too
+MIN_SINE = 1e-4  # sin θ; below it the two sines are the rounding of factors in float32
+MIN_WEIGHT_SUM = 1e-6  # of signed weights: below it they give no share, in mergekit too
 
 
-def _turned(turn: float, norms: Sequence[float], inner: float, even: bool) -> tuple[float, float]:
+def _coefficients(t: float, norms: Sequence[float], inner: float, even: bool) -> tuple[float, float]:
     """The coefficients of two vectors, given their norms and their inner product."""
     first, second = norms
     of_zero = 0.0 if even else math.pi / 2
     angle = math.acos(max(-1.0, min(1.0, inner / (first * second)))) if first * second > 0 else of_zero
-    if math.sin(angle) < COLINEAR:
-        return 1 - turn, turn
-    sines = math.sin((1 - turn) * angle) / math.sin(angle), math.sin(turn * angle) / math.sin(angle)
+    if math.sin(angle) < MIN_SINE:
+        return 1 - t, t
+    sines = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
     if not even:
         return sines
-    length = (1 - turn) * first + turn * second
+    length = (1 - t) * first + t * second
     return length * sines[0] / first, length * sines[1] / second

@@ -43,15 +43,15 @@ def simple_recipes(recipe: Recipe) -> dict[str, list[Recipe]]:
 
 
 def random_settings(tuning: Tuning, count: int, seed: int) -> list[dict[str, Any]]:
-    """Settings drawn evenly over the knobs."""
+    """Settings drawn evenly over the domains."""
     import numpy as np
 
     draw = np.random.default_rng([seed, 1])
     made = []
     for _ in range(count):
         setting: dict[str, Any] = {}
-        for name, knob in tuning.knobs.items():
-            setting[name] = knob.drawn(float(draw.random()))
+        for name, domain in tuning.domains.items():
+            setting[name] = domain.value_at(float(draw.random()))
         made.append(setting)
     return made
 

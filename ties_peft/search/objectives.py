@@ -1,4 +1,4 @@
-"""Judges: what a search goes by, and what it is judged by in the end; tasks on one loaded base.
+"""Objectives: what a search goes by, and what it is judged by in the end; tasks on one loaded base.
 
 What they go by is told by its content, the rows' tokens and labels, and not by where it lies: so rows that changed
 make another search, and two machines with the same rows under other paths share one.
@@ -26,7 +26,7 @@ FUNCTION = "a function"
 Objective = Callable[[Adapter], float]
 
 
-class Judges:
+class Objectives:
     """The objective and the judge as callables.
 
     Args:
@@ -38,7 +38,7 @@ class Judges:
     Attributes:
         exam: the objective's, where it is a task.
         asked: what the objective is, in plain values; a function is told by nothing.
-        judged_by: the same of the judge in one word, empty without one; None for a function, which is never
+        judge_id: the same of the judge in one word, empty without one; None for a function, which is never
             known to be the same again.
         score: the objective: −loss, or the accuracy where there is no loss.
     Raises: TiesPeftError, before the base is loaded wherever it can be known by then.
@@ -74,7 +74,7 @@ class Judges:
                 bench.require(adapter)
         self.exam: Exam | None = None if callable(objective) else exams[0]
         self.asked: dict[str, Any] = {"objective": FUNCTION} if self.exam is None else content(self.exam)
-        self.judged_by: str | None = "" if judge is None else None if callable(judge) else _digest(content(exams[-1]))
+        self.judge_id: str | None = "" if judge is None else None if callable(judge) else _digest(content(exams[-1]))
         self.score: Objective = objective if callable(objective) else lambda adapter: _loss(exams[0], adapter)
         self._judge = judge if judge is None or callable(judge) else lambda adapter: _value(exams[-1], adapter)
 

@@ -1,6 +1,6 @@
 """Search: the recipe that does best on a few examples, found without gradients.
 
-    maximise  worth(recipe) = objective(merge(recipe)) − penalty · mean |wᵢ|
+    maximise  evaluate(recipe) = objective(merge(recipe)) − penalty · mean |wᵢ|
 
 By default N weights from −1.5 to 1.5 are searched, with penalty 0.05 and 40 trials, in a merge by the defaults of
 `merge`; any other numbers and choices of a recipe are tuned alike (see `tuning`). LoRAHub is the same with method
@@ -29,10 +29,10 @@ from ..merging.merge import Progress, make_recipe
 from ..merging.merged import Merged
 from ..merging.recipes.recipe import Rank, Recipe
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes
-from .objectives import Judges
+from .objectives import Objectives
+from .problem import SearchProblem
 from .sampler import Trial
-from .study import Study, Watch
-from .trials import Hunt
+from .study import Study, TrialCallback
 from .tuning import Tuning
 
 
@@ -116,7 +116,7 @@ def search(
     bench: Bench | None = None,
     allow_disjoint: bool = False,
     progress: Progress | None = None,
-    watch: Watch | None = None,
+    watch: TrialCallback | None = None,
 ) -> Found:
     """Find the weights, or any numbers and choices of a recipe, that do best on a few examples.
 
@@ -163,18 +163,18 @@ def search(
         allow_disjoint=allow_disjoint,
     )
     tuning = Tuning.read(recipe, tune)
-    judges = Judges(objective, judge, opened, base, device, bench, TRAINED in controls)
-    hunt = Hunt(opened, tuning, judges.score, penalty, seed)
-    hunt.check()
-    ask = _Ask(budget, storage, study, sampler, progress)
-    shared = ask.open(hunt, judges.asked)
-    trials = ask.run(shared, hunt, "search", watch)
+    objectives = Objectives(objective, judge, opened, base, device, bench, TRAINED in controls)
+    problem = SearchProblem(opened, tuning, objectives.score, penalty, seed)
+    problem.check()
+    ask = _SearchRun(budget, storage, study, sampler, progress)
+    shared = ask.open(problem, objectives.asked)
+    trials = ask.run(shared, problem, "search", watch)
     best = _best(trials)
-    merged = hunt.merge(tuning.to_recipe(best.setting))
-    held = _held_against(hunt, judges, controls, ask, shared)
+    merged = problem.merge(tuning.to_recipe(best.setting))
+    held = _evaluate_controls(problem, objectives, controls, ask, shared)
     score = float(best.facts["score"])
     warn_caller(merged.report.warnings)
-    return Found(merged, merged.recipe, score, judges.judge(merged), tuple(trials), tuple(held))
+    return Found(merged, merged.recipe, score, objectives.judge(merged), tuple(trials), tuple(held))
 
 
 def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None:
@@ -188,7 +188,7 @@ def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None
 
 
 @dataclass(frozen=True)
-class _Ask:
+class _SearchRun:
     """How many trials, where they are kept, and who is told of them."""
 
     budget: int
@@ -197,12 +197,20 @@ class _Ask:
     sampler: str
     progress: Progress | None
 
-    def open(self, hunt: Hunt, objective: Mapping[str, Any]) -> Study:
-        """The study of a hunt; refused where one of that name is of another."""
-        asked = hunt.asked(objective)
-        return Study(self.storage, self.study, hunt.tuning.knobs, hunt.starts(), asked, hunt.seed, self.sampler)
+    def open(self, problem: SearchProblem, objective: Mapping[str, Any]) -> Study:
+        """The study of a problem; refused where one of that name is of another."""
+        asked = problem.asked(objective)
+        return Study(
+            self.storage,
+            self.study,
+            problem.tuning.domains,
+            problem.initial_settings(),
+            asked,
+            problem.seed,
+            self.sampler,
+        )
 
-    def run(self, study: Study, hunt: Hunt, stage: str, watch: Watch | None = None) -> list[Trial]:
+    def run(self, study: Study, problem: SearchProblem, stage: str, watch: TrialCallback | None = None) -> list[Trial]:
         """The trials, those that are done already among them."""
 
         def tell(trial: Trial, done: list[Trial]) -> None:
@@ -211,7 +219,7 @@ class _Ask:
                 watch(trial, done)
 
         self.say(stage, [one.value for one in study.trials()])
-        return study.run(hunt.worth, self.budget, tell)
+        return study.run(problem.evaluate, self.budget, tell)
 
     def say(self, stage: str, values: Sequence[float]) -> None:
         """How far it is, and the best value so far."""
@@ -220,51 +228,57 @@ class _Ask:
             self.progress(stage + best, min(len(values), self.budget), self.budget)
 
 
-def _held_against(hunt: Hunt, judges: Judges, names: Sequence[str], ask: _Ask, shared: Study) -> list[Control]:
+def _evaluate_controls(
+    problem: SearchProblem, objectives: Objectives, names: Sequence[str], ask: _SearchRun, shared: Study
+) -> list[Control]:
     """The controls, in their order; those that the study keeps, of this budget and this judge, are not made again."""
     made = []
     for name in names:
         budget = f", budget {ask.budget}" if name in (WEIGHTS, ADAPTERS) else ""
-        place = f"control: {name}{budget}, judge {judges.judged_by or 'none'}"
-        kept = None if judges.judged_by is None else shared.fact(place)
+        place = f"control: {name}{budget}, judge {objectives.judge_id or 'none'}"
+        kept = None if objectives.judge_id is None else shared.fact(place)
         if kept is None:
-            adapter = _control(hunt, judges, name, ask)
-            kept = [hunt.score(adapter), judges.judge(adapter)]
-            if judges.judged_by is not None:
+            adapter = _control(problem, objectives, name, ask)
+            kept = [problem.score(adapter), objectives.judge(adapter)]
+            if objectives.judge_id is not None:
                 shared.keep(place, kept)
         made.append(Control(name, *kept))
     return made
 
 
-def _control(hunt: Hunt, judges: Judges, name: str, ask: _Ask) -> Adapter:
+def _control(problem: SearchProblem, objectives: Objectives, name: str, ask: _SearchRun) -> Adapter:
     if name == WEIGHTS:
-        return _best_setting(hunt, ask)
+        return _best_random_setting(problem, ask)
     if name == ADAPTERS:
-        return _search_random(hunt, judges, ask)
+        return _search_random(problem, objectives, ask)
     if name == TRAINED:
-        assert judges.exam is not None  # as `Judges` saw to
-        return train(new_adapter(hunt.adapters[0], hunt.seed), [judges.exam], hunt.seed, progress=ask.progress)
-    found = [hunt.merge(recipe) for recipe in simple_recipes(hunt.tuning.recipe)[name]]
-    return max(found, key=hunt.score) if len(found) > 1 else found[0]
+        assert objectives.exam is not None  # as `Objectives` saw to
+        return train(
+            new_adapter(problem.adapters[0], problem.seed), [objectives.exam], problem.seed, progress=ask.progress
+        )
+    found = [problem.merge(recipe) for recipe in simple_recipes(problem.tuning.recipe)[name]]
+    return max(found, key=problem.score) if len(found) > 1 else found[0]
 
 
-def _best_setting(hunt: Hunt, ask: _Ask) -> Adapter:
-    settings = random_settings(hunt.tuning, ask.budget, hunt.seed)
+def _best_random_setting(problem: SearchProblem, ask: _SearchRun) -> Adapter:
+    settings = random_settings(problem.tuning, ask.budget, problem.seed)
     values: list[float] = []
     ask.say(WEIGHTS, values)
     for setting in settings:
-        values.append(hunt.worth(setting)[0])
+        values.append(problem.evaluate(setting)[0])
         ask.say(WEIGHTS, values)
     best = settings[values.index(max(values))]
-    return hunt.merge(hunt.tuning.to_recipe(best))
+    return problem.merge(problem.tuning.to_recipe(best))
 
 
-def _search_random(hunt: Hunt, judges: Judges, ask: _Ask) -> Adapter:
-    strangers = [random_adapter(adapter, hunt.seed + place) for place, adapter in enumerate(hunt.adapters)]
-    recipe = replace(hunt.tuning.recipe, adapters=tuple(str(one.source) for one in strangers))
-    other = Hunt(strangers, replace(hunt.tuning, recipe=recipe), hunt.score, hunt.penalty, hunt.seed)
+def _search_random(problem: SearchProblem, objectives: Objectives, ask: _SearchRun) -> Adapter:
+    random_ones = [random_adapter(adapter, problem.seed + place) for place, adapter in enumerate(problem.adapters)]
+    recipe = replace(problem.tuning.recipe, adapters=tuple(str(one.source) for one in random_ones))
+    other = SearchProblem(
+        random_ones, replace(problem.tuning, recipe=recipe), problem.score, problem.penalty, problem.seed
+    )
     asked = replace(ask, study=f"{ask.study}, {ADAPTERS}")
-    trials = asked.run(asked.open(other, judges.asked), other, ADAPTERS)
+    trials = asked.run(asked.open(other, objectives.asked), other, ADAPTERS)
     return other.merge(other.tuning.to_recipe(_best(trials).setting))
 
 

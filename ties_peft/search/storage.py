@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import RecipeError, printable
 
-LOOK = 0.2  # seconds between two looks at what others are doing
+POLL_SECONDS = 0.2  # seconds between two looks at what others are doing
 ATTEMPTS = 10  # to make a study while others do the same
 DIRECTION = "maximize"
 JOURNAL = "journal:"
@@ -31,7 +31,7 @@ def open_study(optuna: Any, storage: Storage, name: str, sampler: Any) -> Any:
     for attempt in range(ATTEMPTS):
         try:
             return optuna.create_study(
-                storage=_opened(optuna, storage),
+                storage=_open_storage(optuna, storage),
                 study_name=name,
                 direction=DIRECTION,
                 sampler=sampler,
@@ -40,19 +40,19 @@ def open_study(optuna: Any, storage: Storage, name: str, sampler: Any) -> Any:
         except Exception as error:  # the database's, its driver's and the file system's own
             said = str(error)
             if attempt + 1 < ATTEMPTS and any(word in said for word in ("exist", "UNIQUE", "unique", "locked")):
-                time.sleep(LOOK * (1 + os.getpid() % 7 / 7))
+                time.sleep(POLL_SECONDS * (1 + os.getpid() % 7 / 7))
                 continue
             for folder in made:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
-            raise _refusal(storage, error) from None
+            raise _storage_error(storage, error) from None
     raise AssertionError
 
 
-def shown(storage: Storage) -> str:
+def without_password(storage: Storage) -> str:
     """A storage as messages and results may name it: without a password.
 
-    >>> shown("postgresql+psycopg2://ann:secret@host/trials")
+    >>> without_password("postgresql+psycopg2://ann:secret@host/trials")
     'postgresql+psycopg2://ann:***@host/trials'
     """
     text = str(storage)
@@ -67,7 +67,7 @@ def shown(storage: Storage) -> str:
     return printable(url.update_query_dict(secret).render_as_string(hide_password=True), 4096)
 
 
-def file_of(storage: Storage) -> Path | None:
+def storage_path(storage: Storage) -> Path | None:
     """The file that a storage is; None for memory and for a database's server."""
     if storage is None:
         return None
@@ -82,16 +82,16 @@ def file_of(storage: Storage) -> Path | None:
     return None if url.database.startswith((":memory:", "file:")) else Path(url.database)
 
 
-def _refusal(storage: Storage, error: Exception) -> RecipeError:
+def _storage_error(storage: Storage, error: Exception) -> RecipeError:
     """What a user can do about a store that does not open."""
     text, url = str(storage), _url(str(storage))
-    first = (str(error).strip().splitlines() or [""])[0].replace(text, shown(storage))
+    first = (str(error).strip().splitlines() or [""])[0].replace(text, without_password(storage))
     if "://" in text and url is None:
         first = "no URL that can be read"  # what was seen of it might be of the password
     elif url is not None and url.password:
         first = first.replace(str(url.password), "***")
     return RecipeError(
-        f"the study cannot be kept in '{shown(storage)}' ({type(error).__name__}: {printable(first)}). Name a path for "
+        f"the study cannot be kept in '{without_password(storage)}' ({type(error).__name__}: {printable(first)}). Name a path for "
         f"SQLite, {JOURNAL}PATH, or a database's URL with a driver that is installed: for PostgreSQL "
         "postgresql+psycopg2://USER:PASSWORD@HOST/NAME, after pip install psycopg2-binary."
     )
@@ -99,18 +99,18 @@ def _refusal(storage: Storage, error: Exception) -> RecipeError:
 
 def _make_folders(storage: Storage) -> list[Path]:
     """The missing folders around a file, made; the innermost first."""
-    file = file_of(storage)
+    file = storage_path(storage)
     if file is None:
         return []
     missing = [folder for folder in file.absolute().parents if not folder.exists()]
     try:
         file.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _refusal(storage, error) from None
+        raise _storage_error(storage, error) from None
     return missing
 
 
-def _opened(optuna: Any, storage: Storage) -> Any:
+def _open_storage(optuna: Any, storage: Storage) -> Any:
     if storage is None:
         return optuna.storages.InMemoryStorage()
     text = str(storage)

@@ -1,6 +1,6 @@
 """Study: the trials of one search, in a store that any number of processes share and any later one finds again.
 
-A trial is a setting of knobs and what it was worth. Trials are numbered by the store, which gives no number
+A trial is a setting of domains and what it was worth. Trials are numbered by the store, which gives no number
 twice; so each is done once, and a budget is met exactly: a number beyond it, counted without trials that were
 lost, is given back unused. A trial is lost when its process is gone (told by its id on the same machine, by its
 age on another), and is then asked for again, by whoever is first to say so.
@@ -24,16 +24,16 @@ from typing import Any
 
 from ..errors import RecipeError, printable
 from .sampler import Trial, make_sampler
-from .storage import LOOK, Storage, open_study, shown
-from .tuning import Choice, Knob, Range
+from .storage import POLL_SECONDS, Storage, open_study, without_password
+from .tuning import Choice, Domain, Range
 
 PATIENCE = 3600.0  # seconds after which a trial of another machine is lost
 INSTANT = 30.0  # seconds, at the most, from a trial's number to its setting
 ASKED = "asked"  # the study's attribute that holds what was asked for
 
 
-Worth = Callable[[Mapping[str, Any]], tuple[float, Mapping[str, Any]]]  # (value, facts) of a setting
-Watch = Callable[[Trial, list[Trial]], None]
+Evaluate = Callable[[Mapping[str, Any]], tuple[float, Mapping[str, Any]]]  # (value, facts) of a setting
+TrialCallback = Callable[[Trial, list[Trial]], None]
 
 
 class Study:
@@ -44,47 +44,47 @@ class Study:
             writes it, with the driver where its own choice is not installed (`postgresql+psycopg2://…`);
             `journal:PATH` for a journal that network file systems can share; or None for memory.
         name: of the study in it.
-        knobs: what is set.
-        starts: the settings that are tried first, in order.
+        domains: what is set.
+        initial_settings: the settings that are tried first, in order.
         asked: everything that makes the search what it is; a study of that name with another is refused.
         seed: of every draw.
-        sampler: `cobyla`, `tpe` or `random`; `auto` for the first where all knobs are ranges, else the second.
+        sampler: `cobyla`, `tpe` or `random`; `auto` for the first where all domains are ranges, else the second.
     """
 
     def __init__(
         self,
         storage: Storage,
         name: str,
-        knobs: Mapping[str, Knob],
-        starts: Sequence[Mapping[str, Any]],
+        domains: Mapping[str, Domain],
+        initial_settings: Sequence[Mapping[str, Any]],
         asked: Mapping[str, Any],
         seed: int = 0,
         sampler: str = "auto",
     ) -> None:
         optuna = _optuna()
-        ranges = all(isinstance(knob, Range) for knob in knobs.values())
+        ranges = all(isinstance(domain, Range) for domain in domains.values())
         chosen = {"auto": "cobyla" if ranges else "tpe"}.get(sampler, sampler)
         if chosen not in ("cobyla", "tpe", "random") or (chosen == "cobyla" and not ranges):
             raise RecipeError(
                 f"the sampler is '{printable(sampler)}'; expected auto, tpe, random, or, where only ranges are tuned, cobyla."
             )
-        self.knobs: Mapping[str, Knob] = dict(knobs)
-        self.starts: Sequence[Mapping[str, Any]] = [dict(start) for start in starts]
+        self.domains: Mapping[str, Domain] = dict(domains)
+        self.initial_settings: Sequence[Mapping[str, Any]] = [dict(start) for start in initial_settings]
         self.seed = seed
         self._complete = optuna.trial.TrialState.COMPLETE
         self._running = optuna.trial.TrialState.RUNNING
         self._failed = optuna.trial.TrialState.FAIL
         self._waiting = optuna.trial.TrialState.WAITING
         sampling = make_sampler(optuna, chosen, self)
-        self._place = shown(storage)
+        self._place = without_password(storage)
         self._study = open_study(optuna, storage, name, sampling)
         self._claim(json.dumps({**asked, "sampler": chosen}, sort_keys=True, default=str))
 
-    def run(self, worth: Worth, budget: int, watch: Watch | None = None) -> list[Trial]:
+    def run(self, evaluate: Evaluate, budget: int, watch: TrialCallback | None = None) -> list[Trial]:
         """Do trials, with whoever else does, until `budget` of them are done.
 
         Args:
-            worth: gives the worth of a setting; what it raises ends the run, and the trial is free again.
+            evaluate: gives the value of a setting; what it raises ends the run, and the trial is free again.
             budget: how many in all, those that are done already counted.
             watch: called after each trial done here, with all that are done.
         Returns: the first `budget` trials, by number.
@@ -92,11 +92,11 @@ class Study:
         while len(self.trials()) < budget:
             trial = self._ask(budget)
             if trial is None:
-                time.sleep(LOOK)
+                time.sleep(POLL_SECONDS)
                 continue
-            setting = {name: _suggested(trial, name, knob) for name, knob in self.knobs.items()}
+            setting = {name: _suggested(trial, name, domain) for name, domain in self.domains.items()}
             try:
-                value, facts = worth(setting)
+                value, facts = evaluate(setting)
                 if not math.isfinite(value):
                     raise RecipeError(
                         f"the objective gave {value} for {printable(str(setting))}; expected a finite number."
@@ -173,13 +173,13 @@ class Study:
         while True:
             found = self._study.get_trials(deepcopy=False, states=(self._running,))
             before = [dict(trial.params) for trial in found if trial.number < number]
-            if all(len(setting) == len(self.knobs) for setting in before) or time.monotonic() > deadline:
-                return [setting for setting in before if len(setting) == len(self.knobs)]
-            time.sleep(LOOK / 10)
+            if all(len(setting) == len(self.domains) for setting in before) or time.monotonic() > deadline:
+                return [setting for setting in before if len(setting) == len(self.domains)]
+            time.sleep(POLL_SECONDS / 10)
 
     def start(self, number: int) -> dict[str, Any]:
         """The setting with which a trial of this number starts the search; empty for later ones."""
-        return dict(self.starts[number]) if number < len(self.starts) else {}
+        return dict(self.initial_settings[number]) if number < len(self.initial_settings) else {}
 
 
 def _optuna() -> Any:
@@ -194,12 +194,12 @@ def _optuna() -> Any:
     return optuna
 
 
-def _suggested(trial: Any, name: str, knob: Knob) -> Any:
-    if isinstance(knob, Choice):
-        return trial.suggest_categorical(name, list(knob.values))
-    if knob.whole:
-        return trial.suggest_int(name, int(knob.low), int(knob.high), log=knob.log)
-    return trial.suggest_float(name, float(knob.low), float(knob.high), log=knob.log)
+def _suggested(trial: Any, name: str, domain: Domain) -> Any:
+    if isinstance(domain, Choice):
+        return trial.suggest_categorical(name, list(domain.values))
+    if domain.whole:
+        return trial.suggest_int(name, int(domain.low), int(domain.high), log=domain.log)
+    return trial.suggest_float(name, float(domain.low), float(domain.high), log=domain.log)
 
 
 def _worker() -> str:

@@ -26,11 +26,11 @@ from ..merging.recipes.settings import make_settings, parameter_names
 from ..methods import find_method
 from ..spaces import find_space
 
-SHARED = ("method", "space", "scale", "rank", "seed")
-LISTED = ("weights", "adapters")
+RECIPE_FIELDS = ("method", "space", "scale", "rank", "seed")
+PER_ADAPTER = ("weights", "adapters")
 SOME = "some"
 BOUND = 1.5  # LoRAHub's, of the weights
-Setting = Mapping[str, Any]  # the values of a trial by the names of `Tuning.knobs`
+Setting = Mapping[str, Any]  # the values of a trial by the names of `Tuning.domains`
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Range:
     log: bool = False
     whole: bool = False
 
-    def drawn(self, share: float) -> float:
+    def value_at(self, share: float) -> float:
         """The value at a share of the way from low to high, in [0, 1)."""
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         value = low + share * (high - low)
@@ -66,12 +66,12 @@ class Choice:
 
     values: tuple[Any, ...]
 
-    def drawn(self, share: float) -> Any:
+    def value_at(self, share: float) -> Any:
         """The value at a share of the list, in [0, 1)."""
         return self.values[int(share * len(self.values))]
 
 
-Knob = Range | Choice
+Domain = Range | Choice
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Tuning:
 
     Attributes:
         recipe: what stays.
-        knobs: by name, what is searched; `weights.2` and `weights.2.0` are of the third adapter.
+        domains: by name, what is searched; `weights.2` and `weights.2.0` are of the third adapter.
     """
 
     recipe: Recipe
-    knobs: Mapping[str, Knob] = field(default_factory=dict)
+    domains: Mapping[str, Domain] = field(default_factory=dict)
 
     @classmethod
     def read(cls, recipe: Recipe, asked: Mapping[str, Any] | None = None) -> Tuning:
@@ -96,33 +96,33 @@ class Tuning:
         asked = {"weights": [-BOUND, BOUND]} if asked is None else dict(asked)
         if not asked:
             raise RecipeError("nothing is to be tuned. Name at least one number, such as weights or density.")
-        knobs: dict[str, Knob] = {}
+        domains: dict[str, Domain] = {}
         for name, value in asked.items():
-            knobs |= _knobs(name, value, len(recipe.adapters))
-        made = cls(recipe, knobs)
+            domains |= _domains(name, value, len(recipe.adapters))
+        made = cls(recipe, domains)
         made._check(asked)
         return made
 
     @property
-    def weighs(self) -> bool:
+    def has_weights(self) -> bool:
         """Whether one weight for each adapter is searched."""
-        return "weights.0" in self.knobs
+        return "weights.0" in self.domains
 
-    def middle(self, weight: float = 1.0) -> dict[str, Any]:
+    def initial_setting(self, weight: float = 1.0) -> dict[str, Any]:
         """A setting to start from: weights as told, the recipe's own values, else the middle or the first."""
-        given = {name: getattr(self.recipe, name) for name in SHARED}
+        given = {name: getattr(self.recipe, name) for name in RECIPE_FIELDS}
         given |= dict(self.recipe.parameters)
-        if isinstance(self.recipe.scale, str) and isinstance(self.knobs.get("scale"), Range):
+        if isinstance(self.recipe.scale, str) and isinstance(self.domains.get("scale"), Range):
             given["scale"] = Scale.read(self.recipe.scale).at(len(self.recipe.adapters))
         setting: dict[str, Any] = {}
-        for name, knob in self.knobs.items():
+        for name, domain in self.domains.items():
             own = weight if name.startswith("weights.") else given.get(name)
-            if isinstance(knob, Choice):
-                setting[name] = own if own in knob.values else knob.values[0]
+            if isinstance(domain, Choice):
+                setting[name] = own if own in domain.values else domain.values[0]
             elif own is not None and is_number(own):
-                setting[name] = min(max(own, knob.low), knob.high)
+                setting[name] = min(max(own, domain.low), domain.high)
             else:
-                setting[name] = knob.drawn(0.5)
+                setting[name] = domain.value_at(0.5)
         return setting
 
     def to_recipe(self, setting: Setting) -> Recipe:
@@ -130,25 +130,27 @@ class Tuning:
 
         Where every adapter has a weight of 0 it is the first one at scale 0: an adapter that does nothing.
         """
-        shared = {name: setting[name] for name in SHARED if name in setting}
+        shared = {name: setting[name] for name in RECIPE_FIELDS if name in setting}
         recipe = replace(self.recipe, **shared)
         weights = self._weights(setting)
         if weights is not None:
             nothing = not any(any(w) if isinstance(w, list) else w for w in weights)
             idle = {"weights": (1.0,) * len(weights), "scale": 0.0}
             recipe = replace(recipe, **(idle if nothing else {"weights": tuple(weights)}))
-        own = {name: value for name, value in setting.items() if not _taken(name)}
+        own = {name: value for name, value in setting.items() if not _is_shared(name)}
         known = parameter_names(recipe.method, recipe.space)
         parameters = {**recipe.parameters, **own}
         return replace(recipe, parameters={name: value for name, value in parameters.items() if name in known})
 
     def _weights(self, setting: Setting) -> list[Any] | None:
-        if not any(name.startswith(LISTED) for name in setting):
+        if not any(name.startswith(PER_ADAPTER) for name in setting):
             return None
         given = self.recipe.weights
         weights: list[Any] = list(given) if isinstance(given, tuple) else [1.0] * len(self.recipe.adapters)
         for place in range(len(weights)):
-            points = [setting[name] for name in self.knobs if name.startswith(f"weights.{place}.") and name in setting]
+            points = [
+                setting[name] for name in self.domains if name.startswith(f"weights.{place}.") and name in setting
+            ]
             weights[place] = points or setting.get(f"weights.{place}", weights[place])
             if not setting.get(f"adapters.{place}", True):
                 weights[place] = 0.0
@@ -156,30 +158,30 @@ class Tuning:
 
     def _check(self, asked: Mapping[str, Any]) -> None:
         """Every method and space that may be met takes the parameters, or leaves them to others that do."""
-        methods = _values(self.knobs, "method", self.recipe.method)
-        places = _values(self.knobs, "space", self.recipe.space)
-        own = [name for name in asked if name not in (*SHARED, *LISTED)]
+        methods = _values(self.domains, "method", self.recipe.method)
+        places = _values(self.domains, "space", self.recipe.space)
+        own = [name for name in asked if name not in (*RECIPE_FIELDS, *PER_ADAPTER)]
         known = {name for method in methods for space in places for name in parameter_names(method, space)}
         for name in own:
             if name not in known:
-                names = {*SHARED, *LISTED, *(other for other in known if "." not in other)}
+                names = {*RECIPE_FIELDS, *PER_ADAPTER, *(other for other in known if "." not in other)}
                 raise MethodError(f"what is to be tuned: {unknown('parameter', name, names)}")
         for method in methods:
             for space in places:
                 has = parameter_names(method, space)
                 for end in (0, -1):
-                    ends = {name: _end(self.knobs[name], end) for name in own if name in has}
+                    ends = {name: _end(self.domains[name], end) for name in own if name in has}
                     make_settings(
                         method, space, {**{k: v for k, v in self.recipe.parameters.items() if k in has}, **ends}
                     )
 
 
-def named(space: str) -> Sequence[str]:
+def space_parameters(space: str) -> Sequence[str]:
     """The parameters that are a space's own."""
     return list(find_space(space).model_fields)
 
 
-def _knobs(name: str, value: Any, adapters: int) -> dict[str, Knob]:
+def _domains(name: str, value: Any, adapters: int) -> dict[str, Domain]:
     """Those that one line of the request makes."""
     if name == "adapters":
         if value != SOME:
@@ -190,27 +192,27 @@ def _knobs(name: str, value: Any, adapters: int) -> dict[str, Knob]:
         if not isinstance(points, int) or isinstance(points, bool) or points < 1:
             raise RecipeError(f"weights, points: {printable(repr(points))}; expected a whole number from 1 up.")
         rest = {k: v for k, v in value.items() if k != "points"} if isinstance(value, Mapping) else value
-        knob = _knob(name, rest)
-        if not isinstance(knob, Range):
+        domain = _domain(name, rest)
+        if not isinstance(domain, Range):
             raise RecipeError(f"weights is {printable(repr(value))}; expected a range, [low, high].")
-        one = replace(knob, whole=False)
+        one = replace(domain, whole=False)
         ends = [""] if points == 1 else [f".{point}" for point in range(points)]
         return {f"weights.{place}{end}": one for place in range(adapters) for end in ends}
-    knob = _knob(name, value)
-    if name in ("method", "space") and isinstance(knob, Choice):
-        for choice in knob.values:
+    domain = _domain(name, value)
+    if name in ("method", "space") and isinstance(domain, Choice):
+        for choice in domain.values:
             for part in str(choice).split("+") if name == "method" else []:
                 find_method(part.strip())
             if name == "space":
                 find_space(str(choice))
-    elif name == "scale" and isinstance(knob, Choice) and not all(map(is_scale, knob.values)):
+    elif name == "scale" and isinstance(domain, Choice) and not all(map(is_scale, domain.values)):
         raise RecipeError(f"scale is {printable(repr(value))}; each choice is expected to be {EXPECTED}.")
     elif name in ("method", "space"):
         raise RecipeError(f"{name} is {printable(repr(value))}; expected a list of names.")
-    return {name: knob}
+    return {name: domain}
 
 
-def _knob(name: str, value: Any) -> Knob:
+def _domain(name: str, value: Any) -> Domain:
     if isinstance(value, Mapping):
         odd = [key for key in value if key not in ("low", "high", "log")]
         if odd or not {"low", "high"} <= value.keys():
@@ -233,14 +235,14 @@ def _range(name: str, low: Any, high: Any, log: bool) -> Range:
     return Range(low, high, log, isinstance(low, int) and isinstance(high, int))
 
 
-def _taken(name: str) -> bool:
-    return name in SHARED or name.partition(".")[0] in LISTED
+def _is_shared(name: str) -> bool:
+    return name in RECIPE_FIELDS or name.partition(".")[0] in PER_ADAPTER
 
 
-def _values(knobs: Mapping[str, Knob], name: str, otherwise: str) -> tuple[str, ...]:
-    knob = knobs.get(name)
-    return tuple(map(str, knob.values)) if isinstance(knob, Choice) else (otherwise,)
+def _values(domains: Mapping[str, Domain], name: str, otherwise: str) -> tuple[str, ...]:
+    domain = domains.get(name)
+    return tuple(map(str, domain.values)) if isinstance(domain, Choice) else (otherwise,)
 
 
-def _end(knob: Knob, end: int) -> Any:
-    return knob.values[end] if isinstance(knob, Choice) else (knob.low, knob.high)[end]
+def _end(domain: Domain, end: int) -> Any:
+    return domain.values[end] if isinstance(domain, Choice) else (domain.low, domain.high)[end]

@@ -1,4 +1,4 @@
-"""Hunt: the adapters of a search, merged as a setting of the knobs says, and what that is worth."""
+"""SearchProblem: the adapters of a search, merged as a setting of the domains says, and what that is worth."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..errors import CompatibilityError
 from ..merging.merged import Merged
 from ..merging.prepare import Prepared, prepare
 from ..merging.recipes.recipe import Recipe
-from .tuning import Tuning, named
+from .tuning import Tuning, space_parameters
 
 
-class Hunt:
-    """Adapters, and what a setting of the knobs is worth on them.
+class SearchProblem:
+    """Adapters, and what a setting of the domains is worth on them.
 
     Args:
         adapters: that are merged.
@@ -41,7 +41,7 @@ class Hunt:
 
         Raises: TiesPeftError.
         """
-        recipe = self.tuning.to_recipe(self.starts()[-1])
+        recipe = self.tuning.to_recipe(self.initial_settings()[-1])
         try:
             self.merge(recipe)
         except CompatibilityError:
@@ -54,13 +54,13 @@ class Hunt:
                 "ADAPTER --method task_arithmetic --rank max --heads drop --out COPY."
             ) from None
 
-    def starts(self) -> list[dict[str, Any]]:
+    def initial_settings(self) -> list[dict[str, Any]]:
         """Nothing and the mean for LoRAHub's weights; else the recipe as it is, as far as it lies in the ranges."""
-        settings: list[dict[str, Any]] = [self.tuning.middle()]
-        if not self.tuning.weighs or self.tuning.recipe.method != "task_arithmetic":
+        settings: list[dict[str, Any]] = [self.tuning.initial_setting()]
+        if not self.tuning.has_weights or self.tuning.recipe.method != "task_arithmetic":
             return settings
         share = 1 / len(self.adapters)
-        return [self.tuning.middle(weight) for weight in (0.0, share)]
+        return [self.tuning.initial_setting(weight) for weight in (0.0, share)]
 
     def asked(self, objective: Mapping[str, Any]) -> dict[str, Any]:
         """What makes it this search and no other."""
@@ -68,7 +68,7 @@ class Hunt:
         return {
             "adapters": [adapter.digest for adapter in self.adapters],
             "recipe": recipe,
-            "tuned": {name: repr(knob) for name, knob in self.tuning.knobs.items()},
+            "tuned": {name: repr(domain) for name, domain in self.tuning.domains.items()},
             **objective,
             "penalty": self.penalty,
             "seed": self.seed,
@@ -76,7 +76,7 @@ class Hunt:
 
     def merge(self, recipe: Recipe) -> Merged:
         """By the plan of its space, whose bases are made once."""
-        own = {name: value for name, value in recipe.parameters.items() if name in named(recipe.space)}
+        own = {name: value for name, value in recipe.parameters.items() if name in space_parameters(recipe.space)}
         key = repr((recipe.space, own))
         if key not in self._prepared:
             self._prepared[key] = prepare(self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, **own)
@@ -93,7 +93,7 @@ class Hunt:
             **rest,
         )
 
-    def worth(self, setting: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    def evaluate(self, setting: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         """(score less the penalty, {score})."""
         score = float(self.score(self.merge(self.tuning.to_recipe(setting))))
         weights = [abs(value) for name, value in setting.items() if name.startswith("weights.")]
