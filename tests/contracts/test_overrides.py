@@ -39,7 +39,7 @@ def every_fast_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fast, "WORTH", 0)
     monkeypatch.setattr("ties_peft.task_vectors.tiles.TILE", 7)
     for module in ("task_vectors.threshold", "merging.thresholds"):
-        monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 10)
+        monkeypatch.setattr(f"ties_peft.{module}.SORTED_SIZE", 10)
     monkeypatch.setattr("ties_peft.task_vectors.single_pass.MOST", 99)
     monkeypatch.setattr(SinglePass, "suffices", lambda self, searches: any(search.sought for search in searches))
     monkeypatch.setattr(SinglePass, "most", lambda self, entries: entries)

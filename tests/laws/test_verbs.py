@@ -12,7 +12,7 @@ from oracles import definition
 from torch import Tensor
 
 from ties_peft.task_vectors.delta import LowRank, Span
-from ties_peft.task_vectors.elect import Ballot, disjoint_merge, elect
+from ties_peft.task_vectors.elect import SignedSums, disjoint_merge, elect
 from ties_peft.task_vectors.factorise import OVERSAMPLE, SMALL_SIDE, Factors, compress, factorise, leading_rows
 from ties_peft.task_vectors.trim import kept_count, trim
 
@@ -55,10 +55,10 @@ def test_trim_keeps_exactly_as_many_as_asked(seed: int, percent: int) -> None:
 @law
 @given(stacks(), elections, disjoints, st.data())
 def test_streamed_is_stacked(stack: Tensor, by: str, disjoint: str, data: st.DataObject) -> None:
-    ballot = Ballot(torch.full((5, stack.shape[1]), torch.nan), by, disjoint)
+    sums = SignedSums(torch.full((5, stack.shape[1]), torch.nan), by, disjoint)
     for place in data.draw(st.permutations(range(len(stack)))):
-        ballot.cast(stack[place].clone())
-    torch.testing.assert_close(ballot.result(), disjoint_merge(stack, elect(stack, by), disjoint))
+        sums.cast(stack[place].clone())
+    torch.testing.assert_close(sums.result(), disjoint_merge(stack, elect(stack, by), disjoint))
 
 
 @law
@@ -78,15 +78,15 @@ def test_a_weighted_ballot_is_as_defined(
 ) -> None:
     weights = weights[: len(stack)]
     given_signs = torch.tensor(data.draw(st.lists(integers, min_size=stack.shape[1], max_size=stack.shape[1])))
-    ballot = Ballot(torch.empty(5, stack.shape[1]), by, disjoint, normalize)
+    sums = SignedSums(torch.empty(5, stack.shape[1]), by, disjoint, normalize)
     for vector, weight in zip(stack, weights, strict=True):
-        ballot.cast(vector.clone(), weight)
+        sums.cast(vector.clone(), weight)
     wide = stack.double().numpy()
     elected = definition.elect(wide, by)
     for signs in (None, given_signs):
         decided = elected if signs is None else np.where(signs != 0, np.sign(signs), elected)
         expected = definition.disjoint_merge(wide, weights, decided, disjoint, normalize)
-        assert ballot.result(signs).tolist() == pytest.approx(expected, rel=1e-5)
+        assert sums.result(signs).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @st.composite

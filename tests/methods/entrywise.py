@@ -14,7 +14,7 @@ from conftest import PREFIX
 from safetensors.numpy import load_file
 
 import ties_peft
-from ties_peft.task_vectors.random_numbers import key, uniform
+from ties_peft.task_vectors.random_numbers import stream_key, uniform
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Vectors = dict[str, Array]
@@ -45,7 +45,7 @@ def merged_vectors(folders: Sequence[Path], method: str, **asked: Any) -> Vector
 def numbers(folder: Path, module: str, shape: tuple[int, ...], seed: int = 0, part: int = 0) -> Array:
     """The uniform numbers that an adapter's entries are given."""
     digest = ties_peft.Adapter.load(folder).digest
-    return uniform(key(seed, module, part, digest), 0, shape).numpy().astype(np.float64)
+    return uniform(stream_key(seed, module, part, digest), 0, shape).numpy().astype(np.float64)
 
 
 def distance(seen: Vectors, expected: Vectors) -> float:

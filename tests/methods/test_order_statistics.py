@@ -22,7 +22,7 @@ from ties_peft.methods.pcb import Pcb
 from ties_peft.task_vectors import order_statistics, tiles
 from ties_peft.task_vectors.delta import Dense
 from ties_peft.task_vectors.order_statistics import find_levels
-from ties_peft.task_vectors.tiles import Workers
+from ties_peft.task_vectors.tiles import ThreadPool
 
 Maker = Callable[..., Path]
 SIZES = (1, 40, 333)  # of the parts of a group
@@ -71,9 +71,9 @@ def test_levels_are_those_of_the_sorted_values(
 ) -> None:
     monkeypatch.setattr(tiles, "TILE", 13)
     monkeypatch.setattr(order_statistics, "TOGETHER", together)
-    crew = Workers(threads)
-    found = find_levels([RANKING], walk(groups, range(3)), dict.fromkeys(groups, 1.0), crew)
-    crew.close()
+    pool = ThreadPool(threads)
+    found = find_levels([RANKING], walk(groups, range(3)), dict.fromkeys(groups, 1.0), pool)
+    pool.close()
     assert found == {name: ranked(group) for name, group in groups.items()}
 
 
@@ -85,7 +85,7 @@ def test_a_later_ranking_sees_the_levels_of_those_before_it_and_ranks_hang_on_en
         lambda entries, density: (round(entries * density),),
         "adapter",
     )
-    found = find_levels([largest, away], walk(values, [0]), {"x": 1.0, "y": 1 / 3}, Workers(1))
+    found = find_levels([largest, away], walk(values, [0]), {"x": 1.0, "y": 1 / 3}, ThreadPool(1))
     assert found == {"x": (2.0, -5.0), "y": (5.0, 0.0)}
 
 
@@ -103,7 +103,7 @@ def test_processes_that_share_the_parts_find_the_same(groups: dict[str, list[tor
             return both
 
         mine = walk(groups, [0, 2] if number == 0 else [1])
-        return find_levels([RANKING], mine, dict.fromkeys(groups, 1.0), Workers(1), gather)
+        return find_levels([RANKING], mine, dict.fromkeys(groups, 1.0), ThreadPool(1), gather)
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(run, range(2)))

@@ -136,7 +136,7 @@ def test_whole_heads(make_lora: Make, tmp_path: Path, method: str) -> None:
 def test_no_task_vector_comes_back(make_lora: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for a sample, the candidates of a threshold and the factors of the result, all of them small."""
     for module in ("task_vectors.threshold", "merging.thresholds"):
-        monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 500)
+        monkeypatch.setattr(f"ties_peft.{module}.SORTED_SIZE", 500)
     paths = [make_lora(f"a{n}", seed=n, shapes={"layers.0.q": (400, 300)}) for n in range(3)]
     for space in ("delta", "core", "knots"):
         here, there, back = both(list(paths), rank=8, space=space)

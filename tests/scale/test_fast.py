@@ -18,8 +18,8 @@ from ties_peft.adapters.tensors import SafetensorsFile
 from ties_peft.task_vectors.delta import LowRank, Span, gram
 from ties_peft.task_vectors.factorise import _orthonormal, leading_rows
 from ties_peft.task_vectors.kernels import backends as fast
-from ties_peft.task_vectors.threshold import Search
-from ties_peft.task_vectors.tiles import Workers
+from ties_peft.task_vectors.threshold import ThresholdSearch
+from ties_peft.task_vectors.tiles import ThreadPool
 
 SHAPES = {"layers.0.q": (37, 53), "layers.0.up": (130, 61), "layers.1.q": (24, 24)}
 
@@ -56,7 +56,7 @@ def test_compiled_loops_are_the_plain_ones_within_float32(
 ) -> None:
     monkeypatch.setattr("ties_peft.task_vectors.tiles.TILE", tile)
     for module in ("task_vectors.threshold", "merging.thresholds"):
-        monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 500)
+        monkeypatch.setattr(f"ties_peft.{module}.SORTED_SIZE", 500)
     paths = folders(make_lora)
     monkeypatch.setattr(fast, "WORTH", 1 << 62)
     plain = ties_peft.merge(paths, rank=24, **asked)
@@ -117,7 +117,7 @@ def test_the_fused_vote_is_the_definition_in_float64(
 ) -> None:
     monkeypatch.setattr("ties_peft.task_vectors.tiles.TILE", 3 * columns)  # tails of three rows and fewer
     for module in ("task_vectors.threshold", "merging.thresholds"):
-        monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 10)
+        monkeypatch.setattr(f"ties_peft.{module}.SORTED_SIZE", 10)
     deltas = random_deltas(ranks, rows, columns)
     if kind == "repeated":  # whole numbers: exact in float32, and many alike
         deltas = [LowRank(d.B.sign(), d.A.sign()) for d in deltas]
@@ -154,27 +154,27 @@ def test_the_compiled_count_is_the_plain_one_for_every_length(compiled: None) ->
 def test_a_threshold_is_the_kth_largest(
     monkeypatch: pytest.MonkeyPatch, few: int, steps: int, kind: str, misled: bool
 ) -> None:
-    for name, value in (("FEW", few), ("STEPS", steps), ("WHOLE", 10)):
+    for name, value in (("MAX_VALUES", few), ("STEPS", steps), ("SORTED_SIZE", 10)):
         monkeypatch.setattr(f"ties_peft.task_vectors.threshold.{name}", value)
     draw = np.random.default_rng(0)
     values = np.abs(draw.standard_normal(3000)).astype(np.float32)
     values = {"smooth": values, "repeated": np.round(values, 1), "zeros": values * (draw.random(3000) < 0.4)}[kind]
     for keep in (1, 2, 600, 1500, 2999):
         sample = np.sort(values)[:50] if misled else draw.choice(values, 50)
-        search = Search(len(values), keep, [(sample, len(values) / 50)])
-        search.bracket()
+        search = ThresholdSearch(len(values), keep, [(sample, len(values) / 50)])
+        search.set_bracket()
         for _ in range(60):
             if search.threshold is not None:
                 break
-            low, high = search.ends
-            search.open()
+            low, high = search.bracket
+            search.start_pass()
             for number, block in enumerate(np.split(values, [700, 1900])):
                 search.add(int((block > high).sum()), [block[(block >= low) & (block <= high)]], number)
-            search.close()
+            search.finish_pass()
         expected = np.sort(values)[-keep]
         assert search.threshold == expected
         assert search.equal == np.count_nonzero(values == expected)
-        assert search.spare == keep - np.count_nonzero(values > expected)
+        assert search.equal_kept == keep - np.count_nonzero(values > expected)
 
 
 def test_reading_by_offset_is_what_the_library_reads(make_lora: Callable[..., Path]) -> None:
@@ -225,8 +225,8 @@ def test_orthonormal_bases_are_orthonormal_to_rounding_however_the_columns_lean(
 
 
 def test_threads_give_results_in_order_and_the_first_fault() -> None:
-    crew = Workers(3)
-    assert crew.map(lambda n: n * n, range(100)) == [n * n for n in range(100)]
+    pool = ThreadPool(3)
+    assert pool.map(lambda n: n * n, range(100)) == [n * n for n in range(100)]
 
     def fails(n: int) -> int:
         if n == 5:
@@ -234,9 +234,9 @@ def test_threads_give_results_in_order_and_the_first_fault() -> None:
         return n
 
     with pytest.raises(ValueError, match="5"):
-        crew.map(fails, range(50))
-    assert crew.map(lambda n: n, range(4)) == [0, 1, 2, 3]  # it goes on after a fault
-    crew.close()
+        pool.map(fails, range(50))
+    assert pool.map(lambda n: n, range(4)) == [0, 1, 2, 3]  # it goes on after a fault
+    pool.close()
 
 
 def test_a_plan_goes_on_with_the_threads_of_its_last_merge_but_not_with_another_processs(
@@ -244,13 +244,13 @@ def test_a_plan_goes_on_with_the_threads_of_its_last_merge_but_not_with_another_
 ) -> None:
     plan = ties_peft.prepare(folders(make_lora), space="knots")
     first = plan.merge(rank=8)
-    (crew,) = plan._memory.crew
+    (pool,) = plan._memory.pool
     plan.merge(rank=4)
-    assert plan._memory.crew == [crew]
+    assert plan._memory.pool == [pool]
     process = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: process + 1)  # as in a fork, which has none of its parent's threads
     again = plan.merge(rank=8)
-    assert plan._memory.crew != [crew]
+    assert plan._memory.pool != [pool]
     assert all(torch.equal(first.delta(name), again.delta(name)) for name in SHAPES)
 
 

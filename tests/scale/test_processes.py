@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ties_peft.adapters.adapter import Adapter, check_all
 from ties_peft.adapters.tensors import SafetensorsFile
-from ties_peft.task_vectors.processes import ALONE, Team
+from ties_peft.task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 
 SHAPES = {"layers.0.q": (37, 53), "layers.0.up": (90, 61), "layers.1.q": (24, 24)}
 LEAVES = "import torch.distributed as d; d.init_process_group('gloo')"  # connects, and is gone
@@ -92,7 +92,7 @@ def test_each_file_is_looked_through_by_one_process(folders: list[Path], monkeyp
     monkeypatch.setattr(SafetensorsFile, "read", lambda self, name: (read.add(self.label), plain(self, name))[1])
     given: dict[int, Any] = {}
 
-    class Half(Team):
+    class Half(ProcessGroup):
         def gather(self, value: Any) -> list[Any]:
             given[self.number] = value
             return [given.get(number, value * 2) for number in range(self.size)]
@@ -112,8 +112,8 @@ def test_each_file_is_looked_through_by_one_process(folders: list[Path], monkeyp
 
 def test_modules_are_shared_by_cost_each_once() -> None:
     costs = {"a": 5.0, "b": 1.0, "c": 4.0, "d": 2.0, "e": 5.0}
-    shares = [Team(number, 2).share(costs) for number in range(2)]
+    shares = [ProcessGroup(number, 2).share(costs) for number in range(2)]
     assert sorted(shares[0] + shares[1]) == sorted(costs)
     assert [sum(costs[name] for name in share) for share in shares] == [9.0, 8.0]
-    assert ALONE.share(costs) == list(costs)
-    assert ALONE.gather("x") == ["x"]
+    assert SINGLE_PROCESS.share(costs) == list(costs)
+    assert SINGLE_PROCESS.gather("x") == ["x"]

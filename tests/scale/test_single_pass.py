@@ -25,7 +25,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
     monkeypatch.setattr(fast, "WORTH", 0)
     for module in ("task_vectors.threshold", "merging.thresholds"):
-        monkeypatch.setattr(f"ties_peft.{module}.WHOLE", 10)
+        monkeypatch.setattr(f"ties_peft.{module}.SORTED_SIZE", 10)
 
 
 @contextmanager

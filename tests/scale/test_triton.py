@@ -97,13 +97,13 @@ def census(B: np.ndarray, A: np.ndarray, low: float, high: float) -> tuple[int, 
     return triton_loops.census(torch.from_numpy(B), torch.from_numpy(A), low, high, torch.empty(len(B) * A.shape[1]))
 
 
-def vote(factors: Factors, below: list[float], hefts: list[float], mean: bool) -> tuple[np.ndarray, tuple[int, int]]:
+def vote(factors: Factors, below: list[float], weights: list[float], mean: bool) -> tuple[np.ndarray, tuple[int, int]]:
     """In that process."""
     from ties_peft.task_vectors.kernels import triton_kernels as triton_loops
 
     out = torch.full((len(factors[0][0]), factors[0][1].shape[1]), torch.nan)
     pairs = [(torch.from_numpy(B), torch.from_numpy(A)) for B, A in factors]
-    tally = triton_loops.vote(pairs, below, hefts, mean, out)
+    tally = triton_loops.vote(pairs, below, weights, mean, out)
     return out.numpy(), tally
 
 
@@ -168,15 +168,15 @@ def test_a_vote_is_the_definition_in_float64_on_what_is_read(
     shares = [(0.0, 0.7, 0.8)[n % 3] for n in range(len(ranks))]
     below = [0.0 if share == 0 else float(quantile(each, share)) for each, share in zip(values, shares, strict=True)]
     below[-1] = np.inf if len(ranks) == 8 else below[-1]  # one that nothing is kept of
-    hefts = [(1.0, 2.0, 0.25)[n % 3] for n in range(len(ranks))]
+    weights = [(1.0, 2.0, 0.25)[n % 3] for n in range(len(ranks))]
     kept = np.stack([np.where(np.abs(each) > least, each, 0.0) for each, least in zip(values, below, strict=True)])
     positive, negative = np.maximum(kept, 0).sum(0), np.minimum(kept, 0).sum(0)
     lead = positive + negative
     agree = np.sign(kept) == np.where(lead >= 0, 1.0, -1.0)
     expected = (kept * agree).sum(0)
     if mean:
-        expected /= np.maximum((agree * np.array(hefts)[:, None, None]).sum(0), 1e-30)
-    out, tally = interpreted(vote, factors, below, hefts, mean)
+        expected /= np.maximum((agree * np.array(weights)[:, None, None]).sum(0), 1e-30)
+    out, tally = interpreted(vote, factors, below, weights, mean)
     clear = (lead == 0) | (np.abs(lead) > 1e-5)  # a sum that is nearly zero may round to either side
     np.testing.assert_allclose(out[clear], expected[clear], rtol=2e-6, atol=1e-30)
     assert clear.all() or clear.mean() > 0.98
@@ -190,7 +190,7 @@ def merge(paths: list[Path], loops: bool, asked: dict[str, Any]) -> dict[str, An
     from ties_peft.task_vectors.kernels import backends as fast
 
     torch.set_num_threads(1)  # the interpreter is not made for more
-    tiles.TILE, fast.WORTH, survey.WHOLE, threshold.WHOLE = 400, 1 << 62, 50, 50
+    tiles.TILE, fast.WORTH, survey.SORTED_SIZE, threshold.SORTED_SIZE = 400, 1 << 62, 50, 50
     made = replace(fast._launches(), device="cpu") if loops else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("ties_peft.merging.merge"), "load", lambda entries, device: made)

@@ -19,7 +19,7 @@ import ties_peft
 from ties_peft.spaces.core import CoreEncoding
 from ties_peft.spaces.knots import KnotsEncoding
 from ties_peft.task_vectors.delta import LowRank
-from ties_peft.task_vectors.factorise import Sum, compress, few
+from ties_peft.task_vectors.factorise import Sum, compress, gram_is_cheaper
 from ties_peft.task_vectors.subspace import products
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
@@ -55,8 +55,8 @@ CASES = {
 
 def take(monkeypatch: pytest.MonkeyPatch, road: str) -> None:
     widest, square = ROADS[road]
-    monkeypatch.setattr("ties_peft.task_vectors.subspace.WIDEST", widest)
-    monkeypatch.setattr("ties_peft.spaces.base.WIDEST", widest)
+    monkeypatch.setattr("ties_peft.task_vectors.subspace.MAX_GRAM_SIDE", widest)
+    monkeypatch.setattr("ties_peft.spaces.base.MAX_GRAM_SIDE", widest)
     monkeypatch.setattr("ties_peft.task_vectors.subspace.SQUARE", square)
 
 
@@ -90,7 +90,7 @@ def test_core_coordinates_are_those_of_the_definition(monkeypatch: pytest.Monkey
         rows, columns = (min(pair) for pair in zip(wanted.shape, seen.shape, strict=True))
         # a basis vector has one direction but two signs
         np.testing.assert_allclose(np.abs(seen), np.abs(wanted)[:rows, :columns], atol=1e-4 * np.abs(wanted).max())
-    assert encoding.beyond == 0
+    assert encoding.lost_energy == 0
     assert spread(deltas, encoding) < 1e-11
 
 
@@ -105,7 +105,7 @@ def test_knots_coordinates_are_those_of_the_definition(monkeypatch: pytest.Monke
     for delta, (part,) in zip(deltas, encoding.parts, strict=True):
         wanted, seen = U.T @ exact(delta), part.dense().double().numpy()
         np.testing.assert_allclose(np.abs(seen), np.abs(wanted), atol=1e-4 * np.abs(wanted).max())
-    assert encoding.beyond == 0
+    assert encoding.lost_energy == 0
     assert spread(deltas, encoding) < 1e-11
 
 
@@ -113,12 +113,12 @@ def test_knots_coordinates_are_those_of_the_definition(monkeypatch: pytest.Monke
 def test_what_has_no_place_is_measured_and_near_the_least_there_could_be(
     monkeypatch: pytest.MonkeyPatch, kind: type[CoreEncoding | KnotsEncoding]
 ) -> None:
-    monkeypatch.setattr("ties_peft.task_vectors.subspace.WIDEST", 16)
-    monkeypatch.setattr("ties_peft.spaces.base.WIDEST", 16)
+    monkeypatch.setattr("ties_peft.task_vectors.subspace.MAX_GRAM_SIDE", 16)
+    monkeypatch.setattr("ties_peft.spaces.base.MAX_GRAM_SIDE", 16)
     monkeypatch.setattr("ties_peft.task_vectors.subspace.SQUARE", 1)
     deltas = random_deltas([16] * 4)
     encoding = kind(deltas)
-    assert encoding.beyond == pytest.approx(spread(deltas, encoding), rel=1e-4)
+    assert encoding.lost_energy == pytest.approx(spread(deltas, encoding), rel=1e-4)
     arrays = [exact(delta) for delta in deltas]
     left, right = core_bases(arrays)
     if kind is KnotsEncoding:
@@ -126,7 +126,7 @@ def test_what_has_no_place_is_measured_and_near_the_least_there_could_be(
     kept = right.shape[1] if kind is KnotsEncoding else 16
     best = sum(np.square(left[:, :16].T @ a @ right[:, :kept]).sum() for a in arrays)
     least = 1 - best / sum(np.square(a).sum() for a in arrays)
-    assert 0.99 * least < encoding.beyond < 1.2 * least
+    assert 0.99 * least < encoding.lost_energy < 1.2 * least
 
 
 @pytest.mark.parametrize("space", ["core", "knots"])
@@ -136,7 +136,7 @@ def test_a_merge_says_what_has_no_place(
 ) -> None:
     if few:
         for module in ("task_vectors.subspace", "spaces.base", "merging.measure"):
-            monkeypatch.setattr(f"ties_peft.{module}.WIDEST", 6)
+            monkeypatch.setattr(f"ties_peft.{module}.MAX_GRAM_SIDE", 6)
         monkeypatch.setattr("ties_peft.task_vectors.subspace.SQUARE", 1)
     paths = [make_lora(f"a{n}", rank=4, seed=n) for n in range(4)]
     merged = ties_peft.merge(paths, method="task_arithmetic", space=space, rank="max")
@@ -173,7 +173,7 @@ def test_a_sum_has_the_best_factors(case: str) -> None:
 
 
 def test_of_very_many_columns_no_gram_matrix_is_made_however_large_the_sides() -> None:
-    assert few(2048, 4096) and not few(2049, 4096)
+    assert gram_is_cheaper(2048, 4096) and not gram_is_cheaper(2049, 4096)
 
 
 def test_a_sum_that_cancels_is_zero() -> None:
@@ -268,7 +268,7 @@ def test_ties_of_many_is_the_definition(make_lora: Callable[..., Path], space: s
 
 
 @pytest.mark.parametrize("space", ["delta", "core", "knots", "factors"])
-@pytest.mark.parametrize("setting", ["KEPT", "WIDEST"])
+@pytest.mark.parametrize("setting", ["KEPT", "MAX_GRAM_SIDE"])
 def test_what_is_kept_and_what_is_read_again_changes_no_bit(
     make_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, space: str, setting: str
 ) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..errors import AdapterError, RecipeError, TiesPeftError, printable, unknown, warn_caller
 from ..task_vectors.delta import Delta
-from ..task_vectors.processes import ALONE, Team
+from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.singular_values import norm
-from ..task_vectors.tiles import threads_fixed, workers
+from ..task_vectors.tiles import thread_pool, threads_fixed
 from . import sources, writer
 from .base_model import BaseModel
 from .extra_tensors import WHOLE_NUMBERS, check_riders
@@ -357,20 +357,20 @@ def check_listed(given: Any) -> None:
         raise RecipeError(f"the adapters are a {type(given).__name__}; expected a list, whose order weights refer to.")
 
 
-def check_all(adapters: Sequence[Adapter], team: Team = ALONE) -> None:
+def check_all(adapters: Sequence[Adapter], processes: ProcessGroup = SINGLE_PROCESS) -> None:
     """Look through the tensors, several adapters at a time; the first in order that is at fault speaks.
 
     Args:
         adapters: the same in every process.
-        team: the processes that share the work; each of them learns what the others found.
+        processes: the processes that share the work; each of them learns what the others found.
     """
     everyone = list(dict.fromkeys(adapters))
     if not everyone:
         return
-    with workers() as crew:
-        found = team.gather(crew.map(_look_or_fault, everyone[team.number :: team.size]))
+    with thread_pool() as pool:
+        found = processes.gather(pool.map(_look_or_fault, everyone[processes.number :: processes.size]))
     for place, adapter in enumerate(everyone):
-        look = found[place % team.size][place // team.size]
+        look = found[place % processes.size][place // processes.size]
         if isinstance(look, TiesPeftError):
             raise look
         adapter.__dict__["_look"] = look

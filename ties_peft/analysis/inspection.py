@@ -22,7 +22,7 @@ from ..errors import TiesPeftError, printable
 from ..merging.members import unequal_norms
 from ..merging.plan import Plan, make_plan
 from ..merging.recipes.recipe import Recipe
-from ..task_vectors.delta import inner_root
+from ..task_vectors.delta import norm
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _warnings_of_set(summary: Sequence[AdapterSummary], opened: Sequence[Adapter
 
 
 def _summarize(adapter: Adapter) -> AdapterSummary:
-    norms = {name: inner_root(adapter.read(name)) for name in adapter.modules}
+    norms = {name: norm(adapter.read(name)) for name in adapter.modules}
     task = adapter.config.get("task_type")
     return AdapterSummary(
         source=adapter.label,

@@ -228,7 +228,7 @@ def _run(flags: Flags, out: Path | None, device: str, dry_run: bool, force: bool
     from ..merging.merge import merge_recipe, open_adapters
     from ..merging.merged import inputs
     from ..merging.plan import make_plan
-    from ..task_vectors.processes import team
+    from ..task_vectors.processes import process_group
 
     asked, patterns = flags.asked().expanded()
     print_notes(patterns)
@@ -239,9 +239,9 @@ def _run(flags: Flags, out: Path | None, device: str, dry_run: bool, force: bool
         _show_plan(plan, asked, as_json)
         return
     assert out is not None
-    with team() as crew, progress_bar() if crew.leads else nullcontext(None) as tell:
-        merged = merge_recipe(asked, device=device, progress=tell, team=crew)
-    if crew.leads:
+    with process_group() as processes, progress_bar() if processes.is_main else nullcontext(None) as tell:
+        merged = merge_recipe(asked, device=device, progress=tell, processes=processes)
+    if processes.is_main:
         merged.save(out, force)
         _show_merged(merged, out, as_json)
 

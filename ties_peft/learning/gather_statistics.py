@@ -32,7 +32,7 @@ from ..evaluation.language_models import Continuation, Pair
 from ..evaluation.loaded_model import Bench, transposed
 from ..evaluation.scorers import Classification, Progress, check_form, form_for
 from ..evaluation.task import Task, TaskSource, read_task
-from ..task_vectors.random_numbers import key, uniform
+from ..task_vectors.random_numbers import stream_key, uniform
 
 LABELS = ("expected", "sampled", "given")
 
@@ -275,7 +275,7 @@ def _run(
             if kind == "gram":
                 _add_grams(row, calls, sums, counts)
             else:
-                drawn = key(seed, "fisher", place, adapter.digest)
+                drawn = stream_key(seed, "fisher", place, adapter.digest)
                 _add_fisher(bench, adapter, row, calls, labels, drawn, sums)
             if progress is not None:
                 progress(kind, place + 1, len(rows))

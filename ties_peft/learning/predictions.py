@@ -20,7 +20,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..evaluation.loaded_model import Bench
 from ..evaluation.scorers import BATCH, Classification, Progress, batches
-from ..task_vectors.random_numbers import key
+from ..task_vectors.random_numbers import stream_key
 
 TOP = 128
 CELLS = 1 << 26  # logits held at once, for the rows of one batch
@@ -220,7 +220,7 @@ def random_rows(
     special = set(tokenizer.all_special_ids)
     rows_held = bench.model.get_input_embeddings().weight.shape[0]
     usable = torch.tensor([token for token in range(min(len(tokenizer), rows_held)) if token not in special])
-    generator = torch.Generator().manual_seed(key(seed, "random tokens", 0, digest) % (1 << 63))
+    generator = torch.Generator().manual_seed(stream_key(seed, "random tokens", 0, digest) % (1 << 63))
     front, back = _frame(bench)
     most = max(1, min(LONGEST, bench.longest - len(front) - len(back)))
     lengths = torch.randint(min(SHORTEST, most), most + 1, (count,), generator=generator).tolist()

@@ -26,7 +26,7 @@ from ..choices import FITS
 from ..errors import CompatibilityError, printable
 from ..evaluation.loaded_model import Bench
 from ..task_vectors.delta import Dense, LowRank
-from ..task_vectors.random_numbers import key
+from ..task_vectors.random_numbers import stream_key
 
 FACTORS, GAINS = FITS
 VECTORS = "vectors"
@@ -164,7 +164,7 @@ def _wake(values: dict[str, Tensor], units: dict[str, float], seed: int) -> None
         B = values[f"{name.removesuffix('.A')}.B"]
         idle = ((A == 0).all(1)) & ((B == 0).all(0))
         if idle.any():
-            generator = torch.Generator().manual_seed(key(seed, name, 0, "wake") % (1 << 63))
+            generator = torch.Generator().manual_seed(stream_key(seed, name, 0, "wake") % (1 << 63))
             A[idle] = units["A"] * torch.randn(int(idle.sum()), A.shape[1], generator=generator)
 
 

@@ -17,10 +17,10 @@ import numpy as np
 from ..adapters.adapter import Adapter
 from ..adapters.tokenizer_files import Companions
 from ..spaces import Encoding
-from ..task_vectors.delta import Delta, Dense, whole
-from ..task_vectors.factorise import WIDEST
-from ..task_vectors.random_numbers import key
-from ..task_vectors.tiles import Workers
+from ..task_vectors.delta import Delta, Dense, as_factors
+from ..task_vectors.factorise import MAX_GRAM_SIDE
+from ..task_vectors.random_numbers import stream_key
+from ..task_vectors.tiles import ThreadPool
 from .plan import Plan
 
 KEPT = 1 << 28  # bytes of encodings that are kept between the passes of a merge
@@ -35,13 +35,13 @@ class Memory:
         ranked: by member, module and part, the weight and the weighted magnitudes of a small part in order: as much
             memory as the parts take.
         companions: the tokenizer files beside them, once they were looked for.
-        crew: the threads of the last merge and their scratch memory, some 8 MB a thread whatever is merged.
+        pool: the threads of the last merge and their scratch memory, some 8 MB a thread whatever is merged.
     """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
     ranked: dict[tuple[int, str, int], tuple[float, np.ndarray]] = field(default_factory=dict)
     companions: Companions | None = None
-    crew: list[Workers] = field(default_factory=list)
+    pool: list[ThreadPool] = field(default_factory=list)
 
 
 class Coordinates:
@@ -136,7 +136,7 @@ class Coordinates:
 
     def stream(self, place: int, module: str, part: int) -> int:
         """The key of one adapter's random numbers on one part."""
-        return key(self.plan.seed, module, part, self.plan.members[place].adapter.digest)
+        return stream_key(self.plan.seed, module, part, self.plan.members[place].adapter.digest)
 
     def _prepare(self, places: Sequence[int], module: str, parts: list[tuple[Delta, ...]]) -> list[tuple[Delta, ...]]:
         if not self.plan.preparations:
@@ -152,7 +152,7 @@ class Coordinates:
     def _read(self, adapter: Adapter, module: str) -> Delta:
         delta = adapter.read(module)
         if self.plan.arithmetic.in_factors and isinstance(delta, Dense):
-            delta = whole(delta)
+            delta = as_factors(delta)
         return delta.to(self.plan.device)
 
 
@@ -165,7 +165,7 @@ class Vectors(Sequence[Delta]):
     def __init__(self, coordinates: Coordinates, module: str, readers: Sequence[Callable[[], Delta]]) -> None:
         self._coordinates, self._module, self._readers = coordinates, module, readers
         ranks = [member.adapter.layout[module].rank for _, member in coordinates.plan.holders(module)]
-        self._few = sum(ranks) <= WIDEST
+        self._few = sum(ranks) <= MAX_GRAM_SIDE
 
     def __len__(self) -> int:
         return len(self._readers)

@@ -26,8 +26,8 @@ from ..methods.base import Method, TaskVectors
 from ..methods.base import merged as merged_by
 from ..task_vectors.delta import Dense
 from ..task_vectors.order_statistics import with_own_levels
-from ..task_vectors.random_numbers import key
-from ..task_vectors.tiles import workers
+from ..task_vectors.random_numbers import stream_key
+from ..task_vectors.tiles import thread_pool
 
 OTHERS = f"choose another fate for them: --heads {', '.join(p for p in POLICIES if p != MERGE)} (heads=… in Python)"
 
@@ -98,7 +98,7 @@ class Rule:
         weights = [weigh(place, module) for place in range(len(adapters))]
         dtypes = {adapters[place].tensors.info(rider.key).dtype for place, rider in riders.items()}
         places = [place for place in riders if weights[place] != 0]
-        with torch.no_grad(), workers() as crew:
+        with torch.no_grad(), thread_pool() as pool:
             vectors = []
             for place in places:
                 own = adapters[place].tensors.read(riders[place].key).to(self.device, torch.float32)
@@ -111,11 +111,11 @@ class Rule:
                 total_weight=sum(weights),
                 total_magnitude=sum(map(abs, weights)),
                 adapters=len(adapters),
-                streams=[key(self.seed, tensor, 0, adapters[place].digest) for place in places],
-                workers=crew,
+                streams=[stream_key(self.seed, tensor, 0, adapters[place].digest) for place in places],
+                pool=pool,
             )
             if places and self.method.rankings():
-                task_vectors = with_own_levels(self.method.rankings(), task_vectors, crew)
+                task_vectors = with_own_levels(self.method.rankings(), task_vectors, pool)
             merged = merged_by(self.method, task_vectors).dense() if places else torch.zeros_like(origin)
         whole = origin.add(merged.reshape(origin.shape), alpha=self.scale).cpu()
         return whole.to(getattr(torch, dtypes.pop())) if len(dtypes) == 1 else whole

@@ -17,7 +17,7 @@ from ..adapters.types import Module
 from ..errors import printable
 from ..spaces import Encoding
 from ..task_vectors.delta import Delta, distance, inner, inner_with_each
-from ..task_vectors.factorise import WIDEST, Factors
+from ..task_vectors.factorise import MAX_GRAM_SIDE, Factors
 from ..task_vectors.kernels.backends import Loops
 from ..task_vectors.subspace import SQUARE
 from .encoding import Coordinates
@@ -50,7 +50,7 @@ class Record:
         lost: ‖written − computed‖².
         tied: the energy that the rank cut off, where it cut through equal singular values; else 0.
         conflicting, shared: entries with both signs, and entries that two or more keep.
-        beyond: the share of the task vectors' energy that the space's coordinates had no room for.
+        lost_energy: the share of the task vectors' energy that the space's coordinates had no room for.
     """
 
     line: ModuleLine
@@ -64,7 +64,7 @@ class Record:
     tied: float
     conflicting: int
     shared: int
-    beyond: float
+    lost_energy: float
 
 
 def record(
@@ -73,12 +73,12 @@ def record(
     encoding: Encoding | None,
     factors: Factors,
     written: Mapping[str, Tensor],
-    tally: Mapping[str, int],
+    counts: Mapping[str, int],
 ) -> Record:
     """What became of one module; `encoding` is None where nobody has a weight on it."""
     plan = coordinates.plan
     holders, silent = plan.holders(module.name), plan.silent(module.name)
-    conflicting, shared = tally.get("conflicting"), tally.get("shared", 0)
+    conflicting, shared = counts.get("conflicting"), counts.get("shared", 0)
     merged = plan.kind.read(plan.kind.written(module, plan.rank or 1), MemoryTensors(written), None)
     lost = 0.0
     if plan.dtype != torch.float32:
@@ -111,7 +111,7 @@ def record(
         tied=tied,
         conflicting=conflicting or 0,
         shared=shared,
-        beyond=0.0 if encoding is None else encoding.beyond,
+        lost_energy=0.0 if encoding is None else encoding.lost_energy,
     )
 
 
@@ -142,7 +142,7 @@ class Account:
         self.lines: list[ModuleLine] = []
         self.kept = self.total = self.lost = self.tied = self.written = 0.0
         self.conflicting = self.shared = 0
-        self.beyond: dict[str, float] = {}
+        self.lost_energy: dict[str, float] = {}
 
     def add(self, record: Record) -> None:
         """Take in one module; in the order of the modules, so that the sums have the same bits in any division."""
@@ -160,8 +160,8 @@ class Account:
         self.conflicting += record.conflicting
         self.shared += record.shared
         self.lines.append(record.line)
-        if record.beyond:
-            self.beyond[record.line.name] = record.beyond
+        if record.lost_energy:
+            self.lost_energy[record.line.name] = record.lost_energy
 
     def report(self, kept: Sequence[Kept], seconds: float) -> Report:
         """The report, at the end."""
@@ -225,11 +225,11 @@ class Account:
         apart = trimmed_apart(plan)
         if apart:
             found.append(f"trimmed on its own, being as large as the vocabulary: {printable(', '.join(apart))}.")
-        if self.beyond:
-            worst = max(self.beyond, key=self.beyond.__getitem__)
+        if self.lost_energy:
+            worst = max(self.lost_energy, key=self.lost_energy.__getitem__)
             found.append(
-                f"of a side longer than {SQUARE} space '{plan.arithmetic.name}' keeps the {WIDEST} leading directions, and on "
-                f"{len(self.beyond)} module(s) the adapters have more: up to {self.beyond[worst]:.2%} of their energy "
+                f"of a side longer than {SQUARE} space '{plan.arithmetic.name}' keeps the {MAX_GRAM_SIDE} leading directions, and on "
+                f"{len(self.lost_energy)} module(s) the adapters have more: up to {self.lost_energy[worst]:.2%} of their energy "
                 f"({printable(worst)}) has no place there. Space 'delta' has no such limit."
             )
         empty = [line.name for line in inputs if line.entries and line.kept == 0]

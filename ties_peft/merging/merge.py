@@ -27,8 +27,8 @@ from ..task_vectors.delta import zero
 from ..task_vectors.factorise import Factors
 from ..task_vectors.kernels.backends import load
 from ..task_vectors.order_statistics import Group, Levels, find_levels, with_own_levels
-from ..task_vectors.processes import ALONE, Team
-from ..task_vectors.tiles import Workers, workers
+from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
+from ..task_vectors.tiles import ThreadPool, thread_pool
 from .card import shared_licence
 from .encoding import Coordinates, Memory
 from .loading import VOCABULARY, Evidence, find_loading
@@ -156,7 +156,7 @@ def merge_recipe(
     adapters: Sequence[Adapter] | None = None,
     device: str = DEVICE,
     progress: Progress | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Merged:
     """Do what a recipe says.
 
@@ -164,13 +164,13 @@ def merge_recipe(
         recipe: what to merge, and how.
         adapters: the recipe's adapters where they are open already.
         device, progress: as in `merge`.
-        team: the processes that share the work; each of them gets the whole result.
+        processes: the processes that share the work; each of them gets the whole result.
     """
     started = time.perf_counter()
     if adapters is None:
         recipe, _ = recipe.expanded()
     opened = open_adapters(recipe) if adapters is None else list(adapters)
-    return run_plan(make_plan(recipe, opened, device, team=team), recipe, started, None, progress, team)
+    return run_plan(make_plan(recipe, opened, device, processes=processes), recipe, started, None, progress, processes)
 
 
 def open_adapters(recipe: Recipe) -> list[Adapter]:
@@ -185,11 +185,11 @@ def run_plan(
     started: float,
     memory: Memory | None = None,
     progress: Progress | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
     warns: bool = True,
 ) -> Merged:
     """Do the work of a checked plan; `warns` says whether what the report warns of is also given as warnings."""
-    tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None), team)
+    tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None), processes)
     tensors |= plan.heads.tensors([member.adapter for member in plan.members], plan.weight)
     companions = memory.companions if memory is not None else None
     companions = companions or gather((member.name, member.adapter.folder) for member in plan.members)
@@ -211,25 +211,25 @@ def run_plan(
 
 
 def _merge_all(
-    plan: Plan, memory: Memory | None, tell: Progress, team: Team
+    plan: Plan, memory: Memory | None, tell: Progress, processes: ProcessGroup
 ) -> tuple[dict[str, Tensor], Account, list[Kept]]:
     """For each module: read, encode, merge, decode; then what all processes made, in the modules' order."""
     costs = {name: plan.cost(name) for name in plan.modules}
-    mine = team.share(costs)
+    mine = processes.share(costs)
     own: dict[str, tuple[dict[str, Tensor], Record]] = {}
     compiled = plan.method.entrywise and not plan.arithmetic.shared
     loops = load(sum(costs.values()), plan.device.type) if compiled else None
-    with torch.no_grad(), workers(None if memory is None else memory.crew, loops) as crew:
+    with torch.no_grad(), thread_pool(None if memory is None else memory.pool, loops) as pool:
         coordinates = Coordinates(plan, memory)
-        survey = Survey(coordinates, crew, tell, team, mine)
-        levels = _levels_over_adapters(coordinates, survey, crew, tell, team, mine)
+        survey = Survey(coordinates, pool, tell, processes, mine)
+        levels = _levels_over_adapters(coordinates, survey, pool, tell, processes, mine)
         for done, name in enumerate(mine):
             coordinates.expect(mine[done + 1] if done + 1 < len(mine) else None)
-            own[name] = _merge_module(coordinates, plan.modules[name], survey, levels, crew)
+            own[name] = _merge_module(coordinates, plan.modules[name], survey, levels, pool)
             tell("merge", done + 1, len(mine))
     tensors: dict[str, Tensor] = {}
     account = Account(plan, loops)
-    everything = {name: made for part in team.gather(own) for name, made in part.items()}
+    everything = {name: made for part in processes.gather(own) for name, made in part.items()}
     for name in plan.modules:
         made, what = everything[name]
         tensors |= made
@@ -238,15 +238,15 @@ def _merge_all(
 
 
 def _merge_module(
-    coordinates: Coordinates, module: Module, survey: Survey, levels: Levels, crew: Workers
+    coordinates: Coordinates, module: Module, survey: Survey, levels: Levels, pool: ThreadPool
 ) -> tuple[dict[str, Tensor], Record]:
     """The tensors of one module of the result, and what the report shall say of it."""
     plan = coordinates.plan
     encoding = coordinates.encoding(module.name) if plan.holders(module.name) else None
-    tally: dict[str, int] = {}
+    counts: dict[str, int] = {}
     factors = Factors(zero(module.shape), 0.0, 0.0)
     if encoding is not None:
-        factors = _merge_parts(coordinates, module.name, survey, levels, crew, tally)
+        factors = _merge_parts(coordinates, module.name, survey, levels, pool, counts)
     factors = (factors.restored() if plan.restore_norm else factors).scaled(plan.scale)
     tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
     written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
@@ -255,7 +255,7 @@ def _merge_module(
             f"module '{printable(module.name)}': the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
             "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype)."
         )
-    return written, record(coordinates, module, encoding, factors, written, tally)
+    return written, record(coordinates, module, encoding, factors, written, counts)
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -264,18 +264,18 @@ def _all_finite(tensor: Tensor) -> bool:
 
 
 def _merge_parts(
-    coordinates: Coordinates, name: str, survey: Survey, levels: Levels, crew: Workers, tally: dict[str, int]
+    coordinates: Coordinates, name: str, survey: Survey, levels: Levels, pool: ThreadPool, counts: dict[str, int]
 ) -> Factors:
     """Return the merged task vector of one module: encode, merge part by part, decode."""
     plan = coordinates.plan
     encoding = coordinates.encoding(name)
     places = list(coordinates.prepared(name))
     dense = plan.method.entrywise and not plan.method.linear(len(places))
-    work = encoding.beforehand(plan.rank) if dense and plan.rank is not None else None
-    begun = crew.beside(work) if work is not None else None
+    work = encoding.prepare_decode(plan.rank) if dense and plan.rank is not None else None
+    begun = pool.submit(work) if work is not None else None
     results = []
-    for part, task_vectors in enumerate(_parts(coordinates, name, survey, crew, tally)):
-        result = merged(plan.method, _with_levels(plan, name, task_vectors, levels, crew))
+    for part, task_vectors in enumerate(_parts(coordinates, name, survey, pool, counts)):
+        result = merged(plan.method, _with_levels(plan, name, task_vectors, levels, pool))
         if plan.finishes:
             plain = [encoding.weighted(i, plan.weight(place, name))[part] for i, place in enumerate(places)]
             for stage in plan.finishes:
@@ -283,11 +283,11 @@ def _merge_parts(
         results.append(result)
     if begun is not None:
         begun()
-    return encoding.decode(results, plan.rank, crew.map)
+    return encoding.decode(results, plan.rank, pool.map)
 
 
 def _parts(
-    coordinates: Coordinates, name: str, survey: Survey, crew: Workers, tally: dict[str, int]
+    coordinates: Coordinates, name: str, survey: Survey, pool: ThreadPool, counts: dict[str, int]
 ) -> list[TaskVectors]:
     """Return the task vectors of one module, part by part."""
     plan = coordinates.plan
@@ -312,15 +312,20 @@ def _parts(
             statistics=statistics_of(plan.method, [plan.members[place] for place in places], name),
             inputs=encoding.inputs if plan.method.needs else None,
             streams=[coordinates.stream(place, name, part) for place in places],
-            workers=crew,
-            tally=tally,
+            pool=pool,
+            counts=counts,
         )
         for part in range(len(seen[0]))
     ]
 
 
 def _levels_over_adapters(
-    coordinates: Coordinates, survey: Survey, crew: Workers, tell: Progress, team: Team, mine: Sequence[str]
+    coordinates: Coordinates,
+    survey: Survey,
+    pool: ThreadPool,
+    tell: Progress,
+    processes: ProcessGroup,
+    mine: Sequence[str],
 ) -> Levels:
     """What the method asks to be ranked over whole adapters, by place and module; found before any module is merged."""
     plan = coordinates.plan
@@ -338,19 +343,19 @@ def _levels_over_adapters(
     def walk() -> Iterator[tuple[TaskVectors, list[Group]]]:
         for done, name in enumerate(here):
             own: list[Group] = [groups[place, name] for place in coordinates.prepared(name)]
-            yield from ((part, own) for part in _parts(coordinates, name, survey, crew, {}))
+            yield from ((part, own) for part in _parts(coordinates, name, survey, pool, {}))
             tell("rank", done + 1, len(here))
 
-    found = find_levels(rankings, walk, {group: group[2] for group in groups.values()}, crew, team.gather)
+    found = find_levels(rankings, walk, {group: group[2] for group in groups.values()}, pool, processes.gather)
     return {spot: found[group] for spot, group in groups.items()}
 
 
-def _with_levels(plan: Plan, name: str, part: TaskVectors, levels: Levels, crew: Workers) -> TaskVectors:
+def _with_levels(plan: Plan, name: str, part: TaskVectors, levels: Levels, pool: ThreadPool) -> TaskVectors:
     """One part of a module with the levels that the method asks for, over the adapters or over the part alone."""
     if levels:
         return replace(part, levels=[levels[place, name] for place, _ in plan.holders(name)])
     rankings = plan.method.rankings()
-    return with_own_levels(rankings, part, crew) if rankings else part
+    return with_own_levels(rankings, part, pool) if rankings else part
 
 
 def _densities(plan: Plan, name: str, places: Sequence[int]) -> list[float]:

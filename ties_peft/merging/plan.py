@@ -21,7 +21,7 @@ from ..choices import DEVICE, MERGE
 from ..errors import CompatibilityError, MethodError, RecipeError, printable
 from ..methods import Method, Stages, Trim, method_classes
 from ..spaces import Space, find_space
-from ..task_vectors.processes import ALONE, Team
+from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.trim import Scope
 from .extra_task_vectors import make_rule
 from .extra_tensors import Heads, settle_heads
@@ -167,7 +167,11 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, adapters: Sequence[Adapter], device: str = DEVICE, checked: bool = False, team: Team = ALONE
+    recipe: Recipe,
+    adapters: Sequence[Adapter],
+    device: str = DEVICE,
+    checked: bool = False,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Plan:
     """Check everything that can be checked without arithmetic, and settle every default.
 
@@ -176,7 +180,7 @@ def make_plan(
         adapters: its adapters, open.
         device: where the arithmetic shall be done.
         checked: whether the adapters' tensors were looked through already.
-        team: the processes that share that.
+        processes: the processes that share that.
 
     Raises: RecipeError, MethodError, CompatibilityError or AdapterError, with one clear message.
     """
@@ -185,7 +189,7 @@ def make_plan(
     signs = _signs(stages.method, recipe.base)
     where = usable(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
-    check_all([*(() if checked else adapters), *([signs] if signs else [])], team)
+    check_all([*(() if checked else adapters), *([signs] if signs else [])], processes)
     members = find_members(recipe, one_spelling(adapters, warnings), densities, warnings)
     check_statistics(stages.method, members)
     dtype = written_dtype(recipe.dtype, [member.adapter for member in members])

@@ -13,7 +13,7 @@ import torch
 from ..adapters.adapter import Adapter, open_all
 from ..adapters.base_model import BaseModel
 from ..choices import DEVICE, ERROR, METHOD, RANK, SEED, SPACE
-from ..task_vectors.tiles import workers
+from ..task_vectors.tiles import thread_pool
 from .encoding import Coordinates, Memory
 from .merge import make_recipe, run_plan
 from .merged import Merged
@@ -92,7 +92,7 @@ class Prepared:
         )
 
     def _encode(self, plan: Plan) -> None:
-        with torch.no_grad(), workers():
+        with torch.no_grad(), thread_pool():
             coordinates = Coordinates(plan, self._memory)
             for module in plan.modules:
                 coordinates.encoding(module)

@@ -21,10 +21,10 @@ from ..errors import MethodError, printable
 from ..task_vectors.delta import Delta, size
 from ..task_vectors.kernels import fused
 from ..task_vectors.kernels.backends import Kernels
-from ..task_vectors.processes import Team
+from ..task_vectors.processes import ProcessGroup
 from ..task_vectors.single_pass import SinglePass
-from ..task_vectors.threshold import WHOLE, Search, sum_of
-from ..task_vectors.tiles import TILE, Workers
+from ..task_vectors.threshold import SORTED_SIZE, ThresholdSearch, add_counts
+from ..task_vectors.tiles import TILE, ThreadPool
 from ..task_vectors.trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 from .encoding import Coordinates
 from .plan import Plan
@@ -77,18 +77,23 @@ class Survey:
     """The cuts of a merge: over whole adapters found at once, over modules when a module is asked for.
 
     Args:
-        coordinates, crew: of the merge.
+        coordinates, pool: of the merge.
         progress: told of every adapter that is done.
-        team, mine: the processes that share the work, and the modules that are this one's.
+        processes, mine: the processes that share the work, and the modules that are this one's.
 
     Law: over each group of n entries exactly ⌊density·n⌋ are kept.
     """
 
     def __init__(
-        self, coordinates: Coordinates, crew: Workers, progress: Progress, team: Team, mine: Sequence[str]
+        self,
+        coordinates: Coordinates,
+        pool: ThreadPool,
+        progress: Progress,
+        processes: ProcessGroup,
+        mine: Sequence[str],
     ) -> None:
-        self.coordinates, self.plan, self.crew = coordinates, coordinates.plan, crew
-        self.team, self.mine = team, set(mine)
+        self.coordinates, self.plan, self.pool = coordinates, coordinates.plan, pool
+        self.processes, self.mine = processes, set(mine)
         self.by_module = _by_module(self.plan)
         self._kept = [Kept() for _ in self.plan.members]
         self._cuts: Cuts = {}
@@ -107,7 +112,7 @@ class Survey:
         """
         if not self.coordinates.joint:
             return 1
-        if adapters <= TOGETHER or not all(self.team.gather(self.coordinates.holds(self.mine))):
+        if adapters <= TOGETHER or not all(self.processes.gather(self.coordinates.holds(self.mine))):
             return adapters
         return TOGETHER
 
@@ -115,12 +120,12 @@ class Survey:
         """For each member, how many of its entries stay; once every module was asked for."""
         if not self.by_module:
             return self._kept
-        all_kept = zip(*self.team.gather(self._kept), strict=True)
+        all_kept = zip(*self.processes.gather(self._kept), strict=True)
         return [Kept(sum(k.kept for k in parts), sum(k.entries for k in parts)) for parts in all_kept]
 
     def _gather(self, value: Value) -> list[Value]:
         """What all processes found, where groups go beyond the modules of one."""
-        return [value] if self.by_module else self.team.gather(value)
+        return [value] if self.by_module else self.processes.gather(value)
 
     def of_module(self, module: str, places: Sequence[int]) -> ModuleThresholds:
         """Return the thresholds of one module, of the members at some places, found when they are first asked for."""
@@ -182,9 +187,9 @@ class Survey:
             large = []
             for group, spot, delta in steps:
                 group.sizes[spot] = size(delta)
-                if size(delta) > WHOLE // (4 * len(group.modules)):  # else the whole group is small
+                if size(delta) > SORTED_SIZE // (4 * len(group.modules)):  # else the whole group is small
                     large.append((group, spot, delta))
-            drawn = self.crew.map(lambda step: _sample(step[1], step[2], len(step[0].modules), sparse), large)
+            drawn = self.pool.map(lambda step: _sample(step[1], step[2], len(step[0].modules), sparse), large)
             for (group, _, _), sample in zip(large, drawn, strict=True):
                 group.sample.append(sample)
         found = self._gather([(group.sizes, group.sample) for group in groups])
@@ -197,14 +202,14 @@ class Survey:
             kept.kept += kept_count(group.densities[-1], entries)
             kept.entries += entries
             ends = band_ends(group.densities, entries)
-            searches += [(group, Search(entries, keep, group.sample)) for keep in ends]
-        sought = [(group, search) for group, search in searches if search.sought]
+            searches += [(group, ThresholdSearch(entries, keep, group.sample)) for keep in ends]
+        sought = [(group, search) for group, search in searches if search.needed]
         little = sum(group.entries for group, _ in sought) <= TILE
-        self.crew.map(lambda each: each[1].bracket(), sought, little)
+        self.pool.map(lambda each: each[1].set_bracket(), sought, little)
         for group, search in sought:
             ranked = self._ranked(group)
             if ranked is not None:
-                search.settle(ranked)
+                search.set_from_sorted(ranked)
         if single_pass is not None and single_pass.suffices([search for _, search in searches]):
             self._look(single_pass, searches)
         while unsettled := [(group, search) for group, search in sought if search.threshold is None]:
@@ -215,19 +220,19 @@ class Survey:
         for group in groups:
             group.sample = []  # those of hundreds of adapters add up
 
-    def _look(self, single_pass: SinglePass, searches: Sequence[tuple[Group, Search]]) -> None:
+    def _look(self, single_pass: SinglePass, searches: Sequence[tuple[Group, ThresholdSearch]]) -> None:
         """Settle the searches of a module's only part by one walk, which is in vain if any stays open."""
         (place,) = {(module, part) for group, _ in searches for _, module, part in group.sizes}
         single_pass.walk([search for _, search in searches], place)
         if single_pass.looks:
-            self.crew.map(_close, [each for each in searches if each[1].sought])
-        if any(search.sought and search.threshold is None for _, search in searches):
+            self.pool.map(_close, [each for each in searches if each[1].needed])
+        if any(search.needed and search.threshold is None for _, search in searches):
             single_pass.looks = []
 
     def _ranked(self, group: Group) -> np.ndarray | None:
         """All magnitudes of one small part in order, which a prepared merge keeps; None where there is more to look at."""
         memory, plan = self.coordinates.memory, self.plan
-        if memory is None or plan.preparations or plan.signs is not None or self.crew.loops is not None:
+        if memory is None or plan.preparations or plan.signs is not None or self.pool.loops is not None:
             return None
         if len(group.sizes) > 1 or group.entries > TILE:
             return None
@@ -239,42 +244,42 @@ class Survey:
         values = memory.ranked[spot][1]
         return values if values[-1] >= 0 else None  # NaN, which is last, has no place in an order
 
-    def _pass(self, searches: Sequence[tuple[Group, Search]]) -> None:
+    def _pass(self, searches: Sequence[tuple[Group, ThresholdSearch]]) -> None:
         """One look at every entry."""
-        of_group: dict[int, list[Search]] = {}
+        of_group: dict[int, list[ThresholdSearch]] = {}
         for group, search in searches:
-            search.open()
+            search.start_pass()
             of_group.setdefault(id(group), []).append(search)
         groups = list({id(group): group for group, _ in searches}.values())
         little = sum(group.entries for group in groups) <= TILE
         for walk in self._by_module(groups):
             steps = [(delta, spot, of_group[id(group)]) for group, spot, delta in walk]
-            asked = [(delta, [search.ends for search in mine]) for delta, _, mine in steps]
-            for (_, spot, mine), tallies in zip(steps, _census(asked, self.crew, little), strict=True):
+            asked = [(delta, [search.bracket for search in mine]) for delta, _, mine in steps]
+            for (_, spot, mine), tallies in zip(steps, _census(asked, self.pool, little), strict=True):
                 for number, search in enumerate(mine):
                     found = [tile[number] for tile in tallies]
                     search.add(sum(above for above, _ in found), [inside for _, inside in found], spot[1:])
         counted = self._gather([search.counted for _, search in searches])
         for (_, search), parts in zip(searches, zip(*counted, strict=True), strict=True):
-            search.counted = sum_of(parts)
-        self.crew.map(_close, searches, little)
+            search.counted = add_counts(parts)
+        self.pool.map(_close, searches, little)
 
-    def _share(self, group: Group, search: Search) -> dict[Spot, Cut]:
+    def _share(self, group: Group, search: ThresholdSearch) -> dict[Spot, Cut]:
         """The cut of each place; where too many equal the threshold, the first in order of position stay."""
         if search.threshold is None:
             return dict.fromkeys(group.sizes, KEEP_NONE if search.keep == 0 else KEEP_ALL)
-        if search.threshold == 0 or search.equal == search.spare:
+        if search.threshold == 0 or search.equal == search.equal_kept:
             return dict.fromkeys(group.sizes, Cut(search.threshold))
         at = np.float32(search.threshold)
-        own = {spot: search.equals(spot[1:]) or _equals(delta, at, self.crew) for _, spot, delta in self._walk([group])}
+        own = {spot: search.equals(spot[1:]) or _equals(delta, at, self.pool) for _, spot, delta in self._walk([group])}
         equal = {spot: counts for part in self._gather(own) for spot, counts in part.items()}
-        cuts, spare = {}, search.spare
+        cuts, equal_kept = {}, search.equal_kept
         for spot in sorted(equal):
-            quota, before = [], spare
+            quota, before = [], equal_kept
             for count in equal[spot]:
-                quota.append(ALL if count <= spare else spare)
-                spare -= min(count, spare)
-            cuts[spot] = Cut(search.threshold, tuple(quota), before - spare)
+                quota.append(ALL if count <= equal_kept else equal_kept)
+                equal_kept -= min(count, equal_kept)
+            cuts[spot] = Cut(search.threshold, tuple(quota), before - equal_kept)
         return cuts
 
 
@@ -300,10 +305,10 @@ class ModuleThresholds:
         return [tuple(self._cuts[place, self.module, part]) for place in self.places]
 
 
-def _close(sought: tuple[Group, Search]) -> None:
+def _close(sought: tuple[Group, ThresholdSearch]) -> None:
     group, search = sought
     try:
-        search.close()
+        search.finish_pass()
     except OverflowError:
         raise MethodError(
             f"module '{printable(group.modules[0])}': a weighted task vector is beyond what float32 can hold. "
@@ -311,9 +316,9 @@ def _close(sought: tuple[Group, Search]) -> None:
         ) from None
 
 
-def _equals(delta: Delta, magnitude: np.float32, crew: Workers) -> list[int]:
+def _equals(delta: Delta, magnitude: np.float32, pool: ThreadPool) -> list[int]:
     """How many entries have a magnitude, in each tile."""
-    (tallies,) = _census([(delta, [(magnitude, magnitude)])], crew)
+    (tallies,) = _census([(delta, [(magnitude, magnitude)])], pool)
     return [len(inside) for ((_, inside),) in tallies]
 
 
@@ -349,33 +354,33 @@ Brackets = Sequence[tuple[np.float32, np.float32]]
 Tallies = list[tuple[int, np.ndarray]]  # for each bracket: how many magnitudes exceed it, and those inside
 
 
-def _census(asked: Sequence[tuple[Delta, Brackets]], crew: Workers, little: bool = False) -> list[list[Tallies]]:
+def _census(asked: Sequence[tuple[Delta, Brackets]], pool: ThreadPool, little: bool = False) -> list[list[Tallies]]:
     """Of each task vector, what lies above and inside each of its brackets, tile by tile."""
 
     def tile(task: tuple[Delta, Brackets, tuple[int, int]]) -> Tallies:
         delta, brackets, rows = task
         device = delta.rows(0, 0).device
         shape = (rows[1] - rows[0], *delta.shape[1:])
-        loops = crew.loops
+        loops = pool.loops
         if loops is not None and fused.fits(delta, loops):
-            memory = partial(crew.scratch, like=device)
+            memory = partial(pool.scratch, like=device)
             return [fused.census(delta, rows, low, high, loops, memory) for low, high in brackets]
-        values = delta.rows(*rows, out=crew.scratch("vector", shape, device))
+        values = delta.rows(*rows, out=pool.scratch("vector", shape, device))
         if not isinstance(loops, Kernels):
             values = values.abs_()
             return [_count(values, low, high) for low, high in brackets]
         flat = values.view(-1).numpy()
-        room = crew.scratch("inside", (len(flat) + 1,), device).numpy()
-        marks = crew.scratch("marks", (len(flat) // 4 + 1,), device).numpy().view(np.uint8)
+        room = pool.scratch("inside", (len(flat) + 1,), device).numpy()
+        marks = pool.scratch("marks", (len(flat) // 4 + 1,), device).numpy().view(np.uint8)
         found = []
         for low, high in brackets:
             above, inside = loops.count(flat, low, high, room, marks)
             found.append((above, room[:inside].copy()))
         return found
 
-    grids = [crew.tiles(delta.shape, delta.rows(0, 0).device) for delta, _ in asked]
+    grids = [pool.tiles(delta.shape, delta.rows(0, 0).device) for delta, _ in asked]
     tasks = [(*each, rows) for each, grid in zip(asked, grids, strict=True) for rows in grid]
-    tallies = iter(crew.map(tile, tasks, little))
+    tallies = iter(pool.map(tile, tasks, little))
     return [list(islice(tallies, len(grid))) for grid in grids]
 
 

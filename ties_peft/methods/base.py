@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..task_vectors.collection import Ranking, TaskVectors
 from ..task_vectors.delta import Delta, Dense, Mapped
-from ..task_vectors.random_numbers import key, uniform
+from ..task_vectors.random_numbers import stream_key, uniform
 from ..task_vectors.trim import KEEP_ALL, Scope, Trim
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -181,8 +181,8 @@ __all__ = [
     "Scope",
     "TaskVectors",
     "Trim",
-    "key",
     "masked",
     "merged",
     "scope_fault",
+    "stream_key",
 ]

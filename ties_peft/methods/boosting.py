@@ -60,4 +60,4 @@ class Boosting(Method):
         found = spectrum(matrix)
         weaker = int((found.S.cumsum(0) < self.beta * found.S.sum()).sum())
         floor = found.S[min(weaker, len(found) - 1) :][:1]  # no direction, no floor
-        return found.valued(found.S.maximum(floor) if len(found) else found.S).dense()
+        return found.with_values(found.S.maximum(floor) if len(found) else found.S).dense()

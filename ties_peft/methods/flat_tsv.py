@@ -52,4 +52,4 @@ class FlatTsv(Method):
 def _flattened(one: Spectrum, share: float) -> Spectrum:
     """S^(1 − share)·q^share with q the root mean square of S."""
     level = one.S.square().mean().sqrt()
-    return one.valued(one.S ** (1 - share) * level**share)
+    return one.with_values(one.S ** (1 - share) * level**share)

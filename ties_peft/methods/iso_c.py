@@ -51,4 +51,4 @@ class IsoC(Method):
 
 def _flattened(matrix: Tensor) -> Tensor:
     found = spectrum(matrix)
-    return found.valued(found.S.mean().expand_as(found.S)).dense()
+    return found.with_values(found.S.mean().expand_as(found.S)).dense()

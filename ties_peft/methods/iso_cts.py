@@ -60,4 +60,4 @@ def _without_shared(matrix: Tensor, shared: Spectrum) -> Spectrum:
 
 def _flattened(parts: list[Spectrum]) -> Tensor:
     level = torch.cat([part.S for part in parts]).mean()
-    return orthogonalised([part.valued(level.expand_as(part.S)) for part in parts])
+    return orthogonalised([part.with_values(level.expand_as(part.S)) for part in parts])

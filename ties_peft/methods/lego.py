@@ -94,5 +94,5 @@ def _representative(left: Tensor, right: Tensor) -> Tensor:
     out, mix = torch.linalg.qr(left)
     lead = spectrum(mix @ right).top(1)
     norms = left.norm(dim=0) * right.norm(dim=1)
-    representative: Tensor = out @ lead.valued(norms.mean().expand_as(lead.S)).dense()
+    representative: Tensor = out @ lead.with_values(norms.mean().expand_as(lead.S)).dense()
     return representative

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..task_vectors.delta import Delta
-from ..task_vectors.elect import NOTHING
+from ..task_vectors.elect import MIN_DIVISOR
 from ..task_vectors.trim import Scope, count_at_least, kept_count
 from .base import Density, Method, Ranking, TaskVectors
 
@@ -63,7 +63,7 @@ class Pcb(Method):
             share = _minmax(score, *levels[2:])
             divisor.add_(share, alpha=abs(weight))
             mean.add_(share.mul_(_clamped(values, levels)).mul_(values.sign_()))
-        merged: Tensor = mean.div_(divisor.clamp_min_(NOTHING))
+        merged: Tensor = mean.div_(divisor.clamp_min_(MIN_DIVISOR))
         return merged
 
     def _magnitude_ranks(self, entries: int, density: float) -> Sequence[int]:
@@ -99,4 +99,4 @@ def _minmax(values: Tensor, low: float, high: float) -> Tensor:
     """
     if high > low:
         return (values - low).div_(high - low).clamp_(0, 1)
-    return (values >= max(high, NOTHING)).to(values.dtype)
+    return (values >= max(high, MIN_DIVISOR)).to(values.dtype)

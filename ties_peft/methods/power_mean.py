@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..task_vectors.delta import Delta
-from ..task_vectors.elect import NOTHING
+from ..task_vectors.elect import MIN_DIVISOR
 from .base import Method, TaskVectors
 
 
@@ -46,7 +46,7 @@ class PowerMean(Method):
         return task_vectors.by_tiles(self._merge_rows)
 
     def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
-        peak = torch.full(task_vectors.shape, NOTHING, device=task_vectors.device)
+        peak = torch.full(task_vectors.shape, MIN_DIVISOR, device=task_vectors.device)
         for values in task_vectors.stream():
             torch.maximum(peak, values.abs(), out=peak)
         total, divisor = torch.zeros_like(peak), torch.zeros_like(peak)
@@ -54,4 +54,4 @@ class PowerMean(Method):
             share = (values.abs() / peak).pow_(self.p)
             divisor.add_(share, alpha=abs(weight))
             total += share.mul_(values)
-        return total.div_(divisor.clamp_min_(NOTHING))
+        return total.div_(divisor.clamp_min_(MIN_DIVISOR))

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..task_vectors.delta import Delta
-from ..task_vectors.elect import NOTHING
+from ..task_vectors.elect import MIN_DIVISOR
 from ..task_vectors.sparsify import add_up, largest
 from ..task_vectors.trim import kept_count
 from .base import Density, Method, TaskVectors
@@ -55,7 +55,7 @@ class Sce(Method):
             agrees = torch.where(total >= 0, values > 0, values < 0)
             divisor.add_(agrees, alpha=share * abs(weight))
             mean.add_(values.mul_(agrees), alpha=share)
-        return mean.div_(divisor.clamp_min_(NOTHING))
+        return mean.div_(divisor.clamp_min_(MIN_DIVISOR))
 
     def linear(self, adapters: int) -> bool:
         """True of one adapter."""

@@ -52,7 +52,7 @@ class Svc(Method):
     def _calibrated(self, matrix: Tensor, tasks: Tensor) -> Tensor:
         found = spectrum(matrix)
         shares = [_share(found, task).clamp_min(self.alpha) for task in tasks if task.any()]
-        return found.valued(found.S / torch.stack(shares).mean(0)).dense() if shares else matrix
+        return found.with_values(found.S / torch.stack(shares).mean(0)).dense() if shares else matrix
 
 
 def _share(merged: Spectrum, task: Tensor) -> Tensor:

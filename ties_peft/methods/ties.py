@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from ..task_vectors.delta import Delta
-from ..task_vectors.elect import Combine, Vote
+from ..task_vectors.elect import DisjointRule, ElectRule
 from ..task_vectors.trim import Scope
 from .base import Density, Method, TaskVectors, scope_fault
 
@@ -49,8 +49,10 @@ class Ties(Method):
 
     density: Density = Field(0.2, description="share of entries that the trim keeps, in (0, 1]")
     scope: Scope = Field("adapter", description="rank magnitudes over the whole adapter (the paper) or each module")
-    elect: Vote = Field("mass", description="sign of the sum of the values (mass) or of their signs (count); or none")
-    disjoint: Combine = Field(
+    elect: ElectRule = Field(
+        "mass", description="sign of the sum of the values (mass) or of their signs (count); or none"
+    )
+    disjoint: DisjointRule = Field(
         "mean",
         description="how the agreeing entries are combined: mean, sum or max; "
         "mean_elected divides them by all adapters, mean_all takes both signs",

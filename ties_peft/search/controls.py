@@ -23,8 +23,8 @@ from ..adapters.adapter import Adapter, in_memory
 from ..adapters.types import written_as
 from ..choices import BASE, MEAN, SINGLE
 from ..merging.recipes.recipe import Recipe
-from ..task_vectors.delta import Delta, Dense, LowRank, inner_root
-from ..task_vectors.random_numbers import key
+from ..task_vectors.delta import Delta, Dense, LowRank, norm
+from ..task_vectors.random_numbers import stream_key
 from .tuning import Tuning
 
 BESIDE = ("modules_to_save", "trainable_token_indices", "bias")  # what a config says of tensors beside the modules
@@ -68,9 +68,9 @@ def random_adapter(adapter: Adapter, seed: int) -> Adapter:
     tensors: dict[str, Tensor] = {}
     for name, module in sorted(adapter.layout.items()):
         delta = adapter.read(name)
-        drawn = _drawn(delta, key(seed, name, 0, adapter.digest))
-        length = inner_root(drawn)
-        tensors |= kind.pack(module, drawn.scaled(inner_root(delta) / length if length else 0.0), module.rank)
+        drawn = _drawn(delta, stream_key(seed, name, 0, adapter.digest))
+        length = norm(drawn)
+        tensors |= kind.pack(module, drawn.scaled(norm(delta) / length if length else 0.0), module.rank)
     tensors |= {name: adapter.tensors.read(name) for name in adapter.riders}
     rank = max(module.rank for module in adapter.layout.values())
     config = {

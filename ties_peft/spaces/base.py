@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ..task_vectors.delta import Delta, LowRank, Mapped, Span, inner
-from ..task_vectors.factorise import WIDEST, Factors, Run
+from ..task_vectors.factorise import MAX_GRAM_SIDE, Factors, Run
 from ..task_vectors.subspace import STRIP, products
 from ..task_vectors.trim import Scope
 
@@ -37,7 +37,7 @@ class Encoding(ABC):
         """What the columns of a part stand for, orthonormal rows of inputs, (columns, in); None: an input each."""
         return None
 
-    def beforehand(self, rank: int) -> Callable[[], None] | None:
+    def prepare_decode(self, rank: int) -> Callable[[], None] | None:
         """What `decode` of a dense result at a rank needs that hangs on the task vectors alone, to be done before; or None."""
         return None
 
@@ -55,11 +55,11 @@ class Encoding(ABC):
     def span(self) -> Span | None:
         """What the task vectors span; None where they are not all held in factors, or have too many."""
         factored = self._factored()
-        few = 0 < sum(delta.rank for delta in factored) <= WIDEST
+        few = 0 < sum(delta.rank for delta in factored) <= MAX_GRAM_SIDE
         return Span(factored) if few else None
 
     @property
-    def beyond(self) -> float:
+    def lost_energy(self) -> float:
         """The share of the task vectors' energy that the coordinates have no room for; 0 where they hold everything."""
         return 0.0
 

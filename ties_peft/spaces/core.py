@@ -16,15 +16,15 @@ from torch import Tensor
 from ..task_vectors.delta import Delta, Dense, LowRank, Span
 from ..task_vectors.factorise import Factors, Run, expand, truncate
 from ..task_vectors.subspace import (
-    Held,
+    ExplicitBases,
     basis,
     canonical,
     canonical_one,
     coordinates,
-    is_wide,
-    missing,
+    has_many_columns,
+    lost_energy,
     orthonormal,
-    shelved,
+    pack_factors,
 )
 from .base import Encoding, Space
 
@@ -40,7 +40,7 @@ class CoreEncoding(Encoding):
     that is no larger than the adapter's own factors.
 
     Attributes:
-        own: what leads back.
+        bases: what leads back.
         left, right: (K, k₁) and (k₂, K), float64, which make L and Rᵀ of the factors; L and Rᵀ where they are held.
 
     Args:
@@ -48,20 +48,20 @@ class CoreEncoding(Encoding):
         balance: whether each adapter is brought to its canonical form first.
     """
 
-    own: Span | Held
+    bases: Span | ExplicitBases
     left: Tensor
     right: Tensor
 
     def __init__(self, deltas: Sequence[Delta], balance: bool = True) -> None:
         self.deltas = deltas
-        self.lost = 0.0
-        (self._hold_bases if is_wide(deltas) else self._mix_columns)(balance)
+        self._lost_energy = 0.0
+        (self._make_explicit_bases if has_many_columns(deltas) else self._make_implicit_bases)(balance)
 
-    def _mix_columns(self, balance: bool) -> None:
+    def _make_implicit_bases(self, balance: bool) -> None:
         held, own = self._factored(), self.span
         assert own is not None  # they are not many
         left, right = own.left, own.right
-        pairs = canonical(own) if balance else [_identity(at, left) for at in own.places]
+        pairs = canonical(own) if balance else [_identity(at, left) for at in own.ranges]
         X, Y = (torch.block_diag(*side) for side in zip(*pairs, strict=True))  # type: ignore[no-untyped-call]
         negligible = None if balance else UNBALANCED
         self.left = X @ orthonormal(X.T @ left @ X, negligible)
@@ -69,32 +69,34 @@ class CoreEncoding(Encoding):
         to_left, to_right = self.left.T @ left, right @ self.right.T  # Lᵀ·B and A·R, a block for each
         self.parts = [
             (_part(to_left[:, at] @ X, Y @ to_right[at], sum(delta.shape)),)
-            for at, (X, Y), delta in zip(own.places, pairs, held, strict=True)
+            for at, (X, Y), delta in zip(own.ranges, pairs, held, strict=True)
         ]
         own.deltas = self.deltas  # type: ignore[assignment]  # walked again when the result is brought back
-        self.own = own
+        self.bases = own
 
-    def _hold_bases(self, balance: bool) -> None:
-        pairs = [canonical_one(d) if balance else _identity(slice(0, d.rank), d.B.double()) for d in self._walk()]
+    def _make_explicit_bases(self, balance: bool) -> None:
+        pairs = [canonical_one(d) if balance else _identity(slice(0, d.rank), d.B.double()) for d in self._factors()]
         negligible = None if balance else UNBALANCED
 
         def columns() -> Iterable[Tensor]:
-            return (d.B.double() @ X for d, (X, _) in zip(self._walk(), pairs, strict=True))
+            return (d.B.double() @ X for d, (X, _) in zip(self._factors(), pairs, strict=True))
 
         def rows() -> Iterable[Tensor]:
-            return ((Y @ d.A.double()).T for d, (_, Y) in zip(self._walk(), pairs, strict=True))
+            return ((Y @ d.A.double()).T for d, (_, Y) in zip(self._factors(), pairs, strict=True))
 
         (L, all_left), (R, all_right) = basis(columns, negligible), basis(rows, negligible)
         both = zip(coordinates(L, columns()), (A.T for A in coordinates(R, rows())), strict=True)
         count = sum(X.shape[1] for X, _ in pairs)
-        self.parts = [(part,) for part in shelved(both, count * (L.shape[1] + R.shape[1]))]
-        self.own, self.left, self.right = Held(), L, R.T
-        self.lost = 0.0 if all_left and all_right else missing(self.deltas, (part for (part,) in self.parts))
+        self.parts = [(part,) for part in pack_factors(both, count * (L.shape[1] + R.shape[1]))]
+        self.bases, self.left, self.right = ExplicitBases(), L, R.T
+        self._lost_energy = (
+            0.0 if all_left and all_right else lost_energy(self.deltas, (part for (part,) in self.parts))
+        )
 
     @property
-    def beyond(self) -> float:
+    def lost_energy(self) -> float:
         """What bases cut to their largest directions lose of the task vectors, a share of their energy."""
-        return self.lost
+        return self._lost_energy
 
     @property
     def bytes(self) -> int:
@@ -104,18 +106,18 @@ class CoreEncoding(Encoding):
     @property
     def inputs(self) -> Tensor:
         """Rᵀ, (k₂, in), float64."""
-        if isinstance(self.own, Held):
+        if isinstance(self.bases, ExplicitBases):
             return self.right
-        rows: Tensor = self.right @ torch.cat([delta.A for delta in self._walk()]).double()
+        rows: Tensor = self.right @ torch.cat([delta.A for delta in self._factors()]).double()
         return rows
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """L·M·Rᵀ: the small M at that rank, brought back."""
         most = min(merged[0].shape)
         small = truncate(merged[0], most if rank is None else min(rank, most), run=run)
-        return expand(small, self.own, self.left, self.right)
+        return expand(small, self.bases, self.left, self.right)
 
-    def _walk(self) -> Iterable[LowRank]:
+    def _factors(self) -> Iterable[LowRank]:
         return (delta for delta in self.deltas if isinstance(delta, LowRank))
 
 
@@ -140,7 +142,7 @@ class CompressedEncoding(Encoding):
     task vectors themselves are projected unscaled.
     """
 
-    ROUNDS, SETTLED = 100, 1e-6
+    ROUNDS, TOLERANCE = 100, 1e-6
 
     def __init__(self, core: CoreEncoding, rank: int, blend: float) -> None:
         self.core, self.deltas = core, core.deltas
@@ -148,7 +150,7 @@ class CompressedEncoding(Encoding):
         norms = matrices.flatten(1).norm(dim=1)
         wanted = blend * norms + (1 - blend) * norms.mean()
         scaled = matrices * (wanted / norms.clamp_min(1e-300)).view(-1, 1, 1)
-        self.left, self.right = _tucker(scaled, rank, self.ROUNDS, self.SETTLED)
+        self.left, self.right = _tucker(scaled, rank, self.ROUNDS, self.TOLERANCE)
         self.parts = [(Dense((self.left.T @ matrix @ self.right).float()),) for matrix in matrices]
 
     @property
@@ -194,7 +196,7 @@ class CoreSpace(Space):
         return core
 
 
-def _tucker(matrices: Tensor, rank: int, rounds: int, settled: float) -> tuple[Tensor, Tensor]:
+def _tucker(matrices: Tensor, rank: int, rounds: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """Orthonormal U₀ (k₁, r) and U₁ (k₂, r) that keep most of Σ‖U₀ᵀ·M·U₁‖²."""
     left = _leading(torch.einsum("nij,nkj->ik", matrices, matrices), rank)
     right = _leading(torch.einsum("nij,nik->jk", matrices, matrices), rank)
@@ -205,7 +207,7 @@ def _tucker(matrices: Tensor, rank: int, rounds: int, settled: float) -> tuple[T
         half = left.T @ matrices
         right = _leading(torch.einsum("nri,nrk->ik", half, half), rank)
         kept = float((half @ right).square().sum())
-        if kept - before <= settled * kept:
+        if kept - before <= tolerance * kept:
             break
         before = kept
     return left, right

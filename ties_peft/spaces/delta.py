@@ -9,10 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..task_vectors.delta import Delta, LowRank, Span, inner
-from ..task_vectors.factorise import OVERSAMPLE, SMALL_SIDE, Factors, Run, Sum, few, leading_rows, truncate
+from ..task_vectors.factorise import OVERSAMPLE, SMALL_SIDE, Factors, Run, Sum, gram_is_cheaper, leading_rows, truncate
 from .base import Encoding, Space
 
-GUESSED = 512  # Σrᵢ beyond which an informed start costs more than the round that it saves
+MAX_COLUMNS_OF_START = 512  # Σrᵢ beyond which an informed start costs more than the round that it saves
 
 
 class DeltaEncoding(Encoding):
@@ -23,13 +23,13 @@ class DeltaEncoding(Encoding):
         self.parts = [(delta,) for delta in self.deltas]
         self._start: Tensor | None = None
 
-    def beforehand(self, rank: int) -> Callable[[], None] | None:
+    def prepare_decode(self, rank: int) -> Callable[[], None] | None:
         """The informed start of a factorisation."""
         self._start = None
-        guess = sum(delta.rank for delta in self.deltas) <= GUESSED
-        return partial(self._guess, rank) if guess and min(self.deltas[0].shape) > SMALL_SIDE else None
+        guess = sum(delta.rank for delta in self.deltas) <= MAX_COLUMNS_OF_START
+        return partial(self._find_start, rank) if guess and min(self.deltas[0].shape) > SMALL_SIDE else None
 
-    def _guess(self, rank: int) -> None:
+    def _find_start(self, rank: int) -> None:
         if self.span is not None:
             self._start = leading_rows(self.span, rank + OVERSAMPLE)
 
@@ -40,7 +40,7 @@ class DeltaEncoding(Encoding):
             energy = inner(whole, whole)
             return Factors(whole, energy, energy)
         known, self._start = self._start, None  # what is prepared shall not hold it
-        if known is None and not isinstance(whole, LowRank) and (work := self.beforehand(rank)) is not None:
+        if known is None and not isinstance(whole, LowRank) and (work := self.prepare_decode(rank)) is not None:
             work()
             known, self._start = self._start, None
         return truncate(whole, rank, known, run, self._span_of(whole))
@@ -49,7 +49,7 @@ class DeltaEncoding(Encoding):
         """The span of what a sum adds up, where that is the task vectors as they are; it was made for the report."""
         if not isinstance(whole, Sum) or [*map(id, whole.deltas)] != [*map(id, self.deltas)]:
             return None
-        return self.span if few(whole.rank, min(whole.shape)) else None
+        return self.span if gram_is_cheaper(whole.rank, min(whole.shape)) else None
 
 
 class DeltaSpace(Space):

@@ -11,16 +11,16 @@ from torch import Tensor
 from ..task_vectors.delta import Delta, LowRank, Span
 from ..task_vectors.factorise import Factors, Run, expand, truncate
 from ..task_vectors.subspace import (
-    Held,
+    ExplicitBases,
     basis,
     canonical,
     canonical_one,
     coordinates,
     directions,
-    is_wide,
-    missing,
+    has_many_columns,
+    lost_energy,
     orthonormal,
-    shelved,
+    pack_factors,
 )
 from .base import Encoding, Space
 
@@ -31,19 +31,19 @@ class KnotsEncoding(Encoding):
     For few columns all of it is algebra on the two Gram matrices of the factors; for many U is held (see `basis`).
 
     Attributes:
-        own: what leads back.
+        bases: what leads back.
         left: (K, k), float64, which makes U = [B₁ … B_N]·left of the factors; U itself where it is held.
     """
 
-    own: Span | Held
+    bases: Span | ExplicitBases
     left: Tensor
 
     def __init__(self, deltas: Sequence[Delta]) -> None:
         self.deltas = deltas
-        self.lost = 0.0
-        (self._hold_basis if is_wide(deltas) else self._mix_columns)()
+        self._lost_energy = 0.0
+        (self._make_explicit_bases if has_many_columns(deltas) else self._make_implicit_bases)()
 
-    def _mix_columns(self) -> None:
+    def _make_implicit_bases(self) -> None:
         held, own = self._factored(), self.span
         assert own is not None  # they are not many
         pairs = canonical(own)
@@ -53,7 +53,7 @@ class KnotsEncoding(Encoding):
         T = mix.T @ gram
         blocks = torch.split(T, [len(Y) for _, Y in pairs], dim=1)
         spread = torch.zeros(len(T), len(T), dtype=torch.float64, device=T.device)
-        for block, (_, Y), at in zip(blocks, pairs, own.places, strict=True):  # Σ Qᵀ·Δᵢ·Δᵢᵀ·Q
+        for block, (_, Y), at in zip(blocks, pairs, own.ranges, strict=True):  # Σ Qᵀ·Δᵢ·Δᵢᵀ·Q
             spread += block @ (Y @ own.right[at, at] @ Y.T) @ block.T
         turn = directions(spread)[1]
         self.left = X @ mix @ turn
@@ -62,42 +62,42 @@ class KnotsEncoding(Encoding):
             for block, (_, Y), delta in zip(blocks, pairs, held, strict=True)
         ]
         own.deltas = self.deltas  # type: ignore[assignment]  # walked again when the result is brought back
-        self.own = own
+        self.bases = own
 
-    def _hold_basis(self) -> None:
-        pairs = [canonical_one(delta) for delta in self._walk()]
+    def _make_explicit_bases(self) -> None:
+        pairs = [canonical_one(delta) for delta in self._factors()]
 
         def columns() -> Iterable[Tensor]:  # C with C·Cᵀ = Δᵢ·Δᵢᵀ: U·S of each task vector's own decomposition
-            for delta, (X, Y) in zip(self._walk(), pairs, strict=True):
+            for delta, (X, Y) in zip(self._factors(), pairs, strict=True):
                 yield (delta.B.double() @ X) * (Y @ delta.A.double()).norm(dim=1)
 
         U, everything = basis(columns)
-        left = (delta.B.double() @ X for delta, (X, _) in zip(self._walk(), pairs, strict=True))
-        right = (Y @ delta.A.double() for delta, (_, Y) in zip(self._walk(), pairs, strict=True))
+        left = (delta.B.double() @ X for delta, (X, _) in zip(self._factors(), pairs, strict=True))
+        right = (Y @ delta.A.double() for delta, (_, Y) in zip(self._factors(), pairs, strict=True))
         both = zip(coordinates(U, left), right, strict=True)
         count = sum(len(Y) for _, Y in pairs)
-        self.parts = [(part,) for part in shelved(both, count * (U.shape[1] + self.deltas[0].shape[1]))]
-        self.own, self.left = Held(), U
-        self.lost = 0.0 if everything else missing(self.deltas, (part for (part,) in self.parts))
+        self.parts = [(part,) for part in pack_factors(both, count * (U.shape[1] + self.deltas[0].shape[1]))]
+        self.bases, self.left = ExplicitBases(), U
+        self._lost_energy = 0.0 if everything else lost_energy(self.deltas, (part for (part,) in self.parts))
 
     @property
-    def beyond(self) -> float:
+    def lost_energy(self) -> float:
         """What a basis cut to its largest directions loses of the task vectors, a share of their energy."""
-        return self.lost
+        return self._lost_energy
 
     @property
     def bytes(self) -> int:
         """Of the parts, and of what leads back."""
         return super().bytes + 8 * 3 * self.left.numel()
 
-    def _walk(self) -> Iterable[LowRank]:
+    def _factors(self) -> Iterable[LowRank]:
         return (delta for delta in self.deltas if isinstance(delta, LowRank))
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """U·R: the rows R at that rank, brought back."""
         most = min(merged[0].shape)
         rows = truncate(merged[0], most if rank is None else min(rank, most), run=run)
-        return expand(rows, self.own, self.left, None)
+        return expand(rows, self.bases, self.left, None)
 
 
 class KnotsSpace(Space):

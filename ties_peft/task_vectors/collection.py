@@ -23,14 +23,14 @@ from torch import Tensor
 
 from ..errors import MethodError
 from .delta import Delta, Dense, LowRank, inner, stack
-from .elect import Ballot, Combine, Election, Vote
+from .elect import DisjointRule, ElectRule, MergeRule, SignedSums
 from .factorise import Sum
 from .kernels import fused
 from .kernels.backends import Loops
 from .random_numbers import uniform
 from .single_pass import SinglePass
 from .steps import Cuts, Dropped, Step, Trimmed
-from .tiles import Workers, empty
+from .tiles import ThreadPool, empty
 from .trim import Scope, Trim, find_cuts
 
 
@@ -69,7 +69,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Signs:
-    """The outcome of an election, computed when it is used.
+    """The outcome of an rule, computed when it is used.
 
     Attributes:
         of: the task vectors that elect.
@@ -77,16 +77,16 @@ class Signs:
     """
 
     of: TaskVectors
-    by: Vote = "mass"
+    by: ElectRule = "mass"
 
     def at(self, tile: TaskVectors) -> Signs:
         """Return the election among the rows of a tile alone."""
-        return replace(self, of=replace(self.of, rows=tile.rows, tile=tile.tile, tally={}))
+        return replace(self, of=replace(self.of, rows=tile.rows, tile=tile.tile, counts={}))
 
     def dense(self) -> Tensor:
         """Return the elected signs, +1 or −1, of the rows at hand."""
-        ballot = self.of.ballot(Election(self.by))
-        return ballot.elected(self.of.sign_vector()).mul(2).sub_(1)
+        sums = self.of.sums(MergeRule(self.by))
+        return sums.elected(self.of.sign_vector()).mul(2).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class TaskVectors:
         inputs: the directions among the module's inputs that the columns stand for, (columns, in), where the
             space has coordinates of its own; None where each column is one input.
         streams: the key of each one's random numbers.
-        workers: the threads that work through tiles, their memory and their kernels.
+        pool: the threads that work through tiles, their memory and their kernels.
         out: where the result for the rows at hand may be written, of their shape.
-        tally: counts for the report, summed over tiles.
+        counts: counts for the report, summed over tiles.
     """
 
     deltas: Sequence[Delta]
@@ -138,9 +138,9 @@ class TaskVectors:
     statistics: Sequence[Statistic] = ()
     inputs: Tensor | None = None
     streams: Sequence[int] = ()
-    workers: Workers = field(default_factory=lambda: Workers(1))
+    pool: ThreadPool = field(default_factory=lambda: ThreadPool(1))
     out: Tensor | None = None
-    tally: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, vectors: Sequence[Tensor], weights: Sequence[float] | None = None) -> TaskVectors:
@@ -217,21 +217,21 @@ class TaskVectors:
     @property
     def loops(self) -> Loops | None:
         """The compiled kernels in use."""
-        return self.workers.loops
+        return self.pool.loops
 
     @property
     def grid(self) -> list[tuple[int, int]]:
         """The tiles of the whole part."""
-        return self.workers.tiles(self.deltas[0].shape, self.device)
+        return self.pool.tiles(self.deltas[0].shape, self.device)
 
     @property
-    def untouched(self) -> bool:
+    def keeps_all(self) -> bool:
         """Whether no step takes anything away from any vector."""
         return not self.steps or (all(step.idle for step in self.steps) and all(own == 1 for own in self.densities))
 
     def room(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Return float32 memory of this thread, its content left from the last use."""
-        return self.workers.scratch(purpose, shape, self.device)
+        return self.pool.scratch(purpose, shape, self.device)
 
     def uniform(self, place: int) -> Tensor:
         """Return one number in [0, 1) for each entry at hand of one task vector, the same in every tiling."""
@@ -294,7 +294,7 @@ class TaskVectors:
 
     # combine
 
-    def elect(self, by: Vote = "mass") -> Signs:
+    def elect(self, by: ElectRule = "mass") -> Signs:
         """Elect one sign per entry: that of the sum of the values (`mass`) or of their signs (`count`); 0 goes to +.
 
         Where the merge was given an adapter that decides the signs, its sign is taken wherever it is not 0. `none`
@@ -302,8 +302,8 @@ class TaskVectors:
         """
         return Signs(self, by)
 
-    def disjoint_merge(self, signs: Signs, by: Combine = "mean", normalize: bool = True) -> Delta:
-        """Combine, entry by entry, the values whose sign is the elected one; 0 where there is none.
+    def disjoint_merge(self, signs: Signs, by: DisjointRule = "mean", normalize: bool = True) -> Delta:
+        """DisjointRule, entry by entry, the values whose sign is the elected one; 0 where there is none.
 
         Args:
             signs: from `elect`, of these task vectors.
@@ -312,95 +312,93 @@ class TaskVectors:
             normalize: divide by Σ|w|; else by the number of adapters.
         Returns: the merged task vector; in factors where every entry is kept and nothing is to be decided.
         """
-        election = Election(signs.by, by, normalize)
+        rule = MergeRule(signs.by, by, normalize)
         if signs.of is not self:
-            return self.by_tiles(lambda tile: tile._vote_by(signs.at(tile).dense(), election))
+            return self.by_tiles(lambda tile: tile._vote_by(signs.at(tile).dense(), rule))
         if self.rows is not None:
-            return Dense(self._vote(election))
-        if self._decided(election):
-            return self._sum_of_all(election)
-        return self._in_a_single_pass(election) or self.by_tiles(lambda tile: tile._vote(election))
+            return Dense(self._vote(rule))
+        if self._decided(rule):
+            return self._sum_of_all(rule)
+        return self._in_a_single_pass(rule) or self.by_tiles(lambda tile: tile._vote(rule))
 
-    def _decided(self, election: Election) -> bool:
+    def _decided(self, rule: MergeRule) -> bool:
         """Return whether the result is a weighted sum of the task vectors."""
-        both = election.disjoint == "mean_all" or (
-            election.elect == "none" and election.disjoint in ("sum", "mean_elected")
-        )
-        return (len(self) == 1 or both) and self.signs is None and self.untouched
+        both = rule.disjoint == "mean_all" or (rule.elect == "none" and rule.disjoint in ("sum", "mean_elected"))
+        return (len(self) == 1 or both) and self.signs is None and self.keeps_all
 
-    def _sum_of_all(self, election: Election) -> Delta:
-        if election.disjoint in ("mean_elected", "mean_all"):
-            return self.sum(1 / (self.total_magnitude if election.normalize else self.adapters))
-        alone = len(self) == 1 and election.disjoint == "mean" and election.normalize
+    def _sum_of_all(self, rule: MergeRule) -> Delta:
+        if rule.disjoint in ("mean_elected", "mean_all"):
+            return self.sum(1 / (self.total_magnitude if rule.normalize else self.adapters))
+        alone = len(self) == 1 and rule.disjoint == "mean" and rule.normalize
         return self.sum(1 / abs(self.weights[0]) if alone else 1.0)
 
-    def _in_a_single_pass(self, election: Election) -> Delta | None:
+    def _in_a_single_pass(self, rule: MergeRule) -> Delta | None:
         """Return the merge of trimmed vectors whose cuts are found in the same pass; None where that cannot be done."""
         trimmed = self._only_trimmed()
-        weights = self._kernel_weights(election)
+        weights = self._kernel_weights(rule)
         if trimmed is None or trimmed.found or self.thresholds is None or weights is None:
             return None
-        single_pass = SinglePass.of(self.deltas, weights, election.disjoint == "mean", self.workers)
+        single_pass = SinglePass.of(self.deltas, weights, rule.disjoint == "mean", self.pool)
         if single_pass is None:
             return None
         cuts = trimmed.cuts(single_pass)
-        return single_pass.result([own[0] for own in cuts], self.tally) if single_pass.done else None
+        return single_pass.result([own[0] for own in cuts], self.counts) if single_pass.done else None
 
     def _only_trimmed(self) -> Trimmed | None:
         """Return the trim, if that is all that is done to the vectors."""
         step = self.steps[0] if len(self.steps) == 1 else None
         return step if isinstance(step, Trimmed) and len(step.trim.densities) == 1 else None
 
-    def _vote(self, election: Election) -> Tensor:
+    def _vote(self, rule: MergeRule) -> Tensor:
         """Return the disjoint merge of the rows at hand, and count conflicts for the report."""
         trimmed = self._only_trimmed()
         cuts = [own[0] for own in trimmed.cuts()] if trimmed is not None else []
-        if not cuts or election.disjoint == "max" or not all(cut.whole(self.tile) for cut in cuts):
-            return self._counted(self.ballot(election))
+        if not cuts or rule.disjoint == "max" or not all(cut.whole(self.tile) for cut in cuts):
+            return self._counted(self.sums(rule))
         below = [cut.below for cut in cuts]
-        weights, out, loops = self._kernel_weights(election), self.out, self.loops
+        weights, out, loops = self._kernel_weights(rule), self.out, self.loops
         if weights is None or out is None or loops is None:
-            return self._counted(replace(self, steps=()).ballot(election, below))
-        mean = election.disjoint == "mean"
+            return self._counted(replace(self, steps=()).sums(rule, below))
+        mean = rule.disjoint == "mean"
         self.count(*fused.vote(self.deltas, below, weights, mean, self.span, out, loops, self.room))
         return out
 
-    def _vote_by(self, signs: Tensor, election: Election) -> Tensor:
+    def _vote_by(self, signs: Tensor, rule: MergeRule) -> Tensor:
         """Return the disjoint merge of the rows at hand by signs that others elected."""
-        return self._counted(self.ballot(election), signs)
+        return self._counted(self.sums(rule), signs)
 
-    def ballot(self, election: Election, below: Sequence[float] = ()) -> Ballot:
+    def sums(self, rule: MergeRule, below: Sequence[float] = ()) -> SignedSums:
         """Return the votes of the rows at hand, counted.
 
         Args:
-            election: how they are counted.
+            rule: how they are counted.
             below: for each, the largest magnitude that has no vote; none for zeros alone.
         """
-        total = self.total_magnitude if election.normalize else float(self.adapters)
-        room = self.room("ballot", (5, *self.shape))
-        ballot = Ballot(room, election.elect, election.disjoint, election.normalize, total, self.loops)
+        total = self.total_magnitude if rule.normalize else float(self.adapters)
+        room = self.room("sums", (5, *self.shape))
+        sums = SignedSums(room, rule.elect, rule.disjoint, rule.normalize, total, self.loops)
         for values, weight, least in zip(self.stream(), self.weights, below or [0.0] * len(self), strict=True):
-            ballot.cast(values, weight, least)
-        return ballot
+            sums.cast(values, weight, least)
+        return sums
 
-    def _counted(self, ballot: Ballot, signs: Tensor | None = None) -> Tensor:
-        self.count(*ballot.conflicts())
-        return ballot.result(self.sign_vector() if signs is None else signs)
+    def _counted(self, sums: SignedSums, signs: Tensor | None = None) -> Tensor:
+        self.count(*sums.conflicts())
+        return sums.result(self.sign_vector() if signs is None else signs)
 
     def count(self, conflicting: int, shared: int) -> None:
         """Add to the report's counts: entries with kept values of both signs, and entries that two or more keep."""
         for name, number in (("conflicting", conflicting), ("shared", shared)):
-            self.tally[name] = self.tally.get(name, 0) + number
+            self.counts[name] = self.counts.get(name, 0) + number
 
-    def _kernel_weights(self, election: Election) -> list[float] | None:
+    def _kernel_weights(self, rule: MergeRule) -> list[float] | None:
         """Return what each vector adds to the divisor, where the compiled kernels can hold the election; else None."""
-        plain = election.elect == "mass" and election.disjoint in ("mean", "sum")
+        plain = rule.elect == "mass" and rule.disjoint in ("mean", "sum")
         loops = self.loops
         if loops is None or not plain or self.signs is not None or len(self.shape) != 2:
             return None
         if not all(fused.fits(delta, loops) for delta in self.deltas):
             return None
-        return [abs(weight) if election.normalize else 1.0 for weight in self.weights]
+        return [abs(weight) if rule.normalize else 1.0 for weight in self.weights]
 
     def sum(self, factor: float | Sequence[float] = 1.0) -> Delta:
         """Return Σ factorᵢ·wᵢ·τᵢ; exactly, in factors at rank Σrᵢ, where every entry is kept.
@@ -409,7 +407,7 @@ class TaskVectors:
             factor: one for all, or one for each.
         """
         factors = [float(factor)] * len(self) if isinstance(factor, (int, float)) else list(factor)
-        if self.rows is not None or not self.untouched:
+        if self.rows is not None or not self.keeps_all:
             return self.by_tiles(lambda tile: tile._added(factors))
         factored = [delta for delta in self.deltas if isinstance(delta, LowRank)]
         if len(factored) == len(self.deltas):
@@ -439,15 +437,15 @@ class TaskVectors:
 
         def one(number: int) -> dict[str, int]:
             start, stop = grid[number]
-            part = replace(self, rows=(start, stop), tile=number, tally={}, out=result[start:stop])
+            part = replace(self, rows=(start, stop), tile=number, counts={}, out=result[start:stop])
             merged = work(part)
             if merged is not part.out:
                 result[start:stop] = merged
-            return part.tally
+            return part.counts
 
-        for counts in self.workers.map(one, range(len(grid))):
+        for counts in self.pool.map(one, range(len(grid))):
             for what, number in counts.items():
-                self.tally[what] = self.tally.get(what, 0) + number
+                self.counts[what] = self.counts.get(what, 0) + number
         return Dense(result)
 
     # all at once

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FEWEST = 256  # sides up to which a device leaves a matrix to the CPU to decompose; reckoned, not measured
-LATTICE = 32  # rows and columns that meet in a sample, at most
+CPU_EIGH_SIDE = 256  # sides up to which a device leaves a matrix to the CPU to decompose; reckoned, not measured
+SAMPLE_SIDE = 32  # rows and columns that meet in a sample, at most
 GRAM_ROWS = 1024  # rows of a Gram matrix's factor that are held in float64 at a time
 
 
@@ -68,10 +68,10 @@ class LowRank:
         so that a share of the sample is at least as near to that of all entries as if each were drawn alone.
         """
         rows, columns = self.shape
-        side = min(LATTICE, 1 << max(1, count // max(rows, columns)).bit_length() - 1)
+        side = min(SAMPLE_SIDE, 1 << max(1, count // max(rows, columns)).bit_length() - 1)
         blocks = -(-count // side**2)
-        B = self.B.index_select(0, _turns(rows, blocks * side, draw).to(self.B.device))
-        A = self.A.index_select(1, _turns(columns, blocks * side, draw).to(self.A.device))
+        B = self.B.index_select(0, _permuted_indices(rows, blocks * side, draw).to(self.B.device))
+        A = self.A.index_select(1, _permuted_indices(columns, blocks * side, draw).to(self.A.device))
         return torch.bmm(B.view(blocks, side, -1), A.view(-1, blocks, side).transpose(0, 1)).view(-1)
 
     def to(self, device: torch.device) -> LowRank:
@@ -169,7 +169,7 @@ class Mapped:
 Delta = LowRank | Dense | Mapped
 
 
-def _turns(length: int, count: int, draw: np.random.Generator) -> Tensor:
+def _permuted_indices(length: int, count: int, draw: np.random.Generator) -> Tensor:
     """0, 1, … length − 1 in a random order, and then in another one, until there are so many."""
     orders = draw.permuted(np.tile(np.arange(length), (-(-count // length), 1)), axis=1)
     return torch.from_numpy(orders.reshape(-1)[:count])
@@ -187,10 +187,10 @@ def zero(shape: Sequence[int]) -> Delta:
     return LowRank(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]))
 
 
-def whole(delta: Dense) -> LowRank:
+def as_factors(delta: Dense) -> LowRank:
     """A matrix as factors without any rounding: itself beside an identity, the smaller way round.
 
-    Law: whole(d).dense() = d.dense(), to the bit.
+    Law: as_factors(d).dense() = d.dense(), to the bit.
     """
     rows, columns = delta.values.shape
     if rows <= columns:
@@ -232,7 +232,7 @@ def gram(columns: Sequence[Tensor]) -> Tensor:
 def eigh(square: Tensor) -> tuple[Tensor, Tensor]:
     """The eigenvalues of a symmetric matrix, rising, and its eigenvectors, where it lies; small ones by the CPU."""
     device = square.device
-    values, vectors = torch.linalg.eigh(square.cpu() if len(square) <= FEWEST else square)
+    values, vectors = torch.linalg.eigh(square.cpu() if len(square) <= CPU_EIGH_SIDE else square)
     return values.to(device), vectors.to(device)
 
 
@@ -261,13 +261,13 @@ class Span:
         ends = [0]
         for delta in deltas:
             ends.append(ends[-1] + delta.rank)
-        self.places = [slice(start, end) for start, end in pairwise(ends)]
+        self.ranges = [slice(start, end) for start, end in pairwise(ends)]
 
     def products(self) -> Tensor:
         """⟨Δᵢ, Δⱼ⟩, (N, N), float64: sums over the blocks of the Gram matrices' entrywise product."""
         both = self.left * self.right
-        return torch.stack([both[:, at].sum(1)[other].sum() for other in self.places for at in self.places]).view(
-            len(self.places), -1
+        return torch.stack([both[:, at].sum(1)[other].sum() for other in self.ranges for at in self.ranges]).view(
+            len(self.ranges), -1
         )
 
     def columns(self, mix: Tensor) -> Tensor:
@@ -326,11 +326,11 @@ def inner_with_each(first: Delta, others: Iterable[Delta]) -> list[float]:
 def distance(first: Delta, second: Delta) -> float:
     """‖first − second‖, the Frobenius norm of the difference, accumulated in float64."""
     if isinstance(first, LowRank) and isinstance(second, LowRank):
-        return inner_root(LowRank(torch.cat([first.B, -second.B], 1), torch.cat([first.A, second.A], 0)))
+        return norm(LowRank(torch.cat([first.B, -second.B], 1), torch.cat([first.A, second.A], 0)))
     return float(torch.linalg.vector_norm(first.dense().double() - second.dense().double()))
 
 
-def inner_root(delta: Delta) -> float:
+def norm(delta: Delta) -> float:
     """‖delta‖, the Frobenius norm, in float64."""
     square = inner(delta, delta)
     return 0.0 if square < 0 else math.sqrt(square)  # NaN stays NaN

@@ -1,6 +1,6 @@
 """Elect: one sign per entry, and the disjoint merge of the entries that agree with it.
 
-A `Ballot` reads task vectors one at a time and keeps a handful of accumulators, so that its memory
+A `SignedSums` reads task vectors one at a time and keeps a handful of accumulators, so that its memory
 does not grow with their number. With x the trimmed, weighted task vectors and w their weights:
 
     P = Σ max(x, 0)    Q = Σ min(x, 0)    p, q = Σ |w| over x > 0, over x < 0
@@ -29,21 +29,23 @@ from .kernels.backends import Kernels, Loops
 
 Elect = Literal["mass", "count"]
 Disjoint = Literal["mean", "sum", "max"]
-Vote = Literal["mass", "count", "none"]  # an election, or none
-Combine = Literal["mean", "sum", "max", "mean_elected", "mean_all"]  # a disjoint merge, or a mean over all adapters
-NOTHING = 1e-30  # a divisor for entries that nobody kept: their numerator is exactly 0
+ElectRule = Literal["mass", "count", "none"]  # an election, or none
+DisjointRule = Literal[
+    "mean", "sum", "max", "mean_elected", "mean_all"
+]  # a disjoint merge, or a mean over all adapters
+MIN_DIVISOR = 1e-30  # a divisor for entries that nobody kept: their numerator is exactly 0
 
 
 @dataclass(frozen=True)
-class Election:
-    """How kept entries are elected and combined; as in `Ballot`."""
+class MergeRule:
+    """How kept entries are elected and combined; as in `SignedSums`."""
 
-    elect: Vote = "mass"
-    disjoint: Combine = "mean"
+    elect: ElectRule = "mass"
+    disjoint: DisjointRule = "mean"
     normalize: bool = True
 
 
-class Ballot:
+class SignedSums:
     """The running count of an election over entries of one shape.
 
     Args:
@@ -61,8 +63,8 @@ class Ballot:
     def __init__(
         self,
         room: Tensor,
-        elect: Vote = "mass",
-        disjoint: Combine = "mean",
+        elect: ElectRule = "mass",
+        disjoint: DisjointRule = "mean",
         normalize: bool = True,
         total: float = 1.0,
         loops: Loops | None = None,
@@ -71,7 +73,7 @@ class Ballot:
         self.elect, self.disjoint, self.normalize, self.total = elect, disjoint, normalize, total
         self.positive, self.negative, self.plus, self.minus, self.buffer = room.zero_()
         self.sums = torch.zeros_like(self.buffer) if disjoint == "max" else None
-        self.heft: tuple[Tensor, Tensor] | None = None  # Σ|w| a side, from the first weight that is not ±1
+        self.weight_sums: tuple[Tensor, Tensor] | None = None  # Σ|w| a side, from the first weight that is not ±1
 
     def cast(self, values: Tensor, weight: float = 1.0, below: float = 0.0) -> None:
         """Count one trimmed, weighted task vector; zeros do not vote.
@@ -82,14 +84,14 @@ class Ballot:
             torch.maximum(self.positive, values, out=self.positive)
             torch.minimum(self.negative, values, out=self.negative)
             self.sums += values
-        if self.heft is None and abs(weight) != 1 and self.normalize and self.disjoint == "mean":
-            self.heft = (self.plus.clone(), self.minus.clone())
+        if self.weight_sums is None and abs(weight) != 1 and self.normalize and self.disjoint == "mean":
+            self.weight_sums = (self.plus.clone(), self.minus.clone())
         loops = self.loops
         if (
             isinstance(loops, Kernels)
             and below == 0
             and self.sums is None
-            and self.heft is None
+            and self.weight_sums is None
             and values.is_contiguous()
         ):
             sides_of = (self.positive, self.negative, self.plus, self.minus)
@@ -101,8 +103,8 @@ class Ballot:
             count += self.buffer
             if self.sums is None:
                 mass.addcmul_(values, self.buffer)
-            if self.heft is not None:
-                self.heft[side].add_(self.buffer, alpha=abs(weight))
+            if self.weight_sums is not None:
+                self.weight_sums[side].add_(self.buffer, alpha=abs(weight))
 
     def elected(self, signs: Tensor | None = None) -> Tensor:
         """1.0 where + is elected and 0.0 where −; where `signs` is not 0 it decides."""
@@ -115,7 +117,7 @@ class Ballot:
         return torch.ge(lead, 0, out=self.buffer)
 
     def result(self, signs: Tensor | None = None) -> Tensor:
-        """The disjoint merge of all that was cast, of the ballot's shape."""
+        """The disjoint merge of all that was cast, of the sums's shape."""
         if self.elect == "none" or self.disjoint == "mean_all":
             plus = minus = torch.ones_like(self.positive)
         else:
@@ -135,9 +137,9 @@ class Ballot:
             return agreed
         if self.disjoint != "mean":
             return agreed.div_(self.total)
-        heft_plus, heft_minus = self.heft or (self.plus, self.minus)
-        divisor = heft_plus * plus + heft_minus * minus
-        return agreed.div_(divisor.clamp_min_(NOTHING))
+        weight_plus, weight_minus = self.weight_sums or (self.plus, self.minus)
+        divisor = weight_plus * plus + weight_minus * minus
+        return agreed.div_(divisor.clamp_min_(MIN_DIVISOR))
 
     def conflicts(self) -> tuple[int, int]:
         """(entries with both signs among the kept values, entries kept by two adapters or more)."""
@@ -162,7 +164,7 @@ def elect(vectors: Tensor, by: Elect = "mass") -> Tensor:
 
 
 def disjoint_merge(vectors: Tensor, signs: Tensor, by: Disjoint = "mean") -> Tensor:
-    """Combine, entry by entry, the values whose sign is the elected one; 0 where there is none.
+    """DisjointRule, entry by entry, the values whose sign is the elected one; 0 where there is none.
 
     Args:
         vectors: (N, …), trimmed.

@@ -43,9 +43,9 @@ class Bases(Protocol):
 
 OVERSAMPLE = 8  # directions carried beyond the rank asked for
 SMALL_SIDE = 640  # up to here a Gram matrix is cheaper than iterating, and exact
-HELPED = 5e-4  # a round that lowers the error by a smaller share than this was the last
+MIN_GAIN = 5e-4  # a round that lowers the error by a smaller share than this was the last
 ROUNDS = 12
-WIDEST = 2048  # Σrᵢ up to which Gram matrices of Σrᵢ × Σrᵢ are made
+MAX_GRAM_SIDE = 2048  # Σrᵢ up to which Gram matrices of Σrᵢ × Σrᵢ are made
 BAND = 512  # rows of a large product that one thread computes at a time
 NOISE = 1e-14  # eigenvalues of a float64 Gram matrix below this share of the largest are rounding
 
@@ -146,7 +146,7 @@ def factorise(matrix: Tensor, rank: int, start: Tensor | None = None, run: Run =
         rank: at least 1; more than min(out, in) is cut to that.
         start: (in, l), a guess of the leading row space, l ≥ rank + OVERSAMPLE to be of use; such as
             `row_space` of what was merged.
-        run: how to call a function on several blocks; `Workers.map` does it on threads.
+        run: how to call a function on several blocks; `ThreadPool.map` does it on threads.
     Law: ‖M − B·A‖ equals the optimum √(Σ_{i>r} σᵢ²) (to rounding) where the smaller side is at most
         SMALL_SIDE, and is within 1 % of it above that for merges started from their `row_space`. A
         start orthogonal to all that matters can stop the iteration too early.
@@ -160,7 +160,7 @@ def factorise(matrix: Tensor, rank: int, start: Tensor | None = None, run: Run =
 
 
 @dataclass(frozen=True)
-class Small:
+class SmallSvd:
     """The singular value decomposition of B·A in the coordinates of its factors: B·A = (B·X)·diag(S)·(Y·A).
 
     Attributes:
@@ -177,10 +177,10 @@ class Small:
     total: float
     edge: float = 0.0
 
-    def top(self, rank: int) -> Small:
+    def top(self, rank: int) -> SmallSvd:
         """Its `rank` largest directions."""
         edge = float(self.S[rank] / self.S[rank - 1]) if rank < len(self.S) else self.edge
-        return Small(self.X[:, :rank], self.S[:rank], self.Y[:rank], self.total, edge)
+        return SmallSvd(self.X[:, :rank], self.S[:rank], self.Y[:rank], self.total, edge)
 
     def balanced(self) -> tuple[Tensor, Tensor]:
         """X·√S and √S·Y."""
@@ -188,7 +188,7 @@ class Small:
         return self.X * root, root.unsqueeze(1) * self.Y
 
 
-def decompose(left: Tensor, right: Tensor) -> Small:
+def decompose(left: Tensor, right: Tensor) -> SmallSvd:
     """The singular value decomposition of B·A from BᵀB and A·Aᵀ alone.
 
     Each column of B shares its norm with its row of A first, so that the result does not depend on
@@ -207,10 +207,10 @@ def decompose(left: Tensor, right: Tensor) -> Small:
     U, S, Vt = torch.linalg.svd(root_b @ root_a.T, full_matrices=False)
     count = int((S[:1] * math.sqrt(NOISE) < S).sum())
     X, Y = share.unsqueeze(1) * (back_b @ U[:, :count]), (Vt[:count] @ back_a.T) * inverse
-    return Small(X, S[:count], Y, float(S.square().sum()))
+    return SmallSvd(X, S[:count], Y, float(S.square().sum()))
 
 
-def leading(left: Tensor, right: Tensor, rank: int) -> Small:
+def leading(left: Tensor, right: Tensor, rank: int) -> SmallSvd:
     """The `rank` largest directions of B·A: `decompose(left, right).top(rank)` by one decomposition where they are few.
 
     With A·Aᵀ = Rᵀ·R by Cholesky, R·BᵀB·Rᵀ = V·S²·Vᵀ; then X = Rᵀ·V/S and Y = Xᵀ·BᵀB/S, and nothing is inverted.
@@ -225,7 +225,7 @@ def leading(left: Tensor, right: Tensor, rank: int) -> Small:
     there = values > NOISE * values[:1].clamp_min(0)
     S = values[there].sqrt()
     X = R.T @ vectors[:, there] / S
-    return Small(X, S, X.T @ left / S.unsqueeze(1), float(square.diagonal().sum()), edge)
+    return SmallSvd(X, S, X.T @ left / S.unsqueeze(1), float(square.diagonal().sum()), edge)
 
 
 def _edge(squares: Tensor, rank: int) -> float:
@@ -236,7 +236,7 @@ def _edge(squares: Tensor, rank: int) -> float:
 
 
 def compress(delta: LowRank, rank: int, span: Span | None = None) -> Factors:
-    """The best rank-`rank` factors of B·A, or of a `Sum`; exact to rounding unless both K and a side are over WIDEST.
+    """The best rank-`rank` factors of B·A, or of a `Sum`; exact to rounding unless both K and a side are over MAX_GRAM_SIDE.
 
     Args:
         delta: B (out, K) and A (K, in).
@@ -246,16 +246,16 @@ def compress(delta: LowRank, rank: int, span: Span | None = None) -> Factors:
     """
     total = delta if isinstance(delta, Sum) else Sum([delta], [1.0])
     side = min(delta.shape)
-    if few(delta.rank, side):
+    if gram_is_cheaper(delta.rank, side):
         return _from_span(total, rank, span or Span(total.deltas))
-    if side <= WIDEST:
+    if side <= MAX_GRAM_SIDE:
         return _through_gram(total.exactly(), min(rank, side))
     return factorise(total.dense(), rank)
 
 
-def few(columns: int, side: int) -> bool:
+def gram_is_cheaper(columns: int, side: int) -> bool:
     """Whether Gram matrices of so many columns cost less than one of the smaller side of their product."""
-    return columns <= WIDEST and columns <= (side if side <= SMALL_SIDE else 2 * side // 3)
+    return columns <= MAX_GRAM_SIDE and columns <= (side if side <= SMALL_SIDE else 2 * side // 3)
 
 
 def _from_span(total: Sum, rank: int, span: Span) -> Factors:
@@ -341,7 +341,7 @@ def _by_iteration(matrix: Tensor, rank: int, guess: Tensor, run: Run) -> Factors
         values, vectors = eigh(gram([seen]))
         kept = float(values[-rank:].clamp_min(0).sum())
         error = math.sqrt(max(0.0, total - kept))
-        if error >= before * (1 - HELPED) or error <= 1e-6 * math.sqrt(total):
+        if error >= before * (1 - MIN_GAIN) or error <= 1e-6 * math.sqrt(total):
             break
         before = error
         basis, last = _orthonormal(seen), basis

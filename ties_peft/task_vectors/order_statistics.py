@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .collection import Ranking, TaskVectors
-from .tiles import Workers
+from .tiles import ThreadPool
 
 HALF = 16  # bits of a value that one pass tells apart
 BINS = 1 << HALF
@@ -31,7 +31,7 @@ def find_levels(
     rankings: Sequence[Ranking],
     walk: Walk,
     densities: Mapping[Group, float],
-    crew: Workers,
+    pool: ThreadPool,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
 ) -> Levels:
     """Return the values of all ranks of all rankings for every group, in the order in which they are asked for.
@@ -41,13 +41,13 @@ def find_levels(
         walk: gives the parts of the task vectors that this process has, all rows at hand, and the group of each
             task vector.
         densities: for every group, also of other processes, the share of its entries that the method keeps.
-        crew: the threads.
+        pool: the threads.
         gather: gives what every process found.
     Law: the value of rank k is the k-th of all values of the group, sorted from the largest, to the bit.
     """
     levels: Levels = dict.fromkeys(densities, ())
     for ranking in rankings:
-        search = _Search(ranking, walk, levels, crew, gather)
+        search = _Search(ranking, walk, levels, pool, gather)
         groups = list(densities)
         found: Levels = {}
         for start in range(0, len(groups), TOGETHER):
@@ -56,10 +56,10 @@ def find_levels(
     return levels
 
 
-def with_own_levels(rankings: Sequence[Ranking], part: TaskVectors, crew: Workers) -> TaskVectors:
+def with_own_levels(rankings: Sequence[Ranking], part: TaskVectors, pool: ThreadPool) -> TaskVectors:
     """Return the task vectors of one part with their levels, each ranked among the entries at hand."""
     groups = range(len(part))
-    levels = find_levels(rankings, lambda: [(part, groups)], dict(enumerate(part.densities or [1.0] * len(part))), crew)
+    levels = find_levels(rankings, lambda: [(part, groups)], dict(enumerate(part.densities or [1.0] * len(part))), pool)
     return replace(part, levels=[levels[group] for group in groups])
 
 
@@ -70,7 +70,7 @@ class _Search:
     ranking: Ranking
     walk: Walk
     levels: Levels
-    crew: Workers
+    pool: ThreadPool
     gather: Callable[[Any], list[Any]]
 
     def select(self, densities: Mapping[Group, float]) -> Levels:
@@ -107,9 +107,9 @@ class _Search:
 
         for part, names in self.walk():
             known = replace(part, levels=[self.levels[group] for group in names])
-            grid = self.crew.tiles(part.shape, part.device)
+            grid = self.pool.tiles(part.shape, part.device)
             tiles = [replace(known, rows=rows, tile=number) for number, rows in enumerate(grid)]
-            self.crew.map(lambda each, names=names: tile(each, names), tiles)
+            self.pool.map(lambda each, names=names: tile(each, names), tiles)
         every = self.gather(own)
         return {group: torch.stack([part[group] for part in every if group in part]).sum(0) for group in groups}
 

@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """The processes that work on one merge.
 
     Attributes:
@@ -34,7 +34,7 @@ class Team:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this one speaks and writes for all."""
         return self.number == 0
 
@@ -68,18 +68,18 @@ class Team:
         return values
 
 
-ALONE = Team()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
-def team() -> Iterator[Team]:
+def process_group() -> Iterator[ProcessGroup]:
     """The processes that a launcher started together, connected through gloo; alone without one.
 
     A launcher is known by the variables it sets: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size < 2 or "RANK" not in os.environ:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     try:
         dist.init_process_group("gloo")
@@ -89,6 +89,6 @@ def team() -> Iterator[Team]:
             "Start them with torchrun or accelerate launch."
         ) from None
     try:
-        yield Team(dist.get_rank(), size)
+        yield ProcessGroup(dist.get_rank(), size)
     finally:
         dist.destroy_process_group()

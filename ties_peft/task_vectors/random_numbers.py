@@ -18,7 +18,7 @@ from torch import Tensor
 BLOCK = 4  # numbers that one step of the counter gives
 
 
-def key(seed: int, module: str, part: int, digest: str) -> int:
+def stream_key(seed: int, module: str, part: int, digest: str) -> int:
     """A 128-bit key for the entries of one part of one module of one adapter."""
     text = f"{seed}\n{module}\n{part}\n{digest}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")

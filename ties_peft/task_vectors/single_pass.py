@@ -24,8 +24,8 @@ from torch import Tensor
 from .delta import Delta, Dense, size
 from .kernels import fused
 from .kernels.backends import Kernels
-from .threshold import Search
-from .tiles import Workers, empty
+from .threshold import ThresholdSearch
+from .tiles import ThreadPool, empty
 from .trim import Cut
 
 MOST = 9  # task vectors; of more, brackets from any sample that is worth its memory leave too many places open
@@ -40,7 +40,7 @@ class SinglePass:
         deltas: the task vectors, untrimmed.
         weights: what each one adds to the divisor of the mean.
         mean: the mean of the values that agree, or else their sum.
-        loops, workers: what makes the pass.
+        loops, pool: what makes the pass.
         merged: what is decided so far.
         looks: what was noted in each tile; empty until a pass was made, and where it did not suffice.
     """
@@ -49,17 +49,17 @@ class SinglePass:
     weights: Sequence[float]
     mean: bool
     loops: Kernels
-    workers: Workers
+    pool: ThreadPool
     merged: Tensor | None = None
     looks: list[fused.Look] = field(default_factory=list)
 
     @classmethod
-    def of(cls, deltas: Sequence[Delta], weights: Sequence[float], mean: bool, workers: Workers) -> SinglePass | None:
+    def of(cls, deltas: Sequence[Delta], weights: Sequence[float], mean: bool, pool: ThreadPool) -> SinglePass | None:
         """Return the pass over some task vectors; None where they are too many or there are no compiled loops."""
-        loops = workers.loops
+        loops = pool.loops
         if not isinstance(loops, Kernels) or len(deltas) > MOST:
             return None
-        return cls(deltas, weights, mean, loops, workers)
+        return cls(deltas, weights, mean, loops, pool)
 
     @property
     def done(self) -> bool:
@@ -70,9 +70,9 @@ class SinglePass:
         """How many of so many entries may be noted: a place and N values each, in as much room as the merged ones."""
         return entries // (len(self.deltas) + 1)
 
-    def suffices(self, searches: Sequence[Search]) -> bool:
+    def suffices(self, searches: Sequence[ThresholdSearch]) -> bool:
         """Whether what is to be noted likely has room."""
-        sought = [search for search in searches if search.sought]
+        sought = [search for search in searches if search.needed]
         expected = sum(search.expected for search in sought)
         return bool(sought) and expected <= SHARE * self.most(size(self.deltas[0]))
 
@@ -81,9 +81,9 @@ class SinglePass:
         return self.deltas[0].rows(0, 0).device
 
     def _room(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        return self.workers.scratch(purpose, shape, self._device)
+        return self.pool.scratch(purpose, shape, self._device)
 
-    def walk(self, searches: Sequence[Search], place: Hashable) -> None:
+    def walk(self, searches: Sequence[ThresholdSearch], place: Hashable) -> None:
         """Count for the search of each task vector's cut, unless there is too much to note."""
         brackets = [_bracket(search) for search in searches]
         merged = self.merged = empty(self.deltas[0].shape, self._device)
@@ -94,21 +94,21 @@ class SinglePass:
             vectors = self.deltas, brackets, self.weights, self.mean
             return fused.glance(*vectors, rows, out, self.loops, self._room, most)
 
-        looks = self.workers.map(look, self.workers.tiles(merged.shape, merged.device))
+        looks = self.pool.map(look, self.pool.tiles(merged.shape, merged.device))
         found = [each for each in looks if each is not None]
         if len(found) < len(looks):
             return
         self.looks = found
         for number, search in enumerate(searches):
-            if search.sought:
-                search.open(kept=True)
+            if search.needed:
+                search.start_pass(kept=True)
                 search.add(sum(each.above[number] for each in found), [each.inside[number] for each in found], place)
 
     def result(self, cuts: Sequence[Cut], tally: dict[str, int]) -> Delta:
         """The merge, the cut of each task vector being known; it counts conflicts for the report."""
         merged = self.merged
         assert merged is not None
-        grid = self.workers.tiles(merged.shape, merged.device)
+        grid = self.pool.tiles(merged.shape, merged.device)
 
         def settle(tile: int) -> tuple[int, int]:
             look, out = self.looks[tile], merged[grid[tile][0] : grid[tile][1]]
@@ -118,22 +118,22 @@ class SinglePass:
             below = [cut.below for cut in cuts]
             return fused.settle(look, below, self.weights, self.mean, out, self.loops, self._room)
 
-        counts = self.workers.map(settle, range(len(grid)))
+        counts = self.pool.map(settle, range(len(grid)))
         self.looks = []
         for name, count in zip(("conflicting", "shared"), map(sum, zip(*counts, strict=True)), strict=True):
             tally[name] = tally.get(name, 0) + count
         return Dense(merged)
 
 
-def _bracket(search: Search) -> tuple[np.float32, np.float32]:
+def _bracket(search: ThresholdSearch) -> tuple[np.float32, np.float32]:
     """Between what magnitudes the cut lies; where there is nothing to search, below nothing and what is cut."""
-    if search.sought:
-        return search.ends
+    if search.needed:
+        return search.bracket
     return np.float32(np.nan), np.float32(np.inf if search.keep == 0 else 0)
 
 
 def _drop_surplus(values: np.ndarray, places: np.ndarray, cut: Cut, tile: int) -> None:
     """As a cut does on a whole tile: of those that equal its threshold the first in order of position stay."""
-    assert cut.spare is not None
+    assert cut.equal_kept is not None
     equal = np.flatnonzero(np.abs(values) == np.float32(cut.threshold))
-    values[equal[places[equal].argsort()][cut.spare[tile] :]] = 0
+    values[equal[places[equal].argsort()][cut.equal_kept[tile] :]] = 0

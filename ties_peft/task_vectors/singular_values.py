@@ -47,7 +47,7 @@ class Spectrum:
         """The `count` largest directions; all of them for None."""
         return Spectrum(self.U[:, :count], self.S[:count], self.Vt[:count])
 
-    def valued(self, S: Tensor) -> Spectrum:
+    def with_values(self, S: Tensor) -> Spectrum:
         """The same directions with other values."""
         return replace(self, S=S)
 

@@ -90,7 +90,7 @@ class Trimmed:
         """Set what is cut to zero."""
         cuts = self.cuts()[place]
         if vectors.rows is None:
-            cuts = tuple(cut.in_one() for cut in cuts)
+            cuts = tuple(cut.untiled() for cut in cuts)
         return cuts[0].apply_(values, vectors.tile) if len(cuts) == 1 else band_(values, cuts, vectors.tile)
 
 

@@ -2,8 +2,8 @@
 
 Of K columns of length n the directions come from the Gram matrix of the columns, (K, K), where they are
 few; from that of the rows, (n, n), where they are more than their own length; and where both are large,
-from the leading WIDEST of them, found by a sketch and refined. Only that last road loses anything, and
-what it loses is measured and reported. No array is of K × K beyond WIDEST.
+from the leading MAX_GRAM_SIDE of them, found by a sketch and refined. Only that last road loses anything, and
+what it loses is measured and reported. No array is of K × K beyond MAX_GRAM_SIDE.
 
 Source of the sketch: Halko, Martinsson and Tropp (2011), algorithm 4.4.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, LowRank, Span, eigh, gram, inner
-from .factorise import WIDEST, decompose, few
+from .factorise import MAX_GRAM_SIDE, decompose, gram_is_cheaper
 
 FLOAT32 = torch.finfo(torch.float32).eps
 SQUARE = 4096  # lengths up to which the Gram matrix of the rows is made
@@ -59,7 +59,7 @@ def canonical(span: Span) -> list[tuple[Tensor, Tensor]]:
 
     Law: the products depend on the task vector alone, not on its factors, up to the sign of each direction.
     """
-    return [_pair(span.left[at, at], span.right[at, at]) for at in span.places]
+    return [_pair(span.left[at, at], span.right[at, at]) for at in span.ranges]
 
 
 def canonical_one(delta: LowRank) -> tuple[Tensor, Tensor]:
@@ -73,12 +73,12 @@ def _pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return (X, Y) if len(Y) else (X.new_zeros(len(X), 1), Y.new_zeros(1, len(X)))
 
 
-def is_wide(deltas: Sequence[Delta]) -> bool:
+def has_many_columns(deltas: Sequence[Delta]) -> bool:
     """Whether task vectors have more columns together than a Gram matrix of them is worth, or may have."""
-    return not few(sum(delta.rank for delta in deltas), min(deltas[0].shape))
+    return not gram_is_cheaper(sum(delta.rank for delta in deltas), min(deltas[0].shape))
 
 
-def shelved(pairs: Iterable[tuple[Tensor, Tensor]], numbers: int) -> list[LowRank]:
+def pack_factors(pairs: Iterable[tuple[Tensor, Tensor]], numbers: int) -> list[LowRank]:
     """Pairs of factors as float32 in one piece of memory, where what made them leaves no holes between them.
 
     Args:
@@ -95,14 +95,14 @@ def shelved(pairs: Iterable[tuple[Tensor, Tensor]], numbers: int) -> list[LowRan
     return found
 
 
-def missing(deltas: Iterable[Delta], seen: Iterable[Delta]) -> float:
+def lost_energy(deltas: Iterable[Delta], seen: Iterable[Delta]) -> float:
     """The share of the energy of task vectors that is not in what a basis shows of them, in [0, 1]; 0 if it is rounding."""
     whole, there = (sum(inner(delta, delta) for delta in some) for some in (deltas, seen))
     share = 1 - there / whole if whole else 0.0
     return share if share > ROUNDING else 0.0
 
 
-class Held:
+class ExplicitBases:
     """Stands for a `Span` where bases are held as they are: what these are multiplied with is brought back by that."""
 
     def columns(self, mix: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def basis(blocks: Blocks, negligible: float | None = None) -> tuple[Tensor, bool
     """
     sizes = [tuple(block.shape) for block in blocks()]
     length, columns = sizes[0][0], sum(size[1] for size in sizes)
-    if columns <= WIDEST and (columns <= length or length > SQUARE):
+    if columns <= MAX_GRAM_SIDE and (columns <= length or length > SQUARE):
         held = [block.float() for block in blocks()]
         mix = torch.split(orthonormal(gram(held), negligible), [size[1] for size in sizes])
         total = held[0].double() @ mix[0]
@@ -152,11 +152,11 @@ def _spread(blocks: Blocks, length: int) -> Tensor:
 
 
 def _sketched(blocks: Blocks, length: int) -> Tensor:
-    """The leading WIDEST directions, nearly: a random look at the columns, and a few more along what it saw."""
+    """The leading MAX_GRAM_SIDE directions, nearly: a random look at the columns, and a few more along what it saw."""
     draw = torch.Generator().manual_seed(0)
     seen: Tensor | None = None
     for strip in _strips(blocks):
-        mix = torch.randn(strip.shape[1], WIDEST, generator=draw).to(strip)
+        mix = torch.randn(strip.shape[1], MAX_GRAM_SIDE, generator=draw).to(strip)
         seen = strip @ mix if seen is None else seen.addmm_(strip, mix)
     assert seen is not None
     for _ in range(ROUNDS):

@@ -22,8 +22,10 @@ from torch import Tensor
 from .kernels.backends import Loops
 
 TILE = 1 << 18  # entries a tile holds, about: a megabyte in float32; smaller ones make threads wait for each other
-TALL = 2  # times as many for compiled loops, which hold a few of them at a time and read some factors anew for each
-TILE_ELSEWHERE = 1 << 22  # on another device, where an operation on less takes as long as asking for it
+KERNEL_TILES = (
+    2  # times as many for compiled loops, which hold a few of them at a time and read some factors anew for each
+)
+DEVICE_TILE = 1 << 22  # on another device, where an operation on less takes as long as asking for it
 Result = TypeVar("Result")
 
 
@@ -35,7 +37,7 @@ def tiles(shape: Sequence[int], device: torch.device, tall: int = 1) -> list[tup
     """
     length = shape[0]
     width = shape[1] if len(shape) > 1 else 1
-    step = max(1, (tall * TILE if device.type == "cpu" else TILE_ELSEWHERE) // max(1, width))
+    step = max(1, (tall * TILE if device.type == "cpu" else DEVICE_TILE) // max(1, width))
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -48,7 +50,7 @@ def empty(shape: Sequence[int], device: torch.device) -> Tensor:
     )
 
 
-class Workers:
+class ThreadPool:
     """A few threads that work through tiles, each with its own scratch memory.
 
     Attributes:
@@ -65,7 +67,7 @@ class Workers:
 
     def tiles(self, shape: Sequence[int], device: torch.device) -> list[tuple[int, int]]:
         """The tiles in which it works through a shape."""
-        return tiles(shape, device, 1 if self.loops is None else TALL)
+        return tiles(shape, device, 1 if self.loops is None else KERNEL_TILES)
 
     def map(self, work: Callable[..., Result], items: Sequence[object], little: bool = False) -> list[Result]:
         """work(item) for every item; results in the items' order whatever thread made them.
@@ -90,7 +92,7 @@ class Workers:
             thread.result()
         return results
 
-    def beside(self, work: Callable[[], Result]) -> Callable[[], Result]:
+    def submit(self, work: Callable[[], Result]) -> Callable[[], Result]:
         """Have one thread do something while the others go on; what comes back waits for it.
 
         Where there are no others it is done then.
@@ -121,7 +123,7 @@ class Workers:
 
 
 @contextmanager
-def workers(kept: list[Workers] | None = None, loops: Loops | None = None) -> Iterator[Workers]:
+def thread_pool(kept: list[ThreadPool] | None = None, loops: Loops | None = None) -> Iterator[ThreadPool]:
     """Threads as many as torch would use, each computing alone; torch's own setting is put back after.
 
     Args:
@@ -132,16 +134,16 @@ def workers(kept: list[Workers] | None = None, loops: Loops | None = None) -> It
     One thread per operation is what makes a result independent of the number of threads, and on
     tiles it is also the faster way: a parallel region for 0.1 ms of work costs as much as the work.
     """
-    crew = kept[0] if kept and kept[0].usable else Workers(torch.get_num_threads())
-    crew.loops = loops
+    pool = kept[0] if kept and kept[0].usable else ThreadPool(torch.get_num_threads())
+    pool.loops = loops
     if kept is not None:
-        kept[:] = [crew]
+        kept[:] = [pool]
     try:
         with threads_fixed(), full_precision():
-            yield crew
+            yield pool
     finally:
         if kept is None:
-            crew.close()
+            pool.close()
 
 
 @contextmanager

@@ -79,13 +79,13 @@ class Cut:
     Attributes:
         threshold: the magnitude of the smallest kept entry; larger ones stay, smaller ones go.
             inf keeps nothing, 0 keeps everything.
-        spare: for every tile, how many of the entries whose magnitude equals the threshold stay,
+        equal_kept: for every tile, how many of the entries whose magnitude equals the threshold stay,
             the first in row-major order, ALL of them included; None where all do in every tile.
         total: how many of them stay over all tiles.
     """
 
     threshold: float
-    spare: tuple[int, ...] | None = None
+    equal_kept: tuple[int, ...] | None = None
     total: int = ALL
 
     def apply_(self, values: Tensor, tile: int) -> Tensor:
@@ -94,8 +94,8 @@ class Cut:
             return values.zero_()
         if self.threshold == 0:
             return values
-        if self.spare is not None and self.spare[tile] != ALL:
-            self._drop_surplus(values, self.spare[tile])
+        if self.equal_kept is not None and self.equal_kept[tile] != ALL:
+            self._drop_surplus(values, self.equal_kept[tile])
         # hardshrink keeps |x| > λ: the float just below the threshold makes that |x| ≥ threshold
         return torch.ops.aten.hardshrink.out(values, self.below, out=values)  # type: ignore[no-any-return]
 
@@ -106,11 +106,11 @@ class Cut:
 
     def whole(self, tile: int) -> bool:
         """Whether all entries that equal the threshold stay in a tile."""
-        return self.spare is None or self.spare[tile] == ALL
+        return self.equal_kept is None or self.equal_kept[tile] == ALL
 
-    def in_one(self) -> Cut:
+    def untiled(self) -> Cut:
         """The same of a part that is one tile."""
-        return self if self.spare is None else Cut(self.threshold, (self.total,), self.total)
+        return self if self.equal_kept is None else Cut(self.threshold, (self.total,), self.total)
 
     def _drop_surplus(self, values: Tensor, keep: int) -> None:
         equal = (values.abs() == self.threshold).reshape(-1).nonzero().reshape(-1)
@@ -138,12 +138,12 @@ def _find_cut(magnitudes: Tensor, keep: int, grid: Sequence[tuple[int, int]]) ->
     if keep in (0, magnitudes.numel()):
         return KEEP_NONE if keep == 0 else KEEP_ALL
     threshold = kth_largest(magnitudes, keep)
-    total = spare = keep - int((magnitudes > threshold).sum())
+    total = equal_kept = keep - int((magnitudes > threshold).sum())
     quota = []
     for start, stop in grid:
         equal = int((magnitudes[start:stop] == threshold).sum())
-        quota.append(ALL if equal <= spare else spare)
-        spare -= min(equal, spare)
+        quota.append(ALL if equal <= equal_kept else equal_kept)
+        equal_kept -= min(equal, equal_kept)
     return Cut(threshold, tuple(quota), total)
 
 

@@ -55,24 +55,24 @@ def census(
 def vote(
     deltas: Sequence[Delta],
     below: Sequence[float],
-    hefts: Sequence[float],
+    weights: Sequence[float],
     mean: bool,
     rows: tuple[int, int],
     out: Tensor,
     loops: Loops,
     room: Room,
 ) -> tuple[int, int]:
-    """Some rows of the disjoint mean (or sum) of trimmed task vectors, elected by mass, into `out`; see `Ballot`.
+    """Some rows of the disjoint mean (or sum) of trimmed task vectors, elected by mass, into `out`; see `SignedSums`.
 
     Args:
         below: for each, the largest magnitude that is cut.
-        hefts: for each, what its vote adds to the divisor of the mean.
+        weights: for each, what its vote adds to the divisor of the mean.
     Returns: how many entries have kept values of both signs, how many have several.
     """
     if isinstance(loops, Launches):
-        return loops.vote([_part(delta, rows) for delta in deltas], below, hefts, mean, out)
+        return loops.vote([_part(delta, rows) for delta in deltas], below, weights, mean, out)
     factors = [_factors(delta, rows) for delta in deltas]
-    call = _call(factors, below, hefts, mean, out, loops, room, loops.group)
+    call = _call(factors, below, weights, mean, out, loops, room, loops.group)
     conflicting, shared, _ = loops.vote(*call, None, None, None, None, None)
     return conflicting, shared
 
@@ -99,7 +99,7 @@ class Look:
 def glance(
     deltas: Sequence[Delta],
     brackets: Sequence[tuple[np.float32, np.float32]],
-    hefts: Sequence[float],
+    weights: Sequence[float],
     mean: bool,
     rows: tuple[int, int],
     out: Tensor,
@@ -123,7 +123,7 @@ def glance(
     spots, places = (room(name, (size,)).numpy().view(np.int32) for name, size in ints.items())
     values = room("values", (len(deltas), most + block)).numpy()
     least, largest = _filled(low, UNCUT, count), _filled(high, UNCUT, count)
-    call = _call(factors, high, hefts, mean, out, loops, room, count)
+    call = _call(factors, high, weights, mean, out, loops, room, count)
     *conflicts, found = loops.vote(*call, least, above, spots, places, values)
     if found > most:
         return None
@@ -141,7 +141,7 @@ def glance(
 
 
 def settle(
-    look: Look, below: Sequence[float], hefts: Sequence[float], mean: bool, out: Tensor, loops: Kernels, room: Room
+    look: Look, below: Sequence[float], weights: Sequence[float], mean: bool, out: Tensor, loops: Kernels, room: Room
 ) -> tuple[int, int]:
     """Decide what a glance left open, into the `out` that it wrote, by `vote`'s operations; what `vote` returns."""
     count = len(below) + -len(below) % loops.group
@@ -149,7 +149,7 @@ def settle(
         look.places,
         look.values,
         _filled(below, UNCUT, count),
-        _filled(hefts, 0.0, count),
+        _filled(weights, 0.0, count),
         mean,
         room("blocks", (loops.group, loops.rows * loops.panel)).numpy(),
         room("votes", (4, loops.rows * loops.panel)).numpy(),
@@ -163,7 +163,7 @@ def settle(
 def _call(
     factors: Sequence[tuple[np.ndarray, np.ndarray]],
     below: Sequence[float],
-    hefts: Sequence[float],
+    weights: Sequence[float],
     mean: bool,
     out: Tensor,
     loops: Kernels,
@@ -179,7 +179,7 @@ def _call(
         np.array(addresses, np.int64),
         ranks,
         _filled(below, UNCUT, count),
-        _filled(hefts, 0.0, count),
+        _filled(weights, 0.0, count),
         mean,
         room("panels", (max(1, int(ranks.sum())), loops.panel)).numpy(),
         room("blocks", (blocks, loops.rows, loops.panel)).numpy(),

@@ -20,14 +20,14 @@ from .numba_product import PANEL, pair, pointer
 ROWS = 32  # rows that are worked on together, even
 GROUP = 4  # task vectors that vote together
 WORD = 8  # marks of a byte each that are looked at together
-NOTHING = np.float32(1e-30)  # as in `elect`
+MIN_DIVISOR = np.float32(1e-30)  # as in `elect`
 
 carray: Any = numba.carray  # type: ignore[attr-defined]
 compiled: Any = numba.njit(nogil=True, cache=True)
 
 
 def _cast(values: np.ndarray, positive: np.ndarray, negative: np.ndarray, plus: np.ndarray, minus: np.ndarray) -> None:
-    """One vote, see `Ballot.cast`; arrays are flat."""
+    """One vote, see `SignedSums.cast`; arrays are flat."""
     none, one = np.float32(0.0), np.float32(1.0)
     for place in range(len(values)):
         value = values[place]
@@ -134,23 +134,25 @@ def _census(
     return above, inside
 
 
-def _voted(value: Any, least: Any, heft: Any, up: Any, down: Any, heft_up: Any, heft_down: Any) -> tuple[Any, ...]:
+def _voted(
+    value: Any, least: Any, weight: Any, up: Any, down: Any, weight_up: Any, weight_down: Any
+) -> tuple[Any, ...]:
     """Both sides of an entry's ballot after one more vote, if `value` exceeds `least` in magnitude."""
     none = np.float32(0.0)
     return (
         up + (value if value > least else none),
         down + (value if value < -least else none),
-        heft_up + (heft if value > least else none),
-        heft_down + (heft if value < -least else none),
+        weight_up + (weight if value > least else none),
+        weight_down + (weight if value < -least else none),
     )
 
 
-def _poll(block: np.ndarray, below: np.ndarray, hefts: np.ndarray, ballot: np.ndarray, places: int) -> None:
-    """The votes of GROUP task vectors in the first places: what exceeds `below` in magnitude, and its heft, on the side of its sign."""
+def _poll(block: np.ndarray, below: np.ndarray, weights: np.ndarray, ballot: np.ndarray, places: int) -> None:
+    """The votes of GROUP task vectors in the first places: what exceeds `below` in magnitude, and its weight, on the side of its sign."""
     positive, negative, plus, minus = ballot[0], ballot[1], ballot[2], ballot[3]
     v1, v2, v3, v4 = block[0], block[1], block[2], block[3]
     t1, t2, t3, t4 = below[0], below[1], below[2], below[3]
-    w1, w2, w3, w4 = hefts[0], hefts[1], hefts[2], hefts[3]
+    w1, w2, w3, w4 = weights[0], weights[1], weights[2], weights[3]
     for place in range(places):  # written out four times: a loop over the four would leave the registers
         sides = positive[place], negative[place], plus[place], minus[place]
         sides = voted(v1[place], t1, w1, *sides)
@@ -211,7 +213,7 @@ def _plus_one(number: Any, also: Any) -> Any:
 def _decide(
     ballot: np.ndarray, votes: np.ndarray, reached: np.ndarray, mean: bool, out: np.ndarray, places: int
 ) -> tuple[int, int]:
-    """The elected mean or sum of the first places, into `out`; the numbers that `Ballot.conflicts` gives.
+    """The elected mean or sum of the first places, into `out`; the numbers that `SignedSums.conflicts` gives.
 
     Places in doubt, where not all that `reached` have a vote, are not counted.
     """
@@ -220,10 +222,10 @@ def _decide(
     shared: Any = np.int32(0)
     none = np.float32(0.0)
     for place in range(places):  # all is loaded first: a choice between two loads would be a branch
-        up, down, heft_up, heft_down = positive[place], negative[place], plus[place], minus[place]
+        up, down, weight_up, weight_down = positive[place], negative[place], plus[place], minus[place]
         lead, count = up + down >= none, votes[place]
-        agreed, heft = (up if lead else down), (heft_up if lead else heft_down)
-        out[place] = agreed / max(heft, NOTHING) if mean else agreed
+        agreed, weight = (up if lead else down), (weight_up if lead else weight_down)
+        out[place] = agreed / max(weight, MIN_DIVISOR) if mean else agreed
         sure = reached[place] == count
         conflicting = plus_one(conflicting, (up > none) & (down < none) & sure)
         shared = plus_one(shared, (count > 1) & sure)
@@ -260,7 +262,7 @@ def _vote(
     factors: np.ndarray,
     ranks: np.ndarray,
     below: np.ndarray,
-    hefts: np.ndarray,
+    weights: np.ndarray,
     mean: bool,
     panels: np.ndarray,
     block: np.ndarray,
@@ -274,7 +276,7 @@ def _vote(
     places: Any,
     values: Any,
 ) -> tuple[int, int, int]:
-    """The disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `Ballot`.
+    """The disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `SignedSums`.
 
     With `low` it is a glance: where the magnitude of any of them lies in [low, below], `out` is not yet decided,
     and all values there are noted.
@@ -284,7 +286,7 @@ def _vote(
             GROUP with anything that lies still, whose `below` is infinite.
         ranks: r of each, 0 for what fills up.
         below: (N,), the largest magnitude that is cut.
-        hefts: (N,), what a vote adds to the divisor.
+        weights: (N,), what a vote adds to the divisor.
         panels, block, ballot, tallies, decided: room: (Σr, PANEL), (GROUP, ROWS, PANEL), or (N, …) for a glance,
             (4, ROWS·PANEL), (2, ROWS·PANEL) of int32, (ROWS·PANEL,).
         out: (rows, columns).
@@ -322,7 +324,7 @@ def _vote(
                     B = carray(pointer(factors[group + member, 0]), (rows, rank), np.float32)
                     multiply(B, panels[at : at + rank], first, some, block[base + member])
                     at += rank
-                poll(flat[base:], below[group:], hefts[group:], ballot, whole)
+                poll(flat[base:], below[group:], weights[group:], ballot, whole)
                 if low is None:
                     reach(flat[base:], below[group:], votes, whole)
                 else:
@@ -344,7 +346,7 @@ def _settle(
     places: np.ndarray,
     values: np.ndarray,
     below: np.ndarray,
-    hefts: np.ndarray,
+    weights: np.ndarray,
     mean: bool,
     block: np.ndarray,
     ballot: np.ndarray,
@@ -357,7 +359,7 @@ def _settle(
     Args:
         places: (L,), flat in `out`.
         values: (M, L), the values of M task vectors there.
-        below, hefts: (N,), N ≥ M filled up as for `vote`.
+        below, weights: (N,), N ≥ M filled up as for `vote`.
         block: room, (GROUP, ROWS·PANEL); ballot, tallies, decided: as there.
         out: flat.
     Returns: how many of them have votes of both signs, how many several votes.
@@ -371,7 +373,7 @@ def _settle(
         for group in range(0, len(values), GROUP):
             for member in range(min(GROUP, len(values) - group)):
                 block[member, : end - start] = values[group + member, start:end]
-            poll(block, below[group:], hefts[group:], ballot, end - start)
+            poll(block, below[group:], weights[group:], ballot, end - start)
             reach(block, below[group:], tallies[0], end - start)
         both, several = decide(ballot, tallies[0], tallies[0], mean, decided, end - start)
         for place in range(start, end):

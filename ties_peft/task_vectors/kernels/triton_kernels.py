@@ -25,7 +25,7 @@ ROWS, COLUMNS = 4, 512  # of a block
 WARPS = 4  # that share it: 16 entries a thread, for which a vote keeps six numbers each in registers
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}  # a multiply-add is fused where it is written so, only there
 ALIGNED: Any = tl.constexpr(16)  # bytes, so that a thread may load four numbers at once
-NOTHING: Any = tl.constexpr(1e-30)  # as in `elect`
+MIN_DIVISOR: Any = tl.constexpr(1e-30)  # as in `elect`
 
 _launching = threading.Lock()  # two threads at a kernel's first launch would both compile it
 
@@ -111,7 +111,7 @@ def _vote(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """The disjoint mean or sum of `count` trimmed task vectors, elected by mass, into `out`; see `Ballot`.
+    """The disjoint mean or sum of `count` trimmed task vectors, elected by mass, into `out`; see `SignedSums`.
 
     Args:
         factors: (N, 3), int64: the addresses of B and A of each, and its rank.
@@ -128,19 +128,19 @@ def _vote(
         B = tl.load(factors).to(tl.pointer_type(tl.float32))
         A = tl.multiple_of(tl.load(factors + 1).to(tl.pointer_type(tl.float32)), ALIGNED)
         values = product(B, A, tl.load(factors + 2).to(tl.int32), rows, width, row, column)
-        least, heft = tl.load(limits), tl.load(limits + 1)
+        least, weight = tl.load(limits), tl.load(limits + 1)
         up, down = values > least, values < -least
         positive += tl.where(up, values, 0.0)
         negative += tl.where(down, values, 0.0)
-        plus += tl.where(up, heft, 0.0)
-        minus += tl.where(down, heft, 0.0)
+        plus += tl.where(up, weight, 0.0)
+        minus += tl.where(down, weight, 0.0)
         votes += (up | down).to(tl.int32)
         factors += 3
         limits += 2
     lead = positive + negative >= 0
     agreed = tl.where(lead, positive, negative)
     if MEAN:
-        agreed = tl.div_rn(agreed, tl.maximum(tl.where(lead, plus, minus), NOTHING))
+        agreed = tl.div_rn(agreed, tl.maximum(tl.where(lead, plus, minus), MIN_DIVISOR))
     tl.store(out + place, agreed, mask=there)
     tl.atomic_add(tally, tl.sum(tl.ravel((there & (positive > 0) & (negative < 0)).to(tl.int32)), 0))
     tl.atomic_add(tally + 1, tl.sum(tl.ravel((there & (votes > 1)).to(tl.int32)), 0))
@@ -181,20 +181,20 @@ def census(B: Tensor, A: Tensor, low: float, high: float, found: Tensor) -> tupl
 
 
 def vote(
-    factors: Sequence[tuple[Tensor, Tensor]], below: Sequence[float], hefts: Sequence[float], mean: bool, out: Tensor
+    factors: Sequence[tuple[Tensor, Tensor]], below: Sequence[float], weights: Sequence[float], mean: bool, out: Tensor
 ) -> tuple[int, int]:
-    """The disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `Ballot`.
+    """The disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `SignedSums`.
 
     Args:
         factors: B (rows, r) and A (r, columns) of each; r may differ.
         below: for each, the largest magnitude that is cut.
-        hefts: for each, what its vote adds to the divisor of the mean.
+        weights: for each, what its vote adds to the divisor of the mean.
         out: (rows, columns).
     Returns: how many entries have votes of both signs, how many have several votes.
     """
     held = [(B, A if A.data_ptr() % ALIGNED.value == 0 else A.clone()) for B, A in factors]
     table = torch.tensor([(B.data_ptr(), A.data_ptr(), len(A)) for B, A in held], dtype=torch.int64, device=out.device)
-    limits = torch.tensor([*zip(below, hefts, strict=True)], dtype=torch.float32, device=out.device)
+    limits = torch.tensor([*zip(below, weights, strict=True)], dtype=torch.float32, device=out.device)
     tally = torch.zeros(2, dtype=torch.int32, device=out.device)
     _launch(vote_kernel, out.shape, table, limits, len(held), *out.shape, out, tally, mean)
     conflicting, shared = tally.tolist()
