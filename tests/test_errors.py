@@ -304,7 +304,14 @@ def test_unknown_names_the_nearest_or_none() -> None:
 def test_printable_is_safe_for_a_terminal() -> None:
     assert printable("a\x1b]0;x\x07\u202eb\nc") == "a\\x1b]0;x\\x07\\u202eb\\nc"
     assert printable("é日") == "é日"
-    assert len(printable("x" * 1000)) == 200
+
+
+def test_a_message_of_any_length_ends_with_what_to_do() -> None:
+    for name in ("x" * 100_000, "x " * 50_000, "\x1b" * 100_000):
+        message = str(TiesPeftError(f"adapter {name}: it is no adapter. Check the path."))
+        assert len(message) < 5_000
+        assert message.endswith("Check the path.")
+        assert "\x1b" not in message
 
 
 @pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")

@@ -13,13 +13,23 @@ Every message says what is wrong, where, what was seen against what was expected
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Iterable
 
+WORD, LINE = 500, 4000  # characters of a word and of a line in a message; longer ones are cut in the middle
+QUOTED = 300  # characters of another library's message
+
 
 class TiesPeftError(Exception):
-    """The base of every error that `ties_peft` raises on purpose."""
+    """The base of every error that `ties_peft` raises on purpose.
+
+    Control characters in the message are escaped, so that no name from a file reaches a terminal as a command.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("\n".join(map(_shorten, printable_lines(str(message)).split("\n"))))
 
 
 class AdapterError(TiesPeftError):
@@ -43,7 +53,10 @@ class ProcessError(TiesPeftError):
 
 
 class TiesPeftWarning(UserWarning):
-    """Something possible but unwise; it also stands in the report."""
+    """Something possible but unwise; the report states it too. Control characters are escaped as in an error."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable_lines(message))
 
 
 def unknown(what: str, name: str, known: Iterable[str], hint: str | None = None) -> str:
@@ -63,7 +76,7 @@ def unknown(what: str, name: str, known: Iterable[str], hint: str | None = None)
     near.sort(key=lambda other: sorted(other) != sorted(str(name)))  # letters out of order, before all else
     guess = f": did you mean '{near[0]}'?" if near else "."
     said = guess if hint is None else f". {hint}"
-    return f"unknown {what} '{printable(str(name))}'{said} Known: {', '.join(names) or 'none'}."
+    return f"unknown {what} {str(name)!r}{said} Known: {', '.join(names) or 'none'}."
 
 
 def warn_caller(messages: Iterable[str]) -> None:
@@ -91,15 +104,35 @@ def _own(package: str | None) -> bool:
     return package is not None and package.split(".")[0] == __package__
 
 
-def printable(text: str, limit: int = 200) -> str:
-    """`text` safe for a terminal: control characters escaped, cut at `limit` characters.
+def printable(text: str) -> str:
+    """Return a text in one line in which control characters are escaped.
+
+    Call it where a text is printed or written to a card; errors and warnings escape their messages themselves.
 
     >>> printable("a\\x1b[31m")
     'a\\\\x1b[31m'
     """
-    safe = (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    )
-    return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return a text in which all control characters but the ends of lines are escaped."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def one_line(error: object) -> str:
+    """Return another library's message for use in one of ours: in one line, cut at `QUOTED` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}…"
+
+
+def _shorten(line: str) -> str:
+    """Return one line of a message without what makes it unreadably long, such as a name of 5,000 letters."""
+    words = re.sub(rf"\S{{{WORD + 1},}}", lambda found: _cut(found[0], WORD), line)
+    return _cut(words, LINE)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"

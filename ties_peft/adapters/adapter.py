@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, RecipeError, TiesPeftError, printable, unknown, warn_caller
+from ..errors import AdapterError, RecipeError, TiesPeftError, one_line, unknown, warn_caller
 from ..task_vectors.delta import Delta
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.singular_values import norm
@@ -109,9 +109,9 @@ class Adapter:
         Raises: AdapterError with one clear sentence where it cannot be read or merged.
         """
         named = sources.spelled(str(source), revision, subfolder)
-        label = printable(named)
+        label = named
         if subfolder and not sources.is_inside(subfolder):
-            raise AdapterError(f"adapter '{label}': the subfolder '{printable(subfolder)}' does not lead into it.")
+            raise AdapterError(f"adapter '{label}': the subfolder {subfolder!r} does not lead into it.")
         found = sources.find(named, token)
         config = read_config(found.folder, label)
         foreign.refuse(found, config, label)
@@ -125,7 +125,7 @@ class Adapter:
     @property
     def label(self) -> str:
         """How messages name it."""
-        return printable(self.source or "in memory")
+        return self.source or "in memory"
 
     @property
     def folder(self) -> Path | None:
@@ -237,10 +237,10 @@ class Adapter:
             dtype = self.tensors.info(key).dtype
             if dtype not in allowed and not (self.kind.indices and dtype in INTEGERS):
                 raise AdapterError(
-                    f"adapter '{self.label}': tensor '{printable(key)}' is {dtype}; expected "
+                    f"adapter '{self.label}': tensor {key!r} is {dtype}; expected "
                     "float32, float16 or bfloat16. Save the adapter unquantised."
                 )
-        bad = [printable(key) for key in self._look.bad]
+        bad = self._look.bad
         if bad:
             raise AdapterError(
                 f"adapter '{self.label}' holds NaN or infinity in {len(bad)} tensor(s): "
@@ -342,16 +342,14 @@ def check_listed(given: Any) -> None:
     Raises: RecipeError.
     """
     if isinstance(given, (str, Path, Adapter)):
-        raise RecipeError(
-            f"the adapters are one adapter, {printable(str(given))}; expected a list of them: merge([...])."
-        )
+        raise RecipeError(f"the adapters are one adapter, {given}; expected a list of them: merge([...]).")
     if isinstance(given, Mapping):
         names, numbers = [str(key) for key in given], list(given.values())
         weighed = bool(names) and all(is_number(number) for number in numbers)
         shown = f"{names!r}, weights={numbers!r}" if weighed else "[...], weights=[...]"
         raise RecipeError(
             f"the adapters are a {type(given).__name__}; expected a list, with one weight per adapter beside it: "
-            f"{printable(f'merge({shown})', 400)}."
+            f"merge({shown})."
         )
     if isinstance(given, Set):
         raise RecipeError(f"the adapters are a {type(given).__name__}; expected a list, whose order weights refer to.")
@@ -401,7 +399,7 @@ def read_config(folder: Path, label: str) -> dict[str, Any] | None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(
-            f"adapter '{label}': {sources.CONFIG} is not JSON ({printable(str(error))}). Mend it, or save it again."
+            f"adapter '{label}': {sources.CONFIG} is not JSON ({one_line(error)}). Mend it, or save it again."
         ) from None
     if not isinstance(config, dict):
         raise AdapterError(f"adapter '{label}': {sources.CONFIG} is a {type(config).__name__}; expected an object.")

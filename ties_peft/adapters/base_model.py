@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import AdapterError, printable
+from ..errors import AdapterError, one_line
 from . import sources
 from .module_names import older
 from .tensors import Info, PickleFile, SafetensorsFile, TensorSource
@@ -51,7 +51,7 @@ class BaseModel:
 
         Raises: AdapterError where there is no checkpoint, or none that can be read.
         """
-        label = printable(str(source))
+        label = str(source)
         path = sources.local(str(source))
         if path is not None and path.is_file():
             return cls(_whole(path, label), label, path.parent / CONFIG)
@@ -79,7 +79,7 @@ class BaseModel:
             found = json.loads(self._config.read_text(encoding="utf-8"))
         except (ValueError, OSError, RecursionError) as error:
             raise AdapterError(
-                f"base model '{self.label}': {CONFIG} cannot be read ({type(error).__name__}: {printable(str(error))}). "
+                f"base model '{self.label}': {CONFIG} cannot be read ({type(error).__name__}: {one_line(error)}). "
                 "Download it again."
             ) from None
         if not isinstance(found, dict):
@@ -148,8 +148,8 @@ class BaseModel:
         name = self.find(tensor)
         if name is None:
             raise AdapterError(
-                f"base model '{self.label}' has no tensor '{printable(tensor)}' (it has {len(self.names)}, such as "
-                f"'{printable(self.names[0]) if self.names else 'none'}'), which {what} needs. Is it the base that the "
+                f"base model '{self.label}' has no tensor {tensor!r} (it has {len(self.names)}, such as "
+                f"'{self.names[0] if self.names else 'none'}'), which {what} needs. Is it the base that the "
                 "adapter was trained on, unquantised?"
             )
         return self.read(name)
@@ -207,7 +207,7 @@ def _on_hub(source: str, token: str | None) -> Path:
     name, colon, inside = source.partition(":")
     if colon and not sources.is_inside(inside):
         raise AdapterError(
-            f"base model '{printable(source)}': there is no such folder, and '{printable(inside)}' is no path inside a "
+            f"base model {source!r}: there is no such folder, and {inside!r} is no path inside a "
             "repository of the Hub. Expected org/name:folder."
         )
     within = f"{inside.rstrip('/')}/" if inside else ""
@@ -227,12 +227,12 @@ def _shards(index: Path, label: str) -> dict[str, TensorSource]:
         files = {str(name): Path(str(file)).name for name, file in table.items()}
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(
-            f"base model '{label}': {index.name} cannot be read ({type(error).__name__}: {printable(str(error))})."
+            f"base model '{label}': {index.name} cannot be read ({type(error).__name__}: {one_line(error)})."
         ) from None
     missing = sorted({file for file in files.values() if not _is_file(index.parent / file)})
     if missing:
         raise AdapterError(
-            f"base model '{label}': {len(missing)} of its files are missing, first {printable(missing[0])}. "
+            f"base model '{label}': {len(missing)} of its files are missing, first {missing[0]}. "
             "Download it again, whole."
         )
     opened: dict[str, TensorSource] = {

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import printable
 from .base_model import BaseModel
 from .extra_tensors import BASE, LAYER, TOKENS, Held, Holder, Rider
 from .tensors import FLOATING
@@ -111,7 +110,7 @@ def table(layers: Sequence[Layer], names: Sequence[str]) -> str:
             text = f"{next(iter(sizes.values()))}, with unlike values in {holders}"
         else:
             text = held_text(layer, names)
-        rows.append(f"  {printable(layer.module)}: {text}")
+        rows.append(f"  {layer.module}: {text}")
     more = f"\n  … and {len(layers) - ROWS} more" if len(layers) > ROWS else ""
     return "\n".join(rows) + more
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..choices import AVERAGE, DROP, ERROR, KEEP, MERGE
-from ..errors import AdapterError, printable
+from ..errors import AdapterError
 from .tensors import TensorSource
 from .types.base import PREFIX
 
@@ -73,7 +73,7 @@ class Rider:
         if self.form == TOKENS:
             ids = ", ".join(map(str, self.rows[:6])) + (", …" if len(self.rows) > 6 else "")
             return f"rows {sizes(self.shape)} for the tokens {ids}"
-        return f"{printable(self.tensor)} {sizes(self.shape)}"
+        return f"{self.tensor} {sizes(self.shape)}"
 
 
 Held = Mapping[int, Mapping[str, Rider]]  # for each adapter that holds a layer, by its place, its tensors by name
@@ -191,8 +191,8 @@ def _trained(module: str, shape: tuple[int, ...], config: Mapping[str, Any], lab
         given = next((ids for name, ids in given.items() if name and module.endswith(str(name))), None)
     if not isinstance(given, list) or not all(isinstance(i, int) for i in given) or len(given) != (*shape, 0)[0]:
         raise AdapterError(
-            f"adapter '{label}' holds {sizes(shape)} numbers for trained tokens of '{printable(module)}', and "
-            f"trainable_token_indices in adapter_config.json is {printable(repr(given))}; expected the id of each row's "
+            f"adapter '{label}' holds {sizes(shape)} numbers for trained tokens of {module!r}, and "
+            f"trainable_token_indices in adapter_config.json is {given!r}; expected the id of each row's "
             "token. Mend the config, or save the adapter again."
         )
     return tuple(given)
@@ -210,7 +210,7 @@ def unfulfilled(config: Mapping[str, Any], riders: Sequence[Rider]) -> list[str]
     forms = {rider.form for rider in riders}
     named = {"modules_to_save": LAYER, "trainable_token_indices": TOKENS}
     return [
-        f"its config asks for {key} {printable(repr(config[key]))}, but its file holds no such tensor."
+        f"its config asks for {key} {config[key]!r}, but its file holds no such tensor."
         for key, form in named.items()
         if config.get(key) and form not in forms
     ]
@@ -232,7 +232,7 @@ def describe(riders: Sequence[Rider], idle: int = 0) -> list[str]:
     for rider in riders:
         if rider.form != BIAS:
             found.setdefault(rider.module, []).append(rider)
-    lines = [f"{printable(module)} ({', '.join(r.size for r in own)})" for module, own in found.items()]
+    lines = [f"{module} ({', '.join(r.size for r in own)})" for module, own in found.items()]
     biases = [rider for rider in riders if rider.form == BIAS]
     lines += [f"{len(biases)} bias{'es' * (len(biases) != 1)}"] if biases else []
     return lines + ([f"{idle} unused cop{'ies' if idle != 1 else 'y'} of whole layers"] if idle else [])
@@ -254,4 +254,4 @@ def _texts(value: Any) -> list[str]:
 
 
 def _some(keys: Sequence[str]) -> str:
-    return ", ".join(f"'{printable(key)}'" for key in keys[:4]) + (", …" if len(keys) > 4 else "")
+    return ", ".join(f"{key!r}" for key in keys[:4]) + (", …" if len(keys) > 4 else "")

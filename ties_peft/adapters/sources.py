@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 from urllib.parse import quote
 
-from ..errors import AdapterError, printable
+from ..errors import AdapterError, one_line
 
 CONFIG, CARD = "adapter_config.json", "README.md"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -87,7 +87,7 @@ def find(source: str, token: str | None = None) -> Found:
     """
     path = local(source)
     if source.endswith(GGUF) and (path is None or path.is_file()):
-        refuse_gguf(printable(source))
+        refuse_gguf(source)
     if path is None:
         _refuse_missing_part(source)
         path = _on_hub(source, token)
@@ -95,7 +95,7 @@ def find(source: str, token: str | None = None) -> Found:
         return Found(path.parent, path)
     if path.exists() and not path.is_dir():
         raise AdapterError(
-            f"adapter '{printable(source)}' is a file; expected the folder that holds {CONFIG}, or the weights beside it."
+            f"adapter {source!r} is a file; expected the folder that holds {CONFIG}, or the weights beside it."
         )
     return Found(path)
 
@@ -222,10 +222,9 @@ def expand(source: str) -> tuple[list[str], list[str]]:
     adapters = [name for name in fitting if holds_adapter(Path(name))]
     rest = [name for name in fitting if name not in set(adapters)]
     if not adapters:
-        seen = f"{len(rest)} other file(s) and folders, such as {printable(rest[0])}" if rest else "nothing"
+        seen = f"{len(rest)} other file(s) and folders, such as {rest[0]}" if rest else "nothing"
         raise AdapterError(
-            f"adapters '{printable(source)}': the pattern fits no folder that holds {CONFIG}; it fits {seen}. "
-            "Check the path."
+            f"adapters {source!r}: the pattern fits no folder that holds {CONFIG}; it fits {seen}. Check the path."
         )
     return adapters, rest
 
@@ -238,7 +237,7 @@ def expand_all(given: Iterable[str]) -> tuple[list[str], list[str]]:
         names += found
         if found != [source]:
             left = f"; no adapters, so left out: {_list(rest)}" if rest else ""
-            remarks.append(f"'{printable(source)}' stands for {len(found)}: {_list(found)}{left}.")
+            remarks.append(f"{source!r} stands for {len(found)}: {_list(found)}{left}.")
     return names, remarks
 
 
@@ -251,7 +250,7 @@ def stays_inside(path: Path) -> bool:
 
 
 def _list(names: Sequence[str]) -> str:
-    return ", ".join(printable(name) for name in names[:40]) + (", …" if len(names) > 40 else "")
+    return ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
 
 
 def weights_in(folder: Path, label: str) -> Path:
@@ -270,7 +269,7 @@ def weights_in(folder: Path, label: str) -> Path:
 
 def listing(folder: Path) -> str:
     """The first few names in a folder."""
-    return ", ".join(sorted(printable(path.name, 40) for path in folder.iterdir())[:6]) or "nothing"
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
 
 
 def _refuse_missing_part(source: str) -> None:
@@ -279,7 +278,7 @@ def _refuse_missing_part(source: str) -> None:
     folder = _existing(name) if colon and name else None
     if folder is not None and folder.is_dir():
         raise AdapterError(
-            f"adapter '{printable(source)}': the folder '{printable(name)}' holds no '{printable(inside)}'; it holds "
+            f"adapter {source!r}: the folder {name!r} holds no {inside!r}; it holds "
             f"{listing(folder)}. Check the name after the colon: it leads into the folder."
         )
 
@@ -289,7 +288,7 @@ def _on_hub(source: str, token: str | None) -> Path:
     name, colon, inside = source.partition(":")
     if colon and not is_inside(inside):
         raise AdapterError(
-            f"adapter '{printable(source)}': there is no such folder, and '{printable(inside)}' is no path inside a "
+            f"adapter {source!r}: there is no such folder, and {inside!r} is no path inside a "
             "repository of the Hub. Expected org/name:folder."
         )
     inside = inside.rstrip("/")
@@ -322,7 +321,7 @@ def download(
     """
     name, at, revision = source.partition("@")
     if not HUB_ID.fullmatch(name) or (at and not (revision and revision.isprintable() and ".." not in revision)):
-        raise AdapterError(f"{what} '{printable(source)}': there is no such folder. Check the path.")
+        raise AdapterError(f"{what} {source!r}: there is no such folder. Check the path.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -334,7 +333,7 @@ def download(
             if isinstance(error, LocalEntryNotFoundError) and chosen is not wanted[-1]:
                 continue
             raise AdapterError(
-                f"{what} '{printable(source)}': there is no such folder here, and the Hub gave no {what} of that id "
+                f"{what} {source!r}: there is no such folder here, and the Hub gave no {what} of that id "
                 f"({said(error, token)}). Check the spelling, the network, and whether the repository is private."
             ) from None
     raise AssertionError("one of them returns or raises")
@@ -345,7 +344,7 @@ def said(error: Exception, token: str | None = None) -> str:
     text = next(_lines(error), "")
     if token:
         text = text.replace(token, "…")
-    return f"{type(error).__name__}: {printable(TOKENS.sub('…', text))}"
+    return f"{type(error).__name__}: {one_line(TOKENS.sub('…', text))}"
 
 
 def _lines(error: Exception) -> Iterator[str]:

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import AdapterError, CompatibilityError, printable
+from ..errors import AdapterError, CompatibilityError
 from .tensors import Info, MemoryTensors, SafetensorsFile
 from .writer import write_tensors
 
@@ -174,7 +174,7 @@ class Statistics:
         if self.facts["adapter"] != digest:
             raise CompatibilityError(
                 f"adapter '{label}': the {self.kind} statistics beside it are of an adapter with digest "
-                f"{printable(self.facts['adapter'])[:12]}, and it has {digest[:12]}: they belong to another, or to what "
+                f"{self.facts['adapter'][:12]}, and it has {digest[:12]}: they belong to another, or to what "
                 f"it was before. Make them anew: {command(label, self.kind)}."
             )
         for module, shape in shapes.items():
@@ -183,7 +183,7 @@ class Statistics:
             expected = (shape[-1], shape[-1]) if self.kind == "gram" else shape
             if seen != expected:
                 raise CompatibilityError(
-                    f"adapter '{label}', module '{printable(module)}': its {self.kind} statistics are "
+                    f"adapter '{label}', module {module!r}: its {self.kind} statistics are "
                     f"{'missing' if seen is None else list(seen)}; expected {list(expected)}. Make them anew: "
                     f"{command(label, self.kind)}."
                 )

@@ -30,7 +30,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from ..errors import CompatibilityError, RecipeError, printable, unknown
+from ..errors import CompatibilityError, RecipeError, unknown
 
 PEFT, VLLM, LLAMA_CPP = "peft", "vllm", "llama.cpp"
 TARGETS = (PEFT, VLLM, LLAMA_CPP)
@@ -272,7 +272,7 @@ def _refuse_settings(target: str | None, settings: list[str]) -> None:
 
 
 def _cannot(target: str | None, names: list[str], why: str) -> CompatibilityError:
-    some = ", ".join(printable(name) for name in names[:4]) + (", …" if len(names) > 4 else "")
+    some = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     return CompatibilityError(
         f"target {target}: {AS_OF[str(target)]} cannot load {len(names)} of what would be written, which {why}: {some}. "
         "Write it for --target peft, or apply it to the base model there (PeftModel.merge_and_unload)."

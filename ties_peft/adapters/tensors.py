@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import AdapterError, printable
+from ..errors import AdapterError, one_line
 
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = {
@@ -168,7 +168,7 @@ class SafetensorsFile:
     def _damaged(self, error: Exception) -> AdapterError:
         return AdapterError(
             f"adapter '{self.label}': {self.path.name} is not a whole safetensors file "
-            f"({self.path.stat().st_size if self.path.exists() else 0} bytes: {printable(str(error))}). "
+            f"({self.path.stat().st_size if self.path.exists() else 0} bytes: {one_line(error)}). "
             "It is truncated or damaged: download or save the adapter again."
         )
 
@@ -195,7 +195,7 @@ class PickleFile:
         except Exception as error:  # the loader's errors on damaged bytes are of many types
             raise AdapterError(
                 f"adapter '{self.label}': {self.path.name} cannot be read "
-                f"({type(error).__name__}: {printable(str(error))}). Download or save the adapter again."
+                f"({type(error).__name__}: {one_line(error)}). Download or save the adapter again."
             ) from None
         if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
             raise AdapterError(
@@ -205,12 +205,12 @@ class PickleFile:
         for name, tensor in loaded.items():
             if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
                 raise AdapterError(
-                    f"adapter '{self.label}': tensor '{printable(str(name))}' of {self.path.name} is sparse, quantised "
+                    f"adapter '{self.label}': tensor {str(name)!r} of {self.path.name} is sparse, quantised "
                     "or without values; expected plain numbers. Save the adapter again."
                 )
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
                 raise AdapterError(
-                    f"adapter '{self.label}': tensor '{printable(str(name))}' of {self.path.name} claims the shape "
+                    f"adapter '{self.label}': tensor {str(name)!r} of {self.path.name} claims the shape "
                     f"{list(tensor.shape)}, more numbers than the file holds. It is damaged: get the adapter again."
                 )
         return {str(name): loaded[name].detach() for name in loaded}

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from ..errors import printable
 from .sources import TOKENIZER, stays_inside
 
 LARGEST = 1 << 28  # bytes; no tokenizer has as many
@@ -49,7 +48,7 @@ def gather(folders: Iterable[tuple[str, Path | None]]) -> Companions:
     for adapter, folder in folders:
         for path in _beside(folder):
             if not stays_inside(path) or path.stat().st_size > LARGEST:
-                strange.append(f"{printable(path.name)} of {adapter} leads out of its folder or is too large")
+                strange.append(f"{path.name} of {adapter} leads out of its folder or is too large")
                 continue
             paths[path.name] = path
             held.setdefault(path.name, {}).setdefault(_digest(path), []).append(adapter)

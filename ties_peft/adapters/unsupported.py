@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import TiesPeftError, printable
+from ..errors import TiesPeftError
 from .adapter import read_config
 from .formats import recognise as foreign
 from .sources import Found
@@ -55,14 +55,14 @@ def look(source: str, found: Found, fault: str) -> Refused:
         found: its files.
         fault: the refusal.
     """
-    label = printable(source)
+    label = source
     config = _or_none(lambda: read_config(found.folder, label)) or {}
     form = _or_none(lambda: foreign.form_of(found, config or None, label))
     facts: dict[str, Any] = {}
     if form is not None:
         facts = {"what": form.title, "parts": dict(sorted(form.parts.items()))}
     elif "peft_type" in config:
-        facts = {"what": f"a PEFT adapter of type {printable(str(config['peft_type']))}"}
+        facts = {"what": f"a PEFT adapter of type {config['peft_type']}"}
     else:
         what = "of a config that is not PEFT's" if config else foreign.other_model(found.folder)
         facts = {"what": what or UNKNOWN}
@@ -72,7 +72,7 @@ def look(source: str, found: Found, fault: str) -> Refused:
 def _said(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says of itself."""
     named = {"peft_type": "peft_type", "base_model_name_or_path": "base", "task_type": "task_type"}
-    return {ours: printable(str(config[theirs])) for theirs, ours in named.items() if config.get(theirs)}
+    return {ours: str(config[theirs]) for theirs, ours in named.items() if config.get(theirs)}
 
 
 def _weights(found: Found, label: str) -> dict[str, Any]:
@@ -81,14 +81,14 @@ def _weights(found: Found, label: str) -> dict[str, Any]:
         return {}
     opened = (SafetensorsFile if path.suffix == ".safetensors" else PickleFile)(path, label)
     infos = _or_none(lambda: [opened.info(name) for name in opened.names])
-    known = {"file": printable(path.name)}
+    known = {"file": path.name}
     if infos is None:
         return known
     return {
         **known,
         "tensors": len(infos),
         "numbers": sum(math.prod(info.shape) for info in infos),
-        "dtypes": tuple(sorted({printable(info.dtype) for info in infos})),
+        "dtypes": tuple(sorted({info.dtype for info in infos})),
     }
 
 

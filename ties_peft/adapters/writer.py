@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import RecipeError, printable
+from ..errors import RecipeError
 
 Content = str | bytes | dict[str, Tensor]  # a text file, any file, or the tensors of a safetensors file
 PROVENANCE = "provenance.json"
@@ -49,7 +49,7 @@ def check_target(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
     try:
         _check_target(folder, folder.resolve(), force, [path.resolve() for path in inputs])
     except (OSError, RuntimeError) as error:  # a name too long, links in a ring
-        raise RecipeError(f"the output '{printable(str(folder))}' cannot be used: {error}.") from None
+        raise RecipeError(f"the output {str(folder)!r} cannot be used: {error}.") from None
 
 
 def check_apart(folder: Path, kept: Path | None, what: str) -> None:
@@ -66,7 +66,7 @@ def check_apart(folder: Path, kept: Path | None, what: str) -> None:
     target, place = folder.resolve(), kept.resolve()
     if place == target or place in target.parents or target in place.parents:
         raise RecipeError(
-            f"{what} '{printable(str(kept), 4096)}' is, holds or lies in the output '{printable(str(folder), 4096)}', which "
+            f"{what} {str(kept)!r} is, holds or lies in the output {str(folder)!r}, which "
             "is written whole at the end. Choose another place for one of them."
         )
 
@@ -89,7 +89,7 @@ def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path
         raise RecipeError(
             f"the output '{folder}' exists and is not empty. Choose another folder, or replace it with --force."
         )
-    foreign = [printable(path.name) for path in foreign_files(folder)]
+    foreign = [path.name for path in foreign_files(folder)]
     if foreign:
         raise RecipeError(
             f"the output '{folder}' holds files that ties_peft did not write ({', '.join(foreign[:4])}), "

@@ -8,9 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
@@ -18,10 +15,11 @@ from ..adapters.extra_tensors import copies, describe, entries, read_riders, unf
 from ..adapters.sources import CONFIG, adapters_inside, expand_all, find, local
 from ..adapters.tokenizer_files import gather
 from ..adapters.unsupported import Refused, look
-from ..errors import TiesPeftError, printable
+from ..errors import TiesPeftError
 from ..merging.members import unequal_norms
 from ..merging.plan import Plan, make_plan
 from ..merging.recipes.recipe import Recipe
+from ..merging.tables import make_facts, make_text
 from ..task_vectors.delta import norm
 
 
@@ -87,13 +85,14 @@ class Inspection:
         return asdict(self)
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(note) for note in self.notes]
+        parts: list[RenderableType] = list(map(make_text, self.notes))
         parts += [_summary_table(summary) for summary in self.adapters]
         parts += [_refused_table(one) for one in self.refused if one.what]
         if self.verdict is not None:
-            parts.append(Text(self.verdict, style="green" if self.mergeable else "red"))
-        parts += [Text(f"would be lost: {loss}", style="yellow") for loss in self.losses]
-        parts += [Text(f"! {warning}", style="yellow") for warning in self.warnings]
+            colour = "green" if self.mergeable else "red"
+            parts += [make_text(line, colour) for line in self.verdict.split("\n")]
+        parts += [make_text(f"would be lost: {loss}", "yellow") for loss in self.losses]
+        parts += [make_text(f"! {warning}", "yellow") for warning in self.warnings]
         return Group(*parts)
 
 
@@ -111,7 +110,7 @@ def _expand_sources(given: Sequence[str], faults: list[str]) -> tuple[list[str],
             folder = local(name)
             inside = adapters_inside(folder) if folder is not None and folder.is_dir() else []
             if folder is not None and inside and not (folder / CONFIG).is_file():
-                notes.append(f"{printable(name)} holds {len(inside)} adapters: {printable(', '.join(inside))}.")
+                notes.append(f"{name} holds {len(inside)} adapters: {', '.join(inside)}.")
                 names += [f"{name.rstrip('/')}/{own}" for own in inside]
             else:
                 names.append(name)
@@ -127,7 +126,7 @@ def _losses(opened: Sequence[Adapter], plan: Plan) -> list[str]:
             found.append(
                 f"rank {plan.rank} of up to {total}: some energy (--rank max keeps all; the report says how much)"
             )
-    tasks = sorted({printable(str(a.config.get("task_type"))) for a in opened})
+    tasks = sorted({str(a.config.get("task_type")) for a in opened})
     if len(tasks) > 1:
         found.append(f"task_type, which differs: {', '.join(tasks)}")
     beside = gather((adapter.label, adapter.folder) for adapter in opened)
@@ -169,7 +168,7 @@ def _open(source: str, weights: BaseModel | None) -> Adapter | Refused:
     try:
         found = find(source)
     except TiesPeftError as error:
-        return Refused(printable(source), str(error))
+        return Refused(source, str(error))
     try:
         adapter = Adapter.load(source, base=weights)
         adapter.check()
@@ -214,15 +213,15 @@ def _summarize(adapter: Adapter) -> AdapterSummary:
     return AdapterSummary(
         source=adapter.label,
         kind=adapter.kind.title,
-        base=printable(adapter.base) if adapter.base else None,
-        task_type=printable(str(task)) if task else None,
+        base=adapter.base or None,
+        task_type=str(task) if task else None,
         dtype=str(adapter.dtype).removeprefix("torch."),
         modules=len(adapter.layout),
         ranks=adapter.ranks,
         scalings=tuple(sorted({module.scaling for module in adapter.layout.values()})),
         numbers=sum(math.prod(adapter.tensors.info(key).shape) for key in adapter.tensors.names),
         norm=math.hypot(*norms.values()),
-        largest=printable(max(norms, key=norms.__getitem__)),
+        largest=max(norms, key=norms.__getitem__),
         riders=_extra_tensors(adapter),
         unusual=_unusual(adapter, norms),
     )
@@ -280,43 +279,33 @@ def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
         found.append("names no base model")
     inside = adapters_inside(adapter.folder) if adapter.folder is not None else []
     if inside:
-        found.append(f"its folder holds other adapters too: {printable(', '.join(inside))}")
+        found.append(f"its folder holds other adapters too: {', '.join(inside)}")
     return tuple(found)
 
 
-def _empty_table() -> Table:
-    return Table(box=None, pad_edge=False, show_header=False)
-
-
 def _summary_table(summary: AdapterSummary) -> RenderableType:
-    table = _empty_table()
     rank = f", rank {', '.join(map(str, summary.ranks))}, scaling {', '.join(f'{s:g}' for s in summary.scalings)}"
-    table.add_row("kind", summary.kind + (rank if summary.kind == "LoRA" else ""))
-    table.add_row(
-        "base", escape(summary.base or "not named") + (f", {escape(summary.task_type)}" if summary.task_type else "")
-    )
-    table.add_row("modules", f"{summary.modules}, {summary.numbers:,} numbers in {summary.dtype}")
-    table.add_row(
-        "norm", f"{summary.norm:.4g}" + (f", most of it in {escape(summary.largest)}" if summary.norm else "")
-    )
-    for number, text in enumerate(summary.riders):
-        table.add_row("" if number else "whole layers", escape(text))
-    if summary.unusual:
-        table.add_row("unusual", escape("; ".join(summary.unusual)))
-    return Group(Text(summary.source, style="bold"), table)
+    rows = [
+        ("kind", summary.kind + (rank if summary.kind == "LoRA" else "")),
+        ("base", (summary.base or "not named") + (f", {summary.task_type}" if summary.task_type else "")),
+        ("modules", f"{summary.modules}, {summary.numbers:,} numbers in {summary.dtype}"),
+        ("norm", f"{summary.norm:.4g}" + (f", most of it in {summary.largest}" if summary.norm else "")),
+    ]
+    rows += [("" if number else "whole layers", text) for number, text in enumerate(summary.riders)]
+    rows += [("unusual", "; ".join(summary.unusual))] if summary.unusual else []
+    return Group(make_text(summary.source, "bold"), make_facts(rows))
 
 
 def _refused_table(one: Refused) -> RenderableType:
     """What is known of a source that is refused; why stands beneath, on standard error."""
-    table = _empty_table()
-    table.add_row("refused", escape(one.what))
+    rows = [("refused", one.what)]
     if one.base or one.task_type:
-        table.add_row("base", escape(", ".join(filter(None, (one.base or "not named", one.task_type)))))
+        rows.append(("base", ", ".join(filter(None, (one.base or "not named", one.task_type)))))
     if one.file is not None:
         held = "which cannot be read"
         if one.tensors is not None:
             held = f"{one.tensors:,} tensors, {one.numbers:,} numbers in {', '.join(one.dtypes) or 'none'}"
-        table.add_row("file", escape(f"{one.file}, {held}"))
+        rows.append(("file", f"{one.file}, {held}"))
     for number, (part, count) in enumerate(one.parts.items()):
-        table.add_row("" if number else "modules", escape(f"{part}: {count}" if part else str(count)))
-    return Group(Text(one.source, style="bold"), table)
+        rows.append(("" if number else "modules", f"{part}: {count}" if part else str(count)))
+    return Group(make_text(one.source, "bold"), make_facts(rows))

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, RenderableType
 
 from ..choices import DETAIL, KEEP, POLICIES, method_names
-from ..errors import TiesPeftWarning, printable
+from ..errors import TiesPeftWarning, printable, printable_lines
 
 if TYPE_CHECKING:
     from ..merging.loading import Loading
@@ -90,7 +89,7 @@ class ProgressLines:
     def run(self, wait: Callable[[float], bool]) -> None:
         """Write a line every half minute, until `wait`, which takes the seconds, returns whether the work is done."""
         while not wait(EVERY):
-            sys.stderr.write(f"{self.line()}\n")
+            sys.stderr.write(f"{printable(self.line())}\n")
             sys.stderr.flush()
 
     @contextmanager
@@ -141,8 +140,8 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         def tell(stage: str, done: int, total: int) -> None:
             name = _name(stage)
             if name not in tasks:
-                tasks[name] = progress.add_task(stage, total=total)
-            progress.update(tasks[name], description=stage, completed=done)
+                tasks[name] = progress.add_task(printable(stage), total=total)
+            progress.update(tasks[name], description=printable(stage), completed=done)
 
         yield tell
 
@@ -157,25 +156,43 @@ def print_warnings_after() -> Iterator[None]:
     print_warnings(list(dict.fromkeys(said)))
 
 
-def print_loading(console: Console, loading: Loading, out: Path) -> None:
+def print_rich(content: RenderableType) -> None:
+    """Print a table or a report; its text is escaped where it is made (`make_text`)."""
+    Console().print(content)
+
+
+def print_text(text: str) -> None:
+    """Print text on standard output, control characters escaped."""
+    typer.echo(printable_lines(text))
+
+
+def print_loading(loading: Loading, out: Path) -> None:
     """Print where the result is, and the lines of Python that load it."""
-    console.print(f"\nwritten to {escape(printable(str(out), 4096))}; load it with\n", highlight=False, soft_wrap=True)
-    for line in loading.lines(str(out)):
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    print_text(f"\nwritten to {out}; load it with\n")
+    print_text("\n".join(f"  {line}" for line in loading.lines(str(out))))
+
+
+def print_messages(kind: str, messages: Iterable[str]) -> None:
+    """Print messages on standard error, control characters escaped.
+
+    Args:
+        kind: error, warning or note.
+        messages: a line each.
+    """
+    for message in messages:
+        sys.stderr.write(f"{kind}: {printable_lines(message)}\n")
 
 
 def print_warnings(found: list[str]) -> None:
-    """A line each on standard error."""
-    for warning in found:
-        sys.stderr.write(f"warning: {warning}\n")
+    """Print warnings on standard error."""
+    print_messages("warning", found)
 
 
 def print_notes(found: list[str]) -> None:
-    """A line each on standard error."""
-    for note in found:
-        sys.stderr.write(f"note: {note}\n")
+    """Print notes on standard error."""
+    print_messages("note", found)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on standard output."""
+    """Print one JSON object on standard output; JSON escapes control characters itself."""
     typer.echo(json.dumps(value, default=str))

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ..adapters import sources
 from ..adapters.targets import TARGETS
-from .base import Json, complete_from, print_json, print_loading, print_warnings, progress_bar
+from .base import Json, complete_from, print_json, print_loading, print_rich, print_text, print_warnings, progress_bar
 
 if TYPE_CHECKING:
     from ..merging.merged import Merged
@@ -88,10 +87,9 @@ def _show(made: Merged, out: Path, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(out), "lost": lost, "recipe": made.recipe.to_dict(), "report": made.report.to_dict()})
         return
-    console = Console()
-    console.print(made.report.tables())
+    print_rich(made.report.tables())
     rounding = (
         f", rounding to {made.report.dtype} {made.report.rounding:.1e} of the norm" if made.report.rounding else ""
     )
-    console.print(f"\nlost: {lost:.2%} of the energy{rounding}", highlight=False)
-    print_loading(console, made.loading, out)
+    print_text(f"\nlost: {lost:.2%} of the energy{rounding}")
+    print_loading(made.loading, out)

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..adapters import sources
 from ..choices import DISTIL_BATCH, FITS
-from ..errors import RecipeError, printable
-from .base import Json, print_json, print_loading, print_warnings_after, progress_bar
+from ..errors import RecipeError
+from .base import Json, print_json, print_loading, print_rich, print_warnings_after, progress_bar
 
 Rows = Annotated[
     list[str] | None,
@@ -94,9 +93,8 @@ def distil(
     if as_json:
         print_json({"out": str(out), "distil": made.recipe, "report": made.report.to_dict()})
         return
-    console = Console()
-    console.print(made.report.tables())
-    print_loading(console, made.loading, out)
+    print_rich(made.report.tables())
+    print_loading(made.loading, out)
 
 
 def _rows(given: list[str] | None, count: int) -> Any:
@@ -111,7 +109,7 @@ def _each(given: list[Any] | None, count: int, flag: str) -> Any:
         return None
     if len(given) not in (1, count):
         raise RecipeError(
-            f"{flag} is there {len(given)} times for {count} adapters ({printable(', '.join(map(str, given)))}). Give it "
+            f"{flag} is there {len(given)} times for {count} adapters ({', '.join(map(str, given))}). Give it "
             "once, or once for each adapter in their order."
         )
     return given[0] if len(given) == 1 else given

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..choices import EVALUATION_BATCH
-from ..errors import RecipeError, printable
-from .base import Json, print_json, print_warnings, print_warnings_after, progress_bar
+from ..errors import RecipeError
+from ..merging.tables import make_table, make_text, number_column
+from .base import Json, print_json, print_rich, print_warnings, print_warnings_after, progress_bar
 
 if TYPE_CHECKING:
     from ..evaluation.scorers import Score
@@ -80,9 +79,8 @@ def evaluate(
         ]
         print_json({"evaluated": lines})
         return
-    console = Console()
-    console.print(_table(labels, scores))
-    console.print(_legend(scores), style="dim", highlight=False)
+    print_rich(_table(labels, scores))
+    print_rich(make_text(_legend(scores), "dim"))
 
 
 def _show_harness(labels: list[str], results: list[dict[str, dict[str, float]]], as_json: bool) -> None:
@@ -90,13 +88,12 @@ def _show_harness(labels: list[str], results: list[dict[str, dict[str, float]]],
     if as_json:
         print_json({"harness": [{"adapter": a, "results": r} for a, r in zip(labels, results, strict=True)]})
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("task", "metric", *labels):
-        table.add_column(escape(heading), justify="left" if heading in ("task", "metric") else "right")
-    for name, metrics in results[0].items():
-        for metric in metrics:
-            table.add_row(escape(name), escape(metric), *(f"{line[name][metric]:.4f}" for line in results))
-    Console().print(table)
+    rows = [
+        (name, metric, *(f"{line[name][metric]:.4f}" for line in results))
+        for name, metrics in results[0].items()
+        for metric in metrics
+    ]
+    print_rich(make_table(["task", "metric", *map(number_column, labels)], rows))
 
 
 def _warn_about_rows(line: list[Score]) -> None:
@@ -110,23 +107,19 @@ def _warn_about_rows(line: list[Score]) -> None:
         )
         if count
     ]
-    print_warnings([f"task '{printable(s.task)}': {count} of {s.rows} rows were {told}." for s, count, told in texts])
+    print_warnings([f"task {s.task!r}: {count} of {s.rows} rows were {told}." for s, count, told in texts])
 
 
 def _table(labels: list[str], scores: list[list[Score]]) -> Table:
     """A row for each adapter, a column for each task, and the mean where they can be added."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("adapter")
     tasks = [score.task for score in scores[0]]
-    accuracies = all(score.accuracy is not None for score in scores[0])
-    for heading in [*tasks, *(["mean"] if len(tasks) > 1 and accuracies else [])]:
-        table.add_column(escape(heading), justify="right")
+    mean = len(tasks) > 1 and all(score.accuracy is not None for score in scores[0])
+    rows = []
     for label, line in zip(labels, scores, strict=True):
         cells = [_cell(score) for score in line]
-        if len(tasks) > 1 and accuracies:
-            cells.append(f"{100 * sum(s.accuracy or 0.0 for s in line) / len(line):.1f}")
-        table.add_row(escape(label), *cells)
-    return table
+        cells += [f"{100 * sum(s.accuracy or 0.0 for s in line) / len(line):.1f}"] if mean else []
+        rows.append((label, *cells))
+    return make_table(["adapter", *map(number_column, [*tasks, *(["mean"] if mean else [])])], rows)
 
 
 def _cell(score: Score) -> str:

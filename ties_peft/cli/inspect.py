@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from .base import Json, print_json
+from .base import Json, print_json, print_messages, print_rich
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +28,7 @@ def inspect(
     if as_json:
         print_json(seen.to_dict())
     else:
-        Console().print(seen)
+        print_rich(seen)
     if seen.faults:
-        sys.stderr.write("".join(f"error: {fault}\n" for fault in seen.faults))
+        print_messages("error", seen.faults)
         raise typer.Exit(2)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ..adapters.targets import TARGETS
 from ..choices import DEVICE, DTYPES, ERROR, METHOD, RANK, SCOPES, SEED, SPACE, space_names
@@ -20,6 +19,8 @@ from .base import (
     print_json,
     print_loading,
     print_notes,
+    print_rich,
+    print_text,
     print_warnings,
     progress_bar,
 )
@@ -265,8 +266,8 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
         print_json({"dry_run": True, "recipe": asked.to_dict(), "plan": facts})
         return
     for key, value in facts.items():
-        typer.echo(f"{key:<9} {_shown(value)}")
-    typer.echo("every check passed; nothing was written")
+        print_text(f"{key:<9} {_shown(value)}")
+    print_text("every check passed; nothing was written")
 
 
 def _shown(value: object) -> object:
@@ -280,6 +281,5 @@ def _show_merged(merged: Merged, out: Path, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(out), "recipe": merged.recipe.to_dict(), "report": merged.report.to_dict()})
         return
-    console = Console()
-    console.print(merged.report.tables())
-    print_loading(console, merged.loading, out)
+    print_rich(merged.report.tables())
+    print_loading(merged.loading, out)

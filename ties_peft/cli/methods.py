@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from .base import Json, complete_method, print_json
+from ..merging.tables import make_table, make_text
+from .base import Json, complete_method, print_json, print_rich, print_text
 
 if TYPE_CHECKING:
     from ..methods import MethodInfo
@@ -42,35 +42,25 @@ def methods(
     if as_json:
         print_json({"methods": [_method_dict(info) for info in chosen]})
         return
-    console = Console()
     if name is not None:
-        _print_method(console, chosen[0])
+        _print_method(chosen[0])
         return
-    console.print(_method_table(chosen))
-    console.print("\nties-peft methods NAME explains one, with its parameters; two in a row: dare+ties, pico+ties")
+    print_rich(_method_table(chosen))
+    print_text("\nties-peft methods NAME explains one, with its parameters; two in a row: dare+ties, pico+ties")
 
 
 def _method_table(found: list[MethodInfo]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("method", "what it does", "scale", "for"):
-        table.add_column(heading)
-    for info in found:
-        table.add_row(f"[bold]{info.name}[/]", escape(info.summary), _scale(info), ", ".join(info.kinds))
-    return table
+    rows = [(make_text(info.name, "bold"), info.summary, _scale(info), ", ".join(info.kinds)) for info in found]
+    return make_table(("method", "what it does", "scale", "for"), rows)
 
 
-def _print_method(console: Console, info: MethodInfo) -> None:
-    console.print(f"[bold]{info.name}[/]  {escape(info.summary)}\n", highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("parameter", "default", "meaning"):
-        table.add_column(heading)
-    for parameter in info.parameters:
-        table.add_row(parameter.name, escape(repr(parameter.default)), escape(parameter.meaning))
-    table.add_row("scale", _scale(info), "λ, on the merged task vector")
-    console.print(table)
-    console.print(f"\nspaces: {', '.join(info.spaces)}; for {', '.join(info.kinds)}\n", highlight=False)
-    text = reflow(info.text.partition("\n")[2], console.width)
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def _print_method(info: MethodInfo) -> None:
+    print_rich(make_text(info.name, "bold").append(f"  {info.summary}\n", "not bold"))
+    rows = [(parameter.name, repr(parameter.default), parameter.meaning) for parameter in info.parameters]
+    rows.append(("scale", _scale(info), "λ, on the merged task vector"))
+    print_rich(make_table(("parameter", "default", "meaning"), rows))
+    print_text(f"\nspaces: {', '.join(info.spaces)}; for {', '.join(info.kinds)}\n")
+    print_text(reflow(info.text.partition("\n")[2], Console().width))
 
 
 def reflow(text: str, width: int) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .base import Json, print_json, print_warnings
+from .base import Json, print_json, print_text, print_warnings
 
 Private = Annotated[
     bool | None, typer.Option("--private/--public", help="Of a new repository.", show_default="the account's")
@@ -41,4 +41,4 @@ def push(
     if as_json:
         print_json(asdict(pushed))
         return
-    typer.echo(f"sent {', '.join(pushed.files)} to {pushed.repo}\n{pushed.url}")
+    print_text(f"sent {', '.join(pushed.files)} to {pushed.repo}\n{pushed.url}")

@@ -10,8 +10,17 @@ import typer
 from rich.markup import escape
 
 from ..choices import BUDGET, CONTROLS, DEVICE, METHOD, PENALTY, RANK, SEED, SPACE, TRAINED, space_names
-from ..errors import RecipeError, printable
-from .base import Json, complete_from, complete_method, print_json, print_warnings, print_warnings_after, progress_bar
+from ..errors import RecipeError
+from .base import (
+    Json,
+    complete_from,
+    complete_method,
+    print_json,
+    print_text,
+    print_warnings,
+    print_warnings_after,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from ..search.search import Found
@@ -156,9 +165,9 @@ def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> N
     if as_json:
         print_json({"out": str(out), "storage": without_password(storage), "study": study, **found.to_dict()})
         return
-    typer.echo(f"{found}\n\nbest of {len(found.trials)} trials:\n{found.recipe.to_yaml()}\nwritten to {out}")
-    typer.echo(
-        f"the trials stay in {without_password(storage)} (study '{printable(study)}'); the same command with a larger --budget and "
+    print_text(f"{found}\n\nbest of {len(found.trials)} trials:\n{found.recipe.to_yaml()}\nwritten to {out}")
+    print_text(
+        f"the trials stay in {without_password(storage)} (study {study!r}); the same command with a larger --budget and "
         "--force goes on from there"
     )
 
@@ -170,8 +179,6 @@ def _pairs(settings: list[str] | None, flag: str) -> Mapping[str, Any]:
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not equals or not key:
-            raise RecipeError(
-                f"{flag} is '{printable(setting)}'; expected NAME=VALUE, such as {flag} density=[0.1,1.0]."
-            )
+            raise RecipeError(f"{flag} is {setting!r}; expected NAME=VALUE, such as {flag} density=[0.1,1.0].")
         pairs[key.strip()] = parse(value)
     return pairs

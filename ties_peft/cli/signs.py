@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .base import print_warnings_after, progress_bar
+from .base import print_text, print_warnings_after, progress_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -38,6 +38,6 @@ def signs(
         made = few_shot_signs(adapters, task, base, device, steps=steps, seed=seed, progress=tell)
     made.save(out, force)
     names = " ".join(adapters)
-    typer.echo(
+    print_text(
         f"written to {out}; take its signs with\n\n  ties-peft merge {names} --method ties --set sign_from={out} --out FOLDER"
     )

@@ -9,7 +9,7 @@ import typer
 
 from ..choices import STATISTICS
 from ..errors import RecipeError
-from .base import Json, print_json, print_warnings_after, progress_bar
+from .base import Json, print_json, print_text, print_warnings_after, progress_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -61,4 +61,4 @@ def statistics(
         print_json({"statistics": made})
         return
     for facts in made:
-        typer.echo(f"{facts['adapter']}/{facts['file']}: {facts['rows']} rows of {facts['task']} on {facts['base']}")
+        print_text(f"{facts['adapter']}/{facts['file']}: {facts['rows']} rows of {facts['task']} on {facts['base']}")

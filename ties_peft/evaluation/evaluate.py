@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..errors import RecipeError, printable, warn_caller
+from ..errors import RecipeError, warn_caller
 from ..merging.values import check_whole
 from .language_models import Continuation, Generation
 from .loaded_model import Bench
@@ -108,12 +108,12 @@ def find_base(adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: s
     trained = {adapter.base for adapter in adapters if adapter is not None and adapter.base}
     found = {str(base)} if base is not None else named or trained
     if len(found) != 1:
-        seen = f"several are named ({', '.join(map(printable, sorted(found)))})" if found else "none is named"
+        seen = f"several are named ({', '.join(sorted(found))})" if found else "none is named"
         raise RecipeError(f"one base model is needed, and {seen}. Say which: base: in the task, or --base.")
     (chosen,) = found
     others = sorted(name for name in trained if Path(name).name != Path(chosen).name)
     if others:
-        warn_caller([f"the base is '{printable(chosen)}'; adapters name '{printable(', '.join(others))}' as theirs."])
+        warn_caller([f"the base is {chosen!r}; adapters name {', '.join(others)!r} as theirs."])
     return chosen
 
 
@@ -167,6 +167,6 @@ def _tokenizer(model: Any) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except Exception:
         raise RecipeError(
-            f"the tokenizer of the loaded model ('{printable(name) or 'no name'}') cannot be found by its name. Give it: "
+            f"the tokenizer of the loaded model ('{name or 'no name'}') cannot be found by its name. Give it: "
             "tokenizer=…."
         ) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..errors import RecipeError, printable
+from ..errors import RecipeError
 from .evaluate import find_base
 from .loaded_model import LANGUAGE, Bench
 from .scorers import BATCH, Progress
@@ -77,13 +77,11 @@ def _open(include_path: str | Path | None) -> tuple[Any, Any]:
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         raise RecipeError(
-            f"the tasks of lm-evaluation-harness need the extra `harness` (there is no module '{printable(str(error.name))}'): "
+            f"the tasks of lm-evaluation-harness need the extra `harness` (there is no module {str(error.name)!r}): "
             "pip install 'ties-peft[harness]'."
         ) from None
     if include_path is not None and not Path(include_path).is_dir():
-        raise RecipeError(
-            f"'{printable(str(include_path))}' is no folder; expected one with task files of the harness."
-        )
+        raise RecipeError(f"{str(include_path)!r} is no folder; expected one with task files of the harness.")
     return lm_eval, TaskManager(include_path=None if include_path is None else str(include_path))
 
 
@@ -94,7 +92,7 @@ def _check_tasks(manager: Any, tasks: Sequence[str]) -> None:
         if not manager.match_tasks([name]):
             near = ", ".join(get_close_matches(str(name), manager.all_tasks, n=5, cutoff=0.5))
             raise RecipeError(
-                f"lm-evaluation-harness has no task '{printable(str(name))}'{f'; near it are {near}' if near else ''}. "
+                f"lm-evaluation-harness has no task {str(name)!r}{f'; near it are {near}' if near else ''}. "
                 "`lm_eval ls tasks` lists all; a folder with your own is include_path (--harness-path)."
             )
 
@@ -110,7 +108,7 @@ def _sit(lm_eval: Any, bench: Bench, batch_size: int, **settings: Any) -> Any:
     except Exception as error:  # its own errors, the data sets' and the network's
         first = (str(error).strip().splitlines() or [""])[0]
         raise RecipeError(
-            f"lm-evaluation-harness stopped on '{bench.base}' ({type(error).__name__}: {printable(first)}). Its tasks load "
+            f"lm-evaluation-harness stopped on '{bench.base}' ({type(error).__name__}: {first}). Its tasks load "
             "their rows from the Hub, and its tokenizer needs a token that begins or ends a text."
         ) from error
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import RecipeError, printable
+from ..errors import RecipeError
 from .loaded_model import Bench
 from .scorers import BATCH, Exam, Progress, Score, batches
 from .task import Task
@@ -146,7 +146,7 @@ class Generation(Exam):
         most = min(task.max_tokens, bench.longest - task.new_tokens)
         if most < 1:
             raise RecipeError(
-                f"task '{printable(task.name)}': new_tokens is {task.new_tokens}, and '{bench.base}' has room for "
+                f"task {task.name!r}: new_tokens is {task.new_tokens}, and '{bench.base}' has room for "
                 f"{bench.longest} tokens in all. Ask for fewer."
             )
         found = bench.all_ids(texts)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..adapters.extra_tensors import BASE, TOKENS, Rider, entries, read_riders
 from ..adapters.types.base import BIAS, EXPERT, Module
-from ..errors import CompatibilityError, RecipeError, printable
+from ..errors import CompatibilityError, RecipeError
 from ..merging.values import usable
 from .missing_weights import missing_from, quiet, refuse_missing
 
@@ -78,7 +78,7 @@ class Bench:
         import transformers
 
         where = usable(device)
-        label = printable(str(base))
+        label = str(base)
         try:
             with quiet(transformers):
                 if form == LANGUAGE:
@@ -91,7 +91,7 @@ class Bench:
             first = (str(error).strip().splitlines() or [""])[0]
             raise RecipeError(
                 f"base model '{label}' cannot be loaded as {FORMS.get(form, form)} "
-                f"({type(error).__name__}: {printable(first)}). Name a folder that save_pretrained wrote, with its "
+                f"({type(error).__name__}: {first}). Name a folder that save_pretrained wrote, with its "
                 "tokenizer, or an id on the Hub (base: in the task, or --base)."
             ) from None
         bench = cls(model.to(where), tokenizer, label, form)
@@ -120,7 +120,7 @@ class Bench:
             rows = "\n".join(f"  {fault}" for fault in faults[:4])
             more = f"\n  … and {len(faults) - 4} more" if len(faults) > 4 else ""
             raise CompatibilityError(
-                f"adapter '{adapter.label}' (trained on '{printable(adapter.base or 'no name given')}') does not fit the "
+                f"adapter '{adapter.label}' (trained on {adapter.base or 'no name given'!r}) does not fit the "
                 f"base model '{self.base}', loaded as {self.form}, a {type(_bare(self.model)).__name__}; {len(faults)} of "
                 f"its {len(adapter.modules)} modules do not:\n{rows}{more}\n{self._advice(adapter)}"
             )
@@ -235,31 +235,29 @@ class Bench:
             return "Name the base that it was trained on."
         return (
             f"Its layers are there under other names ({front}…): it was trained on the base in another form, task_type "
-            f"{printable(str(adapter.config.get('task_type')))}. The measure decides the form: descriptions loads an encoder, "
+            f"{adapter.config.get('task_type')}. The measure decides the form: descriptions loads an encoder, "
             "head a classifier, choices, exact_match and loss a language model."
         )
 
     def _fault(self, module: Module) -> str | None:
         if module.form == EXPERT:
-            return f"{printable(module.name)}: one expert of several, which is not put on yet"
+            return f"{module.name}: one expert of several, which is not put on yet"
         layer = self._modules.get(module.path)
         if module.form == BIAS:
             held = getattr(_inner(layer), "bias", None)
             fits = held is not None and held.numel() == module.shape[0]
-            return None if fits else f"{printable(module.path)}: the model has no bias of {module.shape[0]} there"
+            return None if fits else f"{module.path}: the model has no bias of {module.shape[0]} there"
         weight = getattr(_inner(layer), "weight", None) if layer is not None else None
         if weight is None:
-            return f"{printable(module.name)}: the model has no such layer"
+            return f"{module.name}: the model has no such layer"
         if not weight.dtype.is_floating_point:
-            return f"{printable(module.name)}: its weight is {weight.dtype}; load the base unquantised"
+            return f"{module.name}: its weight is {weight.dtype}; load the base unquantised"
         seen, shape = tuple(weight.shape), module.shape
         if len(shape) == 1:
             side = sizes(_inner(layer))[1 if module.on_input else 0]
-            return (
-                None if side == shape[0] else f"{printable(module.name)}: a vector of {shape[0]} for a side of {side}"
-            )
+            return None if side == shape[0] else f"{module.name}: a vector of {shape[0]} for a side of {side}"
         fits = sizes(_inner(layer)) == shape if weight.dim() == 2 else weight.numel() == shape[0] * shape[1]
-        return None if fits else f"{printable(module.name)}: {shape[0]} × {shape[1]} for a weight {_times(seen)}"
+        return None if fits else f"{module.name}: {shape[0]} × {shape[1]} for a weight {_times(seen)}"
 
     def _parameter(self, path: str) -> nn.Parameter | None:
         owner, _, name = path.rpartition(".")
@@ -294,11 +292,11 @@ class Bench:
         """What keeps a rider off the model; None where nothing does."""
         parameter = self._parameter(_path(rider))
         if parameter is None:
-            return f"{printable(_path(rider))}: the model has no such tensor"
+            return f"{_path(rider)}: the model has no such tensor"
         shape = (max(rider.rows, default=0) + 1, *rider.shape[1:]) if rider.form == TOKENS else rider.shape
         seen = tuple(parameter.shape)
         fits = seen[0] >= shape[0] and seen[1:] == shape[1:] if rider.form == TOKENS else seen == shape
-        return None if fits else f"{printable(_path(rider))}: {_times(shape)} for {_times(seen)}"
+        return None if fits else f"{_path(rider)}: {_times(shape)} for {_times(seen)}"
 
     def _put_on_riders(self, adapter: Adapter, kept: list[tuple[nn.Parameter, Tensor]]) -> None:
         for rider in _riders(adapter):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CompatibilityError, printable
+from ..errors import CompatibilityError
 
 
 def missing_from(model: Any, info: dict[str, Any], answer: Callable[[], Tensor]) -> dict[str, nn.Parameter]:
@@ -86,5 +86,5 @@ def _used(found: dict[str, nn.Parameter], answer: Callable[[], Tensor]) -> dict[
 
 
 def _listed(names: Iterable[str]) -> str:
-    shown = [printable(name) for name in names]
+    shown = list(names)
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")

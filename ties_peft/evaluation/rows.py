@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, printable
+from ..errors import RecipeError, one_line
 
 Row = Mapping[str, Any]
 LINES = ".txt"  # one text a line, without a label
@@ -67,9 +67,9 @@ def read_rows(
         found = readers[path.suffix](path)[:limit]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise RecipeError(f"rows '{printable(str(source))}' cannot be read: {printable(why)}.") from None
+        raise RecipeError(f"rows {str(source)!r} cannot be read: {why}.") from None
     if not found:
-        raise RecipeError(f"rows '{printable(str(source))}': there are none in it.")
+        raise RecipeError(f"rows {str(source)!r}: there are none in it.")
     return found
 
 
@@ -86,9 +86,9 @@ def texts_of(rows: Sequence[Row], field: str, where: str) -> list[str]:
     texts = [row.get(field) for row in rows]
     for number, value in enumerate(texts):
         if not isinstance(value, str):
-            keys = ", ".join(printable(str(key)) for key in rows[number])
+            keys = ", ".join(str(key) for key in rows[number])
             raise RecipeError(
-                f"{where}, row {number + 1}: '{printable(field)}' is {printable(repr(value))}; expected a text. The row "
+                f"{where}, row {number + 1}: {field!r} is {value!r}; expected a text. The row "
                 f"has the keys {keys}: name the one with the text (text: KEY)."
             )
     return [str(value) for value in texts]
@@ -107,12 +107,10 @@ def _jsonl(path: Path) -> list[Row]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise RecipeError(
-                f"rows '{printable(str(path))}', line {number + 1}: not JSON ({printable(str(error))})."
-            ) from None
+            raise RecipeError(f"rows {str(path)!r}, line {number + 1}: not JSON ({one_line(error)}).") from None
         if not isinstance(value, dict):
             raise RecipeError(
-                f"rows '{printable(str(path))}', line {number + 1}: a {type(value).__name__}; expected an object such as "
+                f"rows {str(path)!r}, line {number + 1}: a {type(value).__name__}; expected an object such as "
                 '{"text": …, "label": …}.'
             )
         rows.append(value)
@@ -128,14 +126,14 @@ def _hub(source: str, split: str, config: str | None, limit: int | None) -> list
     """Rows of a data set on the Hub, class labels by their names."""
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise RecipeError(
-            f"rows '{printable(source)}': expected a file that ends in .jsonl, .csv or .txt, or a data set on the Hub, "
+            f"rows {source!r}: expected a file that ends in .jsonl, .csv or .txt, or a data set on the Hub, "
             "such as org/name."
         )
     try:
         from datasets import load_dataset  # type: ignore[import-not-found]
     except ModuleNotFoundError:
         raise RecipeError(
-            f"rows '{printable(source)}' are not a file, and a data set on the Hub needs the extra `data`: "
+            f"rows {source!r} are not a file, and a data set on the Hub needs the extra `data`: "
             "pip install 'ties-peft[data]'."
         ) from None
     try:
@@ -145,8 +143,8 @@ def _hub(source: str, split: str, config: str | None, limit: int | None) -> list
     except Exception as error:  # its own errors, the Hub's and the network's
         first = (str(error).strip().splitlines() or [""])[0]
         raise RecipeError(
-            f"rows '{printable(source)}', split '{printable(split)}': the Hub gives none ({type(error).__name__}: "
-            f"{printable(first)}). Check the name, the split and the network."
+            f"rows {source!r}, split {split!r}: the Hub gives none ({type(error).__name__}: "
+            f"{first}). Check the name, the split and the network."
         ) from None
     for row in rows:
         row.update({key: _class(names, row[key]) for key, names in named.items() if isinstance(row[key], int)})

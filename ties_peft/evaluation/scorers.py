@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from ..choices import EVALUATION_BATCH
-from ..errors import RecipeError, printable
+from ..errors import RecipeError
 from .loaded_model import LANGUAGE, MEASURED_ON, Bench
 from .rows import Row, texts_of
 from .task import Task
@@ -219,7 +219,7 @@ class Classification(Exam):
         names = tuple(str(table[number]) for number in range(len(table)))
         if self.task.labels is not None and len(self.task.labels) != len(names):
             raise RecipeError(
-                f"task '{printable(self.task.name)}' has {len(self.task.labels)} labels and the head of "
+                f"task {self.task.name!r} has {len(self.task.labels)} labels and the head of "
                 f"'{self.bench.base}' {len(names)}. Name a base, or an adapter, with a head for this task."
             )
         return names
@@ -245,6 +245,6 @@ def check_form(bench: Bench, task: Task) -> None:
     fits = bench.form in ("causal", "seq2seq") if wanted == LANGUAGE else bench.form == wanted
     if not fits:
         raise RecipeError(
-            f"task '{printable(task.name)}': measure '{task.measure}' needs a {wanted} model; '{bench.base}' is loaded as "
+            f"task {task.name!r}: measure '{task.measure}' needs a {wanted} model; '{bench.base}' is loaded as "
             f"{bench.form} ({type(bench.model).__name__}). Load it as that, or choose another measure."
         )

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.values import is_number
-from ..errors import RecipeError, printable, unknown
+from ..errors import RecipeError, one_line, unknown
 from ..merging.recipes.yaml_document import Document, dump
 from .rows import FILES, ClassName, Row, read_rows, texts_of
 
@@ -118,7 +118,7 @@ class Task:
         Raises: RecipeError where there are none or they cannot be read.
         """
         if self.rows is None:
-            raise RecipeError(f"task '{printable(self.name)}' has no rows. Say where they are (rows: FILE).")
+            raise RecipeError(f"task {self.name!r} has no rows. Say where they are (rows: FILE).")
         if isinstance(self.rows, str):
             return read_rows(self.rows, self.split, self.config, self.limit, self.text)
         return list(self.rows[: self.limit])
@@ -172,8 +172,8 @@ class Task:
     @property
     def where(self) -> str:
         """How messages name its rows."""
-        place = f", rows '{printable(self.rows)}'" if isinstance(self.rows, str) else ""
-        return f"task '{printable(self.name)}'{place}"
+        place = f", rows {self.rows!r}" if isinstance(self.rows, str) else ""
+        return f"task {self.name!r}{place}"
 
     def digest(self) -> str:
         """A sha256 over the rows and how they are read, wherever they lie and whatever the task is called.
@@ -188,9 +188,9 @@ class Task:
     def _number(self, row: Row, names: tuple[str, ...], count: int, place: int) -> int:
         where = f"{self.where}, row {place + 1}"
         if self.label is None or row.get(self.label) is None:
-            keys = ", ".join(printable(str(key)) for key in row)
+            keys = ", ".join(str(key) for key in row)
             raise RecipeError(
-                f"{where}: there is no label '{printable(str(self.label))}'; the row has the keys {keys}. Name the one "
+                f"{where}: there is no label {str(self.label)!r}; the row has the keys {keys}. Name the one "
                 "with the label (label: KEY), or add it."
             )
         value = row[self.label]
@@ -203,9 +203,9 @@ class Task:
             return number
         if isinstance(value, ClassName) and not value.known:
             value = value.number
-        listed = f", or one of {', '.join(map(printable, names[:6]))}{', …' if len(names) > 6 else ''}" if names else ""
+        listed = f", or one of {', '.join(names[:6])}{', …' if len(names) > 6 else ''}" if names else ""
         raise RecipeError(
-            f"{where}: the label is {printable(repr(value))}; expected a number from 0 to {count - 1}{listed}. Mend the "
+            f"{where}: the label is {value!r}; expected a number from 0 to {count - 1}{listed}. Mend the "
             f"row, or the task's list of labels.{WITHHELD_HINT if value == -1 else ''}"
         )
 
@@ -245,8 +245,8 @@ def read_task(given: TaskSource) -> Task:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise RecipeError(f"task '{printable(str(given))}' cannot be read: {printable(why)}.") from None
-    return _make(Document(text, printable(str(given)), {}), path.parent)
+        raise RecipeError(f"task {str(given)!r} cannot be read: {why}.") from None
+    return _make(Document(text, str(given), {}), path.parent)
 
 
 def _plain(value: Any) -> Any:
@@ -254,7 +254,7 @@ def _plain(value: Any) -> Any:
     try:
         return json.loads(json.dumps(value, default=str))
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"task: {printable(str(error))}. Expected plain keys and values.") from None
+        raise RecipeError(f"task: {one_line(error)}. Expected plain keys and values.") from None
 
 
 def _checked_rows(rows: tuple[Any, ...], task: Task) -> tuple[Row, ...]:
@@ -264,7 +264,7 @@ def _checked_rows(rows: tuple[Any, ...], task: Task) -> tuple[Row, ...]:
     made = tuple({task.text: row} if isinstance(row, str) else row for row in rows)
     for place, row in enumerate(made):
         if not isinstance(row, Mapping):
-            raise RecipeError(f"task: row {place + 1} is {printable(repr(row))}; expected keys with values, or a text.")
+            raise RecipeError(f"task: row {place + 1} is {row!r}; expected keys with values, or a text.")
     return made
 
 
@@ -309,13 +309,13 @@ def _make(document: Document, beside: Path) -> Task:
     """A task of the values of a document, every key checked."""
     values, at = document.values, document.at
     if not isinstance(values, dict):
-        raise RecipeError(f"{document.where}: expected keys with values, found {printable(repr(values))}.")
+        raise RecipeError(f"{document.where}: expected keys with values, found {values!r}.")
     for key, value in values.items():
         if key not in FORMS:
             raise RecipeError(f"{at((key,))}: {unknown('key', str(key), FORMS)}")
         holds, expected = FORMS[key]
         if not holds(value):
-            raise RecipeError(f"{at((key,))}: {key} is {printable(repr(value))}; expected {expected}.")
+            raise RecipeError(f"{at((key,))}: {key} is {value!r}; expected {expected}.")
     measure = values.get("measure") or _inferred(document)
     if measure not in MEASURES:
         raise RecipeError(f"{at(('measure',))}: {unknown('measure', measure, MEASURES)}")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import RecipeError, printable
+from ..errors import RecipeError, one_line
 
 SUFFIX = ".safetensors"
 
@@ -42,7 +42,7 @@ class Keeper:
                 raise OSError(None, "it cannot be written to")
         except OSError as error:
             raise RecipeError(
-                f"the state folder '{printable(str(folder))}' cannot be used: {error.strerror or error}. Choose another."
+                f"the state folder {str(folder)!r} cannot be used: {error.strerror or error}. Choose another."
             ) from None
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             self._open(path)
@@ -73,12 +73,11 @@ class Keeper:
                 tensors = {name: file.get_tensor(name).clone() for name in names}
         except (SafetensorError, OSError, ValueError) as error:
             raise RecipeError(
-                f"the state '{printable(str(path))}' cannot be read ({printable(str(error))}). Delete the folder to "
-                "begin anew."
+                f"the state {str(path)!r} cannot be read ({one_line(error)}). Delete the folder to begin anew."
             ) from None
         if facts.get("fingerprint") != self.fingerprint:
             raise RecipeError(
-                f"the state '{printable(str(path))}' is of other work: other adapters, rows or settings, or another "
+                f"the state {str(path)!r} is of other work: other adapters, rows or settings, or another "
                 "version. Choose another folder, or delete this one to begin anew."
             )
         return tensors, json.loads(facts["facts"])

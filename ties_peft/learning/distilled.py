@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from rich.console import Console, Group, RenderableType
-from rich.markup import escape
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -21,6 +19,7 @@ from ..merging.card import KIND_TAGS, front_matter, linked, public, public_text,
 from ..merging.loading import Loading
 from ..merging.merged import versions
 from ..merging.recipes.yaml_document import dump
+from ..merging.tables import Printed, make_facts, make_table, number_column
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class LessonLine:
 
 
 @dataclass(frozen=True, repr=False)
-class DistilReport:
+class DistilReport(Printed):
     """What was imitated, and how well.
 
     Attributes:
@@ -67,6 +66,8 @@ class DistilReport:
         seconds: how long it took.
         licence, licence_note: as in the report of a merge.
     """
+
+    WIDTH: ClassVar[int] = 110
 
     kind: str
     rank: int | None
@@ -99,53 +100,44 @@ class DistilReport:
         del values["seconds"]
         return values
 
-    def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=110, color_system=None, force_jupyter=False, force_terminal=False)
-        console.print(self)
-        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in lines)
-
-    def __rich__(self) -> RenderableType:
-        return Group(self.tables(), *(Text(f"! {warning}", style="yellow") for warning in self.warnings))
-
     def tables(self) -> RenderableType:
         """Teachers and outcome, without the warnings."""
         return Group(self._teachers(), Text(), self._outcome())
 
     def _teachers(self) -> Table:
-        table = Table(
-            title=f"imitates {len(self.lessons)} adapters, measured on rows held back",
-            title_justify="left",
-            box=None,
-            pad_edge=False,
-        )
-        for heading in ("adapter", "kind", "rows", "held", "KL start", "result", "agrees start", "result", "from"):
-            left = heading in ("adapter", "kind", "from")
-            table.add_column(heading, justify="left" if left else "right")
-        for line in self.lessons:
-            numbers = [f"{value:.3f}" for value in line.divergence] + [f"{value:.1%}" for value in line.agreement]
-            counts = [str(line.rows), str(line.held)]
-            table.add_row(escape(line.name), line.kind, *counts, *numbers, escape(line.origin))
-        return table
+        numbers = ("rows", "held", "KL start", "result", "agrees start", "result")
+        rows = [
+            (
+                line.name,
+                line.kind,
+                str(line.rows),
+                str(line.held),
+                *(f"{value:.3f}" for value in line.divergence),
+                *(f"{value:.1%}" for value in line.agreement),
+                line.origin,
+            )
+            for line in self.lessons
+        ]
+        title = f"imitates {len(self.lessons)} adapters, measured on rows held back"
+        return make_table(["adapter", "kind", *map(number_column, numbers), "from"], rows, title)
 
     def _outcome(self) -> Table:
-        table = Table(box=None, pad_edge=False, show_header=False)
-        table.add_row("start", escape(self.start))
         before, after = self.divergence
         rank = "" if self.rank is None else f", rank {self.rank}"
-        table.add_row("fitted", f"{self.fit} of one {self.kind} adapter{rank}")
-        table.add_row("steps", f"{self.steps} of {self.of}; the numbers of step {self.kept} count")
         outcome = (
             f"{before:.4f} → {after:.4f}" if self.improved else f"{before:.4f}: nothing better, so it is the start"
         )
-        table.add_row("mean KL", outcome)
-        table.add_row("written as", self.dtype)
-        table.add_row("licence", escape(self.licence_note))
-        table.add_row("time", f"{self.seconds:.1f} s")
-        return table
+        return make_facts(
+            [
+                ("start", self.start),
+                ("fitted", f"{self.fit} of one {self.kind} adapter{rank}"),
+                ("steps", f"{self.steps} of {self.of}; the numbers of step {self.kept} count"),
+                ("mean KL", outcome),
+                ("written as", self.dtype),
+                ("licence", self.licence_note),
+                ("time", f"{self.seconds:.1f} s"),
+            ]
+        )
 
 
 class Distilled(Adapter):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..adapters.statistics import Statistics
 from ..choices import STATISTICS
-from ..errors import CompatibilityError, MethodError, RecipeError, printable, unknown, warn_caller
+from ..errors import CompatibilityError, MethodError, RecipeError, unknown, warn_caller
 from ..evaluation.evaluate import find_base
 from ..evaluation.language_models import Continuation, Pair
 from ..evaluation.loaded_model import Bench, transposed
@@ -113,7 +113,7 @@ def _tell_apart(adapter: Adapter, there: Statistics, asked: Mapping[str, Any]) -
         asked, facts = ({**found, "base": Path(str(found.get("base"))).name} for found in (asked, facts))
     other = [name.removesuffix(" digest") for name, value in asked.items() if facts.get(name) != value]
     if other:
-        told = f"{there.facts.get('rows')} rows of {printable(str(there.facts.get('task')))}"
+        told = f"{there.facts.get('rows')} rows of {there.facts.get('task')}"
         warn_caller(
             [
                 f"adapter '{adapter.label}' has {there.kind} statistics already, of {told}, made with another "
@@ -136,7 +136,7 @@ def _labels(labels: str | None, task: Task) -> str:
 def _check(adapter: Adapter, task: Task, kind: str, save: bool) -> None:
     if task.measure == "exact_match":
         raise RecipeError(
-            f"task '{printable(task.name)}': measure 'exact_match' has no probabilities; say measure: loss for the same rows."
+            f"task {task.name!r}: measure 'exact_match' has no probabilities; say measure: loss for the same rows."
         )
     if kind == "gram" and any(len(module.shape) != 2 for module in adapter.layout.values()):
         raise MethodError(
@@ -147,7 +147,7 @@ def _check(adapter: Adapter, task: Task, kind: str, save: bool) -> None:
     closed = [name for name in vectors if not (1 + adapter.delta(name)).all()]
     if closed:
         raise CompatibilityError(
-            f"adapter '{adapter.label}', module '{printable(closed[0])}': an entry of its vector is 0, behind which no "
+            f"adapter '{adapter.label}', module {closed[0]!r}: an entry of its vector is 0, behind which no "
             "gradient can be seen. Leave the adapter out, or merge by another method."
         )
     if save and adapter.folder is None:
@@ -282,7 +282,7 @@ def _run(
     silent = sorted(set(adapter.modules) - sums.keys())
     if silent:
         raise CompatibilityError(
-            f"adapter '{adapter.label}': {len(silent)} of its modules never ran, first '{printable(silent[0])}'. Choose a "
+            f"adapter '{adapter.label}': {len(silent)} of its modules never ran, first {silent[0]!r}. Choose a "
             "measure that uses the whole model."
         )
     return {name: (total / (counts[name] or len(rows))).cpu() for name, total in sums.items()}
@@ -350,7 +350,7 @@ def _flat(inputs: Tensor, module: str) -> Tensor:
     """(tokens, in), float32."""
     if not inputs.dtype.is_floating_point or inputs.dim() not in (2, 3):
         raise CompatibilityError(
-            f"module '{printable(module)}' takes {inputs.dtype} of {inputs.dim()} dimensions: statistics are of linear "
+            f"module {module!r} takes {inputs.dtype} of {inputs.dim()} dimensions: statistics are of linear "
             "layers, not of embeddings or convolutions. Merge by another method."
         )
     return inputs.reshape(-1, inputs.shape[-1]).float()

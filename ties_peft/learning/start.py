@@ -10,7 +10,7 @@ import torch
 from ..adapters.adapter import Adapter, in_memory
 from ..adapters.types import Module, kinds, written_as
 from ..choices import METHOD
-from ..errors import MethodError, RecipeError, printable, unknown
+from ..errors import MethodError, RecipeError, one_line, unknown
 from ..evaluation.loaded_model import Bench, transposed
 from ..merging.merge import merge
 from ..merging.merged import Merged
@@ -68,7 +68,7 @@ def make_start(
     try:
         merged = merge(own, **(asked | ranked | shared))
     except TypeError as error:
-        raise RecipeError(f"start: {printable(str(error))}. Give what `merge` takes, or an adapter.") from None
+        raise RecipeError(f"start: {one_line(error)}. Give what `merge` takes, or an adapter.") from None
     return merged, f"{asked.get('method', METHOD)} of the adapters{', ' if told else ''}{told}"
 
 
@@ -88,7 +88,7 @@ def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:
         plain = weight.detach().float().cpu()
         if plain.dim() != 2:
             raise RecipeError(
-                f"adapter '{adapter.label}', module '{printable(name)}': only (IA)³ vectors on linear layers can start a "
+                f"adapter '{adapter.label}', module {name!r}: only (IA)³ vectors on linear layers can start a "
                 "LoRA. Give a start of your own (start=)."
             )
         plain = plain.T if transposed(layer) else plain

@@ -23,7 +23,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.types import written_as
 from ..adapters.types.base import LINEAR
 from ..choices import FITS
-from ..errors import CompatibilityError, printable
+from ..errors import CompatibilityError
 from ..evaluation.loaded_model import Bench
 from ..task_vectors.delta import Dense, LowRank
 from ..task_vectors.random_numbers import stream_key
@@ -174,7 +174,7 @@ def _check_layers(start: Adapter, bench: Bench) -> None:
     odd = [name for name in start.modules if start.module(name).form != LINEAR or not _is_linear(bench.layer(name))]
     if odd:
         raise CompatibilityError(
-            f"the start adapts '{printable(odd[0])}', a {start.module(odd[0]).form} module; what is fitted are linear layers. "
+            f"the start adapts {odd[0]!r}, a {start.module(odd[0]).form} module; what is fitted are linear layers. "
             "Start from an adapter without it, or leave out the adapters that have it."
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter, check_listed
-from ..errors import RecipeError, printable, unknown
+from ..errors import RecipeError, unknown
 from ..evaluation.evaluate import find_base
 from ..evaluation.loaded_model import LANGUAGE, Bench
 from ..evaluation.rows import FILES, names_rows, read_rows, texts_of
@@ -121,7 +121,7 @@ def _lesson(teacher: Teacher, bench: Bench, seed: int) -> Lesson:
 def _teacher(adapter: Adapter, name: str, task: Task | None, rows: Any) -> Teacher:
     if rows is None and task is not None and task.rows is not None:
         texts = texts_of(task.read(), task.text, task.where)
-        origin = printable(task.rows) if isinstance(task.rows, str) else "the task's rows"
+        origin = task.rows if isinstance(task.rows, str) else "the task's rows"
         return Teacher(adapter, name, task, tuple(texts), 0, origin)
     if rows is None or (isinstance(rows, int) and not isinstance(rows, bool)):
         count = RANDOM_ROWS if rows is None else rows
@@ -131,12 +131,12 @@ def _teacher(adapter: Adapter, name: str, task: Task | None, rows: Any) -> Teach
     if isinstance(rows, (str, Path)):
         field = "text" if task is None else task.text
         limit = None if task is None else task.limit
-        texts = texts_of(read_rows(rows, limit=limit, text=field), field, f"rows '{printable(str(rows))}'")
-        return Teacher(adapter, name, task, tuple(texts), 0, printable(str(rows)))
+        texts = texts_of(read_rows(rows, limit=limit, text=field), field, f"rows {str(rows)!r}")
+        return Teacher(adapter, name, task, tuple(texts), 0, str(rows))
     if isinstance(rows, Sequence) and all(isinstance(text, str) for text in rows):
         return Teacher(adapter, name, task, tuple(rows), 0, "texts given")
     raise RecipeError(
-        f"rows of '{name}' are {printable(repr(rows))}; expected a list of texts, the path of a .jsonl, .csv or .txt file, "
+        f"rows of '{name}' are {rows!r}; expected a list of texts, the path of a .jsonl, .csv or .txt file, "
         "a data set on the Hub, or a number of random-token rows."
     )
 
@@ -168,7 +168,7 @@ def _in_order(what: str, given: list[Any], count: int) -> list[Any]:
     """
     if what == "rows" and all(isinstance(entry, str) for entry in given) and not all(map(names_rows, given)):
         if len(given) == count > 1:
-            shared, single = (printable(repr(rows)) for rows in ([given], [[text] for text in given]))
+            shared, single = (repr(rows) for rows in ([given], [[text] for text in given]))
             raise RecipeError(
                 f"rows is a list of {count} texts for {count} adapters, which can mean two things. Write rows={shared} if "
                 f"every adapter reads all of them, or rows={single} if each reads its own. A string is the path of a file "
@@ -199,6 +199,6 @@ def _form(teacher: Teacher) -> str:
 
 def _needs_task(teacher: Teacher) -> str:
     return (
-        f"adapter '{teacher.name}' says task_type {printable(repr(teacher.adapter.config.get('task_type')))}, so how its "
+        f"adapter '{teacher.name}' says task_type {teacher.adapter.config.get('task_type')!r}, so how its "
         "predictions are read is not known. Give its task (tasks=, --task), with descriptions for an encoder."
     )

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..adapters.adapter import Adapter, in_memory
-from ..errors import RecipeError, printable
+from ..errors import RecipeError
 from ..evaluation.scorers import Classification, Exam, Progress
 from ..evaluation.task import Task
 from .student import Student
@@ -29,8 +29,7 @@ def check_trainable(task: Task) -> None:
     """
     if task.measure not in LABELLED:
         raise RecipeError(
-            f"task '{printable(task.name)}': training is on labels, for measures {' and '.join(LABELLED)}, not "
-            f"'{task.measure}'."
+            f"task {task.name!r}: training is on labels, for measures {' and '.join(LABELLED)}, not '{task.measure}'."
         )
 
 

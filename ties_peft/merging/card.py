@@ -88,7 +88,7 @@ def snippet(loading: Loading) -> str:
 
 def linked(name: str, page: str | None) -> str:
     """Return an adapter's name for a cell of a table, with a link to its page on the Hub."""
-    text = (_last(name) if name.startswith("/") else name).replace("|", "\\|")
+    text = printable(_last(name) if name.startswith("/") else name).replace("|", "\\|")
     return text if page is None else f"[{text}]({page})"
 
 
@@ -105,7 +105,7 @@ def public_text(text: str, named: Any) -> str:
     """Return a sentence in which the paths among some plain values, and all that are absolute, are replaced by names."""
     for path in sorted({value for value in _texts(named) if _name(value) != value}, key=len, reverse=True):
         text = text.replace(printable(path), _name(path)).replace(path, _name(path))
-    return ABSOLUTE.sub(lambda match: _last(match[0]), text)
+    return printable(ABSOLUTE.sub(lambda match: _last(match[0]), text))
 
 
 def shared_licence(adapters: Sequence[tuple[str, Path | None]]) -> tuple[dict[str, Any], str]:

@@ -20,7 +20,7 @@ from ..adapters.base_model import BaseModel
 from ..adapters.extra_tensors import TOKENS, Held, Holder, sizes
 from ..adapters.tensors import FLOATING
 from ..choices import MERGE, POLICIES
-from ..errors import MethodError, RecipeError, printable
+from ..errors import MethodError, RecipeError
 from ..methods import Stages
 from ..methods.base import Method, TaskVectors
 from ..methods.base import merged as merged_by
@@ -78,12 +78,12 @@ class Rule:
         found = self.base.find(tensor)
         if found is None:
             tied = ", as where a head is tied to the embeddings, which it then shares" * tensor.endswith(TIED)
-            return f"base model '{self.base.label}' has no tensor '{printable(tensor)}'{tied}"
+            return f"base model '{self.base.label}' has no tensor {tensor!r}{tied}"
         own = self.base.info(found)
         if tuple(own.shape) != shape:
-            return f"base model '{self.base.label}' has '{printable(found)}' {sizes(tuple(own.shape))}"
+            return f"base model '{self.base.label}' has {found!r} {sizes(tuple(own.shape))}"
         if own.dtype not in FLOATING:
-            return f"base model '{self.base.label}' has '{printable(found)}' in {printable(own.dtype)}, no float"
+            return f"base model '{self.base.label}' has {found!r} in {own.dtype}, no float"
         return None
 
     def merged(self, module: str, name: str, held: Held, adapters: Sequence[Holder], weigh: Weigh) -> Tensor:

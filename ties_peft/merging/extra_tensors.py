@@ -45,7 +45,7 @@ from ..adapters.extra_tensors import (
 )
 from ..adapters.types.base import PREFIX
 from ..choices import AVERAGE, DROP, KEEP, MERGE, POLICIES
-from ..errors import CompatibilityError, RecipeError, printable, unknown
+from ..errors import CompatibilityError, RecipeError, unknown
 from .extra_task_vectors import OTHERS, Rule, Weigh
 from .report import RiderLine, rider_texts
 
@@ -165,7 +165,7 @@ def settle_heads(
         _refuse_unmerged(layers, names, adapters, weigh, rule)
     _refuse_twice(layers, adapted, names, adapters)
     if chosen is not None and not any(chosen in layer.held for layer in layers):
-        raise RecipeError(f"heads is '{printable(policy)}', but {names[chosen]} holds no whole layers. Leave it out.")
+        raise RecipeError(f"heads is {policy!r}, but {names[chosen]} holds no whole layers. Leave it out.")
     heads = Heads(tuple(layers), adapted, tuple(names), dtype, rule)
     lost = rider_texts([line for line in heads.lines() if line.fate in ("left out", "unchanged")])
     warnings.extend(f"{text}; the base's own will be used." for text in lost)
@@ -175,12 +175,12 @@ def settle_heads(
 def _chosen(policy: str, names: Sequence[str]) -> int | None:
     """The place of the adapter that keep=NAME names."""
     if not is_policy(policy):
-        raise RecipeError(f"heads is {printable(repr(policy))}; expected {', '.join(POLICIES)}.")
+        raise RecipeError(f"heads is {policy!r}; expected {', '.join(POLICIES)}.")
     if not policy.startswith(KEEP):
         return None
     name = policy.removeprefix(KEEP)
     if name not in names:
-        raise RecipeError(f"heads is '{printable(policy)}': {unknown('adapter', name, names)}")
+        raise RecipeError(f"heads is {policy!r}: {unknown('adapter', name, names)}")
     return list(names).index(name)
 
 
@@ -198,7 +198,7 @@ def _collect(adapters: Sequence[Adapter], names: Sequence[str], warnings: list[s
         if idle:
             warnings.append(
                 f"{names[place]} holds {len(idle)} tensor(s) that PEFT does not read, being copies of a whole layer or "
-                f"of the untrained one, so they are left out: {printable(idle[0])}{', …' if len(idle) > 1 else ''}."
+                f"of the untrained one, so they are left out: {idle[0]}{', …' if len(idle) > 1 else ''}."
             )
     return [Layer(module, form_of(own, tuple(own)), own) for (module, _), own in sorted(held.items())]
 
@@ -256,7 +256,7 @@ def _refuse_no_mean(layers: Sequence[Layer], names: Sequence[str], adapters: Seq
     for layer in mixed:
         if sum(weigh(place, layer.module) for place in layer.places) == 0:
             raise RecipeError(
-                f"heads is 'average', but the weights of the adapters that hold '{printable(layer.module)}' sum to 0, "
+                f"heads is 'average', but the weights of the adapters that hold {layer.module!r} sum to 0, "
                 "which an average divides by."
             )
 
@@ -267,7 +267,7 @@ def _refuse_unmerged(
     odd = [(layer, rule.fault(layer.module, layer.held, adapters, weigh)) for layer in layers if layer.fate == "merged"]
     faults = {layer.module: f"{held_text(layer, names)}; {fault}" for layer, fault in odd if fault}
     if faults:
-        rows = "\n".join(f"  {printable(module)}: {text}" for module, text in list(faults.items())[:ROWS])
+        rows = "\n".join(f"  {module}: {text}" for module, text in list(faults.items())[:ROWS])
         more = f"\n  … and {len(faults) - ROWS} more" if len(faults) > ROWS else ""
         raise CompatibilityError(
             f"heads is 'merge', but {len(faults)} whole layer(s) cannot be merged as task vectors:\n"
@@ -287,8 +287,8 @@ def _refuse_twice(
         if inside:
             others = [n for n, a in zip(names, adapters, strict=True) if any(m in a.layout for m in inside)]
             raise CompatibilityError(
-                f"layer '{printable(layer.module)}' is saved whole in {', '.join(names[p] for p in layer.places)}, while "
-                f"{', '.join(others) or 'another'} adapts '{printable(min(inside))}' or rows of it; one PEFT adapter "
+                f"layer {layer.module!r} is saved whole in {', '.join(names[p] for p in layer.places)}, while "
+                f"{', '.join(others) or 'another'} adapts {min(inside)!r} or rows of it; one PEFT adapter "
                 f"cannot do both. Leave the whole layers out (--heads drop), keep those of another adapter "
                 "(--heads keep=NAME), or leave one adapter out."
             )
@@ -320,7 +320,7 @@ def _fit(tensor: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:
     fitted = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
     if not torch.isfinite(fitted).all():
         raise RecipeError(
-            f"tensor '{printable(key)}' holds values beyond {str(fitted.dtype).removeprefix('torch.')}. Write float32 or "
+            f"tensor {key!r} holds values beyond {str(fitted.dtype).removeprefix('torch.')}. Write float32 or "
             "bfloat16 (--dtype), or leave the whole layers out (--heads drop)."
         )
     return fitted.contiguous().clone()

@@ -104,17 +104,18 @@ class Loading:
         """Return the lines of Python that load the adapter from a folder; a comment stands for what is not known."""
         model = f"model = PeftModel.from_pretrained(base, {folder!r})"
         if not self.name:
-            return [
+            lines = [
                 f"# The class of the base model cannot be told: {self.why}.",
-                f"# base: {printable(self.base or PLACEHOLDER, 4096)}, loaded as it was for the training of the adapters.",
+                f"# base: {self.base or PLACEHOLDER}, loaded as it was for the training of the adapters.",
                 "from peft import PeftModel",
                 model,
             ]
+            return [printable(line) for line in lines]
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
         resized = [] if self.vocabulary is None else [f"base.resize_token_embeddings({self.vocabulary})"]
         return [
             f"from {self.library} import {self.name}; from peft import PeftModel",
-            f"base = {self.name}.from_pretrained({printable(self.base or PLACEHOLDER, 4096)!r}{options})",
+            f"base = {self.name}.from_pretrained({self.base or PLACEHOLDER!r}{options})",
             *resized,
             model,
         ]
@@ -197,7 +198,7 @@ def _headed(evidence: Evidence, task: str | None, architecture: str) -> Loading:
     inner = [name for tensors in heads.values() for name in tensors]
     if "out_proj.weight" in inner or any(head.endswith("pre_classifier") for head in heads):
         return Loading(base, TASKS["SEQ_CLS"], "its head has two layers")
-    names = ", ".join(printable(head) for head in heads)
+    names = ", ".join(heads)
     return Loading(
         base, "", f"no task_type says what its head ({names}) is for, and several tasks have one of that name"
     )
@@ -303,4 +304,4 @@ def _read(path: Path | None) -> dict[str, Any]:
 
 
 def _first(paths: Sequence[str]) -> str:
-    return printable(paths[0]) if paths else "none"
+    return paths[0] if paths else "none"

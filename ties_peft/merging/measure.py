@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adapters.sources import address
 from ..adapters.tensors import MemoryTensors
 from ..adapters.types import Module
-from ..errors import printable
+from ..errors import printable_lines
 from ..spaces import Encoding
 from ..task_vectors.delta import Delta, distance, inner, inner_with_each
 from ..task_vectors.factorise import MAX_GRAM_SIDE, Factors
@@ -200,7 +200,7 @@ class Account:
             cosines=cosines,
             adapters=inputs,
             modules=self.lines,
-            warnings=[*plan.warnings, *self._warnings(inputs, cosines, energy)],
+            warnings=[printable_lines(w) for w in (*plan.warnings, *self._warnings(inputs, cosines, energy))],
             riders=plan.heads.lines(),
             task_type=plan.task.said,
             weights=plan.weighting,
@@ -224,13 +224,13 @@ class Account:
         found, plan = [], self.plan
         apart = trimmed_apart(plan)
         if apart:
-            found.append(f"trimmed on its own, being as large as the vocabulary: {printable(', '.join(apart))}.")
+            found.append(f"trimmed on its own, being as large as the vocabulary: {', '.join(apart)}.")
         if self.lost_energy:
             worst = max(self.lost_energy, key=self.lost_energy.__getitem__)
             found.append(
                 f"of a side longer than {SQUARE} space '{plan.arithmetic.name}' keeps the {MAX_GRAM_SIDE} leading directions, and on "
                 f"{len(self.lost_energy)} module(s) the adapters have more: up to {self.lost_energy[worst]:.2%} of their energy "
-                f"({printable(worst)}) has no place there. Space 'delta' has no such limit."
+                f"({worst}) has no place there. Space 'delta' has no such limit."
             )
         empty = [line.name for line in inputs if line.entries and line.kept == 0]
         if empty:

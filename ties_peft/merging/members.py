@@ -14,7 +14,7 @@ from ..adapters.module_names import agree, newer, tower_of, without_tower
 from ..adapters.statistics import Statistic, command
 from ..adapters.types import Module, written_as
 from ..adapters.types.base import EXPERT, LINEAR, PREFIX
-from ..errors import CompatibilityError, RecipeError, printable
+from ..errors import CompatibilityError, RecipeError
 from ..methods import Method, Stages
 from .recipes.recipe import NORM, Recipe
 from .recipes.schedule import Schedule, count_layers
@@ -65,7 +65,7 @@ class Task:
     @property
     def said(self) -> str:
         """Return what the report says of it."""
-        return printable(self.kept) if self.kept else f"left out: {self.dropped}" if self.dropped else ""
+        return self.kept or (f"left out: {self.dropped}" if self.dropped else "")
 
 
 def equal_norm_weights(norms: Sequence[float]) -> list[float]:
@@ -145,7 +145,7 @@ def compare_filters(members: Sequence[Member], modules: Iterable[str], warnings:
     filters = dict.fromkeys(
         part for m in members for schedule in (m.weight, m.density) if schedule is not None for part in schedule.filters
     )
-    idle = [printable(part) for part in filters if not any(part in name for name in names)]
+    idle = [part for part in filters if not any(part in name for name in names)]
     if idle:
         warnings.append(f"no module's name contains {', '.join(idle)}, so that such a filter has no effect.")
 
@@ -170,14 +170,12 @@ def compare_bases(members: Sequence[Member], recipe: Recipe, warnings: list[str]
     names = sorted({member.adapter.base or "none given" for member in members})
     if len(names) > 1:
         warnings.append(
-            f"the adapters name different base models ({printable(', '.join(names))}). Their modules fit each other, "
+            f"the adapters name different base models ({', '.join(names)}). Their modules fit each other, "
             "but only you can tell whether it is one model under several names."
         )
     named = recipe.base_model if recipe.notes else None  # by a recipe that was converted, not as a new name
     if named and any(name.rsplit("/", 1)[-1] != named.rsplit("/", 1)[-1] for name in names):
-        warnings.append(
-            f"the recipe's base model is {printable(named)}, the adapters name {printable(', '.join(names))}."
-        )
+        warnings.append(f"the recipe's base model is {named}, the adapters name {', '.join(names)}.")
 
 
 def warn_alone(members: Sequence[Member], stages: Stages, warnings: list[str]) -> None:
@@ -212,7 +210,7 @@ def settle_task(members: Sequence[Member], loads: Callable[[str], bool], warning
     holders: dict[str, list[str]] = {}
     for member in members:
         given = member.adapter.config.get("task_type")
-        holders.setdefault("none" if given is None else printable(str(given)), []).append(member.name)
+        holders.setdefault("none" if given is None else str(given), []).append(member.name)
     named = tuple(dict.fromkeys(t for m in members if isinstance(t := m.adapter.config.get("task_type"), str) and t))
     if holders.keys() <= {"none"}:
         return Task()
@@ -225,7 +223,7 @@ def settle_task(members: Sequence[Member], loads: Callable[[str], bool], warning
     elif not named:
         why, advice = f"PEFT knows none of this form ({listed})", "Mend task_type in their adapter_config.json."
     else:
-        why = f"the result lacks a layer that was trained for {printable(named[0])}"
+        why = f"the result lacks a layer that was trained for {named[0]}"
         advice = "Keep the head of one adapter (--heads keep=NAME) to have it."
     warnings.append(f"task_type is left out: {why}. The result is loaded as a plain PeftModel. {advice}")
     return Task(None, named, why)
@@ -239,7 +237,7 @@ def compare_orientation(members: Sequence[Member], warnings: list[str]) -> None:
             continue
         says, where = f"fan_in_fan_out={stated}", f"base model '{adapter.weights.label}'"
         read = [module for module in adapter.layout.values() if module.needs and module.form == LINEAR]
-        odd = [printable(module.name) for module in read if module.conv1d != stated]
+        odd = [module.name for module in read if module.conv1d != stated]
         if odd:
             here, order = ("Linear", "(out, in)") if stated else ("Conv1D", "(in, out)")
             warnings.append(
@@ -247,7 +245,7 @@ def compare_orientation(members: Sequence[Member], warnings: list[str]) -> None:
                 f"their weights are read as {order}, as PEFT does."
             )
         doubtful = [
-            printable(module.name)
+            module.name
             for module in read
             if adapter.weights.is_conv1d(module.path) is None and (stated or module.path.endswith(CONV1D_LAYERS))
         ]
@@ -266,9 +264,7 @@ def refuse_strangers(members: Sequence[Member]) -> None:
             linked |= member.adapter.layout.keys()
             rest.remove(member)
     if rest:
-        rows = "\n".join(
-            f"  {m.name}: {printable(m.adapter.modules[0])}, … ({len(m.adapter.modules)})" for m in members
-        )
+        rows = "\n".join(f"  {m.name}: {m.adapter.modules[0]}, … ({len(m.adapter.modules)})" for m in members)
         raise CompatibilityError(
             f"{', '.join(m.name for m in rest)} and {members[0].name} have no module in common:\n{rows}\n"
             "They may be for different base models. If they are for one, say --allow-disjoint (allow_disjoint=True)."
@@ -307,7 +303,7 @@ def _read_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Schedule]
     given, count = recipe.weights, len(adapters)
     if isinstance(given, str):
         if given != NORM:
-            raise RecipeError(f"the weights are '{printable(given)}'; expected norm, or one weight per adapter.")
+            raise RecipeError(f"the weights are {given!r}; expected norm, or one weight per adapter.")
         weights: Sequence[object] = equal_norm_weights([adapter.norm() for adapter in adapters])
         if count and not any(weights):
             raise RecipeError("weights: norm divides by the adapters' norms, and every one is 0. Leave it out.")
@@ -354,13 +350,13 @@ def _respelled(adapter: Adapter, table: Mapping[str, str], whose: str, warnings:
         return adapter
     old = min(table)
     warnings.append(
-        f"{adapter.label} names {len(table)} modules as an older transformers did ('{printable(old)}'); they "
-        f"are taken for those {whose} ('{printable(table[old])}'), and written under that name."
+        f"{adapter.label} names {len(table)} modules as an older transformers did ({old!r}); they "
+        f"are taken for those {whose} ({table[old]!r}), and written under that name."
     )
     whole = [key for key in adapter.riders if newer(key.removeprefix(PREFIX)) is not None]
     if whole:
         warnings.append(
-            f"{adapter.label} holds {len(whole)} whole tensors under older names too ('{printable(whole[0])}'); they are "
+            f"{adapter.label} holds {len(whole)} whole tensors under older names too ({whole[0]!r}); they are "
             "written as they are, and a newer transformers does not find them. Leave them out with --heads drop."
         )
     return adapter.renamed(table)
@@ -375,7 +371,7 @@ def _note_tower(adapters: Sequence[Adapter], warnings: list[str]) -> None:
         return
     kind = tower.partition("_")[0].title()
     warnings.append(
-        f"the modules' names begin with '{tower}' ('{printable(adapters[0].modules[0])}') and are written so. In "
+        f"the modules' names begin with '{tower}' ({adapters[0].modules[0]!r}) and are written so. In "
         f"CLIPModel and CLIP{kind}ModelWithProjection they still do; CLIP{kind}Model and its like have had no such prefix "
         "since transformers 5.6. For one of those, convert the adapter with --modules and a file of that model's module "
         "names."
@@ -391,7 +387,7 @@ def check_together(members: Sequence[Member], modules: dict[str, Module]) -> Non
     replicated = {member.name: member.adapter.config.get("layer_replication") or None for member in members}
     first = next(iter(replicated.values()))
     if any(found != first for found in replicated.values()):
-        rows = "\n".join(f"  {name}: {printable(repr(found))}" for name, found in replicated.items())
+        rows = "\n".join(f"  {name}: {found!r}" for name, found in replicated.items())
         raise CompatibilityError(
             f"the adapters replicate the base's layers differently (layer_replication):\n{rows}\n"
             "One adapter can hold one order of layers. Merge those that agree."
@@ -403,9 +399,7 @@ def _refuse_two_forms_of_experts(members: Sequence[Member]) -> None:
     apart = [(m.name, n) for m in members for n in m.adapter.modules if APART.search(n)]
     fused = [(m.name, n) for m in members for n, module in m.adapter.layout.items() if module.form == EXPERT]
     if apart and fused:
-        rows = [
-            f"  {', '.join(dict.fromkeys(n for n, _ in some))}: '{printable(some[0][1])}'" for some in (apart, fused)
-        ]
+        rows = [f"  {', '.join(dict.fromkeys(n for n, _ in some))}: {some[0][1]!r}" for some in (apart, fused)]
         raise CompatibilityError(
             "the adapters name the experts of one base in two forms, each a layer and fused into one parameter:\n"
             + "\n".join(rows)

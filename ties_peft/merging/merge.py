@@ -20,7 +20,7 @@ from ..adapters.tokenizer_files import gather
 from ..adapters.types import Module
 from ..adapters.types.base import EMBEDDING, LINEAR, is_conv1d
 from ..choices import DEVICE, ERROR, METHOD, RANK, SEED, SPACE
-from ..errors import RecipeError, printable, warn_caller
+from ..errors import RecipeError, warn_caller
 from ..methods import TaskVectors
 from ..methods.base import merged
 from ..task_vectors.delta import zero
@@ -147,7 +147,7 @@ def make_recipe(
 def _one_per_adapter(name: str, given: Any, expected: str) -> tuple[Any, ...]:
     """The numbers or schedules of a call, one for each adapter."""
     if not isinstance(given, Iterable) or isinstance(given, (str, Mapping, Set)):
-        raise RecipeError(f"the {name} are {printable(repr(given))}; expected {expected}, in a list: {name}=[1, 0.5].")
+        raise RecipeError(f"the {name} are {given!r}; expected {expected}, in a list: {name}=[1, 0.5].")
     return tuple(plain_schedule(one) for one in given)
 
 
@@ -252,7 +252,7 @@ def _merge_module(
     written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
     if not all(_all_finite(tensor) for tensor in written.values()):
         raise RecipeError(
-            f"module '{printable(module.name)}': the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
+            f"module {module.name!r}: the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
             "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype)."
         )
     return written, record(coordinates, module, encoding, factors, written, counts)

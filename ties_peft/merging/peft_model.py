@@ -20,7 +20,7 @@ from ..adapters.base_model import BaseModel
 from ..adapters.tensors import MemoryTensors
 from ..adapters.types import kind_of
 from ..adapters.types.base import PREFIX, refuse_settings
-from ..errors import AdapterError, CompatibilityError, RecipeError, printable, unknown
+from ..errors import AdapterError, CompatibilityError, RecipeError, one_line, unknown
 
 WHOLE = {  # they lie outside the adapter's layers, and PEFT has room for those of one adapter at a time
     "modules_to_save": "whole modules saved beside the adapter",
@@ -38,7 +38,7 @@ def find_tuner(model: Any) -> Any:
     if isinstance(model, PeftModel):
         for name, config in model.peft_config.items():
             if config.is_prompt_learning:
-                kind_of(_plain(config.peft_type), printable(name))  # which has no layers, and no kind
+                kind_of(_plain(config.peft_type), name)  # which has no layers, and no kind
         model = model.base_model
     if not isinstance(model, BaseTuner):
         raise RecipeError(
@@ -53,27 +53,27 @@ def check_names(tuner: Any, adapters: Sequence[str], name: str) -> None:
     if isinstance(adapters, (Mapping, Set)):
         check_listed(adapters)
     if isinstance(adapters, str) or not all(isinstance(adapter, str) for adapter in adapters):
-        raise RecipeError(f"adapters is {printable(repr(adapters))}; expected a list of names of loaded adapters.")
+        raise RecipeError(f"adapters is {adapters!r}; expected a list of names of loaded adapters.")
     if not adapters:
-        raise RecipeError(f"no adapters were given. Loaded are: {printable(', '.join(tuner.peft_config))}.")
+        raise RecipeError(f"no adapters were given. Loaded are: {', '.join(tuner.peft_config)}.")
     for adapter in adapters:
         if adapter not in tuner.peft_config:
             raise RecipeError(unknown("adapter", adapter, tuner.peft_config))
     if not isinstance(name, str):
-        raise RecipeError(f"adapter_name is {printable(repr(name))}; expected the new adapter's name.")
+        raise RecipeError(f"adapter_name is {name!r}; expected the new adapter's name.")
     if name in tuner.peft_config:
         raise RecipeError(
-            f"an adapter '{printable(name)}' is loaded already, and PEFT has no room for two of a name. "
+            f"an adapter {name!r} is loaded already, and PEFT has no room for two of a name. "
             "Take another name, or delete_adapter it first."
         )
     try:
         nn.ModuleDict({name: nn.Identity()})
         nn.ParameterDict({name: torch.zeros(0)})
     except (KeyError, AssertionError, AttributeError) as error:
-        raise RecipeError(f"PyTorch cannot hold an adapter named '{printable(name)}': {error}. Take another.") from None
+        raise RecipeError(f"PyTorch cannot hold an adapter named {name!r}: {error}. Take another.") from None
     if any(name in path.split(".") for path, _ in tuner.named_parameters()):
         raise RecipeError(
-            f"'{printable(name)}' is also a part of the names of the model's parameters, by which PEFT tells adapters "
+            f"{name!r} is also a part of the names of the model's parameters, by which PEFT tells adapters "
             "apart: it would mix them up when it saves them. Take another name."
         )
 
@@ -83,13 +83,13 @@ def check_state(tuner: Any) -> None:
     merged = sorted({name for _, layer in _layers(tuner) for name in layer.merged_adapters})
     if merged:
         raise RecipeError(
-            f"{', '.join(map(printable, merged))} is merged into the base weights, which PEFT would undo, with rounding "
+            f"{', '.join(merged)} is merged into the base weights, which PEFT would undo, with rounding "
             "errors, as soon as an adapter is added. Call unmerge_adapter() first."
         )
     routers = [name for name, config in tuner.peft_config.items() if getattr(config, "arrow_config", None)]
     if routers:
         raise RecipeError(
-            f"the model has an Arrow router ('{printable(routers[0])}'), which would take the merged adapter for one "
+            f"the model has an Arrow router ({routers[0]!r}), which would take the merged adapter for one "
             "more expert. Merge in a model without it."
         )
 
@@ -142,20 +142,20 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
 
     Raises: AdapterError, where its files could not be merged either, or its values are elsewhere.
     """
-    refuse_settings(_plain(tuner.peft_config[name].to_dict()), WHOLE, printable(name))
+    refuse_settings(_plain(tuner.peft_config[name].to_dict()), WHOLE, name)
     tensors = {key: slot.tensor for key, slot in _slots(tuner, name).items()}
     for key, tensor in tensors.items():
         if tensor.device.type == "meta" or hasattr(tensor, "device_mesh"):
             where = "offloaded" if tensor.device.type == "meta" else "sharded"
             raise AdapterError(
-                f"adapter '{printable(name)}': tensor '{printable(key)}' is {where}, so its values are not at hand. "
+                f"adapter {name!r}: tensor {key!r} is {where}, so its values are not at hand. "
                 "Save the adapters and merge the folders with ties_peft.merge."
             )
     config = _plain(tuner.peft_config[name].to_dict())
-    kind = kind_of(config.get("peft_type"), printable(name))
+    kind = kind_of(config.get("peft_type"), name)
     if kind.writes != kind.name:
         raise AdapterError(
-            f"adapter '{printable(name)}' is of type {kind.title}: a merge of it is a LoRA, for which a model of "
+            f"adapter {name!r} is of type {kind.title}: a merge of it is a LoRA, for which a model of "
             f"{kind.title} layers has no room. Save the adapters and merge the folders with ties_peft.merge."
         )
     adapter = Adapter(config, LiveTensors(tensors), name, _loaded_base(tuner, name))
@@ -179,7 +179,7 @@ def _loaded_base(tuner: Any, name: str) -> BaseModel:
             continue
         if not type(variant[name]).__name__.startswith("Dora"):
             raise AdapterError(
-                f"adapter '{printable(name)}', module '{printable(path)}' works by {type(variant[name]).__name__}, "
+                f"adapter {name!r}, module {path!r} works by {type(variant[name]).__name__}, "
                 "not by s·B·A, so ties_peft cannot merge it. Leave it out."
             )
         weights[f"{path}.weight"] = layer.get_base_layer().weight
@@ -265,7 +265,7 @@ def add(tuner: Any, name: str, merged: Adapter, adapters: Sequence[str]) -> None
         if changed:
             raise CompatibilityError(
                 f"PEFT changed {len(changed)} tensor(s) that are not of the new adapter, first "
-                f"'{printable(changed[0])}'. Load the model anew, and report this."
+                f"{changed[0]!r}. Load the model anew, and report this."
             )
     except BaseException:
         tuner.peft_config.pop(name, None)
@@ -283,9 +283,7 @@ def _inject(tuner: Any, name: str, config: Any) -> None:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             tuner.inject_adapter(tuner.model, name)
     except Exception as error:
-        raise CompatibilityError(
-            f"PEFT cannot add adapter '{printable(name)}': {printable(str(error), 600)}"
-        ) from error
+        raise CompatibilityError(f"PEFT cannot add adapter {name!r}: {one_line(error)}") from error
 
 
 def _config(tuner: Any, merged: Adapter, adapters: Sequence[str]) -> Any:
@@ -309,7 +307,7 @@ def _fill(tuner: Any, name: str, merged: Adapter, devices: Mapping[str, torch.de
     if shapes != wanted:
         odd = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
         raise CompatibilityError(
-            f"PEFT made other tensors for adapter '{printable(name)}' than were merged: '{printable(odd[0])}' is "
+            f"PEFT made other tensors for adapter {name!r} than were merged: {odd[0]!r} is "
             f"{shapes.get(odd[0])}, expected {wanted.get(odd[0])} ({len(odd)} such tensors)."
         )
     for key, slot in slots.items():

@@ -18,7 +18,7 @@ from ..adapters.base_model import BaseModel
 from ..adapters.targets import check_heads, check_modules, fit_rank
 from ..adapters.types import Module, Written, written_as
 from ..choices import DEVICE, MERGE
-from ..errors import CompatibilityError, MethodError, RecipeError, printable
+from ..errors import CompatibilityError, MethodError, RecipeError
 from ..methods import Method, Stages, Trim, method_classes
 from ..spaces import Space, find_space
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
@@ -324,7 +324,7 @@ def _signs(method: Method, base: str | None) -> Adapter | None:
 
 def _seed(seed: int) -> int:
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise RecipeError(f"the seed is {printable(repr(seed))}; expected a whole number, 0 or more.")
+        raise RecipeError(f"the seed is {seed!r}; expected a whole number, 0 or more.")
     return seed
 
 
@@ -386,7 +386,7 @@ def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: b
                 modules[module.name] = known
             first.setdefault(module.name, name)
             if known.place != module.place:
-                faults.append((printable(module.name), first[module.name], known, name, module))
+                faults.append((module.name, first[module.name], known, name, module))
     if faults:
         rows = "\n".join(f"  {n}: {a} has {_form(m)}, {b} has {_form(o)}" for n, a, m, b, o in faults[:8])
         more = f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else ""

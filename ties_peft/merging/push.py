@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapters import sources, writer
 from ..adapters.adapter import Adapter
-from ..errors import RecipeError, printable, warn_caller
+from ..errors import RecipeError, warn_caller
 from .card import HERE
 
 
@@ -58,7 +58,7 @@ def push(
     """
     if not isinstance(repo, str) or not sources.HUB_ID.fullmatch(repo):
         raise RecipeError(
-            f"the repository '{printable(str(repo))}' is no name on the Hub; expected org/name, of letters, digits, -, _ and ."
+            f"the repository {str(repo)!r} is no name on the Hub; expected org/name, of letters, digits, -, _ and ."
         )
     if isinstance(adapter, Adapter):
         with tempfile.TemporaryDirectory(prefix="ties-peft-") as room:
@@ -66,9 +66,7 @@ def push(
             return _send(folder, repo, private, revision, message, create_pr, token)
     path = sources.local(str(adapter))
     if path is None or not path.is_dir():
-        raise RecipeError(
-            f"'{printable(str(adapter))}' is no folder. Name the folder of the adapter that is to be pushed."
-        )
+        raise RecipeError(f"{str(adapter)!r} is no folder. Name the folder of the adapter that is to be pushed.")
     Adapter.load(path)  # refuses what is none
     pushed = _send(path, repo, private, revision, message, create_pr, token)
     if pushed.left:
@@ -86,11 +84,11 @@ def _send(
     token: str | None,
 ) -> Pushed:
     own = [path for path in sorted(folder.iterdir()) if _is_own(path)]
-    left = [printable(path.name) for path in sorted(folder.iterdir()) if path not in own]
+    left = [path.name for path in sorted(folder.iterdir()) if path not in own]
     names = {path.name for path in own}
     if sources.CONFIG not in names or not names & set(sources.WEIGHTS):
         raise RecipeError(
-            f"'{printable(str(folder))}' holds its config or weights only as links to elsewhere, which are not followed. "
+            f"{str(folder)!r} holds its config or weights only as links to elsewhere, which are not followed. "
             "Copy them there."
         )
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -104,7 +102,7 @@ def _send(
         )
     except Exception as error:  # the Hub's client raises its own, the network's and the file system's errors
         raise RecipeError(
-            f"the Hub did not take {printable(str(folder.name))} as '{repo}' ({sources.said(error, token)}). Check the "
+            f"the Hub did not take {folder.name} as '{repo}' ({sources.said(error, token)}). Check the "
             "name, the network, and that you are logged in (hf auth login) with the right to write there."
         ) from None
     return Pushed(repo, str(commit.pr_url or commit.commit_url), tuple(path.name for path in own), tuple(left))

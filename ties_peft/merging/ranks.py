@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..adapters.adapter import Adapter
 from ..adapters.types import Module
-from ..errors import MethodError, RecipeError, printable
+from ..errors import MethodError, RecipeError
 from .recipes.recipe import Rank
 
 AUTO_RANK = 64
@@ -49,7 +49,7 @@ def output_rank(
     elif isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
         rank = asked
     else:
-        raise RecipeError(f"the rank is {printable(repr(asked))}; expected a whole number from 1 up, 'max' or 'auto'.")
+        raise RecipeError(f"the rank is {asked!r}; expected a whole number from 1 up, 'max' or 'auto'.")
     if asked == "auto":
         _warn_full(rank, adapters, warnings)
     if rank < largest:

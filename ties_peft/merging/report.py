@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..errors import printable
+from .tables import Printed, make_facts, make_table, make_text, number_column
 
 CELL = 6  # columns of text for one cosine and the blank before it
 ENDS = 5  # pairs that are shown from each end of the order
@@ -113,13 +112,13 @@ def rider_texts(lines: Sequence[RiderLine]) -> list[str]:
     for line in lines:
         some = ", ".join(line.adapters[:8]) + (", …" if len(line.adapters) > 8 else "")
         groups.setdefault((line.fate, some), []).append(line)
-    return [f"{_layers(own)}: {FATES[fate]} {some}" for (fate, some), own in groups.items()]
+    return [printable(f"{_layers(own)}: {FATES[fate]} {some}") for (fate, some), own in groups.items()]
 
 
 def _layers(lines: Sequence[RiderLine]) -> str:
     """Some layers by name, biases by their number."""
     biases = sum(line.form == "bias" for line in lines)
-    named = [f"{FORMS.get(line.form, '')}{printable(line.module)}" for line in lines if line.form != "bias"]
+    named = [f"{FORMS.get(line.form, '')}{line.module}" for line in lines if line.form != "bias"]
     shown = [
         *named[:4],
         *(["…"] if len(named) > 4 else []),
@@ -129,7 +128,7 @@ def _layers(lines: Sequence[RiderLine]) -> str:
 
 
 @dataclass(frozen=True, repr=False)
-class Report:
+class Report(Printed):
     """What went in, what came out, and what was lost.
 
     Attributes:
@@ -193,18 +192,6 @@ class Report:
         del values["seconds"]
         return values
 
-    def __repr__(self) -> str:
-        return str(self)  # the last line of a notebook's cell shows the table, not its fields
-
-    def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, color_system=None, force_jupyter=False, force_terminal=False)
-        console.print(self)
-        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in lines)
-
-    def __rich__(self) -> RenderableType:
-        return Group(self.tables(), *(Text(f"! {warning}", style="yellow") for warning in self.warnings))
-
     def tables(self) -> RenderableType:
         """What went in and what came out, without the warnings."""
         count = len(self.adapters)
@@ -212,61 +199,52 @@ class Report:
         return Group(self._inputs(), Text(), *several, *([Text()] if several else []), self._outcome())
 
     def _inputs(self) -> Table:
-        table = Table(
-            title=f"{len(self.adapters)} {self.kind} adapter{'s' * (len(self.adapters) != 1)}",
-            title_justify="left",
-            box=None,
-            pad_edge=False,
-        )
         shares = [_share(line.kept, line.entries) for line in self.adapters]
         mixed = len(set(shares)) > 1
-        table.add_column("", no_wrap=True)
-        table.add_column("adapter", overflow="fold")
-        for heading in ("weight", "modules", "rank", "norm", *(["trim keeps"] if mixed else []), "projection"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for number, line in enumerate(self.adapters, start=1):
-            table.add_row(
-                str(number),
-                escape(line.name),
-                f"{line.weight:g}",
-                str(line.modules),
-                _ranks(line.ranks) if self.rank is not None else "–",
-                f"{line.norm:.3g}",
-                *([shares[number - 1]] if mixed else []),
-                figure(line.projection),
-            )
-        return table
+        numbers = ("weight", "modules", "rank", "norm", *(["trim keeps"] if mixed else []), "projection")
+        return make_table(
+            [Column("", no_wrap=True), Column("adapter", overflow="fold"), *map(number_column, numbers)],
+            [
+                (
+                    str(number),
+                    line.name,
+                    f"{line.weight:g}",
+                    str(line.modules),
+                    _ranks(line.ranks) if self.rank is not None else "–",
+                    f"{line.norm:.3g}",
+                    *([share] if mixed else []),
+                    figure(line.projection),
+                )
+                for number, (line, share) in enumerate(zip(self.adapters, shares, strict=True), start=1)
+            ],
+            title=f"{len(self.adapters)} {self.kind} adapter{'s' * (len(self.adapters) != 1)}",
+        )
 
     def _outcome(self) -> Table:
-        table = Table(box=None, pad_edge=False, show_header=False)
-        table.add_row("merged", f"{self.method} in space {self.space}, scale {escape(self.scale_text)}")
+        rows = [("merged", f"{self.method} in space {self.space}, scale {self.scale_text}")]
         if self.weights == "norm":
-            table.add_row("weights", "by norm: the mean of the adapters' norms over each one's own")
-        table.add_row("modules", f"{len(self.modules)}, norm {self.norm:.3g}")
+            rows.append(("weights", "by norm: the mean of the adapters' norms over each one's own"))
+        rows.append(("modules", f"{len(self.modules)}, norm {self.norm:.3g}"))
         if self.cosines is not None and len(self.adapters) == 2:
-            table.add_row("cosine", f"{_cosine(self.cosines[1][0])} between the two task vectors")
+            rows.append(("cosine", f"{_cosine(self.cosines[1][0])} between the two task vectors"))
         trimmed = {_share(line.kept, line.entries) for line in self.adapters}
         if len(trimmed) == 1 and trimmed != {"all"}:
-            table.add_row("trim", f"keeps {trimmed.pop()} of the entries of each task vector")
-        table.add_row("projection", "how much of each adapter's task vector is in the result: 1 is all, 0 is nothing")
+            rows.append(("trim", f"keeps {trimmed.pop()} of the entries of each task vector"))
+        rows.append(("projection", "how much of each adapter's task vector is in the result: 1 is all, 0 is nothing"))
         if self.conflict is not None:
-            table.add_row("sign conflict", f"{self.conflict:.1%} of the entries that two or more adapters keep")
+            rows.append(("sign conflict", f"{self.conflict:.1%} of the entries that two or more adapters keep"))
         if self.rank is not None:
             worst = min(self.modules, key=lambda line: line.energy)
-            note = "" if worst.energy > 0.9995 else f" (least: {worst.energy:.1%} in {escape(printable(worst.name))})"
-            table.add_row("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy{note}")
-        for number, text in enumerate(rider_texts(self.riders)):
-            table.add_row("" if number else "whole layers", escape(text))
-        if self.task_type:
-            table.add_row("task type", escape(self.task_type))
-        if self.licence_note:
-            table.add_row("licence", escape(self.licence_note))
+            note = "" if worst.energy > 0.9995 else f" (least: {worst.energy:.1%} in {worst.name})"
+            rows.append(("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy{note}"))
+        rows += [("" if i else "whole layers", text) for i, text in enumerate(rider_texts(self.riders))]
+        rows += [("task type", self.task_type)] if self.task_type else []
+        rows += [("licence", self.licence_note)] if self.licence_note else []
         rounding = f", rounding {self.rounding:.1e}" if self.rounding else ""
-        table.add_row("written as", f"{self.dtype}{rounding}")
-        if self.copied:
-            table.add_row("beside it", ", ".join(self.copied))
-        table.add_row("time", f"{self.seconds:.1f} s, inner loops by {self.loops}")
-        return table
+        rows.append(("written as", f"{self.dtype}{rounding}"))
+        rows += [("beside it", ", ".join(self.copied))] if self.copied else []
+        rows.append(("time", f"{self.seconds:.1f} s, inner loops by {self.loops}"))
+        return make_facts(rows)
 
 
 @dataclass(frozen=True)
@@ -294,16 +272,13 @@ class Cosines:
             room: how many columns of text are left for the adapters' names.
         """
         count = len(self.names)
-        table = Table(box=None, padding=0, header_style="")
-        table.add_column(
-            "cosine", width=min(room, max(map(cell_len, self.names)) + 5), no_wrap=True, overflow="ellipsis"
-        )
-        for number in range(1, count):
-            table.add_column(str(number), justify="right", width=CELL, no_wrap=True)
-        for place in range(1, count):
-            cells = [_cosine(value) for value in self.values[place][:place]]
-            table.add_row(f"{place + 1:<3}{escape(self.names[place])}", *cells)
-        return table
+        names = Column("cosine", width=min(room, max(map(cell_len, self.names)) + 5), no_wrap=True, overflow="ellipsis")
+        numbers = [Column(str(number), justify="right", width=CELL, no_wrap=True) for number in range(1, count)]
+        rows = [
+            (f"{place + 1:<3}{self.names[place]}", *(_cosine(value) for value in self.values[place][:place]))
+            for place in range(1, count)
+        ]
+        return make_table([names, *numbers], rows, padding=0, header_style="", pad_edge=True)
 
     def _ends(self, width: int) -> RenderableType:
         """Return the pairs with the largest and the smallest cosines, one a line."""
@@ -314,7 +289,7 @@ class Cosines:
             numbers = f"{_cosine(value):>5}  {first + 1} and {second + 1}"
             names = f"{self.names[first]}, {self.names[second]}"
             lines.append(numbers + (f"  {names}" if cell_len(numbers + names) + 2 <= width else ""))
-        return Text("\n".join(lines))
+        return Group(*map(make_text, lines))
 
 
 def _cosine(value: float) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from ..adapters.types.base import EMBEDDING
-from ..errors import MethodError, printable
+from ..errors import MethodError
 from ..task_vectors.delta import Delta, size
 from ..task_vectors.kernels import fused
 from ..task_vectors.kernels.backends import Kernels
@@ -311,8 +311,7 @@ def _close(sought: tuple[Group, ThresholdSearch]) -> None:
         search.finish_pass()
     except OverflowError:
         raise MethodError(
-            f"module '{printable(group.modules[0])}': a weighted task vector is beyond what float32 can hold. "
-            "Use smaller weights."
+            f"module {group.modules[0]!r}: a weighted task vector is beyond what float32 can hold. Use smaller weights."
         ) from None
 
 

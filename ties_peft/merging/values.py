@@ -9,7 +9,7 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..choices import DTYPES
-from ..errors import RecipeError, printable, unknown
+from ..errors import RecipeError, unknown
 
 
 def usable(device: str) -> torch.device:
@@ -22,7 +22,7 @@ def usable(device: str) -> torch.device:
         torch.zeros(1, device=where).item()
     except (TypeError, RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise RecipeError(f"device '{printable(str(device))}' cannot be used: {printable(first)}. Try cpu.") from None
+        raise RecipeError(f"device {str(device)!r} cannot be used: {first}. Try cpu.") from None
     return where
 
 
@@ -47,4 +47,4 @@ def check_whole(name: str, value: Any, least: int) -> None:
     Raises: RecipeError.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise RecipeError(f"{name} is {printable(repr(value))}; expected a whole number, {least} or more.")
+        raise RecipeError(f"{name} is {value!r}; expected a whole number, {least} or more.")

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ..adapters.aliases import other_name
 from ..choices import space_names
-from ..errors import MethodError, RecipeError, printable, share_hint, unknown
+from ..errors import MethodError, RecipeError, share_hint, unknown
 from ..task_vectors.trim import Scope
 from .base import Density, Method, TaskVectors, Trim, masked
 
@@ -100,11 +100,11 @@ def _load_entry_point(point: importlib.metadata.EntryPoint) -> type[Method]:
     except Exception as error:
         raise MethodError(
             f"the entry point {point.name} = {point.value} of group {GROUP} cannot be loaded "
-            f"({printable(f'{type(error).__name__}: {error}')}). Mend the package that adds it, or uninstall it."
+            f"({type(error).__name__}: {error}). Mend the package that adds it, or uninstall it."
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, Method) and isinstance(getattr(cls, "name", None), str)):
         raise MethodError(
-            f"the entry point {point.name} = {point.value} of group {GROUP} is {printable(repr(cls))}; expected a "
+            f"the entry point {point.name} = {point.value} of group {GROUP} is {cls!r}; expected a "
             "subclass of ties_peft.methods.Method with a name. Mend the package that adds it, or uninstall it."
         )
     return cls
@@ -122,16 +122,14 @@ def register(cls: type[Method]) -> type[Method]:
     Raises: MethodError for anything else, and for a name that a method of another origin has.
     """
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise MethodError(f"{printable(repr(cls))} is no method; expected a subclass of ties_peft.methods.Method.")
+        raise MethodError(f"{cls!r} is no method; expected a subclass of ties_peft.methods.Method.")
     missing = [] if isinstance(getattr(cls, "name", None), str) else ["name"]
     missing += [] if vars(cls).get("__doc__") else ["a docstring"]
     missing += ["merge"] if inspect.isabstract(cls) else []
     if missing:
         raise MethodError(f"the method {cls.__name__} lacks {' and '.join(missing)}.")
     if not cls.name.isidentifier():
-        raise MethodError(
-            f"the method {cls.__name__} has the name {printable(repr(cls.name))}; expected letters, digits and _."
-        )
+        raise MethodError(f"the method {cls.__name__} has the name {cls.name!r}; expected letters, digits and _.")
     if cls.name in method_classes() and cls.name not in _REGISTERED:
         raise MethodError(f"there is a method '{cls.name}' already. Give yours another name.")
     _REGISTERED[cls.name] = cls
@@ -242,7 +240,7 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
         return cls(**parameters)
     except ValidationError as error:
         first = error.errors()[0]
-        where, seen = first["loc"][0], printable(repr(first["input"]))
+        where, seen = first["loc"][0], repr(first["input"])
         what = first["msg"][0].lower() + first["msg"][1:]
         meaning = cls.model_fields[str(where)].description
         percent = share_hint(first["input"], first.get("ctx", {}).get("le"))

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter, check_listed
 from ..choices import ADAPTERS, BUDGET, CONTROLS, DETAIL, DEVICE, METHOD, PENALTY, RANK, SEED, SPACE, TRAINED, WEIGHTS
-from ..errors import RecipeError, printable, unknown, warn_caller
+from ..errors import RecipeError, unknown, warn_caller
 from ..evaluation.loaded_model import Bench
 from ..learning.training import train
 from ..merging.merge import Progress, make_recipe
@@ -179,9 +179,9 @@ def search(
 
 def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None:
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-        raise RecipeError(f"the budget is {printable(repr(budget))}; expected a whole number of trials, from 1 up.")
+        raise RecipeError(f"the budget is {budget!r}; expected a whole number of trials, from 1 up.")
     if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
-        raise RecipeError(f"the penalty is {printable(repr(penalty))}; expected a number, 0 or more.")
+        raise RecipeError(f"the penalty is {penalty!r}; expected a number, 0 or more.")
     for name in controls:
         if name not in (*CONTROLS, TRAINED):
             raise RecipeError(unknown("control", str(name), (*CONTROLS, TRAINED)))

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, printable
+from ..errors import RecipeError
 
 POLL_SECONDS = 0.2  # seconds between two looks at what others are doing
 ATTEMPTS = 10  # to make a study while others do the same
@@ -59,12 +59,13 @@ def without_password(storage: Storage) -> str:
     if storage is None:
         return "memory"
     if text.startswith(JOURNAL) or "://" not in text:
-        return printable(text, 4096)
+        return text
     url = _url(text)
     if url is None:
-        return printable(re.sub(r"(://[^:]*:).*@", r"\1***@", text), 4096)
+        return re.sub(r"(://[^:]*:).*@", r"\1***@", text)
     secret = {key: HIDDEN for key in url.query if "pass" in key.lower()}
-    return printable(url.update_query_dict(secret).render_as_string(hide_password=True), 4096)
+    safe: str = url.update_query_dict(secret).render_as_string(hide_password=True)
+    return safe
 
 
 def storage_path(storage: Storage) -> Path | None:
@@ -91,7 +92,7 @@ def _storage_error(storage: Storage, error: Exception) -> RecipeError:
     elif url is not None and url.password:
         first = first.replace(str(url.password), "***")
     return RecipeError(
-        f"the study cannot be kept in '{without_password(storage)}' ({type(error).__name__}: {printable(first)}). Name a path for "
+        f"the study cannot be kept in '{without_password(storage)}' ({type(error).__name__}: {first}). Name a path for "
         f"SQLite, {JOURNAL}PATH, or a database's URL with a driver that is installed: for PostgreSQL "
         "postgresql+psycopg2://USER:PASSWORD@HOST/NAME, after pip install psycopg2-binary."
     )

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, printable
+from ..errors import RecipeError
 from .sampler import Trial, make_sampler
 from .storage import POLL_SECONDS, Storage, open_study, without_password
 from .tuning import Choice, Domain, Range
@@ -66,7 +66,7 @@ class Study:
         chosen = {"auto": "cobyla" if ranges else "tpe"}.get(sampler, sampler)
         if chosen not in ("cobyla", "tpe", "random") or (chosen == "cobyla" and not ranges):
             raise RecipeError(
-                f"the sampler is '{printable(sampler)}'; expected auto, tpe, random, or, where only ranges are tuned, cobyla."
+                f"the sampler is {sampler!r}; expected auto, tpe, random, or, where only ranges are tuned, cobyla."
             )
         self.domains: Mapping[str, Domain] = dict(domains)
         self.initial_settings: Sequence[Mapping[str, Any]] = [dict(start) for start in initial_settings]
@@ -98,9 +98,7 @@ class Study:
             try:
                 value, facts = evaluate(setting)
                 if not math.isfinite(value):
-                    raise RecipeError(
-                        f"the objective gave {value} for {printable(str(setting))}; expected a finite number."
-                    )
+                    raise RecipeError(f"the objective gave {value} for {setting}; expected a finite number.")
             except BaseException:
                 self._study.tell(trial, state=self._failed, skip_if_finished=True)
                 raise
@@ -132,8 +130,8 @@ class Study:
             seen, new = json.loads(there), json.loads(asked)
             odd = sorted(key for key in seen.keys() | new.keys() if seen.get(key) != new.get(key))
             raise RecipeError(
-                f"the study '{printable(self._study.study_name)}' in '{self._place}' is of another search: it differs in "
-                f"{printable(', '.join(odd))}. Ask for the same again, or take another name (study) or storage."
+                f"the study {self._study.study_name!r} in '{self._place}' is of another search: it differs in "
+                f"{', '.join(odd)}. Ask for the same again, or take another name (study) or storage."
             )
 
     def _ask(self, budget: int) -> Any:

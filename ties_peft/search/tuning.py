@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapters.values import is_number
-from ..errors import MethodError, RecipeError, printable, unknown
+from ..errors import MethodError, RecipeError, unknown
 from ..merging.recipes.recipe import Recipe
 from ..merging.recipes.scale import EXPECTED, Scale, is_scale
 from ..merging.recipes.settings import make_settings, parameter_names
@@ -185,16 +185,16 @@ def _domains(name: str, value: Any, adapters: int) -> dict[str, Domain]:
     """Those that one line of the request makes."""
     if name == "adapters":
         if value != SOME:
-            raise RecipeError(f"adapters is {printable(repr(value))}; expected {SOME}: each takes part or does not.")
+            raise RecipeError(f"adapters is {value!r}; expected {SOME}: each takes part or does not.")
         return {f"adapters.{place}": Choice((True, False)) for place in range(adapters)}
     if name == "weights":
         points = value.get("points", 1) if isinstance(value, Mapping) else 1
         if not isinstance(points, int) or isinstance(points, bool) or points < 1:
-            raise RecipeError(f"weights, points: {printable(repr(points))}; expected a whole number from 1 up.")
+            raise RecipeError(f"weights, points: {points!r}; expected a whole number from 1 up.")
         rest = {k: v for k, v in value.items() if k != "points"} if isinstance(value, Mapping) else value
         domain = _domain(name, rest)
         if not isinstance(domain, Range):
-            raise RecipeError(f"weights is {printable(repr(value))}; expected a range, [low, high].")
+            raise RecipeError(f"weights is {value!r}; expected a range, [low, high].")
         one = replace(domain, whole=False)
         ends = [""] if points == 1 else [f".{point}" for point in range(points)]
         return {f"weights.{place}{end}": one for place in range(adapters) for end in ends}
@@ -206,9 +206,9 @@ def _domains(name: str, value: Any, adapters: int) -> dict[str, Domain]:
             if name == "space":
                 find_space(str(choice))
     elif name == "scale" and isinstance(domain, Choice) and not all(map(is_scale, domain.values)):
-        raise RecipeError(f"scale is {printable(repr(value))}; each choice is expected to be {EXPECTED}.")
+        raise RecipeError(f"scale is {value!r}; each choice is expected to be {EXPECTED}.")
     elif name in ("method", "space"):
-        raise RecipeError(f"{name} is {printable(repr(value))}; expected a list of names.")
+        raise RecipeError(f"{name} is {value!r}; expected a list of names.")
     return {name: domain}
 
 
@@ -216,20 +216,20 @@ def _domain(name: str, value: Any) -> Domain:
     if isinstance(value, Mapping):
         odd = [key for key in value if key not in ("low", "high", "log")]
         if odd or not {"low", "high"} <= value.keys():
-            raise RecipeError(f"{name} is {printable(repr(dict(value)))}; expected {{low: …, high: …, log: true}}.")
+            raise RecipeError(f"{name} is {dict(value)!r}; expected {{low: …, high: …, log: true}}.")
         return _range(name, value["low"], value["high"], bool(value.get("log", False)))
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise RecipeError(f"{name} is {printable(repr(value))}; expected [low, high], or a list of choices.")
+        raise RecipeError(f"{name} is {value!r}; expected [low, high], or a list of choices.")
     if len(value) == 2 and all(is_number(end) for end in value):
         return _range(name, value[0], value[1], log=False)
     if not all(isinstance(choice, (str, int, float, bool)) for choice in value):
-        raise RecipeError(f"{name} holds {printable(repr(value))}; expected texts, numbers, true or false.")
+        raise RecipeError(f"{name} holds {value!r}; expected texts, numbers, true or false.")
     return Choice(tuple(value))
 
 
 def _range(name: str, low: Any, high: Any, log: bool) -> Range:
     if not (is_number(low) and is_number(high) and math.isfinite(low) and math.isfinite(high) and low < high):
-        raise RecipeError(f"{name} goes from {printable(repr(low))} to {printable(repr(high))}; expected low < high.")
+        raise RecipeError(f"{name} goes from {low!r} to {high!r}; expected low < high.")
     if log and low <= 0:
         raise RecipeError(f"{name}: a range by ratios starts at {low}; expected more than 0.")
     return Range(low, high, log, isinstance(low, int) and isinstance(high, int))

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..choices import method_names
-from ..errors import MethodError, RecipeError, printable, share_hint, unknown
+from ..errors import MethodError, RecipeError, share_hint, unknown
 from .base import Encoding, Space
 
 __all__ = ["Encoding", "Space", "find_space", "make_space", "spaces"]
@@ -48,7 +48,7 @@ def make_space(name: str, parameters: dict[str, Any]) -> Space:
         return cls(**parameters)
     except ValidationError as error:
         first = error.errors()[0]
-        seen = printable(repr(first["input"]))
+        seen = repr(first["input"])
         percent = share_hint(first["input"], first.get("ctx", {}).get("le"))
         raise MethodError(
             f"space '{name}', parameter '{first['loc'][0]}' is {seen}: {first['msg']}.{percent}"

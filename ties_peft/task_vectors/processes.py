@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..errors import ProcessError, printable
+from ..errors import ProcessError, one_line
 
 Value = TypeVar("Value")
 
@@ -62,7 +62,7 @@ class ProcessGroup:
             dist.all_gather_object(values, value)
         except RuntimeError as error:
             raise ProcessError(
-                f"process {self.number} of {self.size} lost another one ({printable(str(error).splitlines()[0])}). "
+                f"process {self.number} of {self.size} lost another one ({one_line(error)}). "
                 "Nothing was written; what the other one said last tells why. Start the job again."
             ) from None
         return values
@@ -85,8 +85,7 @@ def process_group() -> Iterator[ProcessGroup]:
         dist.init_process_group("gloo")
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
-            f"the {size} processes could not connect: {printable(str(error).splitlines()[0])}. "
-            "Start them with torchrun or accelerate launch."
+            f"the {size} processes could not connect: {one_line(error)}. Start them with torchrun or accelerate launch."
         ) from None
     try:
         yield ProcessGroup(dist.get_rank(), size)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ...errors import AdapterError, printable
+from ...errors import AdapterError
 from ..sources import CONFIG, FOREIGN, GGUF, MODEL, SUFFIXES, WEIGHTS, Found, adapters_inside, listing, refuse_gguf
 from ..tensors import PickleFile, SafetensorsFile, TensorSource
 
@@ -122,7 +122,7 @@ class Form:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{part}: {count}" if part else str(count) for part, count in sorted(self.parts.items()))
-        return f"{printable(self.path.name)} is {self.title} ({counts or 'no'} modules that are plain LoRA)"
+        return f"{self.path.name} is {self.title} ({counts or 'no'} modules that are plain LoRA)"
 
 
 TITLES = {
@@ -154,9 +154,7 @@ def recognise(path: Path, label: str) -> Form | None:
         part, module, side = found
         entry = entries.setdefault((part, module), Entry(part, module))
         if side in entry.keys:
-            raise AdapterError(
-                f"adapter '{label}': '{printable(key)}' and '{printable(entry.keys[side])}' are one tensor. Keep one of them."
-            )
+            raise AdapterError(f"adapter '{label}': {key!r} and {entry.keys[side]!r} are one tensor. Keep one of them.")
         entry.keys[side] = key
     return Form(name, path, tensors, tuple(entries[key] for key in sorted(entries)), tuple(rest), _variant(name, rest))
 
@@ -257,7 +255,7 @@ def refuse_form(form: Form, config: Mapping[str, Any] | None, label: str) -> NoR
     way = f"ties-peft convert {shlex.quote(label)} --out DIR"
     if len(form.parts) > 1:
         way += f" --part {' or '.join(sorted(form.parts))}"
-    rest = f"; {len(form.rest)} other tensors, such as '{printable(form.rest[0])}'" if form.rest else ""
+    rest = f"; {len(form.rest)} other tensors, such as {form.rest[0]!r}" if form.rest else ""
     if not form.plain:
         what = "ties_peft cannot merge or convert it: its updates are no plain LoRA"
         raise AdapterError(
@@ -292,17 +290,17 @@ def other_model(folder: Path) -> str | None:
         table = config if isinstance(config, dict) else {}
         named = [table[key] for key in ("architectures", "_class_name", "model_type") if table.get(key)]
         what = named[0][0] if named and isinstance(named[0], list) else next(iter(named), name)
-        return f"a full model ({printable(str(what))})"
+        return f"a full model ({what})"
     return None
 
 
 def _refuse_bare(found: Found, label: str) -> NoReturn:
     inside = adapters_inside(found.folder)
     if inside and found.weights is None:
-        names = ", ".join(printable(name) for name in inside[:20]) + (", …" if len(inside) > 20 else "")
+        names = ", ".join(inside[:20]) + (", …" if len(inside) > 20 else "")
         raise AdapterError(
             f"adapter '{label}': there is no {CONFIG} in it, but in {len(inside)} of its sub-folders: {names}. "
-            f"Name one, such as {label}{'/' if found.folder.name == label.rpartition('/')[2] else ':'}{printable(inside[0])}."
+            f"Name one, such as {label}{'/' if found.folder.name == label.rpartition('/')[2] else ':'}{inside[0]}."
         )
     model = other_model(found.folder)
     if model is not None:
@@ -312,7 +310,7 @@ def _refuse_bare(found: Found, label: str) -> NoReturn:
         )
     if found.weights is not None:
         raise AdapterError(
-            f"adapter '{label}': there is no {CONFIG} beside {printable(found.weights.name)}, and its tensors are no "
+            f"adapter '{label}': there is no {CONFIG} beside {found.weights.name}, and its tensors are no "
             "LoRA's. Name the folder that PEFT's save_pretrained wrote."
         )
     suffixes = [path.suffix for path in found.folder.glob("*")] if found.folder.is_dir() else []
@@ -341,7 +339,7 @@ def _refuse_config(config: Mapping[str, Any], label: str) -> NoReturn:
             f"adapter '{label}': {CONFIG} is of the library `adapters` (AdapterHub), not of PEFT; ties_peft cannot merge "
             "or convert that. Train it with PEFT, or leave it out."
         )
-    keys = ", ".join(printable(str(key), 30) for key in sorted(config)[:8]) or "none"
+    keys = ", ".join(str(key)[:30] for key in sorted(config)[:8]) or "none"
     raise AdapterError(
         f"adapter '{label}': {CONFIG} has no peft_type, so it is not PEFT's (its keys: {keys}). If it is a PEFT adapter "
         'all the same, write its type into that file, such as "peft_type": "LORA"; otherwise leave it out.'

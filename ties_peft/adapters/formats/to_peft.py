@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import AdapterError, RecipeError, printable
+from ...errors import AdapterError, RecipeError
 from .. import sources
 from ..adapter import Adapter, in_memory, read_config
 from ..base_model import PIPELINE, BaseModel
@@ -63,7 +63,7 @@ def open_any(source: str, hints: Hints) -> tuple[Adapter, list[str]]:
     Raises: AdapterError where it is none, or cannot be turned into one exactly; RecipeError for hints
         that mean nothing for it.
     """
-    label = printable(source)
+    label = source
     found = sources.find(source)
     config = read_config(found.folder, label)
     form = foreign.form_of(found, config, label)
@@ -93,7 +93,7 @@ def open_any(source: str, hints: Hints) -> tuple[Adapter, list[str]]:
         **scaling,
     }
     what = f"{form.path.name} was {form.title}, {len(names)} modules{f' of {p}' if (p := entries[0].part) else ''}"
-    return in_memory(made, tensors, source), [f"{printable(what)}; {said}.", *respelled, *remarks]
+    return in_memory(made, tensors, source), [f"{what}; {said}.", *respelled, *remarks]
 
 
 def _respelled(adapter: Adapter, hints: Hints, label: str) -> tuple[Adapter, list[str]]:
@@ -116,9 +116,7 @@ def _told(table: Mapping[str, str]) -> list[str]:
     if not table:
         return []
     old = min(table)
-    return [
-        f"{len(table)} modules are written under the base's names: '{printable(old)}' as '{printable(table[old])}'."
-    ]
+    return [f"{len(table)} modules are written under the base's names: {old!r} as {table[old]!r}."]
 
 
 def _base_name(hints: Hints, config: Mapping[str, Any] | None) -> str | None:
@@ -139,7 +137,7 @@ def _choose(form: Form, hints: Hints, label: str) -> tuple[list[Entry], list[str
         raise AdapterError(_no_part(form, hints.part, parts, label))
     if hints.part is None and len(parts) > 1:
         raise AdapterError(
-            f"adapter '{label}': {printable(form.path.name)} holds adapters for {len(parts)} part(s): {_listed(parts)}; each "
+            f"adapter '{label}': {form.path.name} holds adapters for {len(parts)} part(s): {_listed(parts)}; each "
             f"becomes an adapter of its own. Say which: --part {next(name for name in sorted(parts, reverse=True))}."
         )
     part = hints.part or next(iter(parts))
@@ -149,7 +147,7 @@ def _choose(form: Form, hints: Hints, label: str) -> tuple[list[Entry], list[str
 
 
 def _listed(parts: Mapping[str, int]) -> str:
-    return ", ".join(f"{printable(name) or 'no name'} ({count} modules)" for name, count in sorted(parts.items()))
+    return ", ".join(f"{name or 'no name'} ({count} modules)" for name, count in sorted(parts.items()))
 
 
 def _no_part(form: Form, part: str, parts: Counter[str], label: str) -> str:
@@ -158,7 +156,7 @@ def _no_part(form: Form, part: str, parts: Counter[str], label: str) -> str:
     if form.name == "PEFT":  # what the names of the modules begin with can be named as a part
         known = Counter(entry.module.partition(".")[0] for entry in form.entries)
     has = f"It has {_listed(known)}. Name one of them with --part" if known else "It has no parts. Leave --part out"
-    return f"adapter '{label}': {printable(form.path.name)} has no part '{printable(part)}'. {has}."
+    return f"adapter '{label}': {form.path.name} has no part {part!r}. {has}."
 
 
 def _base(hints: Hints) -> BaseModel | None:
@@ -174,7 +172,7 @@ def _module_names(hints: Hints, base: BaseModel | None) -> list[str] | None:
     try:
         lines = hints.modules.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--modules '{printable(str(hints.modules))}' cannot be read: {error}.") from None
+        raise RecipeError(f"--modules {str(hints.modules)!r} cannot be read: {error}.") from None
     return sorted({line.strip() for line in lines if line.strip()})
 
 
@@ -188,7 +186,7 @@ def _resolve(
         return own, []
     if known is None:
         raise AdapterError(
-            f"adapter '{label}': kohya's names have underscores for dots ('{printable(own[0])}'), so the names "
+            f"adapter '{label}': kohya's names have underscores for dots ({own[0]!r}), so the names "
             "of the base's modules are needed to tell them apart. Name the base's weights with --base (for a pipeline, "
             f"those of its part, such as unet/{PIPELINE}), or a text file of the names with --modules."
         )
@@ -200,7 +198,7 @@ def _resolve(
     if twofold:
         module, names = next(iter(twofold.items()))
         raise AdapterError(
-            f"adapter '{label}': '{printable(module)}' may be any of {printable(', '.join(names))} ({len(twofold)} such "
+            f"adapter '{label}': {module!r} may be any of {', '.join(names)} ({len(twofold)} such "
             "name(s)). List the right ones alone with --modules."
         )
     found = [min(table[name]) for name in own]
@@ -227,14 +225,14 @@ def _flat(form: Form, name: str) -> str:
 def _unfit(label: str, missing: Sequence[str], count: int, known: Sequence[str]) -> str:
     return (
         f"adapter '{label}': {len(missing)} of its {count} modules are none of the base's, such as "
-        f"'{printable(missing[0])}'; the base has {len(known)}, such as '{printable(known[0]) if known else 'none'}'. "
+        f"{missing[0]!r}; the base has {len(known)}, such as '{known[0] if known else 'none'}'. "
         "Is it the base, and the part of it, that the adapter was trained on, with its modules named as there?"
     )
 
 
 def _read(form: Form, entry: Entry, label: str) -> tuple[Tensor, Tensor, float | None]:
     """(A, B, alpha or None) of one module."""
-    where = f"adapter '{label}', module '{printable(entry.module)}'"
+    where = f"adapter '{label}', module {entry.module!r}"
     for side, word in (("A", "down (lora_A)"), ("B", "up (lora_B)")):
         if side not in entry.keys:
             raise AdapterError(f"{where}: there is no {word} tensor. The file is not whole: get it again.")
@@ -261,7 +259,7 @@ def _alpha(form: Form, entry: Entry, where: str) -> float | None:
     tensor = form.tensors.read(entry.keys["alpha"])
     value = float(tensor.item()) if tensor.numel() == 1 else math.nan
     if not math.isfinite(value):
-        raise AdapterError(f"{where}: alpha is {printable(str(tensor.tolist()))}; expected one finite number.")
+        raise AdapterError(f"{where}: alpha is {tensor.tolist()}; expected one finite number.")
     return value
 
 
@@ -280,7 +278,7 @@ def _fit(A: Tensor, B: Tensor, name: str, base: BaseModel | None, label: str) ->
         A, B = A.reshape(*A.shape[:2], *ones), B.reshape(*B.shape[:2], *ones)
     if (B.shape[0], *A.shape[1:]) != shape:
         raise AdapterError(
-            f"adapter '{label}', module '{printable(name)}': it changes a weight of {[B.shape[0], *A.shape[1:]]}, the "
+            f"adapter '{label}', module {name!r}: it changes a weight of {[B.shape[0], *A.shape[1:]]}, the "
             f"base's is {list(shape)}. Is it the base that the adapter was trained on?"
         )
     return A, B
@@ -341,14 +339,14 @@ def _mlx_scale(config: Mapping[str, Any], label: str) -> float:
     given = config.get("lora_parameters")
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
-        raise AdapterError(f"adapter '{label}': fine_tune_type is {printable(repr(kind))}; only lora can be converted.")
+        raise AdapterError(f"adapter '{label}': fine_tune_type is {kind!r}; only lora can be converted.")
     try:
         scale = float(given["scale"])  # type: ignore[index]
         if "alpha" in given:  # type: ignore[operator]
             scale *= float(given["alpha"]) / float(given["rank"])  # type: ignore[index]
     except (TypeError, KeyError, ValueError, ZeroDivisionError):
         raise AdapterError(
-            f"adapter '{label}': {sources.CONFIG} gives no scale (lora_parameters is {printable(repr(given))}). Say "
+            f"adapter '{label}': {sources.CONFIG} gives no scale (lora_parameters is {given!r}). Say "
             "lora_alpha = scale × rank: --alpha NUMBER."
         ) from None
     if not math.isfinite(scale):

@@ -6,7 +6,7 @@ import functools
 import importlib
 import pkgutil
 
-from ...errors import AdapterError, printable
+from ...errors import AdapterError
 from .base import Kind, Module, Written
 
 __all__ = ["Kind", "Module", "Written", "kind_of", "kinds", "written_as"]
@@ -52,10 +52,10 @@ def kind_of(peft_type: object, label: str) -> Kind:
     """
     if not isinstance(peft_type, str) or not peft_type:
         raise AdapterError(
-            f"adapter '{label}': peft_type is {printable(repr(peft_type))} in adapter_config.json; "
+            f"adapter '{label}': peft_type is {peft_type!r} in adapter_config.json; "
             f"expected one of {', '.join(kinds())}. Is this a PEFT adapter?"
         )
     if peft_type.upper() not in kinds():
         why = WITHOUT_DELTA.get(peft_type.upper(), f"which is none that ties_peft merges ({', '.join(kinds())})")
-        raise AdapterError(f"adapter '{label}' is of PEFT type '{printable(peft_type)}', {why}. Leave it out.")
+        raise AdapterError(f"adapter '{label}' is of PEFT type {peft_type!r}, {why}. Leave it out.")
     return kinds()[peft_type.upper()]

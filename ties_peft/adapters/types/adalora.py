@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import AdapterError, printable
+from ...errors import AdapterError
 from ...task_vectors.delta import LowRank
 from ..base_model import BaseModel
 from ..tensors import TensorSource
@@ -39,7 +39,7 @@ class AdaLora(Kind):
 def _module(
     name: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str, base: BaseModel | None
 ) -> Module:
-    where = f"adapter '{label}', module '{printable(name)}'"
+    where = f"adapter '{label}', module {name!r}"
     shapes = {end: tensors.info(key).shape for end, key in parts.items()}
     rank = shapes[A][0] if len(shapes.get(A, ())) == 2 else 0
     if len(parts) < 3 or len(shapes[B]) != 2 or shapes[B][1] != rank or shapes[E] != (rank, 1) or len(shapes[A]) != 2:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import AdapterError, printable
+from ...errors import AdapterError
 from ...task_vectors.delta import Delta
 from ..base_model import BaseModel
 from ..name_patterns import matches_end, matches_whole
@@ -144,7 +144,7 @@ def module_of(key: str, suffix: str, label: str) -> str:
     """The module's path in a tensor's name that ends in `suffix`."""
     if not key.startswith(PREFIX):
         raise AdapterError(
-            f"adapter '{label}': tensor '{printable(key)}' does not start with '{PREFIX}', as PEFT's do. "
+            f"adapter '{label}': tensor {key!r} does not start with '{PREFIX}', as PEFT's do. "
             "Save the adapter with PEFT, or rename its tensors."
         )
     return key[len(PREFIX) : -len(suffix)].removesuffix(".")
@@ -165,7 +165,7 @@ def refuse_settings(config: Config, refused: Mapping[str, str], label: str) -> N
     found = [f"{what} ({key}={config[key]!r})" for key, what in refused.items() if config.get(key) not in _OFF]
     if found:
         raise AdapterError(
-            f"adapter '{label}' uses {printable('; '.join(found))}, which ties_peft cannot merge yet, "
+            f"adapter '{label}' uses {'; '.join(found)}, which ties_peft cannot merge yet, "
             "and leaving it out would change what the adapter does. Train or convert it without, or leave it out."
         )
 
@@ -190,8 +190,8 @@ def number(config: Config, key: str, patterns: str, name: str, default: float, w
         value = float(first_match(config.get(patterns), name, config.get(key, default)))
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(
-            f"{where}: its lora scaling cannot be read from {key}={printable(repr(config.get(key)))}, "
-            f"{patterns}={printable(repr(config.get(patterns)))} ({error}). Mend adapter_config.json."
+            f"{where}: its lora scaling cannot be read from {key}={config.get(key)!r}, "
+            f"{patterns}={config.get(patterns)!r} ({error}). Mend adapter_config.json."
         ) from None
     if not math.isfinite(value):
         raise AdapterError(f"{where}: {key} is {config.get(key)!r}; expected a finite number.")
@@ -282,11 +282,11 @@ def base_weight(base: BaseModel | None, name: str, what: str) -> Tensor:
     Raises: AdapterError where there is none, or it is quantised.
     """
     if base is None:
-        raise AdapterError(f"{what} needs the base model's '{printable(name)}'. {NEEDS_BASE}")
+        raise AdapterError(f"{what} needs the base model's {name!r}. {NEEDS_BASE}")
     weight = base.need(name, what)
     if not weight.is_floating_point():
         raise AdapterError(
-            f"base model '{base.label}': '{printable(name)}' is quantised ({weight.dtype}), and {what} needs its "
+            f"base model '{base.label}': {name!r} is quantised ({weight.dtype}), and {what} needs its "
             "values. Name the unquantised base."
         )
     return weight.double()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import AdapterError, printable
+from ...errors import AdapterError, one_line
 from ...task_vectors.delta import Dense
 from ..base_model import BaseModel
 from ..tensors import TensorSource
@@ -104,7 +104,7 @@ class Computed(Kind):
                 own_rank=False,
                 needs=(f"{name}.weight",),
                 conv1d=conv1d,
-                extra=Recomputed(config, (largest[0], largest[1]), f"adapter '{label}', module '{printable(name)}'"),
+                extra=Recomputed(config, (largest[0], largest[1]), f"adapter '{label}', module {name!r}"),
             )
             for name, (shape, kernel, conv1d) in shapes.items()
         }
@@ -112,7 +112,7 @@ class Computed(Kind):
     def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Dense:
         """W′ − W, (out, in), computed in float64."""
         known: Recomputed = module.extra
-        weight = base_weight(base, module.needs[0], f"{self.title} on module '{printable(module.name)}'")
+        weight = base_weight(base, module.needs[0], f"{self.title} on module {module.name!r}")
         state = {key: tensors.read(key) for key in module.keys}
         try:
             with ONE_AT_A_TIME, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -124,7 +124,7 @@ class Computed(Kind):
         except Exception as error:  # PEFT's own, of any type
             raise AdapterError(
                 f"{known.where}: PEFT cannot make its task vector ({type(error).__name__}: "
-                f"{printable(str(error), 300)}). Does the adapter load in PEFT on this base?"
+                f"{one_line(error)}). Does the adapter load in PEFT on this base?"
             ) from error
         if module.conv1d:
             change = change.T
@@ -138,10 +138,10 @@ def _shape(
     known = base_shape(base, name)
     if known is None or len(known) not in (2, 3, 4):
         raise AdapterError(
-            f"adapter '{label}', module '{printable(name)}': the base has no weight of that name that is a matrix or a "
+            f"adapter '{label}', module {name!r}: the base has no weight of that name that is a matrix or a "
             f"convolution (found {known and list(known)}). Is it the base that the adapter was trained on, unquantised?"
         )
-    conv1d = len(known) == 2 and find_conv1d(config, base, name, f"adapter '{label}', module '{printable(name)}'")
+    conv1d = len(known) == 2 and find_conv1d(config, base, name, f"adapter '{label}', module {name!r}")
     return (known[conv1d], known[not conv1d]), known[2:], conv1d
 
 
@@ -163,7 +163,7 @@ def _merged(peft_type: str, module: Module, weight: Tensor, known: Recomputed, s
     outcome: Any = peft.set_peft_model_state_dict(model, dict(state))
     if outcome.unexpected_keys:
         raise AdapterError(
-            f"{known.where}: PEFT has no place for tensor '{printable(outcome.unexpected_keys[0])}' in a layer of the "
+            f"{known.where}: PEFT has no place for tensor {outcome.unexpected_keys[0]!r} in a layer of the "
             "base's shape. Is it the base that the adapter was trained on? Embeddings of this type are not served."
         )
     model.double().eval()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import AdapterError, printable
+from ...errors import AdapterError
 from ...task_vectors.delta import Delta, Dense
 from ..base_model import BaseModel
 from ..name_patterns import matches_whole
@@ -64,7 +64,7 @@ class IA3(Written):
 
 def _module(name: str, key: str, config: Config, tensors: TensorSource, label: str) -> Module:
     shape = tensors.info(key).shape
-    where = f"adapter '{label}', module '{printable(name)}'"
+    where = f"adapter '{label}', module {name!r}"
     wide = len(shape) > 2 and shape[0] == 1 and set(shape[2:]) == {1}
     if not (wide or len(shape) == 2) or 1 not in shape or 0 in shape:
         raise AdapterError(

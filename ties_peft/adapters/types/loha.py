@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...errors import AdapterError, printable
+from ...errors import AdapterError
 from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
 from ..tensors import TensorSource
@@ -48,7 +48,7 @@ class LoHa(Kind):
 def _module(
     name: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str, base: BaseModel | None
 ) -> Module:
-    where = f"adapter '{label}', module '{printable(name)}'"
+    where = f"adapter '{label}', module {name!r}"
     shapes = {end: tensors.info(key).shape for end, key in parts.items()}
     core = shapes.get(CORES[0], ())
     size = _sizes(shapes)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...errors import AdapterError, printable
+from ...errors import AdapterError
 from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
 from ..tensors import TensorSource
@@ -47,7 +47,7 @@ class LoKr(Kind):
 def _module(
     name: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str, base: BaseModel | None
 ) -> Module:
-    where = f"adapter '{label}', module '{printable(name)}'"
+    where = f"adapter '{label}', module {name!r}"
     shapes = {end: tensors.info(key).shape for end, key in parts.items()}
     first, second = _size(shapes, W1), _size(shapes, W2)
     if first is None or second is None or len(first[0]) != 2 or 0 in first[0] + second[0]:

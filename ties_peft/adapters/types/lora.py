@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import AdapterError, printable
+from ...errors import AdapterError
 from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
 from ..tensors import TensorSource
@@ -157,7 +157,7 @@ class Lora(Written):
         others = [m for m in modules if m.form in (EMBEDDING, EXPERT) or m.path.endswith(OUT_PROJ)]
         if biased and others:
             return (
-                f"some have a bias on lora_B, some adapt '{printable(others[0].name)}', and PEFT has no adapter with "
+                f"some have a bias on lora_B, some adapt {others[0].name!r}, and PEFT has no adapter with "
                 "both. Leave one of them out"
             )
         return None
@@ -177,7 +177,7 @@ class _Layer:
     ) -> None:
         self.path, self.parts, self.config, self.tensors, self.label = path, parts, config, tensors, label
         self.base = base
-        self.where = f"adapter '{label}', module '{printable(path)}'"
+        self.where = f"adapter '{label}', module {path!r}"
 
     def modules(self, layers: dict[str, dict[str, str]]) -> Iterator[Module]:
         """Its task vectors."""
@@ -262,7 +262,7 @@ class _Layer:
         listed = self.config["target_parameters"]
         if not isinstance(listed, list) or not all(isinstance(target, str) for target in listed):
             raise AdapterError(
-                f"{self.label}: target_parameters is {printable(repr(listed))}; expected a list of parameters' names. "
+                f"{self.label}: target_parameters is {listed!r}; expected a list of parameters' names. "
                 "Mend adapter_config.json."
             )
         fitting = [t for t in listed if f"{layer}.{t.rpartition('.')[2]}".endswith(t)]
@@ -273,7 +273,7 @@ class _Layer:
         if len(names) != nest or (nest > 1 and not set(names) <= set(ORDER)):
             raise AdapterError(
                 f"{self.where}: {nest} adapted parameters lie in this layer, and target_parameters "
-                f"{printable(repr(listed))} do not tell which is which (known are {', '.join(ORDER)}). Leave it out."
+                f"{listed!r} do not tell which is which (known are {', '.join(ORDER)}). Leave it out."
             )
         return names
 
@@ -324,12 +324,12 @@ def _float32(tensor: Tensor, factor: float) -> Tensor:
 
 def _dora(delta: LowRank, magnitude: Tensor, module: Module, base: BaseModel | None) -> Dense:
     """m∘V/‖V‖ − W with V = W + s·B·A, rows of unit length times m; in float64."""
-    weight = base_weight(base, module.needs[0], f"DoRA on module '{printable(module.name)}'").flatten(1)
+    weight = base_weight(base, module.needs[0], f"DoRA on module {module.name!r}").flatten(1)
     if module.form == EMBEDDING or module.conv1d:
         weight = weight.T
     if tuple(weight.shape) != module.shape:
         raise AdapterError(
-            f"module '{printable(module.name)}': the base's weight is {list(weight.shape)}, the adapter's task vector "
+            f"module {module.name!r}: the base's weight is {list(weight.shape)}, the adapter's task vector "
             f"{list(module.shape)}. Is it the base that the adapter was trained on?"
         )
     moved = weight + delta.B.double() @ delta.A.double()
@@ -367,7 +367,7 @@ def _refuse_changed_base(config: Config, label: str) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise AdapterError(
-            f"adapter '{label}' was initialised with '{printable(start)}', which changes the base's weights, so its "
+            f"adapter '{label}' was initialised with {start!r}, which changes the base's weights, so its "
             "tensors are not a delta to the plain base. Convert it with PEFT first: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )

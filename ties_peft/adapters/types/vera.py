@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...errors import AdapterError, printable
+from ...errors import AdapterError
 from ...task_vectors.delta import LowRank
 from ..base_model import BaseModel
 from ..tensors import TensorSource
@@ -63,7 +63,7 @@ class Vera(Kind):
         key = config.get("projection_prng_key", 0)
         if not saved and (not isinstance(key, int) or isinstance(key, bool)):
             raise AdapterError(
-                f"adapter '{label}': its projections were not saved, and projection_prng_key is {printable(repr(key))}; "
+                f"adapter '{label}': its projections were not saved, and projection_prng_key is {key!r}; "
                 "expected a whole number. Mend adapter_config.json."
             )
         if saved:
@@ -77,7 +77,7 @@ class Vera(Kind):
 
 def _shape(name: str, parts: dict[str, str], tensors: TensorSource, label: str, base: BaseModel) -> tuple[int, int]:
     """(out, in) of a layer: out as the diagonal says, in as the base's weight does."""
-    where = f"adapter '{label}', module '{printable(name)}'"
+    where = f"adapter '{label}', module {name!r}"
     if len(parts) < 2:
         raise AdapterError(f"{where}: there is {next(iter(parts))} alone. Save the adapter again, whole.")
     out = tensors.info(parts[B_DIAGONAL]).shape[0]

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ...adapters.values import is_number
-from ...errors import RecipeError, printable
+from ...errors import RecipeError
 from ...methods import find_method, method_classes
 from .schedule import Schedule
 from .yaml_document import Document, Location
@@ -208,7 +208,7 @@ class _Conversion:
         """One of the models, as a table with a text in it."""
         entry = {"model": value} if isinstance(value, str) else value
         if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
-            self.refuse(("adapters", place), f"expected `model:` with a path or Hub id, found {printable(repr(value))}")
+            self.refuse(("adapters", place), f"expected `model:` with a path or Hub id, found {value!r}")
         self.table(("adapters", place, "parameters"), entry)
         return entry
 
@@ -217,7 +217,7 @@ class _Conversion:
         if holder.get("parameters") is None:
             holder["parameters"] = {}
         if not isinstance(holder["parameters"], dict):
-            self.refuse(path, f"expected keys with values, found {printable(repr(holder['parameters']))}")
+            self.refuse(path, f"expected keys with values, found {holder['parameters']!r}")
         found: dict[str, Any] = holder["parameters"]
         return found
 
@@ -240,7 +240,7 @@ class _Conversion:
         if self.name == "slerp":
             del self.top["base_model"]
         elif "+" in given:
-            self.refuse(("base_model",), f"'{printable(given)}' holds an adapter, and a merge starts from a plain base")
+            self.refuse(("base_model",), f"{given!r} holds an adapter, and a merge starts from a plain base")
         else:
             self.top["base_model"] = given.partition("@")[0]
         return given
@@ -264,7 +264,7 @@ class _Conversion:
         if not self.rule.skips_base:
             self.refuse(
                 ("adapters", place),
-                f"'{printable(name)}' is the base model, which counts in mergekit's '{self.name}' and is no adapter. "
+                f"{name!r} is the base model, which counts in mergekit's '{self.name}' and is no adapter. "
                 "Leave it out, and lower the scale instead",
             )
         self.document.drop("adapters", place)
@@ -384,7 +384,7 @@ class _Conversion:
         found = [((*path, key), table.pop(key)) for path, table in self.tables if key in table]
         for path, value in found:
             if not holds(value):
-                self.refuse(path, f"{key} is {printable(repr(value))}; expected {expected} for all adapters")
+                self.refuse(path, f"{key} is {value!r}; expected {expected} for all adapters")
             if value != found[0][1]:
                 self.refuse(path, f"{key} differs between adapters; here it is one for all")
         return found[0][1] if found else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import RecipeError, printable
+from ...errors import RecipeError
 from .recipe import NORM, Rank, Recipe
 from .scale import EXPECTED, is_scale
 from .settings import parameter_names, recipe_parameters
@@ -89,7 +89,7 @@ class Flags:
         for setting in self.settings or []:
             key, equals, value = setting.partition("=")
             if not equals or not key:
-                raise RecipeError(f"--set is '{printable(setting)}'; expected NAME=VALUE, such as --set elect=count.")
+                raise RecipeError(f"--set is {setting!r}; expected NAME=VALUE, such as --set elect=count.")
             found[key] = parse(value)
         return recipe_parameters(found, read_numbers("--densities", self.densities))
 
@@ -128,7 +128,7 @@ def read_numbers(flag: str, text: str | None, otherwise: str = "") -> tuple[floa
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise RecipeError(
-            f"{flag} is '{printable(text)}'; expected numbers with commas between, such as 1,0.5,1{otherwise}."
+            f"{flag} is {text!r}; expected numbers with commas between, such as 1,0.5,1{otherwise}."
         ) from None
 
 
@@ -139,7 +139,7 @@ def _density(text: str | None) -> float | list[float] | None:
     try:
         first, *others = [float(part) for part in text.split(",")]
     except ValueError:
-        raise RecipeError(f"--density is '{printable(text)}'; expected a number in (0, 1], such as 0.2.") from None
+        raise RecipeError(f"--density is {text!r}; expected a number in (0, 1], such as 0.2.") from None
     return [first, *others] if others else first
 
 
@@ -150,7 +150,7 @@ def read_scale(text: str | None) -> float | str | None:
     try:
         return float(text)
     except ValueError:
-        raise RecipeError(f"--scale is '{printable(text)}'; expected {EXPECTED}.") from None
+        raise RecipeError(f"--scale is {text!r}; expected {EXPECTED}.") from None
 
 
 def read_rank(text: str | None) -> Rank | None:
@@ -160,4 +160,4 @@ def read_rank(text: str | None) -> Rank | None:
     try:
         return int(text)
     except ValueError:
-        raise RecipeError(f"--rank is '{printable(text)}'; expected a whole number, max or auto.") from None
+        raise RecipeError(f"--rank is {text!r}; expected a whole number, max or auto.") from None

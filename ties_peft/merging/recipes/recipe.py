@@ -32,7 +32,7 @@ from ...adapters.extra_tensors import is_policy
 from ...adapters.sources import expand_all
 from ...adapters.targets import TARGETS
 from ...choices import DTYPES, ERROR, METHOD, POLICIES, RANK, SEED, SPACE
-from ...errors import MethodError, RecipeError, TiesPeftError, printable, unknown
+from ...errors import MethodError, RecipeError, TiesPeftError, unknown
 from ...spaces import find_space
 from . import mergekit
 from .scale import EXPECTED as EXPECTED_SCALE
@@ -362,7 +362,7 @@ def yaml_value(value: Any) -> Any:
 
 
 def _seen(value: Any) -> str:
-    return printable(repr(value))
+    return repr(value)
 
 
 def _is_rank(value: Any) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...adapters.values import is_number
-from ...errors import RecipeError, printable
+from ...errors import RecipeError
 
 EXPECTED = "a finite number, or a formula in N, the number of adapters: 1/N, 1/sqrt(N), N^-1/4 or 0.7*N^-1/4"
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -48,7 +48,7 @@ class Scale:
             return cls(float(value))
         found = _parse(value) if isinstance(value, str) else None
         if found is None:
-            raise RecipeError(f"{what} is {printable(repr(value))}; expected {EXPECTED}.")
+            raise RecipeError(f"{what} is {value!r}; expected {EXPECTED}.")
         return found
 
     def at(self, adapters: int) -> float:
@@ -65,7 +65,7 @@ class Scale:
             value = math.inf
         if not math.isfinite(value):
             raise RecipeError(
-                f"the scale {printable(repr(self.formula))} is beyond every number for {adapters} adapters. Lower its exponent."
+                f"the scale {self.formula!r} is beyond every number for {adapters} adapters. Lower its exponent."
             )
         return value
 

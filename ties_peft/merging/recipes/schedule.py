@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ...adapters.values import is_number
-from ...errors import RecipeError, printable
+from ...errors import RecipeError
 
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 EVERYWHERE = (None, "*")
@@ -51,7 +51,7 @@ class Schedule:
             value = [value]
         if not _is_value(value) and not _is_conditions(value):
             raise RecipeError(
-                f"{what} is {printable(repr(value))}; expected a finite number, {{{OVER_LAYERS}: [1.0, 0.5]}} for a gradient "
+                f"{what} is {value!r}; expected a finite number, {{{OVER_LAYERS}: [1.0, 0.5]}} for a gradient "
                 "over the layers, or a list of {filter: PART_OF_NAME, value: …} whose last may lack the filter."
             )
         return cls(value)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...adapters.aliases import PARAMETERS
-from ...errors import MethodError, RecipeError, printable, share_hint, unknown
+from ...errors import MethodError, RecipeError, share_hint, unknown
 from ...methods import Method, Stages, find_method, make_stages, method_classes
 from ...spaces import Space, find_space, make_space, spaces
 from .schedule import OVER_LAYERS, Schedule, is_gradient, plain_schedule, to_plain
@@ -82,8 +82,8 @@ def recipe_parameters(parameters: Mapping[str, Any], densities: Sequence[Any] | 
                 raise RecipeError(_two_meanings(key, value))
             if densities and None not in densities:
                 raise RecipeError(
-                    f"{key} is {printable(repr(value))}, but every adapter has a density of its own: "
-                    f"{printable(repr(to_plain(densities)))}. Leave one of the two out."
+                    f"{key} is {value!r}, but every adapter has a density of its own: "
+                    f"{to_plain(densities)!r}. Leave one of the two out."
                 )
             value = plain_schedule(value)
         asked[key] = value
@@ -91,8 +91,8 @@ def recipe_parameters(parameters: Mapping[str, Any], densities: Sequence[Any] | 
 
 
 def _two_meanings(key: str, points: Sequence[Any]) -> str:
-    text = printable(repr(points))
-    flag = printable(",".join(map(str, points)))
+    text = repr(points)
+    flag = ",".join(map(str, points))
     return (
         f"{key} is {text}, which can mean one density per adapter or a gradient over the layers. For one per adapter write "
         f"densities={text} (--densities {flag}); for a gradient over the layers write {key}={{'{OVER_LAYERS}': {text}}} "
@@ -169,9 +169,7 @@ def _check_owner(method: str, stages: Stages, key: str) -> None:
 def _check_signs(method: Method) -> None:
     given = getattr(method, "sign_from", None)
     if given is not None and not isinstance(given, (str, Path)) and not hasattr(given, "layout"):
-        raise MethodError(
-            f"sign_from is {printable(repr(given))}; expected an adapter's path, its Hub id or an Adapter."
-        )
+        raise MethodError(f"sign_from is {given!r}; expected an adapter's path, its Hub id or an Adapter.")
 
 
 def _densities(

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ...errors import RecipeError, printable
+from ...errors import RecipeError, one_line
 
 MAX_NODES = 100_000  # more than any recipe has; a few lines of aliases to aliases make billions
 Location = tuple[Any, ...]  # the keys and numbers that lead to a value
@@ -58,10 +58,10 @@ class Document:
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
-            problem = printable(str(getattr(error, "problem", None) or error))
+            problem = str(getattr(error, "problem", None) or error)
             raise RecipeError(f"{where}{line}: not YAML ({problem}).") from None
         except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{where}: not YAML that can be read ({printable(str(error))}).") from None
+            raise RecipeError(f"{where}: not YAML that can be read ({one_line(error)}).") from None
 
     def at(self, path: Location) -> str:
         """Where a key, or what holds it, stands."""
@@ -88,9 +88,7 @@ class Document:
                 name = key.value if isinstance(key, yaml.ScalarNode) else None
                 line = key.start_mark.line + 1
                 if name in seen and name is not None:
-                    raise RecipeError(
-                        f"{self.where}, line {line}: '{printable(name)}' stands there twice. Keep one of them."
-                    )
+                    raise RecipeError(f"{self.where}, line {line}: {name!r} stands there twice. Keep one of them.")
                 seen.add(name)
                 self._lines.pop((*path, name), None)  # that of a synonym
                 self._note((*path, name), line, value)
