@@ -143,7 +143,7 @@ def with_deltas(base: Any, merged: ties_peft.Adapter) -> Any:
     with torch.no_grad():
         for name in merged.modules:
             layer, delta = model.get_submodule(name), merged.delta(name)
-            if merged.kind.name == "lora":
+            if merged.peft_type.name == "lora":
                 layer.weight += delta
             elif merged.module(name).on_input:
                 layer.weight *= 1 + delta  # each column

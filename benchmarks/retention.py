@@ -106,7 +106,7 @@ def train(kind: str, task: str, data: Path, folder: Path) -> None:
     import train as samples
     from peft import get_peft_model, get_peft_model_state_dict
 
-    from ties_peft.adapters.adapter import in_memory
+    from ties_peft.adapters.adapter import Adapter
 
     goals = [Source(kind, task, TRAINED, ratio) for ratio in sorted(RATIOS, reverse=True)]
     if all((folder / f"{kind}-{task}-{goal.ratio}").exists() for goal in goals):
@@ -119,7 +119,7 @@ def train(kind: str, task: str, data: Path, folder: Path) -> None:
     model = get_peft_model(base, job.config())
     with torch.enable_grad():
         for number, _ in enumerate(samples.steps(job, model, tokenizer, heads, data), 1):
-            now = in_memory(model.peft_config["default"].to_dict(), get_peft_model_state_dict(model))
+            now = Adapter.from_tensors(model.peft_config["default"].to_dict(), get_peft_model_state_dict(model))
             while goals and now.norm() >= goals[0].goal:
                 save(now, folder / f"{kind}-{task}-{goals[0].ratio}")
                 print(f"{kind}/{task}: norm {now.norm():.2f} after {number} steps", flush=True)

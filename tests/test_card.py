@@ -12,11 +12,10 @@ import pytest
 import torch
 import yaml
 from cli.running import run
-from kinds.models import TOKENS, llama
+from peft_types.models import TOKENS, llama
 
 import ties_peft
 from ties_peft import Adapter
-from ties_peft.adapters.adapter import in_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 Make = Callable[..., Path]
@@ -91,7 +90,7 @@ def test_adapters_of_the_hub_are_links(make_lora: Make) -> None:
     }
     adapters = [from_hub(make_lora, str(seed), source, seed=seed) for seed, source in enumerate(sources)]
     merged = ties_peft.merge(
-        [*adapters, make_lora("mine", seed=9), in_memory(adapters[0].config, _tensors(adapters[0]))]
+        [*adapters, make_lora("mine", seed=9), Adapter.from_tensors(adapters[0].config, _tensors(adapters[0]))]
     )
     card = card_of(merged)
     assert re.findall(r"\n\| \[[^]]+\]\(([^)]+)\) \|", card) == list(sources.values())

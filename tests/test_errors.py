@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ties_peft
 from ties_peft import Recipe, TiesPeftError
-from ties_peft.adapters.types import kinds
+from ties_peft.adapters.types import peft_types
 from ties_peft.errors import printable, unknown
 
 Make = Callable[..., Path]
@@ -77,7 +77,7 @@ def test_no_peft_type(make_lora: Make) -> None:
     make_lora("a", peft_type=None)
     assert of_load("a") == (
         "adapter 'a': peft_type is None in adapter_config.json; expected one of "
-        f"{', '.join(kinds())}. Is this a PEFT adapter?"
+        f"{', '.join(peft_types())}. Is this a PEFT adapter?"
     )
 
 

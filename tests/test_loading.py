@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers as hf
 from cli.running import run
-from kinds.models import TOKENS, WIDTHS, bert, clip, gpt2, llama, t5, vit, whisper
+from peft_types.models import TOKENS, WIDTHS, bert, clip, gpt2, llama, t5, vit, whisper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

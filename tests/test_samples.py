@@ -44,8 +44,8 @@ def test_every_tensor_belongs_to_a_module(name: str) -> None:
     adapter.check()
     keys = [key for module in adapter.modules for key in adapter.module(module).keys]
     assert sorted(keys) == sorted(adapter.tensors.names)
-    assert len(adapter.modules) == MODULES[adapter.kind.name]
-    assert adapter.base == "sentence-transformers/all-MiniLM-L6-v2"
+    assert len(adapter.modules) == MODULES[adapter.peft_type.name]
+    assert adapter.base_name == "sentence-transformers/all-MiniLM-L6-v2"
     assert adapter.dtype == torch.float16
     assert adapter.norm() > 1
 

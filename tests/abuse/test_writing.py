@@ -86,7 +86,7 @@ def test_a_kill_before_the_end_leaves_no_output(results: tuple[Merged, Merged], 
     out = tmp_path / "place" / "out"
 
     def write_and_die() -> None:
-        writer._swap = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        writer._move_into_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
         results[0].save(out)
 
     _, status = os.waitpid(forked(write_and_die), 0)

@@ -197,7 +197,7 @@ def test_flags_reach_the_merge(pair: tuple[str, str]) -> None:
     )
     found = ties_peft.Adapter.load("out")
     assert found.dtype == torch.bfloat16
-    assert found.base == "me/base"
+    assert found.base_name == "me/base"
     assert found.digest == expected.digest
 
 

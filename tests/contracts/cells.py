@@ -16,9 +16,8 @@ from torch import Tensor
 
 import ties_peft
 from ties_peft import Adapter, Merged
-from ties_peft.adapters.adapter import in_memory
 from ties_peft.adapters.statistics import Statistics
-from ties_peft.adapters.types import kinds
+from ties_peft.adapters.types import peft_types
 from ties_peft.methods import Method, method_classes
 from ties_peft.spaces import spaces
 
@@ -74,7 +73,7 @@ def plain(cell: Cell) -> Merged:
 
 
 def kind_named(name: str) -> Any:
-    return next(kind for kind in kinds().values() if kind.name == name)
+    return next(kind for kind in peft_types().values() if kind.name == name)
 
 
 # -- samples
@@ -88,7 +87,7 @@ def lora(seed: int, rank: int, gain: float, modules: Sequence[str]) -> Adapter:
     for name, (rows, columns) in shapes.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(rank, columns, generator=draw)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = gain * torch.randn(rows, rank, generator=draw)
-    return in_memory(lora_config(shapes, rank, 1.5 * rank), tensors)
+    return Adapter.from_tensors(lora_config(shapes, rank, 1.5 * rank), tensors)
 
 
 def ia3(seed: int, rank: int, gain: float, modules: Sequence[str]) -> Adapter:
@@ -99,7 +98,9 @@ def ia3(seed: int, rank: int, gain: float, modules: Sequence[str]) -> Adapter:
         vector = 1 + gain * (2 * torch.rand(LENGTHS[name], generator=draw) - 1)
         tensors[f"{PREFIX}{name}.ia3_l"] = vector.reshape((1, -1) if name.endswith("down") else (-1, 1))
     ahead = [name for name in modules if name.endswith("down")]
-    return in_memory({"peft_type": "IA3", "target_modules": [*modules], "feedforward_modules": ahead}, tensors)
+    return Adapter.from_tensors(
+        {"peft_type": "IA3", "target_modules": [*modules], "feedforward_modules": ahead}, tensors
+    )
 
 
 SAMPLES: Mapping[str, tuple[Callable[[int, int, float, Sequence[str]], Adapter], Mapping[str, Any]]] = {
@@ -119,7 +120,9 @@ def samples(kind: str, ranks: tuple[int, ...]) -> list[Adapter]:
 
 def with_tensors(adapter: Adapter, change: Callable[[str, Tensor], Tensor]) -> Adapter:
     """The adapter with every tensor changed."""
-    return in_memory(dict(adapter.config), {name: change(name, t).contiguous() for name, t in tensors(adapter).items()})
+    return Adapter.from_tensors(
+        dict(adapter.config), {name: change(name, t).contiguous() for name, t in tensors(adapter).items()}
+    )
 
 
 def negated(adapter: Adapter) -> Adapter:
@@ -145,7 +148,7 @@ def in_other_factors(adapter: Adapter, seed: int) -> Adapter:
         a, b = (f"{PREFIX}{module}.lora_{side}.weight" for side in "AB")
         found[a] = torch.linalg.solve(G, found[a].double()).float()
         found[b] = (found[b].double() @ G).float()
-    return in_memory(dict(adapter.config), found)
+    return Adapter.from_tensors(dict(adapter.config), found)
 
 
 def drawn_statistics(adapter: Adapter, kind: str) -> Statistics:
@@ -190,7 +193,7 @@ CELLS = [
     Cell(method, space, kind)
     for method in method_classes()
     for space in spaces()
-    for kind in sorted({kind.writes for kind in kinds().values()})
+    for kind in sorted({kind.output_name for kind in peft_types().values()})
 ]
 OFFERED = [cell for cell in CELLS if cell.offered]
 REFUSED = [cell for cell in CELLS if not cell.offered]

@@ -36,7 +36,7 @@ from contracts.cells import (
 
 import ties_peft
 from ties_peft import Adapter, MethodError, Recipe
-from ties_peft.adapters.types import kinds
+from ties_peft.adapters.types import peft_types
 from ties_peft.merging.merge import merge_recipe
 from ties_peft.methods import method_classes
 from ties_peft.spaces import spaces
@@ -69,7 +69,7 @@ def with_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_cells_are_all_there_are() -> None:
-    written = {kind.writes for kind in kinds().values()}
+    written = {kind.output_name for kind in peft_types().values()}
     assert len(CELLS) == len(ties_peft.methods()) * len(spaces()) * len(written)
     assert {cell.method for cell in OFFERED} == set(method_classes()), "a method that no cell offers"
     assert {cell.space for cell in OFFERED} == set(spaces())
@@ -113,7 +113,7 @@ def test_modules_shapes_and_numbers_are_whole(cell: Cell) -> None:
     merged = cell.plain
     shapes = {name: adapter.delta(name).shape for adapter in adapters for name in adapter.modules}
     assert {name: merged.delta(name).shape for name in merged.modules} == shapes
-    assert merged.kind.name == cell.kind
+    assert merged.peft_type.name == cell.kind
     assert finite(merged) and any(bool(merged.delta(name).any()) for name in merged.modules)
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import ties_peft
 from ties_peft import Adapter
-from ties_peft.adapters.adapter import in_memory
 from ties_peft.methods import Method, TaskVectors, method_classes, register
 from ties_peft.methods.base import Trim
 from ties_peft.methods.ties import Ties
@@ -127,7 +126,7 @@ def alone(adapter: Adapter) -> Adapter:
     """One module of it, over which both scopes rank the same entries."""
     name = adapter.modules[1]
     held = {key: tensor for key, tensor in tensors(adapter).items() if f"{name}." in key}
-    return in_memory({**adapter.config, "target_modules": [name], **_ahead(adapter, name)}, held)
+    return Adapter.from_tensors({**adapter.config, "target_modules": [name], **_ahead(adapter, name)}, held)
 
 
 def _ahead(adapter: Adapter, name: str) -> dict[str, list[str]]:

@@ -15,7 +15,6 @@ from oracles.definition import Vectors
 from torch import Tensor
 
 from ties_peft import Adapter, Merged, merge
-from ties_peft.adapters.adapter import in_memory
 
 law = settings(
     max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -43,7 +42,7 @@ def loras(draw: st.DrawFn, whole: bool = False) -> Adapter:
     shapes, rank = {name: SHAPES[name] for name in chosen}, draw(st.integers(1, 5))
     extra = draw(st.sampled_from([{}, RSLORA, PATTERNS, RSLORA | PATTERNS]))
     tensors = lora_tensors(shapes, rank, draw(seeds), rank_pattern=extra.get("rank_pattern"))
-    return in_memory(lora_config(shapes, rank, draw(st.sampled_from([0.5, 4, 12])), **extra), tensors)
+    return Adapter.from_tensors(lora_config(shapes, rank, draw(st.sampled_from([0.5, 4, 12])), **extra), tensors)
 
 
 @st.composite
@@ -59,7 +58,7 @@ def ia3(vectors: Mapping[str, Tensor]) -> Adapter:
     """An (IA)³ adapter with these task vectors; `down` is feed-forward."""
     shapes = {name: (1, -1) if name.endswith("down") else (-1, 1) for name in vectors}
     tensors = {f"{PREFIX}{name}.ia3_l": 1 + vector.reshape(shapes[name]) for name, vector in vectors.items()}
-    return in_memory({"peft_type": "IA3"}, tensors)
+    return Adapter.from_tensors({"peft_type": "IA3"}, tensors)
 
 
 @st.composite
@@ -67,7 +66,7 @@ def equal_ranks(draw: st.DrawFn) -> list[Adapter]:
     """LoRAs on all modules, of one rank and any lora scaling, no two of them the same."""
     scalings = draw(st.lists(st.tuples(st.sampled_from([-3.0, 1.0, 6.0]), st.booleans()), min_size=2, max_size=3))
     return [
-        in_memory(lora_config(SHAPES, 3, alpha, use_rslora=rslora), lora_tensors(SHAPES, 3, seed))
+        Adapter.from_tensors(lora_config(SHAPES, 3, alpha, use_rslora=rslora), lora_tensors(SHAPES, 3, seed))
         for seed, (alpha, rslora) in enumerate(scalings)
     ]
 
@@ -79,7 +78,7 @@ def integer_lora(shapes: Shapes, seed: int) -> Adapter:
         name: torch.randint(-2, 3, tensor.shape, generator=generator).float()
         for name, tensor in lora_tensors(shapes, rank=2, seed=0).items()
     }
-    return in_memory(lora_config(shapes, rank=2, alpha=2), tensors)
+    return Adapter.from_tensors(lora_config(shapes, rank=2, alpha=2), tensors)
 
 
 integer_loras = st.builds(integer_lora, st.just(INTEGER_SHAPES), seeds)
@@ -100,7 +99,7 @@ methods = ties | st.sampled_from([{"method": "average"}, {"method": "task_arithm
 
 def merged(members: list[Adapter], **asked: Any) -> Merged:
     """A merge at full rank, where the kind has one."""
-    return merge(members, **({"rank": "max"} if members[0].kind.has_rank else {}), **asked)
+    return merge(members, **({"rank": "max"} if members[0].peft_type.has_rank else {}), **asked)
 
 
 def vectors(adapter: Adapter) -> Vectors:
@@ -116,7 +115,7 @@ def tensors(adapter: Adapter, dtype: Any = None) -> dict[str, Any]:
 
 def with_tensors(adapter: Adapter, changed: Mapping[str, Tensor]) -> Adapter:
     """The adapter with some tensors in place of its own."""
-    return in_memory(dict(adapter.config), {**tensors(adapter), **changed})
+    return Adapter.from_tensors(dict(adapter.config), {**tensors(adapter), **changed})
 
 
 def zeroed(adapter: Adapter) -> Adapter:

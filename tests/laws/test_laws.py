@@ -40,7 +40,6 @@ from oracles import definition
 from oracles.definition import Vectors
 
 from ties_peft import Adapter, TiesPeftError, merge
-from ties_peft.adapters.adapter import in_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 WEIGHTS = [1.0, -2.0, 0.5]
@@ -96,7 +95,7 @@ def test_one_adapter_comes_back(adapter: Adapter, asked: Asked) -> None:
 @law
 @given(st.integers(1, 5), seeds, signed)
 def test_one_adapter_comes_back_in_space_factors_whatever_its_weight(rank: int, seed: int, weight: float) -> None:
-    adapter = in_memory(lora_config(SHAPES, rank, alpha=-3), lora_tensors(SHAPES, rank, seed))
+    adapter = Adapter.from_tensors(lora_config(SHAPES, rank, alpha=-3), lora_tensors(SHAPES, rank, seed))
     result = merged([adapter], space="factors", density=1, weights=[weight])
     assert_same(result, adapter, factor=np.sign(weight), within=1e-5)
 
@@ -187,7 +186,7 @@ def test_ties_of_adapters_that_agree_is_their_average(members: list[Adapter], we
 
 def agreeable(adapter: Adapter) -> Adapter:
     """The adapter with no negative entry in its task vector."""
-    untouched = 0 if adapter.kind.has_rank else 1
+    untouched = 0 if adapter.peft_type.has_rank else 1
     return with_tensors(adapter, {n: untouched + (t - untouched).abs() for n, t in tensors(adapter).items()})
 
 
@@ -253,7 +252,7 @@ def test_equal_magnitudes_are_trimmed_by_position_where_tiles_are_many(scope: st
 
 def test_exactly_as_many_as_asked_are_kept_where_tiles_are_many() -> None:
     shapes = {"q": (700, 660)}
-    adapter = in_memory(lora_config(shapes, 4, alpha=4), lora_tensors(shapes, 4, seed=0))
+    adapter = Adapter.from_tensors(lora_config(shapes, 4, alpha=4), lora_tensors(shapes, 4, seed=0))
     kept = merged([adapter], density=0.2).delta("q").abs()
     assert int((kept > 1e-3 * kept.max()).sum()) == 700 * 660 // 5
 
@@ -297,7 +296,9 @@ def test_the_same_bytes_each_time_and_for_any_number_of_threads(members: list[Ad
 @pytest.mark.parametrize("asked", [{}, {"method": "average"}])
 def test_the_same_bytes_for_any_number_of_threads_where_the_sides_are_large(asked: Asked) -> None:
     shapes = {"q": (700, 660)}
-    members = [in_memory(lora_config(shapes, 4, alpha=4), lora_tensors(shapes, 4, seed)) for seed in range(3)]
+    members = [
+        Adapter.from_tensors(lora_config(shapes, 4, alpha=4), lora_tensors(shapes, 4, seed)) for seed in range(3)
+    ]
     results = []
     for count in (1, 2):
         with threads(count):
@@ -308,11 +309,13 @@ def test_the_same_bytes_for_any_number_of_threads_where_the_sides_are_large(aske
 @law
 @given(st.lists(loras(), min_size=1, max_size=3), methods, st.sampled_from(["sign_from", "base", "default"]))
 def test_an_adapters_name_does_not_matter(members: list[Adapter], asked: Asked, name: str) -> None:
-    named = [in_memory(dict(members[0].config), tensors(members[0]), name), *members[1:]]
+    named = [Adapter.from_tensors(dict(members[0].config), tensors(members[0]), name), *members[1:]]
     assert_equal_bytes(merge(named, **asked), merge(members, **asked))
 
 
 def test_signs_of_another_rank_are_refused_in_space_factors() -> None:
-    member, giver = (in_memory(lora_config(SHAPES, r, alpha=4), lora_tensors(SHAPES, r, seed=r)) for r in (2, 3))
+    member, giver = (
+        Adapter.from_tensors(lora_config(SHAPES, r, alpha=4), lora_tensors(SHAPES, r, seed=r)) for r in (2, 3)
+    )
     with pytest.raises(TiesPeftError, match="rank"):
         merge([member], space="factors", density=0.5, sign_from=giver)

@@ -256,7 +256,7 @@ def test_each_teacher_is_imitated_under_its_own_head(tmp_path: Path, bases: dict
     texts = [sentences(60, seed) for seed in range(2)]
     made = ties_peft.distil(folders, rows=texts, base=bases["classifier"], steps=120)
     assert made.report.divergence[1] < made.report.divergence[0]
-    assert not made.riders
+    assert not made.extra_keys
     assert any("its own head" in warning for warning in made.report.warnings)
     out = made.save(tmp_path / "out")
     tokenizer = make_tokenizer(True)

@@ -109,8 +109,8 @@ def test_an_adapter_that_brings_its_head_is_as_in_peft(tmp_path: Path, bases: di
     signs = ties_peft.few_shot_signs([folder, folder], [task], base=bases["encoder"], steps=2)
     own = ties_peft.Adapter.load(folder)
     for made in (signs, random_adapter(own, 0), new_adapter(own, 0)):
-        assert made.riders == own.riders
-        assert all(torch.equal(made.tensors.read(name), own.tensors.read(name)) for name in own.riders)
+        assert made.extra_keys == own.extra_keys
+        assert all(torch.equal(made.tensors.read(name), own.tensors.read(name)) for name in own.extra_keys)
 
 
 def test_what_was_worn_counts_no_longer(tmp_path: Path, bases: dict[str, Path]) -> None:

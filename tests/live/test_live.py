@@ -129,7 +129,7 @@ def changed_base(base: Any, merged: ties_peft.Adapter) -> Any:
     with torch.no_grad():
         for name in merged.modules:
             layer, delta = base.get_submodule(name), merged.delta(name)
-            if merged.kind.name == "ia3":
+            if merged.peft_type.name == "ia3":
                 side = delta[None, :] if merged.layout[name].on_input else delta[:, None]
                 layer.weight.mul_(1 + side)
             else:

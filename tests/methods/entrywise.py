@@ -37,7 +37,7 @@ def read(folder: Path) -> Vectors:
 
 def merged_vectors(folders: Sequence[Path], method: str, **asked: Any) -> Vectors:
     """What ties_peft makes of them, at full rank."""
-    kind = ties_peft.Adapter.load(folders[0]).kind
+    kind = ties_peft.Adapter.load(folders[0]).peft_type
     merged = ties_peft.merge(folders, method=method, rank="max" if kind.has_rank else "auto", **asked)
     return {name: merged.delta(name).numpy().astype(np.float64) for name in merged.modules}
 

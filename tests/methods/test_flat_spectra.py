@@ -17,7 +17,6 @@ from recipes.by_hand import same_tensors
 
 import ties_peft
 from ties_peft import Adapter
-from ties_peft.adapters.adapter import in_memory
 from ties_peft.methods import method_classes
 from ties_peft.task_vectors import factorise
 from ties_peft.task_vectors.delta import LowRank
@@ -43,7 +42,7 @@ def one(seed: int, decay: float = 0.85, rank: int = RANK) -> tuple[dict[str, Any
 
 @pytest.fixture(scope="module")
 def eight() -> list[Adapter]:
-    return [in_memory(*one(seed)) for seed in range(COUNT)]
+    return [Adapter.from_tensors(*one(seed)) for seed in range(COUNT)]
 
 
 def space_of(method: str) -> str:
@@ -105,7 +104,9 @@ def test_task_vectors_whose_rank_nobody_chose_count_as_64_at_most() -> None:
     sides = {"hada_w1_a": (160, 12), "hada_w1_b": (12, 150), "hada_w2_a": (160, 12), "hada_w2_b": (12, 150)}
     config = {"peft_type": "LOHA", "r": 12, "alpha": 12, "target_modules": ["q"]}
     two = [
-        in_memory(config, {f"{PREFIX}q.{name}": torch.randn(shape, generator=draw) for name, shape in sides.items()})
+        Adapter.from_tensors(
+            config, {f"{PREFIX}q.{name}": torch.randn(shape, generator=draw) for name, shape in sides.items()}
+        )
         for _ in range(2)
     ]
     assert [adapter.layout["q"].rank for adapter in two] == [144, 144]
@@ -185,7 +186,7 @@ def test_a_rank_that_cuts_a_flat_spectrum_is_warned_of_with_the_share_that_is_lo
 
 
 def test_equal_singular_values_are_found_whatever_the_method(tmp_path: Path) -> None:
-    adapter = in_memory(*one(3, decay=1.0, rank=8))
+    adapter = Adapter.from_tensors(*one(3, decay=1.0, rank=8))
     _, cuts = warned([adapter], "average", rank=6)
     assert len(cuts) == 1
     assert cuts[0].startswith("rank 6 cuts through equal singular values") and "25.0% of the merged energy" in cuts[0]
@@ -194,7 +195,7 @@ def test_equal_singular_values_are_found_whatever_the_method(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("decay", [0.999, 0.9])
 def test_singular_values_that_are_merely_close_are_not_equal(decay: float) -> None:
-    assert warned([in_memory(*one(3, decay=decay, rank=8))], "average", rank=6)[1] == []
+    assert warned([Adapter.from_tensors(*one(3, decay=decay, rank=8))], "average", rank=6)[1] == []
 
 
 @pytest.mark.parametrize("rank", [8, 16, 28])

@@ -65,7 +65,7 @@ def read(folders: Folders) -> list[Vectors]:
 
 def merge(folders: Folders, weights: Any = None, **asked: Any) -> ties_peft.Merged:
     """At full rank, where the kind has one."""
-    rank = "max" if ties_peft.Adapter.load(folders[0]).kind.has_rank else "auto"
+    rank = "max" if ties_peft.Adapter.load(folders[0]).peft_type.has_rank else "auto"
     return ties_peft.merge(folders, weights=weights, rank=rank, **asked)
 
 

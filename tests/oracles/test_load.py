@@ -180,7 +180,7 @@ def test_every_key_of_the_file_is_loaded_and_no_other(
 def test_a_merged_adapter_computes_base_plus_merged_delta(
     family: Family, base: hf.PreTrainedModel, folders: list[Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    asked = {"rank": "max"} if ties_peft.Adapter.load(folders[0]).kind.has_rank else {}
+    asked = {"rank": "max"} if ties_peft.Adapter.load(folders[0]).peft_type.has_rank else {}
     out = ties_peft.merge(folders, weights=[1, 2], density=0.5, scale=0.8, **asked).save(tmp_path / "out")
     deltas = definition.ties([definition.read(folder) for folder in folders], [1, 2], density=0.5, scale=0.8)
     expected = logits(applied(deepcopy(base), deltas, family.feedforward), family)

@@ -13,9 +13,9 @@ import peft
 import pytest
 import torch
 from conftest import lora_config, lora_tensors, write_adapter
-from kinds.matrix import KINDS, save
-from kinds.models import ARCHITECTURES, make
 from oracles import definition
+from peft_types.matrix import KINDS, save
+from peft_types.models import ARCHITECTURES, make
 from torch import Tensor, nn
 
 import ties_peft

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import ties_peft
-from ties_peft.adapters.adapter import in_memory
+from ties_peft.adapters.adapter import Adapter
 from ties_peft.adapters.tensors import SafetensorsFile
 from ties_peft.task_vectors.delta import LowRank, Span, gram
 from ties_peft.task_vectors.factorise import _orthonormal, leading_rows
@@ -73,7 +73,7 @@ def adapter_of(delta: LowRank) -> ties_peft.Adapter:
     """A LoRA on one module, in memory."""
     names = {"B": "base_model.model.m.lora_B.weight", "A": "base_model.model.m.lora_A.weight"}
     config = {"peft_type": "LORA", "r": delta.rank, "lora_alpha": delta.rank, "target_modules": ["m"]}
-    return in_memory(config, {names["B"]: delta.B, names["A"]: delta.A})
+    return Adapter.from_tensors(config, {names["B"]: delta.B, names["A"]: delta.A})
 
 
 def ties_by_definition(dense: list[np.ndarray], weights: list[float], density: float, disjoint: str) -> np.ndarray:
@@ -182,7 +182,7 @@ def test_reading_by_offset_is_what_the_library_reads(make_lora: Callable[..., Pa
     file = SafetensorsFile(path, "a")
     for name, tensor in load_file(path).items():
         assert torch.equal(file.read(name), tensor) and file.read(name).dtype == tensor.dtype
-    file.expect(file.names)  # no more than a hint
+    file.prefetch(file.names)  # no more than a hint
 
 
 def test_a_file_cut_short_after_it_was_opened_is_damaged(make_lora: Callable[..., Path]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ties_peft.adapters.adapter import Adapter, check_all
+from ties_peft.adapters.adapter import Adapter, check_adapters
 from ties_peft.adapters.tensors import SafetensorsFile
 from ties_peft.task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 
@@ -101,7 +101,7 @@ def test_each_file_is_looked_through_by_one_process(folders: list[Path], monkeyp
     seen = {}
     for number, adapters in opened.items():
         read.clear()
-        check_all(adapters, Half(number, 2))
+        check_adapters(adapters, Half(number, 2))
         seen[number] = sorted(read)
     assert seen == {1: [str(folders[1])], 0: [str(folders[0]), str(folders[2])]}
     read.clear()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ties_peft
-from ties_peft.adapters.adapter import in_memory
+from ties_peft.adapters.adapter import Adapter
 from ties_peft.task_vectors.delta import Dense, LowRank
 from ties_peft.task_vectors.kernels import backends as fast
 from ties_peft.task_vectors.single_pass import SinglePass
@@ -60,7 +60,7 @@ def adapters(kind: str, ranks: list[int], rows: int, columns: int) -> list[ties_
             B, A = B * (number != 1), A * (torch.arange(columns) % 3 > 0)
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["m"]}
         names = [f"base_model.model.m.lora_{side}.weight" for side in "BA"]
-        made.append(in_memory(config, dict(zip(names, (B, A), strict=True))))
+        made.append(Adapter.from_tensors(config, dict(zip(names, (B, A), strict=True))))
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ties_peft import RecipeError
-from ties_peft.adapters.writer import check_apart
+from ties_peft.adapters.writer import check_outside_output
 from ties_peft.search.storage import storage_path, without_password
 from ties_peft.search.study import Study
 from ties_peft.search.tuning import Range
@@ -83,8 +83,8 @@ def test_folders_of_a_store_that_does_not_open_are_gone_again(tmp_path: Path, mo
 def test_a_store_in_the_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=r"the storage '.*out.*is, holds or lies in the output 'out'"):
-        check_apart(Path("out"), storage_path(place), "the storage")
+        check_outside_output(Path("out"), storage_path(place), "the storage")
     with pytest.raises(RecipeError, match=r"the storage 's\.db' is, holds or lies in the output 's\.db/out'"):
-        check_apart(Path("s.db/out"), storage_path("s.db"), "the storage")
+        check_outside_output(Path("s.db/out"), storage_path("s.db"), "the storage")
     for apart in (None, "out.study.db", "output/s.db", "postgresql://host/out", "sqlite://"):
-        check_apart(Path("out"), storage_path(apart), "the storage")
+        check_outside_output(Path("out"), storage_path(apart), "the storage")

@@ -59,7 +59,7 @@ def test_a_hub_id_is_fetched(make_lora: Make, hub: Callable[..., Hub]) -> None:
         "adapter_model.safetensors",
         "adapter_model.bin",
         "README.md",
-        *sources.TOKENIZER,
+        *sources.TOKENIZER_FILES,
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cli.running import run
 from conftest import SHAPES, lora_config, write_adapter
-from kinds.models import mixtral
+from peft_types.models import mixtral
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -243,5 +243,5 @@ def test_convert_leaves_whole_layers_out_where_it_is_told(make_lora: Make, tmp_p
     assert run("convert", folder, "--target", "llama.cpp", "--out", tmp_path / "out").code == 2
     done = run("convert", folder, "--target", "llama.cpp", "--heads", "drop", "--out", tmp_path / "out")
     assert done.code == 0 and "score: left out" in done.err
-    assert Adapter.load(tmp_path / "out").riders == ()
-    assert Adapter.load(folder).riders == ("base_model.model.score.weight",)
+    assert Adapter.load(tmp_path / "out").extra_keys == ()
+    assert Adapter.load(folder).extra_keys == ("base_model.model.score.weight",)

@@ -103,7 +103,7 @@ def test_gram_is_the_second_moment_of_the_inputs(lora: Path) -> None:
     for name, inputs in seen.items():
         x = inputs[batch["attention_mask"].bool()]
         near(found.of(name).whole(), x.T @ x / len(x))  # type: ignore[union-attr]
-    assert found.facts["same"] == {"encoder.layer.0.attention.self.query": "encoder.layer.0.attention.self.key"}
+    assert found.metadata["same"] == {"encoder.layer.0.attention.self.query": "encoder.layer.0.attention.self.key"}
 
 
 @pytest.mark.parametrize("measure", ["loss", "choices"])
@@ -256,5 +256,5 @@ def test_statistics_of_an_adapter_that_has_changed_are_made_anew(make_lora: Make
     first = gather_statistics(make_lora("a", shapes=tiny.BERT, gain=0.2), task, bench=bench)
     folder = make_lora("a", shapes=tiny.BERT, gain=0.3)
     again = gather_statistics(folder, task, bench=bench)
-    assert again.facts["adapter"] != first.facts["adapter"]
+    assert again.metadata["adapter"] != first.metadata["adapter"]
     assert ties_peft.merge([folder], method="regmean").modules == tuple(sorted(tiny.BERT))

@@ -231,7 +231,7 @@ def test_statistics_without_one_of_the_modules_are_refused(make_lora: Make) -> N
     adapter = Adapter.load(make_lora("a"))
     some = Statistics.make("gram", adapter.digest, {MODULE: torch.eye(12)}, 1)
     with pytest.raises(CompatibilityError, match=r"'layers.0.q': its gram statistics are missing; expected \[10, 10\]"):
-        adapter.attach(some)
+        adapter.attach_statistics(some)
 
 
 def test_equal_statistics_are_kept_once(make_lora: Make) -> None:

@@ -21,11 +21,11 @@ from ..task_vectors.singular_values import norm
 from ..task_vectors.tiles import thread_pool, threads_fixed
 from . import sources, writer
 from .base_model import BaseModel
-from .extra_tensors import WHOLE_NUMBERS, check_riders
+from .extra_tensors import WHOLE_NUMBERS, check_extra_tensors
 from .formats import recognise as foreign
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, PickleFile, SafetensorsFile, TensorSource
-from .types import Kind, Module, kind_of
+from .types import ModuleInfo, PeftType, find_peft_type
 from .values import is_number
 
 INTEGERS = ("I32", "I64", "int32", "int64")
@@ -58,8 +58,8 @@ class Adapter:
         tensors: where its tensors come from.
         source: the path or Hub id it came from, as the user wrote it, with its revision; None if it
             never had one.
-        kind: its type: LoRA, (IA)³.
-        weights: the tensors of its base model, where they were given.
+        peft_type: its type: LoRA, (IA)³.
+        base_model: the tensors of its base model, where they were given.
         layout: its modules by name.
         riders: the names of the tensors that belong to no module, sorted: heads, biases, embeddings.
     """
@@ -69,23 +69,23 @@ class Adapter:
         config: dict[str, Any],
         tensors: TensorSource,
         source: str | None = None,
-        weights: BaseModel | None = None,
+        base_model: BaseModel | None = None,
     ) -> None:
         self.config = config
         self.tensors = tensors
         self.source = source
         self._statistics: dict[str, Statistics] = {}
         self._renamed: tuple[Adapter, Mapping[str, str]] | None = None  # what it was, and the new names
-        self.weights = weights
-        self.kind: Kind = kind_of(config.get("peft_type"), self.label)
-        self.layout: dict[str, Module] = self.kind.layout(config, tensors, self.label, weights)
+        self.base_model = base_model
+        self.peft_type: PeftType = find_peft_type(config.get("peft_type"), self.label)
+        self.layout: dict[str, ModuleInfo] = self.peft_type.layout(config, tensors, self.label, base_model)
         if not self.layout:
             raise AdapterError(
-                f"adapter '{self.label}' holds no {self.kind.title} tensors. Save it again with PEFT's save_pretrained."
+                f"adapter '{self.label}' holds no {self.peft_type.title} tensors. Save it again with PEFT's save_pretrained."
             )
         claimed = {key for module in self.layout.values() for key in module.keys}
-        self.riders = tuple(key for key in tensors.names if key not in claimed)
-        check_riders(self.riders, config, tensors, self.label)
+        self.extra_keys = tuple(key for key in tensors.names if key not in claimed)
+        check_extra_tensors(self.extra_keys, config, tensors, self.label)
 
     @classmethod
     def load(
@@ -108,19 +108,24 @@ class Adapter:
                 weights (DoRA, say); just the tensors they need are read.
         Raises: AdapterError with one clear sentence where it cannot be read or merged.
         """
-        named = sources.spelled(str(source), revision, subfolder)
+        named = sources.join_source(str(source), revision, subfolder)
         label = named
         if subfolder and not sources.is_inside(subfolder):
             raise AdapterError(f"adapter '{label}': the subfolder {subfolder!r} does not lead into it.")
-        found = sources.find(named, token)
+        found = sources.find_files(named, token)
         config = read_config(found.folder, label)
         foreign.refuse(found, config, label)
         assert config is not None  # else it was refused
-        kind_of(config.get("peft_type"), label)  # before the weights: their absence matters less than the type
-        weights = found.weights or sources.weights_in(found.folder, label)
+        find_peft_type(config.get("peft_type"), label)  # before the weights: their absence matters less than the type
+        weights = found.weights or sources.find_weights(found.folder, label)
         opened = SafetensorsFile if weights.suffix == ".safetensors" else PickleFile
         known = base if base is None or isinstance(base, BaseModel) else BaseModel.load(base, token)
         return cls(config, opened(weights, label), named, known)
+
+    @classmethod
+    def from_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], source: str | None = None) -> Adapter:
+        """Make an adapter of a config and tensors that are not in a file."""
+        return cls(config, MemoryTensors(tensors), source)
 
     @property
     def label(self) -> str:
@@ -138,7 +143,7 @@ class Adapter:
         """Paths in the base model of the modules it adapts, without PEFT's prefix, sorted."""
         return tuple(sorted(self.layout))
 
-    def module(self, name: str) -> Module:
+    def module(self, name: str) -> ModuleInfo:
         """What is known of one module without reading it.
 
         Raises: AdapterError naming the nearest module, where there is none of that name.
@@ -149,12 +154,12 @@ class Adapter:
 
     def read(self, name: str) -> Delta:
         """The task vector of one module as it is held: factors for LoRA, values for (IA)³."""
-        return self.kind.read(self.module(name), self.tensors, self.weights)
+        return self.peft_type.read(self.module(name), self.tensors, self.base_model)
 
-    def expect(self, name: str) -> None:
+    def prefetch(self, name: str) -> None:
         """Have the system fetch a module's bytes from the disk meanwhile; nothing waits for it."""
         if isinstance(self.tensors, SafetensorsFile):
-            self.tensors.expect(self.module(name).keys)
+            self.tensors.prefetch(self.module(name).keys)
 
     def delta(self, name: str) -> Tensor:
         """The task vector of one module, float32: s·B·A, (out, in), for LoRA; l − 1, (k,), for (IA)³.
@@ -186,10 +191,10 @@ class Adapter:
             return None if own is None else own.renamed(self._renamed[1])
         path = None if self.folder is None else self.folder / file_name(kind)
         if kind not in self._statistics and path is not None and path.is_file():
-            self.attach(Statistics.open(path, kind, self.label))
+            self.attach_statistics(Statistics.open(path, kind, self.label))
         return self._statistics.get(kind)
 
-    def attach(self, statistics: Statistics) -> None:
+    def attach_statistics(self, statistics: Statistics) -> None:
         """Give it statistics that do not lie beside it; they take the place of those that do.
 
         Raises: CompatibilityError where they are of another adapter.
@@ -209,7 +214,7 @@ class Adapter:
         return getattr(torch, found.pop()) if len(found) == 1 else torch.float32
 
     @property
-    def base(self) -> str | None:
+    def base_name(self) -> str | None:
         """The base model's name as the config gives it."""
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
@@ -231,11 +236,11 @@ class Adapter:
 
         Raises: AdapterError naming the tensors that hold NaN or infinity, or are not of a floating type.
         """
-        riders = frozenset(self.riders)
+        riders = frozenset(self.extra_keys)
         for key in self.tensors.names:
             allowed = FLOATING | WHOLE_NUMBERS if key in riders else FLOATING
             dtype = self.tensors.info(key).dtype
-            if dtype not in allowed and not (self.kind.indices and dtype in INTEGERS):
+            if dtype not in allowed and not (self.peft_type.has_integer_tensors and dtype in INTEGERS):
                 raise AdapterError(
                     f"adapter '{self.label}': tensor {key!r} is {dtype}; expected "
                     "float32, float16 or bfloat16. Save the adapter unquantised."
@@ -276,7 +281,7 @@ class Adapter:
                     if left[name]:
                         continue
                     own = {other: held[other] for other in self.layout[name].keys}
-                    norms.append(norm(self.kind.read(self.layout[name], MemoryTensors(own), self.weights)))
+                    norms.append(norm(self.peft_type.read(self.layout[name], MemoryTensors(own), self.base_model)))
                     # a finite norm says that all its tensors are finite, at a fraction of the cost of asking
                     bad |= {} if math.isfinite(norms[-1]) else dict.fromkeys(_not_finite(own))
                     for other in own:
@@ -287,10 +292,10 @@ class Adapter:
     def _beside(self) -> list[str]:
         """What the digest covers beside the tensors: lora scalings, and the base's tensors that are needed."""
         lines = [f"{name} {module.scaling!r}" for name, module in sorted(self.layout.items())]
-        needed = sorted({need for module in self.layout.values() for need in module.needs})
-        if needed and self.weights is not None:
+        needed = sorted({need for module in self.layout.values() for need in module.base_tensors})
+        if needed and self.base_model is not None:
             base = Digest()
-            chosen = self.weights.only(needed)
+            chosen = self.base_model.select(needed)
             for name in chosen.names:
                 base.add(name, chosen.read(name))
             lines.append(str(base))
@@ -299,7 +304,7 @@ class Adapter:
     def files(self) -> dict[str, writer.Content]:
         """The files that make it again, by name."""
         tensors = {name: self.tensors.read(name) for name in self.tensors.names}
-        return {sources.CONFIG: writer.json_text(self.config), sources.WEIGHTS[0]: tensors}
+        return {sources.ADAPTER_CONFIG: writer.json_text(self.config), sources.WEIGHT_FILES[0]: tensors}
 
     def save(self, folder: str | Path, force: bool = False) -> Path:
         """Write it to a folder, whole or not at all.
@@ -309,34 +314,34 @@ class Adapter:
             force: replace an existing folder, if it holds nothing but files that we write.
         Raises: RecipeError where the folder is in the way or cannot be written.
         """
-        own = sources.local(self.source) if self.source is not None else None
+        own = sources.local_path(self.source) if self.source is not None else None
         if own is not None and own.resolve() == Path(folder).resolve():
             raise RecipeError(f"'{folder}' is the adapter itself; save it elsewhere.")
         return writer.write_folder(Path(folder), self.files(), force, [own] if own else [])
 
     def __repr__(self) -> str:
-        return f"Adapter({self.label!r}, {self.kind.name}, {len(self.layout)} modules, ranks {self.ranks})"
+        return f"Adapter({self.label!r}, {self.peft_type.name}, {len(self.layout)} modules, ranks {self.ranks})"
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 
 
-def open_all(given: Iterable[str | Path | Adapter], base: BaseModel | None = None) -> list[Adapter]:
+def load_adapters(given: Iterable[str | Path | Adapter], base: BaseModel | None = None) -> list[Adapter]:
     """Adapters opened, in order; a pattern is all that fits it (see `sources`)."""
-    check_listed(given)
+    check_is_list(given)
     opened = []
     for one in given:
         if isinstance(one, Adapter):
             opened.append(one)
             continue
-        names, remarks = sources.expand_all([str(one)])
+        names, remarks = sources.expand_patterns([str(one)])
         warn_caller(remark for remark in remarks if "left out" in remark)
         opened += [Adapter.load(name, base=base) for name in names]
     return opened
 
 
-def check_listed(given: Any) -> None:
+def check_is_list(given: Any) -> None:
     """Refuse adapters that are no list: a single one, and what would lose the order or the values.
 
     Raises: RecipeError.
@@ -355,7 +360,7 @@ def check_listed(given: Any) -> None:
         raise RecipeError(f"the adapters are a {type(given).__name__}; expected a list, whose order weights refer to.")
 
 
-def check_all(adapters: Sequence[Adapter], processes: ProcessGroup = SINGLE_PROCESS) -> None:
+def check_adapters(adapters: Sequence[Adapter], processes: ProcessGroup = SINGLE_PROCESS) -> None:
     """Look through the tensors, several adapters at a time; the first in order that is at fault speaks.
 
     Args:
@@ -382,25 +387,22 @@ def _look_or_fault(adapter: Adapter) -> _Look | TiesPeftError:
         return fault
 
 
-def in_memory(config: dict[str, Any], tensors: dict[str, Tensor], source: str | None = None) -> Adapter:
-    """An adapter made of a config and tensors that are not in a file."""
-    return Adapter(config, MemoryTensors(tensors), source)
-
-
 def read_config(folder: Path, label: str) -> dict[str, Any] | None:
     """adapter_config.json of a folder; None where there is none.
 
     Raises: AdapterError where it is not JSON, or no object.
     """
-    path = folder / sources.CONFIG
+    path = folder / sources.ADAPTER_CONFIG
     if not path.is_file():
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(
-            f"adapter '{label}': {sources.CONFIG} is not JSON ({one_line(error)}). Mend it, or save it again."
+            f"adapter '{label}': {sources.ADAPTER_CONFIG} is not JSON ({one_line(error)}). Mend it, or save it again."
         ) from None
     if not isinstance(config, dict):
-        raise AdapterError(f"adapter '{label}': {sources.CONFIG} is a {type(config).__name__}; expected an object.")
+        raise AdapterError(
+            f"adapter '{label}': {sources.ADAPTER_CONFIG} is a {type(config).__name__}; expected an object."
+        )
     return config

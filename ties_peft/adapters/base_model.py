@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ..errors import AdapterError, one_line
 from . import sources
-from .module_names import older
-from .tensors import Info, PickleFile, SafetensorsFile, TensorSource
+from .module_names import older_names
+from .tensors import PickleFile, SafetensorsFile, TensorInfo, TensorSource
 
 PIPELINE = "diffusion_pytorch_model.safetensors"  # of a pipeline's part, as diffusers saves it
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json", f"{PIPELINE}.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", PIPELINE)
-CONFIG = "config.json"
+MODEL_CONFIG = "config.json"
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")  # all layers of these names in those models
 
@@ -52,20 +52,20 @@ class BaseModel:
         Raises: AdapterError where there is no checkpoint, or none that can be read.
         """
         label = str(source)
-        path = sources.local(str(source))
+        path = sources.local_path(str(source))
         if path is not None and path.is_file():
-            return cls(_whole(path, label), label, path.parent / CONFIG)
+            return cls(_whole(path, label), label, path.parent / MODEL_CONFIG)
         folder = path or _on_hub(str(source), token)
         index = next((folder / name for name in INDEX if (folder / name).is_file()), None)
         if index is not None:
-            return cls(_shards(index, label), label, folder / CONFIG)
+            return cls(_shards(index, label), label, folder / MODEL_CONFIG)
         single = next((folder / name for name in SINGLE if (folder / name).is_file()), None)
         if single is None:
             raise AdapterError(
                 f"base model '{label}': there is no {', '.join(SINGLE[:-1])} or {SINGLE[-1]} in it. Name the folder that "
                 "save_pretrained wrote, or its id on the Hub."
             )
-        return cls(_whole(single, label), label, folder / CONFIG)
+        return cls(_whole(single, label), label, folder / MODEL_CONFIG)
 
     @cached_property
     def config(self) -> Mapping[str, Any] | None:
@@ -79,11 +79,13 @@ class BaseModel:
             found = json.loads(self._config.read_text(encoding="utf-8"))
         except (ValueError, OSError, RecursionError) as error:
             raise AdapterError(
-                f"base model '{self.label}': {CONFIG} cannot be read ({type(error).__name__}: {one_line(error)}). "
+                f"base model '{self.label}': {MODEL_CONFIG} cannot be read ({type(error).__name__}: {one_line(error)}). "
                 "Download it again."
             ) from None
         if not isinstance(found, dict):
-            raise AdapterError(f"base model '{self.label}': {CONFIG} cannot be read: expected a mapping of settings.")
+            raise AdapterError(
+                f"base model '{self.label}': {MODEL_CONFIG} cannot be read: expected a mapping of settings."
+            )
         return found
 
     def is_conv1d(self, module: str) -> bool | None:
@@ -106,7 +108,7 @@ class BaseModel:
         own = self._find(tensor)
         if own is not None:
             return own
-        others = {found for name in older(module) if (found := self._find(f"{name}.{parameter}")) is not None}
+        others = {found for name in older_names(module) if (found := self._find(f"{name}.{parameter}")) is not None}
         return others.pop() if len(others) == 1 else None
 
     def _find(self, tensor: str) -> str | None:
@@ -125,7 +127,7 @@ class BaseModel:
         shorter = (".".join(parts[start:]) for start in range(1, len(parts) - 1))
         return next((name for name in shorter if name in self._files), None)
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         """Shape and dtype of one of `names`."""
         return self._files[name].info(name)
 
@@ -133,11 +135,11 @@ class BaseModel:
         """One of `names`, on the CPU, in its own dtype."""
         return self._files[name].read(name)
 
-    def only(self, tensors: Sequence[str]) -> TensorSource:
+    def select(self, tensors: Sequence[str]) -> TensorSource:
         """Some of its tensors, by the names that `find` knows them by; what is not there is left out."""
-        return _Chosen(self, {name: found for name in tensors if (found := self.find(name)) is not None})
+        return _SelectedTensors(self, {name: found for name in tensors if (found := self.find(name)) is not None})
 
-    def need(self, tensor: str, what: str) -> Tensor:
+    def require(self, tensor: str, what: str) -> Tensor:
         """A tensor by the model's name for it.
 
         Args:
@@ -185,7 +187,7 @@ def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
         parts += [value for value in part.values() if isinstance(value, dict)]
 
 
-class _Chosen:
+class _SelectedTensors:
     """Some tensors of a base model, under names of the model's."""
 
     def __init__(self, base: BaseModel, found: Mapping[str, str]) -> None:
@@ -195,7 +197,7 @@ class _Chosen:
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._found))
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         return self._base.info(self._found[name])
 
     def read(self, name: str) -> Tensor:
@@ -212,7 +214,7 @@ def _on_hub(source: str, token: str | None) -> Path:
         )
     within = f"{inside.rstrip('/')}/" if inside else ""
     wanted = [f"{within}{file}" for file in (*INDEX, *SINGLE, "*.safetensors")]
-    return sources.download(name, wanted, token, "base model", optional=[f"{within}{CONFIG}"]) / inside
+    return sources.download(name, wanted, token, "base model", optional=[f"{within}{MODEL_CONFIG}"]) / inside
 
 
 def _whole(path: Path, label: str) -> dict[str, TensorSource]:

@@ -48,13 +48,13 @@ PARAMETERS = {  # of adapters, by a part of their names: what is of no module he
 
 
 @dataclass(frozen=True)
-class Rider:
+class ExtraTensor:
     """One tensor that rides along.
 
     Attributes:
         module: the path in the base model of the layer that it belongs to.
         tensor: its name inside that layer: weight, dense.bias.
-        form: layer, plain, bias, base or tokens; see above.
+        role: layer, plain, bias, base or tokens; see above.
         key: its name in the file.
         shape: of the tensor.
         rows: the token ids that its rows are for; empty but for form tokens.
@@ -62,7 +62,7 @@ class Rider:
 
     module: str
     tensor: str
-    form: str
+    role: str
     key: str
     shape: tuple[int, ...]
     rows: tuple[int, ...] = ()
@@ -70,13 +70,15 @@ class Rider:
     @property
     def size(self) -> str:
         """Its name and shape as messages give them: `weight 2 × 16`."""
-        if self.form == TOKENS:
+        if self.role == TOKENS:
             ids = ", ".join(map(str, self.rows[:6])) + (", …" if len(self.rows) > 6 else "")
-            return f"rows {sizes(self.shape)} for the tokens {ids}"
-        return f"{self.tensor} {sizes(self.shape)}"
+            return f"rows {shape_text(self.shape)} for the tokens {ids}"
+        return f"{self.tensor} {shape_text(self.shape)}"
 
 
-Held = Mapping[int, Mapping[str, Rider]]  # for each adapter that holds a layer, by its place, its tensors by name
+TensorsByAdapter = Mapping[
+    int, Mapping[str, ExtraTensor]
+]  # for each adapter that holds a layer, by its place, its tensors by name
 
 
 class Holder(Protocol):
@@ -96,12 +98,12 @@ def is_policy(value: object) -> bool:
     )
 
 
-def check_riders(keys: Sequence[str], config: Mapping[str, Any], tensors: TensorSource, label: str) -> None:
+def check_extra_tensors(keys: Sequence[str], config: Mapping[str, Any], tensors: TensorSource, label: str) -> None:
     """Refuse what is no whole tensor: parameters of adapters that no kind claims, and names that PEFT does not read.
 
     Args:
-        keys, config, tensors, label: as in `read_riders`.
-    Raises: AdapterError, that of `read_riders` too.
+        keys, config, tensors, label: as in `read_extra_tensors`.
+    Raises: AdapterError, that of `read_extra_tensors` too.
     """
     parts = [(key, next((part for part in PARAMETERS if f".{part}" in key), None)) for key in keys]
     what = next((PARAMETERS[part] for _, part in parts if part is not None), None)
@@ -118,24 +120,24 @@ def check_riders(keys: Sequence[str], config: Mapping[str, Any], tensors: Tensor
             f"adapter '{label}' holds {len(strange)} tensor(s) whose names do not start with '{PREFIX}', as PEFT's do: "
             f"{_some(strange)}. Save the adapter with PEFT, or rename them."
         )
-    read_riders(keys, config, tensors, entries([config]), label)
+    read_extra_tensors(keys, config, tensors, whole_layer_names([config]), label)
 
 
-def copies(keys: Iterable[str]) -> list[str]:
+def unused_copies(keys: Iterable[str]) -> list[str]:
     """The riders that only repeat another, or hold the untrained layer; PEFT reads none of them."""
     known = set(keys)
     return sorted(key for key in known if UNTRAINED in key or (COPY in key and key.replace(COPY, ".") in known))
 
 
-def entries(configs: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+def whole_layer_names(configs: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """The endings of paths at which some configs say that whole layers begin, PEFT's own for heads included."""
     named = {str(entry) for config in configs for entry in _texts(config.get("modules_to_save"))}
     return (*HEADS, *sorted(named - set(HEADS)))
 
 
-def read_riders(
+def read_extra_tensors(
     keys: Sequence[str], config: Mapping[str, Any], tensors: TensorSource, starts: Sequence[str], label: str
-) -> list[Rider]:
+) -> list[ExtraTensor]:
     """What each of an adapter's riders is; copies left out.
 
     Args:
@@ -146,10 +148,10 @@ def read_riders(
         label: how messages name the adapter.
     Raises: AdapterError where the config does not say which tokens were trained, or two tensors are for one place.
     """
-    idle = set(copies(keys))
+    idle = set(unused_copies(keys))
     paths = {key: key[len(PREFIX) :].replace(COPY, ".") for key in keys if key not in idle}
     weighty = {_parent(path) for path in paths.values() if "bias" not in path}  # layers that are there whole
-    found: dict[tuple[str, str], Rider] = {}
+    found: dict[tuple[str, str], ExtraTensor] = {}
     for key, path in paths.items():
         rider = _rider(key, path, weighty, starts, config, tensors, label)
         twin = found.setdefault((rider.module, rider.tensor), rider)
@@ -168,20 +170,20 @@ def _rider(
     config: Mapping[str, Any],
     tensors: TensorSource,
     label: str,
-) -> Rider:
+) -> ExtraTensor:
     shape = tensors.info(key).shape
     if path.endswith(ROWS):
         module = path.removesuffix(ROWS)
-        return Rider(module, ROWS[1:], TOKENS, key, shape, _trained(module, shape, config, label))
+        return ExtraTensor(module, ROWS[1:], TOKENS, key, shape, _trained(module, shape, config, label))
     if UNDER in path:
         plain = path.replace(f".{WRAPPER}", "").replace(UNDER, ".")
         form = BIAS if "bias" in plain else BASE
-        return Rider(_parent(plain), plain.rpartition(".")[2], form, key, shape)
+        return ExtraTensor(_parent(plain), plain.rpartition(".")[2], form, key, shape)
     start = _start(path, starts)
     if start is not None and any(f"{layer}.".startswith(f"{start}.") for layer in weighty):
-        return Rider(start, path[len(start) + 1 :], LAYER, key, shape)
+        return ExtraTensor(start, path[len(start) + 1 :], LAYER, key, shape)
     form = BIAS if "bias" in path and _parent(path) not in weighty else PLAIN
-    return Rider(_parent(path) or path, path.rpartition(".")[2], form, key, shape)
+    return ExtraTensor(_parent(path) or path, path.rpartition(".")[2], form, key, shape)
 
 
 def _trained(module: str, shape: tuple[int, ...], config: Mapping[str, Any], label: str) -> tuple[int, ...]:
@@ -191,7 +193,7 @@ def _trained(module: str, shape: tuple[int, ...], config: Mapping[str, Any], lab
         given = next((ids for name, ids in given.items() if name and module.endswith(str(name))), None)
     if not isinstance(given, list) or not all(isinstance(i, int) for i in given) or len(given) != (*shape, 0)[0]:
         raise AdapterError(
-            f"adapter '{label}' holds {sizes(shape)} numbers for trained tokens of {module!r}, and "
+            f"adapter '{label}' holds {shape_text(shape)} numbers for trained tokens of {module!r}, and "
             f"trainable_token_indices in adapter_config.json is {given!r}; expected the id of each row's "
             "token. Mend the config, or save the adapter again."
         )
@@ -205,9 +207,9 @@ def _start(path: str, starts: Sequence[str]) -> str | None:
     return next((front for front in fronts if front.endswith(tuple(starts))), None)
 
 
-def unfulfilled(config: Mapping[str, Any], riders: Sequence[Rider]) -> list[str]:
+def missing_layers(config: Mapping[str, Any], riders: Sequence[ExtraTensor]) -> list[str]:
     """What a config says is saved whole, and is not there, in words."""
-    forms = {rider.form for rider in riders}
+    forms = {rider.role for rider in riders}
     named = {"modules_to_save": LAYER, "trainable_token_indices": TOKENS}
     return [
         f"its config asks for {key} {config[key]!r}, but its file holds no such tensor."
@@ -221,24 +223,24 @@ def is_head(module: str) -> bool:
     return module.endswith(HEADS)
 
 
-def describe(riders: Sequence[Rider], idle: int = 0) -> list[str]:
+def describe_extra_tensors(riders: Sequence[ExtraTensor], idle: int = 0) -> list[str]:
     """What rides along, a phrase for each layer, the biases together.
 
     Args:
         riders: of one adapter.
         idle: how many copies there are beside them.
     """
-    found: dict[str, list[Rider]] = {}
+    found: dict[str, list[ExtraTensor]] = {}
     for rider in riders:
-        if rider.form != BIAS:
+        if rider.role != BIAS:
             found.setdefault(rider.module, []).append(rider)
     lines = [f"{module} ({', '.join(r.size for r in own)})" for module, own in found.items()]
-    biases = [rider for rider in riders if rider.form == BIAS]
+    biases = [rider for rider in riders if rider.role == BIAS]
     lines += [f"{len(biases)} bias{'es' * (len(biases) != 1)}"] if biases else []
     return lines + ([f"{idle} unused cop{'ies' if idle != 1 else 'y'} of whole layers"] if idle else [])
 
 
-def sizes(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
     """A shape as messages give it."""
     return " × ".join(map(str, shape)) or "one number"
 

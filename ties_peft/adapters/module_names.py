@@ -37,7 +37,7 @@ TOWER = re.compile(
 BARE_TOWER = re.compile(r"^(|(?:.+\.)?vision_tower\.)((?:encoder|embeddings|head)\..+)$")
 
 
-def newer(name: str) -> str | None:
+def newer_name(name: str) -> str | None:
     """A module's name in the next newer transformers, where it may have another; None where not."""
     vit = VIT.match(name)
     if vit is not None and vit[3] in VIT_PARTS:
@@ -46,25 +46,25 @@ def newer(name: str) -> str | None:
     return moved if moved is not None else next(iter(_bare(name)), None)
 
 
-def all_newer(name: str) -> Iterator[str]:
+def newer_names(name: str) -> Iterator[str]:
     """The names that a module may have in newer releases of transformers, the nearest first."""
-    following = newer(name)
+    following = newer_name(name)
     while following is not None:
         yield following
-        following = newer(following)
+        following = newer_name(following)
 
 
-def older(name: str) -> list[str]:
+def older_names(name: str) -> list[str]:
     """The names that a module may have in older releases of transformers, the nearest first."""
     found = [old + name[len(new) :] for old, new in PREFIXES if name.startswith(new)]
     vit = re.match(r"^(.*?)layers\.(\d+)\.(.+)$", name)
     if vit is not None:
         found += [f"{vit[1]}encoder.layer.{vit[2]}.{old}" for old, new in VIT_PARTS.items() if new == vit[3]]
     found += _with_tower(name)
-    return [*found, *(oldest for one in found for oldest in older(one))]
+    return [*found, *(oldest for one in found for oldest in older_names(one))]
 
 
-def agree(layouts: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
+def match_names(layouts: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
     """How to rename each adapter's modules so that they agree with the others'.
 
     Args:
@@ -99,19 +99,19 @@ def _newer_tables(table: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """A table with the names of newer releases in place of its own, one step at a time; no two of them are equal."""
     moved = dict(table)
     while True:
-        before, moved = moved, {old: newer(name) or name for old, name in moved.items()}
+        before, moved = moved, {old: newer_name(name) or name for old, name in moved.items()}
         if moved == before or len(set(moved.values())) < len(moved):
             return
         yield moved
 
 
-def without_tower(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+def without_tower_prefix(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     """The names of modules that lose a tower's prefix in a base whose modules have none: own name → the base's."""
     there = set(known)
     return {name: new for name in names if name not in there for new in _bare(name) if new in there}
 
 
-def spelled(known: Iterable[str], *, exactly: bool) -> dict[str, str]:
+def accepted_names(known: Iterable[str], *, exactly: bool) -> dict[str, str]:
     """Every spelling of some modules of a model → the name to write.
 
     Args:
@@ -123,9 +123,9 @@ def spelled(known: Iterable[str], *, exactly: bool) -> dict[str, str]:
     names = set(known)
     found: dict[str, set[str]] = {}
     for name in names:
-        for other in older(name) if exactly else _with_tower(name):
+        for other in older_names(name) if exactly else _with_tower(name):
             found.setdefault(other, set()).add(name)
-        for other in all_newer(name) if exactly else _bare(name):
+        for other in newer_names(name) if exactly else _bare(name):
             found.setdefault(other, set()).add(name if exactly else other)
     single = {other: min(written) for other, written in found.items() if len(written) == 1}
     return single | {name: name for name in names}
@@ -143,7 +143,7 @@ def _bare(name: str) -> list[str]:
     return [] if tower is None else [tower[1] + tower[3]]
 
 
-def tower_of(names: Iterable[str]) -> str | None:
+def tower_prefix(names: Iterable[str]) -> str | None:
     """The prefix of a tower that all of some names start with; None where they have none, or several."""
     found = {match[2] if (match := TOWER.match(name)) is not None and not match[1] else None for name in names}
     return found.pop() if len(found) == 1 else None

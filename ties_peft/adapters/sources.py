@@ -22,13 +22,17 @@ from urllib.parse import quote
 
 from ..errors import AdapterError, one_line
 
-CONFIG, CARD = "adapter_config.json", "README.md"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # of a file of weights
+ADAPTER_CONFIG, CARD = "adapter_config.json", "README.md"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # of a file of weights
 GGUF = ".gguf"  # of llama.cpp's files
-MODEL = ("config.json", "model_index.json")  # of a full model; of a pipeline of diffusers
-FOREIGN = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapters.safetensors")  # other programs'
-TOKENIZER = (
+FULL_MODEL_CONFIGS = ("config.json", "model_index.json")  # of a full model; of a pipeline of diffusers
+OTHER_WEIGHT_FILES = (
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapters.safetensors",
+)  # other programs'
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -44,11 +48,11 @@ TOKENIZER = (
 )
 HUB_ID = re.compile(r"(?=.{1,96}$)(?!.*(?:\.\.|--))[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 HUB_NAME = re.compile(r"(?=.{1,96}$)(?!.*(?:\.\.|--))[A-Za-z0-9][A-Za-z0-9_.-]*")  # of old, without an organisation
-TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
-PATTERN = re.compile(r"[*?\[]")
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+WILDCARDS = re.compile(r"[*?\[]")
 
 
-class Found(NamedTuple):
+class AdapterFiles(NamedTuple):
     """An adapter's files.
 
     Attributes:
@@ -60,7 +64,7 @@ class Found(NamedTuple):
     weights: Path | None = None
 
 
-def spelled(source: str, revision: str | None = None, subfolder: str | None = None) -> str:
+def join_source(source: str, revision: str | None = None, subfolder: str | None = None) -> str:
     """One text by which it is found again: `folder/sub`, `org/name@revision:sub`.
 
     Args:
@@ -69,15 +73,15 @@ def spelled(source: str, revision: str | None = None, subfolder: str | None = No
         subfolder: in it.
     """
     inside = subfolder.rstrip("/") if subfolder else ""
-    if local(source) is not None:
+    if local_path(source) is not None:
         joined = f"{source.rstrip('/')}/{inside}"
-        return source if not inside else joined if local(joined) is not None else f"{source}:{inside}"
+        return source if not inside else joined if local_path(joined) is not None else f"{source}:{inside}"
     name, colon, outer = source.partition(":")
     inner = "/".join(part for part in (outer.rstrip("/"), inside) if part)
     return f"{name}{f'@{revision}' if revision else ''}{f':{inner}' if colon or inner else ''}"
 
 
-def find(source: str, token: str | None = None) -> Found:
+def find_files(source: str, token: str | None = None) -> AdapterFiles:
     """The files of an adapter; what is on this machine is tried first, then the Hub.
 
     Args:
@@ -85,19 +89,19 @@ def find(source: str, token: str | None = None) -> Found:
         token: as `huggingface_hub` takes it.
     Raises: AdapterError where there is no such adapter.
     """
-    path = local(source)
+    path = local_path(source)
     if source.endswith(GGUF) and (path is None or path.is_file()):
         refuse_gguf(source)
     if path is None:
         _refuse_missing_part(source)
         path = _on_hub(source, token)
-    if path.is_file() and path.suffix in SUFFIXES:
-        return Found(path.parent, path)
+    if path.is_file() and path.suffix in WEIGHT_SUFFIXES:
+        return AdapterFiles(path.parent, path)
     if path.exists() and not path.is_dir():
         raise AdapterError(
-            f"adapter {source!r} is a file; expected the folder that holds {CONFIG}, or the weights beside it."
+            f"adapter {source!r} is a file; expected the folder that holds {ADAPTER_CONFIG}, or the weights beside it."
         )
-    return Found(path)
+    return AdapterFiles(path)
 
 
 def refuse_gguf(label: str) -> NoReturn:
@@ -111,7 +115,7 @@ def refuse_gguf(label: str) -> NoReturn:
     )
 
 
-def local(source: str) -> Path | None:
+def local_path(source: str) -> Path | None:
     """The file or folder of that name on this machine, absolute; None where there is none."""
     whole = _existing(source)
     if whole is not None or ":" not in source:
@@ -129,14 +133,14 @@ def _existing(source: str) -> Path | None:
         return None
 
 
-def at_hand(source: str, file: str) -> Path | None:
+def local_file(source: str, file: str) -> Path | None:
     """Return a file of a folder on this machine, or of a repository in the Hub's cache; None where it is not there.
 
     Args:
         source: a folder, a file in it, or a Hub id such as `org/name@revision:subfolder`.
         file: its path inside.
     """
-    folder = local(source)
+    folder = local_path(source)
     if folder is None:
         name, _, inside = source.partition(":")
         folder = _cached(*name.partition("@")[::2])
@@ -147,9 +151,9 @@ def at_hand(source: str, file: str) -> Path | None:
     return found if found is not None and found.is_file() else None
 
 
-def address(source: str | None) -> str | None:
+def hub_url(source: str | None) -> str | None:
     """Return the address of an adapter's page on the Hub; None for one on this machine or in memory."""
-    if source is None or local(source) is not None:
+    if source is None or local_path(source) is not None:
         return None
     name, _, inside = source.partition(":")
     repository, _, revision = name.partition("@")
@@ -161,10 +165,10 @@ def address(source: str | None) -> str | None:
 
 def is_hub_name(text: str) -> bool:
     """Return whether a text names a repository on the Hub, and nothing on this machine."""
-    return bool(HUB_ID.fullmatch(text) or HUB_NAME.fullmatch(text)) and local(text) is None
+    return bool(HUB_ID.fullmatch(text) or HUB_NAME.fullmatch(text)) and local_path(text) is None
 
 
-def cards(folder: Path) -> list[Path]:
+def card_paths(folder: Path) -> list[Path]:
     """Return where the card of an adapter may lie: in its folder or, in the Hub's cache, at the top of its repository."""
     top = next((parent for parent in folder.parents if parent.parent.name == "snapshots"), None)
     return [folder / CARD, *([top / CARD] if top is not None else [])]
@@ -195,28 +199,28 @@ def is_inside(subfolder: str) -> bool:
 def holds_adapter(path: Path) -> bool:
     """Whether it is an adapter's folder, or a file of weights beside a config."""
     folder = path if path.is_dir() else path.parent
-    return (folder / CONFIG).is_file() and (path.is_dir() or path.suffix in SUFFIXES)
+    return (folder / ADAPTER_CONFIG).is_file() and (path.is_dir() or path.suffix in WEIGHT_SUFFIXES)
 
 
-def adapters_inside(folder: Path) -> list[str]:
+def adapter_subfolders(folder: Path) -> list[str]:
     """The sub-folders, one or two levels down, that hold an adapter; PEFT saves adapters that have a name there."""
     try:
         return sorted(
             str(config.parent.relative_to(folder))
             for depth in ("*", "*/*")
-            for config in folder.glob(f"{depth}/{CONFIG}")
+            for config in folder.glob(f"{depth}/{ADAPTER_CONFIG}")
             if config.is_file() and not any(part.startswith(".") for part in config.relative_to(folder).parts)
         )
     except OSError:
         return []
 
 
-def expand(source: str) -> tuple[list[str], list[str]]:
+def expand_pattern(source: str) -> tuple[list[str], list[str]]:
     """(what a pattern stands for, sorted; what else fits it and is no adapter); itself, if it is no pattern.
 
     Raises: AdapterError where it fits no adapter.
     """
-    if local(source) is not None or not PATTERN.search(source):
+    if local_path(source) is not None or not WILDCARDS.search(source):
         return [source], []
     fitting = sorted(glob.glob(str(Path(source).expanduser()), recursive=True))  # noqa: PTH207  (it may be absolute)
     adapters = [name for name in fitting if holds_adapter(Path(name))]
@@ -224,16 +228,16 @@ def expand(source: str) -> tuple[list[str], list[str]]:
     if not adapters:
         seen = f"{len(rest)} other file(s) and folders, such as {rest[0]}" if rest else "nothing"
         raise AdapterError(
-            f"adapters {source!r}: the pattern fits no folder that holds {CONFIG}; it fits {seen}. Check the path."
+            f"adapters {source!r}: the pattern fits no folder that holds {ADAPTER_CONFIG}; it fits {seen}. Check the path."
         )
     return adapters, rest
 
 
-def expand_all(given: Iterable[str]) -> tuple[list[str], list[str]]:
+def expand_patterns(given: Iterable[str]) -> tuple[list[str], list[str]]:
     """(the adapters that some names and patterns stand for, in order; a remark on every pattern)."""
     names, remarks = [], []
     for source in given:
-        found, rest = expand(source)
+        found, rest = expand_pattern(source)
         names += found
         if found != [source]:
             left = f"; no adapters, so left out: {_list(rest)}" if rest else ""
@@ -253,21 +257,21 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
 
 
-def weights_in(folder: Path, label: str) -> Path:
+def find_weights(folder: Path, label: str) -> Path:
     """The weights' file of an adapter's folder, safetensors before `.bin`.
 
     Raises: AdapterError where there is none, naming what lies there instead.
     """
-    for name in WEIGHTS:
+    for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
     raise AdapterError(
-        f"adapter '{label}': no {' or '.join(WEIGHTS)} beside {CONFIG}; the folder holds {listing(folder)}. "
+        f"adapter '{label}': no {' or '.join(WEIGHT_FILES)} beside {ADAPTER_CONFIG}; the folder holds {list_folder(folder)}. "
         "Save the adapter again with PEFT's save_pretrained."
     )
 
 
-def listing(folder: Path) -> str:
+def list_folder(folder: Path) -> str:
     """The first few names in a folder."""
     return ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
 
@@ -279,7 +283,7 @@ def _refuse_missing_part(source: str) -> None:
     if folder is not None and folder.is_dir():
         raise AdapterError(
             f"adapter {source!r}: the folder {name!r} holds no {inside!r}; it holds "
-            f"{listing(folder)}. Check the name after the colon: it leads into the folder."
+            f"{list_folder(folder)}. Check the name after the colon: it leads into the folder."
         )
 
 
@@ -292,17 +296,24 @@ def _on_hub(source: str, token: str | None) -> Path:
             "repository of the Hub. Expected org/name:folder."
         )
     inside = inside.rstrip("/")
-    named = [inside] if inside.endswith(SUFFIXES) else []
+    named = [inside] if inside.endswith(WEIGHT_SUFFIXES) else []
     folder = inside.rpartition("/")[0] if named else inside
     within = f"{folder}/" if folder else ""
     root = download(
         name,
-        [f"{within}{file}" for file in (CONFIG, *([] if named else WEIGHTS))] + named,
+        [f"{within}{file}" for file in (ADAPTER_CONFIG, *([] if named else WEIGHT_FILES))] + named,
         token,
-        optional=[*(f"{within}{file}" for file in (*TOKENIZER, CARD)), *([CARD] if within else [])],
+        optional=[*(f"{within}{file}" for file in (*TOKENIZER_FILES, CARD)), *([CARD] if within else [])],
     )
-    if not named and not (root / folder / CONFIG).is_file():  # what else is it, then?
-        download(name, [f"{within}*/{CONFIG}", *(f"{within}{file}" for file in (*FOREIGN, *MODEL))], token)
+    if not named and not (root / folder / ADAPTER_CONFIG).is_file():  # what else is it, then?
+        download(
+            name,
+            [
+                f"{within}*/{ADAPTER_CONFIG}",
+                *(f"{within}{file}" for file in (*OTHER_WEIGHT_FILES, *FULL_MODEL_CONFIGS)),
+            ],
+            token,
+        )
     return root / inside if inside else root
 
 
@@ -334,17 +345,17 @@ def download(
                 continue
             raise AdapterError(
                 f"{what} {source!r}: there is no such folder here, and the Hub gave no {what} of that id "
-                f"({said(error, token)}). Check the spelling, the network, and whether the repository is private."
+                f"({error_text(error, token)}). Check the spelling, the network, and whether the repository is private."
             ) from None
     raise AssertionError("one of them returns or raises")
 
 
-def said(error: Exception, token: str | None = None) -> str:
+def error_text(error: Exception, token: str | None = None) -> str:
     """An error of the Hub's client in one line that holds no token."""
     text = next(_lines(error), "")
     if token:
         text = text.replace(token, "…")
-    return f"{type(error).__name__}: {one_line(TOKENS.sub('…', text))}"
+    return f"{type(error).__name__}: {one_line(HUB_TOKEN.sub('…', text))}"
 
 
 def _lines(error: Exception) -> Iterator[str]:

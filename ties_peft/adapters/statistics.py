@@ -23,20 +23,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterError, CompatibilityError
-from .tensors import Info, MemoryTensors, SafetensorsFile
+from .tensors import MemoryTensors, SafetensorsFile, TensorInfo
 from .writer import write_tensors
 
-FACTS = "ties_peft"  # the key of the file's metadata that holds them, as JSON
+METADATA_KEY = "ties_peft"  # the key of the file's metadata that holds them, as JSON
 
 
-class Rows(Protocol):
+class RowReader(Protocol):
     """Named tensors of which some rows can be read alone."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         """Shape and dtype."""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -44,7 +44,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Statistic:
+class ModuleStatistics:
     """That of one module.
 
     Attributes:
@@ -53,7 +53,7 @@ class Statistic:
         divisor: what it is divided by.
     """
 
-    source: Rows
+    source: RowReader
     name: str
     divisor: float = 1.0
 
@@ -74,19 +74,19 @@ class Statistics:
     Attributes:
         kind: `fisher` or `gram`.
         source: the tensors.
-        facts: how they were made: the adapter's digest (`adapter`), the number of rows (`rows`), and
+        metadata: how they were made: the adapter's digest (`adapter`), the number of rows (`rows`), and
             for modules with the same values the one that holds them (`same`).
         norms: those found so far, by modules.
     """
 
     kind: str
-    source: Rows
-    facts: Mapping[str, Any]
+    source: RowReader
+    metadata: Mapping[str, Any]
     norms: dict[tuple[str, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path, kind: str, label: str) -> Statistics:
-        """Open the file of one kind; only names, shapes and facts are read.
+        """Open the file of one kind; only names, shapes and metadata are read.
 
         Raises: AdapterError where it is not such a file.
         """
@@ -94,16 +94,18 @@ class Statistics:
         file.names  # noqa: B018  (refuses what is damaged)
         try:
             with safe_open(path, framework="pt", device="cpu") as opened:
-                facts = json.loads((opened.metadata() or {})[FACTS])
-            known = facts["kind"] == kind and isinstance(facts["adapter"], str) and isinstance(facts["same"], dict)
+                metadata = json.loads((opened.metadata() or {})[METADATA_KEY])
+            known = (
+                metadata["kind"] == kind and isinstance(metadata["adapter"], str) and isinstance(metadata["same"], dict)
+            )
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
             known = False
         if not known:
             raise AdapterError(
                 f"adapter '{label}': {path.name} holds no {kind} statistics of ties_peft's. Delete it, and make them "
-                f"anew: {command(label, kind)}."
+                f"anew: {gather_command(label, kind)}."
             )
-        return cls(kind, file, facts)
+        return cls(kind, file, metadata)
 
     @classmethod
     def make(cls, kind: str, adapter: str, tensors: Mapping[str, Tensor], rows: int, **more: Any) -> Statistics:
@@ -114,7 +116,7 @@ class Statistics:
             adapter: its digest.
             tensors: by module.
             rows: how many were looked at.
-            more: facts that are worth keeping.
+            more: metadata that are worth keeping.
         """
         kept: dict[str, Tensor] = {}
         same: dict[str, str] = {}
@@ -124,8 +126,8 @@ class Statistics:
                 kept[name] = tensor
             else:
                 same[name] = twin
-        facts = {"kind": kind, "adapter": adapter, "rows": rows, **more, "same": same}
-        return cls(kind, MemoryTensors(kept), facts)
+        metadata = {"kind": kind, "adapter": adapter, "rows": rows, **more, "same": same}
+        return cls(kind, MemoryTensors(kept), metadata)
 
     def save(self, folder: Path) -> Path:
         """Write their file into an adapter's folder; one that is there gives way only to a whole new one.
@@ -136,7 +138,7 @@ class Statistics:
         staged = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             tensors = {name: self.source.rows(name, 0, self.source.info(name).shape[0]) for name in self.source.names}
-            write_tensors(staged, tensors, {FACTS: json.dumps(dict(self.facts))})
+            write_tensors(staged, tensors, {METADATA_KEY: json.dumps(dict(self.metadata))})
             staged.replace(path)
         except OSError as error:
             raise AdapterError(f"the statistics cannot be written to '{path}': {error}.") from None
@@ -144,10 +146,10 @@ class Statistics:
             staged.unlink(missing_ok=True)
         return path
 
-    def of(self, module: str) -> Statistic | None:
+    def of(self, module: str) -> ModuleStatistics | None:
         """That of one module; None if there is none."""
-        name = self.facts["same"].get(module, module)
-        return Statistic(self.source, name) if name in self.source.names else None
+        name = self.metadata["same"].get(module, module)
+        return ModuleStatistics(self.source, name) if name in self.source.names else None
 
     def norm(self, modules: Sequence[str]) -> float:
         """Return the Frobenius norm over some modules, in float64; they are read once."""
@@ -159,8 +161,8 @@ class Statistics:
 
     def renamed(self, names: Mapping[str, str]) -> Statistics:
         """The same under other names for some modules (old → new)."""
-        same = {**self.facts["same"], **{new: self.facts["same"].get(old, old) for old, new in names.items()}}
-        return replace(self, facts={**self.facts, "same": same})
+        same = {**self.metadata["same"], **{new: self.metadata["same"].get(old, old) for old, new in names.items()}}
+        return replace(self, metadata={**self.metadata, "same": same})
 
     def check(self, digest: str, shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
         """Refuse statistics that are not of this adapter, or not of all its modules.
@@ -171,11 +173,11 @@ class Statistics:
             label: how messages name the adapter.
         Raises: CompatibilityError.
         """
-        if self.facts["adapter"] != digest:
+        if self.metadata["adapter"] != digest:
             raise CompatibilityError(
                 f"adapter '{label}': the {self.kind} statistics beside it are of an adapter with digest "
-                f"{self.facts['adapter'][:12]}, and it has {digest[:12]}: they belong to another, or to what "
-                f"it was before. Make them anew: {command(label, self.kind)}."
+                f"{self.metadata['adapter'][:12]}, and it has {digest[:12]}: they belong to another, or to what "
+                f"it was before. Make them anew: {gather_command(label, self.kind)}."
             )
         for module, shape in shapes.items():
             found = self.of(module)
@@ -185,7 +187,7 @@ class Statistics:
                 raise CompatibilityError(
                     f"adapter '{label}', module {module!r}: its {self.kind} statistics are "
                     f"{'missing' if seen is None else list(seen)}; expected {list(expected)}. Make them anew: "
-                    f"{command(label, self.kind)}."
+                    f"{gather_command(label, self.kind)}."
                 )
 
 
@@ -194,6 +196,6 @@ def file_name(kind: str) -> str:
     return f"{kind}.safetensors"
 
 
-def command(label: str, kind: str) -> str:
+def gather_command(label: str, kind: str) -> str:
     """What makes the statistics of an adapter."""
     return f"ties-peft statistics {label} --kind {kind} --task FILE"

@@ -59,11 +59,11 @@ class Adapted(Protocol):
         """Of its task vector."""
 
     @property
-    def form(self) -> str:
+    def layer_type(self) -> str:
         """What it is the task vector of."""
 
     @property
-    def kernel(self) -> tuple[int, ...]:
+    def kernel_size(self) -> tuple[int, ...]:
         """Of a convolution."""
 
     @property
@@ -87,11 +87,11 @@ class Whole(Protocol):
         """Its path in the base model."""
 
     @property
-    def form(self) -> str:
+    def role(self) -> str:
         """What it is: a layer, or rows of trained tokens."""
 
     @property
-    def any(self) -> Mapping[str, Shaped]:
+    def tensors(self) -> Mapping[str, Shaped]:
         """Its tensors by name."""
 
 
@@ -177,20 +177,20 @@ def _fused_whole(modules: Mapping[str, Adapted]) -> frozenset[str]:
     """The layers of fused experts of which both parameters are adapted, which vLLM asks for."""
     found: dict[str, set[str]] = {}
     for name, module in modules.items():
-        if module.form == "expert" and module.path.endswith(".experts"):
+        if module.layer_type == "expert" and module.path.endswith(".experts"):
             found.setdefault(module.path, set()).add(name.removeprefix(f"{module.path}.").partition("[")[0])
     return frozenset(path for path, parameters in found.items() if parameters == FUSED_PARAMETERS)
 
 
 def _fault(module: Adapted, fused: frozenset[str]) -> str | None:
     """Why a target does not load a module; None where it does."""
-    if len(module.shape) != 2 or module.kernel:
+    if len(module.shape) != 2 or module.kernel_size:
         return "are no linear layers"
-    if module.form == "bias":
+    if module.layer_type == "bias":
         return "are biases of lora_B"
-    if module.form == "expert" and module.path in fused:
+    if module.layer_type == "expert" and module.path in fused:
         return None
-    return SEVERAL if module.form == "expert" or UNDER in module.path else None
+    return SEVERAL if module.layer_type == "expert" or UNDER in module.path else None
 
 
 def check_heads(target: str | None, layers: Sequence[Whole], warnings: list[str]) -> None:
@@ -207,11 +207,11 @@ def check_heads(target: str | None, layers: Sequence[Whole], warnings: list[str]
     heads = [layer for layer in layers if target == VLLM and _is_vllm_head(layer)]
     others = [layer.module for layer in layers if layer not in heads]
     if others:
-        tokens = "rows of trained tokens or " if any(layer.form == "tokens" for layer in layers) else ""
+        tokens = "rows of trained tokens or " if any(layer.role == "tokens" for layer in layers) else ""
         raise _cannot(target, others, f"are {tokens}whole layers; leave them out (--heads drop)")
     if len(heads) > 1:
         raise _cannot(target, [layer.module for layer in heads], "are two heads, where it takes one")
-    outputs = heads[0].any["weight"].shape[0]
+    outputs = heads[0].tensors["weight"].shape[0]
     warnings.append(
         f"target vllm: the head '{heads[0].module}' needs vLLM 0.31 or newer, and a server that runs the base as a "
         f"classifier; where the base's own head has fewer than {outputs} outputs, also --max-lora-cls-labels {outputs}."
@@ -220,7 +220,7 @@ def check_heads(target: str | None, layers: Sequence[Whole], warnings: list[str]
 
 def _is_vllm_head(layer: Whole) -> bool:
     """Whether it is one linear layer under a name that vLLM knows."""
-    tensors = {name: rider.shape for name, rider in layer.any.items()}
+    tensors = {name: rider.shape for name, rider in layer.tensors.items()}
     return (
         layer.module in VLLM_HEADS
         and {"weight"} <= set(tensors) <= {"weight", "bias"}

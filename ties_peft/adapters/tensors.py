@@ -36,7 +36,7 @@ FLOATING = frozenset(str(dtype).removeprefix("torch.") for dtype in DTYPES.value
 
 
 @dataclass(frozen=True)
-class Info:
+class TensorInfo:
     """What a tensor is without reading it."""
 
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class TensorSource(Protocol):
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         """Shape and dtype."""
 
     def read(self, name: str) -> Tensor:
@@ -68,10 +68,10 @@ class MemoryTensors:
         """All names, sorted."""
         return tuple(self._tensors)
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         """Shape and dtype."""
         tensor = self._tensors[name]
-        return Info(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        return TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def read(self, name: str) -> Tensor:
         """The tensor."""
@@ -93,7 +93,7 @@ class SafetensorsFile:
         self.path, self.label = path, label
 
     @cached_property
-    def _index(self) -> dict[str, Info]:
+    def _index(self) -> dict[str, TensorInfo]:
         _refuse_unreadable(self.path, self.label)
         self._state = _state(self.path)
         try:
@@ -118,7 +118,7 @@ class SafetensorsFile:
         """All names, sorted."""
         return tuple(self._index)
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         """Shape and dtype, from the header."""
         return self._index[name]
 
@@ -149,7 +149,7 @@ class SafetensorsFile:
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise self._damaged(error) from None
 
-    def expect(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: Iterable[str]) -> None:
         """Ask the system to fetch the bytes of some tensors from the disk while something else is done."""
         if not hasattr(os, "posix_fadvise"):
             return
@@ -220,7 +220,7 @@ class PickleFile:
         """All names, sorted."""
         return tuple(self._tensors)
 
-    def info(self, name: str) -> Info:
+    def info(self, name: str) -> TensorInfo:
         """Shape and dtype."""
         return MemoryTensors(self._tensors).info(name)
 
@@ -250,9 +250,9 @@ def _raw(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _info(shape: list[int], dtype: str) -> Info:
+def _info(shape: list[int], dtype: str) -> TensorInfo:
     known = DTYPES.get(dtype)
-    return Info(tuple(shape), str(known).removeprefix("torch.") if known else dtype)
+    return TensorInfo(tuple(shape), str(known).removeprefix("torch.") if known else dtype)
 
 
 def _state(path: Path) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Companions: tokenizer and chat-template files that lie beside adapters, and go with the result.
+"""TokenizerFiles: tokenizer and chat-template files that lie beside adapters, and go with the result.
 
 They belong together, so that they are copied all or not at all: every one must be the same bytes in
 all of the inputs that have it.
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from .sources import TOKENIZER, stays_inside
+from .sources import TOKENIZER_FILES, stays_inside
 
 LARGEST = 1 << 28  # bytes; no tokenizer has as many
 
 
 @dataclass(frozen=True)
-class Companions:
+class TokenizerFiles:
     """What is copied, and what was left out.
 
     Attributes:
@@ -35,7 +35,7 @@ class Companions:
         return {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
 
 
-def gather(folders: Iterable[tuple[str, Path | None]]) -> Companions:
+def collect_tokenizer_files(folders: Iterable[tuple[str, Path | None]]) -> TokenizerFiles:
     """The companions of some adapters.
 
     Args:
@@ -56,12 +56,14 @@ def gather(folders: Iterable[tuple[str, Path | None]]) -> Companions:
     faults = strange + ([f"these differ: {', '.join(unlike)}"] if unlike else [])
     if faults:
         left = ", ".join(sorted({*held, *(fault.partition(" ")[0] for fault in strange)}))
-        return Companions(remark=f"tokenizer files beside the adapters were left out ({left}): {'; '.join(faults)}.")
-    return Companions({name: path.read_bytes() for name, path in sorted(paths.items())})
+        return TokenizerFiles(
+            remark=f"tokenizer files beside the adapters were left out ({left}): {'; '.join(faults)}."
+        )
+    return TokenizerFiles({name: path.read_bytes() for name, path in sorted(paths.items())})
 
 
 def _beside(folder: Path | None) -> Sequence[Path]:
-    return [] if folder is None else [folder / name for name in TOKENIZER if (folder / name).is_file()]
+    return [] if folder is None else [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def _digest(path: Path) -> str:

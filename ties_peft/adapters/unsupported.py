@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import TiesPeftError
 from .adapter import read_config
 from .formats import recognise as foreign
-from .sources import Found
+from .sources import AdapterFiles
 from .tensors import PickleFile, SafetensorsFile
 
 UNKNOWN = "no adapter that is known here"
@@ -18,7 +18,7 @@ CONVERTS = "`ties-peft convert "  # a refusal that names the command is of what 
 
 
 @dataclass(frozen=True)
-class Refused:
+class UnsupportedAdapter:
     """What one source is that cannot be merged as it is.
 
     Attributes:
@@ -47,7 +47,7 @@ class Refused:
     converts: bool = False
 
 
-def look(source: str, found: Found, fault: str) -> Refused:
+def describe_unsupported(source: str, found: AdapterFiles, fault: str) -> UnsupportedAdapter:
     """What can be told of files that were refused; nothing of the tensors is read but names, shapes and dtypes.
 
     Args:
@@ -66,7 +66,9 @@ def look(source: str, found: Found, fault: str) -> Refused:
     else:
         what = "of a config that is not PEFT's" if config else foreign.other_model(found.folder)
         facts = {"what": what or UNKNOWN}
-    return Refused(label, fault, **facts, **_said(config), **_weights(found, label), converts=CONVERTS in fault)
+    return UnsupportedAdapter(
+        label, fault, **facts, **_said(config), **_weights(found, label), converts=CONVERTS in fault
+    )
 
 
 def _said(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def _said(config: Mapping[str, Any]) -> dict[str, Any]:
     return {ours: str(config[theirs]) for theirs, ours in named.items() if config.get(theirs)}
 
 
-def _weights(found: Found, label: str) -> dict[str, Any]:
+def _weights(found: AdapterFiles, label: str) -> dict[str, Any]:
     path = foreign.candidate(found)
     if path is None:
         return {}

@@ -25,7 +25,7 @@ from ..errors import RecipeError
 Content = str | bytes | dict[str, Tensor]  # a text file, any file, or the tensors of a safetensors file
 PROVENANCE = "provenance.json"
 COPIED = "copied"  # in it: the files that were copied from beside the inputs, a sha256 each
-OURS = frozenset(
+OUTPUT_FILES = frozenset(
     {"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", PROVENANCE}
     | {"fisher.safetensors", "gram.safetensors"}  # statistics, which are of no use without the adapter beside them
 )
@@ -37,7 +37,7 @@ def json_text(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def check_target(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+def check_output_folder(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse a target that would destroy something; to be asked before any work is done.
 
     Args:
@@ -52,7 +52,7 @@ def check_target(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
         raise RecipeError(f"the output {str(folder)!r} cannot be used: {error}.") from None
 
 
-def check_apart(folder: Path, kept: Path | None, what: str) -> None:
+def check_outside_output(folder: Path, kept: Path | None, what: str) -> None:
     """Refuse a target that something which stays would be in the way of; to be asked before any work is done.
 
     Args:
@@ -89,7 +89,7 @@ def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path
         raise RecipeError(
             f"the output '{folder}' exists and is not empty. Choose another folder, or replace it with --force."
         )
-    foreign = [path.name for path in foreign_files(folder)]
+    foreign = [path.name for path in unexpected_files(folder)]
     if foreign:
         raise RecipeError(
             f"the output '{folder}' holds files that ties_peft did not write ({', '.join(foreign[:4])}), "
@@ -97,13 +97,14 @@ def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path
         )
 
 
-def foreign_files(folder: Path) -> list[Path]:
+def unexpected_files(folder: Path) -> list[Path]:
     """What lies in a folder and is none of ours: not of our names, nor as we copied it there."""
     copied = _copied(folder / PROVENANCE)
     return [
         path
         for path in sorted(folder.iterdir())
-        if not path.is_file() or (path.name not in OURS and not (path.name in copied and _is(path, copied[path.name])))
+        if not path.is_file()
+        or (path.name not in OUTPUT_FILES and not (path.name in copied and _is(path, copied[path.name])))
     ]
 
 
@@ -125,11 +126,11 @@ def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False
     Args:
         folder: the target; its parents are made.
         files: content by file name.
-        force, inputs: as in `check_target`.
+        force, inputs: as in `check_output_folder`.
     Returns: the folder.
     Raises: RecipeError where the target is refused or cannot be written; nothing is left behind.
     """
-    check_target(folder, force, inputs)
+    check_output_folder(folder, force, inputs)
     made = _missing_parents(folder)
     staged: Path | None = None
     try:
@@ -138,7 +139,7 @@ def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False
         staged.chmod(0o777 & ~_umask())
         for name, content in files.items():
             _write(staged / name, content)
-        _swap(staged, folder, force)
+        _move_into_place(staged, folder, force)
     except OSError as error:
         _discard(staged, made)
         raise RecipeError(f"the output '{folder}' cannot be written: {error.strerror or error}.") from None
@@ -157,25 +158,25 @@ def _write(path: Path, content: Content) -> None:
         write_tensors(path, content)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, str] = MappingProxyType({})) -> None:
-    """A safetensors file, with facts in its metadata.
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+    """A safetensors file, with metadata in its metadata.
 
     Raises: OSError.
     """
     try:
-        save_file(tensors, path, metadata={"format": "pt", **facts})
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
     except Exception as error:  # safetensors wraps the file system's errors in its own
         raise OSError(None, str(error)) from None
     path.chmod(0o666 & ~_umask())
 
 
-def _swap(staged: Path, folder: Path, force: bool) -> None:
+def _move_into_place(staged: Path, folder: Path, force: bool) -> None:
     """Put the staged folder in the target's place, which another process may be filling at the same time.
 
     Without `force` whoever comes first stays; with it whoever comes last, either of them whole.
     """
     for _ in range(ATTEMPTS):
-        if _settles(staged, folder):
+        if _rename_into_place(staged, folder):
             return
         if not force:
             break
@@ -188,7 +189,7 @@ def _swap(staged: Path, folder: Path, force: bool) -> None:
     )
 
 
-def _settles(staged: Path, folder: Path) -> bool:
+def _rename_into_place(staged: Path, folder: Path) -> bool:
     """Rename into place; False where something stands there. An empty folder gives way."""
     try:
         if os.name == "nt" and folder.is_dir() and not any(folder.iterdir()):
@@ -207,7 +208,7 @@ def _replace(staged: Path, folder: Path) -> None:
     old = aside / "old"
     try:
         folder.rename(old)
-        _settles(staged, folder)
+        _rename_into_place(staged, folder)
     except FileNotFoundError:  # another process took it away first
         pass
     except BaseException:

@@ -11,10 +11,16 @@ from rich.console import Group, RenderableType
 
 from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
-from ..adapters.extra_tensors import copies, describe, entries, read_riders, unfulfilled
-from ..adapters.sources import CONFIG, adapters_inside, expand_all, find, local
-from ..adapters.tokenizer_files import gather
-from ..adapters.unsupported import Refused, look
+from ..adapters.extra_tensors import (
+    describe_extra_tensors,
+    missing_layers,
+    read_extra_tensors,
+    unused_copies,
+    whole_layer_names,
+)
+from ..adapters.sources import ADAPTER_CONFIG, adapter_subfolders, expand_patterns, find_files, local_path
+from ..adapters.tokenizer_files import collect_tokenizer_files
+from ..adapters.unsupported import UnsupportedAdapter, describe_unsupported
 from ..errors import TiesPeftError
 from ..merging.members import unequal_norms
 from ..merging.plan import Plan, make_plan
@@ -78,7 +84,7 @@ class Inspection:
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[UnsupportedAdapter, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -101,15 +107,15 @@ def _expand_sources(given: Sequence[str], faults: list[str]) -> tuple[list[str],
     names, notes = [], []
     for source in given:
         try:
-            found, remarks = expand_all([source])
+            found, remarks = expand_patterns([source])
         except TiesPeftError as error:
             faults.append(str(error))
             continue
         notes += remarks
         for name in found:
-            folder = local(name)
-            inside = adapters_inside(folder) if folder is not None and folder.is_dir() else []
-            if folder is not None and inside and not (folder / CONFIG).is_file():
+            folder = local_path(name)
+            inside = adapter_subfolders(folder) if folder is not None and folder.is_dir() else []
+            if folder is not None and inside and not (folder / ADAPTER_CONFIG).is_file():
                 notes.append(f"{name} holds {len(inside)} adapters: {', '.join(inside)}.")
                 names += [f"{name.rstrip('/')}/{own}" for own in inside]
             else:
@@ -129,7 +135,7 @@ def _losses(opened: Sequence[Adapter], plan: Plan) -> list[str]:
     tasks = sorted({str(a.config.get("task_type")) for a in opened})
     if len(tasks) > 1:
         found.append(f"task_type, which differs: {', '.join(tasks)}")
-    beside = gather((adapter.label, adapter.folder) for adapter in opened)
+    beside = collect_tokenizer_files((adapter.label, adapter.folder) for adapter in opened)
     return [*found, *([beside.remark.removesuffix(".")] if beside.remark else [])]
 
 
@@ -144,7 +150,7 @@ def inspect(sources: Sequence[str], base: str | None = None) -> Inspection:
     faults: list[str] = []
     names, notes = _expand_sources(sources, faults)
     opened: list[Adapter] = []
-    refused: list[Refused] = []
+    refused: list[UnsupportedAdapter] = []
     for source in names:
         found = _open(source, weights)
         (opened if isinstance(found, Adapter) else refused).append(found)  # type: ignore[arg-type]
@@ -163,17 +169,17 @@ def inspect(sources: Sequence[str], base: str | None = None) -> Inspection:
     return seen if len(names) < 2 or len(opened) < 2 else _with_merge_check(seen, opened, base)
 
 
-def _open(source: str, weights: BaseModel | None) -> Adapter | Refused:
+def _open(source: str, weights: BaseModel | None) -> Adapter | UnsupportedAdapter:
     """An adapter whose tensors are sound; else what is known of it."""
     try:
-        found = find(source)
+        found = find_files(source)
     except TiesPeftError as error:
-        return Refused(source, str(error))
+        return UnsupportedAdapter(source, str(error))
     try:
         adapter = Adapter.load(source, base=weights)
         adapter.check()
     except TiesPeftError as error:
-        return look(source, found, str(error))
+        return describe_unsupported(source, found, str(error))
     return adapter
 
 
@@ -212,8 +218,8 @@ def _summarize(adapter: Adapter) -> AdapterSummary:
     task = adapter.config.get("task_type")
     return AdapterSummary(
         source=adapter.label,
-        kind=adapter.kind.title,
-        base=adapter.base or None,
+        kind=adapter.peft_type.title,
+        base=adapter.base_name or None,
         task_type=str(task) if task else None,
         dtype=str(adapter.dtype).removeprefix("torch."),
         modules=len(adapter.layout),
@@ -228,8 +234,10 @@ def _summarize(adapter: Adapter) -> AdapterSummary:
 
 
 def _extra_tensors(adapter: Adapter) -> tuple[str, ...]:
-    found = read_riders(adapter.riders, adapter.config, adapter.tensors, entries([adapter.config]), adapter.label)
-    return tuple(describe(found, len(copies(adapter.riders))))
+    found = read_extra_tensors(
+        adapter.extra_keys, adapter.config, adapter.tensors, whole_layer_names([adapter.config]), adapter.label
+    )
+    return tuple(describe_extra_tensors(found, len(unused_copies(adapter.extra_keys))))
 
 
 FORM_NAMES = {
@@ -242,10 +250,10 @@ FORM_NAMES = {
 
 def _special_modules(adapter: Adapter) -> list[str]:
     """What its modules are the task vectors of, where it is not linear layers; whether they need the base."""
-    forms = [module.form for module in adapter.layout.values()]
+    forms = [module.layer_type for module in adapter.layout.values()]
     found = [f"{forms.count(form)} × {text}" for form, text in FORM_NAMES.items() if form in forms]
-    if any(module.needs for module in adapter.layout.values()):
-        kind = "DoRA" if adapter.kind.name == "lora" else adapter.kind.title
+    if any(module.base_tensors for module in adapter.layout.values()):
+        kind = "DoRA" if adapter.peft_type.name == "lora" else adapter.peft_type.title
         found.append(f"{kind}: its task vector is of full rank and depends on the base's weights")
     if adapter.config.get("layer_replication"):
         found.append("replicated layers")
@@ -258,13 +266,13 @@ def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
     found = _special_modules(adapter)
     if config.get("use_rslora"):
         found.append("rsLoRA (scaling alpha/√r)")
-    full = any(module.needs for module in adapter.layout.values())
+    full = any(module.base_tensors for module in adapter.layout.values())
     if len(adapter.ranks) > 1 and not full:
         found.append(f"mixed ranks {', '.join(map(str, adapter.ranks))}")
     if config.get("alpha_pattern"):
         found.append("alpha pattern")
     if (
-        adapter.kind.name == "lora"
+        adapter.peft_type.name == "lora"
         and not full
         and isinstance(config.get("r"), int)
         and config["r"] not in adapter.ranks
@@ -273,11 +281,11 @@ def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
     silent = [name for name, norm in norms.items() if norm == 0]
     if silent:
         found.append(f"{len(silent)} of {len(norms)} modules do nothing (zero task vector)")
-    riders = read_riders(adapter.riders, config, adapter.tensors, entries([config]), adapter.label)
-    found += [text.removesuffix(".") for text in unfulfilled(config, riders)]
-    if adapter.base is None:
+    riders = read_extra_tensors(adapter.extra_keys, config, adapter.tensors, whole_layer_names([config]), adapter.label)
+    found += [text.removesuffix(".") for text in missing_layers(config, riders)]
+    if adapter.base_name is None:
         found.append("names no base model")
-    inside = adapters_inside(adapter.folder) if adapter.folder is not None else []
+    inside = adapter_subfolders(adapter.folder) if adapter.folder is not None else []
     if inside:
         found.append(f"its folder holds other adapters too: {', '.join(inside)}")
     return tuple(found)
@@ -296,7 +304,7 @@ def _summary_table(summary: AdapterSummary) -> RenderableType:
     return Group(make_text(summary.source, "bold"), make_facts(rows))
 
 
-def _refused_table(one: Refused) -> RenderableType:
+def _refused_table(one: UnsupportedAdapter) -> RenderableType:
     """What is known of a source that is refused; why stands beneath, on standard error."""
     rows = [("refused", one.what)]
     if one.base or one.task_type:

@@ -56,12 +56,12 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Turn one adapter into a LoRA, or to another rank, dtype or loader."""
-    from ..adapters.writer import check_target
+    from ..adapters.writer import check_output_folder
     from ..merging.convert import convert as convert_adapter
     from ..merging.recipes.overrides import read_rank
 
-    path = sources.local(adapter)
-    check_target(out, force, [path] if path else [])
+    path = sources.local_path(adapter)
+    check_output_folder(out, force, [path] if path else [])
     with progress_bar() as tell:
         made = convert_adapter(
             adapter,

@@ -63,12 +63,12 @@ def distil(
     as_json: Json = False,
 ) -> None:
     """Merge adapters, then let the one adapter imitate them on rows without labels."""
-    from ..adapters.writer import check_apart, check_target
+    from ..adapters.writer import check_output_folder, check_outside_output
     from ..learning.distil import distil as distil_adapters
 
-    read = [path for path in map(sources.local, adapters) if path is not None]
-    check_target(out, force, read)
-    check_apart(out, state, "the state (--state)")
+    read = [path for path in map(sources.local_path, adapters) if path is not None]
+    check_output_folder(out, force, read)
+    check_outside_output(out, state, "the state (--state)")
     with print_warnings_after(), progress_bar() as tell:
         made = distil_adapters(
             adapters,

@@ -225,7 +225,7 @@ def merge(
 
 def _run(flags: Flags, out: Path | None, device: str, dry_run: bool, force: bool, as_json: bool) -> None:
     """Merge as the flags say, or only check."""
-    from ..adapters.writer import check_target
+    from ..adapters.writer import check_output_folder
     from ..merging.merge import merge_recipe, open_adapters
     from ..merging.merged import inputs
     from ..merging.plan import make_plan
@@ -234,7 +234,7 @@ def _run(flags: Flags, out: Path | None, device: str, dry_run: bool, force: bool
     asked, patterns = flags.asked().expanded()
     print_notes(patterns)
     if out is not None:
-        check_target(out, force, inputs(asked))
+        check_output_folder(out, force, inputs(asked))
     if dry_run:
         plan = make_plan(asked, open_adapters(asked), device)
         _show_plan(plan, asked, as_json)

@@ -139,13 +139,13 @@ def search(
 
 def _check_paths(out: Path, force: bool, storage: str, adapters: list[str], parameters: Mapping[str, Any]) -> None:
     """Refuse an output that is in the way of an input or of the storage."""
-    from ..adapters.writer import check_apart, check_target
+    from ..adapters.writer import check_output_folder, check_outside_output
     from ..merging.merged import inputs
     from ..merging.recipes.recipe import Recipe
     from ..search.storage import storage_path
 
-    check_target(out, force, inputs(Recipe(adapters=tuple(adapters), parameters=parameters)))
-    check_apart(out, storage_path(storage), "the storage")
+    check_output_folder(out, force, inputs(Recipe(adapters=tuple(adapters), parameters=parameters)))
+    check_outside_output(out, storage_path(storage), "the storage")
 
 
 def _warn_of_base(adapters: list[str], task: Path, base: str | None) -> None:

@@ -28,12 +28,12 @@ def signs(
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
 ) -> None:
     """Estimate the signs that TIES elects from a few examples."""
-    from ..adapters.writer import check_target
+    from ..adapters.writer import check_output_folder
     from ..learning.signs import few_shot_signs
     from ..merging.merged import inputs
     from ..merging.recipes.recipe import Recipe
 
-    check_target(out, force, inputs(Recipe(adapters=tuple(adapters))))
+    check_output_folder(out, force, inputs(Recipe(adapters=tuple(adapters))))
     with print_warnings_after(), progress_bar() as tell:
         made = few_shot_signs(adapters, task, base, device, steps=steps, seed=seed, progress=tell)
     made.save(out, force)

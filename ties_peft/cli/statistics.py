@@ -51,11 +51,11 @@ def statistics(
     with print_warnings_after(), progress_bar() as tell:
         base = find_base(opened, tasks, base)
         for adapter, own in zip(opened, tasks, strict=True):
-            for one in kind or [k for k in STATISTICS if k != "gram" or adapter.kind.has_rank]:
+            for one in kind or [k for k in STATISTICS if k != "gram" or adapter.peft_type.has_rank]:
                 found = gather_statistics(
                     adapter, own, one, base, device, labels=labels, seed=seed, again=again, progress=tell
                 )
-                facts = {key: value for key, value in found.facts.items() if key not in ("adapter", "same")}
+                facts = {key: value for key, value in found.metadata.items() if key not in ("adapter", "same")}
                 made.append({"adapter": adapter.label, "digest": adapter.digest, "file": file_name(one), **facts})
     if as_json:
         print_json({"statistics": made})

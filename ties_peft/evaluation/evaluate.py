@@ -105,7 +105,7 @@ def find_base(adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: s
     Raises: RecipeError where none is named, or several are.
     """
     named = {task.base for task in tasks if task.base}
-    trained = {adapter.base for adapter in adapters if adapter is not None and adapter.base}
+    trained = {adapter.base_name for adapter in adapters if adapter is not None and adapter.base_name}
     found = {str(base)} if base is not None else named or trained
     if len(found) != 1:
         seen = f"several are named ({', '.join(sorted(found))})" if found else "none is named"

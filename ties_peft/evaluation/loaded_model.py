@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.extra_tensors import BASE, TOKENS, Rider, entries, read_riders
-from ..adapters.types.base import BIAS, EXPERT, Module
+from ..adapters.extra_tensors import BASE, TOKENS, ExtraTensor, read_extra_tensors, whole_layer_names
+from ..adapters.types.base import BIAS, EXPERT, ModuleInfo
 from ..errors import CompatibilityError, RecipeError
 from ..merging.values import usable
 from .missing_weights import missing_from, quiet, refuse_missing
@@ -120,7 +120,7 @@ class Bench:
             rows = "\n".join(f"  {fault}" for fault in faults[:4])
             more = f"\n  … and {len(faults) - 4} more" if len(faults) > 4 else ""
             raise CompatibilityError(
-                f"adapter '{adapter.label}' (trained on {adapter.base or 'no name given'!r}) does not fit the "
+                f"adapter '{adapter.label}' (trained on {adapter.base_name or 'no name given'!r}) does not fit the "
                 f"base model '{self.base}', loaded as {self.form}, a {type(_bare(self.model)).__name__}; {len(faults)} of "
                 f"its {len(adapter.modules)} modules do not:\n{rows}{more}\n{self._advice(adapter)}"
             )
@@ -131,7 +131,7 @@ class Bench:
         Raises: CompatibilityError naming those that the adapter does not bring either.
         """
         if self._missing:
-            found = [self._parameter(_path(r)) for r in (_riders(adapter) if adapter else []) if r.form != TOKENS]
+            found = [self._parameter(_path(r)) for r in (_riders(adapter) if adapter else []) if r.role != TOKENS]
             label = None if adapter is None else adapter.label
             refuse_missing(self._missing, [id(parameter) for parameter in found], self.base, self.form, label)
 
@@ -239,11 +239,11 @@ class Bench:
             "head a classifier, choices, exact_match and loss a language model."
         )
 
-    def _fault(self, module: Module) -> str | None:
-        if module.form == EXPERT:
+    def _fault(self, module: ModuleInfo) -> str | None:
+        if module.layer_type == EXPERT:
             return f"{module.name}: one expert of several, which is not put on yet"
         layer = self._modules.get(module.path)
-        if module.form == BIAS:
+        if module.layer_type == BIAS:
             held = getattr(_inner(layer), "bias", None)
             fits = held is not None and held.numel() == module.shape[0]
             return None if fits else f"{module.path}: the model has no bias of {module.shape[0]} there"
@@ -254,9 +254,9 @@ class Bench:
             return f"{module.name}: its weight is {weight.dtype}; load the base unquantised"
         seen, shape = tuple(weight.shape), module.shape
         if len(shape) == 1:
-            side = sizes(_inner(layer))[1 if module.on_input else 0]
+            side = shape_text(_inner(layer))[1 if module.on_input else 0]
             return None if side == shape[0] else f"{module.name}: a vector of {shape[0]} for a side of {side}"
-        fits = sizes(_inner(layer)) == shape if weight.dim() == 2 else weight.numel() == shape[0] * shape[1]
+        fits = shape_text(_inner(layer)) == shape if weight.dim() == 2 else weight.numel() == shape[0] * shape[1]
         return None if fits else f"{module.name}: {shape[0]} × {shape[1]} for a weight {_times(seen)}"
 
     def _parameter(self, path: str) -> nn.Parameter | None:
@@ -270,7 +270,7 @@ class Bench:
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         delta = adapter.delta(name).to(weight.device)
-        if module.form == BIAS:
+        if module.layer_type == BIAS:
             bias = layer.bias
             assert isinstance(bias, nn.Parameter)
             _replace(bias, bias.float() + delta[:, 0], kept)
@@ -288,14 +288,14 @@ class Bench:
         if own is not None and not module.on_input:
             _replace(own, own.float() * factor, kept)
 
-    def _rider_fault(self, rider: Rider) -> str | None:
+    def _rider_fault(self, rider: ExtraTensor) -> str | None:
         """What keeps a rider off the model; None where nothing does."""
         parameter = self._parameter(_path(rider))
         if parameter is None:
             return f"{_path(rider)}: the model has no such tensor"
-        shape = (max(rider.rows, default=0) + 1, *rider.shape[1:]) if rider.form == TOKENS else rider.shape
+        shape = (max(rider.rows, default=0) + 1, *rider.shape[1:]) if rider.role == TOKENS else rider.shape
         seen = tuple(parameter.shape)
-        fits = seen[0] >= shape[0] and seen[1:] == shape[1:] if rider.form == TOKENS else seen == shape
+        fits = seen[0] >= shape[0] and seen[1:] == shape[1:] if rider.role == TOKENS else seen == shape
         return None if fits else f"{_path(rider)}: {_times(shape)} for {_times(seen)}"
 
     def _put_on_riders(self, adapter: Adapter, kept: list[tuple[nn.Parameter, Tensor]]) -> None:
@@ -303,7 +303,7 @@ class Bench:
             parameter, value = self._parameter(_path(rider)), adapter.tensors.read(rider.key)
             if parameter is None:
                 raise CompatibilityError(f"adapter '{adapter.label}': {self._rider_fault(rider)}.")
-            if rider.form == TOKENS:
+            if rider.role == TOKENS:
                 rows = parameter.data.clone()
                 rows[torch.tensor(rider.rows, device=rows.device)] = value.to(rows.device, rows.dtype)
                 value = rows
@@ -344,7 +344,7 @@ def transposed(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" or isinstance(layer, nn.Embedding)
 
 
-def sizes(layer: Any) -> tuple[int, ...]:
+def shape_text(layer: Any) -> tuple[int, ...]:
     """(out, in, …) of a layer."""
     shape = tuple(layer.weight.shape)
     return (shape[1], shape[0]) if transposed(layer) else shape
@@ -365,16 +365,16 @@ def _inner(layer: Any) -> Any:
     return getattr(layer, "base_layer", layer)
 
 
-def _riders(adapter: Adapter) -> list[Rider]:
+def _riders(adapter: Adapter) -> list[ExtraTensor]:
     """What rides along and changes the model: all but the base's own weights."""
-    starts = entries([adapter.config])
-    found = read_riders(adapter.riders, adapter.config, adapter.tensors, starts, adapter.label)
-    return [rider for rider in found if rider.form != BASE]
+    starts = whole_layer_names([adapter.config])
+    found = read_extra_tensors(adapter.extra_keys, adapter.config, adapter.tensors, starts, adapter.label)
+    return [rider for rider in found if rider.role != BASE]
 
 
-def _path(rider: Rider) -> str:
+def _path(rider: ExtraTensor) -> str:
     """A rider's path in the model."""
-    return f"{rider.module}.weight" if rider.form == TOKENS else f"{rider.module}.{rider.tensor}"
+    return f"{rider.module}.weight" if rider.role == TOKENS else f"{rider.module}.{rider.tensor}"
 
 
 def _longest(model: Any) -> int:

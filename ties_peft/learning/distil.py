@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import sources
-from ..adapters.adapter import Adapter, in_memory
+from ..adapters.adapter import Adapter
 from ..choices import DISTIL_BATCH, FITS
 from ..errors import RecipeError, unknown, warn_caller
 from ..evaluation.loaded_model import Bench
@@ -154,13 +154,13 @@ class _Outcome:
             LessonLine(
                 name=lesson.name,
                 digest=lesson.adapter.digest,
-                kind=lesson.adapter.kind.title,
+                kind=lesson.adapter.peft_type.title,
                 origin=lesson.origin,
                 rows=len(learnt),
                 held=len(held),
                 divergence=(first[0], last[0]),
                 agreement=(first[1], last[1]),
-                page=sources.address(lesson.adapter.source),
+                page=sources.hub_url(lesson.adapter.source),
             )
             for lesson, (learnt, held), first, last in zip(
                 self.lessons, self.parts, before, after if improved else before, strict=True
@@ -168,7 +168,7 @@ class _Outcome:
         ]
         report = self._report(lines, improved, seconds)
         warn_caller(report.warnings)
-        folders = [sources.local(t.adapter.source) for t in teachers if t.adapter.source is not None]
+        folders = [sources.local_path(t.adapter.source) for t in teachers if t.adapter.source is not None]
         return Distilled(
             self.student.start.config,
             self.fitted if improved else self.start,
@@ -187,14 +187,14 @@ class _Outcome:
                 "no step made the adapter better on the rows held back, so the result is the start itself. More rows, "
                 "or rows nearer to the adapters' tasks, may help."
             )
-        if self.student.bench.form == "classifier" and any(lesson.adapter.riders for lesson in self.lessons):
+        if self.student.bench.form == "classifier" and any(lesson.adapter.extra_keys for lesson in self.lessons):
             warnings.append(
                 "each adapter was imitated under its own head, and the result has none: put the head of the task at hand "
                 "on the base."
             )
         licence, note = shared_licence([(lesson.name, lesson.adapter.folder) for lesson in self.lessons])
         return DistilReport(
-            kind=start.kind.title,
+            kind=start.peft_type.title,
             rank=start.report.rank if isinstance(start, Merged) else None,
             fit=self.student.fit,
             base=self.student.bench.base,
@@ -216,7 +216,7 @@ class _Outcome:
 
     def _measure(self, tensors: dict[str, Tensor]) -> list[tuple[float, float]]:
         """(divergence, agreement) of each lesson, of an adapter as it is written."""
-        with self.student.bench.wear(in_memory(self.student.start.config, tensors)):
+        with self.student.bench.wear(Adapter.from_tensors(self.student.start.config, tensors)):
             return [lesson.measure(held) for lesson, (_, held) in zip(self.lessons, self.parts, strict=True)]
 
     def _recipe(self, teachers: Sequence[Teacher]) -> dict[str, Any]:

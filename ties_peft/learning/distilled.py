@@ -186,7 +186,9 @@ class Distilled(Adapter):
 
     def __repr__(self) -> str:
         rank = "" if self.report.rank is None else f", rank {self.report.rank}"
-        return f"Distilled({self.kind.name}, {len(self.layout)} modules{rank}, {len(self.report.lessons)} teachers)"
+        return (
+            f"Distilled({self.peft_type.name}, {len(self.layout)} modules{rank}, {len(self.report.lessons)} teachers)"
+        )
 
 
 def _card(report: DistilReport, recipe: Mapping[str, Any], loading: Loading) -> str:

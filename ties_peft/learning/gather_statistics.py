@@ -92,7 +92,7 @@ def gather_statistics(
     rows = _readings(bench, asked, labels)
     sums = _run(bench, opened, rows, kind, labels, seed, progress)
     made = Statistics.make(kind, opened.digest, sums, len(rows), base=bench.base, **told)
-    opened.attach(made)
+    opened.attach_statistics(made)
     if save and opened.folder is not None:
         made.save(opened.folder)
     return made
@@ -108,12 +108,12 @@ def _found(adapter: Adapter, kind: str) -> Statistics | None:
 
 def _tell_apart(adapter: Adapter, there: Statistics, asked: Mapping[str, Any]) -> None:
     """Warn where the statistics that stay were made of something else than is asked for now."""
-    facts = dict(there.facts)
+    facts = dict(there.metadata)
     if "base" in asked:  # one base may lie in several places
         asked, facts = ({**found, "base": Path(str(found.get("base"))).name} for found in (asked, facts))
     other = [name.removesuffix(" digest") for name, value in asked.items() if facts.get(name) != value]
     if other:
-        told = f"{there.facts.get('rows')} rows of {there.facts.get('task')}"
+        told = f"{there.metadata.get('rows')} rows of {there.metadata.get('task')}"
         warn_caller(
             [
                 f"adapter '{adapter.label}' has {there.kind} statistics already, of {told}, made with another "
@@ -140,7 +140,7 @@ def _check(adapter: Adapter, task: Task, kind: str, save: bool) -> None:
         )
     if kind == "gram" and any(len(module.shape) != 2 for module in adapter.layout.values()):
         raise MethodError(
-            f"adapter '{adapter.label}': gram statistics are of matrices, and {adapter.kind.title} is of vectors. "
+            f"adapter '{adapter.label}': gram statistics are of matrices, and {adapter.peft_type.title} is of vectors. "
             "Gather fisher, for method 'fisher'."
         )
     vectors = [name for name, module in adapter.layout.items() if len(module.shape) == 1]

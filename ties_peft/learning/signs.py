@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import writer
-from ..adapters.adapter import Adapter, check_listed
+from ..adapters.adapter import Adapter, check_is_list
 from ..errors import CompatibilityError
 from ..evaluation.evaluate import find_base, make_exam
 from ..evaluation.loaded_model import Bench
@@ -67,13 +67,13 @@ def few_shot_signs(
     if steps is not None:
         check_whole("steps", steps, 1)
     check_whole("seed", seed, 0)
-    check_listed(adapters)
+    check_is_list(adapters)
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     asked = [read_task(task) for task in tasks]
     if not asked:
         raise CompatibilityError("no tasks were given. Name one with a few labelled rows for each adapter.")
     largest = max((adapter.ranks[-1] for adapter in opened), default=1)
-    rank = largest if any(adapter.kind.has_rank for adapter in opened) else "auto"
+    rank = largest if any(adapter.peft_type.has_rank for adapter in opened) else "auto"
     start: Merged = merge(opened, method="average", rank=rank, dtype="float32")
     if bench is None:
         chosen = find_base(opened, asked, base)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter import Adapter, in_memory
-from ..adapters.types import Module, kinds, written_as
+from ..adapters.adapter import Adapter
+from ..adapters.types import ModuleInfo, output_type, peft_types
 from ..choices import METHOD
 from ..errors import MethodError, RecipeError, one_line, unknown
 from ..evaluation.loaded_model import Bench, transposed
@@ -44,25 +44,25 @@ def make_start(
     Raises: RecipeError, MethodError or CompatibilityError where there is no such start.
     """
     chosen = _kind(teachers, kind)
-    has_rank = kinds()[chosen].has_rank
+    has_rank = peft_types()[chosen].has_rank
     if rank is not None and not has_rank:
         raise MethodError(f"rank is {rank!r}, but (IA)³ vectors have no rank. Leave it out.")
-    largest = max([a.ranks[-1] for a in teachers if a.kind.has_rank], default=RANK)
+    largest = max([a.ranks[-1] for a in teachers if a.peft_type.has_rank], default=RANK)
     ranked: dict[str, Any] = {"rank": rank or largest} if has_rank and (rank or fit != GAINS) else {}
     shared: dict[str, Any] = {"dtype": "float32", "base_model": base_model, "allow_disjoint": True}
     if bench.form == "classifier":  # each lesson is judged by its teacher's own head
         shared["heads"] = "drop"
     if start is not None and not isinstance(start, Mapping):
         adapter = start if isinstance(start, Adapter) else Adapter.load(start)
-        if adapter.kind.peft_type != chosen:
+        if adapter.peft_type.config_name != chosen:
             raise RecipeError(
-                f"the start '{adapter.label}' is {adapter.kind.title}, and the result is to be {kinds()[chosen].title}. "
+                f"the start '{adapter.label}' is {adapter.peft_type.title}, and the result is to be {peft_types()[chosen].title}. "
                 "Start from one of that kind, or say kind=."
             )
         return merge([adapter], "average", **ranked, **shared), f"'{adapter.label}'"
-    own = [a for a in teachers if a.kind.peft_type == chosen]
+    own = [a for a in teachers if a.peft_type.config_name == chosen]
     if has_rank:
-        own = [a if a.kind.has_rank else as_lora(a, bench, rank or largest) for a in teachers]
+        own = [a if a.peft_type.has_rank else as_lora(a, bench, rank or largest) for a in teachers]
     asked = dict(start) if start is not None else DEFAULTS[fit if has_rank else "ia3"]
     told = ", ".join(f"{key} {value}" for key, value in (asked | ranked).items() if key != "method")
     try:
@@ -78,7 +78,7 @@ def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:
     What its vectors do to biases has no place in a LoRA and is left out: the result is a start, no
     conversion.
     """
-    lora = written_as(kinds()["LORA"])
+    lora = output_type(peft_types()["LORA"])
     tensors: dict[str, torch.Tensor] = {}
     modules = []
     for name in adapter.modules:
@@ -94,24 +94,24 @@ def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:
         plain = plain.T if transposed(layer) else plain
         delta = factorise(plain * (vector if module.on_input else vector.unsqueeze(1)), rank).delta
         assert isinstance(delta, LowRank)
-        packed = lora.written(Module(name, (plain.shape[0], plain.shape[1]), rank, ()), rank)
+        packed = lora.written(ModuleInfo(name, (plain.shape[0], plain.shape[1]), rank, ()), rank)
         tensors |= lora.pack(packed, delta, rank)
         modules.append(packed)
-    config = {"peft_type": "LORA", "base_model_name_or_path": adapter.base, **lora.config(modules, rank)}
-    return in_memory(config, tensors, adapter.source)
+    config = {"peft_type": "LORA", "base_model_name_or_path": adapter.base_name, **lora.config(modules, rank)}
+    return Adapter.from_tensors(config, tensors, adapter.source)
 
 
 def _kind(teachers: Sequence[Adapter], asked: str | None) -> str:
     """The PEFT type of the result: as asked, else LoRA as soon as one teacher is."""
-    by_name = {kind.name: kind.peft_type for kind in kinds().values() if kind.name in ("lora", "ia3")}
+    by_name = {kind.name: kind.config_name for kind in peft_types().values() if kind.name in ("lora", "ia3")}
     if asked is not None and asked not in by_name:
         raise RecipeError(unknown("kind", str(asked), by_name))
     if asked is not None:
         chosen = by_name[asked]
-        if chosen == by_name["ia3"] and all(a.kind.peft_type != chosen for a in teachers):
+        if chosen == by_name["ia3"] and all(a.peft_type.config_name != chosen for a in teachers):
             raise RecipeError(
                 "the result is to be (IA)³, and none of the adapters is: their task vectors have no place in a vector. "
                 "Leave kind out, for a LoRA."
             )
         return chosen
-    return by_name["ia3"] if all(not adapter.kind.has_rank for adapter in teachers) else by_name["lora"]
+    return by_name["ia3"] if all(not adapter.peft_type.has_rank for adapter in teachers) else by_name["lora"]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.types import written_as
+from ..adapters.types import output_type
 from ..adapters.types.base import LINEAR
 from ..choices import FITS
 from ..errors import CompatibilityError
@@ -51,7 +51,7 @@ class Student:
 
     def __init__(self, start: Adapter, bench: Bench, fit: str = FACTORS, seed: int = 0) -> None:
         self.start, self.bench = start, bench
-        self.fit = fit if start.kind.has_rank else VECTORS
+        self.fit = fit if start.peft_type.has_rank else VECTORS
         self._fixed: dict[str, tuple[Tensor, Tensor]] = {}
         _check_layers(start, bench)
         values = {name: value for module in start.modules for name, value in self._values(module).items()}
@@ -82,13 +82,13 @@ class Student:
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What it has become, as an adapter's file holds it."""
-        kind = written_as(self.start.kind)
+        kind = output_type(self.start.peft_type)
         made: dict[str, Tensor] = {}
         with torch.no_grad():
             for name in self.start.modules:
                 module = self.start.module(name)
                 made |= kind.pack(module, self._delta(name), module.rank)
-        made |= {name: self.start.tensors.read(name) for name in self.start.riders}
+        made |= {name: self.start.tensors.read(name) for name in self.start.extra_keys}
         return {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in made.items()}
 
     def _values(self, name: str) -> dict[str, Tensor]:
@@ -171,10 +171,12 @@ def _wake(values: dict[str, Tensor], units: dict[str, float], seed: int) -> None
 def _check_layers(start: Adapter, bench: Bench) -> None:
     """Every module is a linear layer."""
     bench.check(start)
-    odd = [name for name in start.modules if start.module(name).form != LINEAR or not _is_linear(bench.layer(name))]
+    odd = [
+        name for name in start.modules if start.module(name).layer_type != LINEAR or not _is_linear(bench.layer(name))
+    ]
     if odd:
         raise CompatibilityError(
-            f"the start adapts {odd[0]!r}, a {start.module(odd[0]).form} module; what is fitted are linear layers. "
+            f"the start adapts {odd[0]!r}, a {start.module(odd[0]).layer_type} module; what is fitted are linear layers. "
             "Start from an adapter without it, or leave out the adapters that have it."
         )
 

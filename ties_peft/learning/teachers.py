@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.adapter import Adapter, check_listed
+from ..adapters.adapter import Adapter, check_is_list
 from ..errors import RecipeError, unknown
 from ..evaluation.evaluate import find_base
 from ..evaluation.loaded_model import LANGUAGE, Bench
@@ -49,7 +49,7 @@ def read_teachers(adapters: Sequence[Any], rows: Any = None, tasks: Any = None) 
 
     Raises: RecipeError naming what fits no adapter, or what an adapter lacks.
     """
-    check_listed(adapters)
+    check_is_list(adapters)
     if not adapters:
         raise RecipeError("expected a list of adapters to imitate, at least one: distil([...]).")
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]

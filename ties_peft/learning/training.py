@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..adapters.adapter import Adapter, in_memory
+from ..adapters.adapter import Adapter
 from ..errors import RecipeError
 from ..evaluation.scorers import Classification, Exam, Progress
 from ..evaluation.task import Task
@@ -59,7 +59,7 @@ def train(
     bench = exams[0].bench
     student = Student(start, bench, seed=seed)
     optimiser = torch.optim.AdamW(
-        list(student.numbers.values()), lr=rate or RATES[start.kind.has_rank], weight_decay=DECAY
+        list(student.numbers.values()), lr=rate or RATES[start.peft_type.has_rank], weight_decay=DECAY
     )
     generator = torch.Generator().manual_seed(seed)
     with bench.heads(start), student.on(), torch.enable_grad():
@@ -73,4 +73,4 @@ def train(
             optimiser.step()
             if progress is not None:
                 progress("training", step + 1, steps)
-    return in_memory(start.config, student.tensors(torch.float32), "trained on a few examples")
+    return Adapter.from_tensors(start.config, student.tensors(torch.float32), "trained on a few examples")

@@ -130,7 +130,7 @@ def shared_licence(adapters: Sequence[tuple[str, Path | None]]) -> tuple[dict[st
 
 def _licence(folder: Path | None) -> dict[str, Any]:
     """The licence in the front matter of an adapter's card; empty where it names none."""
-    path = next((path for path in sources.cards(folder) if path.is_file()), None) if folder is not None else None
+    path = next((path for path in sources.card_paths(folder) if path.is_file()), None) if folder is not None else None
     if path is None or not sources.stays_inside(path):
         return {}
     state = path.stat()
@@ -173,7 +173,7 @@ def _fenced(text: str, language: str) -> str:
 
 def _name(value: str) -> str:
     """The last part of a path on this machine; anything else as it stands."""
-    here = re.match(r"/|~|[A-Za-z]:\\", value) is not None or sources.local(value) is not None
+    here = re.match(r"/|~|[A-Za-z]:\\", value) is not None or sources.local_path(value) is not None
     return _last(value) if here else ABSOLUTE.sub(lambda match: _last(match[0]), value)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.formats.to_peft import Hints, open_any
+from ..adapters.formats.to_peft import ConversionOptions, open_as_peft
 from .merge import Progress, make_recipe, run_plan
 from .merged import Merged
 from .plan import make_plan
@@ -54,17 +54,17 @@ def convert(
     Law: it computes the same function, but for what the report says was lost. It is the average of one.
     """
     started = time.perf_counter()
-    hints = Hints(
+    hints = ConversionOptions(
         part, None if base is None else str(base), None if modules is None else Path(modules), alpha, base_model
     )
-    opened, remarks = (adapter, []) if isinstance(adapter, Adapter) else open_any(str(adapter), hints)
+    opened, remarks = (adapter, []) if isinstance(adapter, Adapter) else open_as_peft(str(adapter), hints)
     recipe = make_recipe(
         [opened],
         method="average",
-        rank=rank if rank is not None else "max" if opened.kind.has_rank else "auto",
+        rank=rank if rank is not None else "max" if opened.peft_type.has_rank else "auto",
         dtype=dtype,
         base_model=base_model,
-        base=None if opened.weights is None else hints.base,
+        base=None if opened.base_model is None else hints.base,
         target=target,
         heads=heads,
     )

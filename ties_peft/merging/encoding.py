@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.tokenizer_files import Companions
+from ..adapters.tokenizer_files import TokenizerFiles
 from ..spaces import Encoding
 from ..task_vectors.delta import Delta, Dense, as_factors
 from ..task_vectors.factorise import MAX_GRAM_SIDE
@@ -40,7 +40,7 @@ class Memory:
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
     ranked: dict[tuple[int, str, int], tuple[float, np.ndarray]] = field(default_factory=dict)
-    companions: Companions | None = None
+    companions: TokenizerFiles | None = None
     pool: list[ThreadPool] = field(default_factory=list)
 
 
@@ -65,10 +65,10 @@ class Coordinates:
         """One adapter's task vector on one module, unweighted."""
         return self._read(self.plan.members[place].adapter, module)
 
-    def expect(self, module: str | None) -> None:
+    def prefetch(self, module: str | None) -> None:
         """Have the system fetch what the files say of a module, while another one is worked on."""
         for place, _ in self.plan.holders(module) if module is not None and self.memory is None else ():
-            self.plan.members[place].adapter.expect(module or "")
+            self.plan.members[place].adapter.prefetch(module or "")
 
     def encoding(self, module: str) -> Encoding:
         """The coordinates of all adapters that have a module; the giver of signs, if there is one, comes last."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.base_model import BaseModel
-from ..adapters.extra_tensors import TOKENS, Held, Holder, sizes
+from ..adapters.extra_tensors import TOKENS, Holder, TensorsByAdapter, shape_text
 from ..adapters.tensors import FLOATING
 from ..choices import MERGE, POLICIES
 from ..errors import MethodError, RecipeError
@@ -54,10 +54,10 @@ class Rule:
     densities: Sequence[Callable[..., float]]
     device: torch.device
 
-    def fault(self, module: str, held: Held, adapters: Sequence[Holder], weigh: Weigh) -> str | None:
+    def fault(self, module: str, held: TensorsByAdapter, adapters: Sequence[Holder], weigh: Weigh) -> str | None:
         """Why a layer cannot be merged; None if it can."""
         riders = [(place, rider) for place, own in held.items() for rider in own.values()]
-        if any(rider.form == TOKENS for _, rider in riders):
+        if any(rider.role == TOKENS for _, rider in riders):
             return "rows of trained tokens are no whole tensor"
         if not all(adapters[place].tensors.info(rider.key).dtype in FLOATING for place, rider in riders):
             return "whole numbers are no task vector"
@@ -81,19 +81,21 @@ class Rule:
             return f"base model '{self.base.label}' has no tensor {tensor!r}{tied}"
         own = self.base.info(found)
         if tuple(own.shape) != shape:
-            return f"base model '{self.base.label}' has {found!r} {sizes(tuple(own.shape))}"
+            return f"base model '{self.base.label}' has {found!r} {shape_text(tuple(own.shape))}"
         if own.dtype not in FLOATING:
             return f"base model '{self.base.label}' has {found!r} in {own.dtype}, no float"
         return None
 
-    def merged(self, module: str, name: str, held: Held, adapters: Sequence[Holder], weigh: Weigh) -> Tensor:
+    def merged(
+        self, module: str, name: str, held: TensorsByAdapter, adapters: Sequence[Holder], weigh: Weigh
+    ) -> Tensor:
         """One tensor of a layer, in the dtype of those that hold it, float32 where they differ.
 
         Law: one adapter alone with weight 1, scale 1 and density 1 comes back, to float32's rounding of t₀ + (t − t₀);
             tensors equal to t₀ count as absent.
         """
         tensor = f"{module}.{name}"
-        origin = self.base.need(tensor, "--heads merge").to(self.device, torch.float32)
+        origin = self.base.require(tensor, "--heads merge").to(self.device, torch.float32)
         riders = {place: own[name] for place, own in sorted(held.items()) if name in own}
         weights = [weigh(place, module) for place in range(len(adapters))]
         dtypes = {adapters[place].tensors.info(rider.key).dtype for place, rider in riders.items()}

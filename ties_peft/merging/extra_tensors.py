@@ -27,7 +27,17 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
-from ..adapters.extra_layers import ROWS, Layer, agree, form_of, goes_in, has_mean, held_text, table, unchanged
+from ..adapters.extra_layers import (
+    ROWS,
+    ExtraLayer,
+    all_equal,
+    can_average,
+    difference_table,
+    equals_base,
+    holders_text,
+    is_mergeable,
+    layer_role,
+)
 from ..adapters.extra_tensors import (
     BIAS,
     HEADED,
@@ -35,13 +45,13 @@ from ..adapters.extra_tensors import (
     TOKENS,
     UNDER,
     WRAPPER,
-    Rider,
-    copies,
-    entries,
+    ExtraTensor,
     is_head,
     is_policy,
-    read_riders,
-    unfulfilled,
+    missing_layers,
+    read_extra_tensors,
+    unused_copies,
+    whole_layer_names,
 )
 from ..adapters.types.base import PREFIX
 from ..choices import AVERAGE, DROP, KEEP, MERGE, POLICIES
@@ -62,35 +72,35 @@ class Heads:
         rule: by which they are merged, where they are.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[ExtraLayer, ...]
     modules: frozenset[str]
     names: tuple[str, ...]
     dtype: torch.dtype | None
     rule: Rule | None = None
 
     @property
-    def kept(self) -> list[Layer]:
+    def kept(self) -> list[ExtraLayer]:
         """The layers that are in the result."""
-        return [layer for layer in self.layers if layer.places]
+        return [layer for layer in self.layers if layer.used]
 
     def lines(self) -> list[RiderLine]:
         """One for each layer, for the report."""
         return [
             RiderLine(
                 module=layer.module,
-                form=layer.form,
-                tensors=[rider.size for rider in layer.any.values()],
-                fate=layer.fate,
-                adapters=[self.names[place] for place in layer.places or sorted(layer.held)],
+                form=layer.role,
+                tensors=[rider.size for rider in layer.tensors.values()],
+                fate=layer.outcome,
+                adapters=[self.names[place] for place in layer.used or sorted(layer.by_adapter)],
             )
             for layer in self.layers
         ]
 
     def config(self) -> dict[str, object]:
         """The keys of adapter_config.json by which PEFT finds them; empty where none is needed."""
-        forms = {form: [layer for layer in self.kept if layer.form == form] for form in (LAYER, BIAS, TOKENS)}
+        forms = {form: [layer for layer in self.kept if layer.role == form] for form in (LAYER, BIAS, TOKENS)}
         inside = all(layer.module in self.modules for layer in forms[BIAS])
-        rows = {layer.module: list(next(iter(layer.any.values())).rows) for layer in forms[TOKENS]}
+        rows = {layer.module: list(next(iter(layer.tensors.values())).rows) for layer in forms[TOKENS]}
         return {
             **({"modules_to_save": [layer.module for layer in forms[LAYER]]} if forms[LAYER] else {}),
             **({"bias": "lora_only" if inside else "all"} if forms[BIAS] else {}),
@@ -102,9 +112,9 @@ class Heads:
 
         PEFT does not load a SEQ_CLS adapter without its head.
         """
-        trained = [layer for layer in self.layers if layer.form == LAYER]
+        trained = [layer for layer in self.layers if layer.role == LAYER]
         headed = any(is_head(layer.module) for layer in trained)
-        return all(layer.places for layer in trained) and (headed or task not in HEADED)
+        return all(layer.used for layer in trained) and (headed or task not in HEADED)
 
     def tensors(self, adapters: Sequence[Adapter], weigh: Weigh) -> dict[str, Tensor]:
         """The tensors of the result by their names in its file, read one at a time.
@@ -113,17 +123,17 @@ class Heads:
         """
         found: dict[str, Tensor] = {}
         for layer in self.kept:
-            for name in layer.any:
+            for name in layer.tensors:
                 key = self._key(layer, name)
                 found[key] = _fit(_combined(layer, name, adapters, weigh, self.rule), self.dtype, key)
         return dict(sorted(found.items()))
 
-    def _key(self, layer: Layer, name: str) -> str:
+    def _key(self, layer: ExtraLayer, name: str) -> str:
         """A tensor's name in the result: under `base_layer` where the result adapts what one adapter does not."""
-        if layer.form in (LAYER, TOKENS):
+        if layer.role in (LAYER, TOKENS):
             return f"{PREFIX}{layer.module}.{name}"
-        rows = any(other.form == TOKENS for other in self.kept)
-        keys = [own[name].key for own in layer.held.values() if name in own]
+        rows = any(other.role == TOKENS for other in self.kept)
+        keys = [own[name].key for own in layer.by_adapter.values() if name in own]
         under = next((key for key in keys if UNDER in key and (rows or f".{WRAPPER}." not in key)), None)
         if under is None and layer.module in self.modules:
             return f"{PREFIX}{layer.module}{UNDER}{name}"
@@ -164,7 +174,7 @@ def settle_heads(
     if rule is not None:
         _refuse_unmerged(layers, names, adapters, weigh, rule)
     _refuse_twice(layers, adapted, names, adapters)
-    if chosen is not None and not any(chosen in layer.held for layer in layers):
+    if chosen is not None and not any(chosen in layer.by_adapter for layer in layers):
         raise RecipeError(f"heads is {policy!r}, but {names[chosen]} holds no whole layers. Leave it out.")
     heads = Heads(tuple(layers), adapted, tuple(names), dtype, rule)
     lost = rider_texts([line for line in heads.lines() if line.fate in ("left out", "unchanged")])
@@ -184,77 +194,79 @@ def _chosen(policy: str, names: Sequence[str]) -> int | None:
     return list(names).index(name)
 
 
-def _collect(adapters: Sequence[Adapter], names: Sequence[str], warnings: list[str]) -> list[Layer]:
+def _collect(adapters: Sequence[Adapter], names: Sequence[str], warnings: list[str]) -> list[ExtraLayer]:
     """The layers that some adapters hold whole, sorted."""
-    starts = entries(adapter.config for adapter in adapters)
-    held: dict[tuple[str, bool], dict[int, dict[str, Rider]]] = {}
+    starts = whole_layer_names(adapter.config for adapter in adapters)
+    held: dict[tuple[str, bool], dict[int, dict[str, ExtraTensor]]] = {}
     for place, adapter in enumerate(adapters):
-        riders = read_riders(adapter.riders, adapter.config, adapter.tensors, starts, adapter.label)
+        riders = read_extra_tensors(adapter.extra_keys, adapter.config, adapter.tensors, starts, adapter.label)
         for rider in riders:
-            own = held.setdefault((rider.module, rider.form == TOKENS), {}).setdefault(place, {})
+            own = held.setdefault((rider.module, rider.role == TOKENS), {}).setdefault(place, {})
             own[rider.tensor] = rider
-        warnings.extend(f"{names[place]}: {text}" for text in unfulfilled(adapter.config, riders))
-        idle = copies(adapter.riders)
+        warnings.extend(f"{names[place]}: {text}" for text in missing_layers(adapter.config, riders))
+        idle = unused_copies(adapter.extra_keys)
         if idle:
             warnings.append(
                 f"{names[place]} holds {len(idle)} tensor(s) that PEFT does not read, being copies of a whole layer or "
                 f"of the untrained one, so they are left out: {idle[0]}{', …' if len(idle) > 1 else ''}."
             )
-    return [Layer(module, form_of(own, tuple(own)), own) for (module, _), own in sorted(held.items())]
+    return [ExtraLayer(module, layer_role(own, tuple(own)), own) for (module, _), own in sorted(held.items())]
 
 
 def _decided(
-    layer: Layer, policy: str, chosen: int | None, adapters: Sequence[Adapter], base: BaseModel | None
-) -> Layer:
+    layer: ExtraLayer, policy: str, chosen: int | None, adapters: Sequence[Adapter], base: BaseModel | None
+) -> ExtraLayer:
     """The layer with its fate; an empty one where the adapters differ and nothing was said."""
-    holders = tuple(sorted(layer.held))
+    holders = tuple(sorted(layer.by_adapter))
     places: tuple[int, ...]
     if policy == DROP:
         places, fate = (), "left out"
-    elif base is not None and unchanged(layer, adapters, base):
+    elif base is not None and equals_base(layer, adapters, base):
         places, fate = (), "unchanged"
     elif chosen is not None:
         places, fate = ((chosen,), "kept") if chosen in holders else ((), "left out")
-    elif policy == MERGE and goes_in(layer, adapters):
+    elif policy == MERGE and is_mergeable(layer, adapters):
         places, fate = holders, "merged"
     elif len(holders) == 1:
         places, fate = holders, "only"
-    elif agree(layer, adapters):
+    elif all_equal(layer, adapters):
         places, fate = holders, "identical"
     elif policy in (AVERAGE, MERGE):
         places, fate = holders, "average" if policy == AVERAGE else "merged"
     else:
         places, fate = (), ""
-    return Layer(layer.module, form_of(layer.held, places or holders), layer.held, places, fate)
+    return ExtraLayer(layer.module, layer_role(layer.by_adapter, places or holders), layer.by_adapter, places, fate)
 
 
-def _refuse_differing(layers: Sequence[Layer], names: Sequence[str], adapters: Sequence[Adapter]) -> None:
-    odd = [layer for layer in layers if not layer.fate]
+def _refuse_differing(layers: Sequence[ExtraLayer], names: Sequence[str], adapters: Sequence[Adapter]) -> None:
+    odd = [layer for layer in layers if not layer.outcome]
     if not odd:
         return
-    averages = all(has_mean(layer, adapters) for layer in odd)
+    averages = all(can_average(layer, adapters) for layer in odd)
     mean = (
         ", or take their weighted mean with average"
         if averages
         else " (they have no average, being of unlike shapes or tensors, or of whole numbers)"
     )
     raise CompatibilityError(
-        f"the adapters hold {len(odd)} whole layer(s) that differ:\n{table(odd, names)}\n"
+        f"the adapters hold {len(odd)} whole layer(s) that differ:\n{difference_table(odd, names)}\n"
         f"Say which to keep: --heads {_keeps(odd, names)}; leave them out with drop{mean} (heads=… in Python)."
     )
 
 
-def _refuse_no_mean(layers: Sequence[Layer], names: Sequence[str], adapters: Sequence[Adapter], weigh: Weigh) -> None:
-    mixed = [layer for layer in layers if layer.fate == "average"]
-    odd = [layer for layer in mixed if not has_mean(layer, adapters)]
+def _refuse_no_mean(
+    layers: Sequence[ExtraLayer], names: Sequence[str], adapters: Sequence[Adapter], weigh: Weigh
+) -> None:
+    mixed = [layer for layer in layers if layer.outcome == "average"]
+    odd = [layer for layer in mixed if not can_average(layer, adapters)]
     if odd:
         raise CompatibilityError(
             f"heads is 'average', but {len(odd)} whole layer(s) have no mean, being of unlike shapes or tensors, or of "
-            f"whole numbers:\n{table(odd, names)}\n"
+            f"whole numbers:\n{difference_table(odd, names)}\n"
             f"Keep one adapter's, --heads {_keeps(odd, names)}, or leave them out, --heads drop."
         )
     for layer in mixed:
-        if sum(weigh(place, layer.module) for place in layer.places) == 0:
+        if sum(weigh(place, layer.module) for place in layer.used) == 0:
             raise RecipeError(
                 f"heads is 'average', but the weights of the adapters that hold {layer.module!r} sum to 0, "
                 "which an average divides by."
@@ -262,10 +274,14 @@ def _refuse_no_mean(layers: Sequence[Layer], names: Sequence[str], adapters: Seq
 
 
 def _refuse_unmerged(
-    layers: Sequence[Layer], names: Sequence[str], adapters: Sequence[Adapter], weigh: Weigh, rule: Rule
+    layers: Sequence[ExtraLayer], names: Sequence[str], adapters: Sequence[Adapter], weigh: Weigh, rule: Rule
 ) -> None:
-    odd = [(layer, rule.fault(layer.module, layer.held, adapters, weigh)) for layer in layers if layer.fate == "merged"]
-    faults = {layer.module: f"{held_text(layer, names)}; {fault}" for layer, fault in odd if fault}
+    odd = [
+        (layer, rule.fault(layer.module, layer.by_adapter, adapters, weigh))
+        for layer in layers
+        if layer.outcome == "merged"
+    ]
+    faults = {layer.module: f"{holders_text(layer, names)}; {fault}" for layer, fault in odd if fault}
     if faults:
         rows = "\n".join(f"  {module}: {text}" for module, text in list(faults.items())[:ROWS])
         more = f"\n  … and {len(faults) - ROWS} more" if len(faults) > ROWS else ""
@@ -276,40 +292,40 @@ def _refuse_unmerged(
 
 
 def _refuse_twice(
-    layers: Sequence[Layer], modules: frozenset[str], names: Sequence[str], adapters: Sequence[Adapter]
+    layers: Sequence[ExtraLayer], modules: frozenset[str], names: Sequence[str], adapters: Sequence[Adapter]
 ) -> None:
     """A layer cannot be saved whole and adapted, nor have some rows trained, in one PEFT adapter."""
-    rows = {layer.module for layer in layers if layer.form == TOKENS and layer.places}
+    rows = {layer.module for layer in layers if layer.role == TOKENS and layer.used}
     for layer in layers:
-        if layer.form != LAYER or not layer.places:
+        if layer.role != LAYER or not layer.used:
             continue
         inside = [m for m in modules | rows if m == layer.module or m.startswith(f"{layer.module}.")]
         if inside:
             others = [n for n, a in zip(names, adapters, strict=True) if any(m in a.layout for m in inside)]
             raise CompatibilityError(
-                f"layer {layer.module!r} is saved whole in {', '.join(names[p] for p in layer.places)}, while "
+                f"layer {layer.module!r} is saved whole in {', '.join(names[p] for p in layer.used)}, while "
                 f"{', '.join(others) or 'another'} adapts {min(inside)!r} or rows of it; one PEFT adapter "
                 f"cannot do both. Leave the whole layers out (--heads drop), keep those of another adapter "
                 "(--heads keep=NAME), or leave one adapter out."
             )
 
 
-def _keeps(layers: Sequence[Layer], names: Sequence[str]) -> str:
-    holders = sorted({place for layer in layers for place in layer.held})
+def _keeps(layers: Sequence[ExtraLayer], names: Sequence[str]) -> str:
+    holders = sorted({place for layer in layers for place in layer.by_adapter})
     return " or ".join(f"{KEEP}{names[place]}" for place in holders[:4]) + (" or …" if len(holders) > 4 else "")
 
 
-def _combined(layer: Layer, name: str, adapters: Sequence[Adapter], weigh: Weigh, rule: Rule | None) -> Tensor:
+def _combined(layer: ExtraLayer, name: str, adapters: Sequence[Adapter], weigh: Weigh, rule: Rule | None) -> Tensor:
     """One tensor of a layer: as it is, merged, or Σ w·t / Σ w; one is in memory beside the sum."""
-    if layer.fate == "merged" and rule is not None:
-        return rule.merged(layer.module, name, layer.held, adapters, weigh)
-    if layer.fate != "average":
-        place = layer.places[0]
-        return adapters[place].tensors.read(layer.held[place][name].key)
-    total, dtypes = torch.zeros(layer.any[name].shape), set()
-    whole = sum(weigh(place, layer.module) for place in layer.places)
-    for place in layer.places:
-        tensor = adapters[place].tensors.read(layer.held[place][name].key)
+    if layer.outcome == "merged" and rule is not None:
+        return rule.merged(layer.module, name, layer.by_adapter, adapters, weigh)
+    if layer.outcome != "average":
+        place = layer.used[0]
+        return adapters[place].tensors.read(layer.by_adapter[place][name].key)
+    total, dtypes = torch.zeros(layer.tensors[name].shape), set()
+    whole = sum(weigh(place, layer.module) for place in layer.used)
+    for place in layer.used:
+        tensor = adapters[place].tensors.read(layer.by_adapter[place][name].key)
         dtypes.add(tensor.dtype)
         total.add_(tensor.to(torch.float32), alpha=weigh(place, layer.module) / whole)
     return total.to(dtypes.pop()) if len(dtypes) == 1 else total

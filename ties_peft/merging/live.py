@@ -144,7 +144,7 @@ def _translate(
     meaning = COMBINATION_TYPES[combination_type]
     rank = max(adapter.ranks[-1] for adapter in adapters) if meaning.rank == LARGEST else meaning.rank
     meant = {"method": meaning.method, "space": meaning.space, "scale": 1.0, "rank": rank}
-    if not all(adapter.kind.has_rank for adapter in adapters):  # (IA)³ has neither a rank nor an A and a B
+    if not all(adapter.peft_type.has_rank for adapter in adapters):  # (IA)³ has neither a rank nor an A and a B
         meant |= {"space": "delta", "rank": "auto"}
     return {**meant, **asked, "parameters": {**meaning.parameters, **parameters}}
 

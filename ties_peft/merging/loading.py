@@ -284,9 +284,9 @@ def _config(evidence: Evidence) -> tuple[dict[str, Any], str | None]:
     """(the base's config.json, the folder inside the base that it was found in); ({}, None) where it is not at hand."""
     parts = (_usual_part(evidence.paths), "") if _is_diffusers(evidence.paths) else ("", "text_encoder")
     for source in (evidence.base, evidence.weights):
-        found = {part: _read(sources.at_hand(source, f"{part}/config.json".lstrip("/"))) for part in parts if source}
+        found = {part: _read(sources.local_file(source, f"{part}/config.json".lstrip("/"))) for part in parts if source}
         part = next((part for part in parts if found.get(part)), None)
-        two = part == "text_encoder" and sources.at_hand(str(source), "text_encoder_2/config.json") is not None
+        two = part == "text_encoder" and sources.local_file(str(source), "text_encoder_2/config.json") is not None
         if part is not None and not two:  # a pipeline with two text encoders does not say which
             return found[part], part if source == evidence.base else None
     return {}, None

@@ -11,9 +11,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..adapters.sources import address
+from ..adapters.sources import hub_url
 from ..adapters.tensors import MemoryTensors
-from ..adapters.types import Module
+from ..adapters.types import ModuleInfo
 from ..errors import printable_lines
 from ..spaces import Encoding
 from ..task_vectors.delta import Delta, distance, inner, inner_with_each
@@ -69,7 +69,7 @@ class Record:
 
 def record(
     coordinates: Coordinates,
-    module: Module,
+    module: ModuleInfo,
     encoding: Encoding | None,
     factors: Factors,
     written: Mapping[str, Tensor],
@@ -178,8 +178,8 @@ class Account:
                 kept=kept[place].kept,
                 entries=kept[place].entries,
                 **retention(self.overlaps[place], self.squares[place], self.written),
-                page=address(member.adapter.source),
-                base=member.adapter.base,
+                page=hub_url(member.adapter.source),
+                base=member.adapter.base_name,
             )
             for place, member in enumerate(plan.members)
         ]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from ..adapters.adapter import Adapter
 from ..adapters.base_model import CONV1D_LAYERS, BaseModel
-from ..adapters.module_names import agree, newer, tower_of, without_tower
-from ..adapters.statistics import Statistic, command
-from ..adapters.types import Module, written_as
+from ..adapters.module_names import match_names, newer_name, tower_prefix, without_tower_prefix
+from ..adapters.statistics import ModuleStatistics, gather_command
+from ..adapters.types import ModuleInfo, output_type
 from ..adapters.types.base import EXPERT, LINEAR, PREFIX
 from ..errors import CompatibilityError, RecipeError
 from ..methods import Method, Stages
@@ -155,19 +155,19 @@ def one_base(members: Sequence[Member]) -> BaseModel | None:
 
     Raises: CompatibilityError where they were opened with several.
     """
-    found = {m.adapter.weights.label: m for m in reversed(members) if m.adapter.weights is not None}
+    found = {m.adapter.base_model.label: m for m in reversed(members) if m.adapter.base_model is not None}
     if len(found) > 1:
         rows = "\n".join(f"  {member.name}: {label}" for label, member in reversed(found.items()))
         raise CompatibilityError(
             f"the adapters were opened with {len(found)} base models:\n{rows}\nOpen all of them with the one that they "
             "were trained on (Adapter.load(…, base=…))."
         )
-    return next((member.adapter.weights for member in found.values()), None)
+    return next((member.adapter.base_model for member in found.values()), None)
 
 
 def compare_bases(members: Sequence[Member], recipe: Recipe, warnings: list[str]) -> None:
     """Warn of several names for the base model."""
-    names = sorted({member.adapter.base or "none given" for member in members})
+    names = sorted({member.adapter.base_name or "none given" for member in members})
     if len(names) > 1:
         warnings.append(
             f"the adapters name different base models ({', '.join(names)}). Their modules fit each other, "
@@ -233,10 +233,10 @@ def compare_orientation(members: Sequence[Member], warnings: list[str]) -> None:
     """Warn where the base's weights are not read as fan_in_fan_out says, and where nothing else tells how to read them."""
     for member in members:
         adapter, stated = member.adapter, bool(member.adapter.config.get("fan_in_fan_out"))
-        if adapter.weights is None:
+        if adapter.base_model is None:
             continue
-        says, where = f"fan_in_fan_out={stated}", f"base model '{adapter.weights.label}'"
-        read = [module for module in adapter.layout.values() if module.needs and module.form == LINEAR]
+        says, where = f"fan_in_fan_out={stated}", f"base model '{adapter.base_model.label}'"
+        read = [module for module in adapter.layout.values() if module.base_tensors and module.layer_type == LINEAR]
         odd = [module.name for module in read if module.conv1d != stated]
         if odd:
             here, order = ("Linear", "(out, in)") if stated else ("Conv1D", "(in, out)")
@@ -247,7 +247,7 @@ def compare_orientation(members: Sequence[Member], warnings: list[str]) -> None:
         doubtful = [
             module.name
             for module in read
-            if adapter.weights.is_conv1d(module.path) is None and (stated or module.path.endswith(CONV1D_LAYERS))
+            if adapter.base_model.is_conv1d(module.path) is None and (stated or module.path.endswith(CONV1D_LAYERS))
         ]
         if doubtful:
             warnings.append(
@@ -271,7 +271,7 @@ def refuse_strangers(members: Sequence[Member]) -> None:
         )
 
 
-def statistics_of(method: Method, members: Sequence[Member], module: str) -> list[Statistic]:
+def statistics_of(method: Method, members: Sequence[Member], module: str) -> list[ModuleStatistics]:
     """Of some adapters that have a module, what the method needs to know of it; none if it needs nothing."""
     found = []
     for adapter in (member.adapter for member in members if method.needs):
@@ -294,7 +294,7 @@ def check_statistics(method: Method, members: Sequence[Member]) -> None:
         raise CompatibilityError(
             f"method '{method.name}' needs {kind} statistics beside every adapter, and {len(missing)} of "
             f"{len(members)} have none: {', '.join(missing)}. Gather them once, with the base model and a few hundred "
-            f"rows of text: {command(missing[0], kind)}."
+            f"rows of text: {gather_command(missing[0], kind)}."
         )
 
 
@@ -335,10 +335,15 @@ def _present(weights: Sequence[Schedule], adapters: Sequence[Adapter]) -> list[b
 def one_spelling(adapters: Sequence[Adapter], warnings: list[str]) -> list[Adapter]:
     """The adapters with one name for each module, where versions of transformers gave it several."""
     found = [
-        _respelled(a, {} if a.weights is None else without_tower(a.modules, a.weights.modules), "of the base", warnings)
+        _respelled(
+            a,
+            {} if a.base_model is None else without_tower_prefix(a.modules, a.base_model.modules),
+            "of the base",
+            warnings,
+        )
         for a in adapters
     ]
-    tables = agree([{name: module.place for name, module in adapter.layout.items()} for adapter in found])
+    tables = match_names([{name: module.signature for name, module in adapter.layout.items()} for adapter in found])
     found = [_respelled(a, table, "of the others", warnings) for a, table in zip(found, tables, strict=True)]
     _note_tower(found, warnings)
     return found
@@ -353,7 +358,7 @@ def _respelled(adapter: Adapter, table: Mapping[str, str], whose: str, warnings:
         f"{adapter.label} names {len(table)} modules as an older transformers did ({old!r}); they "
         f"are taken for those {whose} ({table[old]!r}), and written under that name."
     )
-    whole = [key for key in adapter.riders if newer(key.removeprefix(PREFIX)) is not None]
+    whole = [key for key in adapter.extra_keys if newer_name(key.removeprefix(PREFIX)) is not None]
     if whole:
         warnings.append(
             f"{adapter.label} holds {len(whole)} whole tensors under older names too ({whole[0]!r}); they are "
@@ -364,8 +369,8 @@ def _respelled(adapter: Adapter, table: Mapping[str, str], whose: str, warnings:
 
 def _note_tower(adapters: Sequence[Adapter], warnings: list[str]) -> None:
     """Warn of a prefix that transformers removed from the class that has one encoder alone."""
-    tower = tower_of(name for adapter in adapters for name in adapter.modules)
-    configs = [adapter.weights.config for adapter in adapters if adapter.weights is not None]
+    tower = tower_prefix(name for adapter in adapters for name in adapter.modules)
+    configs = [adapter.base_model.config for adapter in adapters if adapter.base_model is not None]
     classes = [str(name) for config in configs if config for name in config.get("architectures") or ()]
     if tower is None or (classes and not any(name.endswith(("TextModel", "VisionModel")) for name in classes)):
         return
@@ -378,10 +383,10 @@ def _note_tower(adapters: Sequence[Adapter], warnings: list[str]) -> None:
     )
 
 
-def check_together(members: Sequence[Member], modules: dict[str, Module]) -> None:
+def check_together(members: Sequence[Member], modules: dict[str, ModuleInfo]) -> None:
     """What one adapter cannot hold: modules that PEFT has no common config for, unequal replicated layers."""
     _refuse_two_forms_of_experts(members)
-    fault = written_as(members[0].adapter.kind).fault(list(modules.values()))
+    fault = output_type(members[0].adapter.peft_type).fault(list(modules.values()))
     if fault:
         raise CompatibilityError(f"the adapters fit no one adapter: {fault}.")
     replicated = {member.name: member.adapter.config.get("layer_replication") or None for member in members}
@@ -397,7 +402,7 @@ def check_together(members: Sequence[Member], modules: dict[str, Module]) -> Non
 def _refuse_two_forms_of_experts(members: Sequence[Member]) -> None:
     """Experts that transformers 4 held as layers of their own and transformers 5 holds fused are not merged apart."""
     apart = [(m.name, n) for m in members for n in m.adapter.modules if APART.search(n)]
-    fused = [(m.name, n) for m in members for n, module in m.adapter.layout.items() if module.form == EXPERT]
+    fused = [(m.name, n) for m in members for n, module in m.adapter.layout.items() if module.layer_type == EXPERT]
     if apart and fused:
         rows = [f"  {', '.join(dict.fromkeys(n for n, _ in some))}: {some[0][1]!r}" for some in (apart, fused)]
         raise CompatibilityError(

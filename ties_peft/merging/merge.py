@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter, open_all
+from ..adapters.adapter import Adapter, load_adapters
 from ..adapters.base_model import BaseModel
 from ..adapters.extra_tensors import is_head
 from ..adapters.targets import check_written
-from ..adapters.tokenizer_files import gather
-from ..adapters.types import Module
-from ..adapters.types.base import EMBEDDING, LINEAR, is_conv1d
+from ..adapters.tokenizer_files import collect_tokenizer_files
+from ..adapters.types import ModuleInfo
+from ..adapters.types.base import EMBEDDING, LINEAR, layer_is_conv1d
 from ..choices import DEVICE, ERROR, METHOD, RANK, SEED, SPACE
 from ..errors import RecipeError, warn_caller
 from ..methods import TaskVectors
@@ -101,7 +101,7 @@ def merge(
     Law: one adapter with weight 1, scale 1, density 1 and enough rank computes the same function.
     """
     known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
-    opened = open_all(adapters, known)
+    opened = load_adapters(adapters, known)
     recipe = make_recipe(
         opened,
         method=method,
@@ -192,7 +192,7 @@ def run_plan(
     tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None), processes)
     tensors |= plan.heads.tensors([member.adapter for member in plan.members], plan.weight)
     companions = memory.companions if memory is not None else None
-    companions = companions or gather((member.name, member.adapter.folder) for member in plan.members)
+    companions = companions or collect_tokenizer_files((member.name, member.adapter.folder) for member in plan.members)
     if memory is not None:
         memory.companions = companions
     plan.warnings.extend([companions.remark] if companions.remark else [])
@@ -224,7 +224,7 @@ def _merge_all(
         survey = Survey(coordinates, pool, tell, processes, mine)
         levels = _levels_over_adapters(coordinates, survey, pool, tell, processes, mine)
         for done, name in enumerate(mine):
-            coordinates.expect(mine[done + 1] if done + 1 < len(mine) else None)
+            coordinates.prefetch(mine[done + 1] if done + 1 < len(mine) else None)
             own[name] = _merge_module(coordinates, plan.modules[name], survey, levels, pool)
             tell("merge", done + 1, len(mine))
     tensors: dict[str, Tensor] = {}
@@ -238,7 +238,7 @@ def _merge_all(
 
 
 def _merge_module(
-    coordinates: Coordinates, module: Module, survey: Survey, levels: Levels, pool: ThreadPool
+    coordinates: Coordinates, module: ModuleInfo, survey: Survey, levels: Levels, pool: ThreadPool
 ) -> tuple[dict[str, Tensor], Record]:
     """The tensors of one module of the result, and what the report shall say of it."""
     plan = coordinates.plan
@@ -367,10 +367,10 @@ def _densities(plan: Plan, name: str, places: Sequence[int]) -> list[float]:
 def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     """adapter_config.json: as few keys as every loader needs, so that old releases load it too."""
     configs = [member.adapter.config for member in plan.members]
-    named = recipe.base_model or next((a.base for a in (m.adapter for m in plan.members) if a.base), None)
+    named = recipe.base_model or next((a.base_name for a in (m.adapter for m in plan.members) if a.base_name), None)
     own = plan.kind.config(list(plan.modules.values()), plan.rank or 0)
     return {
-        "peft_type": plan.kind.peft_type,
+        "peft_type": plan.kind.config_name,
         "base_model_name_or_path": named,
         **({"task_type": plan.task.kept} if plan.task.kept else {}),
         "inference_mode": True,
@@ -385,10 +385,10 @@ def _evidence(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> Evidence
     """What tells the class of the base model that the result is put on."""
     mappings = [member.adapter.config.get("auto_mapping") for member in plan.members]
     pairs = [(m.get("base_model_class"), m.get("parent_library")) for m in mappings if isinstance(m, dict)]
-    layers = {layer.module: {name: r.shape for name, r in layer.any.items()} for layer in plan.heads.kept}
+    layers = {layer.module: {name: r.shape for name, r in layer.tensors.items()} for layer in plan.heads.kept}
     rows = [layer["weight"][0] for name, layer in layers.items() if VOCABULARY.fullmatch(name) and layer.get("weight")]
-    rows += [m.shape[1] for m in plan.modules.values() if m.form == EMBEDDING and VOCABULARY.fullmatch(m.name)]
-    rows += [m.shape[0] for m in plan.modules.values() if m.form == LINEAR and VOCABULARY.fullmatch(m.name)]
+    rows += [m.shape[1] for m in plan.modules.values() if m.layer_type == EMBEDDING and VOCABULARY.fullmatch(m.name)]
+    rows += [m.shape[0] for m in plan.modules.values() if m.layer_type == LINEAR and VOCABULARY.fullmatch(m.name)]
     return Evidence(
         base=config["base_model_name_or_path"],
         weights=recipe.base,
@@ -403,4 +403,4 @@ def _evidence(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> Evidence
 def _has_conv1d(plan: Plan) -> bool:
     """Whether a module of the result may be a Conv1D, as far as the bases and the adapters' configs tell."""
     adapters = [member.adapter for member in plan.members]
-    return any(is_conv1d(a.config, a.weights, module.path) for a in adapters for module in a.layout.values())
+    return any(layer_is_conv1d(a.config, a.base_model, module.path) for a in adapters for module in a.layout.values())

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters import sources, writer
 from ..adapters.adapter import Adapter
 from ..adapters.tensors import MemoryTensors
-from ..adapters.tokenizer_files import Companions
+from ..adapters.tokenizer_files import TokenizerFiles
 from .card import card
 from .loading import Loading
 from .recipes.recipe import Recipe, yaml_value
@@ -36,13 +36,13 @@ class Merged(Adapter):
         report: Report,
         recipe: Recipe,
         loading: Loading,
-        companions: Companions | None = None,
+        companions: TokenizerFiles | None = None,
     ) -> None:
         super().__init__(config, MemoryTensors(tensors))
         self.report = report
         self.recipe = recipe
         self.loading = loading
-        self.companions = companions or Companions()
+        self.companions = companions or TokenizerFiles()
 
     def files(self) -> dict[str, writer.Content]:
         """Config and weights, and beside them the card, the recipe, the provenance and tokenizer files."""
@@ -73,13 +73,15 @@ class Merged(Adapter):
         return writer.write_folder(Path(folder), self.files(), force, inputs(self.recipe))
 
     def __repr__(self) -> str:
-        return f"Merged({self.report.method}, {self.kind.name}, {len(self.layout)} modules, rank {self.report.rank})"
+        return (
+            f"Merged({self.report.method}, {self.peft_type.name}, {len(self.layout)} modules, rank {self.report.rank})"
+        )
 
 
 def inputs(recipe: Recipe) -> list[Path]:
     """The folders on this machine that a recipe reads."""
     named = [*recipe.adapters, recipe.base, yaml_value(recipe.parameters.get("sign_from"))]
-    return [path for path in (sources.local(name) for name in named if isinstance(name, str)) if path is not None]
+    return [path for path in (sources.local_path(name) for name in named if isinstance(name, str)) if path is not None]
 
 
 def versions() -> dict[str, str]:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, check_listed
+from ..adapters.adapter import Adapter, check_is_list
 from ..adapters.base_model import BaseModel
 from ..adapters.tensors import MemoryTensors
-from ..adapters.types import kind_of
+from ..adapters.types import find_peft_type
 from ..adapters.types.base import PREFIX, refuse_settings
 from ..errors import AdapterError, CompatibilityError, RecipeError, one_line, unknown
 
@@ -38,7 +38,7 @@ def find_tuner(model: Any) -> Any:
     if isinstance(model, PeftModel):
         for name, config in model.peft_config.items():
             if config.is_prompt_learning:
-                kind_of(_plain(config.peft_type), name)  # which has no layers, and no kind
+                find_peft_type(_plain(config.peft_type), name)  # which has no layers, and no kind
         model = model.base_model
     if not isinstance(model, BaseTuner):
         raise RecipeError(
@@ -51,7 +51,7 @@ def find_tuner(model: Any) -> Any:
 def check_names(tuner: Any, adapters: Sequence[str], name: str) -> None:
     """The adapters are there, and the new one's name is free and does no harm."""
     if isinstance(adapters, (Mapping, Set)):
-        check_listed(adapters)
+        check_is_list(adapters)
     if isinstance(adapters, str) or not all(isinstance(adapter, str) for adapter in adapters):
         raise RecipeError(f"adapters is {adapters!r}; expected a list of names of loaded adapters.")
     if not adapters:
@@ -152,8 +152,8 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
                 "Save the adapters and merge the folders with ties_peft.merge."
             )
     config = _plain(tuner.peft_config[name].to_dict())
-    kind = kind_of(config.get("peft_type"), name)
-    if kind.writes != kind.name:
+    kind = find_peft_type(config.get("peft_type"), name)
+    if kind.output_name != kind.name:
         raise AdapterError(
             f"adapter {name!r} is of type {kind.title}: a merge of it is a LoRA, for which a model of "
             f"{kind.title} layers has no room. Save the adapters and merge the folders with ties_peft.merge."

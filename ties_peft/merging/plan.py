@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.adapter import Adapter, check_all
+from ..adapters.adapter import Adapter, check_adapters
 from ..adapters.base_model import BaseModel
 from ..adapters.targets import check_heads, check_modules, fit_rank
-from ..adapters.types import Module, Written, written_as
+from ..adapters.types import ModuleInfo, WritablePeftType, output_type
 from ..choices import DEVICE, MERGE
 from ..errors import CompatibilityError, MethodError, RecipeError
 from ..methods import Method, Stages, Trim, method_classes
@@ -74,7 +74,7 @@ class Plan:
     """
 
     members: tuple[Member, ...]
-    modules: dict[str, Module]
+    modules: dict[str, ModuleInfo]
     stages: Stages
     space: Space
     arithmetic: Space
@@ -94,14 +94,14 @@ class Plan:
     read_weights: dict[str, list[float]] = field(default_factory=dict, init=False, compare=False)
 
     @property
-    def kind(self) -> Written:
+    def kind(self) -> WritablePeftType:
         """The kind that it is written as."""
-        return written_as(self.members[0].adapter.kind)
+        return output_type(self.members[0].adapter.peft_type)
 
     @property
     def title(self) -> str:
         """The kinds that it is made of, as text says them."""
-        return ", ".join(sorted({member.adapter.kind.title for member in self.members}))
+        return ", ".join(sorted({member.adapter.peft_type.title for member in self.members}))
 
     @property
     def method(self) -> Method:
@@ -189,7 +189,7 @@ def make_plan(
     signs = _signs(stages.method, recipe.base)
     where = usable(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
-    check_all([*(() if checked else adapters), *([signs] if signs else [])], processes)
+    check_adapters([*(() if checked else adapters), *([signs] if signs else [])], processes)
     members = find_members(recipe, one_spelling(adapters, warnings), densities, warnings)
     check_statistics(stages.method, members)
     dtype = written_dtype(recipe.dtype, [member.adapter for member in members])
@@ -200,8 +200,8 @@ def make_plan(
     arithmetic = _arithmetic(space, stages)
     _check_ranks(arithmetic, [*(m.adapter for m in members), *([signs] if signs else [])], modules)
     rank = _rank(recipe.rank, stages, arithmetic, members, modules, warnings)
-    base = recipe.base_model or next((m.adapter.base for m in members if m.adapter.base), None)
-    rank = fit_rank(recipe.target, rank, recipe.rank, members[0].adapter.kind.title, warnings)
+    base = recipe.base_model or next((m.adapter.base_name for m in members if m.adapter.base_name), None)
+    rank = fit_rank(recipe.target, rank, recipe.rank, members[0].adapter.peft_type.title, warnings)
     replicates = any(member.adapter.config.get("layer_replication") for member in members)
     check_modules(recipe.target, modules, base, replicates, warnings)
     compare_bases(members, recipe, warnings)
@@ -292,7 +292,7 @@ def _arithmetic(space: Space, stages: Stages) -> Space:
     return find_space("core")()
 
 
-def _check_space(stages: Stages, space: Space, kind: Written) -> None:
+def _check_space(stages: Stages, space: Space, kind: WritablePeftType) -> None:
     for stage in stages.all:
         if space.name not in stage.spaces:
             fitting = [name for name in stage.spaces if kind.name in find_space(name).kinds]
@@ -352,7 +352,7 @@ def _trim(method: Method, space: Space) -> Trim | None:
     return replace(asked, scope=space.scopes[0])
 
 
-def _check_ranks(space: Space, adapters: Sequence[Adapter], modules: dict[str, Module]) -> None:
+def _check_ranks(space: Space, adapters: Sequence[Adapter], modules: dict[str, ModuleInfo]) -> None:
     ranks = {name: [a.layout[name].rank for a in adapters if name in a.layout] for name in modules}
     fault = space.check(ranks)
     if fault:
@@ -360,9 +360,9 @@ def _check_ranks(space: Space, adapters: Sequence[Adapter], modules: dict[str, M
 
 
 def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> None:
-    found = {adapter.kind.writes: written_as(adapter.kind) for adapter in adapters}
+    found = {adapter.peft_type.output_name: output_type(adapter.peft_type) for adapter in adapters}
     if len(found) > 1:
-        table = "\n".join(f"  {adapter.kind.title:<8} {adapter.label}" for adapter in adapters)
+        table = "\n".join(f"  {adapter.peft_type.title:<8} {adapter.label}" for adapter in adapters)
         raise CompatibilityError(
             f"the adapters are of {len(found)} types, which have no common form:\n{table}\nMerge each type on its own."
         )
@@ -374,8 +374,8 @@ def _check_kinds(adapters: Sequence[Adapter], space: Space, stages: Stages) -> N
     _check_space(stages, space, kind)
 
 
-def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: bool) -> dict[str, Module]:
-    modules: dict[str, Module] = {}
+def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: bool) -> dict[str, ModuleInfo]:
+    modules: dict[str, ModuleInfo] = {}
     faults = []
     givers = [(member.name, member.adapter) for member in members] + ([("sign_from", signs)] if signs else [])
     first: dict[str, str] = {}
@@ -385,7 +385,7 @@ def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: b
             if adapter is not signs:
                 modules[module.name] = known
             first.setdefault(module.name, name)
-            if known.place != module.place:
+            if known.signature != module.signature:
                 faults.append((module.name, first[module.name], known, name, module))
     if faults:
         rows = "\n".join(f"  {n}: {a} has {_form(m)}, {b} has {_form(o)}" for n, a, m, b, o in faults[:8])
@@ -399,10 +399,10 @@ def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: b
     return dict(sorted(modules.items()))
 
 
-def _form(module: Module) -> str:
+def _form(module: ModuleInfo) -> str:
     side = {True: " on the input", False: ""}[module.on_input]
-    form = "" if module.form == "linear" else f" ({module.form})"
-    kernel = f", kernel {' × '.join(map(str, module.kernel))}" if module.kernel else ""
+    form = "" if module.layer_type == "linear" else f" ({module.layer_type})"
+    kernel = f", kernel {' × '.join(map(str, module.kernel_size))}" if module.kernel_size else ""
     experts = f", {module.expert[1]} experts" if module.expert[1] > 1 else ""
     return f"{' × '.join(map(str, module.shape))}{side}{form}{kernel}{experts}"
 
@@ -412,7 +412,7 @@ def _rank(
     stages: Stages,
     space: Space,
     members: Sequence[Member],
-    modules: dict[str, Module],
+    modules: dict[str, ModuleInfo],
     warnings: list[str],
 ) -> int | None:
     thinned = any(member.density is not None for member in members)

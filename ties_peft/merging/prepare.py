@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter import Adapter, open_all
+from ..adapters.adapter import Adapter, load_adapters
 from ..adapters.base_model import BaseModel
 from ..choices import DEVICE, ERROR, METHOD, RANK, SEED, SPACE
 from ..task_vectors.tiles import thread_pool
@@ -122,7 +122,7 @@ def prepare(
     Raises: as `merge`.
     """
     known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
-    opened = open_all(adapters, known)
+    opened = load_adapters(adapters, known)
     recipe = make_recipe(
         opened,
         space=space,

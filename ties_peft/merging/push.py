@@ -64,7 +64,7 @@ def push(
         with tempfile.TemporaryDirectory(prefix="ties-peft-") as room:
             folder = writer.write_folder(Path(room) / "adapter", adapter.files())
             return _send(folder, repo, private, revision, message, create_pr, token)
-    path = sources.local(str(adapter))
+    path = sources.local_path(str(adapter))
     if path is None or not path.is_dir():
         raise RecipeError(f"{str(adapter)!r} is no folder. Name the folder of the adapter that is to be pushed.")
     Adapter.load(path)  # refuses what is none
@@ -86,7 +86,7 @@ def _send(
     own = [path for path in sorted(folder.iterdir()) if _is_own(path)]
     left = [path.name for path in sorted(folder.iterdir()) if path not in own]
     names = {path.name for path in own}
-    if sources.CONFIG not in names or not names & set(sources.WEIGHTS):
+    if sources.ADAPTER_CONFIG not in names or not names & set(sources.WEIGHT_FILES):
         raise RecipeError(
             f"{str(folder)!r} holds its config or weights only as links to elsewhere, which are not followed. "
             "Copy them there."
@@ -102,7 +102,7 @@ def _send(
         )
     except Exception as error:  # the Hub's client raises its own, the network's and the file system's errors
         raise RecipeError(
-            f"the Hub did not take {folder.name} as '{repo}' ({sources.said(error, token)}). Check the "
+            f"the Hub did not take {folder.name} as '{repo}' ({sources.error_text(error, token)}). Check the "
             "name, the network, and that you are logged in (hf auth login) with the right to write there."
         ) from None
     return Pushed(repo, str(commit.pr_url or commit.commit_url), tuple(path.name for path in own), tuple(left))
@@ -117,5 +117,5 @@ def _content(path: Path, repo: str) -> Path | bytes:
 
 def _is_own(path: Path) -> bool:
     """Whether it is a file of an adapter, and not a link to elsewhere."""
-    known = {sources.CONFIG, *sources.WEIGHTS, *writer.OURS, *sources.TOKENIZER}
+    known = {sources.ADAPTER_CONFIG, *sources.WEIGHT_FILES, *writer.OUTPUT_FILES, *sources.TOKENIZER_FILES}
     return path.name in known and path.is_file() and sources.stays_inside(path)

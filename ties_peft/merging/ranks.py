@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..adapters.adapter import Adapter
-from ..adapters.types import Module
+from ..adapters.types import ModuleInfo
 from ..errors import MethodError, RecipeError
 from .recipes.recipe import Rank
 
@@ -15,7 +15,7 @@ AUTO_RANK = 64
 def output_rank(
     asked: Rank,
     adapters: Mapping[str, Adapter],
-    modules: Mapping[str, Module],
+    modules: Mapping[str, ModuleInfo],
     lossless: bool,
     flat: bool,
     warnings: list[str],
@@ -34,9 +34,9 @@ def output_rank(
     Raises: RecipeError, MethodError.
     """
     first = next(iter(adapters.values()))
-    if not first.kind.has_rank:
+    if not first.peft_type.has_rank:
         if asked != "auto":
-            raise MethodError(f"rank is {asked!r}, but {first.kind.title} vectors have no rank. Leave it out.")
+            raise MethodError(f"rank is {asked!r}, but {first.peft_type.title} vectors have no rank. Leave it out.")
         return None
     layouts = [adapter.layout for adapter in adapters.values()]
     total = _total(layouts, modules, lambda module: module.rank)
@@ -64,14 +64,16 @@ def output_rank(
     return written
 
 
-def _total(layouts: Sequence[Mapping[str, Module]], modules: Iterable[str], rank_of: Callable[[Module], int]) -> int:
+def _total(
+    layouts: Sequence[Mapping[str, ModuleInfo]], modules: Iterable[str], rank_of: Callable[[ModuleInfo], int]
+) -> int:
     """Return Σrᵢ of the module where it is largest."""
     return max(sum(rank_of(layout[name]) for layout in layouts if name in layout) for name in modules)
 
 
-def _chosen(module: Module) -> int:
+def _chosen(module: ModuleInfo) -> int:
     """The rank that counts in `auto`."""
-    return module.rank if module.own_rank else min(module.rank, AUTO_RANK)
+    return module.rank if module.rank_is_trained else min(module.rank, AUTO_RANK)
 
 
 def _warn_full(rank: int, adapters: Mapping[str, Adapter], warnings: list[str]) -> None:
@@ -80,6 +82,6 @@ def _warn_full(rank: int, adapters: Mapping[str, Adapter], warnings: list[str]) 
         most = max(module.rank for module in adapter.layout.values())
         if most > rank:
             warnings.append(
-                f"{name} ({adapter.kind.title}) has task vectors of rank up to {most}, of which rank auto keeps {rank}; "
+                f"{name} ({adapter.peft_type.title}) has task vectors of rank up to {most}, of which rank auto keeps {rank}; "
                 "the report says how much that is, and rank max keeps all."
             )

@@ -335,7 +335,7 @@ def trimmed_apart(plan: Plan) -> list[str]:
     apart = [
         name
         for name, module in plan.modules.items()
-        if module.form == EMBEDDING or name.rsplit(".", 1)[-1] in VOCABULARY
+        if module.layer_type == EMBEDDING or name.rsplit(".", 1)[-1] in VOCABULARY
     ]
     return apart if len(apart) < len(plan.modules) else []
 

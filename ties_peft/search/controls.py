@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter, in_memory
-from ..adapters.types import written_as
+from ..adapters.adapter import Adapter
+from ..adapters.types import output_type
 from ..choices import BASE, MEAN, SINGLE
 from ..merging.recipes.recipe import Recipe
 from ..task_vectors.delta import Delta, Dense, LowRank, norm
@@ -64,24 +64,24 @@ def random_adapter(adapter: Adapter, seed: int) -> Adapter:
 
     Law: every module's task vector has the norm that it has in `adapter`.
     """
-    kind = written_as(adapter.kind)
+    kind = output_type(adapter.peft_type)
     tensors: dict[str, Tensor] = {}
     for name, module in sorted(adapter.layout.items()):
         delta = adapter.read(name)
         drawn = _drawn(delta, stream_key(seed, name, 0, adapter.digest))
         length = norm(drawn)
         tensors |= kind.pack(module, drawn.scaled(norm(delta) / length if length else 0.0), module.rank)
-    tensors |= {name: adapter.tensors.read(name) for name in adapter.riders}
+    tensors |= {name: adapter.tensors.read(name) for name in adapter.extra_keys}
     rank = max(module.rank for module in adapter.layout.values())
     config = {
         **{name: adapter.config[name] for name in BESIDE if name in adapter.config},
-        "peft_type": kind.peft_type,
-        "base_model_name_or_path": adapter.base,
+        "peft_type": kind.config_name,
+        "base_model_name_or_path": adapter.base_name,
         **kind.config(list(adapter.layout.values()), rank),
         "rank_pattern": {},
         "alpha_pattern": {name: module.rank for name, module in adapter.layout.items() if module.rank != rank},
     }
-    return in_memory(config, tensors, f"random, as {adapter.label}")
+    return Adapter.from_tensors(config, tensors, f"random, as {adapter.label}")
 
 
 def _drawn(delta: Delta, stream: int) -> Delta:
@@ -97,10 +97,10 @@ def new_adapter(like: Adapter, seed: int) -> Adapter:
     drawn = random_adapter(like, seed)
     tensors = {name: drawn.tensors.read(name) for name in drawn.tensors.names}
     for name, tensor in tensors.items():
-        if name in like.riders:
+        if name in like.extra_keys:
             continue
-        if like.kind.has_rank and name.endswith("lora_B.weight"):
+        if like.peft_type.has_rank and name.endswith("lora_B.weight"):
             tensor.zero_()
-        elif not like.kind.has_rank:
+        elif not like.peft_type.has_rank:
             tensor.fill_(1.0)
-    return in_memory(drawn.config, tensors, "a new adapter")
+    return Adapter.from_tensors(drawn.config, tensors, "a new adapter")

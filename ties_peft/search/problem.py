@@ -45,7 +45,7 @@ class SearchProblem:
         try:
             self.merge(recipe)
         except CompatibilityError:
-            if not any(adapter.riders for adapter in self.adapters):
+            if not any(adapter.extra_keys for adapter in self.adapters):
                 raise
             prepare(self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, heads="drop")  # or it says why
             raise CompatibilityError(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.adapter import Adapter, check_listed
+from ..adapters.adapter import Adapter, check_is_list
 from ..choices import ADAPTERS, BUDGET, CONTROLS, DETAIL, DEVICE, METHOD, PENALTY, RANK, SEED, SPACE, TRAINED, WEIGHTS
 from ..errors import RecipeError, unknown, warn_caller
 from ..evaluation.loaded_model import Bench
@@ -149,7 +149,7 @@ def search(
     Law: stopped and taken up again it tries what it would have tried; processes that share a study do each
         trial once and return the same.
     """
-    check_listed(adapters)
+    check_is_list(adapters)
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     _check_numbers(budget, penalty, controls)
     recipe = make_recipe(

@@ -24,7 +24,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ...errors import AdapterError
-from ..sources import CONFIG, FOREIGN, GGUF, MODEL, SUFFIXES, WEIGHTS, Found, adapters_inside, listing, refuse_gguf
+from ..sources import (
+    ADAPTER_CONFIG,
+    FULL_MODEL_CONFIGS,
+    GGUF,
+    OTHER_WEIGHT_FILES,
+    WEIGHT_FILES,
+    WEIGHT_SUFFIXES,
+    AdapterFiles,
+    adapter_subfolders,
+    list_folder,
+    refuse_gguf,
+)
 from ..tensors import PickleFile, SafetensorsFile, TensorSource
 
 PARTS = r"unet|text_encoder(?:_\d)?|transformer(?:_\d)?|prior|controlnet"
@@ -179,7 +190,7 @@ def _name(names: Sequence[str], path: Path) -> str | None:
     own = [name for name in names if DIFFUSERS.fullmatch(name) or PROCESSOR.fullmatch(name)]
     if any(not PEFT.fullmatch(name) and not name.endswith(".alpha") for name in own):
         return "diffusers"
-    if own and (path.name in FOREIGN or any(name.startswith(SURE) for name in own)):
+    if own and (path.name in OTHER_WEIGHT_FILES or any(name.startswith(SURE) for name in own)):
         return "diffusers"
     return "PEFT" if any(PEFT.fullmatch(name) for name in names) else None
 
@@ -207,16 +218,16 @@ def _read_name(form: str, key: str) -> tuple[str, str, str] | None:
     return found["part"] or "", found["module"].replace(".processor.", "."), side
 
 
-def candidate(found: Found) -> Path | None:
+def candidate(found: AdapterFiles) -> Path | None:
     """The file of weights that a foreign adapter most likely is."""
     if found.weights is not None:
         return found.weights
-    known = [found.folder / name for name in (*WEIGHTS, *FOREIGN)]
+    known = [found.folder / name for name in (*WEIGHT_FILES, *OTHER_WEIGHT_FILES)]
     others = sorted(found.folder.glob("*.safetensors")) if found.folder.is_dir() else []
     return next((path for path in (*known, *others) if path.is_file()), None)
 
 
-def refuse(found: Found, config: Mapping[str, Any] | None, label: str) -> None:
+def refuse(found: AdapterFiles, config: Mapping[str, Any] | None, label: str) -> None:
     """Say what an adapter's files are where they are not PEFT's, and what to do.
 
     Args:
@@ -235,10 +246,10 @@ def refuse(found: Found, config: Mapping[str, Any] | None, label: str) -> None:
     _refuse_config(config, label)
 
 
-def form_of(found: Found, config: Mapping[str, Any] | None, label: str) -> Form | None:
+def form_of(found: AdapterFiles, config: Mapping[str, Any] | None, label: str) -> Form | None:
     """What an adapter's files are where they are not PEFT's; None where they are, or are nothing known here."""
     own = config is not None and "peft_type" in config
-    if own and (found.weights is None or found.weights.name in WEIGHTS):
+    if own and (found.weights is None or found.weights.name in WEIGHT_FILES):
         return None
     path = candidate(found)
     form = recognise(path, label) if path is not None else None
@@ -263,8 +274,8 @@ def refuse_form(form: Form, config: Mapping[str, Any] | None, label: str) -> NoR
         )
     if form.name == "PEFT":
         raise AdapterError(
-            f"adapter '{label}': {form}, but there is no {CONFIG} beside it, and lora_alpha stands nowhere else. "
-            f"Put the {CONFIG} that belongs to it there, or say the alpha: `{way} --alpha NUMBER`."
+            f"adapter '{label}': {form}, but there is no {ADAPTER_CONFIG} beside it, and lora_alpha stands nowhere else. "
+            f"Put the {ADAPTER_CONFIG} that belongs to it there, or say the alpha: `{way} --alpha NUMBER`."
         )
     why = ""
     if form.name == "kohya":
@@ -272,7 +283,7 @@ def refuse_form(form: Form, config: Mapping[str, Any] | None, label: str) -> NoR
         why = " Its names have underscores for dots, so FILE, the base's weights, is needed to tell them apart."
     if form.name == "MLX" and config is None:
         raise AdapterError(
-            f"adapter '{label}': {form}, not a PEFT adapter, and there is no {CONFIG} beside it that gives its scale. "
+            f"adapter '{label}': {form}, not a PEFT adapter, and there is no {ADAPTER_CONFIG} beside it that gives its scale. "
             f"Put MLX-LM's there, or say the alpha (scale × rank): `{way} --alpha NUMBER`."
         )
     raise AdapterError(
@@ -282,7 +293,7 @@ def refuse_form(form: Form, config: Mapping[str, Any] | None, label: str) -> NoR
 
 def other_model(folder: Path) -> str | None:
     """Return what a folder without an adapter holds instead: a full model; None where nothing tells."""
-    for name in MODEL:
+    for name in FULL_MODEL_CONFIGS:
         try:
             config = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -294,32 +305,32 @@ def other_model(folder: Path) -> str | None:
     return None
 
 
-def _refuse_bare(found: Found, label: str) -> NoReturn:
-    inside = adapters_inside(found.folder)
+def _refuse_bare(found: AdapterFiles, label: str) -> NoReturn:
+    inside = adapter_subfolders(found.folder)
     if inside and found.weights is None:
         names = ", ".join(inside[:20]) + (", …" if len(inside) > 20 else "")
         raise AdapterError(
-            f"adapter '{label}': there is no {CONFIG} in it, but in {len(inside)} of its sub-folders: {names}. "
+            f"adapter '{label}': there is no {ADAPTER_CONFIG} in it, but in {len(inside)} of its sub-folders: {names}. "
             f"Name one, such as {label}{'/' if found.folder.name == label.rpartition('/')[2] else ':'}{inside[0]}."
         )
     model = other_model(found.folder)
     if model is not None:
         raise AdapterError(
-            f"adapter '{label}' is {model}, not an adapter: there is no {CONFIG} beside its config. ties_peft merges "
+            f"adapter '{label}' is {model}, not an adapter: there is no {ADAPTER_CONFIG} beside its config. ties_peft merges "
             "adapters, and mergekit full models. Name the folder of an adapter that was trained on it."
         )
     if found.weights is not None:
         raise AdapterError(
-            f"adapter '{label}': there is no {CONFIG} beside {found.weights.name}, and its tensors are no "
+            f"adapter '{label}': there is no {ADAPTER_CONFIG} beside {found.weights.name}, and its tensors are no "
             "LoRA's. Name the folder that PEFT's save_pretrained wrote."
         )
     suffixes = [path.suffix for path in found.folder.glob("*")] if found.folder.is_dir() else []
-    if GGUF in suffixes and not set(suffixes) & set(SUFFIXES):
+    if GGUF in suffixes and not set(suffixes) & set(WEIGHT_SUFFIXES):
         refuse_gguf(label)
-    seen = f" It holds {listing(found.folder)}." if found.folder.is_dir() else ""
-    hint = " None of them is a LoRA that is known here." if set(suffixes) & set(SUFFIXES) else ""
+    seen = f" It holds {list_folder(found.folder)}." if found.folder.is_dir() else ""
+    hint = " None of them is a LoRA that is known here." if set(suffixes) & set(WEIGHT_SUFFIXES) else ""
     raise AdapterError(
-        f"adapter '{label}': there is no {CONFIG} in it.{seen}{hint} Name the folder that PEFT's save_pretrained wrote."
+        f"adapter '{label}': there is no {ADAPTER_CONFIG} in it.{seen}{hint} Name the folder that PEFT's save_pretrained wrote."
     )
 
 
@@ -331,16 +342,16 @@ def _refuse_config(config: Mapping[str, Any], label: str) -> NoReturn:
         )
     if {"lora_parameters", "fine_tune_type", "lora_layers"} & config.keys():
         raise AdapterError(
-            f"adapter '{label}': {CONFIG} is of MLX-LM, not of PEFT, and there are no adapters.safetensors beside it. "
+            f"adapter '{label}': {ADAPTER_CONFIG} is of MLX-LM, not of PEFT, and there are no adapters.safetensors beside it. "
             f"With them, `ties-peft convert {shlex.quote(label)} --out DIR` turns it into a PEFT adapter."
         )
     if isinstance(config.get("config"), dict) and {"model_class", "model_name", "model_type"} & config.keys():
         raise AdapterError(
-            f"adapter '{label}': {CONFIG} is of the library `adapters` (AdapterHub), not of PEFT; ties_peft cannot merge "
+            f"adapter '{label}': {ADAPTER_CONFIG} is of the library `adapters` (AdapterHub), not of PEFT; ties_peft cannot merge "
             "or convert that. Train it with PEFT, or leave it out."
         )
     keys = ", ".join(str(key)[:30] for key in sorted(config)[:8]) or "none"
     raise AdapterError(
-        f"adapter '{label}': {CONFIG} has no peft_type, so it is not PEFT's (its keys: {keys}). If it is a PEFT adapter "
+        f"adapter '{label}': {ADAPTER_CONFIG} has no peft_type, so it is not PEFT's (its keys: {keys}). If it is a PEFT adapter "
         'all the same, write its type into that file, such as "peft_type": "LORA"; otherwise leave it out.'
     )

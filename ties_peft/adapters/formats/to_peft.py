@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ...errors import AdapterError, RecipeError
 from .. import sources
-from ..adapter import Adapter, in_memory, read_config
+from ..adapter import Adapter, read_config
 from ..base_model import PIPELINE, BaseModel
-from ..module_names import spelled
+from ..module_names import accepted_names
 from ..types.base import PREFIX
 from . import recognise as foreign
 from .recognise import Entry, Form
@@ -38,7 +38,7 @@ KEPT = ("lora_alpha", "alpha_pattern", "use_rslora")
 
 
 @dataclass(frozen=True)
-class Hints:
+class ConversionOptions:
     """What a foreign file does not say itself.
 
     Attributes:
@@ -57,14 +57,14 @@ class Hints:
     base_model: str | None = None
 
 
-def open_any(source: str, hints: Hints) -> tuple[Adapter, list[str]]:
+def open_as_peft(source: str, hints: ConversionOptions) -> tuple[Adapter, list[str]]:
     """(an adapter, PEFT's or not; what was done to make it PEFT's).
 
     Raises: AdapterError where it is none, or cannot be turned into one exactly; RecipeError for hints
         that mean nothing for it.
     """
     label = source
-    found = sources.find(source)
+    found = sources.find_files(source)
     config = read_config(found.folder, label)
     form = foreign.form_of(found, config, label)
     if form is None or (form.name == "PEFT" and config is not None):
@@ -93,15 +93,15 @@ def open_any(source: str, hints: Hints) -> tuple[Adapter, list[str]]:
         **scaling,
     }
     what = f"{form.path.name} was {form.title}, {len(names)} modules{f' of {p}' if (p := entries[0].part) else ''}"
-    return in_memory(made, tensors, source), [f"{what}; {said}.", *respelled, *remarks]
+    return Adapter.from_tensors(made, tensors, source), [f"{what}; {said}.", *respelled, *remarks]
 
 
-def _respelled(adapter: Adapter, hints: Hints, label: str) -> tuple[Adapter, list[str]]:
+def _respelled(adapter: Adapter, hints: ConversionOptions, label: str) -> tuple[Adapter, list[str]]:
     """(an adapter under the names that --modules lists, if it was given; a remark on those that are other)."""
     if hints.modules is None:
         return adapter, []
     known = _module_names(hints, None) or []
-    names = spelled(known, exactly=True)
+    names = accepted_names(known, exactly=True)
     paths = {name: m.path if name.startswith(m.path) else name for name, m in adapter.layout.items()}
     missing = [path for path in paths.values() if path not in names]
     if missing:
@@ -119,12 +119,12 @@ def _told(table: Mapping[str, str]) -> list[str]:
     return [f"{len(table)} modules are written under the base's names: {old!r} as {table[old]!r}."]
 
 
-def _base_name(hints: Hints, config: Mapping[str, Any] | None) -> str | None:
+def _base_name(hints: ConversionOptions, config: Mapping[str, Any] | None) -> str | None:
     own = (config or {}).get("model")  # MLX-LM notes it there
     return hints.base_model or (own if isinstance(own, str) else None)
 
 
-def _choose(form: Form, hints: Hints, label: str) -> tuple[list[Entry], list[str]]:
+def _choose(form: Form, hints: ConversionOptions, label: str) -> tuple[list[Entry], list[str]]:
     """(the modules of the part that was asked for, a remark on the others)."""
     entries = list(form.entries)
     if form.name == "PEFT" and hints.part:  # parts of which the names know nothing
@@ -159,11 +159,11 @@ def _no_part(form: Form, part: str, parts: Counter[str], label: str) -> str:
     return f"adapter '{label}': {form.path.name} has no part {part!r}. {has}."
 
 
-def _base(hints: Hints) -> BaseModel | None:
+def _base(hints: ConversionOptions) -> BaseModel | None:
     return None if hints.base is None else BaseModel.load(hints.base)
 
 
-def _module_names(hints: Hints, base: BaseModel | None) -> list[str] | None:
+def _module_names(hints: ConversionOptions, base: BaseModel | None) -> list[str] | None:
     """The names of the base's modules, if they are known."""
     if base is not None:
         return base.modules
@@ -177,7 +177,7 @@ def _module_names(hints: Hints, base: BaseModel | None) -> list[str] | None:
 
 
 def _resolve(
-    form: Form, entries: Sequence[Entry], hints: Hints, base: BaseModel | None, label: str
+    form: Form, entries: Sequence[Entry], hints: ConversionOptions, base: BaseModel | None, label: str
 ) -> tuple[list[str], list[str]]:
     """(the modules' paths in the base, in order; a remark on those that the file spells otherwise)."""
     known = _module_names(hints, base)
@@ -212,7 +212,7 @@ def _spellings(form: Form, known: Sequence[str], exactly: bool) -> dict[str, set
     for name in known:
         exact.setdefault(_flat(form, name), set()).add(name)
     others: dict[str, set[str]] = {}
-    for spelling, name in spelled(known, exactly=exactly).items():
+    for spelling, name in accepted_names(known, exactly=exactly).items():
         others.setdefault(_flat(form, spelling), set()).add(name)
     return others | exact
 
@@ -288,7 +288,7 @@ def _scaling(
     form: Form,
     part: str,
     config: Mapping[str, Any] | None,
-    hints: Hints,
+    hints: ConversionOptions,
     ranks: Mapping[str, int],
     alphas: Mapping[str, float | None],
     label: str,
@@ -346,7 +346,7 @@ def _mlx_scale(config: Mapping[str, Any], label: str) -> float:
             scale *= float(given["alpha"]) / float(given["rank"])  # type: ignore[index]
     except (TypeError, KeyError, ValueError, ZeroDivisionError):
         raise AdapterError(
-            f"adapter '{label}': {sources.CONFIG} gives no scale (lora_parameters is {given!r}). Say "
+            f"adapter '{label}': {sources.ADAPTER_CONFIG} gives no scale (lora_parameters is {given!r}). Say "
             "lora_alpha = scale × rank: --alpha NUMBER."
         ) from None
     if not math.isfinite(scale):

@@ -7,9 +7,9 @@ import importlib
 import pkgutil
 
 from ...errors import AdapterError
-from .base import Kind, Module, Written
+from .base import ModuleInfo, PeftType, WritablePeftType
 
-__all__ = ["Kind", "Module", "Written", "kind_of", "kinds", "written_as"]
+__all__ = ["ModuleInfo", "PeftType", "WritablePeftType", "find_peft_type", "output_type", "peft_types"]
 
 
 _PROMPT = "which adds virtual tokens or hidden states to the input and changes no weight, so it has no task vector"
@@ -26,26 +26,26 @@ WITHOUT_DELTA = {
 
 
 @functools.cache
-def kinds() -> dict[str, Kind]:
+def peft_types() -> dict[str, PeftType]:
     """Every kind by its PEFT type."""
-    found: dict[str, Kind] = {}
+    found: dict[str, PeftType] = {}
     for entry in pkgutil.iter_modules(__path__):
         if entry.name == "base":
             continue
         module = importlib.import_module(f"{__name__}.{entry.name}")
         own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-        found.update({kind.peft_type: kind for c in own if issubclass(c, Kind) for kind in c.all()})
+        found.update({kind.config_name: kind for c in own if issubclass(c, PeftType) for kind in c.instances()})
     return dict(sorted(found.items()))
 
 
-def written_as(kind: Kind) -> Written:
+def output_type(kind: PeftType) -> WritablePeftType:
     """The kind that a merge of adapters of this kind is written as."""
-    found = next(other for other in kinds().values() if other.name == kind.writes)
-    assert isinstance(found, Written)
+    found = next(other for other in peft_types().values() if other.name == kind.output_name)
+    assert isinstance(found, WritablePeftType)
     return found
 
 
-def kind_of(peft_type: object, label: str) -> Kind:
+def find_peft_type(peft_type: object, label: str) -> PeftType:
     """The kind of an adapter by the peft_type of its config.
 
     Raises: AdapterError naming the type, where it is missing, unknown or not supported yet.
@@ -53,9 +53,9 @@ def kind_of(peft_type: object, label: str) -> Kind:
     if not isinstance(peft_type, str) or not peft_type:
         raise AdapterError(
             f"adapter '{label}': peft_type is {peft_type!r} in adapter_config.json; "
-            f"expected one of {', '.join(kinds())}. Is this a PEFT adapter?"
+            f"expected one of {', '.join(peft_types())}. Is this a PEFT adapter?"
         )
-    if peft_type.upper() not in kinds():
-        why = WITHOUT_DELTA.get(peft_type.upper(), f"which is none that ties_peft merges ({', '.join(kinds())})")
+    if peft_type.upper() not in peft_types():
+        why = WITHOUT_DELTA.get(peft_type.upper(), f"which is none that ties_peft merges ({', '.join(peft_types())})")
         raise AdapterError(f"adapter '{label}' is of PEFT type {peft_type!r}, {why}. Leave it out.")
-    return kinds()[peft_type.upper()]
+    return peft_types()[peft_type.upper()]

@@ -11,24 +11,26 @@ from ...errors import AdapterError
 from ...task_vectors.delta import LowRank
 from ..base_model import BaseModel
 from ..tensors import TensorSource
-from .base import CONV, LINEAR, Config, Kind, Module, find_kernel, number, parts_of
+from .base import CONV, LINEAR, Config, ModuleInfo, PeftType, config_number, conv_kernel_size, group_by_layer
 
 A, B, E = "lora_A", "lora_B", "lora_E"
 
 
-class AdaLora(Kind):
+class AdaLora(PeftType):
     """LoRA whose ranks are spread over the layers while it trains (Zhang et al., AdaLoRA, ICLR 2023)."""
 
     name = "adalora"
     title = "AdaLoRA"
-    peft_type = "ADALORA"
+    config_name = "ADALORA"
 
-    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+    def layout(
+        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
+    ) -> dict[str, ModuleInfo]:
         """Triples of lora_A (r, in), lora_E (r, 1) and lora_B (out, r)."""
-        layers = parts_of(tensors, (A, B, E), label)
+        layers = group_by_layer(tensors, (A, B, E), label)
         return {name: _module(name, parts, config, tensors, label, base) for name, parts in layers.items()}
 
-    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> LowRank:
+    def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> LowRank:
         """B (with the scaling and E) and A; zeros where every direction was pruned."""
         first, second, values = (tensors.read(key).to(torch.float32) for key in module.keys)
         if not len(first):
@@ -38,7 +40,7 @@ class AdaLora(Kind):
 
 def _module(
     name: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str, base: BaseModel | None
-) -> Module:
+) -> ModuleInfo:
     where = f"adapter '{label}', module {name!r}"
     shapes = {end: tensors.info(key).shape for end, key in parts.items()}
     rank = shapes[A][0] if len(shapes.get(A, ())) == 2 else 0
@@ -48,10 +50,12 @@ def _module(
             f"{where}: there is {seen}; expected lora_A [r, in], lora_B [out, r] and lora_E [r, 1]. "
             "The file is damaged: save the adapter again."
         )
-    start = number(config, "init_r", "", name, 12, where)
-    alpha = number(config, "lora_alpha", "", name, 8, where)
+    start = config_number(config, "init_r", "", name, 12, where)
+    alpha = config_number(config, "lora_alpha", "", name, 8, where)
     scaling = (alpha if alpha > 0 else float(rank)) / (start + 1e-5)
     shape = shapes[B][0], shapes[A][1]
-    kernel = find_kernel(shape, name, where, base)
+    kernel = conv_kernel_size(shape, name, where, base)
     form = CONV if kernel else LINEAR
-    return Module(name, shape, max(1, rank), (parts[A], parts[B], parts[E]), scaling, form=form, kernel=kernel)
+    return ModuleInfo(
+        name, shape, max(1, rank), (parts[A], parts[B], parts[E]), scaling, layer_type=form, kernel_size=kernel
+    )

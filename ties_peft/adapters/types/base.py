@@ -1,6 +1,6 @@
-"""Kind: one type of PEFT adapter, by how its tensors make task vectors and are made from them.
+"""PeftType: one type of PEFT adapter, by how its tensors make task vectors and are made from them.
 
-A kind that has a form of its own to be written in is a `Written` (LoRA, (IA)³); the others are only
+A kind that has a form of its own to be written in is a `WritablePeftType` (LoRA, (IA)³); the others are only
 read, and a merge of them is written as the kind that their `writes` names.
 """
 
@@ -28,7 +28,7 @@ LINEAR, CONV, EMBEDDING, BIAS, EXPERT = "linear", "conv", "embedding", "bias", "
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleInfo:
     """One task vector that an adapter's file holds: of a layer's weight, of its bias, or of one expert's weight.
 
     Attributes:
@@ -40,14 +40,14 @@ class Module:
         keys: its tensors' names in the file.
         scaling: the lora scaling, alpha/r or alpha/√r; 1 where the kind has none.
         on_input: whether an (IA)³ vector multiplies the layer's input (feed-forward) or its output.
-        form: what it is the task vector of: LINEAR, CONV, EMBEDDING, BIAS or EXPERT.
+        layer_type: what it is the task vector of: LINEAR, CONV, EMBEDDING, BIAS or EXPERT.
         layer: the path of PEFT's layer, where the name is not it.
-        kernel: the sizes of a convolution's kernel; of (IA)³ on a convolution a 1 for each.
+        kernel_size: the sizes of a convolution's kernel; of (IA)³ on a convolution a 1 for each.
         expert: (which, of how many), for EXPERT.
-        own_rank: whether `rank` is the r it was trained at, and not merely what its shape allows.
-        needs: the tensors of the base model without which it has no task vector.
+        rank_is_trained: whether `rank` is the r it was trained at, and not merely what its shape allows.
+        base_tensors: the tensors of the base model without which it has no task vector.
         conv1d: whether the base holds the layer's weight as (in, out), where that matters.
-        extra: what else its kind reads it by.
+        details: what else its kind reads it by.
     """
 
     name: str
@@ -56,14 +56,14 @@ class Module:
     keys: tuple[str, ...]
     scaling: float = 1.0
     on_input: bool = False
-    form: str = LINEAR
+    layer_type: str = LINEAR
     layer: str = ""
-    kernel: tuple[int, ...] = ()
+    kernel_size: tuple[int, ...] = ()
     expert: tuple[int, int] = (0, 1)
-    own_rank: bool = True
-    needs: tuple[str, ...] = ()
+    rank_is_trained: bool = True
+    base_tensors: tuple[str, ...] = ()
     conv1d: bool = False
-    extra: Any = field(default=None, compare=False, repr=False)
+    details: Any = field(default=None, compare=False, repr=False)
 
     @property
     def path(self) -> str:
@@ -71,37 +71,39 @@ class Module:
         return self.layer or self.name
 
     @property
-    def place(self) -> tuple[Any, ...]:
+    def signature(self) -> tuple[Any, ...]:
         """What must be the same in all adapters that have it."""
-        return self.shape, self.on_input, self.form, self.kernel, self.expert
+        return self.shape, self.on_input, self.layer_type, self.kernel_size, self.expert
 
 
-class Kind(ABC):
+class PeftType(ABC):
     """A type of adapter. One file in `kinds/` each; the folder is the list.
 
     Attributes:
         name: as users see it: `lora`, `ia3`.
         title: as it is written in text: LoRA, (IA)³.
-        peft_type: as it stands in adapter_config.json.
-        writes: the name of the kind that a merge of it is written as; its own, if it has a form of its own.
+        config_name: as it stands in adapter_config.json.
+        output_name: the name of the kind that a merge of it is written as; its own, if it has a form of its own.
         has_rank: whether `rank` means anything for it.
         indices: whether tensors of whole numbers belong to it: which entries it changes.
     """
 
     name: str
     title: str
-    peft_type: str
-    writes: str = "lora"
+    config_name: str
+    output_name: str = "lora"
     has_rank: bool = True
-    indices: bool = False
+    has_integer_tensors: bool = False
 
     @classmethod
-    def all(cls) -> list[Kind]:
+    def instances(cls) -> list[PeftType]:
         """The kinds that this class makes: one, but for a class that serves several PEFT types."""
         return [cls()]
 
     @abstractmethod
-    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+    def layout(
+        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
+    ) -> dict[str, ModuleInfo]:
         """The modules in a file, by name. Tensors that belong to none are the adapter's riders.
 
         Args:
@@ -112,35 +114,35 @@ class Kind(ABC):
         """
 
     @abstractmethod
-    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Delta:
+    def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
         """The task vector of one module, float32."""
 
 
-class Written(Kind):
+class WritablePeftType(PeftType):
     """A kind that a merge can be written as."""
 
     @abstractmethod
-    def written(self, module: Module, rank: int) -> Module:
+    def written(self, module: ModuleInfo, rank: int) -> ModuleInfo:
         """The module as `pack` will have made it: its keys, a lora scaling of 1."""
 
     @abstractmethod
-    def pack(self, module: Module, delta: Delta, rank: int) -> dict[str, Tensor]:
+    def pack(self, module: ModuleInfo, delta: Delta, rank: int) -> dict[str, Tensor]:
         """The tensors, float32 and by name, that make `delta` again."""
 
-    def join(self, modules: Sequence[Module], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def join(self, modules: Sequence[ModuleInfo], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The file's tensors, made of all that were packed: where several modules share one."""
         return tensors
 
-    def fault(self, modules: Sequence[Module]) -> str | None:
+    def fault(self, modules: Sequence[ModuleInfo]) -> str | None:
         """Why PEFT has no adapter that holds all of these; None where it has."""
         return None
 
     @abstractmethod
-    def config(self, modules: Sequence[Module], rank: int) -> dict[str, Any]:
+    def config(self, modules: Sequence[ModuleInfo], rank: int) -> dict[str, Any]:
         """The keys of adapter_config.json that are this kind's own, as portable as can be."""
 
 
-def module_of(key: str, suffix: str, label: str) -> str:
+def module_path(key: str, suffix: str, label: str) -> str:
     """The module's path in a tensor's name that ends in `suffix`."""
     if not key.startswith(PREFIX):
         raise AdapterError(
@@ -150,13 +152,13 @@ def module_of(key: str, suffix: str, label: str) -> str:
     return key[len(PREFIX) : -len(suffix)].removesuffix(".")
 
 
-def parts_of(tensors: TensorSource, suffixes: Sequence[str], label: str) -> dict[str, dict[str, str]]:
+def group_by_layer(tensors: TensorSource, suffixes: Sequence[str], label: str) -> dict[str, dict[str, str]]:
     """Each layer's tensors: path → what a tensor's name ends in → its whole name; paths sorted."""
     found: dict[str, dict[str, str]] = {}
     for key in tensors.names:
         suffix = next((end for end in suffixes if key.endswith(f".{end}")), None)
         if suffix is not None:
-            found.setdefault(module_of(key, suffix, label), {})[suffix] = key
+            found.setdefault(module_path(key, suffix, label), {})[suffix] = key
     return dict(sorted(found.items()))
 
 
@@ -181,7 +183,7 @@ def first_match(patterns: Any, name: str, default: Any) -> Any:
     return default
 
 
-def number(config: Config, key: str, patterns: str, name: str, default: float, where: str) -> float:
+def config_number(config: Config, key: str, patterns: str, name: str, default: float, where: str) -> float:
     """A finite number of the config, which a pattern may set for one module.
 
     Raises: AdapterError naming the key and what stands there.
@@ -198,7 +200,7 @@ def number(config: Config, key: str, patterns: str, name: str, default: float, w
     return value
 
 
-def targets(chosen: Any, path: str) -> bool:
+def is_target_module(chosen: Any, path: str) -> bool:
     """Whether PEFT's target_modules, a list of endings or one regex, name a path."""
     if isinstance(chosen, str):
         try:
@@ -214,7 +216,7 @@ def base_shape(base: BaseModel | None, path: str, parameter: str = "weight") -> 
     return base.info(found).shape if base is not None and found is not None else None
 
 
-def is_conv1d(config: Config, base: BaseModel | None, path: str) -> bool:
+def layer_is_conv1d(config: Config, base: BaseModel | None, path: str) -> bool:
     """Return whether the base holds a layer's weight as (in, out).
 
     The base's architecture decides, as in PEFT, which corrects fan_in_fan_out by the class of each layer; where the
@@ -224,15 +226,15 @@ def is_conv1d(config: Config, base: BaseModel | None, path: str) -> bool:
     return bool(config.get("fan_in_fan_out")) if known is None else known
 
 
-def find_conv1d(config: Config, base: BaseModel | None, path: str, where: str, out: int | None = None) -> bool:
-    """Return what `is_conv1d` does, checked against the sizes that are known.
+def check_conv1d(config: Config, base: BaseModel | None, path: str, where: str, out: int | None = None) -> bool:
+    """Return what `layer_is_conv1d` does, checked against the sizes that are known.
 
     Args:
         where: how messages name the layer.
         out: its output size; by default that of its bias in the base.
     Raises: AdapterError where the adapter's fan_in_fan_out alone tells, and the sizes contradict it.
     """
-    found, shape = is_conv1d(config, base, path), base_shape(base, path)
+    found, shape = layer_is_conv1d(config, base, path), base_shape(base, path)
     if base is None or shape is None or len(shape) != 2 or base.is_conv1d(path) is not None:
         return found
     wide, tall = (shape[0], shape[1]) if found else (shape[1], shape[0])  # (in, out), as they are read
@@ -246,7 +248,7 @@ def find_conv1d(config: Config, base: BaseModel | None, path: str, where: str, o
     return found
 
 
-def find_kernel(shape: tuple[int, int], name: str, where: str, base: BaseModel | None) -> tuple[int, ...]:
+def conv_kernel_size(shape: tuple[int, int], name: str, where: str, base: BaseModel | None) -> tuple[int, ...]:
     """The kernel of a convolution whose task vector a kind holds flattened; () for a linear layer.
 
     Raises: AdapterError where the name speaks of a convolution and the base was not given, or does not fit.
@@ -265,12 +267,12 @@ def find_kernel(shape: tuple[int, int], name: str, where: str, base: BaseModel |
     return ()
 
 
-def tucker_kernel(
+def tucker_kernel_size(
     shape: tuple[int, int], kernel: tuple[int, ...], name: str, where: str, base: BaseModel | None
 ) -> tuple[int, ...]:
     """The kernel of a convolution whose core tensor has two sizes of it, also where it has but one."""
     if base_shape(base, name) is not None:
-        return find_kernel(shape, name, where, base)
+        return conv_kernel_size(shape, name, where, base)
     if kernel[-1] == 1:
         raise AdapterError(f"{where}: a core tensor over {list(kernel)} fits two kinds of convolution. {NEEDS_BASE}")
     return kernel
@@ -283,7 +285,7 @@ def base_weight(base: BaseModel | None, name: str, what: str) -> Tensor:
     """
     if base is None:
         raise AdapterError(f"{what} needs the base model's {name!r}. {NEEDS_BASE}")
-    weight = base.need(name, what)
+    weight = base.require(name, what)
     if not weight.is_floating_point():
         raise AdapterError(
             f"base model '{base.label}': {name!r} is quantised ({weight.dtype}), and {what} needs its "

@@ -22,7 +22,7 @@ from ...errors import AdapterError, one_line
 from ...task_vectors.delta import Dense
 from ..base_model import BaseModel
 from ..tensors import TensorSource
-from .base import CONV, LINEAR, NEEDS_BASE, PREFIX, Config, Kind, Module, base_shape, base_weight, find_conv1d
+from .base import CONV, LINEAR, NEEDS_BASE, PREFIX, Config, ModuleInfo, PeftType, base_shape, base_weight, check_conv1d
 
 SERVED = {
     "BOFT": ("BOFT", "boft_"),
@@ -64,20 +64,22 @@ class Recomputed:
     where: str
 
 
-class Computed(Kind):
+class Computed(PeftType):
     """A type of adapter that PEFT merges into a weight for us."""
 
     def __init__(self, peft_type: str, title: str, prefix: str) -> None:
-        self.peft_type, self.title, self.prefix = peft_type, title, prefix
+        self.config_name, self.title, self.prefix = peft_type, title, prefix
         self.name = peft_type.lower()
-        self.indices = peft_type in INDEXED
+        self.has_integer_tensors = peft_type in INDEXED
 
     @classmethod
-    def all(cls) -> list[Kind]:
+    def instances(cls) -> list[PeftType]:
         """One for each type served."""
         return [cls(peft_type, title, prefix) for peft_type, (title, prefix) in SERVED.items()]
 
-    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+    def layout(
+        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
+    ) -> dict[str, ModuleInfo]:
         """The tensors of each layer, and with each those that all share."""
         layers: dict[str, list[str]] = {}
         shared: list[str] = []
@@ -94,31 +96,31 @@ class Computed(Kind):
         shapes = {name: _shape(name, label, config, base) for name in sorted(layers)}
         largest = tuple(max((shape[side] for shape, _, _ in shapes.values()), default=0) for side in (0, 1))
         return {
-            name: Module(
+            name: ModuleInfo(
                 name,
                 (shape[0], shape[1] * math.prod(kernel)),
                 min(shape[0], shape[1] * math.prod(kernel)),
                 (*layers[name], *shared),
-                form=CONV if kernel else LINEAR,
-                kernel=kernel,
-                own_rank=False,
-                needs=(f"{name}.weight",),
+                layer_type=CONV if kernel else LINEAR,
+                kernel_size=kernel,
+                rank_is_trained=False,
+                base_tensors=(f"{name}.weight",),
                 conv1d=conv1d,
-                extra=Recomputed(config, (largest[0], largest[1]), f"adapter '{label}', module {name!r}"),
+                details=Recomputed(config, (largest[0], largest[1]), f"adapter '{label}', module {name!r}"),
             )
             for name, (shape, kernel, conv1d) in shapes.items()
         }
 
-    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Dense:
+    def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Dense:
         """W′ − W, (out, in), computed in float64."""
-        known: Recomputed = module.extra
-        weight = base_weight(base, module.needs[0], f"{self.title} on module {module.name!r}")
+        known: Recomputed = module.details
+        weight = base_weight(base, module.base_tensors[0], f"{self.title} on module {module.name!r}")
         state = {key: tensors.read(key) for key in module.keys}
         try:
             with ONE_AT_A_TIME, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
                 torch.manual_seed(0)
-                change = _merged(self.peft_type, module, weight, known, state)
+                change = _merged(self.config_name, module, weight, known, state)
         except AdapterError:
             raise
         except Exception as error:  # PEFT's own, of any type
@@ -141,11 +143,13 @@ def _shape(
             f"adapter '{label}', module {name!r}: the base has no weight of that name that is a matrix or a "
             f"convolution (found {known and list(known)}). Is it the base that the adapter was trained on, unquantised?"
         )
-    conv1d = len(known) == 2 and find_conv1d(config, base, name, f"adapter '{label}', module {name!r}")
+    conv1d = len(known) == 2 and check_conv1d(config, base, name, f"adapter '{label}', module {name!r}")
     return (known[conv1d], known[not conv1d]), known[2:], conv1d
 
 
-def _merged(peft_type: str, module: Module, weight: Tensor, known: Recomputed, state: Mapping[str, Tensor]) -> Tensor:
+def _merged(
+    peft_type: str, module: ModuleInfo, weight: Tensor, known: Recomputed, state: Mapping[str, Tensor]
+) -> Tensor:
     """W′ − W by PEFT, on a model that has this layer alone."""
     import peft
 

@@ -17,44 +17,46 @@ from ...task_vectors.delta import Delta, Dense
 from ..base_model import BaseModel
 from ..name_patterns import matches_whole
 from ..tensors import TensorSource
-from .base import PREFIX, Config, Module, Written, parts_of
+from .base import PREFIX, Config, ModuleInfo, WritablePeftType, group_by_layer
 
 SUFFIX = "ia3_l"
 
 
-class IA3(Written):
+class IA3(WritablePeftType):
     """Infused adapters (Liu et al., Few-Shot Parameter-Efficient Fine-Tuning, NeurIPS 2022)."""
 
     name = "ia3"
-    writes = "ia3"
+    output_name = "ia3"
     title = "(IA)³"
-    peft_type = "IA3"
+    config_name = "IA3"
     has_rank = False
 
-    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+    def layout(
+        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
+    ) -> dict[str, ModuleInfo]:
         """The vectors. Which side they multiply is told by their shape, (k, 1) or (1, k).
 
         On a convolution it is (1, k, 1…) for both, and feedforward_modules of the config tell.
         """
-        layers = parts_of(tensors, (SUFFIX,), label)
+        layers = group_by_layer(tensors, (SUFFIX,), label)
         return {name: _module(name, parts[SUFFIX], config, tensors, label) for name, parts in layers.items()}
 
-    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Dense:
+    def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Dense:
         """l − 1, (k,)."""
         return Dense(tensors.read(module.keys[0]).to(torch.float32).reshape(-1) - 1)
 
-    def written(self, module: Module, rank: int) -> Module:
+    def written(self, module: ModuleInfo, rank: int) -> ModuleInfo:
         """As it is."""
         return replace(module, keys=(f"{PREFIX}{module.name}.{SUFFIX}",))
 
-    def pack(self, module: Module, delta: Delta, rank: int) -> dict[str, Tensor]:
+    def pack(self, module: ModuleInfo, delta: Delta, rank: int) -> dict[str, Tensor]:
         """l = 1 + the task vector, as a column (output) or a row (input), or over a convolution's channels."""
         vector = 1 + delta.dense()
-        row = module.on_input or module.kernel
-        shape = (1, -1, *module.kernel) if row else (-1, 1)
+        row = module.on_input or module.kernel_size
+        shape = (1, -1, *module.kernel_size) if row else (-1, 1)
         return {f"{PREFIX}{module.name}.{SUFFIX}": vector.reshape(shape)}
 
-    def config(self, modules: Sequence[Module], rank: int) -> dict[str, Any]:
+    def config(self, modules: Sequence[ModuleInfo], rank: int) -> dict[str, Any]:
         """The modules by their full paths, and those that are feed-forward."""
         return {
             "target_modules": [module.name for module in modules],
@@ -62,7 +64,7 @@ class IA3(Written):
         }
 
 
-def _module(name: str, key: str, config: Config, tensors: TensorSource, label: str) -> Module:
+def _module(name: str, key: str, config: Config, tensors: TensorSource, label: str) -> ModuleInfo:
     shape = tensors.info(key).shape
     where = f"adapter '{label}', module {name!r}"
     wide = len(shape) > 2 and shape[0] == 1 and set(shape[2:]) == {1}
@@ -72,9 +74,9 @@ def _module(name: str, key: str, config: Config, tensors: TensorSource, label: s
             "The file is damaged: save the adapter again."
         )
     if wide:
-        return Module(name, (shape[1],), 1, (key,), on_input=_feedforward(config, name), kernel=shape[2:])
+        return ModuleInfo(name, (shape[1],), 1, (key,), on_input=_feedforward(config, name), kernel_size=shape[2:])
     sided = _feedforward(config, name) if shape == (1, 1) else shape[0] == 1
-    return Module(name, (max(shape),), 1, (key,), on_input=sided)
+    return ModuleInfo(name, (max(shape),), 1, (key,), on_input=sided)
 
 
 def _feedforward(config: Config, name: str) -> bool:

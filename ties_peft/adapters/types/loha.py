@@ -15,25 +15,37 @@ from ...errors import AdapterError
 from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
 from ..tensors import TensorSource
-from .base import CONV, LINEAR, Config, Kind, Module, find_kernel, number, parts_of, tucker_kernel
+from .base import (
+    CONV,
+    LINEAR,
+    Config,
+    ModuleInfo,
+    PeftType,
+    config_number,
+    conv_kernel_size,
+    group_by_layer,
+    tucker_kernel_size,
+)
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 CORES = ("hada_t1", "hada_t2")
 
 
-class LoHa(Kind):
+class LoHa(PeftType):
     """Low-rank Hadamard product (Hyeon-Woo et al., FedPara, ICLR 2022; Yeh et al., LyCORIS, ICLR 2024)."""
 
     name = "loha"
     title = "LoHa"
-    peft_type = "LOHA"
+    config_name = "LOHA"
 
-    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+    def layout(
+        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
+    ) -> dict[str, ModuleInfo]:
         """Four matrices for each layer, or four and two cores."""
-        layers = parts_of(tensors, (*PARTS, *CORES), label)
+        layers = group_by_layer(tensors, (*PARTS, *CORES), label)
         return {name: _module(name, parts, config, tensors, label, base) for name, parts in layers.items()}
 
-    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Delta:
+    def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
         """In factors where r² is less than the layer's smaller side, else dense."""
         parts = [tensors.read(key).double() for key in module.keys]
         if len(parts) > len(PARTS):
@@ -47,7 +59,7 @@ class LoHa(Kind):
 
 def _module(
     name: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str, base: BaseModel | None
-) -> Module:
+) -> ModuleInfo:
     where = f"adapter '{label}', module {name!r}"
     shapes = {end: tensors.info(key).shape for end, key in parts.items()}
     core = shapes.get(CORES[0], ())
@@ -59,13 +71,15 @@ def _module(
             "or [r, out], [r, in] and hada_t1, hada_t2 [r, r, k, k]. The file is damaged: save the adapter again."
         )
     out, width, rank = size
-    scaling = number(config, "alpha", "alpha_pattern", name, 8, where) / rank
+    scaling = config_number(config, "alpha", "alpha_pattern", name, 8, where) / rank
     shape = out, width * math.prod(core[2:])
-    kernel = tucker_kernel(shape, core[2:], name, where, base) if core else find_kernel(shape, name, where, base)
+    kernel = (
+        tucker_kernel_size(shape, core[2:], name, where, base) if core else conv_kernel_size(shape, name, where, base)
+    )
     keys = tuple(parts[end] for end in (*PARTS, *(CORES if core else ())))
     most = min(rank * rank, *shape) if not core else min(shape)
     form = CONV if kernel else LINEAR
-    return Module(name, shape, most, keys, scaling, form=form, kernel=kernel, own_rank=False)
+    return ModuleInfo(name, shape, most, keys, scaling, layer_type=form, kernel_size=kernel, rank_is_trained=False)
 
 
 def _sizes(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int] | None:

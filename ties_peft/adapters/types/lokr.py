@@ -15,25 +15,37 @@ from ...errors import AdapterError
 from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
 from ..tensors import TensorSource
-from .base import CONV, LINEAR, Config, Kind, Module, find_kernel, number, parts_of, tucker_kernel
+from .base import (
+    CONV,
+    LINEAR,
+    Config,
+    ModuleInfo,
+    PeftType,
+    config_number,
+    conv_kernel_size,
+    group_by_layer,
+    tucker_kernel_size,
+)
 
 W1, W2, CORE = "lokr_w1", "lokr_w2", "lokr_t2"
 ENDS = (W1, "lokr_w1_a", "lokr_w1_b", W2, "lokr_w2_a", "lokr_w2_b", CORE)
 
 
-class LoKr(Kind):
+class LoKr(PeftType):
     """Low-rank Kronecker product (Edalati et al., KronA, 2022; Yeh et al., LyCORIS, ICLR 2024)."""
 
     name = "lokr"
     title = "LoKr"
-    peft_type = "LOKR"
+    config_name = "LOKR"
 
-    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+    def layout(
+        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
+    ) -> dict[str, ModuleInfo]:
         """Two to five tensors for each layer."""
-        layers = parts_of(tensors, ENDS, label)
+        layers = group_by_layer(tensors, ENDS, label)
         return {name: _module(name, parts, config, tensors, label, base) for name, parts in layers.items()}
 
-    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Delta:
+    def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
         """In factors where they are fewer than the layer's smaller side, else dense."""
         parts = {key.rpartition(".")[2]: tensors.read(key).double() for key in module.keys}
         second = _factors(parts, W2) if CORE not in parts and (W2 not in parts or parts[W2].dim() == 2) else None
@@ -46,7 +58,7 @@ class LoKr(Kind):
 
 def _module(
     name: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str, base: BaseModel | None
-) -> Module:
+) -> ModuleInfo:
     where = f"adapter '{label}', module {name!r}"
     shapes = {end: tensors.info(key).shape for end, key in parts.items()}
     first, second = _size(shapes, W1), _size(shapes, W2)
@@ -56,16 +68,16 @@ def _module(
             f"{where}: there is {seen}; expected lokr_w1 or lokr_w1_a and lokr_w1_b, and lokr_w2 or lokr_w2_a and "
             "lokr_w2_b, whose shapes fit. The file is damaged: save the adapter again."
         )
-    rank = number(config, "r", "rank_pattern", name, 8, where)
-    alpha = number(config, "alpha", "alpha_pattern", name, 8, where)
+    rank = config_number(config, "r", "rank_pattern", name, 8, where)
+    alpha = config_number(config, "alpha", "alpha_pattern", name, 8, where)
     (out1, in1), (out2, in2, *kernel) = first[0], second[0]
     shape = out1 * out2, in1 * in2 * math.prod(kernel)
-    found = tucker_kernel(shape, tuple(kernel), name, where, base) if CORE in parts else tuple(kernel)
-    found = found or find_kernel(shape, name, where, base)
+    found = tucker_kernel_size(shape, tuple(kernel), name, where, base) if CORE in parts else tuple(kernel)
+    found = found or conv_kernel_size(shape, name, where, base)
     most = min(first[1] * second[1], *shape) if not kernel else min(shape)
     keys = tuple(parts[end] for end in ENDS if end in parts)
     scaling, form = alpha / (rank or 1), CONV if found else LINEAR
-    return Module(name, shape, most, keys, scaling, form=form, kernel=found, own_rank=False)
+    return ModuleInfo(name, shape, most, keys, scaling, layer_type=form, kernel_size=found, rank_is_trained=False)
 
 
 def _size(shapes: dict[str, tuple[int, ...]], which: str) -> tuple[tuple[int, ...], int] | None:

@@ -35,14 +35,14 @@ from .base import (
     NEEDS_BASE,
     PREFIX,
     Config,
-    Module,
-    Written,
+    ModuleInfo,
+    WritablePeftType,
     base_weight,
-    find_conv1d,
-    number,
-    parts_of,
+    check_conv1d,
+    config_number,
+    group_by_layer,
+    is_target_module,
     refuse_settings,
-    targets,
 )
 
 A, B, B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
@@ -65,82 +65,86 @@ REFUSED_SETTINGS = {
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # initialisations that alter the base's weights
 
 
-class Lora(Written):
+class Lora(WritablePeftType):
     """Low-rank adapters (Hu et al., LoRA, ICLR 2022; Kalajdzievski, rsLoRA, 2023; Liu et al., DoRA, ICML 2024)."""
 
     name = "lora"
     title = "LoRA"
-    peft_type = "LORA"
+    config_name = "LORA"
 
-    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+    def layout(
+        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
+    ) -> dict[str, ModuleInfo]:
         """Pairs of lora_A and lora_B, their shapes checked, and what stands beside them."""
         refuse_settings(config, REFUSED_SETTINGS, label)
         _refuse_changed_base(config, label)
-        layers = parts_of(tensors, SUFFIXES, label)
+        layers = group_by_layer(tensors, SUFFIXES, label)
         found = [
             m
             for path, parts in layers.items()
             for m in _Layer(path, parts, config, tensors, label, base).modules(layers)
         ]
-        if base is None and any(module.needs for module in found):
+        if base is None and any(module.base_tensors for module in found):
             raise AdapterError(
                 f"adapter '{label}' is a DoRA, whose task vector depends on the weights it was trained on. {NEEDS_BASE}"
             )
         return {module.name: module for module in sorted(found, key=lambda module: module.name)}
 
-    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> Delta:
+    def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
         """B (with the lora scaling) and A; dense for DoRA."""
-        if module.form == BIAS:
+        if module.layer_type == BIAS:
             bias = tensors.read(module.keys[0]).to(torch.float32).reshape(-1, 1)
             return LowRank(bias * module.scaling, torch.ones(1, 1), module.scaling)
         factors = (1.0, module.scaling, 1.0)  # on A, B and a magnitude
         first, second, *magnitude = (
             _float32(tensors.read(key), factor) for key, factor in zip(module.keys, factors, strict=False)
         )
-        if module.form == EXPERT:
+        if module.layer_type == EXPERT:
             which, experts = module.expert
             first = first.reshape(experts, -1, first.shape[-1])[which]
             second = second.reshape(second.shape[0], -1, experts)[:, :, which].contiguous()
         delta = LowRank(second.flatten(1), first.flatten(1), module.scaling)
         return _dora(delta, magnitude[0], module, base) if magnitude else delta
 
-    def written(self, module: Module, rank: int) -> Module:
+    def written(self, module: ModuleInfo, rank: int) -> ModuleInfo:
         """The module with a lora scaling of 1 and the rank of the output."""
-        return replace(module, rank=rank, keys=_keys(module), scaling=1.0, expert=(0, 1), needs=(), own_rank=True)
+        return replace(
+            module, rank=rank, keys=_keys(module), scaling=1.0, expert=(0, 1), base_tensors=(), rank_is_trained=True
+        )
 
-    def pack(self, module: Module, delta: Delta, rank: int) -> dict[str, Tensor]:
+    def pack(self, module: ModuleInfo, delta: Delta, rank: int) -> dict[str, Tensor]:
         """A and B padded with zeros to `rank`, for a lora scaling of 1."""
-        if module.form == BIAS:
+        if module.layer_type == BIAS:
             return {_keys(module)[0]: delta.dense().reshape(-1)}
         if not isinstance(delta, LowRank):
             raise TypeError(f"a LoRA is written from factors, not from {type(delta).__name__}")
         first, second = torch.zeros(rank, delta.shape[1]), torch.zeros(delta.shape[0], rank)
         first[: delta.rank], second[:, : delta.rank] = delta.A, delta.B
-        first = first.reshape(rank, -1, *module.kernel)
-        second = second.reshape(*second.shape, *(1 for _ in module.kernel))
+        first = first.reshape(rank, -1, *module.kernel_size)
+        second = second.reshape(*second.shape, *(1 for _ in module.kernel_size))
         return dict(zip(_keys(module), (first, second), strict=True))
 
-    def join(self, modules: Sequence[Module], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def join(self, modules: Sequence[ModuleInfo], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Experts side by side in one tensor; a bias of zeros where other layers have one."""
         joined = dict(tensors)
-        experts: dict[str, dict[str, list[Module]]] = {}
+        experts: dict[str, dict[str, list[ModuleInfo]]] = {}
         for module in modules:
-            if module.form == EXPERT:
+            if module.layer_type == EXPERT:
                 experts.setdefault(module.path, {}).setdefault(_parameter(module), []).append(module)
         for path, parameters in experts.items():
             for depth, name in enumerate(sorted(parameters, key=_order, reverse=True)):
                 joined |= _stacked(f"{PREFIX}{path}{NESTED * depth}", parameters[name], joined)
-        if any(module.form == BIAS for module in modules):
+        if any(module.layer_type == BIAS for module in modules):
             for module in modules:
-                if module.form in (LINEAR, CONV):
+                if module.layer_type in (LINEAR, CONV):
                     like = tensors[_keys(module)[1]]
                     joined.setdefault(f"{PREFIX}{module.path}.{B_BIAS}", torch.zeros(like.shape[0], dtype=like.dtype))
         return joined
 
-    def config(self, modules: Sequence[Module], rank: int) -> dict[str, Any]:
+    def config(self, modules: Sequence[ModuleInfo], rank: int) -> dict[str, Any]:
         """One rank, alpha = r, no patterns, the modules by their full paths; more only where it is needed."""
-        paths = {m.path for m in modules if m.form not in (EXPERT, BIAS) and not m.path.endswith(OUT_PROJ)}
-        parameters = {f"{m.path}.{_parameter(m)}" for m in modules if m.form == EXPERT}
+        paths = {m.path for m in modules if m.layer_type not in (EXPERT, BIAS) and not m.path.endswith(OUT_PROJ)}
+        parameters = {f"{m.path}.{_parameter(m)}" for m in modules if m.layer_type == EXPERT}
         return {
             "r": rank,
             "lora_alpha": rank,
@@ -148,13 +152,13 @@ class Lora(Written):
             "bias": "none",
             "target_modules": sorted(paths),
             **({"target_parameters": sorted(parameters)} if parameters else {}),
-            **({"lora_bias": True} if any(m.form == BIAS for m in modules) else {}),
+            **({"lora_bias": True} if any(m.layer_type == BIAS for m in modules) else {}),
         }
 
-    def fault(self, modules: Sequence[Module]) -> str | None:
+    def fault(self, modules: Sequence[ModuleInfo]) -> str | None:
         """PEFT has a bias on lora_B for linear layers and convolutions alone."""
-        biased = any(module.form == BIAS for module in modules)
-        others = [m for m in modules if m.form in (EMBEDDING, EXPERT) or m.path.endswith(OUT_PROJ)]
+        biased = any(module.layer_type == BIAS for module in modules)
+        others = [m for m in modules if m.layer_type in (EMBEDDING, EXPERT) or m.path.endswith(OUT_PROJ)]
         if biased and others:
             return (
                 f"some have a bias on lora_B, some adapt {others[0].name!r}, and PEFT has no adapter with "
@@ -179,7 +183,7 @@ class _Layer:
         self.base = base
         self.where = f"adapter '{label}', module {path!r}"
 
-    def modules(self, layers: dict[str, dict[str, str]]) -> Iterator[Module]:
+    def modules(self, layers: dict[str, dict[str, str]]) -> Iterator[ModuleInfo]:
         """Its task vectors."""
         form = EMBEDDING if EMBEDDING_A in self.parts or EMBEDDING_B in self.parts else LINEAR
         ends = (EMBEDDING_A, EMBEDDING_B) if form == EMBEDDING else (A, B)
@@ -192,7 +196,9 @@ class _Layer:
         parent = self.path.removesuffix(OUT_PROJ)
         if parent != self.path:
             yield self.module(f"{parent}.out_proj", form, keys, shapes, owner=parent)
-        elif self.config.get("target_parameters") and not targets(self.config.get("target_modules"), self.path):
+        elif self.config.get("target_parameters") and not is_target_module(
+            self.config.get("target_modules"), self.path
+        ):
             yield from self.experts(layers, keys, shapes)
         else:
             yield self.module(self.path, form, keys, shapes)
@@ -201,11 +207,13 @@ class _Layer:
 
     def module(
         self, name: str, form: str, keys: tuple[str, str], shapes: list[tuple[int, ...]], owner: str | None = None
-    ) -> Module:
+    ) -> ModuleInfo:
         rank = shapes[0][0]
         shape = shapes[1][0], math.prod(shapes[0][1:])
         scaling = self.scaling(owner or name, rank)
-        whole = Module(name, shape, rank, keys, scaling, form=form, layer=self.path, kernel=shapes[0][2:])
+        whole = ModuleInfo(
+            name, shape, rank, keys, scaling, layer_type=form, layer=self.path, kernel_size=shapes[0][2:]
+        )
         magnitude = next((self.parts[end] for end in MAGNITUDES if end in self.parts), None)
         if (magnitude is None) == bool(self.config.get("use_dora")):
             seen = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
@@ -220,11 +228,11 @@ class _Layer:
                 f"expected {shape[0]}, one for each output. Save the adapter again."
             )
         needs = (f"{self.path}.weight",)
-        conv1d = form == LINEAR and find_conv1d(self.config, self.base, self.path, self.where, shape[0])
-        whole = replace(whole, rank=min(shape), keys=(*keys, magnitude), own_rank=False)
-        return replace(whole, needs=needs, conv1d=conv1d)
+        conv1d = form == LINEAR and check_conv1d(self.config, self.base, self.path, self.where, shape[0])
+        whole = replace(whole, rank=min(shape), keys=(*keys, magnitude), rank_is_trained=False)
+        return replace(whole, base_tensors=needs, conv1d=conv1d)
 
-    def bias(self, shapes: list[tuple[int, ...]]) -> Module:
+    def bias(self, shapes: list[tuple[int, ...]]) -> ModuleInfo:
         """The task vector of the layer's bias."""
         if B_BIAS not in self.parts or not self.config.get("lora_bias") or self.config.get("use_dora"):
             seen = "a lora_B.bias" if B_BIAS in self.parts else "no lora_B.bias"
@@ -233,11 +241,11 @@ class _Layer:
                 f"{self.config.get('use_dora')!r}; PEFT has a bias with the first alone. Save the adapter again."
             )
         keys, scaling = (self.parts[B_BIAS],), self.scaling(self.path, shapes[0][0])
-        return Module(f"{self.path}.bias", (shapes[1][0], 1), 1, keys, scaling, form=BIAS, layer=self.path)
+        return ModuleInfo(f"{self.path}.bias", (shapes[1][0], 1), 1, keys, scaling, layer_type=BIAS, layer=self.path)
 
     def experts(
         self, layers: dict[str, dict[str, str]], keys: tuple[str, str], shapes: list[tuple[int, ...]]
-    ) -> Iterator[Module]:
+    ) -> Iterator[ModuleInfo]:
         """A module for each expert of one parameter."""
         layer, depth = self.path, 0
         while layer.endswith(NESTED):
@@ -246,7 +254,7 @@ class _Layer:
         while layer + NESTED * nest in layers:
             nest += 1
         name = f"{layer}.{self.parameters(layer, nest)[depth]}"
-        rank = int(number(self.config, "r", "rank_pattern", name, 8, self.where))
+        rank = int(config_number(self.config, "r", "rank_pattern", name, 8, self.where))
         if rank < 1 or shapes[0][0] % rank:
             raise AdapterError(
                 f"{self.where}: lora_A has {shapes[0][0]} rows, which r = {rank} does not divide. Mend adapter_config.json."
@@ -255,7 +263,7 @@ class _Layer:
         shape, scaling = (shapes[1][0], shapes[0][1]), self.scaling(name, rank)
         for which in range(count):
             own = f"{name}[{which}]" if count > 1 else name
-            yield Module(own, shape, rank, keys, scaling, form=EXPERT, layer=layer, expert=(which, count))
+            yield ModuleInfo(own, shape, rank, keys, scaling, layer_type=EXPERT, layer=layer, expert=(which, count))
 
     def parameters(self, layer: str, nest: int) -> list[str]:
         """The names of a layer's adapted parameters, the outermost first, which models define last."""
@@ -279,7 +287,7 @@ class _Layer:
 
     def scaling(self, name: str, rank: int) -> float:
         """s: alpha by PEFT's matching rule over alpha_pattern, r from the tensors."""
-        alpha = number(self.config, "lora_alpha", "alpha_pattern", name, 8, self.where)
+        alpha = config_number(self.config, "lora_alpha", "alpha_pattern", name, 8, self.where)
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def check_pair(self, ends: tuple[str, str]) -> None:
@@ -322,10 +330,10 @@ def _float32(tensor: Tensor, factor: float) -> Tensor:
     return upcast * factor if upcast is tensor else upcast.mul_(factor)
 
 
-def _dora(delta: LowRank, magnitude: Tensor, module: Module, base: BaseModel | None) -> Dense:
+def _dora(delta: LowRank, magnitude: Tensor, module: ModuleInfo, base: BaseModel | None) -> Dense:
     """m∘V/‖V‖ − W with V = W + s·B·A, rows of unit length times m; in float64."""
-    weight = base_weight(base, module.needs[0], f"DoRA on module {module.name!r}").flatten(1)
-    if module.form == EMBEDDING or module.conv1d:
+    weight = base_weight(base, module.base_tensors[0], f"DoRA on module {module.name!r}").flatten(1)
+    if module.layer_type == EMBEDDING or module.conv1d:
         weight = weight.T
     if tuple(weight.shape) != module.shape:
         raise AdapterError(
@@ -337,16 +345,16 @@ def _dora(delta: LowRank, magnitude: Tensor, module: Module, base: BaseModel | N
     return Dense((share * moved - weight).float().contiguous())
 
 
-def _keys(module: Module) -> tuple[str, ...]:
+def _keys(module: ModuleInfo) -> tuple[str, ...]:
     """The names of a module's packed tensors; those of one expert are joined later."""
-    if module.form == BIAS:
+    if module.layer_type == BIAS:
         return (f"{PREFIX}{module.path}.{B_BIAS}",)
-    ends = (EMBEDDING_A, EMBEDDING_B) if module.form == EMBEDDING else (A, B)
-    path = module.name if module.form == EXPERT else module.path
+    ends = (EMBEDDING_A, EMBEDDING_B) if module.layer_type == EMBEDDING else (A, B)
+    path = module.name if module.layer_type == EXPERT else module.path
     return f"{PREFIX}{path}.{ends[0]}", f"{PREFIX}{path}.{ends[1]}"
 
 
-def _parameter(module: Module) -> str:
+def _parameter(module: ModuleInfo) -> str:
     """The name of an expert's parameter."""
     return module.name.removeprefix(f"{module.path}.").partition("[")[0]
 
@@ -355,7 +363,7 @@ def _order(parameter: str) -> int:
     return ORDER.index(parameter) if parameter in ORDER else len(ORDER)
 
 
-def _stacked(path: str, modules: Sequence[Module], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _stacked(path: str, modules: Sequence[ModuleInfo], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A (E·r, in) and B (out, r·E) of one parameter, its experts' own taken out of `tensors`."""
     pairs = [tuple(tensors.pop(key) for key in _keys(m)) for m in sorted(modules, key=lambda m: m.expert)]
     first = torch.cat([pair[0] for pair in pairs])

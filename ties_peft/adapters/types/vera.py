@@ -15,22 +15,24 @@ from ...errors import AdapterError
 from ...task_vectors.delta import LowRank
 from ..base_model import BaseModel
 from ..tensors import TensorSource
-from .base import NEEDS_BASE, Config, Kind, Module, base_shape, parts_of
+from .base import NEEDS_BASE, Config, ModuleInfo, PeftType, base_shape, group_by_layer
 
 B_DIAGONAL, D_DIAGONAL = "vera_lambda_b", "vera_lambda_d"
 SHARED_A, SHARED_B = "base_model.vera_A", "base_model.vera_B"
 
 
-class Vera(Kind):
+class Vera(PeftType):
     """Vector-based random matrix adaptation (Kopiczko et al., VeRA, ICLR 2024)."""
 
     name = "vera"
     title = "VeRA"
-    peft_type = "VERA"
+    config_name = "VERA"
 
-    def layout(self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None) -> dict[str, Module]:
+    def layout(
+        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
+    ) -> dict[str, ModuleInfo]:
         """The two diagonals of each layer."""
-        layers = parts_of(tensors, (B_DIAGONAL, D_DIAGONAL), label)
+        layers = group_by_layer(tensors, (B_DIAGONAL, D_DIAGONAL), label)
         if base is None:
             raise AdapterError(
                 f"adapter '{label}' is a VeRA, whose file does not tell the sizes of the layers it adapts. {NEEDS_BASE}"
@@ -42,20 +44,20 @@ class Vera(Kind):
         shared = (SHARED_A, SHARED_B) if saved else ()
         seed = (int(config.get("projection_prng_key", 0)), *largest)
         return {
-            name: Module(
+            name: ModuleInfo(
                 name,
                 shapes[name],
                 tensors.info(parts[D_DIAGONAL]).shape[0],
                 (parts[B_DIAGONAL], parts[D_DIAGONAL], *shared),
-                extra=() if saved else seed,
+                details=() if saved else seed,
             )
             for name, parts in layers.items()
         }
 
-    def read(self, module: Module, tensors: TensorSource, base: BaseModel | None) -> LowRank:
+    def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> LowRank:
         """diag(b)·B and diag(d)·A, the corners that the layer uses."""
         b, d, *shared = (tensors.read(key).to(torch.float32) for key in module.keys)
-        first, second = shared or _drawn(module.rank, *module.extra)
+        first, second = shared or _drawn(module.rank, *module.details)
         out, width = module.shape
         return LowRank(b.unsqueeze(1) * second[:out], (d.unsqueeze(1) * first[:, :width]).contiguous())
 

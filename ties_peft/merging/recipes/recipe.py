@@ -29,7 +29,7 @@ from types import NoneType
 from typing import Any
 
 from ...adapters.extra_tensors import is_policy
-from ...adapters.sources import expand_all
+from ...adapters.sources import expand_patterns
 from ...adapters.targets import TARGETS
 from ...choices import DTYPES, ERROR, METHOD, POLICIES, RANK, SEED, SPACE
 from ...errors import MethodError, RecipeError, TiesPeftError, unknown
@@ -140,7 +140,7 @@ class Recipe:
         One weight or density for a pattern is that of every adapter that fits it.
         Raises: AdapterError where a pattern fits nothing.
         """
-        found = [expand_all([source]) for source in self.adapters]
+        found = [expand_patterns([source]) for source in self.adapters]
         names = tuple(name for own, _ in found for name in own)
         remarks = [remark for _, own in found for remark in own]
         counts = [len(own) for own, _ in found]

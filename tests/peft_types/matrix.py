@@ -1,6 +1,6 @@
 """The matrix of kinds and architectures: every cell an adapter that PEFT makes, merged alone and loaded again.
 
-`python -m kinds.matrix` from the folder `tests` writes the table in `docs/what-can-be-merged.md`.
+`python -m peft_types.matrix` from the folder `tests` writes the table in `docs/what-can-be-merged.md`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 import peft
 import torch
-from kinds.models import ARCHITECTURES, Architecture, make, output
+from peft_types.models import ARCHITECTURES, Architecture, make, output
 from torch import Tensor, nn
 
 import ties_peft
 
 PAGE = Path(__file__).parents[2] / "docs" / "what-can-be-merged.md"
-BEGIN, END = "<!-- the table is written by tests/kinds/matrix.py -->\n", "<!-- end of the table -->\n"
+BEGIN, END = "<!-- the table is written by tests/peft_types/matrix.py -->\n", "<!-- end of the table -->\n"
 TOLERANCE = 1e-4
 UNMERGED = ("LoRA, bias on lora_B",)  # PEFT does not merge it into a layer without a bias
 

@@ -13,15 +13,15 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from kinds.matrix import merged_weights, randomised
-from kinds.models import TOKENS, WIDTHS
+from peft_types.matrix import merged_weights, randomised
+from peft_types.models import TOKENS, WIDTHS
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ties_peft
 from ties_peft import AdapterError, CompatibilityError
 from ties_peft.adapters.base_model import BaseModel
-from ties_peft.adapters.module_names import agree, all_newer, older
+from ties_peft.adapters.module_names import match_names, newer_names, older_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TEXT = {**WIDTHS, "num_hidden_layers": 2, "max_position_embeddings": 8, "projection_dim": 16, "bos_token_id": 0}
@@ -90,8 +90,8 @@ def test_every_older_name_leads_to_a_module_of_the_model(name: str) -> None:
                 layer, (nn.Linear, nn.Embedding)
             ):
                 before = old + path.removeprefix(new)
-                assert path in all_newer(before)
-                assert before in older(path)
+                assert path in newer_names(before)
+                assert before in older_names(path)
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -145,10 +145,10 @@ def test_a_name_that_others_must_keep_is_kept_by_all() -> None:
         {"text_model.encoder.a": 1, "text_model.encoder.b": 2},
         {"encoder.a": 1, "encoder.b": 3},
     ]
-    assert agree(layouts) == [{}, {}, {}]
-    assert agree([layouts[0], layouts[2]]) == [{"text_model.encoder.a": "encoder.a"}, {}]
+    assert match_names(layouts) == [{}, {}, {}]
+    assert match_names([layouts[0], layouts[2]]) == [{"text_model.encoder.a": "encoder.a"}, {}]
     both = {"text_model.encoder.a": 1, "vision_model.encoder.a": 1}
-    assert agree([both, {"encoder.a": 1}]) == [{}, {}]
+    assert match_names([both, {"encoder.a": 1}]) == [{}, {}]
 
 
 def test_old_names_alone_are_kept_and_said(tmp_path: Path) -> None:

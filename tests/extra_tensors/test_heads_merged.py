@@ -52,7 +52,7 @@ def merge(folders: list[str], method: str = "ties", **asked: Any) -> ties_peft.M
 
 
 def whole(merged: Adapter) -> Riders:
-    return {key.removeprefix(PREFIX): merged.tensors.read(key) for key in merged.riders}
+    return {key.removeprefix(PREFIX): merged.tensors.read(key) for key in merged.extra_keys}
 
 
 def refusal(folders: list[str], method: str = "ties", **asked: Any) -> str:

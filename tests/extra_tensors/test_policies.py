@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ties_peft
 from ties_peft import Adapter, Recipe, cli
-from ties_peft.adapters.extra_tensors import read_riders
+from ties_peft.adapters.extra_tensors import read_extra_tensors
 from ties_peft.analysis.inspection import inspect
 from ties_peft.merging.merge import merge_recipe
 
@@ -44,7 +44,7 @@ def head(seed: int = 0, labels: int = 2, name: str = "score", dtype: torch.dtype
 
 
 def whole(merged: Adapter) -> Riders:
-    return {key.removeprefix(PREFIX): merged.tensors.read(key) for key in merged.riders}
+    return {key.removeprefix(PREFIX): merged.tensors.read(key) for key in merged.extra_keys}
 
 
 def refusal(*adapters: Path, **asked: Any) -> str:
@@ -103,7 +103,7 @@ def test_drop_leaves_even_equal_ones_out(hold: Hold) -> None:
     merged = ties_peft.merge(
         [hold("a", head(1), task_type="SEQ_CLS"), hold("b", head(1), 1, task_type="SEQ_CLS")], heads="drop"
     )
-    assert merged.riders == () and "task_type" not in merged.config
+    assert merged.extra_keys == () and "task_type" not in merged.config
     assert "score: left out, held by a, b; the base's own will be used." in merged.report.warnings
 
 
@@ -366,7 +366,7 @@ def test_prepare_has_the_policy_too(hold: Hold) -> None:
 )
 def test_what_a_name_says(hold: Hold, path: str, module: str, tensor: str, form: str) -> None:
     adapter = Adapter.load(hold("a", {path: torch.ones(1, 2)}, trainable_token_indices=[4]))
-    (rider,) = read_riders(adapter.riders, adapter.config, adapter.tensors, ["classifier", "score"], "a")
-    assert (rider.module, rider.tensor, rider.form) == (module, tensor, form)
+    (rider,) = read_extra_tensors(adapter.extra_keys, adapter.config, adapter.tensors, ["classifier", "score"], "a")
+    assert (rider.module, rider.tensor, rider.role) == (module, tensor, form)
     merged = ties_peft.merge([adapter])
-    assert merged.riders == (PREFIX + path.replace("token_adapter.base_layer.", ""),)  # no row is trained there
+    assert merged.extra_keys == (PREFIX + path.replace("token_adapter.base_layer.", ""),)  # no row is trained there

@@ -215,7 +215,7 @@ def test_mlx_is_converted_exactly(tmp_path: Path, parameters: dict[str, float], 
     for source in (path.parent, path):
         made = ties_peft.convert(source)
         agrees(made, {name: delta(pair, scaling) for name, pair in pairs.items()})
-        assert made.base == "org/base"
+        assert made.base_name == "org/base"
 
 
 def test_mlx_that_is_not_exact_is_refused(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_the_command_that_a_refusal_names_works(tmp_path: Path, monkeypatch: pyt
     assert done.code == 0
     assert "warning: lora.safetensors was a LoRA of diffusers, 3 modules of unet; scaling 1" in done.err
     made = Adapter.load("DIR")
-    assert made.base == "org/unet"
+    assert made.base_name == "org/unet"
     agrees(made, {name: delta(pair, 1) for name, pair in PAIRS.items()})
     assert json.loads((tmp_path / "DIR/provenance.json").read_text())["report"]["warnings"][0].startswith("lora.")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from riders.models import (
+from extra_tensors.models import (
     Base,
     bert,
     causal,

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from conftest import lora_config, lora_tensors, write_adapter
-from kinds.matrix import randomised
+from peft_types.matrix import randomised
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

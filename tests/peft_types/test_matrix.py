@@ -8,8 +8,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from kinds.matrix import BEGIN, END, KINDS, PAGE, line, row, save
-from kinds.models import ARCHITECTURES, make, output
+from peft_types.matrix import BEGIN, END, KINDS, PAGE, line, row, save
+from peft_types.models import ARCHITECTURES, make, output
 
 import ties_peft
 
@@ -86,9 +86,9 @@ def test_two_spellings_of_one_module_meet(tmp_path: Path) -> None:
         for there, here in old.items():
             name = name.replace(there, here)
         tensors[name] = new.tensors.read(key)
-    from ties_peft.adapters.adapter import in_memory
+    from ties_peft.adapters.adapter import Adapter
 
-    merged = ties_peft.merge([new, in_memory(new.config, tensors)], "average")
+    merged = ties_peft.merge([new, Adapter.from_tensors(new.config, tensors)], "average")
     assert merged.modules == new.modules
     assert any("older transformers" in warning for warning in merged.report.warnings)
     for name in new.modules:

@@ -14,8 +14,8 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from kinds.matrix import KINDS, TOLERANCE, save, weight_errors
-from kinds.models import ARCHITECTURES, make
+from peft_types.matrix import KINDS, TOLERANCE, save, weight_errors
+from peft_types.models import ARCHITECTURES, make
 from torch import nn
 
 import ties_peft
