@@ -32,7 +32,7 @@ from learn import sources as sources_of
 from rich.console import Console
 
 import ties_peft
-from ties_peft.evaluation.evaluate import make_exam
+from ties_peft.evaluation.evaluate import make_scorer
 
 FEW = 32  # labelled rows of a task
 READ = 100  # rows of a task for statistics
@@ -121,11 +121,11 @@ class Kitchen:
         return ties_peft.merge(self.own(tasks), "ties", sign_from=signs, dtype="float32")
 
     def _search(self, tasks: Sequence[str]) -> ties_peft.Adapter:
-        exams = [make_exam(self.bench.bench, self._few(task)) for task in tasks]
+        scorers = [make_scorer(self.bench.bench, self._few(task)) for task in tasks]
 
         def objective(adapter: ties_peft.Adapter) -> float:
-            with self.bench.bench.wear(adapter):
-                return -sum(exam.score().loss or 0.0 for exam in exams) / len(exams)
+            with self.bench.bench.applied(adapter):
+                return -sum(scorer.score().loss or 0.0 for scorer in scorers) / len(scorers)
 
         rank = {"rank": "max"} if self.kind == "lora" else {}  # (IA)³ vectors have none
         found = ties_peft.search(self.own(tasks), objective, controls=(), method="task_arithmetic", scale=1.0, **rank)

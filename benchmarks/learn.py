@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 import ties_peft
-from ties_peft.evaluation.evaluate import make_exam
-from ties_peft.evaluation.scorers import Exam
+from ties_peft.evaluation.evaluate import make_scorer
+from ties_peft.evaluation.scorers import Scorer
 from ties_peft.learning.start import DEFAULTS
 from ties_peft.learning.teachers import RANDOM_ROWS
 
@@ -55,7 +55,7 @@ class Bench:
         self.data, self.rows = data, rows
         model, tokenizer = minilm.load_base()
         self.bench = ties_peft.Bench(model, tokenizer, minilm.BASE)
-        self.exams: dict[str, Exam] = {t: make_exam(self.bench, self.task(t, "test", rows)) for t in TASKS}
+        self.scorers: dict[str, Scorer] = {t: make_scorer(self.bench, self.task(t, "test", rows)) for t in TASKS}
         self._judged: dict[tuple[str, str], str] = {}
 
     def task(self, name: str, split: str, limit: int | None = None) -> ties_peft.Task:
@@ -69,10 +69,10 @@ class Bench:
     def judge(self, adapter: ties_peft.Adapter | None, tasks: Sequence[str] = TASKS) -> Rights:
         """Which rows an adapter, or the bare base, gets right; what was judged before is not judged again."""
         digest = adapter.digest if adapter else ""
-        with self.bench.wear(adapter):
+        with self.bench.applied(adapter):
             for task in tasks:
                 if (digest, task) not in self._judged:
-                    self._judged[digest, task] = pack(torch.tensor(self.exams[task].score().right))
+                    self._judged[digest, task] = pack(torch.tensor(self.scorers[task].score().right))
         return {task: self._judged[digest, task] for task in tasks}
 
     def recall(self, adapter: ties_peft.Adapter, right: Rights) -> None:

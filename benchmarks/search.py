@@ -29,7 +29,7 @@ import minilm  # noqa: E402
 
 import ties_peft  # noqa: E402
 from ties_peft.choices import CONTROLS, TRAINED  # noqa: E402
-from ties_peft.evaluation.evaluate import make_exam  # noqa: E402
+from ties_peft.evaluation.evaluate import make_scorer  # noqa: E402
 from ties_peft.evaluation.task import read_task  # noqa: E402
 
 RESULTS = HERE / "results" / "search.json"
@@ -57,14 +57,14 @@ class Judge:
     def __init__(self, bench: ties_peft.Bench, data: Path, judged: int) -> None:
         rows = minilm.read_rows(TASK, "test", data, judged)
         labelled = [{"text": text, "label": label} for text, label in zip(rows.texts, rows.labels, strict=True)]
-        self.exam = make_exam(bench, read_task(task(labelled)))
+        self.scorer = make_scorer(bench, read_task(task(labelled)))
         self._known: dict[str, float] = {}
 
     def __call__(self, adapter: ties_peft.Adapter) -> float:
         """Right rows in all, in [0, 1]."""
         if adapter.digest not in self._known:
-            with self.exam.bench.wear(adapter):
-                self._known[adapter.digest] = self.exam.score().value
+            with self.scorer.bench.applied(adapter):
+                self._known[adapter.digest] = self.scorer.score().value
         return self._known[adapter.digest]
 
 
@@ -79,7 +79,7 @@ def measure(
         judge=judge,
         controls=controls,
         seed=seed,
-        bench=judge.exam.bench,
+        bench=judge.scorer.bench,
         method="task_arithmetic",  # LoRAHub's weighted sum
         scale=1.0,
         rank="max" if kind == "lora" else "auto",  # (IA)³ vectors have none

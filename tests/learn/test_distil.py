@@ -21,7 +21,7 @@ import ties_peft
 from ties_peft.errors import TiesPeftError
 from ties_peft.evaluation.loaded_model import Bench
 from ties_peft.learning import fitting
-from ties_peft.learning.predictions import LabelLesson, TokenLesson, random_rows
+from ties_peft.learning.teachers import LabelTeacher, TokenTeacher, random_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.errors.TiesPeftWarning")
 TASK = {"measure": "descriptions", "descriptions": ["w1 w2", "w3 w4", "w5 w6"]}
@@ -74,8 +74,8 @@ def test_one_adapter_imitates_several(
     assert {p.name for p in out.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "provenance.json"}
     for number, (folder, line) in enumerate(zip(teachers, report.lessons, strict=True)):
         bench = Bench(make_model("encoder"), make_tokenizer(True))
-        lesson = TokenLesson(bench, ties_peft.Adapter.load(folder), bench.all_ids(texts[folder]), "x", "x")
-        held = fitting.hold_back([lesson] * len(teachers), 0)[number][1]
+        teacher = TokenTeacher(bench, ties_peft.Adapter.load(folder), bench.all_token_ids(texts[folder]), "x", "x")
+        held = fitting.split_rows([teacher] * len(teachers), 0)[number][1]
         rows = [texts[folder][place] for place in held]
         log_p, log_q = predicted("encoder", folder, rows), predicted("encoder", out, rows)
         divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
@@ -99,7 +99,7 @@ def test_half_of_the_random_tokens_are_of_the_descriptions(bases: dict[str, Path
     plain, mixed = (random_rows(bench, 400, 0, "x", described) for described in (None, ["w1 w1 w1", "w2"]))
     assert [len(ids) for ids in plain] == [len(ids) for ids in mixed]
     assert all((ids[0], ids[-1]) == (1, 2) for ids in mixed)
-    ((_, often, _),), ((_, seldom, _),) = bench.all_ids(["w1"]), bench.all_ids(["w2"])
+    ((_, often, _),), ((_, seldom, _),) = bench.all_token_ids(["w1"]), bench.all_token_ids(["w2"])
     tokens = [token for ids in mixed for token in ids[1:-1]]
     shares = [tokens.count(token) / len(tokens) for token in (often, seldom)]
     others = 1 / (VOCABULARY - 4)
@@ -115,9 +115,9 @@ def test_half_of_the_random_tokens_are_of_the_descriptions(bases: dict[str, Path
 def test_steps_are_eight_passes_over_texts_and_two_over_random_rows(texts: int, random: int, steps: int) -> None:
     """At 16 rows a step, and from 120 to 1200 of them."""
     given = [(("w1",), texts), (None, random)]
-    teachers: list[Any] = [SimpleNamespace(texts=kind) for kind, _ in given]
-    lessons: list[Any] = [SimpleNamespace(sequences=[[1]] * count) for _, count in given]
-    assert sys.modules["ties_peft.learning.distil"]._steps(teachers, lessons, 16) == steps  # type: ignore[attr-defined]
+    specs: list[Any] = [SimpleNamespace(texts=kind) for kind, _ in given]
+    teachers: list[Any] = [SimpleNamespace(sequences=[[1]] * count) for _, count in given]
+    assert ties_peft.distil.__globals__["_default_steps"](specs, teachers, 16) == steps
 
 
 def test_the_same_bytes_twice_and_when_stopped(
@@ -134,7 +134,7 @@ def test_the_same_bytes_twice_and_when_stopped(
     monkeypatch.setattr(fitting, "PATIENCE", 100)
     whole = once(None)
     assert once(None) == whole
-    learn, count = fitting._learn, 0
+    learn, count = fitting._step, 0
 
     def stopping(*given: Any) -> None:
         nonlocal count
@@ -143,13 +143,13 @@ def test_the_same_bytes_twice_and_when_stopped(
             raise KeyboardInterrupt
         learn(*given)
 
-    monkeypatch.setattr(fitting, "_learn", stopping)
+    monkeypatch.setattr(fitting, "_step", stopping)
     with pytest.raises(KeyboardInterrupt):
         once(tmp_path / "state")
     kept = {p.name for p in (tmp_path / "state").iterdir()}
     assert kept == {"fit.safetensors", *(f"teacher {number}.safetensors" for number in range(len(loras)))}
     monkeypatch.setattr(
-        "ties_peft.learning.predictions.LabelLesson.teach", lambda *_: pytest.fail("a teacher ran again")
+        "ties_peft.learning.teachers.LabelTeacher.predict", lambda *_: pytest.fail("a teacher ran again")
     )
     assert once(tmp_path / "state") == whole
     assert 60 < count <= 33 + 30 + 5
@@ -161,18 +161,18 @@ def test_stopped_between_teachers_the_first_is_not_run_again(
     loras: list[Path], tmp_path: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taught: list[str] = []
-    teach = LabelLesson.teach
+    predict = LabelTeacher.predict
 
-    def teaching(lesson: LabelLesson, *given: Any) -> dict[str, torch.Tensor]:
-        taught.append(lesson.name)
+    def teaching(teacher: LabelTeacher, *given: Any) -> dict[str, torch.Tensor]:
+        taught.append(teacher.name)
         if taught == ["a0", "a1"]:
             raise KeyboardInterrupt
-        return teach(lesson, *given)
+        return predict(teacher, *given)
 
     def once() -> None:
         ties_peft.distil(loras, rows=40, tasks=TASK, base=bases["encoder"], steps=1, state=tmp_path / "state")
 
-    monkeypatch.setattr(LabelLesson, "teach", teaching)
+    monkeypatch.setattr(LabelTeacher, "predict", teaching)
     with pytest.raises(KeyboardInterrupt):
         once()
     once()
@@ -197,7 +197,7 @@ def test_the_same_bytes_for_any_number_of_threads(tmp_path: Path) -> None:
 def test_threads_are_those_asked_for_and_afterwards_those_before(
     stopped: bool, loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learn, seen, before = fitting._learn, set(), torch.get_num_threads()
+    learn, seen, before = fitting._step, set(), torch.get_num_threads()
 
     def learning(*given: Any) -> None:
         seen.add(torch.get_num_threads())
@@ -205,7 +205,7 @@ def test_threads_are_those_asked_for_and_afterwards_those_before(
             raise KeyboardInterrupt
         learn(*given)
 
-    monkeypatch.setattr(fitting, "_learn", learning)
+    monkeypatch.setattr(fitting, "_step", learning)
     made = None
     with contextlib.suppress(KeyboardInterrupt):
         made = ties_peft.distil(loras, rows=20, tasks=TASK, base=bases["encoder"], steps=2, threads=before + 1)
@@ -262,8 +262,8 @@ def test_each_teacher_is_imitated_under_its_own_head(tmp_path: Path, bases: dict
     tokenizer = make_tokenizer(True)
     for number, (folder, head, line) in enumerate(zip(folders, heads, made.report.lessons, strict=True)):
         bench = Bench(make_model("classifier"), tokenizer)
-        lesson = TokenLesson(bench, ties_peft.Adapter.load(folder), bench.all_ids(texts[number]), "x", "x")
-        held = fitting.hold_back([lesson] * 2, 0)[number][1]
+        teacher = TokenTeacher(bench, ties_peft.Adapter.load(folder), bench.all_token_ids(texts[number]), "x", "x")
+        held = fitting.split_rows([teacher] * 2, 0)[number][1]
         found = []
         for own in (folder, out):
             base = make_model("classifier")
@@ -325,12 +325,12 @@ def test_of_a_large_vocabulary_the_likeliest_are_kept(
     tmp_path: Path,
 ) -> None:
     """KL of kept tokens and the rest in one sum: at most the whole one, and by the definition."""
-    monkeypatch.setattr("ties_peft.learning.predictions.TOP", 5)
+    monkeypatch.setattr("ties_peft.learning.teachers.TOP_K", 5)
     bench = Bench.load(bases["llama"], "language")
     shapes = linear_shapes(bench.model, "q_proj", "up_proj")
     teacher = ties_peft.Adapter.load(write_lora(tmp_path / "t", shapes, 0))
-    lesson = TokenLesson(bench, teacher, [[5, 6, 7, 8], [9, 10]], "t", "x")
-    lesson.keep(lesson.teach())
+    teacher = TokenTeacher(bench, teacher, [[5, 6, 7, 8], [9, 10]], "t", "x")
+    teacher.set_predictions(teacher.predict())
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         q = make_model("llama")(ids).logits[0].double().softmax(-1)
@@ -339,7 +339,7 @@ def test_of_a_large_vocabulary_the_likeliest_are_kept(
     kept_p, kept_q = p.gather(1, top), q.gather(1, top)
     rest_p, rest_q = 1 - kept_p.sum(1), 1 - kept_q.sum(1)
     expected = ((kept_p * (kept_p / kept_q).log()).sum(1) + rest_p * (rest_p / rest_q).log()).mean()
-    found = lesson.against([0, 1]).divergence[0]
+    found = teacher.compare([0, 1]).divergence[0]
     assert float(found) == pytest.approx(float(expected), rel=1e-4)
     assert float(found) < float((p * (p / q).log()).sum(1).mean())
 

@@ -11,7 +11,7 @@ from learn.models import WORDS, bases, linear_shapes, make_model, make_tokenizer
 from peft import PeftModel
 
 import ties_peft
-from ties_peft.evaluation.evaluate import evaluate_all, make_exam
+from ties_peft.evaluation.evaluate import evaluate_all, make_scorer
 from ties_peft.evaluation.task import read_task
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.errors.TiesPeftWarning")
@@ -137,24 +137,24 @@ def test_exact_match_is_greedy_text(form: str, bases: dict[str, Path]) -> None:
 
 def test_choices_by_the_mean_are_another_order(bases: dict[str, Path]) -> None:
     bench = ties_peft.Bench.load(bases["gpt2"], "language")
-    exam = make_exam(bench, read_task(task("gpt2", mean=True)))
-    totals, counts = exam.log_probabilities()  # type: ignore[attr-defined]
+    scorer = make_scorer(bench, read_task(task("gpt2", mean=True)))
+    totals, counts = scorer.log_probabilities()  # type: ignore[attr-defined]
     means = (totals / counts).reshape(-1, 3)
     assert counts[:3].tolist() == [1, 2, 1]
-    assert exam.score().right == tuple((means.argmax(-1) == exam.labels).tolist())
+    assert scorer.score().right == tuple((means.argmax(-1) == scorer.labels).tolist())
 
 
 def test_the_base_is_itself_again_after_wearing(tmp_path: Path, bases: dict[str, Path]) -> None:
     bench = ties_peft.Bench.load(bases["encoder"], "encoder")
     before = {name: (p.data_ptr(), p.clone()) for name, p in bench.model.named_parameters()}
     own = ties_peft.Adapter.load(adapter("encoder", tmp_path / "a"))
-    with bench.wear(own):
+    with bench.applied(own):
         changed = [n for n, p in bench.model.named_parameters() if not torch.equal(p, before[n][1])]
     assert sorted(changed) == sorted(f"{name}.weight" for name in own.modules)
-    with pytest.raises(ZeroDivisionError), bench.wear(own):
+    with pytest.raises(ZeroDivisionError), bench.applied(own):
         1 / 0  # noqa: B018
     assert all(p.data_ptr() == before[n][0] and torch.equal(p, before[n][1]) for n, p in bench.model.named_parameters())
-    assert bench.worn is None
+    assert bench.active_adapter is None
 
 
 def test_many_on_one_base_are_as_one_by_one(tmp_path: Path, bases: dict[str, Path]) -> None:

@@ -11,7 +11,7 @@ from learn.models import bases, make_model, make_tokenizer, save_base, sentences
 from transformers import GenerationConfig
 
 import ties_peft
-from ties_peft.evaluation.evaluate import make_exam
+from ties_peft.evaluation.evaluate import make_scorer
 from ties_peft.evaluation.loaded_model import Bench
 from ties_peft.evaluation.task import read_task
 
@@ -52,11 +52,11 @@ def test_greedy_text_is_that_of_a_loop(own: str, form: str, tmp_path: Path) -> N
     task = {"measure": "exact_match", "rows": [{"text": text, "label": "w1"} for text in texts], "new_tokens": NEW}
     bench = Bench.load(base, "language")
     before = bench.model.generation_config.to_dict()
-    exam = make_exam(bench, read_task(task))
+    scorer = make_scorer(bench, read_task(task))
     loops = [greedy(model, form, tokenizer(text).input_ids, end) for text in texts]
     assert len(loops[0]) <= 3
     wanted = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in loops]
-    assert exam.written() == wanted  # type: ignore[attr-defined]
+    assert scorer.written() == wanted  # type: ignore[attr-defined]
     assert bench.model.generation_config.to_dict() == before
 
 

@@ -116,10 +116,10 @@ def test_an_adapter_that_brings_its_head_is_as_in_peft(tmp_path: Path, bases: di
 def test_what_was_worn_counts_no_longer(tmp_path: Path, bases: dict[str, Path]) -> None:
     bench = Bench.load(bases["encoder"], "classifier")
     own = ties_peft.Adapter.load(with_head(tmp_path / "a", bases["encoder"], 0))
-    inputs = bench.padded([[1, 5, 2]])
-    with bench.heads(own):
+    inputs = bench.pad_batch([[1, 5, 2]])
+    with bench.applied_extra_tensors(own):
         bench.model(**inputs)
-    with bench.wear(own), bench.heads(own):
+    with bench.applied(own), bench.applied_extra_tensors(own):
         bench.model(**inputs)
     with pytest.raises(CompatibilityError, match="nothing brings them"):
         bench.model(**inputs)

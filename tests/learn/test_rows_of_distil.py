@@ -9,7 +9,7 @@ import pytest
 from learn.models import linear_shapes, make_model, write_lora
 
 from ties_peft.errors import TiesPeftError
-from ties_peft.learning.teachers import read_teachers
+from ties_peft.learning.teacher_specs import read_teacher_specs
 
 TASK = {"measure": "descriptions", "descriptions": ["w1 w2", "w3 w4", "w5 w6"]}
 TEXTS = [f"w{number} w{number + 1}" for number in range(12)]
@@ -41,32 +41,32 @@ def test_forms_of_rows_that_mean_the_same(form: str, alone: bool, loras: list[Pa
         "one file": [str(file)],
         "files": [str(file)] * len(given),
     }
-    assert [teacher.texts for teacher in read_teachers(given, forms[form], TASK)] == [tuple(TEXTS)] * len(given)
+    assert [spec.texts for spec in read_teacher_specs(given, forms[form], TASK)] == [tuple(TEXTS)] * len(given)
 
 
 def test_forms_of_rows_that_differ_from_adapter_to_adapter(loras: list[Path], tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    first, second = read_teachers(loras, [TEXTS[:6], str(tmp_path / "texts.txt")], TASK)
+    first, second = read_teacher_specs(loras, [TEXTS[:6], str(tmp_path / "texts.txt")], TASK)
     assert (first.texts, second.texts) == (tuple(TEXTS[:6]), tuple(TEXTS))
-    first, second = read_teachers(loras, [70, tmp_path / "texts.txt"], [TASK])
+    first, second = read_teacher_specs(loras, [70, tmp_path / "texts.txt"], [TASK])
     assert (first.texts, first.count, second.texts) == (None, 70, tuple(TEXTS))
-    assert [teacher.count for teacher in read_teachers(loras, [70], TASK)] == [70, 70]
+    assert [spec.count for spec in read_teacher_specs(loras, [70], TASK)] == [70, 70]
 
 
 def test_a_text_that_ends_like_a_file_is_a_text_among_texts(loras: list[Path]) -> None:
     texts = [*TEXTS, "the list is in notes.txt", "either/or"]
-    assert [teacher.texts for teacher in read_teachers(loras, texts, TASK)] == [tuple(texts)] * 2
+    assert [spec.texts for spec in read_teacher_specs(loras, texts, TASK)] == [tuple(texts)] * 2
 
 
 @pytest.mark.parametrize("texts", [["some text", "other text"], ["some text", "notes.txt"]])
 def test_as_many_texts_as_adapters_are_refused(texts: list[str], loras: list[Path]) -> None:
     """They could be read by every adapter, or one by each: the message has both spellings, and both are understood."""
     with pytest.raises(TiesPeftError) as caught:
-        read_teachers(loras, texts, TASK)
+        read_teacher_specs(loras, texts, TASK)
     spellings = {f"rows=[{texts!r}]": [texts], f"rows={[[text] for text in texts]!r}": [[text] for text in texts]}
     assert all(spelling in str(caught.value) for spelling in spellings)
     for given, expected in zip(spellings.values(), ([texts, texts], [texts[:1], texts[1:]]), strict=True):
-        assert [list(teacher.texts or ()) for teacher in read_teachers(loras, given, TASK)] == expected
+        assert [list(spec.texts or ()) for spec in read_teacher_specs(loras, given, TASK)] == expected
 
 
 @pytest.mark.parametrize("rows", ["org/set", ["org/set", "org/other"], {"a0": "org/set", "a1": "org/other"}])
@@ -77,8 +77,8 @@ def test_data_sets_on_the_hub_are_rows(rows: Any, loras: list[Path], monkeypatch
         asked.append(source)
         return [{"text": text} for text in TEXTS]
 
-    monkeypatch.setattr("ties_peft.learning.teachers.read_rows", read_rows)
-    assert [teacher.texts for teacher in read_teachers(loras, rows, TASK)] == [tuple(TEXTS)] * 2
+    monkeypatch.setattr("ties_peft.learning.teacher_specs.read_rows", read_rows)
+    assert [spec.texts for spec in read_teacher_specs(loras, rows, TASK)] == [tuple(TEXTS)] * 2
     assert asked == (["org/set"] * 2 if isinstance(rows, str) else ["org/set", "org/other"])
 
 
@@ -92,12 +92,12 @@ def test_tasks_for_all_or_for_each_without_a_measure(form: str, loras: list[Path
         "a list": [task, task],
         "mapping": {"a0": task, "a1": task},
     }
-    teachers = read_teachers(loras, 50, forms[form])
-    assert [teacher.task.measure for teacher in teachers if teacher.task] == ["descriptions"] * 2
+    specs = read_teacher_specs(loras, 50, forms[form])
+    assert [spec.task.measure for spec in specs if spec.task] == ["descriptions"] * 2
 
 
 def test_a_wrong_key_among_adapters_and_in_a_task(loras: list[Path]) -> None:
     with pytest.raises(TiesPeftError, match="unknown adapter 'a3'"):
-        read_teachers(loras, 50, {"a0": TASK, "a3": TASK})
+        read_teacher_specs(loras, 50, {"a0": TASK, "a3": TASK})
     with pytest.raises(TiesPeftError, match="did you mean 'descriptions'"):
-        read_teachers(loras, 50, {"descriptons": ["a", "b"], "name": "x"})
+        read_teacher_specs(loras, 50, {"descriptons": ["a", "b"], "name": "x"})

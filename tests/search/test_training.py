@@ -12,7 +12,7 @@ import torch
 
 import ties_peft
 from ties_peft import Adapter, RecipeError
-from ties_peft.evaluation.evaluate import make_exam
+from ties_peft.evaluation.evaluate import make_scorer
 from ties_peft.evaluation.task import read_task
 from ties_peft.learning.training import train
 from ties_peft.search.controls import new_adapter
@@ -34,8 +34,8 @@ def test_a_new_adapter_does_nothing_and_a_trained_one_knows_its_rows(folders: li
     bench, task = tiny.encoder(), {**tiny.ENCODER, "rows": tiny.rows()}
     fresh = new_adapter(Adapter.load(folders[0]), 0)
     assert fresh.norm() == 0.0
-    exam = make_exam(bench, read_task(task))
-    trained, again = (train(fresh, [exam], steps=40, rate=1e-2) for _ in range(2))
+    scorer = make_scorer(bench, read_task(task))
+    trained, again = (train(fresh, [scorer], steps=40, rate=1e-2) for _ in range(2))
     assert trained.digest == again.digest
     before, after = (ties_peft.evaluate(adapter, task, bench=bench) for adapter in (fresh, trained))
     assert before.loss == pytest.approx(ties_peft.evaluate(None, task, bench=bench).loss)
@@ -46,7 +46,7 @@ def test_vectors_are_trained_too(make_ia3: Make) -> None:
     bench, task = tiny.encoder(), {**tiny.ENCODER, "rows": tiny.rows()}
     fresh = new_adapter(Adapter.load(make_ia3("v", vectors=tiny.BERT_VECTORS)), 0)
     assert fresh.norm() == 0.0
-    trained = train(fresh, [make_exam(bench, read_task(task))], steps=40)
+    trained = train(fresh, [make_scorer(bench, read_task(task))], steps=40)
     before, after = (ties_peft.evaluate(adapter, task, bench=bench) for adapter in (fresh, trained))
     assert float(after.loss or 9) < float(before.loss or 0)
 

@@ -95,7 +95,7 @@ def test_gram_is_the_second_moment_of_the_inputs(lora: Path) -> None:
     bench = tiny.encoder()
     found = gather_statistics(lora, {**tiny.ENCODER, "rows": tiny.rows(False)}, bench=bench)
     model = tiny.double(bench, Adapter.load(lora))
-    batch = bench.padded(tiny.Words()(tiny.TEXTS)["input_ids"])
+    batch = bench.pad_batch(tiny.Words()(tiny.TEXTS)["input_ids"])
     seen: dict[str, Tensor] = {}
     for name in tiny.BERT:
         model.get_submodule(name).register_forward_pre_hook(lambda _, given, n=name: seen.update({n: given[0]}))
@@ -232,7 +232,7 @@ def test_wrong_input_ends_before_the_model_runs(
 ) -> None:
     task = {**tiny.ENCODER, "rows": tiny.rows(), **change}
     bench = tiny.encoder()
-    bench.model.encoder.register_forward_hook(lambda *_: pytest.fail("the model ran") if bench.worn else None)
+    bench.model.encoder.register_forward_hook(lambda *_: pytest.fail("the model ran") if bench.active_adapter else None)
     with pytest.raises(error, match=text):
         gather_statistics(lora, {k: v for k, v in task.items() if v is not None}, bench=bench, **asked)
     assert not (lora / "gram.safetensors").exists()

@@ -11,7 +11,7 @@ from ..errors import RecipeError, warn_caller
 from ..merging.values import check_whole
 from .language_models import Continuation, Generation
 from .loaded_model import Bench
-from .scorers import BATCH, Classification, Exam, Progress, Score, check_form, form_for
+from .scorers import BATCH, Classification, Progress, Score, Scorer, check_form, form_for
 from .task import Task, TaskSource, read_task
 
 
@@ -76,16 +76,16 @@ def evaluate_all(
     benches = _benches(opened, asked, base, device, bench)
     for here, members in benches:
         _check(here, opened, [asked[place] for place in members])
-    groups = [(here, {place: make_exam(here, asked[place]) for place in members}) for here, members in benches]
+    groups = [(here, {place: make_scorer(here, asked[place]) for place in members}) for here, members in benches]
     found: list[dict[int, Score]] = [{} for _ in opened]
-    for here, exams in groups:
+    for here, scorers in groups:
         for line, adapter in zip(found, opened, strict=True):
-            with here.wear(adapter):
-                line |= {place: exam.score(progress, batch_size) for place, exam in exams.items()}
+            with here.applied(adapter):
+                line |= {place: scorer.score(progress, batch_size) for place, scorer in scorers.items()}
     return [[line[place] for place in range(len(asked))] for line in found]
 
 
-def make_exam(bench: Bench, task: Task) -> Exam:
+def make_scorer(bench: Bench, task: Task) -> Scorer:
     """A task's rows on a bench: read, checked and tokenized once.
 
     Raises: RecipeError where the rows or their labels are at fault, or the model cannot sit the measure.
@@ -125,7 +125,7 @@ def _check(bench: Bench, adapters: Sequence[Adapter | None], tasks: Sequence[Tas
         if adapter is not None:
             bench.check(adapter)
             adapter.check()
-        bench.require(adapter)
+        bench.check_complete(adapter)
 
 
 def _open(adapter: str | Path | Adapter | None, base: str | Path | None) -> Adapter | None:

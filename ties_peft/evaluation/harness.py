@@ -45,32 +45,32 @@ def harness(
     Raises: TiesPeftError, before the model is loaded: no harness, no such task, no base; before it is run: an adapter
         that does not fit.
     """
-    lm_eval, manager = _open(include_path)
+    lm_eval, manager = _import_harness(include_path)
     _check_tasks(manager, tasks)
     opened = [a if a is None or isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     if not opened:
         raise RecipeError("there is nothing to evaluate. Name at least one adapter, or the base.")
-    here = bench or Bench.load(find_base(opened, [], base), LANGUAGE, device)
-    if here.form not in ("causal", "seq2seq"):
+    loaded = bench or Bench.load(find_base(opened, [], base), LANGUAGE, device)
+    if loaded.form not in ("causal", "seq2seq"):
         raise RecipeError(
-            f"lm-evaluation-harness judges causal and sequence-to-sequence models; '{here.base}' is loaded as {here.form}."
+            f"lm-evaluation-harness judges causal and sequence-to-sequence models; '{loaded.base}' is loaded as {loaded.form}."
         )
     for adapter in opened:
         if adapter is not None:
-            here.check(adapter)
+            loaded.check(adapter)
             adapter.check()
-        here.require(adapter)
-    found = []
+        loaded.check_complete(adapter)
+    results = []
     for place, adapter in enumerate(opened):
-        with here.wear(adapter):
-            done = _sit(lm_eval, here, batch_size, tasks=list(tasks), task_manager=manager, **settings)
-        found.append({task: _numbers(values) for task, values in done["results"].items()})
+        with loaded.applied(adapter):
+            done = _run_tasks(lm_eval, loaded, batch_size, tasks=list(tasks), task_manager=manager, **settings)
+        results.append({task: _numbers(values) for task, values in done["results"].items()})
         if progress is not None:
             progress("harness", place + 1, len(opened))
-    return found
+    return results
 
 
-def _open(include_path: str | Path | None) -> tuple[Any, Any]:
+def _import_harness(include_path: str | Path | None) -> tuple[Any, Any]:
     """The harness and its list of tasks."""
     try:
         import lm_eval  # type: ignore[import-not-found]
@@ -97,7 +97,7 @@ def _check_tasks(manager: Any, tasks: Sequence[str]) -> None:
             )
 
 
-def _sit(lm_eval: Any, bench: Bench, batch_size: int, **settings: Any) -> Any:
+def _run_tasks(lm_eval: Any, bench: Bench, batch_size: int, **settings: Any) -> Any:
     """What the harness finds of the model as it stands on the bench."""
     from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 

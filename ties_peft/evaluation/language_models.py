@@ -1,4 +1,4 @@
-"""Exams of language models, causal and sequence-to-sequence: rank classification, exact match, loss.
+"""Score tasks of language models, causal and sequence-to-sequence: rank classification, exact match, loss.
 
 A text and what follows it are tokenized together and told apart by the length of the text alone, so
 that a continuation has the tokens that it has in running text. Probabilities are of the
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from .loaded_model import Bench
-from .scorers import BATCH, Exam, Progress, Score, batches
+from .scorers import BATCH, Progress, Score, Scorer, batches
 from .task import Task
 
 
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     asked: list[int]
 
 
-class Continuation(Exam):
+class Continuation(Scorer):
     """Measures `choices` and `loss`: log-probabilities of continuations.
 
     Attributes:
@@ -77,7 +77,7 @@ class Continuation(Exam):
         return totals, counts
 
     def _causal(self, pairs: Sequence[Pair]) -> Tensor:
-        inputs = self.bench.padded([[*pair.given, *pair.asked] for pair in pairs])
+        inputs = self.bench.pad_batch([[*pair.given, *pair.asked] for pair in pairs])
         logits = self.bench.model(**inputs).logits
         found = []
         for row, pair in enumerate(pairs):
@@ -90,8 +90,8 @@ class Continuation(Exam):
         return torch.stack(found)
 
     def _seq2seq(self, pairs: Sequence[Pair]) -> Tensor:
-        inputs = self.bench.padded([pair.given for pair in pairs])
-        answers = self.bench.padded([pair.asked for pair in pairs])
+        inputs = self.bench.pad_batch([pair.given for pair in pairs])
+        answers = self.bench.pad_batch([pair.asked for pair in pairs])
         real = answers["attention_mask"].bool()
         labels = answers["input_ids"].masked_fill(~real, -100)
         logits = self.bench.model(**inputs, labels=labels).logits.float().log_softmax(-1)
@@ -101,13 +101,13 @@ class Continuation(Exam):
 
     def _pairs(self, follow: Sequence[tuple[str, str]]) -> list[Pair]:
         if self.bench.form == "seq2seq":
-            given, cut = self.bench.ids([text for text, _ in follow], self.task.max_tokens)
+            given, cut = self.bench.token_ids([text for text, _ in follow], self.task.max_tokens)
             self.cut = cut // len(self.task.choices or (None,))
-            asked, _ = self.bench.ids([target for _, target in follow], self.task.max_tokens)
+            asked, _ = self.bench.token_ids([target for _, target in follow], self.task.max_tokens)
             return [Pair(*pair) if pair[0] else Pair([], []) for pair in zip(given, asked, strict=True)]
-        most = min(self.task.max_tokens, self.bench.longest)
-        whole = [self._open(ids) for ids in self.bench.all_ids([text + target for text, target in follow])]
-        alone = [self._open(ids) for ids in self.bench.all_ids([text.rstrip() for text, _ in follow])]
+        most = min(self.task.max_tokens, self.bench.max_length)
+        whole = [self._open(ids) for ids in self.bench.all_token_ids([text + target for text, target in follow])]
+        alone = [self._open(ids) for ids in self.bench.all_token_ids([text.rstrip() for text, _ in follow])]
         pairs, long = [], []
         for (_, target), together, before in zip(follow, whole, alone, strict=True):
             start = min(len(before), len(together)) if target else 0
@@ -133,7 +133,7 @@ def _apart(text: str, target: str) -> tuple[str, str]:
     return (text, target) if together else (text, f" {target}")
 
 
-class Generation(Exam):
+class Generation(Scorer):
     """Measure `exact_match`: greedy text against the row's label."""
 
     def __init__(self, bench: Bench, task: Task) -> None:
@@ -143,13 +143,13 @@ class Generation(Exam):
             raise RecipeError(f"{task.where}: measure 'exact_match' needs a label. Name its key (label: KEY).")
         self.labels = torch.empty(0, dtype=torch.int64)
         self.answers = [answer.strip() for answer in task.target_texts(rows)]
-        most = min(task.max_tokens, bench.longest - task.new_tokens)
+        most = min(task.max_tokens, bench.max_length - task.new_tokens)
         if most < 1:
             raise RecipeError(
                 f"task {task.name!r}: new_tokens is {task.new_tokens}, and '{bench.base}' has room for "
-                f"{bench.longest} tokens in all. Ask for fewer."
+                f"{bench.max_length} tokens in all. Ask for fewer."
             )
-        found = bench.all_ids(texts)
+        found = bench.all_token_ids(texts)
         self.refuse_empty(found)
         self.cut = sum(len(ids) > most for ids in found)
         self.sequences = [ids[:most] if bench.form == "seq2seq" else ids[-most:] for ids in found]
@@ -170,7 +170,7 @@ class Generation(Exam):
         done, causal = 0, self.bench.form == "causal"
         with torch.no_grad():
             for places in batches([len(ids) for ids in self.sequences], size):
-                inputs = self.bench.padded([self.sequences[place] for place in places], left=causal)
+                inputs = self.bench.pad_batch([self.sequences[place] for place in places], left=causal)
                 made = _greedy(self.bench, inputs, self.task.new_tokens)
                 fresh = made[:, inputs["input_ids"].shape[1] :] if causal else made
                 for place, ids in zip(places, fresh, strict=True):
@@ -196,7 +196,13 @@ def _greedy(bench: Bench, inputs: dict[str, Tensor], most: int) -> Tensor:
     model = bench.model.get_base_model() if hasattr(bench.model, "get_base_model") else bench.model
     own = model.generation_config
     tokens = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
-    settings = {"max_new_tokens": most, "do_sample": False, "num_beams": 1, "pad_token_id": bench.pad, **tokens}
+    settings = {
+        "max_new_tokens": most,
+        "do_sample": False,
+        "num_beams": 1,
+        "pad_token_id": bench.pad_token_id,
+        **tokens,
+    }
     plain = GenerationConfig(**settings)  # type: ignore[no-untyped-call]
     try:
         model.generation_config = plain

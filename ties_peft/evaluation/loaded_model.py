@@ -20,16 +20,16 @@ from ..adapters.extra_tensors import BASE, TOKENS, ExtraTensor, read_extra_tenso
 from ..adapters.types.base import BIAS, EXPERT, ModuleInfo
 from ..errors import CompatibilityError, RecipeError
 from ..merging.values import usable
-from .missing_weights import missing_from, quiet, refuse_missing
+from .missing_weights import check_missing_weights, find_missing_weights, silenced
 
-FORMS = {  # what a bench can hold, by the class of transformers that loads it
+AUTO_CLASSES = {  # what a bench can hold, by the class of transformers that loads it
     "encoder": "AutoModel",
     "classifier": "AutoModelForSequenceClassification",
     "causal": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
 LANGUAGE = "language"  # causal or seq2seq, as the model's config says
-MEASURED_ON = {"descriptions": "encoder", "head": "classifier"}  # all other measures on a language model
+FORM_OF_MEASURE = {"descriptions": "encoder", "head": "classifier"}  # all other measures on a language model
 
 
 class Bench:
@@ -37,14 +37,14 @@ class Bench:
 
     Args:
         model: a transformers model, or one that PEFT has wrapped, whose active adapters then stay on
-            under what is worn.
+            under what is applied.
         tokenizer: of the same.
         base: the name that messages use.
         form: `encoder`, `classifier`, `causal` or `seq2seq`.
 
     Attributes:
         device: of the model.
-        worn: the adapter that is on; None for the bare base.
+        active_adapter: the adapter that is on; None for the bare base.
     """
 
     def __init__(self, model: Any, tokenizer: Any, base: str = "in memory", form: str | None = None) -> None:
@@ -53,13 +53,13 @@ class Bench:
         self.base = base
         self.form = form or form_of(model)
         self.device: torch.device = next(iter(model.parameters())).device
-        self.worn: Adapter | None = None
+        self.active_adapter: Adapter | None = None
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self.pad  # classifiers of causal models look for the last real token by it
-        self._modules = dict(_bare(model).named_modules())
+            config.pad_token_id = self.pad_token_id  # classifiers of causal models look for the last real token by it
+        self._modules = dict(_unwrapped(model).named_modules())
         self._missing: dict[str, nn.Parameter] = {}
-        self._supplied: list[int] = []  # ids of the parameters that what is on brings whole
+        self._supplied_ids: list[int] = []  # ids of the parameters that what is on brings whole
 
     @classmethod
     def load(cls, base: str | Path, form: str, device: str = "cpu", token: str | None = None) -> Bench:
@@ -73,35 +73,35 @@ class Bench:
             token: for private repositories.
         Raises: RecipeError where there is no such model, or the device cannot be used.
         Law: a model whose files lack tensors that its answer depends on is not run without an adapter that brings
-            them: CompatibilityError, from `require` and from every forward pass.
+            them: CompatibilityError, from `check_complete` and from every forward pass.
         """
         import transformers
 
         where = usable(device)
         label = str(base)
         try:
-            with quiet(transformers):
+            with silenced(transformers):
                 if form == LANGUAGE:
                     config = transformers.AutoConfig.from_pretrained(base, token=token)
                     form = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
-                loader = getattr(transformers, FORMS[form])
+                loader = getattr(transformers, AUTO_CLASSES[form])
                 model, info = loader.from_pretrained(base, token=token, output_loading_info=True)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(base, token=token)
         except Exception as error:  # transformers', the Hub's and the file system's own
             first = (str(error).strip().splitlines() or [""])[0]
             raise RecipeError(
-                f"base model '{label}' cannot be loaded as {FORMS.get(form, form)} "
+                f"base model '{label}' cannot be loaded as {AUTO_CLASSES.get(form, form)} "
                 f"({type(error).__name__}: {first}). Name a folder that save_pretrained wrote, with its "
                 "tokenizer, or an id on the Hub (base: in the task, or --base)."
             ) from None
         bench = cls(model.to(where), tokenizer, label, form)
-        bench._missing = missing_from(bench.model, info, bench._answer)
+        bench._missing = find_missing_weights(bench.model, info, bench._test_output)
         if bench._missing:
-            bench.model.register_forward_pre_hook(lambda *_: bench._guard())
+            bench.model.register_forward_pre_hook(lambda *_: bench._check_before_run())
         return bench
 
     @property
-    def pad(self) -> int:
+    def pad_token_id(self) -> int:
         """The token that fills up short rows; where it stands nothing looks."""
         for name in ("pad_token_id", "eos_token_id"):
             found = getattr(self.tokenizer, name, None)
@@ -114,18 +114,18 @@ class Bench:
 
         Raises: CompatibilityError naming the modules that the model lacks, or whose shapes differ.
         """
-        faults = [fault for name in adapter.modules if (fault := self._fault(adapter.module(name)))]
-        faults += [fault for rider in _riders(adapter) if (fault := self._rider_fault(rider))]
+        faults = [fault for name in adapter.modules if (fault := self._module_fault(adapter.module(name)))]
+        faults += [fault for rider in _riders(adapter) if (fault := self._extra_fault(rider))]
         if faults:
             rows = "\n".join(f"  {fault}" for fault in faults[:4])
             more = f"\n  … and {len(faults) - 4} more" if len(faults) > 4 else ""
             raise CompatibilityError(
                 f"adapter '{adapter.label}' (trained on {adapter.base_name or 'no name given'!r}) does not fit the "
-                f"base model '{self.base}', loaded as {self.form}, a {type(_bare(self.model)).__name__}; {len(faults)} of "
-                f"its {len(adapter.modules)} modules do not:\n{rows}{more}\n{self._advice(adapter)}"
+                f"base model '{self.base}', loaded as {self.form}, a {type(_unwrapped(self.model)).__name__}; {len(faults)} of "
+                f"its {len(adapter.modules)} modules do not:\n{rows}{more}\n{self._hint(adapter)}"
             )
 
-    def require(self, adapter: Adapter | None) -> None:
+    def check_complete(self, adapter: Adapter | None) -> None:
         """Refuse to judge an adapter, or None for the bare base, by tensors that the base's files lack; before any run.
 
         Raises: CompatibilityError naming those that the adapter does not bring either.
@@ -133,10 +133,10 @@ class Bench:
         if self._missing:
             found = [self._parameter(_path(r)) for r in (_riders(adapter) if adapter else []) if r.role != TOKENS]
             label = None if adapter is None else adapter.label
-            refuse_missing(self._missing, [id(parameter) for parameter in found], self.base, self.form, label)
+            check_missing_weights(self._missing, [id(parameter) for parameter in found], self.base, self.form, label)
 
     @contextmanager
-    def wear(self, adapter: Adapter | None) -> Iterator[Bench]:
+    def applied(self, adapter: Adapter | None) -> Iterator[Bench]:
         """The model with an adapter's effect in its weights (and, for (IA)³, its biases).
 
         Args:
@@ -147,65 +147,65 @@ class Bench:
         if adapter is None:
             yield self
             return
-        if self.worn is not None:
-            raise RuntimeError(f"the bench wears '{self.worn.label}' already")
+        if self.active_adapter is not None:
+            raise RuntimeError(f"the base already has '{self.active_adapter.label}' applied")
         self.check(adapter)
-        kept: list[tuple[nn.Parameter, Tensor]] = []
-        supplied = len(self._supplied)
+        saved: list[tuple[nn.Parameter, Tensor]] = []
+        supplied = len(self._supplied_ids)
         try:
-            self.worn = adapter
+            self.active_adapter = adapter
             with torch.no_grad():
                 for name in adapter.modules:
-                    self._put_on(adapter, name, kept)
-                self._put_on_riders(adapter, kept)
+                    self._apply_module(adapter, name, saved)
+                self._apply_extra_tensors(adapter, saved)
             yield self
         finally:
-            self._take_off(kept, supplied)
-            self.worn = None
+            self._restore(saved, supplied)
+            self.active_adapter = None
 
     @contextmanager
-    def heads(self, adapter: Adapter) -> Iterator[Bench]:
+    def applied_extra_tensors(self, adapter: Adapter) -> Iterator[Bench]:
         """The model with the whole tensors that ride along with an adapter, such as its task's head, and no more.
 
-        Law: as of `wear`, within which it may be used.
+        Law: as of `applied`, within which it may be used.
         """
-        kept: list[tuple[nn.Parameter, Tensor]] = []
-        supplied = len(self._supplied)
+        saved: list[tuple[nn.Parameter, Tensor]] = []
+        supplied = len(self._supplied_ids)
         try:
             with torch.no_grad():
-                self._put_on_riders(adapter, kept)
+                self._apply_extra_tensors(adapter, saved)
             yield self
         finally:
-            self._take_off(kept, supplied)
+            self._restore(saved, supplied)
 
-    def bare(self) -> AbstractContextManager[Any]:
+    def without_adapter(self) -> AbstractContextManager[Any]:
         """The model without any adapter that PEFT put on it."""
-        if self.worn is not None:
-            raise RuntimeError(f"the bench wears '{self.worn.label}'")
+        if self.active_adapter is not None:
+            raise RuntimeError(f"the base has '{self.active_adapter.label}' applied")
         without: AbstractContextManager[Any] = getattr(self.model, "disable_adapter", nullcontext)()
         return without
 
     def layer(self, name: str) -> nn.Module:
         """One layer of the base, by its path."""
-        found: nn.Module = _inner(self._modules[name])
+        found: nn.Module = _base_layer(self._modules[name])
         return found
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """The most tokens that the model's positions allow."""
-        return _longest(self.model)
+        return _max_length(self.model)
 
-    def all_ids(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+    def all_token_ids(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Token ids of some texts, however long."""
         if not texts:
             return []
         found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
         return found
 
-    def ids(self, texts: Sequence[str], most: int, special: bool = True) -> tuple[list[list[int]], int]:
+    def token_ids(self, texts: Sequence[str], most: int, special: bool = True) -> tuple[list[list[int]], int]:
         """Token ids of some texts, at most `most` each, and how many texts were cut."""
-        found = self.all_ids(texts, special)
-        limit = min(most, self.longest)
+        found = self.all_token_ids(texts, special)
+        limit = min(most, self.max_length)
         cut = [place for place, ids in enumerate(found) if len(ids) > limit]
         if cut:
             short = self.tokenizer(
@@ -215,10 +215,10 @@ class Bench:
                 found[place] = ids
         return found, len(cut)
 
-    def padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, Tensor]:
+    def pad_batch(self, rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, Tensor]:
         """A batch of token ids of unequal lengths: input_ids and attention_mask, (rows, longest), int64."""
         width = max(1, *(len(row) for row in rows))
-        gaps = [[self.pad] * (width - len(row)) for row in rows]
+        gaps = [[self.pad_token_id] * (width - len(row)) for row in rows]
         ids = [[*gap, *row] if left else [*row, *gap] for gap, row in zip(gaps, rows, strict=True)]
         mask = [
             [0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g)
@@ -227,11 +227,11 @@ class Bench:
         tensors = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         return {key: tensor.to(self.device) for key, tensor in tensors.items()}
 
-    def _advice(self, adapter: Adapter) -> str:
+    def _hint(self, adapter: Adapter) -> str:
         """What to do about an adapter that does not fit: the same layers may have other names under a head, or without."""
-        front = f"{getattr(_bare(self.model), 'base_model_prefix', '')}."
+        front = f"{getattr(_unwrapped(self.model), 'base_model_prefix', '')}."
         paths = [adapter.module(name).path for name in adapter.modules]
-        if not any(path not in self._modules and _moved(path, front) in self._modules for path in paths):
+        if not any(path not in self._modules and _with_other_prefix(path, front) in self._modules for path in paths):
             return "Name the base that it was trained on."
         return (
             f"Its layers are there under other names ({front}…): it was trained on the base in another form, task_type "
@@ -239,32 +239,32 @@ class Bench:
             "head a classifier, choices, exact_match and loss a language model."
         )
 
-    def _fault(self, module: ModuleInfo) -> str | None:
+    def _module_fault(self, module: ModuleInfo) -> str | None:
         if module.layer_type == EXPERT:
             return f"{module.name}: one expert of several, which is not put on yet"
         layer = self._modules.get(module.path)
         if module.layer_type == BIAS:
-            held = getattr(_inner(layer), "bias", None)
+            held = getattr(_base_layer(layer), "bias", None)
             fits = held is not None and held.numel() == module.shape[0]
             return None if fits else f"{module.path}: the model has no bias of {module.shape[0]} there"
-        weight = getattr(_inner(layer), "weight", None) if layer is not None else None
+        weight = getattr(_base_layer(layer), "weight", None) if layer is not None else None
         if weight is None:
             return f"{module.name}: the model has no such layer"
         if not weight.dtype.is_floating_point:
             return f"{module.name}: its weight is {weight.dtype}; load the base unquantised"
         seen, shape = tuple(weight.shape), module.shape
         if len(shape) == 1:
-            side = shape_text(_inner(layer))[1 if module.on_input else 0]
+            side = shape_text(_base_layer(layer))[1 if module.on_input else 0]
             return None if side == shape[0] else f"{module.name}: a vector of {shape[0]} for a side of {side}"
-        fits = shape_text(_inner(layer)) == shape if weight.dim() == 2 else weight.numel() == shape[0] * shape[1]
-        return None if fits else f"{module.name}: {shape[0]} × {shape[1]} for a weight {_times(seen)}"
+        fits = shape_text(_base_layer(layer)) == shape if weight.dim() == 2 else weight.numel() == shape[0] * shape[1]
+        return None if fits else f"{module.name}: {shape[0]} × {shape[1]} for a weight {_shape_text(seen)}"
 
     def _parameter(self, path: str) -> nn.Parameter | None:
         owner, _, name = path.rpartition(".")
         found = getattr(self._modules[owner], name, None) if owner in self._modules else None
         return found if isinstance(found, nn.Parameter) else None
 
-    def _put_on(self, adapter: Adapter, name: str, kept: list[tuple[nn.Parameter, Tensor]]) -> None:
+    def _apply_module(self, adapter: Adapter, name: str, saved: list[tuple[nn.Parameter, Tensor]]) -> None:
         module = adapter.module(name)
         layer = self.layer(module.path)
         weight = layer.weight
@@ -273,22 +273,22 @@ class Bench:
         if module.layer_type == BIAS:
             bias = layer.bias
             assert isinstance(bias, nn.Parameter)
-            _replace(bias, bias.float() + delta[:, 0], kept)
+            _replace(bias, bias.float() + delta[:, 0], saved)
             return
         if len(module.shape) == 2:
             turned = delta.T if transposed(layer) else delta
-            _replace(weight, weight.float() + turned.reshape(weight.shape), kept)
+            _replace(weight, weight.float() + turned.reshape(weight.shape), saved)
             return
         factor = 1 + delta
         side = (-1 if transposed(layer) else 0) if not module.on_input else (0 if transposed(layer) else 1)
         shape = [1] * weight.dim()
         shape[side] = -1
-        _replace(weight, weight.float() * factor.reshape(shape), kept)
+        _replace(weight, weight.float() * factor.reshape(shape), saved)
         own = getattr(layer, "bias", None)
         if own is not None and not module.on_input:
-            _replace(own, own.float() * factor, kept)
+            _replace(own, own.float() * factor, saved)
 
-    def _rider_fault(self, rider: ExtraTensor) -> str | None:
+    def _extra_fault(self, rider: ExtraTensor) -> str | None:
         """What keeps a rider off the model; None where nothing does."""
         parameter = self._parameter(_path(rider))
         if parameter is None:
@@ -296,31 +296,37 @@ class Bench:
         shape = (max(rider.rows, default=0) + 1, *rider.shape[1:]) if rider.role == TOKENS else rider.shape
         seen = tuple(parameter.shape)
         fits = seen[0] >= shape[0] and seen[1:] == shape[1:] if rider.role == TOKENS else seen == shape
-        return None if fits else f"{_path(rider)}: {_times(shape)} for {_times(seen)}"
+        return None if fits else f"{_path(rider)}: {_shape_text(shape)} for {_shape_text(seen)}"
 
-    def _put_on_riders(self, adapter: Adapter, kept: list[tuple[nn.Parameter, Tensor]]) -> None:
+    def _apply_extra_tensors(self, adapter: Adapter, saved: list[tuple[nn.Parameter, Tensor]]) -> None:
         for rider in _riders(adapter):
             parameter, value = self._parameter(_path(rider)), adapter.tensors.read(rider.key)
             if parameter is None:
-                raise CompatibilityError(f"adapter '{adapter.label}': {self._rider_fault(rider)}.")
+                raise CompatibilityError(f"adapter '{adapter.label}': {self._extra_fault(rider)}.")
             if rider.role == TOKENS:
                 rows = parameter.data.clone()
                 rows[torch.tensor(rider.rows, device=rows.device)] = value.to(rows.device, rows.dtype)
                 value = rows
             else:
-                self._supplied.append(id(parameter))
-            _replace(parameter, value, kept)
+                self._supplied_ids.append(id(parameter))
+            _replace(parameter, value, saved)
 
-    def _take_off(self, kept: list[tuple[nn.Parameter, Tensor]], supplied: int) -> None:
-        for parameter, data in reversed(kept):
+    def _restore(self, saved: list[tuple[nn.Parameter, Tensor]], supplied: int) -> None:
+        for parameter, data in reversed(saved):
             parameter.data = data
-        del self._supplied[supplied:]
+        del self._supplied_ids[supplied:]
 
-    def _guard(self) -> None:
+    def _check_before_run(self) -> None:
         """Before every run of a model that lacks tensors: what is on has to bring them."""
-        refuse_missing(self._missing, self._supplied, self.base, self.form, self.worn.label if self.worn else None)
+        check_missing_weights(
+            self._missing,
+            self._supplied_ids,
+            self.base,
+            self.form,
+            self.active_adapter.label if self.active_adapter else None,
+        )
 
-    def _answer(self) -> Tensor:
+    def _test_output(self) -> Tensor:
         """What is judged of the model, on two tokens."""
         ids = torch.ones(1, 2, dtype=torch.int64, device=self.device)
         written = {"labels": ids} if self.form == "seq2seq" else {}
@@ -331,7 +337,7 @@ class Bench:
 
 def form_of(model: Any) -> str:
     """What a loaded model is: `encoder`, `classifier`, `causal` or `seq2seq`, by the name of its class."""
-    name = type(_bare(model)).__name__
+    name = type(_unwrapped(model)).__name__
     if "SequenceClassification" in name:
         return "classifier"
     if getattr(model.config, "is_encoder_decoder", False) and "Conditional" in name:
@@ -350,17 +356,17 @@ def shape_text(layer: Any) -> tuple[int, ...]:
     return (shape[1], shape[0]) if transposed(layer) else shape
 
 
-def _replace(parameter: nn.Parameter, value: Tensor, kept: list[tuple[nn.Parameter, Tensor]]) -> None:
-    kept.append((parameter, parameter.data))
+def _replace(parameter: nn.Parameter, value: Tensor, saved: list[tuple[nn.Parameter, Tensor]]) -> None:
+    saved.append((parameter, parameter.data))
     parameter.data = value.to(parameter.device, parameter.dtype)
 
 
-def _bare(model: Any) -> Any:
+def _unwrapped(model: Any) -> Any:
     """The transformers model inside PEFT's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _inner(layer: Any) -> Any:
+def _base_layer(layer: Any) -> Any:
     """The layer inside PEFT's."""
     return getattr(layer, "base_layer", layer)
 
@@ -377,7 +383,7 @@ def _path(rider: ExtraTensor) -> str:
     return f"{rider.module}.weight" if rider.role == TOKENS else f"{rider.module}.{rider.tensor}"
 
 
-def _longest(model: Any) -> int:
+def _max_length(model: Any) -> int:
     """The most tokens that a model's positions allow."""
     config = getattr(model, "config", None)
     found = next(
@@ -386,10 +392,10 @@ def _longest(model: Any) -> int:
     return found if isinstance(found, int) and found > 0 else 1 << 30
 
 
-def _moved(path: str, front: str) -> str:
+def _with_other_prefix(path: str, front: str) -> str:
     """A path with a model's prefix where it has none, and without it where it has."""
     return path.removeprefix(front) if path.startswith(front) else front + path
 
 
-def _times(shape: Sequence[int]) -> str:
+def _shape_text(shape: Sequence[int]) -> str:
     return " × ".join(map(str, shape))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import CompatibilityError
 
 
-def missing_from(model: Any, info: dict[str, Any], answer: Callable[[], Tensor]) -> dict[str, nn.Parameter]:
+def find_missing_weights(model: Any, info: dict[str, Any], answer: Callable[[], Tensor]) -> dict[str, nn.Parameter]:
     """The parameters that were drawn and on which the model's answer depends, by their names in the model.
 
     Args:
@@ -36,13 +36,13 @@ def missing_from(model: Any, info: dict[str, Any], answer: Callable[[], Tensor])
     return found if not found else _used(found, answer)
 
 
-def refuse_missing(
+def check_missing_weights(
     missing: dict[str, nn.Parameter], supplied: Collection[int], base: str, form: str, adapter: str | None
 ) -> None:
     """Refuse to judge by tensors that were drawn.
 
     Args:
-        missing: from `missing_from`.
+        missing: from `find_missing_weights`.
         supplied: the ids of the parameters that an adapter brings whole.
         base, form, adapter: for the message; adapter None is the bare base.
     Raises: CompatibilityError naming the tensors.
@@ -60,7 +60,7 @@ def refuse_missing(
 
 
 @contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
+def silenced(transformers: Any) -> Iterator[None]:
     """No progress bars and remarks while a model is loaded."""
     before = transformers.logging.get_verbosity()
     bars = getattr(transformers.logging, "is_progress_bar_enabled", lambda: True)()

@@ -13,9 +13,9 @@ from typing import Any
 from ..errors import RecipeError, one_line
 
 Row = Mapping[str, Any]
-LINES = ".txt"  # one text a line, without a label
-FILES = (".jsonl", ".csv", LINES)
-ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+PLAIN_TEXT = ".txt"  # one text a line, without a label
+FILES = (".jsonl", ".csv", PLAIN_TEXT)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ClassName(str):
@@ -59,7 +59,7 @@ def read_rows(
     readers: dict[str, Callable[[Path], list[Row]]] = {
         ".jsonl": _jsonl,
         ".csv": _csv,
-        LINES: lambda file: [{text: line} for line in _lines(file) if line.strip()],
+        PLAIN_TEXT: lambda file: [{text: line} for line in _lines(file) if line.strip()],
     }
     if path.suffix not in readers:
         return _hub(str(source), split, config, limit)
@@ -73,9 +73,9 @@ def read_rows(
     return found
 
 
-def names_rows(text: str) -> bool:
+def is_row_source(text: str) -> bool:
     """Return whether a text has the form of a file of rows, or of a data set's id on the Hub."""
-    return Path(text).suffix in FILES or ON_THE_HUB.fullmatch(text) is not None
+    return Path(text).suffix in FILES or HUB_ID.fullmatch(text) is not None
 
 
 def texts_of(rows: Sequence[Row], field: str, where: str) -> list[str]:

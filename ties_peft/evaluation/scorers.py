@@ -1,9 +1,9 @@
-"""Exam: a task on a bench. Its rows are read, tokenized and checked once; then any number of adapters sit it.
+"""Scorer: a task on a bench. Its rows are read, tokenized and checked once; then any number of adapters sit it.
 
     bench = Bench.load("org/base", "encoder")
-    exam = make_exam(bench, read_task("sst2.yaml"))
-    with bench.wear(adapter):
-        score = exam.score()
+    scorer = make_scorer(bench, read_task("sst2.yaml"))
+    with bench.applied(adapter):
+        score = scorer.score()
 
 Batches hold rows of like length, so that little is padded; the results are in the rows' order.
 """
@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from ..choices import EVALUATION_BATCH
 from ..errors import RecipeError
-from .loaded_model import LANGUAGE, MEASURED_ON, Bench
+from .loaded_model import FORM_OF_MEASURE, LANGUAGE, Bench
 from .rows import Row, texts_of
 from .task import Task
 
@@ -80,7 +80,7 @@ class Score:
         return {**vars(self), "right": [int(right) for right in self.right]}
 
 
-class Exam(ABC):
+class Scorer(ABC):
     """A task on a bench.
 
     Attributes:
@@ -134,14 +134,14 @@ class Exam(ABC):
 
     def graded(self, right: Sequence[bool], loss: float | None, classified: bool = True) -> Score:
         """A score of this task."""
-        worn = self.bench.worn
+        worn = self.bench.active_adapter
         accuracy = sum(right) / len(right) if classified else None
         name = None if worn is None else worn.label
         held = tuple(map(bool, right))
         return Score(self.task.name, self.task.measure, name, self.rows, accuracy, loss, held, self.cut, self.blank)
 
 
-class Classification(Exam):
+class Classification(Scorer):
     """Measures `descriptions` and `head`: one forward pass gives a logit for each label.
 
     Args:
@@ -162,14 +162,14 @@ class Classification(Exam):
             rows, texts = self.read()
             if labelled:
                 self.labels = torch.tensor(task.label_numbers(rows, self._names()))
-            sequences, self.cut = bench.ids(texts, task.max_tokens)
+            sequences, self.cut = bench.token_ids(texts, task.max_tokens)
             self.refuse_empty(sequences)
         self.sequences = sequences
         self.head: Tensor | None = None
         if task.descriptions is not None:
-            with bench.bare(), torch.no_grad():
-                described, _ = bench.ids(task.descriptions, task.max_tokens)
-                self.head = self._embed(bench.padded(described))
+            with bench.without_adapter(), torch.no_grad():
+                described, _ = bench.token_ids(task.descriptions, task.max_tokens)
+                self.head = self._embed(bench.pad_batch(described))
 
     @property
     def rows(self) -> int:
@@ -178,7 +178,7 @@ class Classification(Exam):
 
     def logits(self, places: Sequence[int]) -> Tensor:
         """Logits of some rows, (len(places), labels), float32; differentiable."""
-        inputs = self.bench.padded([self.sequences[place] for place in places])
+        inputs = self.bench.pad_batch([self.sequences[place] for place in places])
         if self.head is None:
             found: Tensor = self.bench.model(**inputs).logits
             return found.float()
@@ -233,7 +233,7 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 
 def form_for(task: Task) -> str:
     """What a bench has to hold for a task; see `Bench.load`."""
-    return MEASURED_ON.get(task.measure, LANGUAGE)
+    return FORM_OF_MEASURE.get(task.measure, LANGUAGE)
 
 
 def check_form(bench: Bench, task: Task) -> None:

@@ -22,7 +22,7 @@ from ..errors import RecipeError, one_line
 SUFFIX = ".safetensors"
 
 
-class Keeper:
+class Checkpoint:
     """Files of one piece of work.
 
     Args:

@@ -34,18 +34,18 @@ from ..merging.loading import Loading
 from ..merging.merged import Merged, versions
 from ..merging.values import check_whole, written_dtype
 from ..task_vectors.tiles import threads_fixed
-from .checkpoint import Keeper
-from .distilled import Distilled, DistilReport, LessonLine
-from .fitting import Course, State, hold_back
+from .checkpoint import Checkpoint
+from .distilled import Distilled, DistilReport, TeacherResult
+from .fitting import FitOptions, FitState, split_rows
 from .fitting import fit as fit_student
-from .predictions import Lesson
 from .start import make_start
 from .student import FACTORS, Student
-from .teachers import Teacher, make_lessons, open_bench, read_teachers
+from .teacher_specs import TeacherSpec, make_teachers, open_bench, read_teacher_specs
+from .teachers import Teacher
 
 RATES = {"factors": 0.01, "gains": 0.1, "vectors": 0.05}  # found on the sample adapters, on rows held back
 PASSES, RANDOM_PASSES = 8, 2  # over rows of text, and over random ones, which never run out
-FEWEST, MOST = 120, 1200  # steps
+MIN_STEPS, MAX_STEPS = 120, 1200  # steps
 
 
 def distil(
@@ -110,89 +110,95 @@ def distil(
     """
     started = time.perf_counter()
     _check(fit, rank, steps, batch_size, seed, threads)
-    teachers = read_teachers(adapters, rows, tasks)
-    written = written_dtype(dtype, [teacher.adapter for teacher in teachers])
-    here = open_bench(teachers, base, device, bench)
-    with threads_fixed(threads), _frozen(here):
-        beginning, told = make_start([t.adapter for t in teachers], here, start, kind, fit, rank, base_model)
-        lessons = make_lessons(teachers, here, seed)
+    specs = read_teacher_specs(adapters, rows, tasks)
+    written = written_dtype(dtype, [spec.adapter for spec in specs])
+    here = open_bench(specs, base, device, bench)
+    with threads_fixed(threads), _frozen_base(here):
+        beginning, told = make_start([t.adapter for t in specs], here, start, kind, fit, rank, base_model)
+        teachers = make_teachers(specs, here, seed)
         student = Student(beginning, here, fit, seed)
-        wanted = steps or _steps(teachers, lessons, batch_size)
-        course = Course(wanted, RATES[student.fit], batch_size, seed, threads)
-        keeper = Keeper(state, _fingerprint(lessons, student, course, written))
+        wanted = steps or _default_steps(specs, teachers, batch_size)
+        options = FitOptions(wanted, RATES[student.fit], batch_size, seed, threads)
+        checkpoint = Checkpoint(state, _fingerprint(teachers, student, options, written))
         tell = progress or (lambda stage, done, of: None)
-        _teach(lessons, keeper, tell)
-        done = fit_student(student, lessons, course, keeper, tell)
-        outcome = _Outcome(student, lessons, course, done, written, told)
-        return outcome.result(teachers, beginning.loading, time.perf_counter() - started)
+        _run_teachers(teachers, checkpoint, tell)
+        done = fit_student(student, teachers, options, checkpoint, tell)
+        outcome = _Outcome(student, teachers, options, done, written, told)
+        return outcome.result(specs, beginning.loading, time.perf_counter() - started)
 
 
 class _Outcome:
     """What a fit came to: the better of its start and its best, as they are written."""
 
     def __init__(
-        self, student: Student, lessons: Sequence[Lesson], course: Course, done: State, dtype: torch.dtype, told: str
+        self,
+        student: Student,
+        teachers: Sequence[Teacher],
+        options: FitOptions,
+        done: FitState,
+        dtype: torch.dtype,
+        told: str,
     ) -> None:
-        self.student, self.lessons, self.course, self.done, self.dtype, self.told = (
+        self.student, self.teachers, self.options, self.done, self.dtype, self.told = (
             student,
-            lessons,
-            course,
+            teachers,
+            options,
             done,
             dtype,
             told,
         )
-        self.parts = hold_back(lessons, course.seed)
+        self.parts = split_rows(teachers, options.seed)
         self.fitted = student.tensors(dtype)
         start = student.start
         self.start = {name: start.tensors.read(name).to(dtype).contiguous() for name in start.tensors.names}
 
-    def result(self, teachers: Sequence[Teacher], loading: Loading, seconds: float) -> Distilled:
+    def result(self, specs: Sequence[TeacherSpec], loading: Loading, seconds: float) -> Distilled:
         before, after = self._measure(self.start), self._measure(self.fitted)
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in self.fitted.values())
         improved = finite and sum(d for d, _ in after) < sum(d for d, _ in before)
         lines = [
-            LessonLine(
-                name=lesson.name,
-                digest=lesson.adapter.digest,
-                kind=lesson.adapter.peft_type.title,
-                origin=lesson.origin,
+            TeacherResult(
+                name=teacher.name,
+                digest=teacher.adapter.digest,
+                kind=teacher.adapter.peft_type.title,
+                origin=teacher.origin,
                 rows=len(learnt),
                 held=len(held),
                 divergence=(first[0], last[0]),
                 agreement=(first[1], last[1]),
-                page=sources.hub_url(lesson.adapter.source),
+                page=sources.hub_url(teacher.adapter.source),
             )
-            for lesson, (learnt, held), first, last in zip(
-                self.lessons, self.parts, before, after if improved else before, strict=True
+            for teacher, (learnt, held), first, last in zip(
+                self.teachers, self.parts, before, after if improved else before, strict=True
             )
         ]
         report = self._report(lines, improved, seconds)
         warn_caller(report.warnings)
-        folders = [sources.local_path(t.adapter.source) for t in teachers if t.adapter.source is not None]
+        folders = [sources.local_path(t.adapter.source) for t in specs if t.adapter.source is not None]
         return Distilled(
             self.student.start.config,
             self.fitted if improved else self.start,
             report,
-            self._recipe(teachers),
+            self._recipe(specs),
             loading,
             [folder for folder in folders if folder is not None],
         )
 
-    def _report(self, lines: list[LessonLine], improved: bool, seconds: float) -> DistilReport:
+    def _report(self, lines: list[TeacherResult], improved: bool, seconds: float) -> DistilReport:
         done, start = self.done, self.student.start
-        kept = min(done.history, key=lambda look: look[1])[0] if improved else 0
+        kept = min(done.history, key=lambda entry: entry[1])[0] if improved else 0
         warnings = []
         if not improved:
             warnings.append(
                 "no step made the adapter better on the rows held back, so the result is the start itself. More rows, "
                 "or rows nearer to the adapters' tasks, may help."
             )
-        if self.student.bench.form == "classifier" and any(lesson.adapter.extra_keys for lesson in self.lessons):
+        if self.student.bench.form == "classifier" and any(teacher.adapter.extra_keys for teacher in self.teachers):
             warnings.append(
                 "each adapter was imitated under its own head, and the result has none: put the head of the task at hand "
                 "on the base."
             )
-        licence, note = shared_licence([(lesson.name, lesson.adapter.folder) for lesson in self.lessons])
+        licence, note = shared_licence([(teacher.name, teacher.adapter.folder) for teacher in self.teachers])
         return DistilReport(
             kind=start.peft_type.title,
             rank=start.report.rank if isinstance(start, Merged) else None,
@@ -200,7 +206,7 @@ class _Outcome:
             base=self.student.bench.base,
             start=self.told,
             steps=done.step,
-            of=self.course.steps,
+            of=self.options.steps,
             kept=kept,
             licence=licence,
             licence_note=note,
@@ -215,19 +221,19 @@ class _Outcome:
         )
 
     def _measure(self, tensors: dict[str, Tensor]) -> list[tuple[float, float]]:
-        """(divergence, agreement) of each lesson, of an adapter as it is written."""
-        with self.student.bench.wear(Adapter.from_tensors(self.student.start.config, tensors)):
-            return [lesson.measure(held) for lesson, (_, held) in zip(self.lessons, self.parts, strict=True)]
+        """(divergence, agreement) of each teacher, of an adapter as it is written."""
+        with self.student.bench.applied(Adapter.from_tensors(self.student.start.config, tensors)):
+            return [teacher.measure(held) for teacher, (_, held) in zip(self.teachers, self.parts, strict=True)]
 
-    def _recipe(self, teachers: Sequence[Teacher]) -> dict[str, Any]:
+    def _recipe(self, specs: Sequence[TeacherSpec]) -> dict[str, Any]:
         """What was asked, as plain values."""
         entries = [
             {
-                "adapter": teacher.adapter.source or "in memory",
-                "rows": f"{len(lesson.sequences)}, {teacher.origin}",
-                **({"task": teacher.task.to_dict()} if teacher.task is not None else {}),
+                "adapter": spec.adapter.source or "in memory",
+                "rows": f"{len(teacher.sequences)}, {spec.origin}",
+                **({"task": spec.task.to_dict()} if spec.task is not None else {}),
             }
-            for teacher, lesson in zip(teachers, self.lessons, strict=True)
+            for spec, teacher in zip(specs, self.teachers, strict=True)
         ]
         start = self.student.start
         return {
@@ -235,13 +241,13 @@ class _Outcome:
             "start": start.recipe.to_dict() if isinstance(start, Merged) else self.told,
             "base": self.student.bench.base,
             "fit": self.student.fit,
-            **asdict(self.course),
+            **asdict(self.options),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
 
 @contextmanager
-def _frozen(bench: Bench) -> Iterator[None]:
+def _frozen_base(bench: Bench) -> Iterator[None]:
     """The model without a gradient of its own."""
     flags = [(parameter, parameter.requires_grad) for parameter in bench.model.parameters()]
     for parameter, _ in flags:
@@ -253,31 +259,31 @@ def _frozen(bench: Bench) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _teach(lessons: Sequence[Lesson], keeper: Keeper, tell: Progress) -> None:
+def _run_teachers(teachers: Sequence[Teacher], checkpoint: Checkpoint, tell: Progress) -> None:
     """Run every teacher once, or take what an earlier run kept of it."""
-    for number, lesson in enumerate(lessons):
-        found = keeper.read(f"teacher {number}")
-        predictions = lesson.teach() if found is None else found[0]
+    for number, teacher in enumerate(teachers):
+        found = checkpoint.read(f"teacher {number}")
+        predictions = teacher.predict() if found is None else found[0]
         if found is None:
-            keeper.write(f"teacher {number}", predictions, {})
-        lesson.keep(predictions)
-        tell("teachers", number + 1, len(lessons))
+            checkpoint.write(f"teacher {number}", predictions, {})
+        teacher.set_predictions(predictions)
+        tell("teachers", number + 1, len(teachers))
 
 
-def _steps(teachers: Sequence[Teacher], lessons: Sequence[Lesson], batch: int) -> int:
+def _default_steps(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher], batch: int) -> int:
     """Some passes over the rows, within bounds."""
-    passes = [RANDOM_PASSES if teacher.texts is None else PASSES for teacher in teachers]
-    rows = sum(often * len(lesson.sequences) for often, lesson in zip(passes, lessons, strict=True))
-    return min(MOST, max(FEWEST, math.ceil(rows / batch)))
+    passes = [RANDOM_PASSES if spec.texts is None else PASSES for spec in specs]
+    rows = sum(often * len(teacher.sequences) for often, teacher in zip(passes, teachers, strict=True))
+    return min(MAX_STEPS, max(MIN_STEPS, math.ceil(rows / batch)))
 
 
-def _fingerprint(lessons: Sequence[Lesson], student: Student, course: Course, dtype: torch.dtype) -> str:
+def _fingerprint(teachers: Sequence[Teacher], student: Student, options: FitOptions, dtype: torch.dtype) -> str:
     """A sha256 over everything that the result depends on, but for the machine."""
     facts = {
-        "lessons": [lesson.digest for lesson in lessons],
+        "lessons": [teacher.digest for teacher in teachers],
         "start": student.start.digest,
         "fit": student.fit,
-        "course": asdict(course),
+        "options": asdict(options),
         "base": student.bench.base,
         "dtype": [str(dtype), str(next(iter(student.bench.model.parameters())).dtype)],
         "device": student.bench.device.type,

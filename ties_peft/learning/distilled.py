@@ -23,7 +23,7 @@ from ..merging.tables import Printed, make_facts, make_table, number_column
 
 
 @dataclass(frozen=True)
-class LessonLine:
+class TeacherResult:
     """One teacher.
 
     Attributes:
@@ -80,7 +80,7 @@ class DistilReport(Printed):
     rate: float
     retries: int
     history: list[tuple[int, float]]
-    lessons: list[LessonLine]
+    lessons: list[TeacherResult]
     warnings: list[str]
     improved: bool
     dtype: str

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,33 +73,33 @@ def gather_statistics(
     if kind not in STATISTICS:
         raise RecipeError(unknown("kind of statistics", str(kind), STATISTICS))
     opened = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    there = None if again else _found(opened, kind)
+    there = None if again else _existing(opened, kind)
     asked = read_task(task)
-    labels = _labels(labels, asked)
-    told: dict[str, Any] = {"task": asked.name, "rows digest": asked.digest()}
+    labels = _choose_labels(labels, asked)
+    provenance: dict[str, Any] = {"task": asked.name, "rows digest": asked.digest()}
     if kind == "fisher":
-        told |= {"labels": labels, **({"seed": seed} if labels == "sampled" else {})}
+        provenance |= {"labels": labels, **({"seed": seed} if labels == "sampled" else {})}
     if there is not None:
         named = str(base or asked.base or "") if bench is None else bench.base
-        _tell_apart(opened, there, {**told, **({"base": named} if named else {})})
+        _warn_if_different(opened, there, {**provenance, **({"base": named} if named else {})})
         return there
     _check(opened, asked, kind, save)
     if bench is None:
         bench = Bench.load(find_base([opened], [asked], base), form_for(asked), device)
     check_form(bench, asked)
     bench.check(opened)
-    bench.require(opened)
+    bench.check_complete(opened)
     opened.check()
-    rows = _readings(bench, asked, labels)
-    sums = _run(bench, opened, rows, kind, labels, seed, progress)
-    made = Statistics.make(kind, opened.digest, sums, len(rows), base=bench.base, **told)
+    rows = _row_likelihoods(bench, asked, labels)
+    sums = _accumulate(bench, opened, rows, kind, labels, seed, progress)
+    made = Statistics.make(kind, opened.digest, sums, len(rows), base=bench.base, **provenance)
     opened.attach_statistics(made)
     if save and opened.folder is not None:
         made.save(opened.folder)
     return made
 
 
-def _found(adapter: Adapter, kind: str) -> Statistics | None:
+def _existing(adapter: Adapter, kind: str) -> Statistics | None:
     """Those that are there and are of this adapter; any others are made anew."""
     try:
         return adapter.statistics(kind)
@@ -106,23 +107,23 @@ def _found(adapter: Adapter, kind: str) -> Statistics | None:
         return None
 
 
-def _tell_apart(adapter: Adapter, there: Statistics, asked: Mapping[str, Any]) -> None:
+def _warn_if_different(adapter: Adapter, there: Statistics, asked: Mapping[str, Any]) -> None:
     """Warn where the statistics that stay were made of something else than is asked for now."""
     facts = dict(there.metadata)
     if "base" in asked:  # one base may lie in several places
         asked, facts = ({**found, "base": Path(str(found.get("base"))).name} for found in (asked, facts))
     other = [name.removesuffix(" digest") for name, value in asked.items() if facts.get(name) != value]
     if other:
-        told = f"{there.metadata.get('rows')} rows of {there.metadata.get('task')}"
+        provenance = f"{there.metadata.get('rows')} rows of {there.metadata.get('task')}"
         warn_caller(
             [
-                f"adapter '{adapter.label}' has {there.kind} statistics already, of {told}, made with another "
+                f"adapter '{adapter.label}' has {there.kind} statistics already, of {provenance}, made with another "
                 f"{', another '.join(other)} than is asked for; they stay. Gather anew: again=True, --again."
             ]
         )
 
 
-def _labels(labels: str | None, task: Task) -> str:
+def _choose_labels(labels: str | None, task: Task) -> str:
     chosen = labels or ("expected" if task.classifies else "sampled")
     if chosen not in LABELS:
         raise RecipeError(unknown("kind of labels", str(labels), LABELS))
@@ -155,7 +156,7 @@ def _check(adapter: Adapter, task: Task, kind: str, save: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Reading:
+class RowLikelihood:
     """One row.
 
     Attributes:
@@ -168,59 +169,66 @@ class Reading:
     answers: Tensor | None
 
 
-def _readings(bench: Bench, task: Task, labels: str) -> list[Reading]:
+def _row_likelihoods(bench: Bench, task: Task, labels: str) -> list[RowLikelihood]:
     """A task's rows, tokenized and checked."""
     if task.measure in ("descriptions", "head"):
-        exam = Classification(bench, task, labelled=labels == "given")
+        scorer = Classification(bench, task, labelled=labels == "given")
         return [
-            Reading(lambda p=place: exam.logits([p]).log_softmax(-1), exam.labels[place : place + 1])  # type: ignore[misc]
-            for place in range(exam.rows)
+            RowLikelihood(partial(_label_log_probabilities, scorer, place), scorer.labels[place : place + 1])
+            for place in range(scorer.rows)
         ]
-    if task.choices is not None and labels != "given":  # whose rows need no labels then
+    if task.choices is not None and labels != "given":  # these rows need no labels
         task = replace(task, rows=tuple({**row, str(task.label): 0} for row in task.read()))
-    told = Continuation(bench, task)
-    count = len(told.pairs) // told.rows
-    groups = [told.pairs[place * count : (place + 1) * count] for place in range(told.rows)]
-    if task.choices is not None:
+    scored = Continuation(bench, task)
+    if task.choices is None:
         return [
-            Reading(lambda g=group: _choices(bench, g, task.mean), told.labels[place : place + 1])  # type: ignore[misc]
-            for place, group in enumerate(groups)
+            RowLikelihood(partial(_step_log_probabilities, bench, pair), torch.tensor(_predicted_tokens(bench, pair)))
+            for pair in scored.pairs
         ]
+    count = len(task.choices)
     return [
-        Reading(lambda p=pair: _steps(bench, p), torch.tensor(_asked(bench, pair)))  # type: ignore[misc]
-        for (pair,) in groups
+        RowLikelihood(
+            partial(_choice_log_probabilities, bench, scored.pairs[place * count : (place + 1) * count], task.mean),
+            scored.labels[place : place + 1],
+        )
+        for place in range(scored.rows)
     ]
 
 
-def _choices(bench: Bench, pairs: Sequence[Pair], mean: bool) -> Tensor:
+def _label_log_probabilities(scorer: Classification, place: int) -> Tensor:
+    """Return log p of each label of one row, (1, labels)."""
+    return scorer.logits([place]).log_softmax(-1)
+
+
+def _choice_log_probabilities(bench: Bench, pairs: Sequence[Pair], mean: bool) -> Tensor:
     """log p of each choice among them, (1, choices)."""
     totals = []
     for pair in pairs:
-        asked = torch.tensor(_asked(bench, pair), device=bench.device).unsqueeze(1)
-        chosen = _steps(bench, pair).gather(1, asked)
+        asked = torch.tensor(_predicted_tokens(bench, pair), device=bench.device).unsqueeze(1)
+        chosen = _step_log_probabilities(bench, pair).gather(1, asked)
         totals.append(chosen.mean() if mean else chosen.sum())
     return torch.stack(totals).log_softmax(-1).unsqueeze(0)
 
 
-def _asked(bench: Bench, pair: Pair) -> list[int]:
+def _predicted_tokens(bench: Bench, pair: Pair) -> list[int]:
     """The tokens that are foretold: of a text with nothing before it not the first."""
     return pair.asked[1:] if bench.form == "causal" and not pair.given else pair.asked
 
 
-def _steps(bench: Bench, pair: Pair) -> Tensor:
+def _step_log_probabilities(bench: Bench, pair: Pair) -> Tensor:
     """log p of every token at each place that is asked for, (asked, vocabulary)."""
     if bench.form == "seq2seq":
-        inputs = bench.padded([pair.given])
-        logits = bench.model(**inputs, labels=bench.padded([pair.asked])["input_ids"]).logits[0]
+        inputs = bench.pad_batch([pair.given])
+        logits = bench.model(**inputs, labels=bench.pad_batch([pair.asked])["input_ids"]).logits[0]
     else:
-        logits = bench.model(**bench.padded([[*pair.given, *pair.asked]])).logits[0]
-        logits = logits[-len(_asked(bench, pair)) - 1 : -1]
+        logits = bench.model(**bench.pad_batch([[*pair.given, *pair.asked]])).logits[0]
+        logits = logits[-len(_predicted_tokens(bench, pair)) - 1 : -1]
     found: Tensor = logits.float().log_softmax(-1)
     return found
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """One run of a module: what went in, and what its output's gradient is asked of.
 
     Attributes:
@@ -237,14 +245,14 @@ class Call:
 
 
 @contextmanager
-def _watched(bench: Bench, adapter: Adapter, probed: bool) -> Iterator[list[Call]]:
+def _recorded_calls(bench: Bench, adapter: Adapter, probed: bool) -> Iterator[list[ModuleCall]]:
     """The calls of an adapter's modules, as they happen."""
-    calls: list[Call] = []
+    calls: list[ModuleCall] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(layer: nn.Module, given: Any, output: Any) -> Any:
             probe = torch.zeros_like(output, requires_grad=True) if probed else None
-            calls.append(Call(name, given[0].detach(), output.detach(), probe))
+            calls.append(ModuleCall(name, given[0].detach(), output.detach(), probe))
             return output if probe is None else output + probe
 
         return hook
@@ -257,10 +265,10 @@ def _watched(bench: Bench, adapter: Adapter, probed: bool) -> Iterator[list[Call
             handle.remove()
 
 
-def _run(
+def _accumulate(
     bench: Bench,
     adapter: Adapter,
-    rows: Sequence[Reading],
+    rows: Sequence[RowLikelihood],
     kind: str,
     labels: str,
     seed: int,
@@ -269,14 +277,14 @@ def _run(
     """The statistic of every module, float32, on the CPU."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = defaultdict(int)
-    with bench.wear(adapter), _watched(bench, adapter, kind == "fisher") as calls:
+    with bench.applied(adapter), _recorded_calls(bench, adapter, kind == "fisher") as calls:
         for place, row in enumerate(rows):
             calls.clear()
             if kind == "gram":
                 _add_grams(row, calls, sums, counts)
             else:
-                drawn = stream_key(seed, "fisher", place, adapter.digest)
-                _add_fisher(bench, adapter, row, calls, labels, drawn, sums)
+                row_seed = stream_key(seed, "fisher", place, adapter.digest)
+                _add_fisher(bench, adapter, row, calls, labels, row_seed, sums)
             if progress is not None:
                 progress(kind, place + 1, len(rows))
     silent = sorted(set(adapter.modules) - sums.keys())
@@ -288,37 +296,43 @@ def _run(
     return {name: (total / (counts[name] or len(rows))).cpu() for name, total in sums.items()}
 
 
-def _add_grams(row: Reading, calls: list[Call], sums: dict[str, Tensor], counts: dict[str, int]) -> None:
+def _add_grams(row: RowLikelihood, calls: list[ModuleCall], sums: dict[str, Tensor], counts: dict[str, int]) -> None:
     with torch.no_grad():
         row.log_probabilities()
         grams: dict[Any, Tensor] = {}  # query, key and value read one input
         for call in calls:
             place = (call.inputs.data_ptr(), call.inputs.shape)
             if place not in grams:
-                x = _flat(call.inputs, call.module)
+                x = _token_matrix(call.inputs, call.module)
                 grams[place] = x.T @ x
             _add(sums, call.module, grams[place])
             counts[call.module] += call.inputs.shape[:-1].numel()
 
 
 def _add_fisher(
-    bench: Bench, adapter: Adapter, row: Reading, calls: list[Call], labels: str, drawn: int, sums: dict[str, Tensor]
+    bench: Bench,
+    adapter: Adapter,
+    row: RowLikelihood,
+    calls: list[ModuleCall],
+    labels: str,
+    row_seed: int,
+    sums: dict[str, Tensor],
 ) -> None:
     with torch.enable_grad():
         log_p = row.log_probabilities()
         probes = [call.probe for call in calls if call.probe is not None]
-        for weight, answer in _answers(row, log_p.detach(), labels, drawn):
+        for weight, answer in _answers(row, log_p.detach(), labels, row_seed):
             chosen = log_p.gather(1, answer.to(log_p.device).unsqueeze(1)).sum()
             found = torch.autograd.grad(chosen, probes, retain_graph=True, allow_unused=True)
-            slopes: dict[str, Tensor] = {}
+            gradients: dict[str, Tensor] = {}
             for call, gradient in zip(calls, found, strict=True):
                 if gradient is not None:
-                    _add(slopes, call.module, _slope(bench, adapter, call, gradient))
-            for name, slope in slopes.items():
-                _add(sums, name, weight * slope.square())
+                    _add(gradients, call.module, _task_vector_gradient(bench, adapter, call, gradient))
+            for name, gradient in gradients.items():
+                _add(sums, name, weight * gradient.square())
 
 
-def _answers(row: Reading, log_p: Tensor, labels: str, drawn: int) -> Iterator[tuple[float, Tensor]]:
+def _answers(row: RowLikelihood, log_p: Tensor, labels: str, row_seed: int) -> Iterator[tuple[float, Tensor]]:
     """(weight, answer at each step) of a row."""
     if labels == "given" and row.answers is not None:
         yield 1.0, row.answers
@@ -326,15 +340,15 @@ def _answers(row: Reading, log_p: Tensor, labels: str, drawn: int) -> Iterator[t
         for answer, weight in enumerate(log_p[0].exp().tolist()):
             yield weight, torch.tensor([answer])
     else:
-        threshold = uniform(drawn, 0, (len(log_p), 1)).to(log_p.device)
+        threshold = uniform(row_seed, 0, (len(log_p), 1)).to(log_p.device)
         yield 1.0, (log_p.exp().cumsum(1) < threshold).sum(1).clamp_max(log_p.shape[1] - 1)
 
 
-def _slope(bench: Bench, adapter: Adapter, call: Call, gradient: Tensor) -> Tensor:
+def _task_vector_gradient(bench: Bench, adapter: Adapter, call: ModuleCall, gradient: Tensor) -> Tensor:
     """∂/∂τ by one call of a module."""
     module, layer = adapter.module(call.module), bench.layer(call.module)
     g = gradient.reshape(-1, gradient.shape[-1])
-    x = _flat(call.inputs, call.module)
+    x = _token_matrix(call.inputs, call.module)
     if len(module.shape) == 2:
         return g.T @ x
     scaled = call.outputs.reshape(g.shape) * g
@@ -346,7 +360,7 @@ def _slope(bench: Bench, adapter: Adapter, call: Call, gradient: Tensor) -> Tens
     return scaled.sum(0) / (1 + adapter.delta(call.module).to(scaled.device))
 
 
-def _flat(inputs: Tensor, module: str) -> Tensor:
+def _token_matrix(inputs: Tensor, module: str) -> Tensor:
     """(tokens, in), float32."""
     if not inputs.dtype.is_floating_point or inputs.dim() not in (2, 3):
         raise CompatibilityError(

@@ -9,7 +9,7 @@ from typing import Any
 from ..adapters import writer
 from ..adapters.adapter import Adapter, check_is_list
 from ..errors import CompatibilityError
-from ..evaluation.evaluate import find_base, make_exam
+from ..evaluation.evaluate import find_base, make_scorer
 from ..evaluation.loaded_model import Bench
 from ..evaluation.scorers import Progress, form_for
 from ..evaluation.task import TaskSource, read_task
@@ -81,8 +81,8 @@ def few_shot_signs(
             task.check_rows()
         bench = Bench.load(chosen, form_for(asked[0]), device)
     bench.check(start)
-    exams = [make_exam(bench, task) for task in asked]
-    taken = steps or STEPS_EACH * len(exams)
+    scorers = [make_scorer(bench, task) for task in asked]
+    taken = steps or STEPS_EACH * len(scorers)
     recipe = {
         "adapters": [{"adapter": one.label, "digest": one.digest} for one in opened],
         "tasks": [{**task.to_dict(), "digest": task.digest()} for task in asked],
@@ -90,4 +90,4 @@ def few_shot_signs(
         "steps": taken,
         "seed": seed,
     }
-    return Signs(train(start, exams, seed, taken, progress=progress), recipe)
+    return Signs(train(start, scorers, seed, taken, progress=progress), recipe)

@@ -23,7 +23,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gains": {"method": "flat_tsv", "rank": "max"},
     "ia3": {"method": "power_mean"},
 }
-RANK = 16  # of a LoRA student where no teacher has a rank
+DEFAULT_RANK = 16  # of a LoRA student where no teacher has a rank
 
 
 def make_start(
@@ -47,10 +47,10 @@ def make_start(
     has_rank = peft_types()[chosen].has_rank
     if rank is not None and not has_rank:
         raise MethodError(f"rank is {rank!r}, but (IA)³ vectors have no rank. Leave it out.")
-    largest = max([a.ranks[-1] for a in teachers if a.peft_type.has_rank], default=RANK)
+    largest = max([a.ranks[-1] for a in teachers if a.peft_type.has_rank], default=DEFAULT_RANK)
     ranked: dict[str, Any] = {"rank": rank or largest} if has_rank and (rank or fit != GAINS) else {}
     shared: dict[str, Any] = {"dtype": "float32", "base_model": base_model, "allow_disjoint": True}
-    if bench.form == "classifier":  # each lesson is judged by its teacher's own head
+    if bench.form == "classifier":  # each teacher is judged by its teacher's own head
         shared["heads"] = "drop"
     if start is not None and not isinstance(start, Mapping):
         adapter = start if isinstance(start, Adapter) else Adapter.load(start)
@@ -64,12 +64,12 @@ def make_start(
     if has_rank:
         own = [a if a.peft_type.has_rank else as_lora(a, bench, rank or largest) for a in teachers]
     asked = dict(start) if start is not None else DEFAULTS[fit if has_rank else "ia3"]
-    told = ", ".join(f"{key} {value}" for key, value in (asked | ranked).items() if key != "method")
+    description = ", ".join(f"{key} {value}" for key, value in (asked | ranked).items() if key != "method")
     try:
         merged = merge(own, **(asked | ranked | shared))
     except TypeError as error:
         raise RecipeError(f"start: {one_line(error)}. Give what `merge` takes, or an adapter.") from None
-    return merged, f"{asked.get('method', METHOD)} of the adapters{', ' if told else ''}{told}"
+    return merged, f"{asked.get('method', METHOD)} of the adapters{', ' if description else ''}{description}"
 
 
 def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:

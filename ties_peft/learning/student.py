@@ -1,4 +1,4 @@
-"""Student: an adapter in the making, put on a bench by hooks, so that its numbers can be fitted.
+"""Student: an adapter in the making, put on a bench by hooks, so that its parameters can be fitted.
 
 The base's own tensors stay frozen and untouched, and nothing else gets a gradient. What is fitted:
 
@@ -6,7 +6,7 @@ The base's own tensors stay frozen and untouched, and nothing else gets a gradie
     gains    one number for each direction of every module, its A and B fixed: y + B·diag(g)·A·x
     vectors  (IA)³: l of every module: l ⊙ y, or W·(l ⊙ x) + b on feed-forward layers
 
-All numbers lie one after the other in one vector, so that an optimiser's step, and a saved state, is
+All parameters lie one after the other in one vector, so that an optimiser's step, and a saved state, is
 a few vectors.
 """
 
@@ -30,11 +30,11 @@ from ..task_vectors.random_numbers import stream_key
 
 FACTORS, GAINS = FITS
 VECTORS = "vectors"
-SMALLEST = 1e-2  # the unit of a step where everything starts at nothing
+UNIT_OF_ZEROS = 1e-2  # the unit of a step where everything starts at nothing
 
 
 class Student:
-    """An adapter whose numbers are fitted.
+    """An adapter whose parameters are fitted.
 
     Args:
         start: what it begins as; the layers that it adapts must be linear.
@@ -43,9 +43,9 @@ class Student:
         seed: of the draw that wakes directions that start at zero, A being drawn and B staying 0.
 
     Attributes:
-        flat: all numbers, (n,), float32, on the bench's device.
+        flat: all parameters, (n,), float32, on the bench's device.
         gradient: theirs, (n,).
-        unit: the size by which a step of each is measured, (n,): the root mean square of all numbers
+        unit: the size by which a step of each is measured, (n,): the root mean square of all parameters
             of its sort (A, B, g, l − 1) at the start.
     """
 
@@ -57,26 +57,26 @@ class Student:
         values = {name: value for module in start.modules for name, value in self._values(module).items()}
         units = _units(values)
         if self.fit == FACTORS:
-            _wake(values, units, seed)
+            _draw_zero_directions(values, units, seed)
         self.flat = torch.cat([value.reshape(-1) for value in values.values()]).to(bench.device)
-        sized = [torch.full((value.numel(),), units[_sort(name)]) for name, value in values.items()]
+        sized = [torch.full((value.numel(),), units[_parameter_kind(name)]) for name, value in values.items()]
         self.unit = torch.cat(sized).to(bench.device)
         self.gradient = torch.zeros_like(self.flat)
-        self.numbers = self._leaves(values)
+        self.parameters = self._leaves(values)
 
     @contextmanager
-    def on(self) -> Iterator[None]:
+    def attached(self) -> Iterator[None]:
         """The bench with the student on it."""
         handles: list[Any] = []
         try:
-            handles += [self._hook(name) for name in self.start.modules]
+            handles += [self._register_hook(name) for name in self.start.modules]
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def set(self, values: Tensor) -> None:
-        """Take numbers in place of those it has, (n,)."""
+        """Take parameters in place of those it has, (n,)."""
         with torch.no_grad():
             self.flat.copy_(values)
 
@@ -92,7 +92,7 @@ class Student:
         return {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in made.items()}
 
     def _values(self, name: str) -> dict[str, Tensor]:
-        """The numbers of one module at the start; a direction's fixed factors are put aside."""
+        """The parameters of one module at the start; a direction's fixed factors are put aside."""
         delta = self.start.read(name)
         if not isinstance(delta, LowRank):
             return {f"{name}.l": 1 + delta.dense()}
@@ -102,7 +102,7 @@ class Student:
         return {f"{name}.A": delta.A.clone(), f"{name}.B": delta.B.clone()}
 
     def _leaves(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The numbers of each module as leaves of the graph that share their memory with `flat`."""
+        """The parameters of each module as leaves of the graph that share their memory with `flat`."""
         leaves, start = {}, 0
         for name, value in values.items():
             stop = start + value.numel()
@@ -113,26 +113,26 @@ class Student:
 
     def _delta(self, name: str) -> LowRank | Dense:
         if self.fit == VECTORS:
-            return Dense(self.numbers[f"{name}.l"].cpu() - 1)
+            return Dense(self.parameters[f"{name}.l"].cpu() - 1)
         A, B = self._factors(name)
         return LowRank(B.cpu(), A.cpu())
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         if self.fit == GAINS:
             A, B = self._fixed[name]
-            return A * self.numbers[f"{name}.g"].unsqueeze(1), B
-        return self.numbers[f"{name}.A"], self.numbers[f"{name}.B"]
+            return A * self.parameters[f"{name}.g"].unsqueeze(1), B
+        return self.parameters[f"{name}.A"], self.parameters[f"{name}.B"]
 
-    def _hook(self, name: str) -> Any:
+    def _register_hook(self, name: str) -> Any:
         layer = self.bench.layer(name)
         if self.fit != VECTORS:
-            return layer.register_forward_hook(self._adding(name))
-        vector = self.numbers[f"{name}.l"]
+            return layer.register_forward_hook(self._add_low_rank(name))
+        vector = self.parameters[f"{name}.l"]
         if self.start.module(name).on_input:
             return layer.register_forward_pre_hook(lambda _, given: (given[0] * vector.to(given[0].dtype),))
         return layer.register_forward_hook(lambda _, given, out: out * vector.to(out.dtype))
 
-    def _adding(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def _add_low_rank(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def add(_: nn.Module, given: Any, out: Tensor) -> Tensor:
             A, B = self._factors(name)
             added: Tensor = (given[0].to(A.dtype) @ A.T) @ B.T
@@ -141,25 +141,25 @@ class Student:
         return add
 
 
-def _sort(name: str) -> str:
+def _parameter_kind(name: str) -> str:
     """A, B, g or l."""
     return name.rpartition(".")[2]
 
 
 def _units(values: dict[str, Tensor]) -> dict[str, float]:
-    """The root mean square of each sort of numbers."""
+    """The root mean square of each sort of parameters."""
     found = {}
-    for sort in sorted({_sort(name) for name in values}):
-        own = [value - float(sort == "l") for name, value in values.items() if _sort(name) == sort]
+    for sort in sorted({_parameter_kind(name) for name in values}):
+        own = [value - float(sort == "l") for name, value in values.items() if _parameter_kind(name) == sort]
         total = sum(float(value.double().square().sum()) for value in own)
-        found[sort] = (total / sum(value.numel() for value in own)) ** 0.5 or SMALLEST
+        found[sort] = (total / sum(value.numel() for value in own)) ** 0.5 or UNIT_OF_ZEROS
     return found
 
 
-def _wake(values: dict[str, Tensor], units: dict[str, float], seed: int) -> None:
+def _draw_zero_directions(values: dict[str, Tensor], units: dict[str, float], seed: int) -> None:
     """Directions with A and B both 0 would stay so for ever: draw their A. The function stays the same."""
     for name, A in values.items():
-        if _sort(name) != "A":
+        if _parameter_kind(name) != "A":
             continue
         B = values[f"{name.removesuffix('.A')}.B"]
         idle = ((A == 0).all(1)) & ((B == 0).all(0))

@@ -1,204 +1,246 @@
-"""Teachers: the adapters that `distil` imitates, each with its rows and how its predictions are read."""
+"""Lessons: rows, and what one adapter predicts on them, run once and kept; the student is measured against it.
+
+Measured is the Kullback-Leibler divergence KL(teacher ‖ student) of predictions, in nats: over the
+labels of a row, or over the next token at every place of a row and then the mean of those. Of next
+tokens the teacher's `TOP_K` likeliest are kept and the rest of its probability in one sum, so that memory
+stays small; by the data-processing inequality the divergence of what is kept is at most that of the whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
-from ..adapters.adapter import Adapter, check_is_list
-from ..errors import RecipeError, unknown
-from ..evaluation.evaluate import find_base
-from ..evaluation.loaded_model import LANGUAGE, Bench
-from ..evaluation.rows import FILES, names_rows, read_rows, texts_of
-from ..evaluation.scorers import Classification, check_form, form_for
-from ..evaluation.task import Task, is_task, read_task
-from ..merging.members import short_names
-from .predictions import LabelLesson, Lesson, TokenLesson, random_rows
+import torch
+from torch import Tensor
 
-RANDOM_ROWS = 800
-FEWEST = 5  # rows: one is held back of five
-FORMS = {"CAUSAL_LM": LANGUAGE, "SEQ_CLS": "classifier"}  # what a config says that needs no task
-WAYS = {LANGUAGE: Task("loss", label=None), "classifier": Task("head")}
+from ..adapters.adapter import Adapter
+from ..evaluation.loaded_model import Bench
+from ..evaluation.scorers import BATCH, Classification, Progress, batches
+from ..task_vectors.random_numbers import stream_key
+
+TOP_K = 128
+MAX_LOGITS = 1 << 26  # logits held at once, for the rows of one batch
+MIN_TOKENS, MAX_TOKENS = 6, 32  # tokens in a row of random ones
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """An adapter to imitate.
+class Comparison(NamedTuple):
+    """A student against the teacher, on some rows.
 
     Attributes:
-        adapter: it.
-        name: short and unique, for tables.
-        task: how its predictions are read; None where the model decides.
-        texts: what it reads; None for random tokens.
-        count: of random rows.
-        origin: where the rows come from.
+        divergence: of each row, in nats; differentiable.
+        agreement: of each row the share of predictions whose likeliest is the teacher's.
     """
 
-    adapter: Adapter
-    name: str
-    task: Task | None
-    texts: tuple[str, ...] | None
-    count: int
-    origin: str
+    divergence: Tensor
+    agreement: Tensor
 
 
-def read_teachers(adapters: Sequence[Any], rows: Any = None, tasks: Any = None) -> list[Teacher]:
-    """Open the adapters, and find each one's task and texts; see `distil`.
+class Teacher(ABC):
+    """One adapter's rows and its predictions on them.
 
-    Raises: RecipeError naming what fits no adapter, or what an adapter lacks.
+    Args:
+        bench: where it is given.
+        adapter: the teacher.
+        sequences: token ids of the rows.
+        name: for tables.
+        origin: where the rows come from, for the report.
     """
-    check_is_list(adapters)
-    if not adapters:
-        raise RecipeError("expected a list of adapters to imitate, at least one: distil([...]).")
-    opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
-    names = short_names([adapter.label for adapter in opened])
-    keys = [{given, own.label, name} for given, own, name in zip(map(_key, adapters), opened, names, strict=True)]
-    ways = [None if way is None else read_task(way) for way in _each("tasks", tasks, keys, names)]
-    given = _each("rows", rows, keys, names)
-    return [_teacher(*one) for one in zip(opened, names, ways, given, strict=True)]
+
+    def __init__(
+        self, bench: Bench, adapter: Adapter, sequences: Sequence[Sequence[int]], name: str, origin: str
+    ) -> None:
+        self.bench, self.adapter, self.name, self.origin = bench, adapter, name, origin
+        self.sequences = [list(ids) for ids in sequences]
+
+    @property
+    def digest(self) -> str:
+        """A sha256 over the teacher, the token ids, and how predictions are read."""
+        running = hashlib.sha256(f"{type(self).__name__} {self.adapter.digest} {self.settings}".encode())
+        running.update(str(self.sequences).encode())
+        return running.hexdigest()
+
+    @property
+    @abstractmethod
+    def settings(self) -> str:
+        """How predictions are read, for the digest."""
+
+    @abstractmethod
+    def predict(self, progress: Progress | None = None) -> dict[str, Tensor]:
+        """Run the teacher; its predictions, to be kept and given to `set_predictions`."""
+
+    @abstractmethod
+    def set_predictions(self, predictions: dict[str, Tensor]) -> None:
+        """Take what `predict` gave, now or in an earlier run."""
+
+    @abstractmethod
+    def compare(self, places: Sequence[int]) -> Comparison:
+        """What is on the bench against the teacher, on some rows."""
+
+    def own_head(self) -> AbstractContextManager[Any]:
+        """The bench with what the teacher is judged by; what is differentiated stays in it until that is done."""
+        return nullcontext()
+
+    def micro_batch(self, size: int) -> int:
+        """How many rows of a batch are run at once: a matter of memory alone."""
+        return size
+
+    def measure(self, places: Sequence[int], size: int = BATCH) -> tuple[float, float]:
+        """Mean divergence and agreement over some rows."""
+        divergence, agreement = 0.0, 0.0
+        with torch.no_grad(), self.own_head():
+            for chosen in batches([len(self.sequences[place]) for place in places], self.micro_batch(size)):
+                found = self.compare([places[number] for number in chosen])
+                divergence += float(found.divergence.double().sum())
+                agreement += float(found.agreement.double().sum())
+        return divergence / len(places), agreement / len(places)
 
 
-def open_bench(teachers: Sequence[Teacher], base: str | Path | None, device: str, bench: Bench | None) -> Bench:
-    """The base model, loaded in the form that the tasks need, once everything is known to fit.
+class LabelTeacher(Teacher):
+    """Predictions are a distribution over labels; see `Classification`."""
 
-    Raises: RecipeError where the form cannot be told, differs, or cannot be imitated.
+    def __init__(self, scorer: Classification, adapter: Adapter, name: str, origin: str) -> None:
+        super().__init__(scorer.bench, adapter, scorer.sequences, name, origin)
+        self.scorer = scorer
+        self._log_p = torch.empty(0)
+
+    @property
+    def settings(self) -> str:
+        """The task's measure, descriptions and temperature."""
+        task = self.scorer.task
+        return f"{task.measure} {task.descriptions} {task.temperature}"
+
+    def predict(self, progress: Progress | None = None) -> dict[str, Tensor]:
+        """Log-probabilities, (rows, labels)."""
+        with self.bench.applied(self.adapter):
+            return {"log_p": self.scorer.all_logits(progress).log_softmax(-1)}
+
+    def set_predictions(self, predictions: dict[str, Tensor]) -> None:
+        """Log-probabilities, (rows, labels)."""
+        self._log_p = predictions["log_p"].to(self.bench.device)
+
+    def own_head(self) -> AbstractContextManager[Any]:
+        """With the teacher's own head, where it has one."""
+        return self.bench.applied_extra_tensors(self.adapter) if self.bench.form == "classifier" else nullcontext()
+
+    def compare(self, places: Sequence[int]) -> Comparison:
+        """KL over the labels."""
+        log_p = self._log_p[torch.tensor(places, device=self._log_p.device)]
+        log_q = self.scorer.logits(places).log_softmax(-1)
+        return Comparison((log_p.exp() * (log_p - log_q)).sum(-1), (log_p.argmax(-1) == log_q.argmax(-1)).float())
+
+
+class TokenTeacher(Teacher):
+    """Predictions are distributions over the next token, one for each place of a row."""
+
+    def __init__(self, bench: Bench, adapter: Adapter, sequences: list[list[int]], name: str, origin: str) -> None:
+        super().__init__(bench, adapter, sequences, name, origin)
+        self._tokens: list[Tensor] = []
+        self._log_p: list[Tensor] = []
+
+    @property
+    def settings(self) -> str:
+        """How many tokens are kept."""
+        return str(TOP_K)
+
+    def micro_batch(self, size: int) -> int:
+        """So many rows that their logits are no more than `MAX_LOGITS` numbers."""
+        longest = max(len(ids) for ids in self.sequences)
+        vocabulary: int = self.bench.model.get_output_embeddings().weight.shape[0]
+        return max(1, min(size, MAX_LOGITS // (longest * vocabulary)))
+
+    def predict(self, progress: Progress | None = None) -> dict[str, Tensor]:
+        """Of all places, rows one after the other: the likeliest tokens, (places, top), and their log-probabilities."""
+        tokens: dict[int, Tensor] = {}
+        log_p: dict[int, Tensor] = {}
+        with self.bench.applied(self.adapter), torch.no_grad():
+            for chosen in batches([len(ids) for ids in self.sequences], self.micro_batch(BATCH)):
+                logits = self._logits(chosen)
+                for row, place in enumerate(chosen):
+                    own = logits[row, : len(self.sequences[place])].log_softmax(-1)
+                    top = own.topk(min(TOP_K, own.shape[-1]))
+                    tokens[place], log_p[place] = top.indices.int().cpu(), top.values.cpu()
+                if progress is not None:
+                    progress(self.name, len(tokens), len(self.sequences))
+        order = range(len(self.sequences))
+        return {"tokens": torch.cat([tokens[p] for p in order]), "log_p": torch.cat([log_p[p] for p in order])}
+
+    def set_predictions(self, predictions: dict[str, Tensor]) -> None:
+        """What `predict` gave."""
+        lengths = [len(ids) for ids in self.sequences]
+        self._tokens = list(torch.split(predictions["tokens"], lengths))
+        self._log_p = list(torch.split(predictions["log_p"], lengths))
+
+    def compare(self, places: Sequence[int]) -> Comparison:
+        """The mean over places of KL over the kept tokens and the rest."""
+        logits = self._logits(places)
+        divergences, agreements = [], []
+        for row, place in enumerate(places):
+            tokens = self._tokens[place].to(self.bench.device).long()
+            log_p = self._log_p[place].to(self.bench.device)
+            whole = logits[row, : len(tokens)].log_softmax(-1)
+            log_q = whole.gather(1, tokens)
+            divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+            if tokens.shape[1] < whole.shape[1]:
+                rest_p, rest_q = _rest(log_p), _rest(log_q)
+                divergence = divergence + rest_p * (rest_p.log() - rest_q.log())
+            divergences.append(divergence.mean())
+            agreements.append((whole.argmax(-1) == tokens[:, 0]).float().mean())
+        return Comparison(torch.stack(divergences), torch.stack(agreements))
+
+    def _logits(self, places: Sequence[int]) -> Tensor:
+        inputs = self.bench.pad_batch([self.sequences[place] for place in places])
+        logits: Tensor = self.bench.model(**inputs).logits
+        return logits.float()
+
+
+def _rest(log_p: Tensor) -> Tensor:
+    """1 − Σ p, kept off 0."""
+    return (1 - log_p.exp().sum(-1)).clamp_min(1e-6)
+
+
+def random_rows(
+    bench: Bench, count: int, seed: int, digest: str, described: Sequence[str] | None = None
+) -> list[list[int]]:
+    """Rows of random tokens of the vocabulary, each as likely, framed as a text is.
+
+    What the labels' descriptions are made of brings such rows nearer to the task: half of the tokens, at places
+    drawn too, come from there where there are descriptions.
+
+    Args:
+        bench: whose tokenizer's vocabulary, special tokens left out.
+        count: how many rows; each of MIN_TOKENS to MAX_TOKENS tokens between the frame's.
+        seed, digest: what the draw depends on, the digest being the adapter's.
+        described: a text for each label.
     """
-    if bench is None:
-        forms = {_form(teacher) for teacher in teachers}
-        if len(forms) != 1:
-            raise RecipeError(
-                f"the tasks need {len(forms)} forms of the base model ({', '.join(sorted(forms))}); distil loads one. "
-                "Imitate those of one form at a time."
-            )
-        tasks = [teacher.task for teacher in teachers if teacher.task is not None]
-        chosen = find_base([teacher.adapter for teacher in teachers], tasks, base)
-        bench = Bench.load(chosen, forms.pop(), device)
-    if bench.form == "seq2seq":
-        raise RecipeError(
-            f"'{bench.base}' is a sequence-to-sequence model, whose predictions distil cannot imitate yet; it does so "
-            "with encoders, sequence classification and causal models."
-        )
-    for teacher in teachers:
-        if teacher.task is not None:
-            check_form(bench, teacher.task)
-        elif bench.form == "encoder":
-            raise RecipeError(_needs_task(teacher))
-        bench.check(teacher.adapter)
-        bench.require(teacher.adapter)
-        teacher.adapter.check()
-    return bench
+    tokenizer = bench.tokenizer
+    special = set(tokenizer.all_special_ids)
+    rows_held = bench.model.get_input_embeddings().weight.shape[0]
+    usable = torch.tensor([token for token in range(min(len(tokenizer), rows_held)) if token not in special])
+    generator = torch.Generator().manual_seed(stream_key(seed, "random tokens", 0, digest) % (1 << 63))
+    front, back = _special_tokens_around(bench)
+    most = max(1, min(MAX_TOKENS, bench.max_length - len(front) - len(back)))
+    lengths = torch.randint(min(MIN_TOKENS, most), most + 1, (count,), generator=generator).tolist()
+    drawn = [usable[torch.randint(len(usable), (length,), generator=generator)].tolist() for length in lengths]
+    words = torch.tensor([token for ids in bench.all_token_ids(described or (), special=False) for token in ids])
+    if len(words):
+        drawn = [_mix_in(ids, words, generator) for ids in drawn]
+    return [[*front, *ids, *back] for ids in drawn]
 
 
-def make_lessons(teachers: Sequence[Teacher], bench: Bench, seed: int) -> list[Lesson]:
-    """A lesson for each teacher, tokenized; the teachers have not been run yet.
-
-    Raises: RecipeError where there are too few rows.
-    """
-    return [_lesson(teacher, bench, seed) for teacher in teachers]
-
-
-def _lesson(teacher: Teacher, bench: Bench, seed: int) -> Lesson:
-    form = LANGUAGE if bench.form == "causal" else bench.form
-    task = teacher.task or WAYS[form]
-    if teacher.texts is None:
-        sequences = random_rows(bench, teacher.count, seed, teacher.adapter.digest, task.descriptions)
-    else:
-        found, _ = bench.ids(task.fill_template(list(teacher.texts)), task.max_tokens)
-        sequences = [ids for ids in found if ids]
-    if len(sequences) < FEWEST:
-        raise RecipeError(
-            f"adapter '{teacher.name}' has {len(sequences)} rows with a token in them ({teacher.origin}); expected "
-            f"{FEWEST} at least, of which one in five is held back. Give more, or none for random tokens."
-        )
-    if form == LANGUAGE:
-        return TokenLesson(bench, teacher.adapter, sequences, teacher.name, teacher.origin)
-    exam = Classification(bench, task, labelled=False, sequences=sequences)
-    return LabelLesson(exam, teacher.adapter, teacher.name, teacher.origin)
+def _mix_in(ids: list[int], words: Tensor, generator: torch.Generator) -> list[int]:
+    """Half of the tokens replaced by draws from others, a token that comes twice there being twice as likely."""
+    chosen = torch.rand(len(ids), generator=generator) < 0.5
+    others = words[torch.randint(len(words), (len(ids),), generator=generator)]
+    return torch.where(chosen, others, torch.tensor(ids)).tolist()
 
 
-def _teacher(adapter: Adapter, name: str, task: Task | None, rows: Any) -> Teacher:
-    if rows is None and task is not None and task.rows is not None:
-        texts = texts_of(task.read(), task.text, task.where)
-        origin = task.rows if isinstance(task.rows, str) else "the task's rows"
-        return Teacher(adapter, name, task, tuple(texts), 0, origin)
-    if rows is None or (isinstance(rows, int) and not isinstance(rows, bool)):
-        count = RANDOM_ROWS if rows is None else rows
-        described = task is not None and task.descriptions is not None
-        origin = "random tokens and words of the labels" if described else "random tokens"
-        return Teacher(adapter, name, task, None, count, origin)
-    if isinstance(rows, (str, Path)):
-        field = "text" if task is None else task.text
-        limit = None if task is None else task.limit
-        texts = texts_of(read_rows(rows, limit=limit, text=field), field, f"rows {str(rows)!r}")
-        return Teacher(adapter, name, task, tuple(texts), 0, str(rows))
-    if isinstance(rows, Sequence) and all(isinstance(text, str) for text in rows):
-        return Teacher(adapter, name, task, tuple(rows), 0, "texts given")
-    raise RecipeError(
-        f"rows of '{name}' are {rows!r}; expected a list of texts, the path of a .jsonl, .csv or .txt file, "
-        "a data set on the Hub, or a number of random-token rows."
-    )
-
-
-def _each(what: str, given: Any, keys: Sequence[set[Any]], names: Sequence[str]) -> list[Any]:
-    """Return what is given for each adapter: by name, in order, or one for all."""
-    if given is None or isinstance(given, (str, Path, int, Task)):
-        return [given] * len(keys)
-    known = set().union(*keys)
-    if isinstance(given, Mapping) and what == "tasks" and is_task(given) and known.isdisjoint(map(_key, given)):
-        return [given] * len(keys)
-    if not isinstance(given, Mapping):
-        return _in_order(what, list(given), len(keys))
-    by_key = {_key(key): value for key, value in given.items()}
-    for key in by_key:
-        if key not in known:
-            raise RecipeError(f"{what}: {unknown('adapter', str(key), names)}")
-    result = [next((by_key[key] for key in own if key in by_key), None) for own in keys]
-    missing = [name for name, value in zip(names, result, strict=True) if value is None]
-    if missing:
-        raise RecipeError(f"{what}: there are none for {', '.join(missing)}. Give them for every adapter, or for none.")
-    return result
-
-
-def _in_order(what: str, given: list[Any], count: int) -> list[Any]:
-    """Return one entry for each of `count` adapters: of a list for each of them, or for all.
-
-    Raises: RecipeError where the number of entries fits neither, or texts could be for each or for all.
-    """
-    if what == "rows" and all(isinstance(entry, str) for entry in given) and not all(map(names_rows, given)):
-        if len(given) == count > 1:
-            shared, single = (repr(rows) for rows in ([given], [[text] for text in given]))
-            raise RecipeError(
-                f"rows is a list of {count} texts for {count} adapters, which can mean two things. Write rows={shared} if "
-                f"every adapter reads all of them, or rows={single} if each reads its own. A string is the path of a file "
-                f"if it ends in {', '.join(FILES)}."
-            )
-        given = [given]
-    if len(given) not in (1, count):
-        raise RecipeError(
-            f"{len(given)} {what} for {count} adapters. Give one for each, in their order, or one for all."
-        )
-    return given * count if len(given) == 1 else given
-
-
-def _key(value: Any) -> Any:
-    """What an adapter is found by: its path as text, or the object itself."""
-    return str(value) if isinstance(value, (str, Path)) else id(value)
-
-
-def _form(teacher: Teacher) -> str:
-    """The form of base that a teacher needs."""
-    if teacher.task is not None:
-        return form_for(teacher.task)
-    form = FORMS.get(str(teacher.adapter.config.get("task_type")))
-    if form is None:
-        raise RecipeError(_needs_task(teacher))
-    return form
-
-
-def _needs_task(teacher: Teacher) -> str:
-    return (
-        f"adapter '{teacher.name}' says task_type {teacher.adapter.config.get('task_type')!r}, so how its "
-        "predictions are read is not known. Give its task (tasks=, --task), with descriptions for an encoder."
-    )
+def _special_tokens_around(bench: Bench) -> tuple[list[int], list[int]]:
+    """The special tokens that stand before and after a text."""
+    (whole,), (plain,) = bench.all_token_ids(["a"]), bench.all_token_ids(["a"], special=False)
+    fits = (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain)
+    start = next(fits, 0)
+    return whole[:start], whole[start + len(plain) :]

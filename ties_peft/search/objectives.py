@@ -15,10 +15,10 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..choices import TRAINED
 from ..errors import RecipeError
-from ..evaluation.evaluate import find_base, make_exam
+from ..evaluation.evaluate import find_base, make_scorer
 from ..evaluation.language_models import Continuation, Generation
 from ..evaluation.loaded_model import Bench
-from ..evaluation.scorers import Classification, Exam, form_for
+from ..evaluation.scorers import Classification, Scorer, form_for
 from ..evaluation.task import read_task
 from ..learning.training import check_trainable
 
@@ -36,7 +36,7 @@ class Objectives:
         trained: whether an adapter shall be trained on the objective's rows.
 
     Attributes:
-        exam: the objective's, where it is a task.
+        scorer: the objective's, where it is a task.
         asked: what the objective is, in plain values; a function is told by nothing.
         judge_id: the same of the judge in one word, empty without one; None for a function, which is never
             known to be the same again.
@@ -67,47 +67,47 @@ class Objectives:
             for task in tasks:
                 task.check_rows()
             bench = Bench.load(chosen, form_for(tasks[0]), device)
-        exams = [make_exam(bench, task) for task in tasks if bench is not None]
+        scorers = [make_scorer(bench, task) for task in tasks if bench is not None]
         if bench is not None:
             for adapter in adapters:
                 bench.check(adapter)
-                bench.require(adapter)
-        self.exam: Exam | None = None if callable(objective) else exams[0]
-        self.asked: dict[str, Any] = {"objective": FUNCTION} if self.exam is None else content(self.exam)
-        self.judge_id: str | None = "" if judge is None else None if callable(judge) else _digest(content(exams[-1]))
-        self.score: Objective = objective if callable(objective) else lambda adapter: _loss(exams[0], adapter)
-        self._judge = judge if judge is None or callable(judge) else lambda adapter: _value(exams[-1], adapter)
+                bench.check_complete(adapter)
+        self.scorer: Scorer | None = None if callable(objective) else scorers[0]
+        self.asked: dict[str, Any] = {"objective": FUNCTION} if self.scorer is None else content(self.scorer)
+        self.judge_id: str | None = "" if judge is None else None if callable(judge) else _digest(content(scorers[-1]))
+        self.score: Objective = objective if callable(objective) else lambda adapter: _loss(scorers[0], adapter)
+        self._judge = judge if judge is None or callable(judge) else lambda adapter: _value(scorers[-1], adapter)
 
     def judge(self, adapter: Adapter) -> float | None:
         """What the judge says; None without one."""
         return None if self._judge is None else float(self._judge(adapter))
 
 
-def content(exam: Exam) -> dict[str, Any]:
-    """What an exam asks, whatever its rows' path and its own name are.
+def content(scorer: Scorer) -> dict[str, Any]:
+    """What a scorer asks, whatever its rows' path and its own name are.
 
     Returns: `base`, the last part of its name; `measure`, with the options that this one heeds; `examples`, the
         SHA-256 of the rows' tokens, as far as they are read, and labels.
     """
-    task, bench = exam.task, exam.bench
+    task, bench = scorer.task, scorer.bench
     options: dict[str, Any] = {}
     rows: list[Any] = []
-    if isinstance(exam, Classification):
-        rows = [list(ids) for ids in exam.sequences]
+    if isinstance(scorer, Classification):
+        rows = [list(ids) for ids in scorer.sequences]
         if task.descriptions is not None:
-            described, _ = bench.ids(task.descriptions, task.max_tokens)
+            described, _ = bench.token_ids(task.descriptions, task.max_tokens)
             options = {"descriptions": described, "temperature": task.temperature}
-    elif isinstance(exam, Continuation):
-        rows = [[list(pair.given), list(pair.asked)] for pair in exam.pairs]
+    elif isinstance(scorer, Continuation):
+        rows = [[list(pair.given), list(pair.asked)] for pair in scorer.pairs]
         if task.choices is not None:
             options = {"choices": len(task.choices), "mean": task.mean}
-    elif isinstance(exam, Generation):
-        rows = [[list(ids), answer] for ids, answer in zip(exam.sequences, exam.answers, strict=True)]
+    elif isinstance(scorer, Generation):
+        rows = [[list(ids), answer] for ids, answer in zip(scorer.sequences, scorer.answers, strict=True)]
         options = {"new_tokens": task.new_tokens, "stop": task.stop}
     return {
         "base": Path(bench.base).name,
         "measure": {"name": task.measure, **options},
-        "examples": _digest([rows, exam.labels.tolist()]),
+        "examples": _digest([rows, scorer.labels.tolist()]),
     }
 
 
@@ -115,12 +115,12 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _loss(exam: Exam, adapter: Adapter) -> float:
-    with exam.bench.wear(adapter):
-        score = exam.score()
+def _loss(scorer: Scorer, adapter: Adapter) -> float:
+    with scorer.bench.applied(adapter):
+        score = scorer.score()
     return score.value if score.loss is None else -score.loss
 
 
-def _value(exam: Exam, adapter: Adapter) -> float:
-    with exam.bench.wear(adapter):
-        return exam.score().value
+def _value(scorer: Scorer, adapter: Adapter) -> float:
+    with scorer.bench.applied(adapter):
+        return scorer.score().value

@@ -252,9 +252,9 @@ def _control(problem: SearchProblem, objectives: Objectives, name: str, ask: _Se
     if name == ADAPTERS:
         return _search_random(problem, objectives, ask)
     if name == TRAINED:
-        assert objectives.exam is not None  # as `Objectives` saw to
+        assert objectives.scorer is not None  # as `Objectives` saw to
         return train(
-            new_adapter(problem.adapters[0], problem.seed), [objectives.exam], problem.seed, progress=ask.progress
+            new_adapter(problem.adapters[0], problem.seed), [objectives.scorer], problem.seed, progress=ask.progress
         )
     found = [problem.merge(recipe) for recipe in simple_recipes(problem.tuning.recipe)[name]]
     return max(found, key=problem.score) if len(found) > 1 else found[0]
