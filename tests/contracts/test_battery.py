@@ -7,9 +7,10 @@ A method, a space or a kind that is added is covered by being found. What a clas
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from contracts.cells import (
     tensors,
     with_tensors,
 )
+from sampling import covering
 
 import ties_peft
 from ties_peft import Adapter, MethodError, Recipe
@@ -42,8 +44,21 @@ from ties_peft.methods import method_classes
 from ties_peft.spaces import spaces
 from ties_peft.task_vectors import tiles
 
+Test = TypeVar("Test", bound=Callable[..., None])
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
-every_cell = pytest.mark.parametrize("cell", OFFERED, ids=str)
+
+
+def of_cells(cells: Sequence[Cell]) -> Callable[[Test], Test]:
+    """Run a test on cells that have every method, and every space of every kind, among them; on all with `-m slow`."""
+
+    def mark(test: Test) -> Test:
+        chosen = covering(cells, lambda cell: (cell.method, cell[1:]), seed=test.__name__)
+        return pytest.mark.parametrize("cell", chosen, ids=str)(test)
+
+    return mark
+
+
+every_cell = of_cells(OFFERED)
 every_method = pytest.mark.parametrize("method", method_classes())
 LEAST = 1e-9  # a density that keeps nothing
 NO_LAW_OF_NEGATION = {"average": "it divides by Σw, not Σ|w|", "product": "its weights are powers"}
@@ -76,7 +91,7 @@ def test_the_cells_are_all_there_are() -> None:
     assert written <= SAMPLES.keys(), f"contracts.cells.SAMPLES lacks {written - SAMPLES.keys()}"
 
 
-@pytest.mark.parametrize("cell", REFUSED, ids=str)
+@of_cells(REFUSED)
 def test_a_cell_that_is_not_offered_is_refused_with_what_is(cell: Cell) -> None:
     """By name a space where it works, or where there is none a method for the kind; and none that does not."""
     with pytest.raises(MethodError) as caught:
@@ -159,7 +174,7 @@ def test_the_order_of_adapters_does_not_matter(cell: Cell) -> None:
 
 
 @every_cell
-def test_an_adapter_alone_a_pair_of_strangers_to_a_module_and_copies_are_finite(cell: Cell) -> None:
+def test_an_adapter_alone_a_pair_that_lacks_a_module_and_copies_are_finite(cell: Cell) -> None:
     first, second, *rest = cell.adapters
     for some in ([first], [second, (rest or [first])[0]], [first, first], [first, negated(first)]):
         assert finite(cell.merge(some, weights=[1.0, 0.5][: len(some)]))
@@ -206,7 +221,7 @@ def test_weights_by_norm_are_those_of_the_task_vectors(cell: Cell) -> None:
     assert distance(cell.merge(weights="norm"), cell.merge(weights=weights)) < 1e-4
 
 
-@pytest.mark.parametrize("cell", [cell for cell in OFFERED if cell.has("density")], ids=str)
+@of_cells([cell for cell in OFFERED if cell.has("density")])
 def test_densities_of_almost_nothing_and_of_one(cell: Cell) -> None:
     nothing, everything = cell.merge(density=LEAST), cell.merge(density=1.0)
     assert finite(nothing) and finite(everything)
@@ -272,7 +287,7 @@ def test_a_prepared_merge_of_one_setting_after_another_is_the_merge(space: str) 
 # -- factors
 
 
-@pytest.mark.parametrize("cell", [c for c in OFFERED if c.kind == "lora" and c.space != "factors"], ids=str)
+@of_cells([cell for cell in OFFERED if cell.kind == "lora" and cell.space != "factors"])
 def test_other_factors_are_the_same_adapter(cell: Cell) -> None:
     """(B·G, G⁻¹·A) merges to the same: by chance too, where the numbers are the same."""
     others = [drawing_as(in_other_factors(own, seed), own) for seed, own in enumerate(cell.adapters)]
@@ -288,7 +303,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("pair", sorted(set(PAIRS)))
+@pytest.mark.parametrize("pair", covering(sorted(set(PAIRS)), lambda pair: pair.split("+")))
 def test_two_in_a_row_merge_or_are_refused(pair: str) -> None:
     """In core, where all can meet, if both are offered there; in delta entries and singular vectors do not."""
     first, then = (method_classes()[name] for name in pair.split("+"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import PREFIX
 from contracts.cells import EQUAL_RANKS, OFFERED, Cell, drawn_statistics, samples, tensors, with_tensors
 from oracles import definition
 from safetensors.torch import load_file, save_file
+from sampling import covering
 from torch import Tensor
 
 import ties_peft
@@ -134,8 +136,13 @@ def _ahead(adapter: Adapter, name: str) -> dict[str, list[str]]:
     return {} if known is None else {"feedforward_modules": [own for own in known if own == name]}
 
 
-@pytest.mark.parametrize("rule", [summed, counted])
-@pytest.mark.parametrize("cell", OFFERED, ids=str)
+@pytest.mark.parametrize(
+    ("cell", "rule"),
+    covering(
+        itertools.product(OFFERED, [summed, counted]), lambda case: (case[0].method, (case[0][1:], case[1])), "merge"
+    ),
+    ids=lambda value: value.__name__ if callable(value) else str(value),
+)
 def test_every_method_in_every_space_and_scope(cell: Cell, rule: Rule) -> None:
     weights = [2.0, 1.0, 0.5] if cell.cls().check([2.0, -1.0], cell.space) else [2.0, -1.0, 0.5]
     overridden(cell.cls, rule)
@@ -154,9 +161,13 @@ def repeated(kind: str) -> list[Adapter]:
     return [with_tensors(adapter, lambda _, t: (4 * t).round() / 4) for adapter in samples("ia3", EQUAL_RANKS)]
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3"])
-@pytest.mark.parametrize("name", TRIMMING)
-@pytest.mark.parametrize("rule", [counted_trimmed, counted_in_tiles, levelled])
+@pytest.mark.parametrize(
+    ("rule", "name", "kind"),
+    covering(
+        itertools.product([counted_trimmed, counted_in_tiles, levelled], TRIMMING, ["lora", "ia3"]),
+        lambda case: (case[1], case[::2]),
+    ),
+)
 def test_what_a_subclass_trims_is_exactly_what_the_method_trims(name: str, kind: str, rule: Rule) -> None:
     """Also where the rule needs a module whole, while its cuts were found tile by tile."""
     overridden(method_classes()[name], rule, trims=one_cut)
@@ -220,7 +231,7 @@ def test_one_put_in_the_place_of_a_methods_own_runs(name: str, monkeypatch: pyte
     assert_close(after, {module: 2 * before.delta(module).double().numpy() for module in before.modules})
 
 
-@pytest.mark.parametrize("cell", OFFERED, ids=str)
+@pytest.mark.parametrize("cell", covering(OFFERED, lambda cell: (cell.method, cell[1:]), "adds"), ids=str)
 def test_one_that_adds_to_the_methods_own(cell: Cell) -> None:
     """It calls the one that it overrides, which finds what it is used to: whole or by rows, trimmed exactly."""
     cls = cell.cls
@@ -244,8 +255,9 @@ def test_a_prepared_merge_runs_it_too() -> None:
     assert_close(merged, sum_of(adapters, weights, "delta"))
 
 
-@pytest.mark.parametrize("name", TRIMMING)
-@pytest.mark.parametrize("scope", ["adapter", "module"])
+@pytest.mark.parametrize(
+    ("scope", "name"), covering(itertools.product(["adapter", "module"], TRIMMING), lambda case: case)
+)
 def test_whole_layers_are_merged_by_it_too(
     make_lora: Callable[..., Path], tmp_path: Path, name: str, scope: str
 ) -> None:
