@@ -128,7 +128,7 @@ def _edits(node: ast.AST, lines: Sequence[str]) -> Iterator[tuple[int, int, int,
     if isinstance(node, ast.BinOp):
         yield from _operator(node.left, node.right, lines)
     elif isinstance(node, ast.BoolOp):
-        for left, right in zip(node.values, node.values[1:]):  # noqa: B905, RUF007
+        for left, right in zip(node.values, node.values[1:]):  # noqa: B905
             yield from _operator(left, right, lines)
     elif isinstance(node, ast.Compare):
         for left, right in zip([node.left, *node.comparators], node.comparators):  # noqa: B905
@@ -416,7 +416,11 @@ class Run:
             rows.append({**asdict(mutant), "tests": len(chosen), "detected": found})
             self.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
             took = time.monotonic() - begun
-            print(f"{took:5.0f} s  {mutant.file}:{mutant.line}  {found or 'NOT DETECTED'}", file=sys.__stderr__, flush=True)
+            print(
+                f"{took:5.0f} s  {mutant.file}:{mutant.line}  {found or 'NOT DETECTED'}",
+                file=sys.__stderr__,
+                flush=True,
+            )
         print(summary(rows), file=sys.__stderr__)
         return True
 
@@ -481,7 +485,9 @@ def run(recorded: Path, out: Path, mutants: Sequence[Mutant], limit: float, argu
     recorded, out = recorded.absolute(), out.absolute()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "repository"
-        for name in subprocess.check_output(["git", "ls-files", "-zco", "--exclude-standard"], cwd=ROOT, text=True).split("\0")[:-1]:
+        for name in subprocess.check_output(
+            ["git", "ls-files", "-zco", "--exclude-standard"], cwd=ROOT, text=True
+        ).split("\0")[:-1]:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
         os.chdir(copy)

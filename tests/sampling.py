@@ -27,6 +27,13 @@ def covering(cases: Iterable[Any], levels: Callable[[Any], Iterable[Hashable]], 
     return [case if n in chosen else _slow(case) for n, case in enumerate(listed)]
 
 
+def some(cases: Iterable[Any], count: int, seed: str = "") -> list[Any]:
+    """Mark all cases as slow but for `count` of them, drawn by the seed."""
+    listed = list(cases)
+    chosen = set(random.Random(seed).sample(range(len(listed)), min(count, len(listed))))
+    return [case if n in chosen else _slow(case) for n, case in enumerate(listed)]
+
+
 def _slow(case: Any) -> Any:
     if hasattr(case, "marks"):  # a pytest.param
         return pytest.param(*case.values, marks=[*case.marks, pytest.mark.slow], id=case.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from cli.running import run
 from safetensors.torch import load_file, save_file
+from sampling import covering
 
 import ties_peft
 from ties_peft import Recipe, TiesPeftError, TiesPeftWarning
@@ -92,7 +94,7 @@ ASKED: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
 BOTH = [(name, by) for name, (asked, *_) in ASKED.items() for by in ("python", "command") if asked or by == "command"]
 
 
-@pytest.mark.parametrize(("name", "by"), BOTH)
+@pytest.mark.parametrize(("name", "by"), covering(BOTH, lambda case: case))
 def test_what_was_asked(make_lora: Make, name: str, by: str) -> None:
     asked, flags, words = ASKED[name]
     names = [make_lora("a").name, make_lora("b", seed=1).name]
@@ -153,8 +155,7 @@ RECIPES: dict[str, tuple[str, int, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("by", ["python", "command"])
+@pytest.mark.parametrize(("by", "name"), covering(product(["python", "command"], RECIPES), lambda case: case))
 def test_recipes(make_lora: Make, here: Path, name: str, by: str) -> None:
     text, line, words = RECIPES[name]
     make_lora("a")
@@ -231,8 +232,9 @@ FILES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("by", ["load", "convert", "merge", "inspect"])
+@pytest.mark.parametrize(
+    ("by", "name"), covering(product(["load", "convert", "merge", "inspect"], FILES), lambda case: case)
+)
 def test_files(here: Path, name: str, by: str) -> None:
     make, words = FILES[name]
     path = str(

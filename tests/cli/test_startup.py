@@ -89,28 +89,28 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_function_wins_over_the_module_of_its_name(order: str) -> None:
-    """In whatever order they are asked for; each name in a process of its own, so that none helps another."""
+def test_a_function_wins_over_the_module_of_its_name() -> None:
+    """In whatever order they are asked for; each in a process of its own, so that none helps another."""
     assert ALSO_MODULES == ["methods", "search"]
+    cases = [(order, name) for order in ORDERS for name in ALSO_MODULES]
     code = f"""
 import json, os, sys, types
 from importlib import import_module
-import torch
+import pydantic, rich.table, safetensors.torch, torch, yaml
 import ties_peft
-kinds = {{}}
-for name in {ALSO_MODULES!r}:
+kinds = []
+for order, name in {cases!r}:
     read, write = os.pipe()
     if os.fork() == 0:
-        exec({ORDERS[order]!r}.replace("NAME", name))
+        exec({ORDERS!r}[order].replace("NAME", name))
         os.write(write, type(found).__name__.encode() + b" " + type(sys.modules["ties_peft." + name]).__name__.encode())
         os._exit(0)
     os.close(write)
-    kinds[name] = os.read(read, 99).decode()
+    kinds.append([order, name, os.read(read, 99).decode()])
     os.wait()
 print(json.dumps(kinds))
 """
-    assert json.loads(fresh(code)) == dict.fromkeys(ALSO_MODULES, "function module")
+    assert json.loads(fresh(code)) == [[order, name, "function module"] for order, name in cases]
 
 
 def test_the_table_of_late_names_is_what_type_checkers_see() -> None:
@@ -149,36 +149,41 @@ def test_a_public_name_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 # Completion
 
 
-def completed(words: str) -> list[str]:
-    """What the shell is offered for the last word of a command line, and that it cost no torch."""
+# What is typed, and what the shell is offered for the last word: exactly, or among others.
+COMPLETED: dict[str, list[str]] = {
+    "ties-peft s": ["search", "signs", "statistics"],
+    "ties-peft merge a --method ": list(method_classes()),
+    "ties-peft merge a --method ti": ["ties"],
+    "ties-peft merge a --method dare+ti": ["dare+ties"],
+    "ties-peft methods sl": ["slerp"],
+    "ties-peft merge a --space ": list(spaces()),
+    "ties-peft merge a --heads ": ["error", "drop", "keep=", "average", "merge"],
+    "ties-peft merge a --target v": ["vllm"],
+    "ties-peft search a --method ti": ["ties"],
+    "ties-peft convert a --target v": ["vllm"],
+}
+OPTIONS = {"ties-peft merge a b --d": {"--density", "--dry-run", "--dtype", "--device"}}
+
+
+def test_commands_options_and_values_are_completed_without_torch() -> None:
+    """All in one process: what one of them imported, a later one could not take back."""
     code = f"""
-import atexit, sys
+import contextlib, io, json, os, sys
 from ties_peft import cli
-atexit.register(lambda: print("LATE", *sorted(set({SLOW!r}) & set(sys.modules))))
-sys.argv = ["ties-peft"]
-cli.main()
+sys.argv, offered = ["ties-peft"], {{}}
+for words in {[*COMPLETED, *OPTIONS]!r}:
+    os.environ.update(COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        cli.main()
+    offered[words] = printed.getvalue().split()
+print(json.dumps([offered, sorted(set({SLOW!r}) & set(sys.modules))]))
 """
-    env = {"_TIES_PEFT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
-    *found, late = fresh(code, **env).splitlines()
-    assert late == "LATE"
-    return [word for word in found if word]
-
-
-def test_commands_and_options_are_completed() -> None:
-    assert completed("ties-peft s") == ["search", "signs", "statistics"]
-    assert {"--density", "--dry-run", "--dtype", "--device"} <= set(completed("ties-peft merge a b --d"))
-
-
-def test_values_are_completed() -> None:
-    assert completed("ties-peft merge a --method ") == list(method_classes())
-    assert completed("ties-peft merge a --method ti") == ["ties"]
-    assert completed("ties-peft merge a --method dare+ti") == ["dare+ties"]
-    assert completed("ties-peft methods sl") == ["slerp"]
-    assert completed("ties-peft merge a --space ") == list(spaces())
-    assert completed("ties-peft merge a --heads ") == ["error", "drop", "keep=", "average", "merge"]
-    assert completed("ties-peft merge a --target v") == ["vllm"]
-    assert completed("ties-peft search a --method ti") == ["ties"]
-    assert completed("ties-peft convert a --target v") == ["vllm"]
+    offered, late = json.loads(fresh(code, _TIES_PEFT_COMPLETE="complete_bash"))
+    assert late == []
+    assert {words: offered[words] for words in COMPLETED} == COMPLETED
+    for words, some in OPTIONS.items():
+        assert some <= set(offered[words])
 
 
 def test_completion_can_be_installed() -> None:
