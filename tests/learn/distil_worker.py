@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     shapes = linear_shapes(model, "query", "value", "output.dense")
     adapters = [write_lora(folder / f"a{seed}", shapes, seed) for seed in range(2)]
     rows = [[text for text in sentences(60, seed, 9) if len(text.split()) == 9] for seed in range(2)]
-    made = ties_peft.distil(adapters, rows=rows, tasks=TASK, bench=bench, steps=20, batch_size=1)
+    made = ties_peft.distil(adapters, rows=rows, tasks=TASK, bench=bench, steps=8, batch_size=1)
     print(torch.get_num_threads(), made.report.improved, made.digest)
 
 

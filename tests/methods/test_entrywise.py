@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from conftest import PREFIX, SHAPES, write_adapter
 from methods.entrywise import EVERY, Vectors, count, defined, distance, merged_vectors, numbers, read, same
 from peft.utils import merge_utils
 from safetensors.numpy import load_file
+from sampling import covering
 
 import ties_peft
 from ties_peft.merging.merge import merge_recipe
@@ -91,8 +93,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize(("method", "asked"), CASES)
+@pytest.mark.parametrize(
+    ("adapters", "method", "asked", "weights"),
+    covering(
+        [(kind, *case, weights) for kind, case, weights in product(["lora", "ia3"], CASES, WEIGHTS)],
+        lambda case: (repr(case[:3]), case[3]),
+    ),
+    indirect=["adapters"],
+)
 def test_a_merge_is_as_defined(
     adapters: list[Path], method: str, asked: dict[str, Any], weights: tuple[float, ...]
 ) -> None:

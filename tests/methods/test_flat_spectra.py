@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from cli.running import run
 from conftest import PREFIX, SAMPLES, lora_config, write_adapter
 from recipes.by_hand import same_tensors
+from sampling import covering
 
 import ties_peft
 from ties_peft import Adapter
@@ -171,8 +173,7 @@ def test_in_a_live_model(tmp_path: Path) -> None:
 # -- the warnings
 
 
-@pytest.mark.parametrize("method", [*FLAT, *COMPOSITES])
-@pytest.mark.parametrize("rank", [16, 64, 100])
+@pytest.mark.parametrize(("rank", "method"), covering(product([16, 64, 100], [*FLAT, *COMPOSITES]), lambda case: case))
 def test_a_rank_that_cuts_a_flat_spectrum_is_warned_of_with_the_share_that_is_lost(
     eight: list[Adapter], method: str, rank: int
 ) -> None:
@@ -198,11 +199,10 @@ def test_singular_values_that_are_merely_close_are_not_equal(decay: float) -> No
     assert warned([Adapter.from_tensors(*one(3, decay=decay, rank=8))], "average", rank=6)[1] == []
 
 
-@pytest.mark.parametrize("rank", [8, 16, 28])
-def test_the_samples_have_no_equal_singular_values(rank: int) -> None:
+@pytest.mark.parametrize(("rank", "method"), [(8, "ties"), (16, "average"), (28, "tsv")])
+def test_the_samples_have_no_equal_singular_values(rank: int, method: str) -> None:
     folders = sorted((SAMPLES / "lora").iterdir())
-    for method in ("ties", "average", "tsv"):
-        assert not any("equal" in text for text in warned(folders, method, rank=rank)[1])
+    assert not any("equal" in text for text in warned(folders, method, rank=rank)[1])
 
 
 # -- the measure

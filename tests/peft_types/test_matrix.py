@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from peft_types.matrix import BEGIN, END, KINDS, PAGE, line, row, save
+from peft_types.matrix import BEGIN, END, KINDS, PAGE, cell, save
 from peft_types.models import ARCHITECTURES, make, output
+from sampling import covering, some
 
 import ties_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-FAST = ("LoRA", "LoRA, bias on lora_B", "LoRA on experts", "DoRA", "(IA)³", "LoKr")
 UNLIKE = ("LoRA", "LoRA, rsLoRA and patterns", "DoRA", "AdaLoRA", "LoHa", "LoKr", "VeRA", "HRA")
 
 
-@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
-def test_the_table_in_the_docs_is_what_is_found(kind: str) -> None:
-    cells = row(kind)
-    assert not [cell.note for cell in cells if cell.mark == "WRONG"]
-    assert line(kind, [cell.mark for cell in cells]) in PAGE.read_text(encoding="utf-8")
+def table_of_the_page() -> dict[str, dict[str, str]]:
+    """Return the marks in the docs by type and architecture."""
+    heading, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].splitlines()
+    )
+    return {kind: dict(zip(heading[1:], marks, strict=True)) for kind, *marks in rows}
+
+
+TABLE = table_of_the_page()
+CELLS = [(kind, name) for kind, name in product(KINDS, ARCHITECTURES) if TABLE[kind][name] in ("yes", "with base")]
+OTHERS = [(kind, name) for kind, name in product(KINDS, ARCHITECTURES) if (kind, name) not in CELLS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*covering(CELLS, lambda case: case, "merged"), *some(OTHERS, 3, "not merged")]
+)
+def test_the_table_in_the_docs_is_what_is_found(kind: str, name: str, tmp_path: Path) -> None:
+    found = cell(kind, name, tmp_path)
+    assert found.mark != "WRONG", found.note
+    assert TABLE[kind][name] == (found.mark or "–")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -38,8 +55,8 @@ def test_every_class_of_layer_is_adapted_square_and_otherwise(name: str) -> None
 
 
 def test_the_table_names_every_kind_and_no_other() -> None:
-    text = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    assert [row.split(" | ")[0].removeprefix("| ") for row in text.splitlines()[2:]] == list(KINDS)
+    assert list(TABLE) == list(KINDS)
+    assert all(list(row) == list(ARCHITECTURES) for row in TABLE.values())
 
 
 @pytest.mark.parametrize("space", ["delta", "core", "knots"])
