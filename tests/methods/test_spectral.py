@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sampling import covering
 
 import ties_peft
 from ties_peft.methods import method_classes
@@ -263,9 +265,13 @@ DEFINITIONS: dict[str, tuple[str, dict[str, Any], Callable[[Sequence[Array]], Ar
 WEIGHTS = {"mixed": [1.0, -2.0, 0.5], "wide": [1.0, 0.3, -1.0, 2.0], "crowded": [0.7, 1.5, 1.0]}
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
-@pytest.mark.parametrize("family", ["mixed", "wide", "crowded"])
-@pytest.mark.parametrize("case", DEFINITIONS)
+@pytest.mark.parametrize(
+    ("case", "family", "weighted"),
+    covering(
+        product(DEFINITIONS, ["mixed", "wide", "crowded"], [False, True]), lambda case: ((case[0], case[2]), case[1:])
+    ),
+    ids=lambda value: {False: "even", True: "weighted"}.get(value, value),
+)
 def test_equals_its_definition_in_delta_and_in_core(
     families: dict[str, list[Path]], case: str, family: str, weighted: bool
 ) -> None:
@@ -359,8 +365,13 @@ def turned(folders: Sequence[Path], at: Path) -> list[Path]:
     return made
 
 
-@pytest.mark.parametrize("family", ["mixed", "crowded"])
-@pytest.mark.parametrize("method", [*DETERMINISTIC, "pico+ties", "ties+iso_c", "ties+svc", "pico+tsv"])
+@pytest.mark.parametrize(
+    ("method", "family"),
+    covering(
+        product([*DETERMINISTIC, "pico+ties", "ties+iso_c", "ties+svc", "pico+tsv"], ["mixed", "crowded"]),
+        lambda case: case,
+    ),
+)
 def test_neither_factors_nor_order_matter(
     families: dict[str, list[Path]], tmp_path: Path, method: str, family: str
 ) -> None:
@@ -461,13 +472,16 @@ def test_zeros_are_absent_and_weights_are_factors(families: dict[str, list[Path]
     assert off({n: delta / -3 for n, delta in tripled.items()}, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("space", ["delta", "core", "knots"])
-@pytest.mark.parametrize("method", [*DETERMINISTIC, "slerp", "pico+ties", "ties+iso_c", "ties+svc", "ties+boosting"])
+EDGED = [*DETERMINISTIC, "slerp", "pico+ties", "ties+iso_c", "ties+svc", "ties+boosting"]
+
+
+@pytest.mark.parametrize(
+    ("method", "space"),
+    covering([(method, space) for method in EDGED for space in spaces_of(method)], lambda case: case),
+)
 def test_edges_are_finite(
     families: dict[str, list[Path]], zeros: Path, tmp_path: Path, method: str, space: str
 ) -> None:
-    if space not in spaces_of(method):
-        pytest.skip(f"{method} is not offered in {space}")
     first = families["mixed"][0]
     dot = write(tmp_path / "dot", random_factors(1, 0, {"layers.0.q": (1, 1)}))
     opposite = write(tmp_path / "opposite", {n: (-B, A) for n, (B, A) in factors(first).items()})

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sampling import covering
 
 import ties_peft
 
@@ -127,8 +129,14 @@ def quantile(values: np.ndarray, share: float) -> np.float32:
     return sizes[int(share * (sizes.size - 1))]
 
 
-@pytest.mark.parametrize(("rows", "columns", "ranks"), SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
+CASES = [(kind, *shape) for kind, shape in product(KINDS, SHAPES)]
+
+
+def shape_and_kind(case: Any) -> tuple[Any, ...]:
+    return case[0], repr(case[1:4]), *case[4:]
+
+
+@pytest.mark.parametrize(("kind", "rows", "columns", "ranks"), covering(CASES, shape_and_kind, "product"))
 def test_a_product_is_that_of_float64_within_rounding(
     interpreted: Run, rows: int, columns: int, ranks: list[int], kind: str
 ) -> None:
@@ -140,8 +148,7 @@ def test_a_product_is_that_of_float64_within_rounding(
         assert kind != "repeated" or np.array_equal(made, exact)
 
 
-@pytest.mark.parametrize(("rows", "columns", "ranks"), SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "rows", "columns", "ranks"), covering(CASES, shape_and_kind, "census"))
 def test_a_census_counts_what_is_read(interpreted: Run, rows: int, columns: int, ranks: list[int], kind: str) -> None:
     """The ends of the bracket are entries: one that rounded otherwise would be missing."""
     factors = draw(rows, columns, ranks, kind)
@@ -156,9 +163,10 @@ def test_a_census_counts_what_is_read(interpreted: Run, rows: int, columns: int,
         assert (above, len(inside)) == (0, sizes.size)
 
 
-@pytest.mark.parametrize(("rows", "columns", "ranks"), SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "rows", "columns", "ranks", "mean"),
+    covering([(*case, mean) for case, mean in product(CASES, [True, False])], shape_and_kind, "vote"),
+)
 def test_a_vote_is_the_definition_in_float64_on_what_is_read(
     interpreted: Run, rows: int, columns: int, ranks: list[int], kind: str, mean: bool
 ) -> None:
@@ -265,9 +273,17 @@ def assemble(name: str, capability: int, aligned: bool, mean: bool) -> tuple[str
     return made.asm["ptx"], told
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("name", "mean"), [("read", False), ("census", False), ("vote", True), ("vote", False)])
+@pytest.mark.parametrize(
+    ("name", "mean", "capability", "aligned"),
+    covering(
+        [
+            (*kernel, capability, aligned)
+            for kernel in [("read", False), ("census", False), ("vote", True), ("vote", False)]
+            for capability, aligned in product([80, 90], [True, False])
+        ],
+        lambda case: (case[:2], case[2:]),
+    ),
+)
 def test_every_kernel_compiles_for_a_gpu_without_spilling_in_full_precision(
     compiling: Run, name: str, mean: bool, capability: int, aligned: bool
 ) -> None:
