@@ -42,7 +42,7 @@ def every_fast_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in ("task_vectors.threshold", "merging.thresholds"):
         monkeypatch.setattr(f"ties_peft.{module}.SORTED_SIZE", 10)
     monkeypatch.setattr("ties_peft.task_vectors.single_pass.MOST", 99)
-    monkeypatch.setattr(SinglePass, "suffices", lambda self, searches: any(search.sought for search in searches))
+    monkeypatch.setattr(SinglePass, "suffices", lambda self, searches: any(search.needed for search in searches))
     monkeypatch.setattr(SinglePass, "most", lambda self, entries: entries)
     monkeypatch.setattr(Adapter, "statistics", drawn_statistics)
     monkeypatch.setattr(sys.modules["ties_peft.methods"], "_REGISTERED", {})
