@@ -28,9 +28,9 @@ sys.path.insert(0, str(HERE.parent / "adapters"))
 import minilm  # noqa: E402
 
 import ties_peft  # noqa: E402
-from ties_peft.choices import CONTROLS, TRAINED  # noqa: E402
 from ties_peft.evaluation.evaluate import make_scorer  # noqa: E402
 from ties_peft.evaluation.task import read_task  # noqa: E402
+from ties_peft.search import CONTROLS, TRAINED  # noqa: E402
 
 RESULTS = HERE / "results" / "search.json"
 TASK = "mr"

@@ -16,6 +16,7 @@ from torch import Tensor
 import ties_peft
 from ties_peft import Adapter, Recipe, cli
 from ties_peft.merging.merge import merge_recipe
+from ties_peft.merging.options import OPTIONS
 from ties_peft.methods import make_stages
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
@@ -52,6 +53,43 @@ def test_a_call_is_the_recipe_with_nothing_asked() -> None:
     shared = own.keys() & vars(asked).keys()
     assert {"method", "space", "rank", "seed", "scale", "weights", "densities", "restore_norm"} <= shared
     assert {name: own[name] for name in shared} == {name: getattr(asked, name) for name in shared}
+
+
+# The options that a call does not have, because `prepare` has them or the model is loaded already.
+LACKING = {
+    "merge": set(),
+    "prepare and Prepared.merge": {"base_model", "target"},
+    "add_merged_adapter": {"base", "base_model", "target", "heads", "allow_disjoint"},
+}
+
+
+@pytest.mark.parametrize("calls", LACKING)
+def test_a_call_has_every_option_of_a_merge(calls: str) -> None:
+    """The signatures are written out for editors and type checkers; here they are held to the one list of options."""
+    own = {name: value for call in calls.split(" and ") for name, value in defaults(call).items()}
+    expected = {name: option.default for name, option in OPTIONS.items() if name not in LACKING[calls]}
+    expected |= {name: None for call, name in LEFT if call == calls}
+    assert {name: own[name] for name in own.keys() & OPTIONS.keys()} == expected
+
+
+def test_every_option_of_a_merge_is_a_flag_and_a_key_of_a_recipe() -> None:
+    merging = options("merge")
+    for name, option in OPTIONS.items():
+        assert option.flag in merging[name].opts and merging[name].help, name
+    values = {
+        "scale": 2.5,
+        "rank": 3,
+        "seed": 4,
+        "heads": "drop",
+        "dtype": "float16",
+        "target": "vllm",
+        "space": "core",
+    }
+    values |= {"restore_norm": True, "allow_disjoint": True, "method": "average", "base_model": "x", "base": "y"}
+    values |= {"weights": (2.0,), "densities": None}
+    assert values.keys() == OPTIONS.keys()
+    asked = Recipe(("a",), **values)
+    assert Recipe.from_yaml(asked.to_yaml()) == asked
 
 
 def test_no_call_has_a_default_of_its_own_for_a_methods_parameter() -> None:

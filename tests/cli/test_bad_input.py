@@ -558,7 +558,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "empty": ("", ("line 1", "keys")),
     "no adapters": ("merge_method: ties\nadapters: []", ("line 2", "adapters")),
     "without adapters": ("merge_method: ties", ("adapters",)),
-    "adapter without a name": ("adapters:\n  - parameters: {weight: 1}", ("line 2", "adapter:")),
+    "adapter without a name": ("adapters:\n  - parameters: {weight: 1}", ("line 2", "adapter", "path or Hub id")),
     "weight no number": ("adapters:\n  - adapter: A\n    parameters: {weight: heavy}", ("line 3", "heavy", "number")),
     "weight NaN": ("adapters:\n  - adapter: A\n    parameters: {weight: .nan}", ("line 3", "nan", "number")),
     "twice": ("adapters: [A]\nmodels: [A]", ("line 2", "models", "twice")),

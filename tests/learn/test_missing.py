@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import ties_peft
-from ties_peft.choices import CONTROLS, TRAINED
 from ties_peft.errors import CompatibilityError
 from ties_peft.evaluation.evaluate import evaluate_all
 from ties_peft.evaluation.loaded_model import Bench
+from ties_peft.search import CONTROLS, TRAINED
 from ties_peft.search.controls import new_adapter, random_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.errors.TiesPeftWarning")

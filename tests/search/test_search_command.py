@@ -68,7 +68,7 @@ def test_bad_input_is_one_message(folders: list[Path], task: Path, tmp_path: Pat
         (("--tune", "densty=[0.1,1.0]", "--method", "ties"), "did you mean 'density'"),
         (("--budget", 0), "the budget is 0"),
         (("--storage", "nosuch://x"), "the study cannot be kept in 'nosuch://x'"),
-        (("--rank", "many"), "the rank is 'many'"),
+        (("--rank", "many"), "rank is 'many'"),
     ):
         done = run(*common, *flags)
         assert done.code == 2

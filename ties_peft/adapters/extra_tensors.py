@@ -21,7 +21,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..choices import AVERAGE, DROP, ERROR, KEEP, MERGE
 from ..errors import AdapterError
 from .tensors import TensorSource
 from .types.base import PREFIX
@@ -89,13 +88,6 @@ class Holder(Protocol):
     @property
     def digest(self) -> str:
         """Of its task vectors."""
-
-
-def is_policy(value: object) -> bool:
-    """Whether a value is one of `choices.POLICIES`, whatever the name in it."""
-    return isinstance(value, str) and (
-        value in (ERROR, DROP, AVERAGE, MERGE) or (value.startswith(KEEP) and value != KEEP)
-    )
 
 
 def check_extra_tensors(keys: Sequence[str], config: Mapping[str, Any], tensors: TensorSource, label: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import pkgutil
 import sys
 import threading
 import time
@@ -15,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.console import Console, RenderableType
 
-from ..choices import DETAIL, KEEP, POLICIES, method_names
 from ..errors import TiesPeftWarning, printable, printable_lines
+from ..merging.options import OPTIONS
+from ..search import DETAIL
 
 if TYPE_CHECKING:
     from ..merging.loading import Loading
@@ -25,6 +28,21 @@ EVERY = 30.0  # seconds from line to line where there is no terminal
 PERIOD = 3600.0  # seconds over which the speed is taken: one step of a search can take minutes
 
 # Completions of a value, for the shell. They import nothing more, because they run at every press of the tab key.
+
+
+def method_names() -> list[str]:
+    """Return the names of this package's own methods: those of the files that define them."""
+    return _files("methods")
+
+
+def space_names() -> list[str]:
+    """Return the names of the spaces: those of the files that define them."""
+    return _files("spaces")
+
+
+def _files(folder: str) -> list[str]:
+    found = pkgutil.iter_modules([str(Path(__file__).parent.parent / folder)])
+    return sorted(entry.name for entry in found if entry.name != "base")
 
 
 def complete_from(values: Iterable[str]) -> Callable[[str], list[str]]:
@@ -39,10 +57,57 @@ def complete_method(incomplete: str) -> list[str]:
     return [f"{earlier}{plus}{name}" for name in method_names() if name.startswith(last)]
 
 
-def complete_heads(incomplete: str) -> list[str]:
-    """Return the policies on whole layers; after `keep=` the user writes an adapter's name."""
-    values = (KEEP if value.startswith(KEEP) else value for value in POLICIES)
-    return [value for value in values if value.startswith(incomplete)]
+# The options of a merge as flags
+
+
+def merge_option(name: str, panel: str | None = None, unless: str = "") -> Any:
+    """Return typer's description of an option of a merge.
+
+    Args:
+        name: of the option.
+        panel: of the help; None for the general one.
+        unless: a further sentence of its help.
+    """
+    option = OPTIONS[name]
+    known = f" One of {', '.join(space_names())}." if name == "space" else ""
+    values = space_names() if name == "space" else option.values
+    return typer.Option(
+        option.flag,
+        help=option.help + known + unless,
+        show_default=option.shown or False,
+        autocompletion=complete_method if name == "method" else complete_from(values) if values else None,
+        rich_help_panel=panel,
+    )
+
+
+def takes_merge_options(after: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command all options of a merge as flags, in place of its `**options`.
+
+    One that is not given is None, or False: a recipe's value may stand between it and the default.
+
+    Args:
+        after: the parameter of the command behind which they are listed.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [one.replace(kind=one.KEYWORD_ONLY) for one in signature.parameters.values() if one.name != "options"]
+        place = 1 + [one.name for one in own].index(after)
+        own[place:place] = [_parameter(name) for name in sorted(OPTIONS, key=lambda n: n not in ("method", "space"))]
+        command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    option = OPTIONS[name]
+    flag = isinstance(option.default, bool)
+    kind = bool if flag else int | None if isinstance(option.default, int) else str | None
+    annotation = Annotated[kind, merge_option(name, option.panel)]  # type: ignore[valid-type]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False if flag else None, annotation=annotation
+    )
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

@@ -9,6 +9,7 @@ import typer
 
 from ..adapters import sources
 from ..adapters.targets import TARGETS
+from ..merging.options import read_flag
 from .base import Json, complete_from, print_json, print_loading, print_rich, print_text, print_warnings, progress_bar
 
 if TYPE_CHECKING:
@@ -58,14 +59,13 @@ def convert(
     """Turn one adapter into a LoRA, or to another rank, dtype or loader."""
     from ..adapters.writer import check_output_folder
     from ..merging.convert import convert as convert_adapter
-    from ..merging.recipes.overrides import read_rank
 
     path = sources.local_path(adapter)
     check_output_folder(out, force, [path] if path else [])
     with progress_bar() as tell:
         made = convert_adapter(
             adapter,
-            read_rank(rank),
+            read_flag("rank", rank),
             dtype,
             target,
             device,

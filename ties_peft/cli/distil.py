@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..adapters import sources
-from ..choices import DISTIL_BATCH, FITS
 from ..errors import RecipeError
+from ..learning import BATCH_SIZE, FITS
 from .base import Json, print_json, print_loading, print_rich, print_warnings_after, progress_bar
 
 Rows = Annotated[
@@ -50,7 +50,7 @@ def distil(
     kind: Annotated[str | None, typer.Option(help="lora or ia3.", show_default="the adapters'")] = None,
     fit: Annotated[str, typer.Option(help=" or ".join(FITS) + "; (IA)³ fits its vectors.")] = FITS[0],
     steps: Annotated[int | None, typer.Option(help="At most.", show_default="by the rows")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = DISTIL_BATCH,
+    batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = BATCH_SIZE,
     seed: Annotated[int, typer.Option(help="Of batches, held-back rows and random tokens.")] = 0,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     threads: Annotated[

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from ..choices import EVALUATION_BATCH
 from ..errors import RecipeError
+from ..evaluation import BATCH_SIZE
 from ..merging.tables import make_table, make_text, number_column
 from .base import Json, print_json, print_rich, print_warnings, print_warnings_after, progress_bar
 
@@ -37,7 +37,7 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's")] = None,
     bare: Annotated[bool, typer.Option("--bare", help="Judge the base without an adapter too.")] = False,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = EVALUATION_BATCH,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = BATCH_SIZE,
     harness: Harness = None,
     harness_path: Path_ = None,
     limit: Annotated[

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..adapters.targets import TARGETS
-from ..choices import DEVICE, DTYPES, ERROR, METHOD, RANK, SCOPES, SEED, SPACE, space_names
 from ..errors import RecipeError
+from ..merging.options import COMBINATION, DEVICE, RESULT
 from .base import (
     Json,
     complete_from,
-    complete_heads,
-    complete_method,
     print_json,
     print_loading,
     print_notes,
@@ -23,12 +20,12 @@ from .base import (
     print_text,
     print_warnings,
     progress_bar,
+    takes_merge_options,
 )
 
 if TYPE_CHECKING:
     from ..merging.merged import Merged
     from ..merging.plan import Plan
-    from ..merging.recipes.overrides import Flags
     from ..merging.recipes.recipe import Recipe
 
 EXAMPLES = """[bold]Examples[/]
@@ -36,127 +33,36 @@ EXAMPLES = """[bold]Examples[/]
 ties-peft merge path/a path/b --density 0.3 --out merged
 
 ties-peft merge org/a org/b --method average --weights 1,0.5 --out merged"""
-HOW, RESULT = "How the adapters are combined", "What is written"
+SCOPES = ("adapter", "module")
 
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help="See `ties-peft methods`.", show_default=METHOD, autocompletion=complete_method, rich_help_panel=HOW
-    ),
-]
-Space = Annotated[
-    str | None,
-    typer.Option(
-        help=", ".join(space_names()) + ".",
-        show_default=SPACE,
-        autocompletion=complete_from(space_names()),
-        rich_help_panel=HOW,
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        help="One number per adapter: 1,0.5,1; or norm: all of one length.", show_default="1 each", rich_help_panel=HOW
-    ),
-]
-Scale = Annotated[
-    str | None,
-    typer.Option(
-        help="λ, on the merged task vector: a number, or 1/sqrt(N), N^-1/4, 0.7*N^-1/4 with N the number of adapters.",
-        show_default="the method's",
-        rich_help_panel=HOW,
-    ),
-]
 Density = Annotated[
     str | None,
     typer.Option(
         metavar="FLOAT",
-        help="Share of entries that the trim keeps, for all adapters.",
+        help="The share of entries that the trim keeps, for all adapters.",
         show_default="0.2",
-        rich_help_panel=HOW,
-    ),
-]
-Densities = Annotated[
-    str | None,
-    typer.Option(
-        help="The same, one number per adapter: 0.2,0.9.", show_default="--density for all", rich_help_panel=HOW
+        rich_help_panel=COMBINATION,
     ),
 ]
 Scope = Annotated[
     str | None,
     typer.Option(
-        help="Trim over the whole adapter or each module.",
-        show_default="adapter",
+        help="What the trim ranks together: the entries of a whole adapter, or of each module.",
+        show_default=SCOPES[0],
         autocompletion=complete_from(SCOPES),
-        rich_help_panel=HOW,
+        rich_help_panel=COMBINATION,
     ),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="NAME=VALUE, a parameter of the method, in YAML; repeatable.",
+        help="NAME=VALUE, any parameter of the method or the space, in YAML. Repeatable.",
         show_default=False,
-        rich_help_panel=HOW,
-    ),
-]
-Seed = Annotated[int | None, typer.Option(help="Of every random draw.", show_default=str(SEED), rich_help_panel=HOW)]
-AllowDisjoint = Annotated[
-    bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.", rich_help_panel=HOW)
-]
-Rank = Annotated[
-    str | None,
-    typer.Option(
-        help="A whole number, max or auto.",
-        show_default=RANK,
-        autocompletion=complete_from(("auto", "max")),
-        rich_help_panel=RESULT,
-    ),
-]
-RestoreNorm = Annotated[
-    bool,
-    typer.Option(
-        "--restore-norm",
-        help="Bring a result that the rank truncates back to the norm it had.",
-        rich_help_panel=RESULT,
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="float32, float16 or bfloat16.",
-        show_default="the inputs'",
-        autocompletion=complete_from(DTYPES),
-        rich_help_panel=RESULT,
-    ),
-]
-Heads = Annotated[
-    str | None,
-    typer.Option(
-        help="Whole layers that differ (heads, embeddings, biases): error, drop, keep=NAME, average or merge.",
-        show_default=ERROR,
-        autocompletion=complete_heads,
-        rich_help_panel=RESULT,
-    ),
-]
-BaseName = Annotated[
-    str | None,
-    typer.Option(help="The base model's name to write.", show_default="the inputs'", rich_help_panel=RESULT),
-]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        help=f"The loader it is for: {', '.join(TARGETS)}.",
-        show_default="peft",
-        autocompletion=complete_from(TARGETS),
-        rich_help_panel=RESULT,
+        rich_help_panel=COMBINATION,
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.", rich_help_panel=RESULT)]
-Base = Annotated[
-    str | None,
-    typer.Option(help="Folder or Hub id of the base's weights, where adapters need them.", show_default=False),
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -164,79 +70,47 @@ def register(app: typer.Typer) -> None:
     app.command("merge", epilog=EXAMPLES)(merge)
 
 
+@takes_merge_options(after="out")
 def merge(
     adapters: Annotated[
         list[str] | None, typer.Argument(help="Folders, files, Hub ids, quoted patterns.", show_default=False)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
-    method: Method = None,
-    space: Space = None,
-    weights: Weights = None,
-    scale: Scale = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default=False)] = None,
     density: Density = None,
-    densities: Densities = None,
     scope: Scope = None,
     settings: Settings = None,
-    rank: Rank = None,
-    restore_norm: RestoreNorm = False,
-    seed: Seed = None,
-    device: Annotated[str, typer.Option(help="Where the arithmetic is done.")] = DEVICE,
-    dtype: Dtype = None,
+    device: Annotated[str, typer.Option(help="The device that computes: cpu, cuda, …")] = DEVICE,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.", show_default=False)] = None,
-    base: Base = None,
-    base_name: BaseName = None,
-    target: Target = None,
-    allow_disjoint: AllowDisjoint = False,
-    heads: Heads = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and stop before the work.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.")] = False,
     force: Force = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Merge adapters into one."""
     if out is None and not dry_run:
         raise RecipeError("no output was named. Say where to write: --out FOLDER.")
     if not adapters and recipe is None:
         raise RecipeError("no adapters were given. Name at least one folder or Hub id.")
-    from ..merging.recipes.overrides import Flags
+    from ..merging.recipes.overrides import overridden
 
-    flags = Flags(
-        recipe,
-        adapters,
-        method,
-        space,
-        weights,
-        scale,
-        density,
-        scope,
-        settings,
-        rank,
-        restore_norm,
-        seed,
-        dtype,
-        base,
-        base_name,
-        target,
-        allow_disjoint,
-        heads,
-        densities,
-    )
-    _run(flags, out, device, dry_run, force, as_json)
+    asked = overridden(recipe, adapters, options, {"density": density, "scope": scope}, settings)
+    _run(asked, out, device, dry_run, force, as_json)
 
 
-def _run(flags: Flags, out: Path | None, device: str, dry_run: bool, force: bool, as_json: bool) -> None:
-    """Merge as the flags say, or only check."""
+def _run(recipe: Recipe, out: Path | None, device: str, dry_run: bool, force: bool, as_json: bool) -> None:
+    """Merge as a recipe says, or only check it."""
     from ..adapters.writer import check_output_folder
-    from ..merging.merge import merge_recipe, open_adapters
+    from ..merging.merge import merge_recipe, open_recipe
     from ..merging.merged import inputs
     from ..merging.plan import make_plan
     from ..task_vectors.processes import process_group
 
-    asked, patterns = flags.asked().expanded()
+    asked, patterns = recipe.expanded()
     print_notes(patterns)
     if out is not None:
         check_output_folder(out, force, inputs(asked))
     if dry_run:
-        plan = make_plan(asked, open_adapters(asked), device)
+        plan = make_plan(asked, open_recipe(asked), device)
         _show_plan(plan, asked, as_json)
         return
     assert out is not None

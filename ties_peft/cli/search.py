@@ -9,22 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..choices import BUDGET, CONTROLS, DEVICE, METHOD, PENALTY, RANK, SEED, SPACE, TRAINED, space_names
-from ..errors import RecipeError
-from .base import (
-    Json,
-    complete_from,
-    complete_method,
-    print_json,
-    print_text,
-    print_warnings,
-    print_warnings_after,
-    progress_bar,
-)
+from ..merging.options import DEVICE, Options, read_flag
+from ..search import BUDGET, CONTROLS, PENALTY, TRAINED
+from .base import Json, merge_option, print_json, print_text, print_warnings, print_warnings_after, progress_bar
 
 if TYPE_CHECKING:
     from ..search.search import Found
 
+UNLESS = " Stays as given here unless --tune sets it."
 Tune = Annotated[
     list[str] | None,
     typer.Option(
@@ -48,23 +40,16 @@ Settings = Annotated[
     typer.Option("--set", help="NAME=VALUE, a parameter that stays, in YAML; repeatable.", show_default=False),
 ]
 
-Densities = Annotated[str | None, typer.Option(help="One density per adapter: 0.2,0.9.", show_default="the method's")]
-Scale = Annotated[
-    str | None,
-    typer.Option(
-        help="λ, as in merge, unless --tune sets it.",
-        show_default="the method's",
-    ),
-]
 Judge = Annotated[
     Path | None, typer.Option(help="A task file with other rows, to judge by at the end.", show_default=False)
 ]
-Method = Annotated[str, typer.Option(help="The method, unless --tune sets it.", autocompletion=complete_method)]
-Space = Annotated[
-    str, typer.Option(help="The space, unless --tune sets it.", autocompletion=complete_from(space_names()))
-]
+Method = Annotated[str, merge_option("method", unless=UNLESS)]
+Space = Annotated[str, merge_option("space", unless=UNLESS)]
+Scale = Annotated[str | None, merge_option("scale", unless=UNLESS)]
+Rank = Annotated[str, merge_option("rank", unless=UNLESS)]
+Densities = Annotated[str | None, merge_option("densities")]
+AllowDisjoint = Annotated[bool, merge_option("allow_disjoint")]
 Controls = Annotated[bool, typer.Option("--controls/--no-controls", help=f"Also make {', '.join(CONTROLS)}.")]
-AllowDisjoint = Annotated[bool, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -78,10 +63,10 @@ def search(
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     tune: Tune = None,
     budget: Annotated[int, typer.Option(help="Trials in all, over all processes.")] = BUDGET,
-    method: Method = METHOD,
-    space: Space = SPACE,
+    method: Method = Options.method,
+    space: Space = Options.space,
     scale: Scale = None,
-    rank: Annotated[str, typer.Option(help="A whole number, max or auto, unless --tune sets it.")] = RANK,
+    rank: Rank = str(Options.rank),
     settings: Settings = None,
     densities: Densities = None,
     penalty: Annotated[float, typer.Option(help="On the mean of |w|, where weights are tuned.")] = PENALTY,
@@ -90,7 +75,7 @@ def search(
     trained: Annotated[bool, typer.Option("--trained", help="Also train a new LoRA on the same rows.")] = False,
     storage: Storage = None,
     study: Annotated[str, typer.Option(help="Name of the search in the storage; it goes on where it was.")] = "search",
-    seed: Annotated[int, typer.Option(help="Of every draw.")] = SEED,
+    seed: Annotated[int, typer.Option(help="The seed of the trials and of the controls.")] = Options.seed,
     sampler: Annotated[str, typer.Option(help="auto, cobyla, tpe or random.")] = "auto",
     base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's or adapters'")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = DEVICE,
@@ -102,24 +87,24 @@ def search(
 
     For LoRAHub add --method task_arithmetic --scale 1 --rank max.
     """
-    from ..merging.recipes.overrides import read_numbers, read_scale
+    from ..merging.recipes.overrides import read_pairs
     from ..search.search import search as find
 
-    parameters = _pairs(settings, "--set")
+    parameters = read_pairs("--set", settings, "elect=count")
     place = storage or f"{out}.study.db"
     _check_paths(out, force, place, adapters, parameters)
     with progress_bar() as tell:
         found = find(
             adapters,
             task,
-            _pairs(tune, "--tune") if tune else None,
+            read_pairs("--tune", tune, "density=[0.1,1.0]") if tune else None,
             budget,
             method=method,
             space=space,
-            scale=read_scale(scale),
-            rank=int(rank) if rank.isdecimal() else rank,
+            scale=read_flag("scale", scale),
+            rank=read_flag("rank", rank),
             parameters=parameters,
-            densities=read_numbers("--densities", densities),
+            densities=read_flag("densities", densities),
             penalty=penalty,
             judge=judge,
             controls=(*(CONTROLS if controls else ()), *((TRAINED,) if trained else ())),
@@ -170,15 +155,3 @@ def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> N
         f"the trials stay in {without_password(storage)} (study {study!r}); the same command with a larger --budget and "
         "--force goes on from there"
     )
-
-
-def _pairs(settings: list[str] | None, flag: str) -> Mapping[str, Any]:
-    from ..merging.recipes.yaml_document import parse
-
-    pairs: dict[str, Any] = {}
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"{flag} is {setting!r}; expected NAME=VALUE, such as {flag} density=[0.1,1.0].")
-        pairs[key.strip()] = parse(value)
-    return pairs

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..choices import STATISTICS
 from ..errors import RecipeError
+from ..learning import STATISTICS
 from .base import Json, print_json, print_text, print_warnings_after, progress_bar
 
 

@@ -2,3 +2,5 @@
 
 In: adapters, tasks, a base model. Out: a `Score` for each. Uses: `adapters`, `merging`.
 """
+
+BATCH_SIZE = 32  # rows

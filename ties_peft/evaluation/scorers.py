@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from ..choices import EVALUATION_BATCH
 from ..errors import RecipeError
+from . import BATCH_SIZE
 from .loaded_model import FORM_OF_MEASURE, LANGUAGE, Bench
 from .rows import Row, texts_of
 from .task import Task
 
-BATCH = EVALUATION_BATCH
+BATCH = BATCH_SIZE
 Progress = Callable[[str, int, int], None]
 
 

@@ -1,4 +1,9 @@
 """Learn from text with the base model: distillation, statistics for Fisher and RegMean, signs from a few examples.
 
 In: adapters, a base model, rows. Out: an adapter, or files beside one. Uses: `evaluation`, `merging`.
+The choices and defaults stand here, where the command line shows them without importing torch.
 """
+
+STATISTICS = ("fisher", "gram")
+FITS = ("factors", "gains")
+BATCH_SIZE = 16  # rows

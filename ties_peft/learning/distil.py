@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ..adapters import sources
 from ..adapters.adapter import Adapter
-from ..choices import DISTIL_BATCH, FITS
 from ..errors import RecipeError, unknown, warn_caller
 from ..evaluation.loaded_model import Bench
 from ..evaluation.scorers import Progress
@@ -34,6 +33,7 @@ from ..merging.loading import Loading
 from ..merging.merged import Merged, versions
 from ..merging.values import check_whole, written_dtype
 from ..task_vectors.tiles import threads_fixed
+from . import BATCH_SIZE, FITS
 from .checkpoint import Checkpoint
 from .distilled import Distilled, DistilReport, TeacherResult
 from .fitting import FitOptions, FitState, split_rows
@@ -63,7 +63,7 @@ def distil(
     kind: str | None = None,
     fit: str = FACTORS,
     steps: int | None = None,
-    batch_size: int = DISTIL_BATCH,
+    batch_size: int = BATCH_SIZE,
     threads: int = 1,
     state: str | Path | None = None,
     base_model: str | None = None,

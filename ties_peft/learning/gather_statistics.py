@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.statistics import Statistics
-from ..choices import STATISTICS
 from ..errors import CompatibilityError, MethodError, RecipeError, unknown, warn_caller
 from ..evaluation.evaluate import find_base
 from ..evaluation.language_models import Continuation, Pair
@@ -34,6 +33,7 @@ from ..evaluation.loaded_model import Bench, transposed
 from ..evaluation.scorers import Classification, Progress, check_form, form_for
 from ..evaluation.task import Task, TaskSource, read_task
 from ..task_vectors.random_numbers import stream_key, uniform
+from . import STATISTICS
 
 LABELS = ("expected", "sampled", "given")
 

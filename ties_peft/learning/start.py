@@ -9,11 +9,11 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..adapters.types import ModuleInfo, output_type, peft_types
-from ..choices import METHOD
 from ..errors import MethodError, RecipeError, one_line, unknown
 from ..evaluation.loaded_model import Bench, transposed
 from ..merging.merge import merge
 from ..merging.merged import Merged
+from ..merging.options import Options
 from ..task_vectors.delta import LowRank
 from ..task_vectors.factorise import factorise
 from .student import GAINS
@@ -69,7 +69,7 @@ def make_start(
         merged = merge(own, **(asked | ranked | shared))
     except TypeError as error:
         raise RecipeError(f"start: {one_line(error)}. Give what `merge` takes, or an adapter.") from None
-    return merged, f"{asked.get('method', METHOD)} of the adapters{', ' if description else ''}{description}"
+    return merged, f"{asked.get('method', Options.method)} of the adapters{', ' if description else ''}{description}"
 
 
 def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:

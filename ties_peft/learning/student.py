@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..adapters.types import output_type
 from ..adapters.types.base import LINEAR
-from ..choices import FITS
 from ..errors import CompatibilityError
 from ..evaluation.loaded_model import Bench
 from ..task_vectors.delta import Dense, LowRank
 from ..task_vectors.random_numbers import stream_key
+from . import FITS
 
 FACTORS, GAINS = FITS
 VECTORS = "vectors"

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..adapters.base_model import BaseModel
 from ..adapters.extra_tensors import TOKENS, Holder, TensorsByAdapter, shape_text
 from ..adapters.tensors import FLOATING
-from ..choices import MERGE, POLICIES
 from ..errors import MethodError, RecipeError
 from ..methods import Stages
 from ..methods.base import Method, TaskVectors
@@ -28,6 +27,7 @@ from ..task_vectors.delta import Dense
 from ..task_vectors.order_statistics import with_own_levels
 from ..task_vectors.random_numbers import stream_key
 from ..task_vectors.tiles import thread_pool
+from .options import MERGE, POLICIES
 
 OTHERS = f"choose another fate for them: --heads {', '.join(p for p in POLICIES if p != MERGE)} (heads=… in Python)"
 

@@ -47,16 +47,15 @@ from ..adapters.extra_tensors import (
     WRAPPER,
     ExtraTensor,
     is_head,
-    is_policy,
     missing_layers,
     read_extra_tensors,
     unused_copies,
     whole_layer_names,
 )
 from ..adapters.types.base import PREFIX
-from ..choices import AVERAGE, DROP, KEEP, MERGE, POLICIES
 from ..errors import CompatibilityError, RecipeError, unknown
 from .extra_task_vectors import OTHERS, Rule, Weigh
+from .options import AVERAGE, DROP, KEEP, MERGE, POLICIES, is_policy
 from .report import RiderLine, rider_texts
 
 

@@ -45,12 +45,12 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..adapters.aliases import COMBINATION_TYPES, LARGEST
-from ..choices import DEVICE, SEED
 from ..errors import RecipeError, unknown
 from .merge import Progress, make_recipe, merge_recipe
 from .merged import Merged
+from .options import DEVICE, Options, Rank, options_in
 from .peft_model import add, check_names, check_state, find_tuner, open_loaded
-from .recipes.recipe import Rank, Recipe
+from .recipes.recipe import Recipe
 
 ELECTIONS = {"total": "mass", "frequency": "count"}  # PEFT's majority_sign_method
 
@@ -68,7 +68,7 @@ def add_merged_adapter(
     rank: Rank | None = None,
     svd_rank: int | None = None,
     majority_sign_method: str | None = None,
-    seed: int = SEED,
+    seed: int = Options.seed,
     device: str = DEVICE,
     dtype: torch.dtype | str | None = None,
     *,
@@ -96,16 +96,14 @@ def add_merged_adapter(
     Raises: TiesPeftError; the model is then as it was.
     Law: the same tensors as saving the adapters and `ties_peft.merge` on the folders (`set_scale` apart).
     """
+    given = options_in(locals())
     tuner = find_tuner(peft_model)
     check_names(tuner, adapters, adapter_name)
     check_state(tuner)
     opened = [open_loaded(tuner, name) for name in adapters]
-    given = {"method": method, "space": space, "scale": scale, "rank": _rank(rank, svd_rank)}
-    own = {"density": density, **_elect_parameter(majority_sign_method, parameters), **parameters}
-    asked = _translate(combination_type, given, own, opened)
-    recipe = make_recipe(
-        opened, weights, dtype, densities=densities, seed=seed, restore_norm=restore_norm, allow_disjoint=True, **asked
-    )
+    given |= {"rank": _rank(rank, svd_rank)}
+    given["parameters"] = {"density": density, **_elect_parameter(majority_sign_method, parameters), **parameters}
+    recipe = make_recipe(opened, allow_disjoint=True, **_translate(combination_type, given, opened))
     merged = merge_recipe(_with_signs(recipe, tuner), opened, device, progress)
     merged.recipe = recipe
     add(tuner, adapter_name, merged, adapters)
@@ -129,12 +127,10 @@ def _rank(rank: Rank | None, svd_rank: int | None) -> Rank | None:
     return svd_rank if rank is None else rank
 
 
-def _translate(
-    combination_type: str | None, given: Mapping[str, Any], own: Mapping[str, Any], adapters: Sequence[Adapter]
-) -> dict[str, Any]:
-    """What `make_recipe` is asked for: what was given, else what PEFT's name means, else nothing."""
+def _translate(combination_type: str | None, given: Mapping[str, Any], adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Return the options of the merge: what was given, else what PEFT's name stands for."""
     asked = {key: value for key, value in given.items() if value is not None}
-    parameters = {key: value for key, value in own.items() if value is not None}
+    parameters = {key: value for key, value in given["parameters"].items() if value is not None}
     if combination_type is None:
         return {**asked, "parameters": parameters}
     if "method" in asked:

@@ -22,8 +22,8 @@ from ..task_vectors.kernels.backends import Loops
 from ..task_vectors.subspace import SQUARE
 from .encoding import Coordinates
 from .members import unequal_norms
+from .options import NORM
 from .plan import Plan
-from .recipes.recipe import NORM
 from .report import AdapterLine, ModuleLine, Report, figure
 from .thresholds import Kept, trimmed_apart
 

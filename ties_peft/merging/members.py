@@ -16,7 +16,8 @@ from ..adapters.types import ModuleInfo, output_type
 from ..adapters.types.base import EXPERT, LINEAR, PREFIX
 from ..errors import CompatibilityError, RecipeError
 from ..methods import Method, Stages
-from .recipes.recipe import NORM, Recipe
+from .options import NORM
+from .recipes.recipe import Recipe
 from .recipes.schedule import Schedule, count_layers
 
 UNEQUAL = 3.0  # times: benchmarks/retention.py measures what is left of the smaller adapter

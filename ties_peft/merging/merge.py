@@ -19,7 +19,6 @@ from ..adapters.targets import check_written
 from ..adapters.tokenizer_files import collect_tokenizer_files
 from ..adapters.types import ModuleInfo
 from ..adapters.types.base import EMBEDDING, LINEAR, layer_is_conv1d
-from ..choices import DEVICE, ERROR, METHOD, RANK, SEED, SPACE
 from ..errors import RecipeError, warn_caller
 from ..methods import TaskVectors
 from ..methods.base import merged
@@ -35,8 +34,9 @@ from .loading import VOCABULARY, Evidence, find_loading
 from .measure import Account, Record, record
 from .members import statistics_of
 from .merged import Merged
+from .options import DEVICE, Options, Rank, Weights, options_in
 from .plan import Plan, make_plan
-from .recipes.recipe import IN_MEMORY, Rank, Recipe, Weights
+from .recipes.recipe import IN_MEMORY, Recipe
 from .recipes.schedule import plain_schedule
 from .recipes.settings import recipe_parameters
 from .thresholds import Kept, Survey, trimmed_apart
@@ -46,12 +46,12 @@ Progress = Callable[[str, int, int], None]
 
 def merge(
     adapters: Sequence[str | Path | Adapter],
-    method: str = METHOD,
-    space: str = SPACE,
+    method: str = Options.method,
+    space: str = Options.space,
     weights: Weights | None = None,
     scale: float | str | None = None,
-    rank: Rank = RANK,
-    seed: int = SEED,
+    rank: Rank = Options.rank,
+    seed: int = Options.seed,
     device: str = DEVICE,
     dtype: torch.dtype | str | None = None,
     *,
@@ -61,7 +61,7 @@ def merge(
     base_model: str | None = None,
     base: str | Path | BaseModel | None = None,
     target: str | None = None,
-    heads: str = ERROR,
+    heads: str = Options.heads,
     progress: Progress | None = None,
     **parameters: Any,
 ) -> Merged:
@@ -100,27 +100,18 @@ def merge(
     Raises: TiesPeftError, before any work wherever it can be known by then.
     Law: one adapter with weight 1, scale 1, density 1 and enough rank computes the same function.
     """
-    known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
-    opened = load_adapters(adapters, known)
-    recipe = make_recipe(
-        opened,
-        method=method,
-        space=space,
-        weights=weights,
-        densities=densities,
-        scale=scale,
-        rank=rank,
-        restore_norm=restore_norm,
-        seed=seed,
-        dtype=dtype,
-        base_model=base_model,
-        base=known.label if known is not None else None,
-        target=target,
-        allow_disjoint=allow_disjoint,
-        heads=heads,
-        parameters=parameters,
-    )
+    asked = options_in(locals())
+    known, opened = open_adapters(adapters, base)
+    recipe = make_recipe(opened, **{**asked, "base": known.label if known is not None else None})
     return merge_recipe(recipe, opened, device, progress)
+
+
+def open_adapters(
+    adapters: Sequence[str | Path | Adapter], base: str | Path | BaseModel | None
+) -> tuple[BaseModel | None, list[Adapter]]:
+    """Return the base model, if one is given, and the adapters, whose task vectors may depend on it."""
+    known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
+    return known, load_adapters(adapters, known)
 
 
 def make_recipe(
@@ -129,23 +120,24 @@ def make_recipe(
     dtype: torch.dtype | str | None = None,
     parameters: Mapping[str, Any] = MappingProxyType({}),
     densities: Sequence[Any] | None = None,
-    **asked: Any,
+    **options: Any,
 ) -> Recipe:
-    """The recipe of a call: what was asked for, in the form that is saved."""
+    """Return the recipe of a call: what was asked for, in the form that is saved."""
     each = None if densities is None else _one_per_adapter("densities", densities, "one density per adapter")
-    named = weights is None or isinstance(weights, str)
+    if not (weights is None or isinstance(weights, str)):
+        weights = _one_per_adapter("weights", weights, "norm, or one weight per adapter")
     return Recipe(
         adapters=tuple(adapter.source or IN_MEMORY for adapter in adapters),
-        weights=weights if named else _one_per_adapter("weights", weights, "norm, or one weight per adapter"),  # type: ignore[arg-type]
+        weights=weights,
         densities=each,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         parameters=recipe_parameters(parameters, each),
-        **asked,
+        **options,
     )
 
 
 def _one_per_adapter(name: str, given: Any, expected: str) -> tuple[Any, ...]:
-    """The numbers or schedules of a call, one for each adapter."""
+    """Return the numbers or schedules of a call, one for each adapter."""
     if not isinstance(given, Iterable) or isinstance(given, (str, Mapping, Set)):
         raise RecipeError(f"the {name} are {given!r}; expected {expected}, in a list: {name}=[1, 0.5].")
     return tuple(plain_schedule(one) for one in given)
@@ -169,12 +161,12 @@ def merge_recipe(
     started = time.perf_counter()
     if adapters is None:
         recipe, _ = recipe.expanded()
-    opened = open_adapters(recipe) if adapters is None else list(adapters)
+    opened = open_recipe(recipe) if adapters is None else list(adapters)
     return run_plan(make_plan(recipe, opened, device, processes=processes), recipe, started, None, progress, processes)
 
 
-def open_adapters(recipe: Recipe) -> list[Adapter]:
-    """A recipe's adapters, with the base that it names."""
+def open_recipe(recipe: Recipe) -> list[Adapter]:
+    """Return a recipe's adapters, with the base model that it names."""
     base = BaseModel.load(recipe.base) if recipe.base is not None else None
     return [Adapter.load(name, base=base) for name in recipe.adapters]
 

@@ -17,7 +17,6 @@ from ..adapters.adapter import Adapter, check_adapters
 from ..adapters.base_model import BaseModel
 from ..adapters.targets import check_heads, check_modules, fit_rank
 from ..adapters.types import ModuleInfo, WritablePeftType, output_type
-from ..choices import DEVICE, MERGE
 from ..errors import CompatibilityError, MethodError, RecipeError
 from ..methods import Method, Stages, Trim, method_classes
 from ..spaces import Space, find_space
@@ -40,8 +39,9 @@ from .members import (
     settle_task,
     warn_alone,
 )
+from .options import DEVICE, MERGE, NORM, Rank
 from .ranks import output_rank
-from .recipes.recipe import NORM, Rank, Recipe
+from .recipes.recipe import Recipe
 from .recipes.scale import Scale
 from .recipes.schedule import Schedule, count_layers
 from .recipes.settings import make_settings

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter import Adapter, load_adapters
+from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
-from ..choices import DEVICE, ERROR, METHOD, RANK, SEED, SPACE
 from ..task_vectors.tiles import thread_pool
 from .encoding import Coordinates, Memory
-from .merge import make_recipe, run_plan
+from .merge import make_recipe, open_adapters, run_plan
 from .merged import Merged
+from .options import DEVICE, Options, Rank, Weights, options_in
 from .plan import Plan, make_plan
-from .recipes.recipe import Rank, Recipe, Weights
+from .recipes.recipe import Recipe
+
+FIXED = ("space", "allow_disjoint", "heads", "base")  # the options that `prepare` takes for every merge
 
 
 class Prepared:
@@ -42,11 +44,11 @@ class Prepared:
 
     def merge(
         self,
-        method: str = METHOD,
+        method: str = Options.method,
         weights: Weights | None = None,
         scale: float | str | None = None,
-        rank: Rank = RANK,
-        seed: int = SEED,
+        rank: Rank = Options.rank,
+        seed: int = Options.seed,
         dtype: torch.dtype | str | None = None,
         *,
         densities: Sequence[Any] | None = None,
@@ -57,25 +59,13 @@ class Prepared:
 
         Law: the same tensors as `ties_peft.merge` with the same arguments.
         """
+        asked = options_in(locals())
         started = time.perf_counter()
-        asked = make_recipe(
-            self.adapters,
-            method=method,
-            space=self.recipe.space,
-            weights=weights,
-            densities=densities,
-            scale=scale,
-            rank=rank,
-            seed=seed,
-            dtype=dtype,
-            restore_norm=restore_norm,
-            parameters={**self.recipe.parameters, **parameters},
-            allow_disjoint=self.recipe.allow_disjoint,
-            heads=self.recipe.heads,
-            base=self.recipe.base,
-        )
-        plan = make_plan(asked, self.adapters, self.device, checked=True)
-        return run_plan(plan, asked, started, self._memory if self._can_reuse(plan) else None, warns=self.warns)
+        fixed = {name: getattr(self.recipe, name) for name in FIXED}
+        asked["parameters"] = {**self.recipe.parameters, **parameters}
+        recipe = make_recipe(self.adapters, **fixed, **asked)
+        plan = make_plan(recipe, self.adapters, self.device, checked=True)
+        return run_plan(plan, recipe, started, self._memory if self._can_reuse(plan) else None, warns=self.warns)
 
     def _can_reuse(self, plan: Plan) -> bool:
         """Whether what is kept is what this merge needs: a weight of 0 takes an adapter out of the bases.
@@ -100,11 +90,11 @@ class Prepared:
 
 def prepare(
     adapters: Sequence[str | Path | Adapter],
-    space: str = SPACE,
+    space: str = Options.space,
     device: str = DEVICE,
     *,
     allow_disjoint: bool = False,
-    heads: str = ERROR,
+    heads: str = Options.heads,
     base: str | Path | BaseModel | None = None,
     **parameters: Any,
 ) -> Prepared:
@@ -121,14 +111,7 @@ def prepare(
         **parameters: the space's own.
     Raises: as `merge`.
     """
-    known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
-    opened = load_adapters(adapters, known)
-    recipe = make_recipe(
-        opened,
-        space=space,
-        parameters=parameters,
-        allow_disjoint=allow_disjoint,
-        heads=heads,
-        base=known.label if known is not None else None,
-    )
+    asked = options_in(locals())
+    known, opened = open_adapters(adapters, base)
+    recipe = make_recipe(opened, **{**asked, "base": known.label if known is not None else None})
     return Prepared(opened, recipe, device)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ..adapters.adapter import Adapter
 from ..adapters.types import ModuleInfo
 from ..errors import MethodError, RecipeError
-from .recipes.recipe import Rank
+from .options import Rank
 
 AUTO_RANK = 64
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import Adapter
-from ..choices import DTYPES
 from ..errors import RecipeError, unknown
+from .options import DTYPES
 
 
 def usable(device: str) -> torch.device:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from ..adapters.aliases import other_name
-from ..choices import space_names
 from ..errors import MethodError, RecipeError, share_hint, unknown
+from ..spaces import spaces
 from ..task_vectors.trim import Scope
 from .base import Density, Method, TaskVectors, Trim, masked
 
@@ -149,7 +149,7 @@ def find_method(name: str) -> type[Method]:
 
 def _method_hint(name: str) -> str | None:
     """Return the sentence on a name that is no method but something else that is known; None for any other."""
-    if name in space_names():
+    if name in spaces():
         return f'{name} is a space: --space {name} (space="{name}").'
     return other_name(name)
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.types import output_type
-from ..choices import BASE, MEAN, SINGLE
 from ..merging.recipes.recipe import Recipe
 from ..task_vectors.delta import Delta, Dense, LowRank, norm
 from ..task_vectors.random_numbers import stream_key
+from . import BASE, MEAN, SINGLE
 from .tuning import Tuning
 
 BESIDE = ("modules_to_save", "trainable_token_indices", "bias")  # what a config says of tensors beside the modules

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..choices import TRAINED
 from ..errors import RecipeError
 from ..evaluation.evaluate import find_base, make_scorer
 from ..evaluation.language_models import Continuation, Generation
@@ -21,6 +20,7 @@ from ..evaluation.loaded_model import Bench
 from ..evaluation.scorers import Classification, Scorer, form_for
 from ..evaluation.task import read_task
 from ..learning.training import check_trainable
+from . import TRAINED
 
 FUNCTION = "a function"
 Objective = Callable[[Adapter], float]

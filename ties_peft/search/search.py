@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter, check_is_list
-from ..choices import ADAPTERS, BUDGET, CONTROLS, DETAIL, DEVICE, METHOD, PENALTY, RANK, SEED, SPACE, TRAINED, WEIGHTS
 from ..errors import RecipeError, unknown, warn_caller
 from ..evaluation.loaded_model import Bench
 from ..learning.training import train
 from ..merging.merge import Progress, make_recipe
 from ..merging.merged import Merged
-from ..merging.recipes.recipe import Rank, Recipe
+from ..merging.options import DEVICE, Options, Rank
+from ..merging.recipes.recipe import Recipe
+from . import ADAPTERS, BUDGET, CONTROLS, DETAIL, PENALTY, TRAINED, WEIGHTS
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes
 from .objectives import Objectives
 from .problem import SearchProblem
@@ -98,10 +99,10 @@ def search(
     tune: Mapping[str, Any] | None = None,
     budget: int = BUDGET,
     *,
-    method: str = METHOD,
-    space: str = SPACE,
+    method: str = Options.method,
+    space: str = Options.space,
     scale: float | str | None = None,
-    rank: Rank = RANK,
+    rank: Rank = Options.rank,
     parameters: Mapping[str, Any] | None = None,
     densities: Sequence[Any] | None = None,
     penalty: float = PENALTY,
@@ -109,7 +110,7 @@ def search(
     controls: Sequence[str] = CONTROLS,
     storage: str | Path | None = None,
     study: str = "search",
-    seed: int = SEED,
+    seed: int = Options.seed,
     sampler: str = "auto",
     base: str | Path | None = None,
     device: str = DEVICE,

@@ -20,13 +20,13 @@ from typing import Any
 
 from ..adapters.values import is_number
 from ..errors import MethodError, RecipeError, unknown
+from ..merging.options import OPTIONS
 from ..merging.recipes.recipe import Recipe
 from ..merging.recipes.scale import EXPECTED, Scale, is_scale
-from ..merging.recipes.settings import make_settings, parameter_names
+from ..merging.recipes.settings import find_space, make_settings, parameter_names
 from ..methods import find_method
-from ..spaces import find_space
 
-RECIPE_FIELDS = ("method", "space", "scale", "rank", "seed")
+RECIPE_FIELDS = tuple(name for name, option in OPTIONS.items() if option.tunable)
 PER_ADAPTER = ("weights", "adapters")
 SOME = "some"
 BOUND = 1.5  # LoRAHub's, of the weights

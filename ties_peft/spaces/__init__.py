@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..choices import method_names
 from ..errors import MethodError, RecipeError, share_hint, unknown
 from .base import Encoding, Space
 
@@ -27,13 +26,15 @@ def spaces() -> dict[str, type[Space]]:
     return dict(sorted(found.items()))
 
 
-def find_space(name: str) -> type[Space]:
-    """The class of a space.
+def find_space(name: str, hint: str | None = None) -> type[Space]:
+    """Return the class of a space.
 
+    Args:
+        name: of the space.
+        hint: a sentence on a name that is none, in place of the nearest space.
     Raises: RecipeError naming the nearest space and all of them.
     """
     if not isinstance(name, str) or name not in spaces():
-        hint = f'{name} is a method: --method {name} (method="{name}").' if name in method_names() else None
         raise RecipeError(unknown("space", name, spaces(), hint))
     return spaces()[name]
 

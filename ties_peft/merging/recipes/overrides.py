@@ -1,101 +1,72 @@
-"""Flags: what a command line asks for, laid over a recipe."""
+"""Lay what was typed on the command line over a recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import RecipeError
-from .recipe import NORM, Rank, Recipe
-from .scale import EXPECTED, is_scale
+from ..options import NORM, read_flag
+from .recipe import Recipe
 from .settings import parameter_names, recipe_parameters
 from .yaml_document import parse
 
 
-@dataclass(frozen=True)
-class Flags:
-    """The flags of a merge, as they were typed; None for one that was not given.
+def overridden(
+    file: Path | None,
+    adapters: Sequence[str] | None,
+    options: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    settings: Sequence[str] | None,
+) -> Recipe:
+    """Return a recipe with what was typed in place of what it says.
 
-    Attributes:
-        recipe: a file that they override.
-        adapters, method, space, seed, restore_norm, dtype, base, base_model, target, allow_disjoint, heads: as in
-            `Recipe`.
-        weights: numbers with commas between, or `norm`.
-        scale: a number, or a formula in the number of adapters.
-        rank: a whole number, `max` or `auto`.
-        density, scope: parameters of the method.
-        densities: one number per adapter, with commas between.
-        settings: any parameter, as NAME=VALUE, the value in YAML.
+    Args:
+        file: the recipe; None for the defaults.
+        adapters: in place of the recipe's; its weights and densities are those of its own adapters and go with them.
+        options: of the merge, by name, those with a text as it was typed; None or False for one that was not given.
+        parameters: density and scope; None for one that was not given.
+        settings: any parameters, as NAME=VALUE.
+    Raises: RecipeError for a flag that cannot be read; as `Recipe.from_file`.
     """
+    recipe = Recipe.from_file(file) if file else Recipe(adapters=())
+    if adapters:
+        weights = recipe.weights if recipe.weights == NORM else None
+        recipe = replace(recipe, adapters=tuple(adapters), weights=weights, densities=None)
+    given = {name: read_flag(name, value) if isinstance(value, str) else value for name, value in options.items()}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    own = {name: value for name, value in parameters.items() if value is not None}
+    if "density" in own:
+        own["density"] = _density(own["density"])
+    own = recipe_parameters(own | read_pairs("--set", settings, "elect=count"), given.get("densities"))
+    changed = replace(recipe, **given)
+    densities = None if "density" in own and "densities" not in given else changed.densities
+    return replace(
+        changed,
+        parameters={**_kept(recipe, changed, own), **own},
+        densities=densities,
+        notes=_notes(recipe, {*given, *own, *(["adapters"] if adapters else [])}),
+    )
 
-    recipe: Path | None
-    adapters: Sequence[str] | None
-    method: str | None
-    space: str | None
-    weights: str | None
-    scale: str | None
-    density: str | None
-    scope: str | None
-    settings: Sequence[str] | None
-    rank: str | None
-    restore_norm: bool
-    seed: int | None
-    dtype: str | None
-    base: str | None
-    base_model: str | None
-    target: str | None
-    allow_disjoint: bool
-    heads: str | None = None
-    densities: str | None = None
 
-    def asked(self) -> Recipe:
-        """The recipe, with what was given in place of what it says.
+def read_pairs(flag: str, settings: Sequence[str] | None, example: str) -> dict[str, Any]:
+    """Return what a flag that takes NAME=VALUE says, each value read as YAML.
 
-        Raises: RecipeError for a flag that cannot be read, and whatever the recipe's file gives rise to.
-        """
-        recipe = Recipe.from_file(self.recipe) if self.recipe else Recipe(adapters=())
-        if self.adapters:  # what the recipe says of each adapter was meant for its own
-            recipe = replace(recipe, weights=recipe.weights if recipe.weights == NORM else None, densities=None)
-        own = self.parameters()
-        given = {
-            "adapters": tuple(self.adapters) if self.adapters else None,
-            "weights": self.weights if self.weights == NORM else read_numbers("--weights", self.weights, ", or norm"),
-            "densities": read_numbers("--densities", self.densities),
-            "method": self.method,
-            "space": self.space,
-            "scale": read_scale(self.scale),
-            "rank": read_rank(self.rank),
-            "restore_norm": self.restore_norm or None,
-            "seed": self.seed,
-            "dtype": self.dtype,
-            "base": self.base,
-            "base_model": self.base_model,
-            "target": self.target,
-            "allow_disjoint": self.allow_disjoint or None,
-            "heads": self.heads,
-        }
-        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        changed = replace(recipe, **changes)
-        parameters = {**_kept(recipe, changed, own), **own}
-        densities = None if "density" in own and self.densities is None else changed.densities
-        return replace(changed, parameters=parameters, densities=densities, notes=_notes(recipe, {**changes, **own}))
-
-    def parameters(self) -> dict[str, Any]:
-        """The method's and the space's own."""
-        given = {"density": _density(self.density), "scope": self.scope}
-        found = {key: value for key, value in given.items() if value is not None}
-        for setting in self.settings or []:
-            key, equals, value = setting.partition("=")
-            if not equals or not key:
-                raise RecipeError(f"--set is {setting!r}; expected NAME=VALUE, such as --set elect=count.")
-            found[key] = parse(value)
-        return recipe_parameters(found, read_numbers("--densities", self.densities))
+    Raises: RecipeError where there is no `=` or no name.
+    """
+    pairs = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"{flag} is {setting!r}; expected NAME=VALUE, such as {flag} {example}.")
+        pairs[key.strip()] = parse(value)
+    return pairs
 
 
 def _kept(recipe: Recipe, changed: Recipe, own: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's parameters, less those that are given anew, or that a method or space given anew does not have."""
+    """Return a recipe's parameters without those that are given anew, or that a new method or space does not have."""
     same = (recipe.method, recipe.space) == (changed.method, changed.space)
     known = recipe.parameters if same else parameter_names(changed.method, changed.space)
     again = {*own, *(key.rpartition(".")[2] for key in own)}  # `density` and `ties.density` may be one thing
@@ -106,8 +77,8 @@ def _kept(recipe: Recipe, changed: Recipe, own: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _notes(recipe: Recipe, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """A recipe's notes, less those on what was overridden; another method leaves none on parameters."""
+def _notes(recipe: Recipe, given: set[str]) -> tuple[str, ...]:
+    """Return a recipe's notes without those on what was overridden; another method removes all notes on parameters."""
     about = [note.partition(":")[0].removeprefix("parameters.") for note in recipe.notes]
     method = "method" in given
     return tuple(
@@ -117,47 +88,10 @@ def _notes(recipe: Recipe, given: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def read_numbers(flag: str, text: str | None, otherwise: str = "") -> tuple[float, ...] | None:
-    """Return what a flag with one number per adapter says.
-
-    Raises: RecipeError.
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise RecipeError(
-            f"{flag} is {text!r}; expected numbers with commas between, such as 1,0.5,1{otherwise}."
-        ) from None
-
-
-def _density(text: str | None) -> float | list[float] | None:
-    """What --density says: a number; of several `recipe_parameters` says what they could mean."""
-    if text is None:
-        return None
+def _density(text: str) -> float | list[float]:
+    """Return what --density says: a number; `recipe_parameters` says what several could mean."""
     try:
         first, *others = [float(part) for part in text.split(",")]
     except ValueError:
         raise RecipeError(f"--density is {text!r}; expected a number in (0, 1], such as 0.2.") from None
     return [first, *others] if others else first
-
-
-def read_scale(text: str | None) -> float | str | None:
-    """Return what --scale says: a number, or a formula in the number of adapters."""
-    if text is None or is_scale(text):
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise RecipeError(f"--scale is {text!r}; expected {EXPECTED}.") from None
-
-
-def read_rank(text: str | None) -> Rank | None:
-    """What --rank says: a whole number, `max` or `auto`."""
-    if text is None or text in ("max", "auto"):
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise RecipeError(f"--rank is {text!r}; expected a whole number, max or auto.") from None

@@ -28,6 +28,10 @@ from ...errors import RecipeError
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 EVERYWHERE = (None, "*")
 OVER_LAYERS = "over_layers"
+EXPECTED = (
+    f"a finite number, {{{OVER_LAYERS}: [1.0, 0.5]}} for a gradient over the layers, or a list of "
+    "{filter: PART_OF_NAME, value: …} whose last may lack the filter"
+)
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,9 @@ class Schedule:
         Raises: RecipeError saying what `what` may be.
         """
         value = plain_schedule(value)
-        if isinstance(value, dict):
-            value = [value]
-        if not _is_value(value) and not _is_conditions(value):
-            raise RecipeError(
-                f"{what} is {value!r}; expected a finite number, {{{OVER_LAYERS}: [1.0, 0.5]}} for a gradient "
-                "over the layers, or a list of {filter: PART_OF_NAME, value: …} whose last may lack the filter."
-            )
+        value = [value] if isinstance(value, dict) else value
+        if not is_schedule(value):
+            raise RecipeError(f"{what} is {value!r}; expected {EXPECTED}.")
         return cls(value)
 
     def at(self, module: str, layers: int, default: float = 1.0) -> float:
@@ -133,6 +133,11 @@ def plain_schedule(value: Any) -> Any:
     if isinstance(value, dict) and "value" in value:
         return {**value, "value": plain_schedule(value["value"])}
     return [plain_schedule(own) for own in value] if isinstance(value, list) else value
+
+
+def is_schedule(value: Any) -> bool:
+    """Return whether a value is a number, a gradient, or a list of conditions."""
+    return _is_value(value) or _is_conditions(value)
 
 
 def is_gradient(value: Any) -> bool:

@@ -10,11 +10,12 @@ from typing import Any
 from ...adapters.aliases import PARAMETERS
 from ...errors import MethodError, RecipeError, share_hint, unknown
 from ...methods import Method, Stages, find_method, make_stages, method_classes
-from ...spaces import Space, find_space, make_space, spaces
+from ...spaces import Space, make_space, spaces
+from ...spaces import find_space as find_known_space
+from ..options import OPTIONS
 from .schedule import OVER_LAYERS, Schedule, is_gradient, plain_schedule, to_plain
 
 DENSITY = "density"
-SHARED = ("space", "rank", "scale", "seed", "restore_norm", "weights")  # what belongs to a merge, whatever its method
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,15 @@ def make_settings(method: str, space: str, parameters: Mapping[str, Any], densit
     _check_signs(stages.method)
     changed, read = _densities(stages.method, shared, densities)
     return Settings(made, replace(stages, method=changed), read)
+
+
+def find_space(name: str) -> type[Space]:
+    """Return the class of a space.
+
+    Raises: RecipeError naming the nearest space, or that the name is a method's.
+    """
+    is_method = isinstance(name, str) and name in method_classes()
+    return find_known_space(name, f'{name} is a method: --method {name} (method="{name}").' if is_method else None)
 
 
 def recipe_parameters(parameters: Mapping[str, Any], densities: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -131,8 +141,8 @@ def unknown_parameter(method: str, space: str, name: str, more: Sequence[str] = 
     bare = name.rpartition(".")[2]
     ours = PARAMETERS.get(bare, bare)
     hints = [f"{bare} is {ours} here."] if ours != bare else []
-    if ours in (*SHARED, "method") and ours not in known:
-        hints.append(f"It is an argument of the merge: --{ours.replace('_', '-')} ({ours}=…).")
+    if ours in OPTIONS and ours not in known:
+        hints.append(f"It is an argument of the merge: {OPTIONS[ours].flag} ({ours}=…).")
     elif ours not in known:
         having = [other for other, cls in method_classes().items() if ours in cls.model_fields]
         spatial = [other for other, cls in spaces().items() if ours in cls.model_fields]

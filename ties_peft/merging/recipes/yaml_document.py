@@ -1,20 +1,57 @@
-"""Document: YAML in which every key has a line, and no key stands twice.
+"""Read YAML into pydantic models, with the line of every key for messages.
 
-YAML 1.2's short exponents are read as numbers: 1e-3 is a text in YAML 1.1, to which PyYAML holds.
+YAML 1.2's short exponents are read as numbers: in YAML 1.1, which PyYAML implements, 1e-3 is a text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import (
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 from ...errors import RecipeError, one_line
 
 MAX_NODES = 100_000  # more than any recipe has; a few lines of aliases to aliases make billions
-Location = tuple[Any, ...]  # the keys and numbers that lead to a value
+Location = tuple[Any, ...]  # the keys and numbers that lead to a value, as pydantic's `loc`
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument", "invalid_key")  # pydantic's types of error for a key
+T = TypeVar("T")
+
+
+def expecting(
+    expected: str, accepts: Callable[[Any], bool] = lambda value: True, nested: bool = False
+) -> WrapValidator:
+    """Return the validator of a field whose faults are told as `KEY is VALUE; expected EXPECTED`.
+
+    Args:
+        expected: the values that the field takes, in words.
+        accepts: whether a value of its type is one of them.
+        nested: whether a fault inside the value has a text and a location of its own.
+    """
+    fault = PydanticCustomError("expecting", "{expected}", {"expected": expected})
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            checked = handler(value)
+        except ValidationError as error:
+            if nested and any(one["loc"] for one in error.errors()):
+                raise
+            raise fault from None
+        if not accepts(checked):
+            raise fault
+        return checked
+
+    return WrapValidator(check)
 
 
 class Loader(yaml.SafeLoader):
@@ -68,6 +105,29 @@ class Document:
         while path and path not in self._lines:
             path = path[:-1]
         return f"{self.where}, line {self._lines.get(path, 1)}"
+
+    def read(self, model: type[T], unknown_key: Callable[[Location, str], str]) -> T:
+        """Return the values as a pydantic model.
+
+        Args:
+            model: whose fields are declared with `expecting`.
+            unknown_key: gives the text on an unknown key, from the location of its table and the key.
+        Raises: RecipeError naming the line.
+        """
+        try:
+            return TypeAdapter(model).validate_python(self.values)
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+        fault = next((one for one in faults if one["type"] in UNKNOWN), faults[0])
+        path = tuple(part for part in fault["loc"] if part != "[key]")
+        if fault["type"] in UNKNOWN:
+            raise RecipeError(f"{self.at(path)}: {unknown_key(path[:-1], str(path[-1]))}")
+        if fault["type"] == "twice":
+            raise RecipeError(f"{self.at((*path, fault['ctx']['key']))}: {fault['msg']}")
+        last = path[-1] if path else "the file"
+        name = f"entry {last + 1}" if isinstance(last, int) else last
+        expected = fault["msg"] if fault["type"] == "expecting" else "keys with values"
+        raise RecipeError(f"{self.at(path)}: {name} is {fault['input']!r}; expected {expected}.")
 
     def drop(self, key: str, number: int) -> None:
         """Take an entry out of a list at the top; those after it keep their lines."""
