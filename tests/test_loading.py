@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ties_peft
-from ties_peft.merging.loading import Evidence, find_loading
+from ties_peft.merging.loading import AdapterFacts, find_loading
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {**WIDTHS, "num_hidden_layers": 2}
@@ -400,7 +400,7 @@ def test_a_transformer_of_diffusers_is_not_guessed(
 
 def test_the_config_in_the_hubs_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    evidence = Evidence("org/base", paths=("model.decoder.layers.0.self_attn.q_proj",))
+    evidence = AdapterFacts("org/base", paths=("model.decoder.layers.0.self_attn.q_proj",))
     assert not find_loading(evidence).name
     home = tmp_path / "models--org--base"
     (home / "snapshots/abc").mkdir(parents=True)
@@ -425,7 +425,7 @@ def test_the_config_in_the_hubs_cache_is_read(tmp_path: Path, monkeypatch: pytes
 def test_a_config_that_is_none_is_no_evidence(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     for path in ("model.decoder.layers.0.q_proj", "transformer_blocks.0.attn.to_q"):
-        assert not find_loading(Evidence(str(tmp_path), paths=(path,))).name
+        assert not find_loading(AdapterFacts(str(tmp_path), paths=(path,))).name
 
 
 @pytest.mark.parametrize(
@@ -468,4 +468,4 @@ def test_evidence_that_disagrees(
 ) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    assert find_loading(Evidence(str(tmp_path), **evidence)).name == name
+    assert find_loading(AdapterFacts(str(tmp_path), **evidence)).name == name

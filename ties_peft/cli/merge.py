@@ -122,7 +122,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, dry_run: bool, force: bo
 
 
 def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
-    from ..merging.report import rider_texts
+    from ..merging.report import describe_extra_tensors
 
     print_warnings(plan.warnings)
     facts = {
@@ -134,7 +134,7 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
         "scale": plan.scale,
         "rank": plan.rank,
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "heads": rider_texts(plan.heads.lines()),
+        "heads": describe_extra_tensors(plan.extra_tensors.lines()),
     }
     if as_json:
         print_json({"dry_run": True, "recipe": asked.to_dict(), "plan": facts})

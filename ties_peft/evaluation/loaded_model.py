@@ -19,7 +19,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.extra_tensors import BASE, TOKENS, ExtraTensor, read_extra_tensors, whole_layer_names
 from ..adapters.types.base import BIAS, EXPERT, ModuleInfo
 from ..errors import CompatibilityError, RecipeError
-from ..merging.values import usable
+from ..merging.values import check_device
 from .missing_weights import check_missing_weights, find_missing_weights, silenced
 
 AUTO_CLASSES = {  # what a bench can hold, by the class of transformers that loads it
@@ -77,7 +77,7 @@ class Bench:
         """
         import transformers
 
-        where = usable(device)
+        where = check_device(device)
         label = str(base)
         try:
             with silenced(transformers):

@@ -31,7 +31,7 @@ from ..evaluation.scorers import Progress
 from ..merging.card import shared_licence
 from ..merging.loading import Loading
 from ..merging.merged import Merged, versions
-from ..merging.values import check_whole, written_dtype
+from ..merging.values import check_whole, output_dtype
 from ..task_vectors.tiles import threads_fixed
 from . import BATCH_SIZE, FITS
 from .checkpoint import Checkpoint
@@ -111,7 +111,7 @@ def distil(
     started = time.perf_counter()
     _check(fit, rank, steps, batch_size, seed, threads)
     specs = read_teacher_specs(adapters, rows, tasks)
-    written = written_dtype(dtype, [spec.adapter for spec in specs])
+    written = output_dtype(dtype, [spec.adapter for spec in specs])
     here = open_bench(specs, base, device, bench)
     with threads_fixed(threads), _frozen_base(here):
         beginning, told = make_start([t.adapter for t in specs], here, start, kind, fit, rank, base_model)

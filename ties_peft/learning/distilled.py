@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters import writer
 from ..adapters.adapter import Adapter
 from ..adapters.tensors import MemoryTensors
-from ..merging.card import KIND_TAGS, front_matter, linked, public, public_text, snippet
+from ..merging.card import KIND_TAGS, adapter_link, front_matter, public, public_text, snippet
 from ..merging.loading import Loading
 from ..merging.merged import versions
 from ..merging.recipes.yaml_document import dump
@@ -195,7 +195,7 @@ def _card(report: DistilReport, recipe: Mapping[str, Any], loading: Loading) -> 
     """The README.md, with the front matter that the Hub reads."""
     tags = ["merge", "ties_peft", "distil", KIND_TAGS.get(report.kind, "peft")]
     rows = "\n".join(
-        f"| {linked(line.name, line.page)} | {line.kind} | {line.rows} + {line.held} | {line.divergence[1]:.4f} | "
+        f"| {adapter_link(line.name, line.page)} | {line.kind} | {line.rows} + {line.held} | {line.divergence[1]:.4f} | "
         f"{line.agreement[1]:.1%} | `{line.digest[:12]}` |"
         for line in report.lessons
     )

@@ -19,7 +19,7 @@ from ..adapters import sources
 from ..errors import RecipeError, printable
 from .loading import Loading
 from .recipes.yaml_document import Document, dump
-from .report import Report, figure, rider_texts
+from .report import Report, describe_extra_tensors, figure
 
 KIND_TAGS = {"LoRA": "lora", "(IA)³": "ia3"}
 HERE = "path/to/this/folder"  # in the lines of Python; on the Hub the repository's name stands there
@@ -37,13 +37,13 @@ def card(report: Report, recipe: Mapping[str, Any], loading: Loading) -> str:
         loading: how the result is put on its base.
     """
     rows = "\n".join(
-        f"| {linked(line.name, line.page)} | {line.weight:g} | {', '.join(map(str, line.ranks))} | {line.norm:.4g} | {figure(line.projection)} | {figure(line.cosine)} | {figure(line.others)} | `{line.digest[:12]}` |"
+        f"| {adapter_link(line.name, line.page)} | {line.weight:g} | {', '.join(map(str, line.ranks))} | {line.norm:.4g} | {figure(line.projection)} | {figure(line.cosine)} | {figure(line.others)} | `{line.digest[:12]}` |"
         for line in report.adapters
     )
     kept = (
         f" Its rank, {report.rank}, keeps {report.energy:.1%} of the merged energy." if report.rank is not None else ""
     )
-    whole = "".join(f"\n- {text}" for text in rider_texts(report.riders))
+    whole = "".join(f"\n- {text}" for text in describe_extra_tensors(report.riders))
     named = [recipe, [line.base for line in report.adapters]]
     notes = "".join(f"\n- {public_text(warning, named)}" for warning in report.warnings)
     tags = ["merge", "ties_peft", KIND_TAGS.get(report.kind, "peft"), report.method]
@@ -86,7 +86,7 @@ def snippet(loading: Loading) -> str:
     return _fenced("\n".join(replace(loading, base=base).lines(HERE)), "python")
 
 
-def linked(name: str, page: str | None) -> str:
+def adapter_link(name: str, page: str | None) -> str:
     """Return an adapter's name for a cell of a table, with a link to its page on the Hub."""
     text = printable(_last(name) if name.startswith("/") else name).replace("|", "\\|")
     return text if page is None else f"[{text}]({page})"

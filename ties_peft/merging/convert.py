@@ -10,10 +10,10 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats.to_peft import ConversionOptions, open_as_peft
-from .merge import Progress, make_recipe, run_plan
+from .merge import make_recipe, run_plan
 from .merged import Merged
 from .options import Rank
-from .plan import make_plan
+from .plan import Progress, make_plan
 
 
 def convert(

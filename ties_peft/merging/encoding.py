@@ -1,8 +1,8 @@
-"""Coordinates: a merge's task vectors in its space, a module at a time, weighted and prepared.
+"""Read and encode the task vectors of a merge, one module at a time.
 
-Where a space needs only one adapter to place it, one adapter is read; where the adapters share their
-coordinates, a module's encoding is made once and kept as long as something is left to ask of it, if it is small.
-A space may walk the task vectors of a module several times; where they are many they are read anew each time.
+If the adapters do not share their coordinates, one adapter's task vector is encoded without the others. If they do, a
+module is encoded once for all adapters; small encodings are kept, because the thresholds and the merge both need them.
+A space may go through the task vectors of a module several times; if there are many, they are read again each time.
 """
 
 from __future__ import annotations
@@ -23,131 +23,143 @@ from ..task_vectors.random_numbers import stream_key
 from ..task_vectors.tiles import ThreadPool
 from .plan import Plan
 
-KEPT = 1 << 28  # bytes of encodings that are kept between the passes of a merge
+KEPT_BYTES = 1 << 28  # of encodings that one merge keeps
 
 
 @dataclass
-class Memory:
+class MergeCache:
     """What a prepared merge keeps between merges.
 
     Attributes:
-        encodings: by module, the coordinates of all its adapters.
-        ranked: by member, module and part, the weight and the weighted magnitudes of a small part in order: as much
-            memory as the parts take.
-        companions: the tokenizer files beside them, once they were looked for.
-        pool: the threads of the last merge and their scratch memory, some 8 MB a thread whatever is merged.
+        encodings: of all adapters, by module.
+        sorted_magnitudes: (weight, weighted magnitudes in ascending order) of small parts, by (member, module, part);
+            they take as much memory as the parts.
+        tokenizer_files: those found beside the adapters.
+        pool: the threads of the last merge and their buffers, about 8 MB per thread.
     """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
-    ranked: dict[tuple[int, str, int], tuple[float, np.ndarray]] = field(default_factory=dict)
-    companions: TokenizerFiles | None = None
+    sorted_magnitudes: dict[tuple[int, str, int], tuple[float, np.ndarray]] = field(default_factory=dict)
+    tokenizer_files: TokenizerFiles | None = None
     pool: list[ThreadPool] = field(default_factory=list)
 
 
-class Coordinates:
-    """The view of a plan's task vectors that a survey and a merge share.
+class EncodedModules:
+    """The task vectors of a merge in the coordinates of its space, by module. One module is in memory at a time.
 
     Args:
-        plan: what is merged.
-        memory: of a preparation, whose members are the plan's; None to keep nothing.
+        plan: the merge.
+        cache: of a prepared merge with the same members; None to keep nothing after this merge.
     """
 
-    def __init__(self, plan: Plan, memory: Memory | None = None) -> None:
+    def __init__(self, plan: Plan, cache: MergeCache | None = None) -> None:
         self.plan = plan
-        self.memory = memory
-        self._read_last: tuple[str, list[Delta]] | None = None
-        self._encoded: tuple[str, Encoding] | None = None  # the last module asked for
-        self._kept: dict[str, Encoding] = {}  # of many modules, where that takes little
-        self._room = KEPT
-        self._seen: tuple[str, dict[int, tuple[Delta, ...]]] | None = None
-
-    def delta(self, place: int, module: str) -> Delta:
-        """One adapter's task vector on one module, unweighted."""
-        return self._read(self.plan.members[place].adapter, module)
-
-    def prefetch(self, module: str | None) -> None:
-        """Have the system fetch what the files say of a module, while another one is worked on."""
-        for place, _ in self.plan.holders(module) if module is not None and self.memory is None else ():
-            self.plan.members[place].adapter.prefetch(module or "")
-
-    def encoding(self, module: str) -> Encoding:
-        """The coordinates of all adapters that have a module; the giver of signs, if there is one, comes last."""
-        if self._encoded is None or self._encoded[0] != module:
-            self._encoded = self._seen = None  # let go of one module before the next is read
-            self._encoded = module, self._find(module) or self._encode(module)
-        return self._encoded[1]
-
-    def holds(self, modules: Iterable[str]) -> bool:
-        """Whether the coordinates of modules are all kept, so that they may be walked often; they are found for it."""
-        shared = self.plan.arithmetic.shared and not self.plan.preparations
-        mine = [module for module in modules if self.plan.holders(module)]
-        return shared and all(self.encoding(module) is self._find(module) for module in mine)
-
-    def everyone(self, module: str) -> list[Delta]:
-        """The task vectors of all that share a module's coordinates; of the last module asked for they are kept."""
-        if self._read_last is None or self._read_last[0] != module:
-            self._read_last = None
-            self._read_last = module, [read() for read in self._readers(module)]
-        return self._read_last[1]
-
-    def _readers(self, module: str) -> list[Callable[[], Delta]]:
-        found = [partial(self.delta, place, module) for place, _ in self.plan.holders(module)]
-        giver = self.plan.signs
-        return [*found, *([partial(self._read, giver, module)] if giver is not None and module in giver.layout else [])]
-
-    def _find(self, module: str) -> Encoding | None:
-        """The encoding of a module where it was kept."""
-        prepared = self.memory.encodings if self.memory is not None and self.plan.signs is None else {}
-        return prepared.get(module) or self._kept.get(module)
-
-    def _encode(self, module: str) -> Encoding:
-        if self.memory is not None:  # what is prepared holds what it is made of
-            encoding = self.plan.arithmetic.encode(self.everyone(module), self.plan.rank)
-            if self.plan.signs is None:
-                self.memory.encodings[module] = encoding
-            return encoding
-        encoding = self.plan.arithmetic.encode(Vectors(self, module, self._readers(module)), self.plan.rank)
-        if self.plan.arithmetic.shared and encoding.bytes <= self._room:
-            self._room -= encoding.bytes
-            self._kept[module] = encoding
-        return encoding
-
-    def prepared(self, module: str) -> dict[int, tuple[Delta, ...]]:
-        """The weighted parts of all adapters that have the module, as the method shall see them, by place."""
-        if self._seen is None or self._seen[0] != module:
-            encoding, holders = self.encoding(module), self.plan.holders(module)
-            parts = [encoding.weighted(i, self.plan.weight(place, module)) for i, (place, _) in enumerate(holders)]
-            places = [place for place, _ in holders]
-            self._seen = module, dict(zip(places, self._prepare(places, module, parts), strict=True))
-        return self._seen[1]
-
-    def parts(self, place: int, module: str) -> tuple[Delta, ...]:
-        """One adapter's weighted parts on one module, for the survey."""
-        by_module = self.plan.trim is not None and self.plan.trim.scope == "module"
-        if self.joint or by_module or self.memory is not None:
-            return self.prepared(module)[place]
-        alone = self.plan.arithmetic.encode([self.delta(place, module)])
-        return self._prepare([place], module, [alone.weighted(0, self.plan.weight(place, module))])[0]
+        self.cache = cache
+        self._module: str | None = None  # the one that the next three belong to
+        self._deltas: list[Delta] | None = None
+        self._encoding: Encoding | None = None
+        self._weighted: dict[int, tuple[Delta, ...]] | None = None
+        self._small: dict[str, Encoding] = {}
+        self._room = KEPT_BYTES
 
     @property
     def joint(self) -> bool:
-        """Whether one adapter's parts depend on the others."""
+        """Whether one adapter's encoding depends on the other adapters."""
         return self.plan.arithmetic.shared or any(stage.joint for stage in self.plan.preparations)
 
-    def stream(self, place: int, module: str, part: int) -> int:
-        """The key of one adapter's random numbers on one part."""
+    def prefetch(self, module: str) -> None:
+        """Ask the system to fetch a module's bytes from the files while another module is merged."""
+        if self.cache is None:
+            for place, _ in self.plan.holders(module):
+                self.plan.members[place].adapter.prefetch(module)
+
+    def read(self, place: int, module: str) -> Delta:
+        """Return one adapter's task vector of a module, unweighted."""
+        return self._read(self.plan.members[place].adapter, module)
+
+    def read_all(self, module: str) -> list[Delta]:
+        """Return all task vectors that are encoded together: those of the adapters, then the one that decides the signs."""
+        self._select(module)
+        if self._deltas is None:
+            self._deltas = [read() for read in self._readers(module)]
+        return self._deltas
+
+    def encoding(self, module: str) -> Encoding:
+        """Return the encoding of the task vectors that `read_all` returns."""
+        self._select(module)
+        if self._encoding is None:
+            self._encoding = self._cached(module) or self._encode(module)
+        return self._encoding
+
+    def all_cached(self, modules: Iterable[str]) -> bool:
+        """Encode modules and return whether all encodings are kept, so that going through them again costs little."""
+        shared = self.plan.arithmetic.shared and not self.plan.preparations
+        held = [module for module in modules if self.plan.holders(module)]
+        return shared and all(self.encoding(module) is self._cached(module) for module in held)
+
+    def weighted(self, module: str) -> dict[int, tuple[Delta, ...]]:
+        """Return the parts of w·τ as the method sees them, by the place of each adapter that has the module."""
+        encoding = self.encoding(module)
+        if self._weighted is None:
+            places = [place for place, _ in self.plan.holders(module)]
+            parts = [encoding.weighted(i, self.plan.weight(place, module)) for i, place in enumerate(places)]
+            self._weighted = dict(zip(places, self._prepare(places, module, parts), strict=True))
+        return self._weighted
+
+    def weighted_parts(self, place: int, module: str) -> tuple[Delta, ...]:
+        """Return the parts of one adapter's w·τ; other adapters are read only if its encoding depends on them."""
+        by_module = self.plan.trim is not None and self.plan.trim.scope == "module"
+        if self.joint or by_module or self.cache is not None:
+            return self.weighted(module)[place]
+        alone = self.plan.arithmetic.encode([self.read(place, module)])
+        return self._prepare([place], module, [alone.weighted(0, self.plan.weight(place, module))])[0]
+
+    def stream_key(self, place: int, module: str, part: int) -> int:
+        """Return the key of one adapter's random numbers on one part."""
         return stream_key(self.plan.seed, module, part, self.plan.members[place].adapter.digest)
 
+    def _select(self, module: str) -> None:
+        """Release the module at hand before another one is read."""
+        if module != self._module:
+            self._deltas = self._encoding = self._weighted = None
+            self._module = module
+
+    def _cached(self, module: str) -> Encoding | None:
+        """Return the encoding of a module if it was kept; a prepared merge keeps none with an adapter that decides the signs."""
+        prepared = self.cache.encodings if self.cache is not None and self.plan.signs is None else {}
+        return prepared.get(module) or self._small.get(module)
+
+    def _encode(self, module: str) -> Encoding:
+        space, rank = self.plan.arithmetic, self.plan.rank
+        if self.cache is not None:  # it keeps the task vectors too
+            encoding = space.encode(self.read_all(module), rank)
+            if self.plan.signs is None:
+                self.cache.encodings[module] = encoding
+            return encoding
+        encoding = space.encode(LazyDeltas(self, module, self._readers(module)), rank)
+        if space.shared and encoding.bytes <= self._room:
+            self._room -= encoding.bytes
+            self._small[module] = encoding
+        return encoding
+
     def _prepare(self, places: Sequence[int], module: str, parts: list[tuple[Delta, ...]]) -> list[tuple[Delta, ...]]:
+        """Apply the methods that stand before the one that merges, to each part of all adapters."""
         if not self.plan.preparations:
             return parts
-        columns = []
-        for part, column in enumerate(zip(*parts, strict=True)):
-            seen: Sequence[Delta] = column
+        prepared = []
+        for part, deltas in enumerate(zip(*parts, strict=True)):
+            changed: Sequence[Delta] = deltas
             for stage in self.plan.preparations:
-                seen = stage.prepare(seen, [self.stream(place, module, part) for place in places])
-            columns.append(seen)
-        return list(zip(*columns, strict=True))
+                changed = stage.prepare(changed, [self.stream_key(place, module, part) for place in places])
+            prepared.append(changed)
+        return list(zip(*prepared, strict=True))
+
+    def _readers(self, module: str) -> list[Callable[[], Delta]]:
+        readers: list[Callable[[], Delta]] = []
+        readers += [partial(self.read, place, module) for place, _ in self.plan.holders(module)]
+        if self.plan.signs is not None and module in self.plan.signs.layout:
+            readers.append(partial(self._read, self.plan.signs, module))
+        return readers
 
     def _read(self, adapter: Adapter, module: str) -> Delta:
         delta = adapter.read(module)
@@ -156,19 +168,16 @@ class Coordinates:
         return delta.to(self.plan.device)
 
 
-class Vectors(Sequence[Delta]):
-    """The task vectors of one module, read when they are asked for.
+class LazyDeltas(Sequence[Delta]):
+    """The task vectors of one module, read when an item is asked for: all at once if they are few, else one at a time."""
 
-    They are held while they are few and their module is the last one asked for, and read one at a time if many.
-    """
-
-    def __init__(self, coordinates: Coordinates, module: str, readers: Sequence[Callable[[], Delta]]) -> None:
-        self._coordinates, self._module, self._readers = coordinates, module, readers
-        ranks = [member.adapter.layout[module].rank for _, member in coordinates.plan.holders(module)]
+    def __init__(self, modules: EncodedModules, module: str, readers: Sequence[Callable[[], Delta]]) -> None:
+        self._modules, self._module, self._readers = modules, module, readers
+        ranks = [member.adapter.layout[module].rank for _, member in modules.plan.holders(module)]
         self._few = sum(ranks) <= MAX_GRAM_SIDE
 
     def __len__(self) -> int:
         return len(self._readers)
 
     def __getitem__(self, place: Any) -> Any:
-        return self._coordinates.everyone(self._module)[place] if self._few else self._readers[place]()
+        return self._modules.read_all(self._module)[place] if self._few else self._readers[place]()

@@ -32,11 +32,11 @@ from .options import MERGE, POLICIES
 OTHERS = f"choose another fate for them: --heads {', '.join(p for p in POLICIES if p != MERGE)} (heads=… in Python)"
 
 TIED = ("lm_head.weight", "embed_out.weight", "decoder.weight")  # what a checkpoint leaves out where it is tied
-Weigh = Callable[[int, str], float]  # (place of an adapter, module) → w
+WeightOf = Callable[[int, str], float]  # (place of an adapter, module) → w
 
 
 @dataclass(frozen=True)
-class Rule:
+class ExtraTensorMerge:
     """How the whole tensors of a merge are merged: as its modules are.
 
     Attributes:
@@ -54,14 +54,14 @@ class Rule:
     densities: Sequence[Callable[..., float]]
     device: torch.device
 
-    def fault(self, module: str, held: TensorsByAdapter, adapters: Sequence[Holder], weigh: Weigh) -> str | None:
+    def fault(self, module: str, held: TensorsByAdapter, adapters: Sequence[Holder], weight_of: WeightOf) -> str | None:
         """Why a layer cannot be merged; None if it can."""
         riders = [(place, rider) for place, own in held.items() for rider in own.values()]
         if any(rider.role == TOKENS for _, rider in riders):
             return "rows of trained tokens are no whole tensor"
         if not all(adapters[place].tensors.info(rider.key).dtype in FLOATING for place, rider in riders):
             return "whole numbers are no task vector"
-        weights = [weight for place in range(len(adapters)) if (weight := weigh(place, module)) != 0]
+        weights = [weight for place in range(len(adapters)) if (weight := weight_of(place, module)) != 0]
         fault = self.method.check(weights, "delta") if weights else None
         if fault:
             return f"method '{self.method.name}': {fault}"
@@ -87,7 +87,7 @@ class Rule:
         return None
 
     def merged(
-        self, module: str, name: str, held: TensorsByAdapter, adapters: Sequence[Holder], weigh: Weigh
+        self, module: str, name: str, held: TensorsByAdapter, adapters: Sequence[Holder], weight_of: WeightOf
     ) -> Tensor:
         """One tensor of a layer, in the dtype of those that hold it, float32 where they differ.
 
@@ -97,7 +97,7 @@ class Rule:
         tensor = f"{module}.{name}"
         origin = self.base.require(tensor, "--heads merge").to(self.device, torch.float32)
         riders = {place: own[name] for place, own in sorted(held.items()) if name in own}
-        weights = [weigh(place, module) for place in range(len(adapters))]
+        weights = [weight_of(place, module) for place in range(len(adapters))]
         dtypes = {adapters[place].tensors.info(rider.key).dtype for place, rider in riders.items()}
         places = [place for place in riders if weights[place] != 0]
         with torch.no_grad(), thread_pool() as pool:
@@ -128,14 +128,14 @@ class Rule:
         return [] if own is None else [self.densities[place](module, default=own) for place in places]
 
 
-def make_rule(
+def make_extra_tensor_merge(
     stages: Stages,
     base: BaseModel | None,
     scale: float,
     seed: int,
     densities: Sequence[Callable[..., float]],
     device: torch.device,
-) -> Rule:
+) -> ExtraTensorMerge:
     """The rule of a merge, where its stages take whole tensors.
 
     Raises: RecipeError where there is no base; MethodError for a method that does not take them.
@@ -160,4 +160,4 @@ def make_rule(
             f"heads is 'merge', but '{title}' does not merge whole tensors: it {reason}. Merge with one method for LoRA "
             f"and (IA)³ alike, such as ties or task_arithmetic, or {OTHERS}."
         )
-    return Rule(base, method, scale, seed, densities, device)
+    return ExtraTensorMerge(base, method, scale, seed, densities, device)

@@ -54,13 +54,13 @@ from ..adapters.extra_tensors import (
 )
 from ..adapters.types.base import PREFIX
 from ..errors import CompatibilityError, RecipeError, unknown
-from .extra_task_vectors import OTHERS, Rule, Weigh
+from .extra_task_vectors import OTHERS, ExtraTensorMerge, WeightOf
 from .options import AVERAGE, DROP, KEEP, MERGE, POLICIES, is_policy
-from .report import RiderLine, rider_texts
+from .report import ExtraTensorLine, describe_extra_tensors
 
 
 @dataclass(frozen=True)
-class Heads:
+class ExtraTensors:
     """The fate of all whole tensors of a merge.
 
     Attributes:
@@ -75,17 +75,17 @@ class Heads:
     modules: frozenset[str]
     names: tuple[str, ...]
     dtype: torch.dtype | None
-    rule: Rule | None = None
+    rule: ExtraTensorMerge | None = None
 
     @property
     def kept(self) -> list[ExtraLayer]:
         """The layers that are in the result."""
         return [layer for layer in self.layers if layer.used]
 
-    def lines(self) -> list[RiderLine]:
+    def lines(self) -> list[ExtraTensorLine]:
         """One for each layer, for the report."""
         return [
-            RiderLine(
+            ExtraTensorLine(
                 module=layer.module,
                 form=layer.role,
                 tensors=[rider.size for rider in layer.tensors.values()],
@@ -115,7 +115,7 @@ class Heads:
         headed = any(is_head(layer.module) for layer in trained)
         return all(layer.used for layer in trained) and (headed or task not in HEADED)
 
-    def tensors(self, adapters: Sequence[Adapter], weigh: Weigh) -> dict[str, Tensor]:
+    def tensors(self, adapters: Sequence[Adapter], weight_of: WeightOf) -> dict[str, Tensor]:
         """The tensors of the result by their names in its file, read one at a time.
 
         Raises: RecipeError where the dtype that was asked for cannot hold them.
@@ -124,7 +124,7 @@ class Heads:
         for layer in self.kept:
             for name in layer.tensors:
                 key = self._key(layer, name)
-                found[key] = _fit(_combined(layer, name, adapters, weigh, self.rule), self.dtype, key)
+                found[key] = _fit(_combined(layer, name, adapters, weight_of, self.rule), self.dtype, key)
         return dict(sorted(found.items()))
 
     def _key(self, layer: ExtraLayer, name: str) -> str:
@@ -139,24 +139,24 @@ class Heads:
         return under or next((key for key in keys if UNDER not in key), f"{PREFIX}{layer.module}.{name}")
 
 
-def settle_heads(
+def plan_extra_tensors(
     policy: str,
     names: Sequence[str],
     adapters: Sequence[Adapter],
     modules: Iterable[str],
-    weigh: Weigh,
+    weight_of: WeightOf,
     dtype: torch.dtype | None,
     warnings: list[str],
-    rule: Rule | None = None,
+    rule: ExtraTensorMerge | None = None,
     base: BaseModel | None = None,
-) -> Heads:
+) -> ExtraTensors:
     """Decide what becomes of every whole tensor; nothing but what must be compared is read.
 
     Args:
         policy: one of `POLICIES`.
         names, adapters: of the merge, in order.
         modules: that the merge adapts.
-        weigh: their weights, for the average.
+        weight_of: their weights, for the average.
         dtype: asked for, if any.
         warnings: what is left out is said here.
         rule: for policy merge.
@@ -169,14 +169,14 @@ def settle_heads(
     adapted = frozenset(modules)
     _refuse_differing(layers, names, adapters)
     if policy == AVERAGE:
-        _refuse_no_mean(layers, names, adapters, weigh)
+        _refuse_no_mean(layers, names, adapters, weight_of)
     if rule is not None:
-        _refuse_unmerged(layers, names, adapters, weigh, rule)
+        _refuse_unmerged(layers, names, adapters, weight_of, rule)
     _refuse_twice(layers, adapted, names, adapters)
     if chosen is not None and not any(chosen in layer.by_adapter for layer in layers):
         raise RecipeError(f"heads is {policy!r}, but {names[chosen]} holds no whole layers. Leave it out.")
-    heads = Heads(tuple(layers), adapted, tuple(names), dtype, rule)
-    lost = rider_texts([line for line in heads.lines() if line.fate in ("left out", "unchanged")])
+    heads = ExtraTensors(tuple(layers), adapted, tuple(names), dtype, rule)
+    lost = describe_extra_tensors([line for line in heads.lines() if line.fate in ("left out", "unchanged")])
     warnings.extend(f"{text}; the base's own will be used." for text in lost)
     return heads
 
@@ -254,7 +254,7 @@ def _refuse_differing(layers: Sequence[ExtraLayer], names: Sequence[str], adapte
 
 
 def _refuse_no_mean(
-    layers: Sequence[ExtraLayer], names: Sequence[str], adapters: Sequence[Adapter], weigh: Weigh
+    layers: Sequence[ExtraLayer], names: Sequence[str], adapters: Sequence[Adapter], weight_of: WeightOf
 ) -> None:
     mixed = [layer for layer in layers if layer.outcome == "average"]
     odd = [layer for layer in mixed if not can_average(layer, adapters)]
@@ -265,7 +265,7 @@ def _refuse_no_mean(
             f"Keep one adapter's, --heads {_keeps(odd, names)}, or leave them out, --heads drop."
         )
     for layer in mixed:
-        if sum(weigh(place, layer.module) for place in layer.used) == 0:
+        if sum(weight_of(place, layer.module) for place in layer.used) == 0:
             raise RecipeError(
                 f"heads is 'average', but the weights of the adapters that hold {layer.module!r} sum to 0, "
                 "which an average divides by."
@@ -273,10 +273,14 @@ def _refuse_no_mean(
 
 
 def _refuse_unmerged(
-    layers: Sequence[ExtraLayer], names: Sequence[str], adapters: Sequence[Adapter], weigh: Weigh, rule: Rule
+    layers: Sequence[ExtraLayer],
+    names: Sequence[str],
+    adapters: Sequence[Adapter],
+    weight_of: WeightOf,
+    rule: ExtraTensorMerge,
 ) -> None:
     odd = [
-        (layer, rule.fault(layer.module, layer.by_adapter, adapters, weigh))
+        (layer, rule.fault(layer.module, layer.by_adapter, adapters, weight_of))
         for layer in layers
         if layer.outcome == "merged"
     ]
@@ -314,19 +318,21 @@ def _keeps(layers: Sequence[ExtraLayer], names: Sequence[str]) -> str:
     return " or ".join(f"{KEEP}{names[place]}" for place in holders[:4]) + (" or …" if len(holders) > 4 else "")
 
 
-def _combined(layer: ExtraLayer, name: str, adapters: Sequence[Adapter], weigh: Weigh, rule: Rule | None) -> Tensor:
+def _combined(
+    layer: ExtraLayer, name: str, adapters: Sequence[Adapter], weight_of: WeightOf, rule: ExtraTensorMerge | None
+) -> Tensor:
     """One tensor of a layer: as it is, merged, or Σ w·t / Σ w; one is in memory beside the sum."""
     if layer.outcome == "merged" and rule is not None:
-        return rule.merged(layer.module, name, layer.by_adapter, adapters, weigh)
+        return rule.merged(layer.module, name, layer.by_adapter, adapters, weight_of)
     if layer.outcome != "average":
         place = layer.used[0]
         return adapters[place].tensors.read(layer.by_adapter[place][name].key)
     total, dtypes = torch.zeros(layer.tensors[name].shape), set()
-    whole = sum(weigh(place, layer.module) for place in layer.used)
+    whole = sum(weight_of(place, layer.module) for place in layer.used)
     for place in layer.used:
         tensor = adapters[place].tensors.read(layer.by_adapter[place][name].key)
         dtypes.add(tensor.dtype)
-        total.add_(tensor.to(torch.float32), alpha=weigh(place, layer.module) / whole)
+        total.add_(tensor.to(torch.float32), alpha=weight_of(place, layer.module) / whole)
     return total.to(dtypes.pop()) if len(dtypes) == 1 else total
 
 

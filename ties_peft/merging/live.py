@@ -46,10 +46,11 @@ import torch
 from ..adapters.adapter import Adapter
 from ..adapters.aliases import COMBINATION_TYPES, LARGEST
 from ..errors import RecipeError, unknown
-from .merge import Progress, make_recipe, merge_recipe
+from .merge import make_recipe, merge_recipe
 from .merged import Merged
 from .options import DEVICE, Options, Rank, options_in
 from .peft_model import add, check_names, check_state, find_tuner, open_loaded
+from .plan import Progress
 from .recipes.recipe import Recipe
 
 ELECTIONS = {"total": "mass", "frequency": "count"}  # PEFT's majority_sign_method

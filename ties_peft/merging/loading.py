@@ -58,7 +58,7 @@ CONFIG_LIMIT = 1 << 20  # bytes; no model's config.json has as many
 
 
 @dataclass(frozen=True)
-class Evidence:
+class AdapterFacts:
     """What is known of an adapter and the base that it is for.
 
     Attributes:
@@ -121,7 +121,7 @@ class Loading:
         ]
 
 
-def find_loading(evidence: Evidence) -> Loading:
+def find_loading(evidence: AdapterFacts) -> Loading:
     """Return how an adapter is put on its base, as far as the evidence tells."""
     config, part = _config(evidence)
     found = _class(evidence, config)
@@ -134,7 +134,7 @@ def find_loading(evidence: Evidence) -> Loading:
     return replace(found, options=options, vocabulary=_vocabulary(evidence, config))
 
 
-def _class(evidence: Evidence, config: Mapping[str, Any]) -> Loading:
+def _class(evidence: AdapterFacts, config: Mapping[str, Any]) -> Loading:
     """The class, by the first of the tests above that tells one, or why none does."""
     base, paths = evidence.base, evidence.paths
     architecture = _architecture(config)
@@ -153,7 +153,7 @@ def _class(evidence: Evidence, config: Mapping[str, Any]) -> Loading:
     return _headless(evidence, task, architecture, config)
 
 
-def _mapped(evidence: Evidence) -> Loading | None:
+def _mapped(evidence: AdapterFacts) -> Loading | None:
     """The class that PEFT noted."""
     noted = set(evidence.mappings)
     if len(noted) != 1:
@@ -174,7 +174,7 @@ def _usual_part(paths: Iterable[str]) -> str:
     return "unet" if any(UNET.match(path) for path in paths) else "transformer"
 
 
-def _diffusers(evidence: Evidence, config: Mapping[str, Any]) -> Loading:
+def _diffusers(evidence: AdapterFacts, config: Mapping[str, Any]) -> Loading:
     """A class of diffusers, by the base's config, or a UNet by its paths."""
     name = config.get("_class_name")
     if isinstance(name, str) and NAME.fullmatch(name):
@@ -185,7 +185,7 @@ def _diffusers(evidence: Evidence, config: Mapping[str, Any]) -> Loading:
     return Loading(evidence.base, "", why, "diffusers")
 
 
-def _headed(evidence: Evidence, task: str | None, architecture: str) -> Loading:
+def _headed(evidence: AdapterFacts, task: str | None, architecture: str) -> Loading:
     """A class with a task's head: by the base's config, by the task type, or by the tensors of the head."""
     base, heads = evidence.base, evidence.heads
     own = architecture.endswith(("Classification", "QuestionAnswering"))
@@ -204,7 +204,7 @@ def _headed(evidence: Evidence, task: str | None, architecture: str) -> Loading:
     )
 
 
-def _headless(evidence: Evidence, task: str | None, architecture: str, config: Mapping[str, Any]) -> Loading:
+def _headless(evidence: AdapterFacts, task: str | None, architecture: str, config: Mapping[str, Any]) -> Loading:
     """A class without a task's head: by the base's config where the module paths fit it, by paths, by the task type."""
     base, paths = evidence.base, evidence.paths
     causal = all(CAUSAL.match(path) for path in paths)
@@ -255,7 +255,7 @@ def _prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
     return ("model.", "transformer.", "roberta.", f"{kind}.", f"{kind.replace('_', '')}.")
 
 
-def _labels(evidence: Evidence, config: Mapping[str, Any]) -> dict[str, object]:
+def _labels(evidence: AdapterFacts, config: Mapping[str, Any]) -> dict[str, object]:
     """The number of labels, where the base's config has another or is not known."""
     sizes = [
         tensors[name][0]
@@ -273,14 +273,14 @@ def _labels(evidence: Evidence, config: Mapping[str, Any]) -> dict[str, object]:
     return {"num_labels": sizes[0], **({"ignore_mismatched_sizes": True} if headed else {})}  # the adapter has the head
 
 
-def _vocabulary(evidence: Evidence, config: Mapping[str, Any]) -> int | None:
+def _vocabulary(evidence: AdapterFacts, config: Mapping[str, Any]) -> int | None:
     """How many tokens the base must have, where it may have another number."""
     inner = config.get("text_config")
     own = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
     return None if own == evidence.vocabulary else evidence.vocabulary
 
 
-def _config(evidence: Evidence) -> tuple[dict[str, Any], str | None]:
+def _config(evidence: AdapterFacts) -> tuple[dict[str, Any], str | None]:
     """(the base's config.json, the folder inside the base that it was found in); ({}, None) where it is not at hand."""
     parts = (_usual_part(evidence.paths), "") if _is_diffusers(evidence.paths) else ("", "text_encoder")
     for source in (evidence.base, evidence.weights):

@@ -50,7 +50,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskType:
     """The task type of a result, PEFT's name for the kind of model that an adapter was trained on.
 
     Attributes:
@@ -107,7 +107,7 @@ def unequal_norms(norms: Mapping[str, float], weighted: bool = False) -> list[st
     ]
 
 
-def find_members(
+def make_members(
     recipe: Recipe, adapters: Sequence[Adapter], densities: Sequence[Schedule | None], warnings: list[str]
 ) -> tuple[Member, ...]:
     """The adapters with a weight other than 0, in order, weighed.
@@ -140,7 +140,7 @@ def short_names(labels: Sequence[str]) -> list[str]:
     return [f"{n} ({names[: i + 1].count(n)})" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
-def compare_filters(members: Sequence[Member], modules: Iterable[str], warnings: list[str]) -> None:
+def warn_unused_filters(members: Sequence[Member], modules: Iterable[str], warnings: list[str]) -> None:
     """Warn of filters that are part of no module's name: misspelt, most likely."""
     names = list(modules)
     filters = dict.fromkeys(
@@ -151,7 +151,7 @@ def compare_filters(members: Sequence[Member], modules: Iterable[str], warnings:
         warnings.append(f"no module's name contains {', '.join(idle)}, so that such a filter has no effect.")
 
 
-def one_base(members: Sequence[Member]) -> BaseModel | None:
+def common_base(members: Sequence[Member]) -> BaseModel | None:
     """The base that adapters were opened with, if any was; it is one for all of them.
 
     Raises: CompatibilityError where they were opened with several.
@@ -166,7 +166,7 @@ def one_base(members: Sequence[Member]) -> BaseModel | None:
     return next((member.adapter.base_model for member in found.values()), None)
 
 
-def compare_bases(members: Sequence[Member], recipe: Recipe, warnings: list[str]) -> None:
+def warn_base_names(members: Sequence[Member], recipe: Recipe, warnings: list[str]) -> None:
     """Warn of several names for the base model."""
     names = sorted({member.adapter.base_name or "none given" for member in members})
     if len(names) > 1:
@@ -179,7 +179,7 @@ def compare_bases(members: Sequence[Member], recipe: Recipe, warnings: list[str]
         warnings.append(f"the recipe's base model is {named}, the adapters name {', '.join(names)}.")
 
 
-def warn_alone(members: Sequence[Member], stages: Stages, warnings: list[str]) -> None:
+def warn_single_adapter(members: Sequence[Member], stages: Stages, warnings: list[str]) -> None:
     """Warn where a single adapter is merged, of which a method leaves out entries."""
     if len(members) > 1:
         return
@@ -200,7 +200,7 @@ def _flag(stage: Method, stages: Stages) -> str:
     return f"--set {stage.name}.density=1" if several else "--density 1"
 
 
-def settle_task(members: Sequence[Member], loads: Callable[[str], bool], warnings: list[str]) -> Task:
+def choose_task_type(members: Sequence[Member], loads: Callable[[str], bool], warnings: list[str]) -> TaskType:
     """Keep the task type where all adapters name the same and PEFT loads the result with it; else warn why not.
 
     Args:
@@ -214,9 +214,9 @@ def settle_task(members: Sequence[Member], loads: Callable[[str], bool], warning
         holders.setdefault("none" if given is None else str(given), []).append(member.name)
     named = tuple(dict.fromkeys(t for m in members if isinstance(t := m.adapter.config.get("task_type"), str) and t))
     if holders.keys() <= {"none"}:
-        return Task()
+        return TaskType()
     if len(holders) == 1 and len(named) == 1 and loads(named[0]):
-        return Task(named[0], named)
+        return TaskType(named[0], named)
     listed = "; ".join(f"{task}: {', '.join(names[:4])}{', …' * (len(names) > 4)}" for task, names in holders.items())
     if len(holders) > 1:
         why = f"the adapters differ in it ({listed})"
@@ -227,10 +227,10 @@ def settle_task(members: Sequence[Member], loads: Callable[[str], bool], warning
         why = f"the result lacks a layer that was trained for {named[0]}"
         advice = "Keep the head of one adapter (--heads keep=NAME) to have it."
     warnings.append(f"task_type is left out: {why}. The result is loaded as a plain PeftModel. {advice}")
-    return Task(None, named, why)
+    return TaskType(None, named, why)
 
 
-def compare_orientation(members: Sequence[Member], warnings: list[str]) -> None:
+def warn_orientation(members: Sequence[Member], warnings: list[str]) -> None:
     """Warn where the base's weights are not read as fan_in_fan_out says, and where nothing else tells how to read them."""
     for member in members:
         adapter, stated = member.adapter, bool(member.adapter.config.get("fan_in_fan_out"))
@@ -257,7 +257,7 @@ def compare_orientation(members: Sequence[Member], warnings: list[str]) -> None:
             )
 
 
-def refuse_strangers(members: Sequence[Member]) -> None:
+def check_shared_modules(members: Sequence[Member]) -> None:
     """Every adapter must be linked to every other through shared modules."""
     linked, rest = set(members[0].adapter.layout), list(members[1:])
     while near := [member for member in rest if linked & member.adapter.layout.keys()]:
@@ -272,7 +272,7 @@ def refuse_strangers(members: Sequence[Member]) -> None:
         )
 
 
-def statistics_of(method: Method, members: Sequence[Member], module: str) -> list[ModuleStatistics]:
+def module_statistics(method: Method, members: Sequence[Member], module: str) -> list[ModuleStatistics]:
     """Of some adapters that have a module, what the method needs to know of it; none if it needs nothing."""
     found = []
     for adapter in (member.adapter for member in members if method.needs):
@@ -333,10 +333,10 @@ def _present(weights: Sequence[Schedule], adapters: Sequence[Adapter]) -> list[b
     return found
 
 
-def one_spelling(adapters: Sequence[Adapter], warnings: list[str]) -> list[Adapter]:
+def unify_module_names(adapters: Sequence[Adapter], warnings: list[str]) -> list[Adapter]:
     """The adapters with one name for each module, where versions of transformers gave it several."""
     found = [
-        _respelled(
+        _renamed(
             a,
             {} if a.base_model is None else without_tower_prefix(a.modules, a.base_model.modules),
             "of the base",
@@ -345,12 +345,12 @@ def one_spelling(adapters: Sequence[Adapter], warnings: list[str]) -> list[Adapt
         for a in adapters
     ]
     tables = match_names([{name: module.signature for name, module in adapter.layout.items()} for adapter in found])
-    found = [_respelled(a, table, "of the others", warnings) for a, table in zip(found, tables, strict=True)]
-    _note_tower(found, warnings)
+    found = [_renamed(a, table, "of the others", warnings) for a, table in zip(found, tables, strict=True)]
+    _warn_prefix(found, warnings)
     return found
 
 
-def _respelled(adapter: Adapter, table: Mapping[str, str], whose: str, warnings: list[str]) -> Adapter:
+def _renamed(adapter: Adapter, table: Mapping[str, str], whose: str, warnings: list[str]) -> Adapter:
     """The adapter with newer names for its modules, and a warning that says so."""
     if not table:
         return adapter
@@ -368,7 +368,7 @@ def _respelled(adapter: Adapter, table: Mapping[str, str], whose: str, warnings:
     return adapter.renamed(table)
 
 
-def _note_tower(adapters: Sequence[Adapter], warnings: list[str]) -> None:
+def _warn_prefix(adapters: Sequence[Adapter], warnings: list[str]) -> None:
     """Warn of a prefix that transformers removed from the class that has one encoder alone."""
     tower = tower_prefix(name for adapter in adapters for name in adapter.modules)
     configs = [adapter.base_model.config for adapter in adapters if adapter.base_model is not None]
@@ -384,9 +384,9 @@ def _note_tower(adapters: Sequence[Adapter], warnings: list[str]) -> None:
     )
 
 
-def check_together(members: Sequence[Member], modules: dict[str, ModuleInfo]) -> None:
+def check_one_config(members: Sequence[Member], modules: dict[str, ModuleInfo]) -> None:
     """What one adapter cannot hold: modules that PEFT has no common config for, unequal replicated layers."""
-    _refuse_two_forms_of_experts(members)
+    _check_expert_forms(members)
     fault = output_type(members[0].adapter.peft_type).fault(list(modules.values()))
     if fault:
         raise CompatibilityError(f"the adapters fit no one adapter: {fault}.")
@@ -400,7 +400,7 @@ def check_together(members: Sequence[Member], modules: dict[str, ModuleInfo]) ->
         )
 
 
-def _refuse_two_forms_of_experts(members: Sequence[Member]) -> None:
+def _check_expert_forms(members: Sequence[Member]) -> None:
     """Experts that transformers 4 held as layers of their own and transformers 5 holds fused are not merged apart."""
     apart = [(m.name, n) for m in members for n in m.adapter.modules if APART.search(n)]
     fused = [(m.name, n) for m in members for n, module in m.adapter.layout.items() if module.layer_type == EXPERT]

@@ -1,47 +1,34 @@
-"""Merge: for each module, read → encode → merge → decode → write."""
+"""Merge adapters: make the recipe and the plan, merge the modules (see `loop`), make the result."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..adapters.adapter import Adapter, load_adapters
 from ..adapters.base_model import BaseModel
 from ..adapters.extra_tensors import is_head
 from ..adapters.targets import check_written
 from ..adapters.tokenizer_files import collect_tokenizer_files
-from ..adapters.types import ModuleInfo
 from ..adapters.types.base import EMBEDDING, LINEAR, layer_is_conv1d
 from ..errors import RecipeError, warn_caller
-from ..methods import TaskVectors
-from ..methods.base import merged
-from ..task_vectors.delta import zero
-from ..task_vectors.factorise import Factors
-from ..task_vectors.kernels.backends import load
-from ..task_vectors.order_statistics import Group, Levels, find_levels, with_own_levels
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
-from ..task_vectors.tiles import ThreadPool, thread_pool
 from .card import shared_licence
-from .encoding import Coordinates, Memory
-from .loading import VOCABULARY, Evidence, find_loading
-from .measure import Account, Record, record
-from .members import statistics_of
+from .encoding import MergeCache
+from .loading import VOCABULARY, AdapterFacts, find_loading
+from .loop import merge_modules
 from .merged import Merged
 from .options import DEVICE, Options, Rank, Weights, options_in
-from .plan import Plan, make_plan
+from .plan import Plan, Progress, make_plan
 from .recipes.recipe import IN_MEMORY, Recipe
 from .recipes.schedule import plain_schedule
 from .recipes.settings import recipe_parameters
-from .thresholds import Kept, Survey, trimmed_apart
-
-Progress = Callable[[str, int, int], None]
 
 
 def merge(
@@ -175,22 +162,22 @@ def run_plan(
     plan: Plan,
     recipe: Recipe,
     started: float,
-    memory: Memory | None = None,
+    cache: MergeCache | None = None,
     progress: Progress | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
     warns: bool = True,
 ) -> Merged:
     """Do the work of a checked plan; `warns` says whether what the report warns of is also given as warnings."""
-    tensors, account, kept = _merge_all(plan, memory, progress or (lambda stage, done, of: None), processes)
-    tensors |= plan.heads.tensors([member.adapter for member in plan.members], plan.weight)
-    companions = memory.companions if memory is not None else None
+    tensors, totals, kept = merge_modules(plan, cache, progress or (lambda stage, done, of: None), processes)
+    tensors |= plan.extra_tensors.tensors([member.adapter for member in plan.members], plan.weight)
+    companions = cache.tokenizer_files if cache is not None else None
     companions = companions or collect_tokenizer_files((member.name, member.adapter.folder) for member in plan.members)
-    if memory is not None:
-        memory.companions = companions
+    if cache is not None:
+        cache.tokenizer_files = companions
     plan.warnings.extend([companions.remark] if companions.remark else [])
     licence, note = shared_licence([(member.name, member.adapter.folder) for member in plan.members])
     report = replace(
-        account.report(kept, time.perf_counter() - started),
+        totals.report(kept, time.perf_counter() - started),
         copied=sorted(companions.files),
         licence=licence,
         licence_note=note,
@@ -202,160 +189,6 @@ def run_plan(
     return Merged(config, tensors, report, recipe, loading, companions)
 
 
-def _merge_all(
-    plan: Plan, memory: Memory | None, tell: Progress, processes: ProcessGroup
-) -> tuple[dict[str, Tensor], Account, list[Kept]]:
-    """For each module: read, encode, merge, decode; then what all processes made, in the modules' order."""
-    costs = {name: plan.cost(name) for name in plan.modules}
-    mine = processes.share(costs)
-    own: dict[str, tuple[dict[str, Tensor], Record]] = {}
-    compiled = plan.method.entrywise and not plan.arithmetic.shared
-    loops = load(sum(costs.values()), plan.device.type) if compiled else None
-    with torch.no_grad(), thread_pool(None if memory is None else memory.pool, loops) as pool:
-        coordinates = Coordinates(plan, memory)
-        survey = Survey(coordinates, pool, tell, processes, mine)
-        levels = _levels_over_adapters(coordinates, survey, pool, tell, processes, mine)
-        for done, name in enumerate(mine):
-            coordinates.prefetch(mine[done + 1] if done + 1 < len(mine) else None)
-            own[name] = _merge_module(coordinates, plan.modules[name], survey, levels, pool)
-            tell("merge", done + 1, len(mine))
-    tensors: dict[str, Tensor] = {}
-    account = Account(plan, loops)
-    everything = {name: made for part in processes.gather(own) for name, made in part.items()}
-    for name in plan.modules:
-        made, what = everything[name]
-        tensors |= made
-        account.add(what)
-    return plan.kind.join(list(plan.modules.values()), tensors), account, survey.kept()
-
-
-def _merge_module(
-    coordinates: Coordinates, module: ModuleInfo, survey: Survey, levels: Levels, pool: ThreadPool
-) -> tuple[dict[str, Tensor], Record]:
-    """The tensors of one module of the result, and what the report shall say of it."""
-    plan = coordinates.plan
-    encoding = coordinates.encoding(module.name) if plan.holders(module.name) else None
-    counts: dict[str, int] = {}
-    factors = Factors(zero(module.shape), 0.0, 0.0)
-    if encoding is not None:
-        factors = _merge_parts(coordinates, module.name, survey, levels, pool, counts)
-    factors = (factors.restored() if plan.restore_norm else factors).scaled(plan.scale)
-    tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
-    written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
-    if not all(_all_finite(tensor) for tensor in written.values()):
-        raise RecipeError(
-            f"module {module.name!r}: the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
-            "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype)."
-        )
-    return written, record(coordinates, module, encoding, factors, written, counts)
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """Whether all values are; a finite sum says so at a fraction of the cost of asking each."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def _merge_parts(
-    coordinates: Coordinates, name: str, survey: Survey, levels: Levels, pool: ThreadPool, counts: dict[str, int]
-) -> Factors:
-    """Return the merged task vector of one module: encode, merge part by part, decode."""
-    plan = coordinates.plan
-    encoding = coordinates.encoding(name)
-    places = list(coordinates.prepared(name))
-    dense = plan.method.entrywise and not plan.method.linear(len(places))
-    work = encoding.prepare_decode(plan.rank) if dense and plan.rank is not None else None
-    begun = pool.submit(work) if work is not None else None
-    results = []
-    for part, task_vectors in enumerate(_parts(coordinates, name, survey, pool, counts)):
-        result = merged(plan.method, _with_levels(plan, name, task_vectors, levels, pool))
-        if plan.finishes:
-            plain = [encoding.weighted(i, plan.weight(place, name))[part] for i, place in enumerate(places)]
-            for stage in plan.finishes:
-                result = stage.finish(result, replace(task_vectors, deltas=plain))
-        results.append(result)
-    if begun is not None:
-        begun()
-    return encoding.decode(results, plan.rank, pool.map)
-
-
-def _parts(
-    coordinates: Coordinates, name: str, survey: Survey, pool: ThreadPool, counts: dict[str, int]
-) -> list[TaskVectors]:
-    """Return the task vectors of one module, part by part."""
-    plan = coordinates.plan
-    encoding = coordinates.encoding(name)
-    prepared = coordinates.prepared(name)
-    places, seen = list(prepared), list(prepared.values())
-    signs = encoding.parts[len(places)] if len(encoding.parts) > len(places) else None
-    thresholds = survey.of_module(name, places)
-    return [
-        TaskVectors(
-            deltas=[parts[part] for parts in seen],
-            weights=[encoding.weights(plan.weight(place, name))[part] for place in places],
-            trim_asked=plan.method.trims(),
-            thresholds=thresholds,
-            part=part,
-            density=getattr(plan.method, "density", None),
-            densities=_densities(plan, name, places),
-            total_weight=plan.total_weight(name),
-            total_magnitude=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
-            adapters=len(plan.members),
-            signs=None if signs is None else signs[part],
-            statistics=statistics_of(plan.method, [plan.members[place] for place in places], name),
-            inputs=encoding.inputs if plan.method.needs else None,
-            streams=[coordinates.stream(place, name, part) for place in places],
-            pool=pool,
-            counts=counts,
-        )
-        for part in range(len(seen[0]))
-    ]
-
-
-def _levels_over_adapters(
-    coordinates: Coordinates,
-    survey: Survey,
-    pool: ThreadPool,
-    tell: Progress,
-    processes: ProcessGroup,
-    mine: Sequence[str],
-) -> Levels:
-    """What the method asks to be ranked over whole adapters, by place and module; found before any module is merged."""
-    plan = coordinates.plan
-    rankings = plan.method.rankings()
-    if not rankings or plan.scope != "adapter":
-        return {}
-    apart, density = trimmed_apart(plan), getattr(plan.method, "density", 1.0)
-    groups = {
-        (place, name): (place, name if name in apart else "", plan.density(place, name, density))
-        for name in plan.modules
-        for place, _ in plan.holders(name)
-    }
-    here = [name for name in mine if plan.holders(name)]
-
-    def walk() -> Iterator[tuple[TaskVectors, list[Group]]]:
-        for done, name in enumerate(here):
-            own: list[Group] = [groups[place, name] for place in coordinates.prepared(name)]
-            yield from ((part, own) for part in _parts(coordinates, name, survey, pool, {}))
-            tell("rank", done + 1, len(here))
-
-    found = find_levels(rankings, walk, {group: group[2] for group in groups.values()}, pool, processes.gather)
-    return {spot: found[group] for spot, group in groups.items()}
-
-
-def _with_levels(plan: Plan, name: str, part: TaskVectors, levels: Levels, pool: ThreadPool) -> TaskVectors:
-    """One part of a module with the levels that the method asks for, over the adapters or over the part alone."""
-    if levels:
-        return replace(part, levels=[levels[place, name] for place, _ in plan.holders(name)])
-    rankings = plan.method.rankings()
-    return with_own_levels(rankings, part, pool) if rankings else part
-
-
-def _densities(plan: Plan, name: str, places: Sequence[int]) -> list[float]:
-    """The share to keep of each adapter that has a module; none if the method has no density."""
-    own = getattr(plan.method, "density", None)
-    return [] if own is None else [plan.density(place, name, own) for place in places]
-
-
 def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     """adapter_config.json: as few keys as every loader needs, so that old releases load it too."""
     configs = [member.adapter.config for member in plan.members]
@@ -364,27 +197,29 @@ def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     return {
         "peft_type": plan.kind.config_name,
         "base_model_name_or_path": named,
-        **({"task_type": plan.task.kept} if plan.task.kept else {}),
+        **({"task_type": plan.task_type.kept} if plan.task_type.kept else {}),
         "inference_mode": True,
         **own,
-        **{key: value for key, value in plan.heads.config().items() if key != "bias" or key in own},  # (IA)³ has none
+        **{
+            key: value for key, value in plan.extra_tensors.config().items() if key != "bias" or key in own
+        },  # (IA)³ has none
         **({"fan_in_fan_out": True} if _has_conv1d(plan) else {}),
         **({"layer_replication": configs[0]["layer_replication"]} if configs[0].get("layer_replication") else {}),
     }
 
 
-def _evidence(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> Evidence:
+def _evidence(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> AdapterFacts:
     """What tells the class of the base model that the result is put on."""
     mappings = [member.adapter.config.get("auto_mapping") for member in plan.members]
     pairs = [(m.get("base_model_class"), m.get("parent_library")) for m in mappings if isinstance(m, dict)]
-    layers = {layer.module: {name: r.shape for name, r in layer.tensors.items()} for layer in plan.heads.kept}
+    layers = {layer.module: {name: r.shape for name, r in layer.tensors.items()} for layer in plan.extra_tensors.kept}
     rows = [layer["weight"][0] for name, layer in layers.items() if VOCABULARY.fullmatch(name) and layer.get("weight")]
     rows += [m.shape[1] for m in plan.modules.values() if m.layer_type == EMBEDDING and VOCABULARY.fullmatch(m.name)]
     rows += [m.shape[0] for m in plan.modules.values() if m.layer_type == LINEAR and VOCABULARY.fullmatch(m.name)]
-    return Evidence(
+    return AdapterFacts(
         base=config["base_model_name_or_path"],
         weights=recipe.base,
-        tasks=plan.task.named,
+        tasks=plan.task_type.named,
         mappings=tuple((str(name), str(module)) for name, module in pairs if name and module),
         paths=tuple(sorted({module.path for module in plan.modules.values()})),
         heads={name: layer for name, layer in layers.items() if is_head(name)},

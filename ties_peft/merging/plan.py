@@ -6,7 +6,7 @@ After `make_plan` the merge cannot fail for a reason that could have been known 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,22 +22,22 @@ from ..methods import Method, Stages, Trim, method_classes
 from ..spaces import Space, find_space
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.trim import Scope
-from .extra_task_vectors import make_rule
-from .extra_tensors import Heads, settle_heads
+from .extra_task_vectors import make_extra_tensor_merge
+from .extra_tensors import ExtraTensors, plan_extra_tensors
 from .members import (
     Member,
-    Task,
+    TaskType,
+    check_one_config,
+    check_shared_modules,
     check_statistics,
-    check_together,
-    compare_bases,
-    compare_filters,
-    compare_orientation,
-    find_members,
-    one_base,
-    one_spelling,
-    refuse_strangers,
-    settle_task,
-    warn_alone,
+    choose_task_type,
+    common_base,
+    make_members,
+    unify_module_names,
+    warn_base_names,
+    warn_orientation,
+    warn_single_adapter,
+    warn_unused_filters,
 )
 from .options import DEVICE, MERGE, NORM, Rank
 from .ranks import output_rank
@@ -45,7 +45,9 @@ from .recipes.recipe import Recipe
 from .recipes.scale import Scale
 from .recipes.schedule import Schedule, count_layers
 from .recipes.settings import make_settings
-from .values import usable, written_dtype
+from .values import check_device, output_dtype
+
+Progress = Callable[[str, int, int], None]  # progress(stage, done, of)
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Plan:
         trim: the cuts that the method wants; None for none.
         rank: r of the output; None for kinds that have none.
         dtype: of the tensors written.
-        heads: what becomes of the whole tensors that ride along.
-        task: the task types of the adapters, and what the result's is.
+        extra_tensors: what becomes of the adapters' extra tensors.
+        task_type: the task types of the adapters, and what the result's is.
         device: where the arithmetic is done.
         signs: the adapter that decides the signs, if one was given.
         restore_norm: whether what the rank truncates is brought back to the norm it had.
@@ -82,8 +84,8 @@ class Plan:
     trim: Trim | None
     rank: int | None
     dtype: torch.dtype
-    heads: Heads
-    task: Task
+    extra_tensors: ExtraTensors
+    task_type: TaskType
     device: torch.device
     seed: int
     signs: Adapter | None = None
@@ -124,6 +126,11 @@ class Plan:
         if self.trim is not None:
             return self.trim.scope
         return next((ranking.scope for ranking in self.method.rankings()), None)
+
+    @property
+    def own_density(self) -> float | None:
+        """The method's own density; None if it has none."""
+        return getattr(self.method, "density", None)
 
     @cached_property
     def layers(self) -> int:
@@ -187,15 +194,15 @@ def make_plan(
     warnings = list(recipe.notes)
     space, stages, densities = _settings(recipe, len(adapters))
     signs = _signs(stages.method, recipe.base)
-    where = usable(device)
+    where = check_device(device)
     _check_kinds([*adapters, *([signs] if signs else [])], space, stages)
     check_adapters([*(() if checked else adapters), *([signs] if signs else [])], processes)
-    members = find_members(recipe, one_spelling(adapters, warnings), densities, warnings)
+    members = make_members(recipe, unify_module_names(adapters, warnings), densities, warnings)
     check_statistics(stages.method, members)
-    dtype = written_dtype(recipe.dtype, [member.adapter for member in members])
+    dtype = output_dtype(recipe.dtype, [member.adapter for member in members])
     modules = _modules(members, signs, recipe.allow_disjoint)
-    check_together(members, modules)
-    compare_filters(members, modules, warnings)
+    check_one_config(members, modules)
+    warn_unused_filters(members, modules, warnings)
     _check_weights(stages, space, members, modules)
     arithmetic = _arithmetic(space, stages)
     _check_ranks(arithmetic, [*(m.adapter for m in members), *([signs] if signs else [])], modules)
@@ -204,13 +211,13 @@ def make_plan(
     rank = fit_rank(recipe.target, rank, recipe.rank, members[0].adapter.peft_type.title, warnings)
     replicates = any(member.adapter.config.get("layer_replication") for member in members)
     check_modules(recipe.target, modules, base, replicates, warnings)
-    compare_bases(members, recipe, warnings)
-    warn_alone(members, stages, warnings)
+    warn_base_names(members, recipe, warnings)
+    warn_single_adapter(members, stages, warnings)
     scale = _scale(recipe.scale, stages)
     value = scale.at(len(members))
     _warn_published(value, stages, len(members), warnings)
-    heads = _heads(recipe, stages, members, modules, where, warnings)
-    compare_orientation(members, warnings)
+    extra_tensors = _extra_tensors(recipe, stages, members, modules, where, warnings)
+    warn_orientation(members, warnings)
     return Plan(
         members=members,
         modules=modules,
@@ -221,8 +228,8 @@ def make_plan(
         trim=_trim(stages.method, space),
         rank=rank,
         dtype=dtype,
-        heads=heads,
-        task=settle_task(members, heads.loads, warnings),
+        extra_tensors=extra_tensors,
+        task_type=choose_task_type(members, extra_tensors.loads, warnings),
         device=where,
         seed=_seed(recipe.seed),
         signs=signs,
@@ -233,35 +240,35 @@ def make_plan(
     )
 
 
-def _heads(
+def _extra_tensors(
     recipe: Recipe,
     stages: Stages,
     members: Sequence[Member],
     modules: Iterable[str],
     device: torch.device,
     warnings: list[str],
-) -> Heads:
+) -> ExtraTensors:
     layers = count_layers(modules)
-    base = one_base(members)
+    base = common_base(members)
     rule = None
     if recipe.heads == MERGE:
         base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)
         densities = [partial(member.density_at, layers=layers) for member in members]
         scale = _scale(recipe.scale, stages).at(len(members))
-        rule = make_rule(stages, base, scale, _seed(recipe.seed), densities, device)
-    heads = settle_heads(
+        rule = make_extra_tensor_merge(stages, base, scale, _seed(recipe.seed), densities, device)
+    extra_tensors = plan_extra_tensors(
         recipe.heads,
         [member.name for member in members],
         [member.adapter for member in members],
         modules,
         lambda place, module: members[place].weight.at(module, layers),
-        None if recipe.dtype is None else written_dtype(recipe.dtype, ()),
+        None if recipe.dtype is None else output_dtype(recipe.dtype, ()),
         warnings,
         rule,
         base,
     )
-    check_heads(recipe.target, heads.kept, warnings)
-    return heads
+    check_heads(recipe.target, extra_tensors.kept, warnings)
+    return extra_tensors
 
 
 def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule | None, ...]]:
@@ -395,7 +402,7 @@ def _modules(members: Sequence[Member], signs: Adapter | None, allow_disjoint: b
             "They were trained on different base models, so their task vectors cannot be added. Leave some out."
         )
     if not allow_disjoint:
-        refuse_strangers(members)
+        check_shared_modules(members)
     return dict(sorted(modules.items()))
 
 

@@ -13,7 +13,7 @@ import torch
 from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
 from ..task_vectors.tiles import thread_pool
-from .encoding import Coordinates, Memory
+from .encoding import EncodedModules, MergeCache
 from .merge import make_recipe, open_adapters, run_plan
 from .merged import Merged
 from .options import DEVICE, Options, Rank, Weights, options_in
@@ -37,7 +37,7 @@ class Prepared:
         self.recipe = recipe
         self.device = device
         self.warns = True
-        self._memory = Memory()
+        self._cache = MergeCache()
         plan = make_plan(replace(recipe, method="ties"), adapters, device)  # which every space offers
         self._member_count, self._space = len(plan.members), plan.arithmetic
         self._encode(plan)
@@ -65,7 +65,7 @@ class Prepared:
         asked["parameters"] = {**self.recipe.parameters, **parameters}
         recipe = make_recipe(self.adapters, **fixed, **asked)
         plan = make_plan(recipe, self.adapters, self.device, checked=True)
-        return run_plan(plan, recipe, started, self._memory if self._can_reuse(plan) else None, warns=self.warns)
+        return run_plan(plan, recipe, started, self._cache if self._can_reuse(plan) else None, warns=self.warns)
 
     def _can_reuse(self, plan: Plan) -> bool:
         """Whether what is kept is what this merge needs: a weight of 0 takes an adapter out of the bases.
@@ -83,9 +83,9 @@ class Prepared:
 
     def _encode(self, plan: Plan) -> None:
         with torch.no_grad(), thread_pool():
-            coordinates = Coordinates(plan, self._memory)
+            modules = EncodedModules(plan, self._cache)
             for module in plan.modules:
-                coordinates.encoding(module)
+                modules.encoding(module)
 
 
 def prepare(

@@ -88,7 +88,7 @@ class ModuleLine:
 
 
 @dataclass(frozen=True)
-class RiderLine:
+class ExtraTensorLine:
     """One layer that an input holds whole, and what became of it.
 
     Attributes:
@@ -106,16 +106,16 @@ class RiderLine:
     adapters: list[str]
 
 
-def rider_texts(lines: Sequence[RiderLine]) -> list[str]:
+def describe_extra_tensors(lines: Sequence[ExtraTensorLine]) -> list[str]:
     """What became of the whole layers, a line for those with one fate."""
-    groups: dict[tuple[str, str], list[RiderLine]] = {}
+    groups: dict[tuple[str, str], list[ExtraTensorLine]] = {}
     for line in lines:
         some = ", ".join(line.adapters[:8]) + (", …" if len(line.adapters) > 8 else "")
         groups.setdefault((line.fate, some), []).append(line)
     return [printable(f"{_layers(own)}: {FATES[fate]} {some}") for (fate, some), own in groups.items()]
 
 
-def _layers(lines: Sequence[RiderLine]) -> str:
+def _layers(lines: Sequence[ExtraTensorLine]) -> str:
     """Some layers by name, biases by their number."""
     biases = sum(line.form == "bias" for line in lines)
     named = [f"{FORMS.get(line.form, '')}{line.module}" for line in lines if line.form != "bias"]
@@ -169,7 +169,7 @@ class Report(Printed):
     modules: list[ModuleLine]
     warnings: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
-    riders: list[RiderLine] = field(default_factory=list)
+    riders: list[ExtraTensorLine] = field(default_factory=list)
     weights: str = "given"
     formula: str | None = None
     seconds: float = 0.0
@@ -237,7 +237,7 @@ class Report(Printed):
             worst = min(self.modules, key=lambda line: line.energy)
             note = "" if worst.energy > 0.9995 else f" (least: {worst.energy:.1%} in {worst.name})"
             rows.append(("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy{note}"))
-        rows += [("" if i else "whole layers", text) for i, text in enumerate(rider_texts(self.riders))]
+        rows += [("" if i else "whole layers", text) for i, text in enumerate(describe_extra_tensors(self.riders))]
         rows += [("task type", self.task_type)] if self.task_type else []
         rows += [("licence", self.licence_note)] if self.licence_note else []
         rounding = f", rounding {self.rounding:.1e}" if self.rounding else ""

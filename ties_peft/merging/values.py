@@ -12,7 +12,7 @@ from ..errors import RecipeError, unknown
 from .options import DTYPES
 
 
-def usable(device: str) -> torch.device:
+def check_device(device: str) -> torch.device:
     """A device that can be computed on.
 
     Raises: RecipeError.
@@ -26,7 +26,7 @@ def usable(device: str) -> torch.device:
     return where
 
 
-def written_dtype(asked: torch.dtype | str | None, adapters: Sequence[Adapter]) -> torch.dtype:
+def output_dtype(asked: torch.dtype | str | None, adapters: Sequence[Adapter]) -> torch.dtype:
     """What tensors are written in: as asked; else as all adapters are; else float32.
 
     Raises: RecipeError.

@@ -24,9 +24,10 @@ from ..adapters.adapter import Adapter, check_is_list
 from ..errors import RecipeError, unknown, warn_caller
 from ..evaluation.loaded_model import Bench
 from ..learning.training import train
-from ..merging.merge import Progress, make_recipe
+from ..merging.merge import make_recipe
 from ..merging.merged import Merged
 from ..merging.options import DEVICE, Options, Rank
+from ..merging.plan import Progress
 from ..merging.recipes.recipe import Recipe
 from . import ADAPTERS, BUDGET, CONTROLS, DETAIL, PENALTY, TRAINED, WEIGHTS
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes

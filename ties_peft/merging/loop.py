@@ -1,0 +1,201 @@
+"""Go through the modules of a merge: read, encode, merge, decode, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..adapters.types import ModuleInfo
+from ..errors import RecipeError
+from ..methods import TaskVectors
+from ..methods.base import merged
+from ..task_vectors.delta import Delta, zero
+from ..task_vectors.factorise import Factors
+from ..task_vectors.kernels.backends import load
+from ..task_vectors.order_statistics import Group, Levels, find_levels, with_own_levels
+from ..task_vectors.processes import ProcessGroup
+from ..task_vectors.tiles import ThreadPool, thread_pool
+from .encoding import EncodedModules, MergeCache
+from .measure import ModuleMeasurement, Totals, measure_module
+from .members import module_statistics
+from .plan import Plan, Progress
+from .thresholds import KeptCount, TrimThresholds, vocabulary_modules
+
+
+def merge_modules(
+    plan: Plan, cache: MergeCache | None, progress: Progress, processes: ProcessGroup
+) -> tuple[dict[str, Tensor], Totals, list[KeptCount]]:
+    """Merge all modules.
+
+    Args:
+        plan: the merge.
+        cache: what a prepared merge keeps, if this is one.
+        progress: called as progress(stage, done, of).
+        processes: that share the work; each of them gets the whole result.
+    Returns: the tensors by their names in the file, the sums of the report, and how many entries each trim keeps.
+    """
+    costs = {name: plan.cost(name) for name in plan.modules}
+    mine = processes.share(costs)
+    compiled = plan.method.entrywise and not plan.arithmetic.shared
+    loops = load(sum(costs.values()), plan.device.type) if compiled else None
+    written = {}
+    with torch.no_grad(), thread_pool(None if cache is None else cache.pool, loops) as pool:
+        loop = _Loop(plan, cache, pool, progress, processes, mine)
+        for name, following in zip(mine, [*mine[1:], None], strict=True):
+            if following is not None:
+                loop.modules.prefetch(following)
+            task_vectors = loop.encode(name)
+            results = [loop.merge(name, part) for part in task_vectors]
+            factors = loop.decode(name, results)
+            written[name] = loop.write(plan.modules[name], factors)
+            progress("merge", len(written), len(mine))
+    every = {name: one for of_process in processes.gather(written) for name, one in of_process.items()}
+    tensors: dict[str, Tensor] = {}
+    totals = Totals(plan, loops)
+    for name in plan.modules:
+        own, measurement = every[name]
+        tensors |= own
+        totals.add(measurement)
+    return plan.kind.join(list(plan.modules.values()), tensors), totals, loop.thresholds.kept()
+
+
+@dataclass
+class _Loop:
+    """The state of a merge on its way through the modules.
+
+    Attributes:
+        plan, cache, pool, progress, processes, mine: see `merge_modules`.
+        modules: the encoded task vectors.
+        thresholds: of the trims.
+        levels: the order statistics that the method asks for over whole adapters, by (place, module).
+        counts: what the method counts for the report on the module at hand.
+        prepared: waits for what `decode` needs of the module at hand, which a thread computes beside the merge.
+    """
+
+    plan: Plan
+    cache: MergeCache | None
+    pool: ThreadPool
+    progress: Progress
+    processes: ProcessGroup
+    mine: Sequence[str]
+    modules: EncodedModules = field(init=False)
+    thresholds: TrimThresholds = field(init=False)
+    levels: Levels = field(init=False)
+    counts: dict[str, int] = field(default_factory=dict)
+    prepared: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.modules = EncodedModules(self.plan, self.cache)
+        self.thresholds = TrimThresholds(self.modules, self.pool, self.progress, self.processes, self.mine)
+        self.levels = {}
+        self.levels = self._levels_over_adapters()
+
+    def encode(self, name: str) -> list[TaskVectors]:
+        """Return w·τ of one module in the coordinates of the space, part by part; none if no adapter has it."""
+        self.counts, self.prepared = {}, None
+        if not self.plan.holders(name):
+            return []
+        task_vectors = self._task_vectors(name)
+        dense = self.plan.method.entrywise and not self.plan.method.linear(len(task_vectors[0]))
+        if dense and self.plan.rank is not None:
+            work = self.modules.encoding(name).prepare_decode(self.plan.rank)
+            self.prepared = None if work is None else self.pool.submit(work)
+        return task_vectors
+
+    def merge(self, name: str, part: TaskVectors) -> Delta:
+        """Return what the method makes of one part of a module, changed by the methods that stand after it."""
+        rankings = self.plan.method.rankings()
+        ranked = with_own_levels(rankings, part, self.pool) if rankings and not part.levels else part
+        result = merged(self.plan.method, ranked)
+        if self.plan.finishes:
+            encoding, holders = self.modules.encoding(name), self.plan.holders(name)
+            weighted = [encoding.weighted(i, self.plan.weight(place, name)) for i, (place, _) in enumerate(holders)]
+            unprepared = replace(part, deltas=[parts[part.part] for parts in weighted])
+            for stage in self.plan.finishes:
+                result = stage.finish(result, unprepared)
+        return result
+
+    def decode(self, name: str, results: Sequence[Delta]) -> Factors:
+        """Return the merged task vector of one module at the rank of the plan, scaled."""
+        if self.prepared is not None:
+            self.prepared()
+        factors = Factors(zero(self.plan.modules[name].shape), 0.0, 0.0)
+        if results:
+            factors = self.modules.encoding(name).decode(results, self.plan.rank, self.pool.map)
+        return (factors.restored() if self.plan.restore_norm else factors).scaled(self.plan.scale)
+
+    def write(self, module: ModuleInfo, factors: Factors) -> tuple[dict[str, Tensor], ModuleMeasurement]:
+        """Return the tensors of one module in the dtype of the result, and what the report says of it.
+
+        Raises: RecipeError where that dtype cannot hold the values.
+        """
+        plan = self.plan
+        tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
+        written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
+        if not all(_all_finite(tensor) for tensor in written.values()):
+            raise RecipeError(
+                f"module {module.name!r}: the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
+                "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype)."
+            )
+        return written, measure_module(self.modules, module, factors, written, self.counts)
+
+    def _task_vectors(self, name: str) -> list[TaskVectors]:
+        """Return the task vectors of one module as the method sees them, part by part."""
+        plan, encoding, weighted = self.plan, self.modules.encoding(name), self.modules.weighted(name)
+        places = list(weighted)
+        signs = encoding.parts[len(places)] if len(encoding.parts) > len(places) else None
+        thresholds = self.thresholds.of_module(name)
+        return [
+            TaskVectors(
+                deltas=deltas,
+                weights=[encoding.weights(plan.weight(place, name))[part] for place in places],
+                trim_asked=plan.method.trims(),
+                thresholds=thresholds,
+                part=part,
+                density=plan.own_density,
+                densities=[] if plan.own_density is None else [plan.density(p, name, plan.own_density) for p in places],
+                levels=[self.levels[place, name] for place in places] if self.levels else (),
+                total_weight=plan.total_weight(name),
+                total_magnitude=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
+                adapters=len(plan.members),
+                signs=None if signs is None else signs[part],
+                statistics=module_statistics(plan.method, [plan.members[place] for place in places], name),
+                inputs=encoding.inputs if plan.method.needs else None,
+                streams=[self.modules.stream_key(place, name, part) for place in places],
+                pool=self.pool,
+                counts=self.counts,
+            )
+            for part, deltas in enumerate(zip(*weighted.values(), strict=True))
+        ]
+
+    def _levels_over_adapters(self) -> Levels:
+        """Return the order statistics that the method asks for over whole adapters; all modules are read for them."""
+        plan, rankings = self.plan, self.plan.method.rankings()
+        if not rankings or plan.scope != "adapter":
+            return {}
+        separate = vocabulary_modules(plan)
+        density = 1.0 if plan.own_density is None else plan.own_density
+        groups = {
+            (place, name): (place, name if name in separate else "", plan.density(place, name, density))
+            for name in plan.modules
+            for place, _ in plan.holders(name)
+        }
+        held = [name for name in self.mine if plan.holders(name)]
+
+        def parts() -> Iterator[tuple[TaskVectors, list[Group]]]:
+            for done, name in enumerate(held):
+                own: list[Group] = [groups[place, name] for place, _ in plan.holders(name)]
+                yield from ((part, own) for part in self._task_vectors(name))
+                self.progress("rank", done + 1, len(held))
+
+        densities: dict[Group, float] = {group: group[2] for group in groups.values()}
+        levels = find_levels(rankings, parts, densities, self.pool, self.processes.gather)
+        return {key: levels[group] for key, group in groups.items()}
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite; a finite sum shows it at a fraction of the cost of testing each value."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
