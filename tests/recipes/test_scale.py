@@ -167,8 +167,8 @@ def test_a_search_may_choose_among_formulas() -> None:
 
 
 def test_a_search_over_a_range_starts_where_the_formula_lies() -> None:
-    assert tuning({"scale": [0.1, 2.0]}, scale="1/N").middle() == {"scale": pytest.approx(1 / 3)}
-    assert tuning({"scale": [0.5, 2.0]}, scale="1/N").middle() == {"scale": 0.5}
+    assert tuning({"scale": [0.1, 2.0]}, scale="1/N").initial_setting() == {"scale": pytest.approx(1 / 3)}
+    assert tuning({"scale": [0.5, 2.0]}, scale="1/N").initial_setting() == {"scale": 0.5}
 
 
 def test_a_search_keeps_a_formula_that_it_does_not_tune(three: list[Path]) -> None:

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from worker import LORAHUB, NegativeDistance
 
 import ties_peft
+from ties_peft.search import sampler
 from ties_peft.search.study import Study
 from ties_peft.search.tuning import Range
 
@@ -117,24 +119,70 @@ def test_two_processes_share_the_trials(storage: str, folders: list[str], tmp_pa
     assert {line.split(" ", 1)[0] for line in lines} == {str(first.pid), str(second.pid)}
 
 
-def test_killed_in_the_middle_it_goes_on_and_loses_nothing(storage: str, folders: list[str], tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    process = start(storage, log, folders, 0.3)
+def interrupt(process: subprocess.Popen[str], by: signal.Signals, log: Path, after: int = 5) -> list[str]:
+    """Interrupt a process once it has begun some trials; return the settings that it has begun."""
     deadline = time.monotonic() + 60
-    while (len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0) < 5:
+    while len(settings(log)) < after:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.kill()
+    process.send_signal(by)
     process.communicate()
-    begun = log.read_text(encoding="utf-8").splitlines()
+    return settings(log)
+
+
+def settings(log: Path) -> list[str]:
+    """The settings that all processes have begun, in order."""
+    return [line.split(" ", 1)[1] for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+
+
+def test_a_killed_process_loses_nothing(storage: str, folders: list[str], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    begun = interrupt(start(storage, log, folders, 0.3), signal.SIGKILL, log)
     trials = result(start(storage, log, folders))
-    whole = log.read_text(encoding="utf-8").splitlines()
+    assert [number for number, _, _ in trials] == sorted({number for number, _, _ in trials})
     assert len(trials) == BUDGET
-    assert len(whole) == BUDGET + 1  # what was under way was done again, and nothing else
-    assert whole[len(begun)].split(" ", 1)[1] == begun[-1].split(" ", 1)[1]
+    tried = settings(log)
+    assert len(tried) == BUDGET + 1  # the trial that was running is run again, and no other
+    assert tried.count(begun[-1]) == 2
+    assert len({*tried}) == BUDGET
+
+
+def test_an_interrupted_search_continues_as_if_it_had_not_been_interrupted(folders: list[str], tmp_path: Path) -> None:
+    log, storage = tmp_path / "log", str(tmp_path / "study.db")
+    begun = interrupt(start(storage, log, folders, 0.3), signal.SIGINT, log)
+    trials = result(start(storage, log, folders))
+    assert settings(log)[len(begun)] == begun[-1]
     undisturbed = ties_peft.search(folders, NegativeDistance(folders), budget=BUDGET, controls=(), **LORAHUB)
     assert [(s, v) for _, s, v in trials] == [(dict(t.setting), t.value) for t in undisturbed.trials]
+
+
+def test_a_trial_that_others_took_for_lost_is_run_again(tmp_path: Path) -> None:
+    """A process that slept finds its trial failed."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    seen: list[Any] = []
+
+    def evaluate(setting: Any) -> Any:
+        seen.append(setting)
+        if len(seen) == 2:
+            other = optuna.load_study(study_name="s", storage=url)
+            other.tell(other.trials[-1].number, state=optuna.trial.TrialState.FAIL)
+        return setting["scale"], {"score": 0.0}
+
+    done = Study(url, "s", {"scale": Range(0.0, 1.0)}, [{"scale": 0.25}], {}).run(evaluate, 3)
+    assert [trial.number for trial in done] == [0, 2, 3]
+    assert seen[1] == seen[2]
+
+
+def test_a_trial_whose_process_was_killed_before_it_had_a_setting_blocks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tmp_path / "s.db", "s", {"scale": Range(0.0, 1.0)}, [{"scale": 0.25}], {})
+    optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 's.db'}").ask()
+    monkeypatch.setattr(sampler, "GRACE", 0)
+    done = study.run(lambda setting: (setting["scale"], {}), 3)
+    assert len(done) == 3
+    assert done[0].setting == {"scale": 0.25}
 
 
 def test_a_trial_whose_objective_fails_is_free_again(tmp_path: Path) -> None:

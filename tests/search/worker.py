@@ -15,6 +15,7 @@ from pathlib import Path
 
 import ties_peft
 from ties_peft import Adapter
+from ties_peft.search import study
 
 LORAHUB = {"method": "task_arithmetic", "scale": 1.0}  # exact weighted sums
 
@@ -37,6 +38,7 @@ class NegativeDistance:
 if __name__ == "__main__":
     storage, budget, seconds, log, *folders = sys.argv[1:]
     warnings.simplefilter("ignore")
+    study.HEARTBEAT, study.GRACE = 1, 2  # seconds, so that a test need not wait
     Path(f"{log}.{os.getpid()}").touch()
     while len(list(Path(log).parent.glob(f"{Path(log).name}.*"))) < int(os.environ["TOGETHER"]):
         time.sleep(0.01)

@@ -1,12 +1,13 @@
-"""Search for the weights or the recipe that does best on a few examples, and measure what it has to beat.
+"""Search for the weights or the recipe that does best on a few examples, and evaluate the baselines it has to beat.
 
 In: adapters, a task with labels. Out: a merged adapter with its trials. Uses: `learning`, `evaluation`, `merging`.
-The defaults stand here, where the command line shows them without importing torch.
+`search` is the entry; `problem` says what is maximised, `tuning` over what; `study` and `sampler` use Optuna. The defaults
+stand here, where the command line shows them without importing torch.
 """
 
 BUDGET = 40  # trials
 PENALTY = 0.05  # on the mean of |w|
-# What the result is compared with; see `controls`.
+# The baselines; see `controls`.
 BASE, MEAN, SINGLE = "base", "mean", "best single"
 WEIGHTS, ADAPTERS, TRAINED = "random weights", "random adapters", "trained"
 CONTROLS = (BASE, MEAN, SINGLE, WEIGHTS, ADAPTERS)

@@ -1,14 +1,14 @@
-"""Controls: what a search has to beat before it has found anything.
+"""Controls: the baselines that a search has to beat.
 
     base            no adapter at all
     mean            every adapter with weight 1/N
     best single     the one adapter that does best on the same examples
-    random weights  the best of as many drawn weights as the search made trials
-    random adapters the same search over adapters of the same shapes and norms whose directions are drawn
+    random weights  the best of as many random settings as the search made trials
+    random adapters the same search over adapters of the same shapes and norms with random directions
     trained         a new LoRA, trained on the same examples alone
 
-The last but one is the test of whether the adapters matter, or just so many numbers to turn: over a thousand
-adapters found in the wild it did as well as the adapters (arXiv 2602.12323).
+`random adapters` tests whether the adapters matter, or only that there are parameters to fit: over a thousand public
+adapters it did as well as the search over the adapters themselves (arXiv 2602.12323).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ..task_vectors.random_numbers import stream_key
 from . import BASE, MEAN, SINGLE
 from .tuning import Tuning
 
-BESIDE = ("modules_to_save", "trainable_token_indices", "bias")  # what a config says of tensors beside the modules
+EXTRA_TENSOR_KEYS = ("modules_to_save", "trainable_token_indices", "bias")  # of a config, about extra tensors
 
 
 def simple_recipes(recipe: Recipe) -> dict[str, list[Recipe]]:
-    """Recipes of the controls that are one merge each, by name: weighted sums of task vectors, at the recipe's rank."""
+    """Return the recipes of the controls that need no trials, by name: weighted sums, at the rank of a recipe."""
     count = len(recipe.adapters)
     plain = replace(recipe, method="task_arithmetic", parameters={}, densities=None, scale=1.0, space="delta")
     single = [tuple(float(i == j) for i in range(count)) for j in range(count)]
@@ -43,26 +43,21 @@ def simple_recipes(recipe: Recipe) -> dict[str, list[Recipe]]:
 
 
 def random_settings(tuning: Tuning, count: int, seed: int) -> list[dict[str, Any]]:
-    """Settings drawn evenly over the domains."""
+    """Return settings drawn uniformly from the domains."""
     import numpy as np
 
-    draw = np.random.default_rng([seed, 1])
-    made = []
-    for _ in range(count):
-        setting: dict[str, Any] = {}
-        for name, domain in tuning.domains.items():
-            setting[name] = domain.value_at(float(draw.random()))
-        made.append(setting)
-    return made
+    random = np.random.default_rng([seed, 1])
+    return [
+        {name: domain.value_at(float(random.random())) for name, domain in tuning.domains.items()} for _ in range(count)
+    ]
 
 
 def random_adapter(adapter: Adapter, seed: int) -> Adapter:
-    """One with the same modules, ranks and norms, whose numbers are drawn from a normal distribution.
+    """Return an adapter with the modules and ranks of another, and normally distributed numbers of the same norms.
 
-    It is written as a LoRA or (IA)³, whatever kind `adapter` is of; what it trains beside its modules, such as a head,
-    comes along as it is.
+    It is written as a LoRA or (IA)³, whatever the PEFT type of `adapter` is, and keeps its extra tensors, such as a head.
 
-    Law: every module's task vector has the norm that it has in `adapter`.
+    Law: the task vector of every module has the norm that it has in `adapter`.
     """
     kind = output_type(adapter.peft_type)
     tensors: dict[str, Tensor] = {}
@@ -74,7 +69,7 @@ def random_adapter(adapter: Adapter, seed: int) -> Adapter:
     tensors |= {name: adapter.tensors.read(name) for name in adapter.extra_keys}
     rank = max(module.rank for module in adapter.layout.values())
     config = {
-        **{name: adapter.config[name] for name in BESIDE if name in adapter.config},
+        **{name: adapter.config[name] for name in EXTRA_TENSOR_KEYS if name in adapter.config},
         "peft_type": kind.config_name,
         "base_model_name_or_path": adapter.base_name,
         **kind.config(list(adapter.layout.values()), rank),
@@ -93,7 +88,7 @@ def _drawn(delta: Delta, stream: int) -> Delta:
 
 
 def new_adapter(like: Adapter, seed: int) -> Adapter:
-    """One with the modules, ranks and head of another that does nothing yet: A drawn, B zero; l = 1 for (IA)³."""
+    """Return an untrained adapter with the modules, ranks and head of another: A random, B zero; l = 1 for (IA)³."""
     drawn = random_adapter(like, seed)
     tensors = {name: drawn.tensors.read(name) for name in drawn.tensors.names}
     for name, tensor in tensors.items():

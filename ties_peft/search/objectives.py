@@ -1,7 +1,7 @@
-"""Objectives: what a search goes by, and what it is judged by in the end; tasks on one loaded base.
+"""Objectives: what a search maximises, and what evaluates its result: tasks on one loaded base model, or callables.
 
-What they go by is told by its content, the rows' tokens and labels, and not by where it lies: so rows that changed
-make another search, and two machines with the same rows under other paths share one.
+A task is identified by its content, the tokens and labels of its rows, not by its path: changed rows make another
+search, and two machines with the same rows under different paths share one.
 """
 
 from __future__ import annotations
@@ -27,21 +27,20 @@ Objective = Callable[[Adapter], float]
 
 
 class Objectives:
-    """The objective and the judge as callables.
+    """The objective and the judge of a search as callables.
 
     Args:
-        objective, judge: tasks, or callables; the judge may be None.
-        adapters: that will be judged; refused where they do not fit the base.
+        objective, judge: tasks or callables; the judge may be None.
+        adapters: to be evaluated; refused where they do not fit the base model.
         base, device, bench: as in `evaluate`.
-        trained: whether an adapter shall be trained on the objective's rows.
+        trained: whether an adapter will be trained on the objective's rows.
 
     Attributes:
-        scorer: the objective's, where it is a task.
-        asked: what the objective is, in plain values; a function is told by nothing.
-        judge_id: the same of the judge in one word, empty without one; None for a function, which is never
-            known to be the same again.
+        scorer: the objective on the loaded model, where it is a task.
+        identity: what tells the objective from others, in plain values; callables are not told apart.
+        judge_id: a digest of the same of the judge; empty without one, None for a callable, which cannot be compared.
         score: the objective: −loss, or the accuracy where there is no loss.
-    Raises: TiesPeftError, before the base is loaded wherever it can be known by then.
+    Raises: TiesPeftError, before the base model is loaded wherever that is possible.
     """
 
     def __init__(
@@ -73,21 +72,23 @@ class Objectives:
                 bench.check(adapter)
                 bench.check_complete(adapter)
         self.scorer: Scorer | None = None if callable(objective) else scorers[0]
-        self.asked: dict[str, Any] = {"objective": FUNCTION} if self.scorer is None else content(self.scorer)
-        self.judge_id: str | None = "" if judge is None else None if callable(judge) else _digest(content(scorers[-1]))
+        self.identity: dict[str, Any] = {"objective": FUNCTION} if self.scorer is None else task_identity(self.scorer)
+        self.judge_id: str | None = (
+            "" if judge is None else None if callable(judge) else _digest(task_identity(scorers[-1]))
+        )
         self.score: Objective = objective if callable(objective) else lambda adapter: _loss(scorers[0], adapter)
         self._judge = judge if judge is None or callable(judge) else lambda adapter: _value(scorers[-1], adapter)
 
     def judge(self, adapter: Adapter) -> float | None:
-        """What the judge says; None without one."""
+        """Return the value of an adapter by the judge; None without one."""
         return None if self._judge is None else float(self._judge(adapter))
 
 
-def content(scorer: Scorer) -> dict[str, Any]:
-    """What a scorer asks, whatever its rows' path and its own name are.
+def task_identity(scorer: Scorer) -> dict[str, Any]:
+    """Return what identifies a task on a loaded model, whatever the path of its rows and its own name are.
 
-    Returns: `base`, the last part of its name; `measure`, with the options that this one heeds; `examples`, the
-        SHA-256 of the rows' tokens, as far as they are read, and labels.
+    Returns: `base`, the last part of the base model's name; `measure`, with the options that this measure uses;
+        `examples`, the SHA-256 of the tokens that are read of each row, and of the labels.
     """
     task, bench = scorer.task, scorer.bench
     options: dict[str, Any] = {}

@@ -1,8 +1,9 @@
-"""SearchProblem: the adapters of a search, merged as a setting of the domains says, and what that is worth."""
+"""Problem: what a search maximises: the value of the adapters merged by a setting of the tuned parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.adapter import Adapter
@@ -10,18 +11,39 @@ from ..errors import CompatibilityError
 from ..merging.merged import Merged
 from ..merging.prepare import Prepared, prepare
 from ..merging.recipes.recipe import Recipe
-from .tuning import Tuning, space_parameters
+from .tuning import Setting, Tuning, space_parameters
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting that was tried.
+
+    Attributes:
+        number: of the trial in its study.
+        setting: the values of the tuned parameters, by name.
+        value: what the search maximises.
+        facts: what else is known of it, such as the score without the penalty.
+    """
+
+    number: int
+    setting: Setting
+    value: float
+    facts: Mapping[str, Any]
+
+
+Evaluate = Callable[[Setting], tuple[float, Mapping[str, Any]]]  # (value, facts) of a setting
+TrialCallback = Callable[[Trial, list[Trial]], None]  # called with a trial and all complete ones
 
 
 class SearchProblem:
-    """Adapters, and what a setting of the domains is worth on them.
+    """The adapters of a search, and the value of a setting of the tuned parameters.
 
     Args:
-        adapters: that are merged.
-        tuning: the recipe, and what of it is set.
-        score: the objective, the larger the better.
-        penalty: on the mean of |w|, where weights are set.
-        seed: of every draw.
+        adapters: to merge.
+        tuning: the recipe and its tuned parameters.
+        score: the objective, to be maximised.
+        penalty: on the mean of |w|, where weights are tuned.
+        seed: of every random number.
     """
 
     def __init__(
@@ -37,7 +59,7 @@ class SearchProblem:
         self._prepared: dict[str, Prepared] = {}
 
     def check(self) -> None:
-        """Merge the first start, so that what cannot be merged is refused before any model is run.
+        """Merge by the last of the first settings, so that adapters that cannot be merged are refused before any trial.
 
         Raises: TiesPeftError.
         """
@@ -47,7 +69,9 @@ class SearchProblem:
         except CompatibilityError:
             if not any(adapter.extra_keys for adapter in self.adapters):
                 raise
-            prepare(self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, heads="drop")  # or it says why
+            prepare(
+                self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, heads="drop"
+            )  # or the real reason
             raise CompatibilityError(
                 "the adapters hold whole layers (task heads, embeddings, biases) that differ, and a search has no rule "
                 "for them. Search over copies without them, on a base whose own layers fit the examples: ties-peft merge "
@@ -55,15 +79,17 @@ class SearchProblem:
             ) from None
 
     def initial_settings(self) -> list[dict[str, Any]]:
-        """Nothing and the mean for LoRAHub's weights; else the recipe as it is, as far as it lies in the ranges."""
-        settings: list[dict[str, Any]] = [self.tuning.initial_setting()]
-        if not self.tuning.has_weights or self.tuning.recipe.method != "task_arithmetic":
-            return settings
-        share = 1 / len(self.adapters)
-        return [self.tuning.initial_setting(weight) for weight in (0.0, share)]
+        """Return the settings to try first: the recipe itself; for the weights of a sum, zeros and the mean."""
+        if self.tuning.has_weights and self.tuning.recipe.method == "task_arithmetic":
+            return [self.tuning.initial_setting(weight) for weight in (0.0, 1 / len(self.adapters))]
+        return [self.tuning.initial_setting()]
 
-    def asked(self, objective: Mapping[str, Any]) -> dict[str, Any]:
-        """What makes it this search and no other."""
+    def identity(self, objective: Mapping[str, Any]) -> dict[str, Any]:
+        """Return, in plain values, what tells this search from others.
+
+        Args:
+            objective: the same of the objective.
+        """
         recipe = {k: v for k, v in self.tuning.recipe.to_dict().items() if k != "adapters"}
         return {
             "adapters": [adapter.digest for adapter in self.adapters],
@@ -75,7 +101,7 @@ class SearchProblem:
         }
 
     def merge(self, recipe: Recipe) -> Merged:
-        """By the plan of its space, whose bases are made once."""
+        """Merge by a recipe; the adapters are prepared once for each space."""
         own = {name: value for name, value in recipe.parameters.items() if name in space_parameters(recipe.space)}
         key = repr((recipe.space, own))
         if key not in self._prepared:
@@ -93,8 +119,12 @@ class SearchProblem:
             **rest,
         )
 
-    def evaluate(self, setting: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        """(score less the penalty, {score})."""
-        score = float(self.score(self.merge(self.tuning.to_recipe(setting))))
+    def merge_setting(self, setting: Setting) -> Merged:
+        """Merge by the recipe of a setting."""
+        return self.merge(self.tuning.to_recipe(setting))
+
+    def evaluate(self, setting: Setting) -> tuple[float, dict[str, Any]]:
+        """Return (score − penalty · mean |w|, {"score": score}) of a setting."""
+        score = float(self.score(self.merge_setting(setting)))
         weights = [abs(value) for name, value in setting.items() if name.startswith("weights.")]
         return score - self.penalty * (sum(weights) / len(weights) if weights else 0.0), {"score": score}

@@ -1,16 +1,17 @@
 """Search: the recipe that does best on a few examples, found without gradients.
 
-    maximise  evaluate(recipe) = objective(merge(recipe)) − penalty · mean |wᵢ|
+    maximise  value(recipe) = objective(merge(recipe)) − penalty · mean |wᵢ|
 
-By default N weights from −1.5 to 1.5 are searched, with penalty 0.05 and 40 trials, in a merge by the defaults of
-`merge`; any other numbers and choices of a recipe are tuned alike (see `tuning`). LoRAHub is the same with method
-`task_arithmetic`, scale 1 and rank `max`, so that each weight is a factor of its task vector and nothing is lost.
+By default a search sets N weights from −1.5 to 1.5, with penalty 0.05 and 40 trials, in a merge by the defaults of
+`merge`; it can set any other parameters of a recipe (see `tuning`). LoRAHub is the search with method
+`task_arithmetic`, scale 1 and rank `max`: then each weight is a factor of its task vector and no energy is lost.
 
 Source: Huang et al., LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition (arXiv
-2307.13269). There the sum is of A's and of B's, so that what acts is (Σ wᵢ·Bᵢ)·(Σ wⱼ·Aⱼ): with cross terms,
-quadratic in w, the sign of a lone adapter lost and every slope 0 at the start. Here it is Σ wᵢ·Δᵢ, exactly. There
-the loss of a batch is divided by the number of examples, so that the penalty weighs more with large batches; here
-the objective is a mean over examples. The penalty is on the mean of |w|, as in their code (their text says sum).
+2307.13269). There A's and B's are summed separately, so that the merged task vector is (Σ wᵢ·Bᵢ)·(Σ wⱼ·Aⱼ): it has cross
+terms, is quadratic in w, loses the sign of a single adapter, and every derivative at the start is 0. Here it is
+Σ wᵢ·Δᵢ, exactly. There the loss of a batch is divided by the number of examples, so that the penalty weighs more with
+large batches; here the objective is a mean over examples. The penalty is on the mean of |w|, as in their code (their
+text says sum).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter, check_is_list
 from ..errors import RecipeError, unknown, warn_caller
@@ -32,19 +33,20 @@ from ..merging.recipes.recipe import Recipe
 from . import ADAPTERS, BUDGET, CONTROLS, DETAIL, PENALTY, TRAINED, WEIGHTS
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes
 from .objectives import Objectives
-from .problem import SearchProblem
-from .sampler import Trial
-from .study import Study, TrialCallback
+from .problem import SearchProblem, Trial, TrialCallback
 from .tuning import Tuning
+
+if TYPE_CHECKING:
+    from .study import Study
 
 
 @dataclass(frozen=True)
 class Control:
-    """What a search is held against.
+    """The result of a baseline that a search has to beat.
 
     Attributes:
         name: as in `controls`.
-        score: on the examples, without penalty.
+        score: on the examples, without the penalty.
         judged: by the judge, if there is one.
     """
 
@@ -55,15 +57,15 @@ class Control:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        adapter: the merge of the best recipe.
+        adapter: the merge by the best recipe.
         recipe: the best recipe, an ordinary one.
-        score: its objective on the examples, without penalty.
+        score: its objective on the examples, without the penalty.
         judged: its value by the judge, if there is one.
         trials: all, by number.
-        controls: what it has to beat.
+        controls: the baselines.
     """
 
     adapter: Merged
@@ -74,7 +76,7 @@ class Found:
     controls: tuple[Control, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return {
             "score": self.score,
             "judged": self.judged,
@@ -120,36 +122,35 @@ def search(
     progress: Progress | None = None,
     watch: TrialCallback | None = None,
 ) -> Found:
-    """Find the weights, or any numbers and choices of a recipe, that do best on a few examples.
+    """Find the weights, or any other parameters of a recipe, that do best on a few examples.
 
     Args:
         adapters: folders, Hub ids or `Adapter`s.
-        objective: a task with labelled rows (see `evaluate`): then −loss, or the accuracy where there is no
-            loss; or any callable objective(adapter) → float, the larger the better.
-        tune: what is searched (see `tuning`); the weights, from −1.5 to 1.5, if nothing is said.
-        budget: trials in all; those that a study holds already are counted.
+        objective: a task with labelled rows (see `evaluate`), whose value is −loss, or the accuracy where there is no
+            loss; or a callable objective(adapter) → float, to be maximised.
+        tune: what is searched (see `tuning`); by default the weights, from −1.5 to 1.5.
+        budget: the number of trials in all, those that the study holds already included.
         method, space, scale, rank, parameters: of the recipe where they are not tuned, as in `merge`. For LoRAHub
-            say method="task_arithmetic", scale=1, rank="max".
+            use method="task_arithmetic", scale=1, rank="max".
         densities: as in `merge`.
-        penalty: on the mean of |w|, where weights are searched.
-        judge: a task or callable like `objective`, of other rows: what was found and the controls are
-            judged by it once, at the end; an accuracy where there is one.
-        controls: which are made; `trained` besides the default ones where a new LoRA shall be trained on
-            the same rows.
+        penalty: on the mean of |w|, where weights are tuned.
+        judge: a task or callable like `objective`, on other rows: it evaluates the result and the controls once, at the
+            end; by accuracy where there is one.
+        controls: the baselines to evaluate; `trained`, beside the default ones, trains a new LoRA on the same rows.
         storage: a path (SQLite), a database's URL, `journal:PATH`, or None for memory; see `Study`.
-        study: the name of the search in the storage; a search of that name goes on, and is refused where what
-            was asked for differs: the rows' tokens and labels count, not where they lie; functions are trusted.
-        seed: of every draw.
+        study: the name of the search in the storage. A search of that name is resumed, and refused where it is another
+            one. Tasks are compared by the tokens and labels of their rows, not by their paths; callables are not compared.
+        seed: of every random number.
         sampler: `auto`, `cobyla`, `tpe` or `random`; see `Study`.
         base, device, bench: as in `evaluate`, for tasks.
         allow_disjoint: as in `merge`.
-        progress: called as progress(stage, done, of), for the search and for each control that costs as much;
-            what follows ` · ` in a stage's name changes while it lasts: the best so far.
-        watch: called after each trial as watch(trial, all trials).
+        progress: called as progress(stage, done, of), for the search and for each control that takes as many trials;
+            what follows ` · ` in a stage's name changes during the stage: the best value so far.
+        watch: called after each trial as watch(trial, all complete trials).
     Returns: the best recipe, its merge, and the controls.
-    Raises: TiesPeftError, before the first trial wherever it can be known by then.
-    Law: stopped and taken up again it tries what it would have tried; processes that share a study do each
-        trial once and return the same.
+    Raises: TiesPeftError, before the first trial wherever that is possible.
+    Law: an interrupted search that is resumed tries what it would have tried; processes that share a study run each trial
+        once and return the same.
     """
     check_is_list(adapters)
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
@@ -168,15 +169,15 @@ def search(
     objectives = Objectives(objective, judge, opened, base, device, bench, TRAINED in controls)
     problem = SearchProblem(opened, tuning, objectives.score, penalty, seed)
     problem.check()
-    ask = _SearchRun(budget, storage, study, sampler, progress)
-    shared = ask.open(problem, objectives.asked)
-    trials = ask.run(shared, problem, "search", watch)
+    run = _SearchRun(problem, objectives, budget, storage, study, sampler, progress)
+    opened_study = run.open_study()
+    trials = run.run_trials(opened_study, "search", watch)
     best = _best(trials)
-    merged = problem.merge(tuning.to_recipe(best.setting))
-    held = _evaluate_controls(problem, objectives, controls, ask, shared)
-    score = float(best.facts["score"])
+    merged = problem.merge_setting(best.setting)
+    evaluated = run.evaluate_controls(controls, opened_study)
     warn_caller(merged.report.warnings)
-    return Found(merged, merged.recipe, score, objectives.judge(merged), tuple(trials), tuple(held))
+    score = float(best.facts["score"])
+    return Found(merged, merged.recipe, score, objectives.judge(merged), tuple(trials), evaluated)
 
 
 def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None:
@@ -191,97 +192,99 @@ def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None
 
 @dataclass(frozen=True)
 class _SearchRun:
-    """How many trials, where they are kept, and who is told of them."""
+    """A search, its controls, and where their trials are kept.
 
+    Attributes:
+        problem: what is maximised.
+        objectives: the objective and the judge.
+        budget, storage, study_name, sampler, progress: as in `search`.
+    """
+
+    problem: SearchProblem
+    objectives: Objectives
     budget: int
     storage: str | Path | None
-    study: str
+    study_name: str
     sampler: str
     progress: Progress | None
 
-    def open(self, problem: SearchProblem, objective: Mapping[str, Any]) -> Study:
-        """The study of a problem; refused where one of that name is of another."""
-        asked = problem.asked(objective)
+    def open_study(self) -> Study:
+        """Return the study; refused where the one of that name is of another search."""
+        try:
+            from .study import Study
+        except ModuleNotFoundError as error:
+            raise RecipeError(
+                f"a search needs the package '{error.name}', which is not installed: pip install 'ties-peft[search]'."
+            ) from None
+        problem = self.problem
+        identity = problem.identity(self.objectives.identity)
+        starts = problem.initial_settings()
         return Study(
-            self.storage,
-            self.study,
-            problem.tuning.domains,
-            problem.initial_settings(),
-            asked,
-            problem.seed,
-            self.sampler,
+            self.storage, self.study_name, problem.tuning.domains, starts, identity, problem.seed, self.sampler
         )
 
-    def run(self, study: Study, problem: SearchProblem, stage: str, watch: TrialCallback | None = None) -> list[Trial]:
-        """The trials, those that are done already among them."""
+    def run_trials(self, study: Study, stage: str, callback: TrialCallback | None = None) -> list[Trial]:
+        """Return the trials, those that are complete already included."""
 
-        def tell(trial: Trial, done: list[Trial]) -> None:
-            self.say(stage, [one.value for one in done])
-            if watch is not None:
-                watch(trial, done)
+        def after_trial(trial: Trial, complete: list[Trial]) -> None:
+            self._report_progress(stage, [one.value for one in complete])
+            if callback is not None:
+                callback(trial, complete)
 
-        self.say(stage, [one.value for one in study.trials()])
-        return study.run(problem.evaluate, self.budget, tell)
+        self._report_progress(stage, [one.value for one in study.trials()])
+        return study.run(self.problem.evaluate, self.budget, after_trial)
 
-    def say(self, stage: str, values: Sequence[float]) -> None:
-        """How far it is, and the best value so far."""
+    def evaluate_controls(self, names: Sequence[str], study: Study) -> tuple[Control, ...]:
+        """Return the controls; those that the study holds, of this budget and judge, are not evaluated again."""
+        judge = self.objectives.judge_id
+        evaluated = []
+        for name in names:
+            budget = f", budget {self.budget}" if name in (WEIGHTS, ADAPTERS) else ""
+            key = f"control: {name}{budget}, judge {judge or 'none'}"
+            values = None if judge is None else study.load(key)
+            if values is None:
+                adapter = self._make_control(name)
+                values = [self.problem.score(adapter), self.objectives.judge(adapter)]
+                if judge is not None:
+                    study.save(key, values)
+            evaluated.append(Control(name, *values))
+        return tuple(evaluated)
+
+    def _make_control(self, name: str) -> Adapter:
+        problem = self.problem
+        if name == WEIGHTS:
+            return self._best_random_setting()
+        if name == ADAPTERS:
+            return self._search_random_adapters()
+        if name == TRAINED:
+            scorer = self.objectives.scorer
+            assert scorer is not None  # checked by `Objectives`
+            return train(new_adapter(problem.adapters[0], problem.seed), [scorer], problem.seed, progress=self.progress)
+        merges = [problem.merge(recipe) for recipe in simple_recipes(problem.tuning.recipe)[name]]
+        return max(merges, key=problem.score) if len(merges) > 1 else merges[0]
+
+    def _best_random_setting(self) -> Adapter:
+        settings = random_settings(self.problem.tuning, self.budget, self.problem.seed)
+        values: list[float] = []
+        self._report_progress(WEIGHTS, values)
+        for setting in settings:
+            values.append(self.problem.evaluate(setting)[0])
+            self._report_progress(WEIGHTS, values)
+        return self.problem.merge_setting(settings[values.index(max(values))])
+
+    def _search_random_adapters(self) -> Adapter:
+        problem = self.problem
+        adapters = [random_adapter(adapter, problem.seed + place) for place, adapter in enumerate(problem.adapters)]
+        recipe = replace(problem.tuning.recipe, adapters=tuple(str(adapter.source) for adapter in adapters))
+        tuning = replace(problem.tuning, recipe=recipe)
+        other = SearchProblem(adapters, tuning, problem.score, problem.penalty, problem.seed)
+        run = replace(self, problem=other, study_name=f"{self.study_name}, {ADAPTERS}")
+        return other.merge_setting(_best(run.run_trials(run.open_study(), ADAPTERS)).setting)
+
+    def _report_progress(self, stage: str, values: Sequence[float]) -> None:
         if self.progress is not None:
             best = f"{DETAIL}best so far {max(values):.4f}" if values else ""
             self.progress(stage + best, min(len(values), self.budget), self.budget)
-
-
-def _evaluate_controls(
-    problem: SearchProblem, objectives: Objectives, names: Sequence[str], ask: _SearchRun, shared: Study
-) -> list[Control]:
-    """The controls, in their order; those that the study keeps, of this budget and this judge, are not made again."""
-    made = []
-    for name in names:
-        budget = f", budget {ask.budget}" if name in (WEIGHTS, ADAPTERS) else ""
-        place = f"control: {name}{budget}, judge {objectives.judge_id or 'none'}"
-        kept = None if objectives.judge_id is None else shared.fact(place)
-        if kept is None:
-            adapter = _control(problem, objectives, name, ask)
-            kept = [problem.score(adapter), objectives.judge(adapter)]
-            if objectives.judge_id is not None:
-                shared.keep(place, kept)
-        made.append(Control(name, *kept))
-    return made
-
-
-def _control(problem: SearchProblem, objectives: Objectives, name: str, ask: _SearchRun) -> Adapter:
-    if name == WEIGHTS:
-        return _best_random_setting(problem, ask)
-    if name == ADAPTERS:
-        return _search_random(problem, objectives, ask)
-    if name == TRAINED:
-        assert objectives.scorer is not None  # as `Objectives` saw to
-        return train(
-            new_adapter(problem.adapters[0], problem.seed), [objectives.scorer], problem.seed, progress=ask.progress
-        )
-    found = [problem.merge(recipe) for recipe in simple_recipes(problem.tuning.recipe)[name]]
-    return max(found, key=problem.score) if len(found) > 1 else found[0]
-
-
-def _best_random_setting(problem: SearchProblem, ask: _SearchRun) -> Adapter:
-    settings = random_settings(problem.tuning, ask.budget, problem.seed)
-    values: list[float] = []
-    ask.say(WEIGHTS, values)
-    for setting in settings:
-        values.append(problem.evaluate(setting)[0])
-        ask.say(WEIGHTS, values)
-    best = settings[values.index(max(values))]
-    return problem.merge(problem.tuning.to_recipe(best))
-
-
-def _search_random(problem: SearchProblem, objectives: Objectives, ask: _SearchRun) -> Adapter:
-    random_ones = [random_adapter(adapter, problem.seed + place) for place, adapter in enumerate(problem.adapters)]
-    recipe = replace(problem.tuning.recipe, adapters=tuple(str(one.source) for one in random_ones))
-    other = SearchProblem(
-        random_ones, replace(problem.tuning, recipe=recipe), problem.score, problem.penalty, problem.seed
-    )
-    asked = replace(ask, study=f"{ask.study}, {ADAPTERS}")
-    trials = asked.run(asked.open(other, objectives.asked), other, ADAPTERS)
-    return other.merge(other.tuning.to_recipe(_best(trials).setting))
 
 
 def _best(trials: Sequence[Trial]) -> Trial:

@@ -1,56 +1,23 @@
-"""Store: where the trials of a search are kept: an SQLite file, a database by its URL, a journal, or memory.
+"""Storage: where the trials of a search are kept: an SQLite file, a database by its URL, a journal file, or memory.
 
-What is said of a store never holds its password. Optuna opens it; SQLAlchemy, which comes with Optuna, reads URLs.
+Messages and results name a storage without its password. SQLAlchemy, which comes with Optuna, parses the URLs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import time
 from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
 
-POLL_SECONDS = 0.2  # seconds between two looks at what others are doing
-ATTEMPTS = 10  # to make a study while others do the same
-DIRECTION = "maximize"
 JOURNAL = "journal:"
-HIDDEN = "hidden"  # in place of a password among a URL's options
+HIDDEN = "hidden"  # in place of a password among the options of a URL
 Storage = str | Path | None
 
 
-def open_study(optuna: Any, storage: Storage, name: str, sampler: Any) -> Any:
-    """The study in its store, made where it is not there; processes that make it at once get out of each other's way.
-
-    Raises: RecipeError; folders that were made for it are gone again.
-    """
-    made = _make_folders(storage)
-    for attempt in range(ATTEMPTS):
-        try:
-            return optuna.create_study(
-                storage=_open_storage(optuna, storage),
-                study_name=name,
-                direction=DIRECTION,
-                sampler=sampler,
-                load_if_exists=True,
-            )
-        except Exception as error:  # the database's, its driver's and the file system's own
-            said = str(error)
-            if attempt + 1 < ATTEMPTS and any(word in said for word in ("exist", "UNIQUE", "unique", "locked")):
-                time.sleep(POLL_SECONDS * (1 + os.getpid() % 7 / 7))
-                continue
-            for folder in made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            raise _storage_error(storage, error) from None
-    raise AssertionError
-
-
 def without_password(storage: Storage) -> str:
-    """A storage as messages and results may name it: without a password.
+    """Return the name of a storage for messages and results, without a password.
 
     >>> without_password("postgresql+psycopg2://ann:secret@host/trials")
     'postgresql+psycopg2://ann:***@host/trials'
@@ -60,16 +27,16 @@ def without_password(storage: Storage) -> str:
         return "memory"
     if text.startswith(JOURNAL) or "://" not in text:
         return text
-    url = _url(text)
+    url = _parse_url(text)
     if url is None:
         return re.sub(r"(://[^:]*:).*@", r"\1***@", text)
-    secret = {key: HIDDEN for key in url.query if "pass" in key.lower()}
-    safe: str = url.update_query_dict(secret).render_as_string(hide_password=True)
+    hidden = {key: HIDDEN for key in url.query if "pass" in key.lower()}
+    safe: str = url.update_query_dict(hidden).render_as_string(hide_password=True)
     return safe
 
 
 def storage_path(storage: Storage) -> Path | None:
-    """The file that a storage is; None for memory and for a database's server."""
+    """Return the path of the file that holds the trials; None for memory and for a database server."""
     if storage is None:
         return None
     text = str(storage)
@@ -77,29 +44,32 @@ def storage_path(storage: Storage) -> Path | None:
         return Path(text.removeprefix(JOURNAL))
     if "://" not in text:
         return Path(text)
-    url = _url(text)
+    url = _parse_url(text)
     if url is None or url.get_backend_name() != "sqlite" or not url.database:
         return None
     return None if url.database.startswith((":memory:", "file:")) else Path(url.database)
 
 
-def _storage_error(storage: Storage, error: Exception) -> RecipeError:
-    """What a user can do about a store that does not open."""
-    text, url = str(storage), _url(str(storage))
+def storage_error(storage: Storage, error: Exception) -> RecipeError:
+    """Return the error for a storage that cannot be opened, with what to do."""
+    text, url = str(storage), _parse_url(str(storage))
     first = (str(error).strip().splitlines() or [""])[0].replace(text, without_password(storage))
     if "://" in text and url is None:
-        first = "no URL that can be read"  # what was seen of it might be of the password
+        first = "not a URL"  # the driver's text may show parts of the password
     elif url is not None and url.password:
         first = first.replace(str(url.password), "***")
     return RecipeError(
-        f"the study cannot be kept in '{without_password(storage)}' ({type(error).__name__}: {first}). Name a path for "
-        f"SQLite, {JOURNAL}PATH, or a database's URL with a driver that is installed: for PostgreSQL "
+        f"the study cannot be kept in '{without_password(storage)}' ({type(error).__name__}: {first}). Name a "
+        f"path for SQLite, {JOURNAL}PATH, or a database's URL with a driver that is installed: for PostgreSQL "
         "postgresql+psycopg2://USER:PASSWORD@HOST/NAME, after pip install psycopg2-binary."
     )
 
 
-def _make_folders(storage: Storage) -> list[Path]:
-    """The missing folders around a file, made; the innermost first."""
+def make_folders(storage: Storage) -> list[Path]:
+    """Create the missing folders around the file of a storage, and return them, the innermost first.
+
+    Raises: RecipeError where that is not possible.
+    """
     file = storage_path(storage)
     if file is None:
         return []
@@ -107,27 +77,15 @@ def _make_folders(storage: Storage) -> list[Path]:
     try:
         file.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _storage_error(storage, error) from None
+        raise storage_error(storage, error) from None
     return missing
 
 
-def _open_storage(optuna: Any, storage: Storage) -> Any:
-    if storage is None:
-        return optuna.storages.InMemoryStorage()
-    text = str(storage)
-    if text.startswith(JOURNAL):
-        journal = optuna.storages.journal
-        return journal.JournalStorage(journal.JournalFileBackend(text.removeprefix(JOURNAL)))
-    url = text if "://" in text else f"sqlite:///{Path(text).absolute()}"
-    waits = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    return optuna.storages.RDBStorage(url, engine_kwargs=waits)
-
-
-def _url(text: str) -> Any:
-    """A database's URL, read; None for what is none."""
+def _parse_url(text: str) -> Any:
+    """Return a database's URL, parsed; None for a text that is not a URL."""
     try:
         from sqlalchemy.engine import make_url
 
         return make_url(text)
-    except Exception:  # its own for another form, ValueError for a port that is no number
+    except Exception:  # SQLAlchemy's ArgumentError for another form, ValueError for a port that is not a number
         return None

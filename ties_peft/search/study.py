@@ -1,54 +1,61 @@
-"""Study: the trials of one search, in a store that any number of processes share and any later one finds again.
+"""Study: the trials of one search, kept by Optuna in a storage that several processes share and later ones resume.
 
-A trial is a setting of domains and what it was worth. Trials are numbered by the store, which gives no number
-twice; so each is done once, and a budget is met exactly: a number beyond it, counted without trials that were
-lost, is given back unused. A trial is lost when its process is gone (told by its id on the same machine, by its
-age on another), and is then asked for again, by whoever is first to say so.
+A trial evaluates one setting of the tuned parameters. Optuna numbers the trials, passes them to the processes and keeps
+them. A process that works on a trial records a heartbeat; when its heartbeats stop for `GRACE` seconds, because it was
+killed or its machine is gone, the trial fails and its setting is queued again for whichever process is next
+(`optuna.storages.RetryHeartbeatStaleTrialCallback`). This module adds an exact budget: `budget` trials are completed in
+all processes together, never more.
 
-What is tried next depends on the trials that are there and on the seed and number alone, never on the memory of
-a process. So a search that was stopped goes on as if it had not been. Nothing that is read from the store is
-executed. Optuna keeps the store; it and scipy are imported only here.
+What a trial tries depends on the trials in the storage, the seed and the trial's position alone, never on what a process
+remembers, so that an interrupted search continues as if it had not been interrupted. After a kill the setting that was
+under way is tried again, but up to `GRACE` seconds later, so that those that follow may differ.
 """
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import json
 import math
-import os
-import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
+from optuna.storages import journal
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.trial import TrialState
+
 from ..errors import RecipeError
-from .sampler import Trial, make_sampler
-from .storage import POLL_SECONDS, Storage, open_study, without_password
-from .tuning import Choice, Domain, Range
+from .problem import Evaluate, Trial, TrialCallback
+from .sampler import GRACE, POLL, Sampler, is_counted
+from .storage import JOURNAL, Storage, make_folders, storage_error, without_password
+from .tuning import Domain, Setting
 
-PATIENCE = 3600.0  # seconds after which a trial of another machine is lost
-INSTANT = 30.0  # seconds, at the most, from a trial's number to its setting
-ASKED = "asked"  # the study's attribute that holds what was asked for
+HEARTBEAT = 10  # seconds between two signs of life of a process that works on a trial
+ATTEMPTS = 10  # to create the tables of a database while other processes do the same
+IDENTITY = "asked"  # the study's attribute that tells one search from another
 
-
-Evaluate = Callable[[Mapping[str, Any]], tuple[float, Mapping[str, Any]]]  # (value, facts) of a setting
-TrialCallback = Callable[[Trial, list[Trial]], None]
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 class Study:
     """The trials of one search.
 
     Args:
-        storage: a path for an SQLite file, whose missing folders are made; any database's URL as SQLAlchemy
-            writes it, with the driver where its own choice is not installed (`postgresql+psycopg2://…`);
-            `journal:PATH` for a journal that network file systems can share; or None for memory.
-        name: of the study in it.
-        domains: what is set.
-        initial_settings: the settings that are tried first, in order.
-        asked: everything that makes the search what it is; a study of that name with another is refused.
-        seed: of every draw.
-        sampler: `cobyla`, `tpe` or `random`; `auto` for the first where all domains are ranges, else the second.
+        storage: a path for an SQLite file, whose missing folders are created; the URL of a database as SQLAlchemy
+            writes it, with the driver (`postgresql+psycopg2://…`); `journal:PATH` for a file on a network file system,
+            where SQLite cannot be shared; None for memory.
+        name: of the study in the storage.
+        domains: the values that each tuned parameter may take.
+        starts: the settings to try first, in order.
+        identity: everything that makes this search what it is, in plain values.
+        seed: of every random number.
+        sampler: `cobyla`, `tpe` or `random`; `auto` is `cobyla` where all domains are ranges, else `tpe`.
+
+    Raises: RecipeError for a storage that cannot be opened, an unknown sampler, and a study of that name whose identity
+        differs.
     """
 
     def __init__(
@@ -56,175 +63,160 @@ class Study:
         storage: Storage,
         name: str,
         domains: Mapping[str, Domain],
-        initial_settings: Sequence[Mapping[str, Any]],
-        asked: Mapping[str, Any],
+        starts: Sequence[Setting],
+        identity: Mapping[str, Any],
         seed: int = 0,
         sampler: str = "auto",
     ) -> None:
-        optuna = _optuna()
-        ranges = all(isinstance(domain, Range) for domain in domains.values())
-        chosen = {"auto": "cobyla" if ranges else "tpe"}.get(sampler, sampler)
-        if chosen not in ("cobyla", "tpe", "random") or (chosen == "cobyla" and not ranges):
-            raise RecipeError(
-                f"the sampler is {sampler!r}; expected auto, tpe, random, or, where only ranges are tuned, cobyla."
-            )
-        self.domains: Mapping[str, Domain] = dict(domains)
-        self.initial_settings: Sequence[Mapping[str, Any]] = [dict(start) for start in initial_settings]
-        self.seed = seed
-        self._complete = optuna.trial.TrialState.COMPLETE
-        self._running = optuna.trial.TrialState.RUNNING
-        self._failed = optuna.trial.TrialState.FAIL
-        self._waiting = optuna.trial.TrialState.WAITING
-        sampling = make_sampler(optuna, chosen, self)
-        self._place = without_password(storage)
-        self._study = open_study(optuna, storage, name, sampling)
-        self._claim(json.dumps({**asked, "sampler": chosen}, sort_keys=True, default=str))
+        self._domains = dict(domains)
+        self._sampler = Sampler(sampler, self._domains, starts, seed)
+        self._study = _open(storage, name, self._sampler)
+        self._check_identity({**identity, "sampler": self._sampler.name}, without_password(storage))
 
-    def run(self, evaluate: Evaluate, budget: int, watch: TrialCallback | None = None) -> list[Trial]:
-        """Do trials, with whoever else does, until `budget` of them are done.
+    def run(self, evaluate: Evaluate, budget: int, callback: TrialCallback | None = None) -> list[Trial]:
+        """Run trials, together with the other processes of the study, until `budget` are complete.
 
         Args:
-            evaluate: gives the value of a setting; what it raises ends the run, and the trial is free again.
-            budget: how many in all, those that are done already counted.
-            watch: called after each trial done here, with all that are done.
-        Returns: the first `budget` trials, by number.
+            evaluate: returns (value, facts) of a setting. An exception ends the run; the setting can be tried again.
+            budget: the number of trials in all, those that are complete already included.
+            callback: called after each trial of this process, with all complete ones.
+        Returns: the first `budget` complete trials, by number.
         """
-        while len(self.trials()) < budget:
-            trial = self._ask(budget)
-            if trial is None:
-                time.sleep(POLL_SECONDS)
+        while len(done := self.trials()) < budget:
+            if sum(map(is_counted, self._study.get_trials(deepcopy=False))) >= budget:
+                time.sleep(POLL)  # other processes work on the last trials
+                with _experimental_allowed():
+                    optuna.storages.fail_stale_trials(self._study)
                 continue
-            setting = {name: _suggested(trial, name, domain) for name, domain in self.domains.items()}
-            try:
-                value, facts = evaluate(setting)
-                if not math.isfinite(value):
-                    raise RecipeError(f"the objective gave {value} for {setting}; expected a finite number.")
-            except BaseException:
-                self._study.tell(trial, state=self._failed, skip_if_finished=True)
-                raise
+            trial = self._run_trial(evaluate, budget)
+            if trial is not None and callback is not None:
+                callback(trial, self.trials())
+        return done[:budget]
+
+    def _run_trial(self, evaluate: Evaluate, budget: int) -> Trial | None:
+        """Run one trial; return None if other processes took the last ones, or took this one for lost."""
+        made: list[Trial] = []
+
+        def objective(trial: optuna.Trial) -> float:
+            if self._sampler.position >= budget:
+                raise _BudgetSpent
+            setting = {name: domain.suggest(trial, name) for name, domain in self._domains.items()}
+            value, facts = evaluate(setting)
+            if not math.isfinite(value):
+                raise RecipeError(
+                    f"the objective gave {value} for {setting}; expected a finite number. "
+                    "Return one, also for an adapter that fails."
+                )
+            made.append(Trial(trial.number, setting, value, facts))
             for key, fact in facts.items():
                 trial.set_user_attr(key, fact)
-            self._study.tell(trial, value, skip_if_finished=True)
-            if watch is not None:
-                watch(Trial(trial.number, setting, value, facts), self.trials())
-        return self.trials()[:budget]
+            return value
+
+        try:
+            self._study.optimize(objective, n_trials=1, catch=(_BudgetSpent,))
+        except (
+            ValueError
+        ):  # Optuna's, of a trial that has failed: this process slept, and another one runs the trial again
+            if not made:
+                raise
+            return None
+        return made[0] if made else None
 
     def trials(self) -> list[Trial]:
-        """Those that are done, by number."""
-        found = self._study.get_trials(deepcopy=False, states=(self._complete,))
-        return sorted((Trial(t.number, t.params, float(t.value), t.user_attrs) for t in found), key=lambda t: t.number)
+        """Return the complete trials, by number."""
+        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return [Trial(t.number, t.params, float(t.values[0]), t.user_attrs) for t in complete]
 
-    def fact(self, key: str) -> Any:
-        """What `keep` kept; None if nothing was."""
+    def load(self, key: str) -> Any:
+        """Return what `save` stored; None if nothing was."""
         return self._study.user_attrs.get(key)
 
-    def keep(self, key: str, value: Any) -> None:
-        """Keep plain values beside the trials."""
+    def save(self, key: str, value: Any) -> None:
+        """Store plain values beside the trials."""
         self._study.set_user_attr(key, value)
 
-    def _claim(self, asked: str) -> None:
-        there = self._study.user_attrs.get(ASKED)
-        if there is None:
-            self._study.set_user_attr(ASKED, asked)
-        elif there != asked:
-            seen, new = json.loads(there), json.loads(asked)
-            odd = sorted(key for key in seen.keys() | new.keys() if seen.get(key) != new.get(key))
+    def _check_identity(self, identity: Mapping[str, Any], storage: str) -> None:
+        new = json.loads(json.dumps(identity, sort_keys=True, default=str))
+        stored = self.load(IDENTITY)
+        if stored is None:
+            self.save(IDENTITY, json.dumps(new, sort_keys=True))
+            return
+        old = json.loads(stored)
+        different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if different:
             raise RecipeError(
-                f"the study {self._study.study_name!r} in '{self._place}' is of another search: it differs in "
-                f"{', '.join(odd)}. Ask for the same again, or take another name (study) or storage."
+                f"the study {self._study.study_name!r} in '{storage}' is of another search: it differs in "
+                f"{', '.join(different)}. Ask for the same again, or take another name (study) or storage."
             )
 
-    def _ask(self, budget: int) -> Any:
-        """A trial to do here; None while others are doing all that are left."""
-        self._free_lost()
-        open_now = self._study.get_trials(deepcopy=False, states=(self._complete, self._running))
-        if len(open_now) >= budget:
-            return None
-        trial = self._study.ask()
-        trial.set_user_attr("worker", _worker())
-        before = [t for t in self._study.get_trials(deepcopy=False) if t.number < trial.number]
-        if sum(t.state in (self._complete, self._running) for t in before) >= budget:
-            self._study.tell(trial, state=self._failed)  # another process was quicker
-            return None
-        return trial
 
-    def _free_lost(self) -> None:
-        """Give up trials whose process is gone, and ask for the same settings again."""
-        for trial in self._study.get_trials(deepcopy=False, states=(self._running,)):
-            if not _lost(trial.user_attrs.get("worker"), trial.datetime_start):
-                continue
-            try:
-                self._study.tell(trial.number, state=self._failed)
-            except Exception:  # another process has said so already, or it ended after all
-                continue
-            setting = dict(trial.params) or self.start(trial.number)
-            if setting:
-                self._study.enqueue_trial(setting)
-
-    def under_way(self, number: int) -> list[Mapping[str, Any]]:
-        """The settings of the trials before `number` that are not done.
-
-        A trial gets its number an instant before its setting; that instant is waited for, so that processes
-        that ask at the same time do not try the same.
-        """
-        deadline = time.monotonic() + INSTANT
-        while True:
-            found = self._study.get_trials(deepcopy=False, states=(self._running,))
-            before = [dict(trial.params) for trial in found if trial.number < number]
-            if all(len(setting) == len(self.domains) for setting in before) or time.monotonic() > deadline:
-                return [setting for setting in before if len(setting) == len(self.domains)]
-            time.sleep(POLL_SECONDS / 10)
-
-    def start(self, number: int) -> dict[str, Any]:
-        """The setting with which a trial of this number starts the search; empty for later ones."""
-        return dict(self.initial_settings[number]) if number < len(self.initial_settings) else {}
+class _BudgetSpent(Exception):
+    """The trials of all processes together are as many as the budget."""
 
 
-def _optuna() -> Any:
-    try:
-        import optuna
-        import scipy  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise RecipeError(
-            f"a search needs the package '{error.name}', which is not installed: pip install 'ties-peft[search]'."
-        ) from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
+class _JournalStorage(optuna.storages.JournalStorage, BaseHeartbeat):
+    """A journal with heartbeats, which Optuna has for databases alone: the time of the last one, as a trial's attribute.
+
+    The clocks of machines that share a journal may differ by less than `GRACE`.
+    """
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Record that the process of a trial is alive."""
+        self.set_trial_system_attr(trial_id, "heartbeat", time.time())
+
+    def get_heartbeat_interval(self) -> int:
+        """Return the seconds between two heartbeats."""
+        return HEARTBEAT
+
+    def get_heartbeat_stale_trial_callback(self) -> Any:
+        """Return what is done with a trial whose process is gone: its setting is queued again."""
+        with _experimental_allowed():
+            return optuna.storages.RetryHeartbeatStaleTrialCallback()
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        running = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+        oldest = time.time() - GRACE
+        return [t._trial_id for t in running if t.system_attrs.get("heartbeat", math.inf) < oldest]
 
 
-def _suggested(trial: Any, name: str, domain: Domain) -> Any:
-    if isinstance(domain, Choice):
-        return trial.suggest_categorical(name, list(domain.values))
-    if domain.whole:
-        return trial.suggest_int(name, int(domain.low), int(domain.high), log=domain.log)
-    return trial.suggest_float(name, float(domain.low), float(domain.high), log=domain.log)
+def _open(storage: Storage, name: str, sampler: Sampler) -> optuna.Study:
+    """Return the study, created if it is not there."""
+    created = make_folders(storage)
+    for attempt in range(ATTEMPTS):
+        try:
+            return optuna.create_study(
+                storage=_backend(storage), study_name=name, direction="maximize", sampler=sampler, load_if_exists=True
+            )
+        except Exception as error:  # of the database, its driver or the file system
+            meanwhile = any(text in str(error).lower() for text in ("already exists", "unique", "locked"))
+            if attempt + 1 == ATTEMPTS or not meanwhile:
+                for folder in created:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+                raise storage_error(storage, error) from None
+        time.sleep(POLL)
+    raise AssertionError
 
 
-def _worker() -> str:
-    """This process, told apart from a later one with its id."""
-    return f"{socket.gethostname()} {os.getpid()} {_born(os.getpid())}"
+def _backend(storage: Storage) -> optuna.storages.BaseStorage:
+    if storage is None:
+        return optuna.storages.InMemoryStorage()
+    text = str(storage)
+    if text.startswith(JOURNAL):
+        return _JournalStorage(journal.JournalFileBackend(text.removeprefix(JOURNAL)))
+    url = text if "://" in text else f"sqlite:///{Path(text).absolute()}"
+    with _experimental_allowed():
+        return optuna.storages.RDBStorage(
+            url,
+            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True},
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+        )
 
 
-def _born(process: int) -> str:
-    """When a process began, in the system's own count; empty where the system does not say."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _lost(worker: Any, started: datetime.datetime | None) -> bool:
-    """Whether the process that does a trial is gone."""
-    age = math.inf if started is None else (datetime.datetime.now() - started).total_seconds()
-    if not isinstance(worker, str):  # it has not said its name yet
-        return age > 2 * INSTANT
-    host, process, born = [*worker.split(" "), "", ""][:3]
-    if host != socket.gethostname() or not process.isdigit():
-        return age > PATIENCE
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return _born(int(process)) != born
+@contextlib.contextmanager
+def _experimental_allowed() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield

@@ -1,14 +1,14 @@
-"""Tuning: which numbers and choices of a recipe a search may set, and the recipe that a setting of them makes.
+"""Tuning: which parameters of a recipe a search sets, the values that each may take, and the recipe of a setting.
 
     weights: [-1.5, 1.5]                 one number for each adapter
-    weights: {low: 0, high: 2, points: 3}    a gradient over the layers for each, by its points
+    weights: {low: 0, high: 2, points: 3}    for each adapter a gradient over the layers, given by its points
     adapters: some                       for each adapter whether it takes part
     method: [ties, flat_tsv]             a choice
     scale: {low: 0.1, high: 3, log: true}
-    density: [0.05, 1.0]                 any parameter of the method; of several methods for those that have it
+    density: [0.05, 1.0]                 any parameter of the method; of several methods, for those that have it
 
-A list of two numbers is a range, whole if both are; any other list holds choices. `space` and `rank` are choices,
-`seed` a range.
+A list of two numbers is a range, of integers if both are integers; any other list holds choices. `method`, `space` and
+`rank` are choices, `seed` is a range.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Setting = Mapping[str, Any]  # the values of a trial by the names of `Tuning.dom
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high, ends included.
+    """Numbers from low to high, both included.
 
     Attributes:
-        low, high: the ends.
-        log: whether ratios count, not differences.
-        whole: whether only whole numbers are meant.
+        low, high: the bounds.
+        log: whether to sample on a logarithmic scale.
+        whole: whether only integers are in it.
     """
 
     low: float
@@ -48,27 +48,55 @@ class Range:
     log: bool = False
     whole: bool = False
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        return self.low, self.high
+
     def value_at(self, share: float) -> float:
-        """The value at a share of the way from low to high, in [0, 1)."""
-        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        """Return the value at a share, in [0, 1], of the distance from low to high."""
+        low, high = self._scaled(self.low), self._scaled(self.high)
         value = low + share * (high - low)
         value = math.exp(value) if self.log else value
         return min(max(round(value) if self.whole else value, self.low), self.high)
 
+    def share_of(self, value: float) -> float:
+        """Return the share of the distance from low to high at which a value lies; the inverse of `value_at`."""
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        return (self._scaled(value) - low) / (high - low)
+
+    def suggest(self, trial: Any, name: str) -> float:
+        """Return the value that Optuna's trial takes for the parameter `name`."""
+        suggest = trial.suggest_int if self.whole else trial.suggest_float
+        value: float = suggest(name, self.low, self.high, log=self.log)
+        return value
+
+    def _scaled(self, value: float) -> float:
+        return math.log(value) if self.log else float(value)
+
 
 @dataclass(frozen=True)
 class Choice:
-    """A few values, without order.
+    """A few values without an order.
 
     Attributes:
-        values: text, numbers, true or false.
+        values: strings, numbers, true or false.
     """
 
     values: tuple[Any, ...]
 
+    @property
+    def ends(self) -> tuple[Any, Any]:
+        """The first and the last value."""
+        return self.values[0], self.values[-1]
+
     def value_at(self, share: float) -> Any:
-        """The value at a share of the list, in [0, 1)."""
+        """Return the value at a share, in [0, 1), of the list."""
         return self.values[int(share * len(self.values))]
+
+    def suggest(self, trial: Any, name: str) -> Any:
+        """Return the value that Optuna's trial takes for the parameter `name`."""
+        return trial.suggest_categorical(name, list(self.values))
 
 
 Domain = Range | Choice
@@ -76,11 +104,12 @@ Domain = Range | Choice
 
 @dataclass(frozen=True)
 class Tuning:
-    """A recipe, and what of it is to be set.
+    """A recipe and the parameters of it that a search sets.
 
     Attributes:
-        recipe: what stays.
-        domains: by name, what is searched; `weights.2` and `weights.2.0` are of the third adapter.
+        recipe: the recipe, whose other parameters stay as they are.
+        domains: the values that each tuned parameter may take, by name; `weights.2` is the weight of the third adapter,
+            `weights.2.0` the first point of its gradient, `adapters.2` whether it takes part.
     """
 
     recipe: Recipe
@@ -88,14 +117,13 @@ class Tuning:
 
     @classmethod
     def read(cls, recipe: Recipe, asked: Mapping[str, Any] | None = None) -> Tuning:
-        """Check what a user asks for; nothing asked for is LoRAHub: the weights, from −1.5 to 1.5.
+        """Return the tuning that a user asks for; None for LoRAHub's, the weights from −1.5 to 1.5.
 
-        Raises: RecipeError or MethodError for an unknown name or an empty range, and for a choice that no
-            merge could take.
+        Raises: RecipeError or MethodError for an unknown name, an empty range, and a choice that no merge accepts.
         """
         asked = {"weights": [-BOUND, BOUND]} if asked is None else dict(asked)
         if not asked:
-            raise RecipeError("nothing is to be tuned. Name at least one number, such as weights or density.")
+            raise RecipeError("nothing is to be tuned. Name at least one parameter, such as weights or density.")
         domains: dict[str, Domain] = {}
         for name, value in asked.items():
             domains |= _domains(name, value, len(recipe.adapters))
@@ -105,11 +133,15 @@ class Tuning:
 
     @property
     def has_weights(self) -> bool:
-        """Whether one weight for each adapter is searched."""
+        """Whether one weight for each adapter is tuned."""
         return "weights.0" in self.domains
 
     def initial_setting(self, weight: float = 1.0) -> dict[str, Any]:
-        """A setting to start from: weights as told, the recipe's own values, else the middle or the first."""
+        """Return a setting to start from: the recipe's own values where the domains allow them.
+
+        Args:
+            weight: of every adapter, if weights are tuned.
+        """
         given = {name: getattr(self.recipe, name) for name in RECIPE_FIELDS}
         given |= dict(self.recipe.parameters)
         if isinstance(self.recipe.scale, str) and isinstance(self.domains.get("scale"), Range):
@@ -126,18 +158,18 @@ class Tuning:
         return setting
 
     def to_recipe(self, setting: Setting) -> Recipe:
-        """The recipe that a setting makes.
+        """Return the recipe of a setting.
 
-        Where every adapter has a weight of 0 it is the first one at scale 0: an adapter that does nothing.
+        Where every weight is 0, which no merge accepts, the weights are 1 and the scale is 0.
         """
         shared = {name: setting[name] for name in RECIPE_FIELDS if name in setting}
         recipe = replace(self.recipe, **shared)
         weights = self._weights(setting)
         if weights is not None:
             nothing = not any(any(w) if isinstance(w, list) else w for w in weights)
-            idle = {"weights": (1.0,) * len(weights), "scale": 0.0}
-            recipe = replace(recipe, **(idle if nothing else {"weights": tuple(weights)}))
-        own = {name: value for name, value in setting.items() if not _is_shared(name)}
+            zero = {"weights": (1.0,) * len(weights), "scale": 0.0}
+            recipe = replace(recipe, **(zero if nothing else {"weights": tuple(weights)}))
+        own = {name: value for name, value in setting.items() if not _is_common(name)}
         known = parameter_names(recipe.method, recipe.space)
         parameters = {**recipe.parameters, **own}
         return replace(recipe, parameters={name: value for name, value in parameters.items() if name in known})
@@ -157,59 +189,67 @@ class Tuning:
         return weights
 
     def _check(self, asked: Mapping[str, Any]) -> None:
-        """Every method and space that may be met takes the parameters, or leaves them to others that do."""
-        methods = _values(self.domains, "method", self.recipe.method)
-        places = _values(self.domains, "space", self.recipe.space)
-        own = [name for name in asked if name not in (*RECIPE_FIELDS, *PER_ADAPTER)]
-        known = {name for method in methods for space in places for name in parameter_names(method, space)}
+        """Check that each tuned parameter belongs to a method or space of the search, and that its bounds are accepted."""
+        pairs = [
+            (m, s) for m in self._names("method", self.recipe.method) for s in self._names("space", self.recipe.space)
+        ]
+        own = [name for name in asked if not _is_common(name)]
+        known = {name for pair in pairs for name in parameter_names(*pair)}
         for name in own:
             if name not in known:
                 names = {*RECIPE_FIELDS, *PER_ADAPTER, *(other for other in known if "." not in other)}
                 raise MethodError(f"what is to be tuned: {unknown('parameter', name, names)}")
-        for method in methods:
-            for space in places:
-                has = parameter_names(method, space)
-                for end in (0, -1):
-                    ends = {name: _end(self.domains[name], end) for name in own if name in has}
-                    make_settings(
-                        method, space, {**{k: v for k, v in self.recipe.parameters.items() if k in has}, **ends}
-                    )
+        for method, space in pairs:
+            allowed = parameter_names(method, space)
+            fixed = {name: value for name, value in self.recipe.parameters.items() if name in allowed}
+            for end in (0, 1):
+                tuned = {name: self.domains[name].ends[end] for name in own if name in allowed}
+                make_settings(method, space, fixed | tuned)
+
+    def _names(self, name: str, otherwise: str) -> tuple[str, ...]:
+        domain = self.domains.get(name)
+        return tuple(map(str, domain.values)) if isinstance(domain, Choice) else (otherwise,)
 
 
 def space_parameters(space: str) -> Sequence[str]:
-    """The parameters that are a space's own."""
+    """Return the names of a space's own parameters."""
     return list(find_space(space).model_fields)
 
 
 def _domains(name: str, value: Any, adapters: int) -> dict[str, Domain]:
-    """Those that one line of the request makes."""
+    """Return the domains that one line of the request stands for, by name."""
     if name == "adapters":
         if value != SOME:
-            raise RecipeError(f"adapters is {value!r}; expected {SOME}: each takes part or does not.")
+            raise RecipeError(f"adapters is {value!r}; expected {SOME}: each takes part or not, as is best.")
         return {f"adapters.{place}": Choice((True, False)) for place in range(adapters)}
     if name == "weights":
-        points = value.get("points", 1) if isinstance(value, Mapping) else 1
-        if not isinstance(points, int) or isinstance(points, bool) or points < 1:
-            raise RecipeError(f"weights, points: {points!r}; expected a whole number from 1 up.")
-        rest = {k: v for k, v in value.items() if k != "points"} if isinstance(value, Mapping) else value
-        domain = _domain(name, rest)
-        if not isinstance(domain, Range):
-            raise RecipeError(f"weights is {value!r}; expected a range, [low, high].")
-        one = replace(domain, whole=False)
-        ends = [""] if points == 1 else [f".{point}" for point in range(points)]
-        return {f"weights.{place}{end}": one for place in range(adapters) for end in ends}
+        return _weight_domains(value, adapters)
     domain = _domain(name, value)
-    if name in ("method", "space") and isinstance(domain, Choice):
-        for choice in domain.values:
-            for part in str(choice).split("+") if name == "method" else []:
-                find_method(part.strip())
-            if name == "space":
-                find_space(str(choice))
-    elif name == "scale" and isinstance(domain, Choice) and not all(map(is_scale, domain.values)):
-        raise RecipeError(f"scale is {value!r}; each choice is expected to be {EXPECTED}.")
-    elif name in ("method", "space"):
+    if name in ("method", "space") and not isinstance(domain, Choice):
         raise RecipeError(f"{name} is {value!r}; expected a list of names.")
+    if name == "scale" and isinstance(domain, Choice) and not all(map(is_scale, domain.values)):
+        raise RecipeError(f"scale is {value!r}; each choice is expected to be {EXPECTED}.")
+    for choice in domain.values if isinstance(domain, Choice) else ():
+        if name == "space":
+            find_space(str(choice))
+        for part in str(choice).split("+") if name == "method" else ():
+            find_method(part.strip())
     return {name: domain}
+
+
+def _weight_domains(value: Any, adapters: int) -> dict[str, Domain]:
+    points = value.get("points", 1) if isinstance(value, Mapping) else 1
+    if not isinstance(points, int) or isinstance(points, bool) or points < 1:
+        raise RecipeError(f"weights, points: {points!r}; expected a whole number from 1 up.")
+    domain = _domain(
+        "weights", {k: v for k, v in value.items() if k != "points"} if isinstance(value, Mapping) else value
+    )
+    if not isinstance(domain, Range):
+        raise RecipeError(f"weights is {value!r}; expected a range, [low, high].")
+    suffixes = [""] if points == 1 else [f".{point}" for point in range(points)]
+    return {
+        f"weights.{place}{suffix}": replace(domain, whole=False) for place in range(adapters) for suffix in suffixes
+    }
 
 
 def _domain(name: str, value: Any) -> Domain:
@@ -223,7 +263,7 @@ def _domain(name: str, value: Any) -> Domain:
     if len(value) == 2 and all(is_number(end) for end in value):
         return _range(name, value[0], value[1], log=False)
     if not all(isinstance(choice, (str, int, float, bool)) for choice in value):
-        raise RecipeError(f"{name} holds {value!r}; expected texts, numbers, true or false.")
+        raise RecipeError(f"{name} holds {value!r}; expected strings, numbers, true or false.")
     return Choice(tuple(value))
 
 
@@ -231,18 +271,10 @@ def _range(name: str, low: Any, high: Any, log: bool) -> Range:
     if not (is_number(low) and is_number(high) and math.isfinite(low) and math.isfinite(high) and low < high):
         raise RecipeError(f"{name} goes from {low!r} to {high!r}; expected low < high.")
     if log and low <= 0:
-        raise RecipeError(f"{name}: a range by ratios starts at {low}; expected more than 0.")
+        raise RecipeError(f"{name}: a logarithmic range starts at {low}; expected more than 0.")
     return Range(low, high, log, isinstance(low, int) and isinstance(high, int))
 
 
-def _is_shared(name: str) -> bool:
+def _is_common(name: str) -> bool:
+    """Return whether a tuned parameter is of every merge, not of a method or a space alone."""
     return name in RECIPE_FIELDS or name.partition(".")[0] in PER_ADAPTER
-
-
-def _values(domains: Mapping[str, Domain], name: str, otherwise: str) -> tuple[str, ...]:
-    domain = domains.get(name)
-    return tuple(map(str, domain.values)) if isinstance(domain, Choice) else (otherwise,)
-
-
-def _end(domain: Domain, end: int) -> Any:
-    return domain.values[end] if isinstance(domain, Choice) else (domain.low, domain.high)[end]
