@@ -15,7 +15,18 @@ from torch import Tensor
 from ..adapters import writer
 from ..adapters.adapter import Adapter
 from ..adapters.tensors import MemoryTensors
-from ..merging.card import KIND_TAGS, adapter_link, front_matter, public, public_text, snippet
+from ..merging.card import (
+    PROJECT,
+    TYPE_TAGS,
+    adapter_link,
+    code_block,
+    loading_block,
+    markdown_list,
+    markdown_table,
+    model_card,
+    public,
+    public_text,
+)
 from ..merging.loading import Loading
 from ..merging.merged import versions
 from ..merging.recipes.yaml_document import dump
@@ -192,31 +203,33 @@ class Distilled(Adapter):
 
 
 def _card(report: DistilReport, recipe: Mapping[str, Any], loading: Loading) -> str:
-    """The README.md, with the front matter that the Hub reads."""
-    tags = ["merge", "ties_peft", "distil", KIND_TAGS.get(report.kind, "peft")]
-    rows = "\n".join(
-        f"| {adapter_link(line.name, line.page)} | {line.kind} | {line.rows} + {line.held} | {line.divergence[1]:.4f} | "
-        f"{line.agreement[1]:.1%} | `{line.digest[:12]}` |"
-        for line in report.lessons
-    )
+    """Return the model card."""
     rank = "" if report.rank is None else f" of rank {report.rank}"
-    notes = "".join(f"\n- {public_text(warning, recipe)}" for warning in report.warnings)
-    return f"""{front_matter(loading, tags, report.licence)}
-# One {report.kind} adapter that imitates {len(report.lessons)}
-
-Made by [ties_peft](https://pypi.org/project/ties-peft/): a merge{rank} whose {report.fit} were then fitted to the predictions of
-its source adapters, without labels. Measured on the rows held back: KL(adapter ‖ this one) in nats, and how often
-the likeliest prediction is the same.
-
-| adapter | kind | rows + held back | KL | agrees | digest |
-|---|---|---|---|---|---|
-{rows}
-
-{snippet(loading)}
-
-What was asked:
-
-```yaml
-{dump(public(recipe)).strip()}
-```
-{f"{chr(10)}Noted:{chr(10)}{notes}{chr(10)}" if notes else ""}"""
+    rows = [
+        (
+            adapter_link(line.name, line.page),
+            line.kind,
+            f"{line.rows} + {line.held}",
+            f"{line.divergence[1]:.4f}",
+            f"{line.agreement[1]:.1%}",
+            f"`{line.digest[:12]}`",
+        )
+        for line in report.lessons
+    ]
+    return model_card(
+        loading,
+        ["merge", "ties_peft", "distil", TYPE_TAGS.get(report.kind, "peft")],
+        report.licence,
+        [
+            f"# One {report.kind} adapter that imitates {len(report.lessons)}",
+            f"Made by {PROJECT}: a merge{rank} whose {report.fit} were then fitted to the predictions of the source adapters, "
+            "without labels. On rows held back from the fit, the table gives KL(adapter ‖ this one) in nats and how often "
+            "the likeliest prediction is the same.",
+            markdown_table(("adapter", "kind", "rows + held back", "KL", "agrees", "digest"), rows),
+            "Load it:",
+            loading_block(loading),
+            "What was asked for:",
+            code_block(dump(public(recipe)), "yaml"),
+            markdown_list("Warnings:", [public_text(warning, recipe) for warning in report.warnings]),
+        ],
+    )

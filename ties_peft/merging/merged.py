@@ -13,7 +13,7 @@ from ..adapters import sources, writer
 from ..adapters.adapter import Adapter
 from ..adapters.tensors import MemoryTensors
 from ..adapters.tokenizer_files import TokenizerFiles
-from .card import card
+from .card import merge_card
 from .loading import Loading
 from .recipes.recipe import Recipe, yaml_value
 from .report import Report
@@ -56,7 +56,7 @@ class Merged(Adapter):
         return {
             **self.companions.files,
             **super().files(),
-            "README.md": card(self.report, self.recipe.to_dict(), self.loading),
+            "README.md": merge_card(self.report, self.recipe.to_dict(), self.loading),
             "recipe.yaml": recipe,
             writer.PROVENANCE: writer.json_text(provenance),
         }

@@ -10,7 +10,7 @@ from typing import Any
 from ..adapters import sources, writer
 from ..adapters.adapter import Adapter
 from ..errors import RecipeError, warn_caller
-from .card import HERE
+from .card import PLACEHOLDER_FOLDER
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _content(path: Path, repo: str) -> Path | bytes:
     """What is sent of a file: itself, but that the lines in the card load the adapter from its repository."""
     if path.name != sources.CARD:
         return path
-    return path.read_bytes().replace(repr(HERE).encode(), repr(repo).encode())
+    return path.read_bytes().replace(repr(PLACEHOLDER_FOLDER).encode(), repr(repo).encode())
 
 
 def _is_own(path: Path) -> bool:
