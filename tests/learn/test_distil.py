@@ -134,7 +134,7 @@ def test_the_same_bytes_twice_and_when_stopped(
     monkeypatch.setattr(fitting, "PATIENCE", 100)
     whole = once(None)
     assert once(None) == whole
-    learn, count = fitting._step, 0
+    learn, count = fitting.Fit.take_step, 0
 
     def stopping(*given: Any) -> None:
         nonlocal count
@@ -143,11 +143,11 @@ def test_the_same_bytes_twice_and_when_stopped(
             raise KeyboardInterrupt
         learn(*given)
 
-    monkeypatch.setattr(fitting, "_step", stopping)
+    monkeypatch.setattr(fitting.Fit, "take_step", stopping)
     with pytest.raises(KeyboardInterrupt):
         once(tmp_path / "state")
     kept = {p.name for p in (tmp_path / "state").iterdir()}
-    assert kept == {"fit.safetensors", *(f"teacher {number}.safetensors" for number in range(len(loras)))}
+    assert kept == {"fit.pt", *(f"teacher {number}.pt" for number in range(len(loras)))}
     monkeypatch.setattr(
         "ties_peft.learning.teachers.LabelTeacher.predict", lambda *_: pytest.fail("a teacher ran again")
     )
@@ -197,7 +197,7 @@ def test_the_same_bytes_for_any_number_of_threads(tmp_path: Path) -> None:
 def test_threads_are_those_asked_for_and_afterwards_those_before(
     stopped: bool, loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learn, seen, before = fitting._step, set(), torch.get_num_threads()
+    learn, seen, before = fitting.Fit.take_step, set(), torch.get_num_threads()
 
     def learning(*given: Any) -> None:
         seen.add(torch.get_num_threads())
@@ -205,7 +205,7 @@ def test_threads_are_those_asked_for_and_afterwards_those_before(
             raise KeyboardInterrupt
         learn(*given)
 
-    monkeypatch.setattr(fitting, "_step", learning)
+    monkeypatch.setattr(fitting.Fit, "take_step", learning)
     made = None
     with contextlib.suppress(KeyboardInterrupt):
         made = ties_peft.distil(loras, rows=20, tasks=TASK, base=bases["encoder"], steps=2, threads=before + 1)

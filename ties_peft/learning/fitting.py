@@ -1,12 +1,12 @@
-"""Fitting: Adam on the student's numbers, stopped by rows that it does not learn from.
+"""Fit a student to its teachers with Adam, and stop early by rows that it does not learn from.
 
-A fifth of every teacher's rows is held back. Each step takes a batch of one teacher; every so often the
-mean divergence on the held-back rows is measured, and the numbers that did best are what counts. A
-fit that makes it much worse, or not a number, starts again with a quarter of the step, so that the
-rate needs no care: it is a share of the numbers' own size (see `Student.unit`).
+A fifth of every teacher's rows is held out. Each step takes a batch of one teacher. At regular intervals the mean
+divergence on the held-out rows is measured, and the parameters with the lowest one are the result. If the divergence
+becomes much larger than the start's, or is not a number, the fit restarts from the best parameters with a quarter of
+the learning rate. So the rate needs no tuning; it is a share of the parameters' own size (see `Student.parameter_groups`).
 
-The plan of batches depends on the seed alone, and all else on the vectors that `FitState` holds and on the number of
-threads, which `distil` fixes; so a fit that was stopped and goes on gives the same bits as one that was not.
+The batches depend on the seed alone, and the rest on the state that `Fit` saves and on the number of threads, which
+`distil` sets. So a fit that was stopped and resumed gives the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..evaluation.scorers import Progress
 from .checkpoint import Checkpoint
@@ -27,25 +27,25 @@ from .teachers import Teacher
 
 BETAS = (0.9, 0.99)
 EPSILON = 1e-12
-WARMUP_STEPS = 10  # steps until the full rate
-VALIDATIONS = 12  # times that the held-back rows are measured
-PATIENCE = 4  # looks without a better one before it stops
-DIVERGED = 1.5  # times the start's divergence: too large a step
+WARMUP_STEPS = 10  # until the full learning rate
+VALIDATIONS = 12  # how often the held-out rows are measured in a whole fit
+PATIENCE = 4  # validations without an improvement, after which the fit stops
+DIVERGED = 1.5  # times the start's divergence: the learning rate was too large
 MAX_RETRIES = 3
-HELD_OUT = 5  # one row in so many is held back
-POOLED_BATCHES = 8  # batches among whose rows those of like length are put together
+HELD_OUT = 5  # one row in so many
+POOLED_BATCHES = 8  # rows of so many batches are sorted by length, so that little is padded
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How a fit is done.
+    """How a student is fitted.
 
     Attributes:
         steps: at most.
-        rate: the largest step of a number, as a share of its unit.
+        rate: the learning rate, as a share of the size of the parameters.
         batch: rows in a step.
-        seed: of the batches, and of which rows are held back.
-        threads: of an operation of torch; it decides how sums are rounded.
+        seed: of the batches, and of the choice of held-out rows.
+        threads: of an operation of torch; sums are rounded differently with another number.
     """
 
     steps: int
@@ -55,33 +55,129 @@ class FitOptions:
     threads: int = 1
 
 
-@dataclass
-class FitState:
-    """A fit on its way.
+class Fit:
+    """A fit in progress.
+
+    Args:
+        student: to be fitted; it is attached to its base model while steps are taken.
+        teachers: their predictions must be set.
+        options: how.
 
     Attributes:
-        step: how many are done.
+        step: how many are done since the last restart.
         rate: in force.
-        flat, mean, square: the numbers and Adam's moments, (n,) each.
-        best: the numbers that did best, (n,).
-        lowest: their divergence.
-        retries: how often the rate was lowered.
-        history: (step, divergence on the held-back rows), the start first.
+        retries: how often the fit was restarted with a lower rate.
+        best: the parameters with the lowest divergence on the held-out rows.
+        history: (step, divergence on the held-out rows) of each validation; the start's is the first.
     """
 
-    step: int
-    rate: float
-    flat: Tensor
-    mean: Tensor
-    square: Tensor
-    best: Tensor
-    lowest: float
-    retries: int = 0
-    history: list[tuple[int, float]] = field(default_factory=list)
+    def __init__(self, student: Student, teachers: Sequence[Teacher], options: FitOptions) -> None:
+        self.student, self.teachers, self.options = student, teachers, options
+        parts = split_rows(teachers, options.seed)
+        self._batches = batch_plan(teachers, [learnt for learnt, _ in parts], options)
+        self._held_out = [held for _, held in parts]
+        self.retries, self.rate = 0, options.rate
+        self.best = student.state_dict()
+        self.history: list[tuple[int, float]] = []
+        self._restart()
+
+    def run(self, checkpoint: Checkpoint, progress: Progress) -> None:
+        """Take all steps, or those that are left; the student has the best parameters afterwards.
+
+        Args:
+            checkpoint: where the state is saved at each validation, and from where it is resumed.
+            progress: called as progress(stage, done, of).
+        """
+        steps = self.options.steps
+        interval = max(5, math.ceil(steps / VALIDATIONS))
+        with self.student.attached():
+            saved = checkpoint.read("fit")
+            if saved is None:
+                self.history.append((0, self._divergence()))
+            else:
+                self._load_state_dict(saved)
+            while self.step < steps and not self._stops_early():
+                self.take_step()
+                if self.step % interval == 0 or self.step == steps:
+                    self._validate()
+                    checkpoint.write("fit", self._state_dict())
+                progress("distil", self.step, steps)
+        self.student.load_state_dict(self.best)
+
+    def take_step(self) -> None:
+        """Take one step of Adam on the mean divergence of one batch."""
+        number, rows = self._batches[self.step]
+        teacher = self.teachers[number]
+        size = teacher.micro_batch(len(rows))
+        self._optimiser.zero_grad(set_to_none=False)
+        with teacher.own_head():
+            for start in range(0, len(rows), size):
+                loss = teacher.compare(rows[start : start + size]).divergence.sum() / len(rows)
+                loss.backward()  # type: ignore[no-untyped-call]
+        self._optimiser.step()
+        self._schedule.step()
+        self.step += 1
+
+    def _restart(self) -> None:
+        """Begin anew with the best parameters at the current rate, which warms up and then falls to 0 by a cosine."""
+        self.step = 0
+        self.student.load_state_dict(self.best)
+        groups = self.student.parameter_groups(self.rate)
+        self._optimiser = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON)
+        self._schedule = LambdaLR(self._optimiser, self._rate_factor)
+
+    def _rate_factor(self, step: int) -> float:
+        """Return the share of the learning rate at a step, counted from 0."""
+        return min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / self.options.steps)) / 2
+
+    def _validate(self) -> None:
+        """Measure the held-out rows; store the parameters if they are the best, or restart with a lower rate."""
+        now = self._divergence()
+        lowest = min(value for _, value in self.history)
+        self.history.append((self.step, now))
+        if now < lowest:
+            self.best = self.student.state_dict()
+        elif not now <= DIVERGED * self.history[0][1] and self.retries < MAX_RETRIES:
+            self.retries, self.rate = self.retries + 1, self.rate / 4
+            self._restart()
+
+    def _divergence(self) -> float:
+        """Return the mean over teachers of the mean divergence on the held-out rows of each."""
+        found = [teacher.measure(rows)[0] for teacher, rows in zip(self.teachers, self._held_out, strict=True)]
+        return sum(found) / len(found)
+
+    def _stops_early(self) -> bool:
+        """Return whether none of the last validations improved on those before."""
+        recent = [value for _, value in self.history[-PATIENCE:]]
+        return len(self.history) > PATIENCE and min(value for _, value in self.history) < min(recent)
+
+    def _state_dict(self) -> dict[str, Any]:
+        """Return all that the rest of the fit depends on."""
+        return {
+            "step": self.step,
+            "rate": self.rate,
+            "retries": self.retries,
+            "history": self.history,
+            "best": self.best,
+            "student": self.student.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from what `_state_dict` returned."""
+        self.rate, self.retries, self.history, self.best = (
+            state[key] for key in ("rate", "retries", "history", "best")
+        )
+        self._restart()
+        self.step = state["step"]
+        self.student.load_state_dict(state["student"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._schedule.load_state_dict(state["schedule"])
 
 
 def split_rows(teachers: Sequence[Teacher], seed: int) -> list[tuple[list[int], list[int]]]:
-    """For each teacher the rows to learn from and those held back, both sorted."""
+    """Return for each teacher the rows to learn from and the held-out rows, both sorted."""
     parts = []
     for number, teacher in enumerate(teachers):
         order = list(range(len(teacher.sequences)))
@@ -94,9 +190,10 @@ def split_rows(teachers: Sequence[Teacher], seed: int) -> list[tuple[list[int], 
 def batch_plan(
     teachers: Sequence[Teacher], rows: Sequence[Sequence[int]], options: FitOptions
 ) -> list[tuple[int, list[int]]]:
-    """For each step the teacher and its rows: every teacher in turn, every row before one comes again.
+    """Return for each step the number of the teacher and its rows.
 
-    Rows of like length share a batch. Every teacher has the same number of steps, whatever its rows.
+    All teachers take turns, so that each has the same number of steps, whatever the number of its rows. Every row of
+    a teacher is used once before one is used again. Rows of similar length share a batch.
     """
     queues: list[list[list[int]]] = [[] for _ in teachers]
     draws = [random.Random(f"{options.seed} batches {number}") for number in range(len(teachers))]
@@ -110,114 +207,8 @@ def batch_plan(
     return plan[: options.steps]
 
 
-def fit(
-    student: Student, teachers: Sequence[Teacher], options: FitOptions, checkpoint: Checkpoint, progress: Progress
-) -> FitState:
-    """Fit the student to its teachers.
-
-    Args:
-        student: on no bench yet; it holds the best numbers afterwards.
-        teachers: their predictions kept.
-        options: how.
-        checkpoint: where the state is saved, and may come from.
-        progress: called as progress(stage, done, of).
-    Returns: the last state; its history starts with the start's own divergence.
-    """
-    parts = split_rows(teachers, options.seed)
-    plan = batch_plan(teachers, [learnt for learnt, _ in parts], options)
-    held = [kept for _, kept in parts]
-    interval = max(5, math.ceil(options.steps / VALIDATIONS))
-    with student.attached():
-        state = load_state(checkpoint, student) or _start_state(student, teachers, held, options)
-        student.set(state.flat)
-        while state.step < options.steps and not _stopped_early(state):
-            _step(student, teachers, plan[state.step], state, options)
-            if state.step % interval == 0 or state.step == options.steps:
-                _validate(student, teachers, held, state)
-                save_state(checkpoint, state)
-            progress("distil", state.step, options.steps)
-    student.set(state.best)
-    return state
-
-
-def divergence(teachers: Sequence[Teacher], held: Sequence[Sequence[int]]) -> float:
-    """The mean over teachers of the mean divergence on some rows of each."""
-    return sum(teacher.measure(rows)[0] for teacher, rows in zip(teachers, held, strict=True)) / len(teachers)
-
-
-def load_state(checkpoint: Checkpoint, student: Student) -> FitState | None:
-    """The state that an earlier run left, if it did."""
-    found = checkpoint.read("fit")
-    if found is None:
-        return None
-    tensors, facts = found
-    held: dict[str, Any] = {name: tensor.to(student.flat.device) for name, tensor in tensors.items()}
-    facts["history"] = [(int(step), float(value)) for step, value in facts["history"]]
-    return FitState(**held, **facts)
-
-
-def save_state(checkpoint: Checkpoint, state: FitState) -> None:
-    """Keep a state."""
-    tensors = {name: getattr(state, name) for name in ("flat", "mean", "square", "best")}
-    facts = {name: getattr(state, name) for name in ("step", "rate", "lowest", "retries", "history")}
-    checkpoint.write("fit", tensors, facts)
-
-
-def _start_state(
-    student: Student, teachers: Sequence[Teacher], held: Sequence[Sequence[int]], options: FitOptions
-) -> FitState:
-    start = divergence(teachers, held)
-    nothing = torch.zeros_like(student.flat)
-    return FitState(
-        0, options.rate, student.flat.clone(), nothing, nothing.clone(), student.flat.clone(), start, 0, [(0, start)]
-    )
-
-
-def _step(
-    student: Student, teachers: Sequence[Teacher], batch: tuple[int, list[int]], state: FitState, options: FitOptions
-) -> None:
-    """One step of Adam, with a warm-up and then a cosine down to nothing."""
-    number, places = batch
-    teacher = teachers[number]
-    student.gradient.zero_()
-    width = teacher.micro_batch(len(places))
-    with teacher.own_head():
-        for start in range(0, len(places), width):
-            loss = teacher.compare(places[start : start + width]).divergence.sum() / len(places)
-            loss.backward()  # type: ignore[no-untyped-call]
-    state.step += 1
-    share = min(1.0, state.step / WARMUP_STEPS) * (1 + math.cos(math.pi * (state.step - 1) / options.steps)) / 2
-    with torch.no_grad():
-        for moment, value, beta in zip(
-            (state.mean, state.square), (student.gradient, student.gradient.square()), BETAS, strict=True
-        ):
-            moment.lerp_(value, 1 - beta)
-        size = (state.square / (1 - BETAS[1] ** state.step)).sqrt_().add_(EPSILON)
-        student.flat -= state.rate * share * student.unit * (state.mean / (1 - BETAS[0] ** state.step)) / size
-    state.flat = student.flat
-
-
-def _validate(student: Student, teachers: Sequence[Teacher], held: Sequence[Sequence[int]], state: FitState) -> None:
-    """Measure the held-back rows; keep what is best, or start again with a smaller step."""
-    now = divergence(teachers, held)
-    state.history.append((state.step, now))
-    if now < state.lowest:
-        state.lowest, state.best = now, student.flat.clone()
-    elif not now <= DIVERGED * state.history[0][1] and state.retries < MAX_RETRIES:
-        state.retries, state.rate, state.step = state.retries + 1, state.rate / 4, 0
-        student.set(state.best)
-        state.mean.zero_()
-        state.square.zero_()
-
-
-def _stopped_early(state: FitState) -> bool:
-    """Whether the last looks brought nothing better."""
-    since = [value for _, value in state.history[-PATIENCE:]]
-    return len(state.history) > PATIENCE and state.lowest < min(since)
-
-
 def _epoch(teacher: Teacher, rows: Sequence[int], batch: int, draw: random.Random) -> list[list[int]]:
-    """One pass over the rows, in batches of like length, in random order."""
+    """Return one pass over the rows in batches of similar length, in random order."""
     order = draw.sample(list(rows), len(rows))
     found = []
     for start in range(0, len(order), batch * POOLED_BATCHES):

@@ -1,19 +1,16 @@
-"""Student: an adapter in the making, put on a bench by hooks, so that its parameters can be fitted.
+"""Fit the parameters of an adapter while hooks apply it to a base model.
 
-The base's own tensors stay frozen and untouched, and nothing else gets a gradient. What is fitted:
+The base's own tensors stay frozen and unchanged, and nothing else gets a gradient. What is fitted:
 
     factors  A and B of every module: y + B·A·x
-    gains    one number for each direction of every module, its A and B fixed: y + B·diag(g)·A·x
+    gains    one number for each direction of every module, with A and B fixed: y + B·diag(g)·A·x
     vectors  (IA)³: l of every module: l ⊙ y, or W·(l ⊙ x) + b on feed-forward layers
-
-All parameters lie one after the other in one vector, so that an optimiser's step, and a saved state, is
-a few vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,86 +27,84 @@ from . import FITS
 
 FACTORS, GAINS = FITS
 VECTORS = "vectors"
-UNIT_OF_ZEROS = 1e-2  # the unit of a step where everything starts at nothing
+SIZE_OF_ZEROS = 1e-2  # the size by which the learning rate is multiplied where all parameters start at 0
 
 
 class Student:
     """An adapter whose parameters are fitted.
 
     Args:
-        start: what it begins as; the layers that it adapts must be linear.
-        bench: where it is put on.
-        fit: `factors` or `gains`; (IA)³ knows only `vectors`.
-        seed: of the draw that wakes directions that start at zero, A being drawn and B staying 0.
+        start: the adapter that it begins as; the layers that it adapts must be linear.
+        bench: the base model that it is applied to.
+        fit: `factors` or `gains`; (IA)³ has only `vectors`.
+        seed: of the values of A where a direction of the start is 0; its B stays 0.
 
     Attributes:
-        flat: all parameters, (n,), float32, on the bench's device.
-        gradient: theirs, (n,).
-        unit: the size by which a step of each is measured, (n,): the root mean square of all parameters
-            of its sort (A, B, g, l − 1) at the start.
+        parameters: the fitted tensors, float32, on the bench's device, by `MODULE.A`, `.B`, `.g` or `.l`.
+    Raises: CompatibilityError where the start adapts a layer that is not linear.
     """
 
     def __init__(self, start: Adapter, bench: Bench, fit: str = FACTORS, seed: int = 0) -> None:
         self.start, self.bench = start, bench
         self.fit = fit if start.peft_type.has_rank else VECTORS
-        self._fixed: dict[str, tuple[Tensor, Tensor]] = {}
+        self._fixed_factors: dict[str, tuple[Tensor, Tensor]] = {}
         _check_layers(start, bench)
-        values = {name: value for module in start.modules for name, value in self._values(module).items()}
-        units = _units(values)
+        values = {name: value for module in start.modules for name, value in self._start_values(module).items()}
+        self._sizes = _sizes(values)
         if self.fit == FACTORS:
-            _draw_zero_directions(values, units, seed)
-        self.flat = torch.cat([value.reshape(-1) for value in values.values()]).to(bench.device)
-        sized = [torch.full((value.numel(),), units[_parameter_kind(name)]) for name, value in values.items()]
-        self.unit = torch.cat(sized).to(bench.device)
-        self.gradient = torch.zeros_like(self.flat)
-        self.parameters = self._leaves(values)
+            _draw_zero_directions(values, self._sizes["A"], seed)
+        self.parameters = {name: value.to(bench.device).requires_grad_() for name, value in values.items()}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The bench with the student on it."""
-        handles: list[Any] = []
-        try:
-            handles += [self._register_hook(name) for name in self.start.modules]
+        """Apply the student to the bench's model by hooks, within a `with` block."""
+        with ExitStack() as stack:
+            for name in self.start.modules:
+                stack.callback(self._register_hook(name).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def set(self, values: Tensor) -> None:
-        """Take parameters in place of those it has, (n,)."""
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        """Return groups of parameters for an optimiser of torch, one for each of A, B, g and l.
+
+        Args:
+            rate: a share of the size of the parameters: of each group it is multiplied by the root mean square of the
+                group's parameters at the start (of l − 1 for l).
+        """
+        return [
+            {"params": [p for name, p in self.parameters.items() if _letter(name) == letter], "lr": rate * size}
+            for letter, size in self._sizes.items()
+        ]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of the parameters."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Set the parameters to values that `state_dict` returned."""
         with torch.no_grad():
-            self.flat.copy_(values)
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state[name])
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What it has become, as an adapter's file holds it."""
+        """Return the tensors of the adapter as its file holds them, on the CPU."""
         kind = output_type(self.start.peft_type)
-        made: dict[str, Tensor] = {}
+        packed: dict[str, Tensor] = {}
         with torch.no_grad():
             for name in self.start.modules:
                 module = self.start.module(name)
-                made |= kind.pack(module, self._delta(name), module.rank)
-        made |= {name: self.start.tensors.read(name) for name in self.start.extra_keys}
-        return {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in made.items()}
+                packed |= kind.pack(module, self._delta(name), module.rank)
+        packed |= {name: self.start.tensors.read(name) for name in self.start.extra_keys}
+        return {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in packed.items()}
 
-    def _values(self, name: str) -> dict[str, Tensor]:
-        """The parameters of one module at the start; a direction's fixed factors are put aside."""
+    def _start_values(self, name: str) -> dict[str, Tensor]:
+        """Return the parameters of one module at the start; for gains, store its fixed factors."""
         delta = self.start.read(name)
         if not isinstance(delta, LowRank):
             return {f"{name}.l": 1 + delta.dense()}
         if self.fit == GAINS:
-            self._fixed[name] = (delta.A.to(self.bench.device), delta.B.to(self.bench.device))
+            self._fixed_factors[name] = (delta.A.to(self.bench.device), delta.B.to(self.bench.device))
             return {f"{name}.g": torch.ones(delta.rank)}
         return {f"{name}.A": delta.A.clone(), f"{name}.B": delta.B.clone()}
-
-    def _leaves(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters of each module as leaves of the graph that share their memory with `flat`."""
-        leaves, start = {}, 0
-        for name, value in values.items():
-            stop = start + value.numel()
-            leaf = self.flat[start:stop].view(value.shape).detach().requires_grad_()
-            leaf.grad = self.gradient[start:stop].view(value.shape)
-            leaves[name], start = leaf, stop
-        return leaves
 
     def _delta(self, name: str) -> LowRank | Dense:
         if self.fit == VECTORS:
@@ -119,7 +114,7 @@ class Student:
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         if self.fit == GAINS:
-            A, B = self._fixed[name]
+            A, B = self._fixed_factors[name]
             return A * self.parameters[f"{name}.g"].unsqueeze(1), B
         return self.parameters[f"{name}.A"], self.parameters[f"{name}.B"]
 
@@ -129,55 +124,55 @@ class Student:
             return layer.register_forward_hook(self._add_low_rank(name))
         vector = self.parameters[f"{name}.l"]
         if self.start.module(name).on_input:
-            return layer.register_forward_pre_hook(lambda _, given: (given[0] * vector.to(given[0].dtype),))
-        return layer.register_forward_hook(lambda _, given, out: out * vector.to(out.dtype))
+            return layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * vector.to(inputs[0].dtype),))
+        return layer.register_forward_hook(lambda _, inputs, output: output * vector.to(output.dtype))
 
     def _add_low_rank(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def add(_: nn.Module, given: Any, out: Tensor) -> Tensor:
+        def add(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             A, B = self._factors(name)
-            added: Tensor = (given[0].to(A.dtype) @ A.T) @ B.T
-            return out + added.to(out.dtype)
+            added: Tensor = (inputs[0].to(A.dtype) @ A.T) @ B.T
+            return output + added.to(output.dtype)
 
         return add
 
 
-def _parameter_kind(name: str) -> str:
-    """A, B, g or l."""
+def _letter(name: str) -> str:
+    """Return A, B, g or l, from a parameter's name."""
     return name.rpartition(".")[2]
 
 
-def _units(values: dict[str, Tensor]) -> dict[str, float]:
-    """The root mean square of each sort of parameters."""
-    found = {}
-    for sort in sorted({_parameter_kind(name) for name in values}):
-        own = [value - float(sort == "l") for name, value in values.items() if _parameter_kind(name) == sort]
+def _sizes(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the root mean square of all parameters of each letter, of l that of l − 1."""
+    sizes = {}
+    for letter in sorted({_letter(name) for name in values}):
+        own = [value - float(letter == "l") for name, value in values.items() if _letter(name) == letter]
         total = sum(float(value.double().square().sum()) for value in own)
-        found[sort] = (total / sum(value.numel() for value in own)) ** 0.5 or UNIT_OF_ZEROS
-    return found
+        sizes[letter] = (total / sum(value.numel() for value in own)) ** 0.5 or SIZE_OF_ZEROS
+    return sizes
 
 
-def _draw_zero_directions(values: dict[str, Tensor], units: dict[str, float], seed: int) -> None:
-    """Directions with A and B both 0 would stay so for ever: draw their A. The function stays the same."""
+def _draw_zero_directions(values: Mapping[str, Tensor], size: float, seed: int) -> None:
+    """Draw A where A and B of a direction are 0, since their gradients are 0 too; the function stays the same."""
     for name, A in values.items():
-        if _parameter_kind(name) != "A":
+        if _letter(name) != "A":
             continue
         B = values[f"{name.removesuffix('.A')}.B"]
         idle = ((A == 0).all(1)) & ((B == 0).all(0))
         if idle.any():
             generator = torch.Generator().manual_seed(stream_key(seed, name, 0, "wake") % (1 << 63))
-            A[idle] = units["A"] * torch.randn(int(idle.sum()), A.shape[1], generator=generator)
+            A[idle] = size * torch.randn(int(idle.sum()), A.shape[1], generator=generator)
 
 
 def _check_layers(start: Adapter, bench: Bench) -> None:
-    """Every module is a linear layer."""
+    """Refuse a start with a module that is not a linear layer."""
     bench.check(start)
     odd = [
         name for name in start.modules if start.module(name).layer_type != LINEAR or not _is_linear(bench.layer(name))
     ]
     if odd:
         raise CompatibilityError(
-            f"the start adapts {odd[0]!r}, a {start.module(odd[0]).layer_type} module; what is fitted are linear layers. "
-            "Start from an adapter without it, or leave out the adapters that have it."
+            f"the start adapts {odd[0]!r}, a {start.module(odd[0]).layer_type} module; only linear layers can be fitted. Start "
+            "from an adapter without it, or leave out the adapters that have it."
         )
 
 
