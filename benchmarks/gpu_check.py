@@ -129,15 +129,15 @@ def measure_module(asked: Asked) -> dict[str, Any]:
     side = 128 if asked.small else 4096
     paths = synthetic.write_adapters(asked.folder / "module", 8, {"layers.0.q": (side, side)}, 16)
     found = {}
-    worth = fast.WORTH_ON_GPU
+    worth = fast.MIN_ENTRIES_ON_GPU
     for name, space, least in (
         ("delta, Triton kernels", "delta", 0),
         ("delta, torch only", "delta", 1 << 62),
         ("core", "core", worth),
     ):
-        fast.WORTH_ON_GPU = least
+        fast.MIN_ENTRIES_ON_GPU = least
         found[name] = _timed(paths, asked.device, space, runs=3 if asked.small else 7)
-    fast.WORTH_ON_GPU = worth
+    fast.MIN_ENTRIES_ON_GPU = worth
     found["delta, on the CPU"] = _timed(paths, "cpu", "delta", runs=1 if asked.small else 3)
     return found
 

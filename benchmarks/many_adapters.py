@@ -27,7 +27,7 @@ import resource, sys, time, warnings
 warnings.simplefilter("ignore")
 import ties_peft
 from ties_peft.task_vectors.kernels import backends as fast
-fast.WORTH = int(sys.argv[3]) or fast.WORTH
+fast.MIN_ENTRIES = int(sys.argv[3]) or fast.MIN_ENTRIES
 started = time.perf_counter()
 ties_peft.merge(sys.argv[4:], rank=16, method=sys.argv[1], space=sys.argv[2])
 print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -189,14 +189,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         small = synthetic.write_adapters(Path(folder), 2, {MODULE: (64, 64)}, asked.rank)
-        worth, fast.WORTH = fast.WORTH, 1 << 62 if asked.no_kernels else 0
+        worth, fast.MIN_ENTRIES = fast.MIN_ENTRIES, 1 << 62 if asked.no_kernels else 0
         ours(small, asked.rank)  # before the clock runs: numba is loaded, if it is installed
-        fast.WORTH = fast.WORTH if asked.no_kernels else worth
+        fast.MIN_ENTRIES = fast.MIN_ENTRIES if asked.no_kernels else worth
     for shape in [(int(rows), int(columns)) for rows, columns in (text.split("x") for text in asked.shape)]:
         for adapters in asked.adapters:
             usual = (shape, adapters) == ((4096, 4096), 8)
             case(shape, adapters, asked.rank, (usual or asked.slow) and not asked.no_peft)
-    loops = "torch" if asked.no_kernels else getattr(fast.load(fast.WORTH), "name", "torch")
+    loops = "torch" if asked.no_kernels else getattr(fast.select_kernels(fast.MIN_ENTRIES), "name", "torch")
     print(f"inner loops of large merges in delta space by {loops}; {synthetic.machine()}")
 
 

@@ -44,7 +44,7 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     if asked.no_kernels:
-        fast.WORTH = fast.WORTH_ON_GPU = 1 << 62
+        fast.MIN_ENTRIES = fast.MIN_ENTRIES_ON_GPU = 1 << 62
     shapes = {f"model.layers.{n}.{name}": shape for n in range(asked.layers) for name, shape in BLOCK.items()}
     home = asked.folder / f"{asked.layers}-layers"
     paths = [home / f"adapter-{n}" for n in range(asked.adapters)]

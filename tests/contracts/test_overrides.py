@@ -25,7 +25,6 @@ from ties_peft.methods.base import Trim
 from ties_peft.methods.ties import Ties
 from ties_peft.task_vectors.delta import Delta
 from ties_peft.task_vectors.kernels import backends as fast
-from ties_peft.task_vectors.single_pass import SinglePass
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 NAME = "overridden"
@@ -35,15 +34,12 @@ Rule = Callable[[Any, TaskVectors], Tensor | Delta]
 
 @pytest.fixture(autouse=True)
 def every_fast_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever is done from a certain size on is done at once: compiled loops, one walk in place of two, tiles."""
+    """Whatever is done from a certain size on is done at once: compiled kernels, tiles."""
     pytest.importorskip("numba")
-    monkeypatch.setattr(fast, "WORTH", 0)
+    monkeypatch.setattr(fast, "MIN_ENTRIES", 0)
     monkeypatch.setattr("ties_peft.task_vectors.tiles.TILE", 7)
     for module in ("task_vectors.threshold", "merging.thresholds"):
         monkeypatch.setattr(f"ties_peft.{module}.SORTED_SIZE", 10)
-    monkeypatch.setattr("ties_peft.task_vectors.single_pass.MOST", 99)
-    monkeypatch.setattr(SinglePass, "suffices", lambda self, searches: any(search.needed for search in searches))
-    monkeypatch.setattr(SinglePass, "most", lambda self, entries: entries)
     monkeypatch.setattr(Adapter, "statistics", drawn_statistics)
     monkeypatch.setattr(sys.modules["ties_peft.methods"], "_REGISTERED", {})
     yield

@@ -57,7 +57,7 @@ def test_trim_keeps_exactly_as_many_as_asked(seed: int, percent: int) -> None:
 def test_streamed_is_stacked(stack: Tensor, by: str, disjoint: str, data: st.DataObject) -> None:
     sums = SignedSums(torch.full((5, stack.shape[1]), torch.nan), by, disjoint)
     for place in data.draw(st.permutations(range(len(stack)))):
-        sums.cast(stack[place].clone())
+        sums.add(stack[place].clone())
     torch.testing.assert_close(sums.result(), disjoint_merge(stack, elect(stack, by), disjoint))
 
 
@@ -80,7 +80,7 @@ def test_a_weighted_ballot_is_as_defined(
     given_signs = torch.tensor(data.draw(st.lists(integers, min_size=stack.shape[1], max_size=stack.shape[1])))
     sums = SignedSums(torch.empty(5, stack.shape[1]), by, disjoint, normalize)
     for vector, weight in zip(stack, weights, strict=True):
-        sums.cast(vector.clone(), weight)
+        sums.add(vector.clone(), weight)
     wide = stack.double().numpy()
     elected = definition.elect(wide, by)
     for signs in (None, given_signs):

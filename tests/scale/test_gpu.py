@@ -46,7 +46,7 @@ def ties_in_float64(deltas: list[np.ndarray], density: float) -> np.ndarray:
 @gpu
 @pytest.mark.parametrize("kernels", [True, False])
 def test_ties_on_a_gpu_is_the_definition(make_lora: Make, monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
-    monkeypatch.setattr(fast, "WORTH_ON_GPU", 0 if kernels else 1 << 62)
+    monkeypatch.setattr(fast, "MIN_ENTRIES_ON_GPU", 0 if kernels else 1 << 62)
     paths = [make_lora(f"a{n}", rank=8, seed=n, shapes=WIDE) for n in range(4)]
     merged = ties_peft.merge(paths, density=0.3, scope="module", rank="max", device="cuda")
     assert merged.report.loops.split()[0] == ("triton" if kernels else "torch")
@@ -60,7 +60,7 @@ def test_ties_on_a_gpu_is_the_definition(make_lora: Make, monkeypatch: pytest.Mo
 @gpu
 @pytest.mark.parametrize("space", ["delta", "core", "knots", "factors"])
 def test_two_runs_on_a_gpu_give_the_same_bytes(make_lora: Make, monkeypatch: pytest.MonkeyPatch, space: str) -> None:
-    monkeypatch.setattr(fast, "WORTH_ON_GPU", 0)
+    monkeypatch.setattr(fast, "MIN_ENTRIES_ON_GPU", 0)
     paths = [make_lora(f"a{n}", rank=8, seed=n, shapes=WIDE) for n in range(4)]
     scope = {"scope": "module"} if space == "factors" else {}
     one, other = (ties_peft.merge(paths, space=space, device="cuda", rank=8, **scope) for _ in range(2))

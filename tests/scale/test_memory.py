@@ -17,7 +17,7 @@ import resource, sys, warnings
 warnings.simplefilter("ignore")
 import ties_peft
 from ties_peft.task_vectors.kernels import backends as fast
-fast.WORTH = 1 << 62  # a compiler, loaded for large merges, takes what it takes whatever their number
+fast.MIN_ENTRIES = 1 << 62  # a compiler, loaded for large merges, takes what it takes whatever their number
 ties_peft.merge(sys.argv[3:], rank=16, method=sys.argv[1], space=sys.argv[2])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -14,7 +14,7 @@ from ..methods import TaskVectors
 from ..methods.base import merged
 from ..task_vectors.delta import Delta, zero
 from ..task_vectors.factorise import Factors
-from ..task_vectors.kernels.backends import load
+from ..task_vectors.kernels.backends import select_kernels
 from ..task_vectors.order_statistics import Group, Levels, find_levels, with_own_levels
 from ..task_vectors.processes import ProcessGroup
 from ..task_vectors.tiles import ThreadPool, thread_pool
@@ -40,9 +40,9 @@ def merge_modules(
     costs = {name: plan.cost(name) for name in plan.modules}
     mine = processes.share(costs)
     compiled = plan.method.entrywise and not plan.arithmetic.shared
-    loops = load(sum(costs.values()), plan.device.type) if compiled else None
+    kernels = select_kernels(sum(costs.values()), plan.device.type) if compiled else None
     written = {}
-    with torch.no_grad(), thread_pool(None if cache is None else cache.pool, loops) as pool:
+    with torch.no_grad(), thread_pool(None if cache is None else cache.pool, kernels) as pool:
         loop = _Loop(plan, cache, pool, progress, processes, mine)
         for name, following in zip(mine, [*mine[1:], None], strict=True):
             if following is not None:
@@ -54,7 +54,7 @@ def merge_modules(
             progress("merge", len(written), len(mine))
     every = {name: one for of_process in processes.gather(written) for name, one in of_process.items()}
     tensors: dict[str, Tensor] = {}
-    totals = Totals(plan, loops)
+    totals = Totals(plan, kernels)
     for name in plan.modules:
         own, measurement = every[name]
         tensors |= own

@@ -18,7 +18,7 @@ from ..errors import printable_lines
 from ..spaces import Encoding
 from ..task_vectors.delta import Delta, distance, inner, inner_with_each
 from ..task_vectors.factorise import MAX_GRAM_SIDE, Factors
-from ..task_vectors.kernels.backends import Loops
+from ..task_vectors.kernels.backends import Kernels
 from ..task_vectors.subspace import SQUARE
 from .encoding import EncodedModules
 from .members import unequal_norms
@@ -146,9 +146,9 @@ def _products(
 class Totals:
     """Sums over the modules of a merge, and the report that they make."""
 
-    def __init__(self, plan: Plan, loops: Loops | None = None) -> None:
+    def __init__(self, plan: Plan, kernels: Kernels | None = None) -> None:
         self.plan = plan
-        self.loops = loops
+        self.kernels = kernels
         self.modules: list[ModuleMeasurement] = []
         count = len(plan.members)
         self.squares = [0.0] * count
@@ -213,7 +213,7 @@ class Totals:
             weights=plan.weighting,
             formula=plan.formula,
             seconds=seconds,
-            loops=self.loops.name if self.loops is not None else "torch",
+            loops=self.kernels.name if self.kernels is not None else "torch",
         )
 
     def _cosines(self) -> list[list[float]] | None:

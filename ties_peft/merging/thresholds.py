@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby, islice
 from typing import TypeVar
 
@@ -19,10 +18,7 @@ from torch import Tensor
 from ..adapters.types.base import EMBEDDING
 from ..errors import MethodError
 from ..task_vectors.delta import Delta, size
-from ..task_vectors.kernels import fused
-from ..task_vectors.kernels.backends import Kernels
 from ..task_vectors.processes import ProcessGroup
-from ..task_vectors.single_pass import SinglePass
 from ..task_vectors.threshold import SORTED_SIZE, ThresholdSearch, add_counts
 from ..task_vectors.tiles import TILE, ThreadPool
 from ..task_vectors.trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
@@ -31,7 +27,7 @@ from .plan import Plan, Progress
 
 VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # last part of the names of such modules
 SAMPLE_SIZES = (1 << 13, 1 << 18)  # fewest and most entries of a group that are sampled
-SAMPLE_STEP, FINE_SAMPLE_STEP = 512, 64  # one entry in so many; the finer one narrows the brackets of a single pass
+SAMPLE_STEP = 512  # one entry in so many is sampled
 BATCH = 64  # adapters whose thresholds are searched together, and task vectors that the threads share at a time
 Value = TypeVar("Value")
 PartKey = tuple[int, str, int]  # (member, module, part)
@@ -114,8 +110,8 @@ class TrimThresholds:
         """Return the cuts of one module; they are found when they are first asked for."""
         return ModuleThresholds(self, module)
 
-    def cuts(self, module: str, single_pass: SinglePass | None = None) -> Cuts:
-        """Return the cuts of one module for all members that have it, found in a single pass where that suffices."""
+    def cuts(self, module: str) -> Cuts:
+        """Return the cuts of one module for all members that have it."""
         if self.by_module:
             self._cuts = {}
             groups = [
@@ -123,8 +119,7 @@ class TrimThresholds:
                 for member, parts in self.modules.weighted(module).items()
                 for part in range(len(parts))
             ]
-            one_part = len(groups) == len(self.plan.holders(module))  # a single pass sees one part
-            self._find(groups, single_pass if one_part else None)
+            self._find(groups)
         return self._cuts
 
     def kept(self) -> list[KeptCount]:
@@ -185,9 +180,9 @@ class TrimThresholds:
             while batch := list(islice(parts, BATCH)):
                 yield batch
 
-    def _find(self, groups: Sequence[RankedEntries], single_pass: SinglePass | None = None) -> None:
+    def _find(self, groups: Sequence[RankedEntries]) -> None:
         """Find the cuts of all parts of some groups: sample, bracket, count, and count again where a bracket missed."""
-        self._sample(groups, SAMPLE_STEP if single_pass is None else FINE_SAMPLE_STEP)
+        self._sample(groups)
         searches = []
         for group in groups:
             kept, entries = self._kept[group.member], group.entries
@@ -202,8 +197,6 @@ class TrimThresholds:
             magnitudes = self._sorted_magnitudes(group)
             if magnitudes is not None:
                 search.set_from_sorted(magnitudes)
-        if single_pass is not None and single_pass.suffices([search for _, search in searches]):
-            self._try_single_pass(single_pass, searches)
         while open_searches := [(group, search) for group, search in needed if search.threshold is None]:
             self._count_all(open_searches)
         for group, search in searches:
@@ -212,7 +205,7 @@ class TrimThresholds:
         for group in groups:
             group.sample = []  # those of hundreds of adapters add up
 
-    def _sample(self, groups: Sequence[RankedEntries], step: int) -> None:
+    def _sample(self, groups: Sequence[RankedEntries]) -> None:
         """Find the sizes of all parts and sample the large ones."""
         for batch in self._batches(groups):
             large = []
@@ -220,7 +213,7 @@ class TrimThresholds:
                 group.sizes[part] = size(delta)
                 if size(delta) > SORTED_SIZE // (4 * len(group.modules)):  # else the whole group is small
                     large.append((group, part, delta))
-            drawn = self.pool.map(lambda item: _draw(item[1], item[2], len(item[0].modules), step), large)
+            drawn = self.pool.map(lambda item: _draw(item[1], item[2], len(item[0].modules)), large)
             for (group, _, _), sample in zip(large, drawn, strict=True):
                 group.sample.append(sample)
         found = self._gather([(group.sizes, group.sample) for group in groups])
@@ -228,21 +221,10 @@ class TrimThresholds:
             group.sizes = {part: count for sizes, _ in of_processes for part, count in sizes.items()}
             group.sample = [drawn for _, sample in of_processes for drawn in sample]
 
-    def _try_single_pass(
-        self, single_pass: SinglePass, searches: Sequence[tuple[RankedEntries, ThresholdSearch]]
-    ) -> None:
-        """Count for all searches in the pass that also merges; if one of them stays open, the pass is discarded."""
-        (place,) = {(module, part) for group, _ in searches for _, module, part in group.sizes}
-        single_pass.walk([search for _, search in searches], place)
-        if single_pass.looks:
-            self.pool.map(_finish, [each for each in searches if each[1].needed])
-        if any(search.needed and search.threshold is None for _, search in searches):
-            single_pass.looks = []
-
     def _sorted_magnitudes(self, group: RankedEntries) -> np.ndarray | None:
         """Return the magnitudes of one small part in order, which a prepared merge keeps; None for any other group."""
         cache, plan = self.modules.cache, self.plan
-        if cache is None or plan.preparations or plan.signs is not None or self.pool.loops is not None:
+        if cache is None or plan.preparations or plan.signs is not None or self.pool.kernels is not None:
             return None
         if len(group.sizes) > 1 or group.entries > TILE:
             return None
@@ -310,15 +292,10 @@ class ModuleThresholds:
     module: str
     _cuts: Cuts | None = None
 
-    def of(self, part: int, single_pass: SinglePass | None = None) -> list[tuple[Cut, ...]]:
-        """Return the cuts of one part for each adapter that has the module.
-
-        Args:
-            part: its number.
-            single_pass: a pass that merges and finds the cuts at once, used where it suffices.
-        """
+    def of(self, part: int) -> list[tuple[Cut, ...]]:
+        """Return the cuts of one part for each adapter that has the module."""
         if self._cuts is None:
-            self._cuts = self.thresholds.cuts(self.module, single_pass)
+            self._cuts = self.thresholds.cuts(self.module)
         return [tuple(self._cuts[place, self.module, part]) for place, _ in self.thresholds.plan.holders(self.module)]
 
 
@@ -352,11 +329,11 @@ def _finish(item: tuple[RankedEntries, ThresholdSearch]) -> None:
         ) from None
 
 
-def _draw(key: PartKey, delta: Delta, modules: int, step: int) -> tuple[np.ndarray, float]:
+def _draw(key: PartKey, delta: Delta, modules: int) -> tuple[np.ndarray, float]:
     """Return a sample of magnitudes and how many entries each stands for; the module's name alone seeds it."""
     _, module, part = key
     entries, (fewest, most) = size(delta), SAMPLE_SIZES
-    count = max(1, min(max(fewest // modules, entries // step), most // modules))
+    count = max(1, min(max(fewest // modules, entries // SAMPLE_STEP), most // modules))
     drawn = delta.sample(count, np.random.default_rng([zlib.crc32(module.encode()), part]))
     return drawn.abs_().cpu().numpy(), entries / drawn.numel()
 
@@ -382,22 +359,10 @@ def _count_in_brackets(
         delta, brackets, rows = task
         device = delta.rows(0, 0).device
         shape = (rows[1] - rows[0], *delta.shape[1:])
-        loops = pool.loops
-        if loops is not None and fused.fits(delta, loops):
-            memory = partial(pool.scratch, like=device)
-            return [fused.census(delta, rows, low, high, loops, memory) for low, high in brackets]
-        values = delta.rows(*rows, out=pool.scratch("vector", shape, device))
-        if not isinstance(loops, Kernels):
-            values = values.abs_()
-            return [_count(values, low, high) for low, high in brackets]
-        flat = values.view(-1).numpy()
-        room = pool.scratch("inside", (len(flat) + 1,), device).numpy()
-        marks = pool.scratch("marks", (len(flat) // 4 + 1,), device).numpy().view(np.uint8)
-        found = []
-        for low, high in brackets:
-            above, inside = loops.count(flat, low, high, room, marks)
-            found.append((above, room[:inside].copy()))
-        return found
+        if pool.kernels is not None and pool.kernels.accepts(delta):
+            return [pool.kernels.count_rows(delta, rows, float(low), float(high)) for low, high in brackets]
+        values = delta.rows(*rows, out=pool.scratch("vector", shape, device)).abs_()
+        return [_count(values, low, high) for low, high in brackets]
 
     grids = [pool.tiles(delta.shape, delta.rows(0, 0).device) for delta, _ in asked]
     tasks = [(*each, rows) for each, grid in zip(asked, grids, strict=True) for rows in grid]

@@ -25,10 +25,8 @@ from ..errors import MethodError
 from .delta import Delta, Dense, LowRank, inner, stack
 from .elect import DisjointRule, ElectRule, MergeRule, SignedSums
 from .factorise import Sum
-from .kernels import fused
-from .kernels.backends import Loops
+from .kernels.backends import Kernels, read_rows
 from .random_numbers import uniform
-from .single_pass import SinglePass
 from .steps import Cuts, Dropped, Step, Trimmed
 from .tiles import ThreadPool, empty
 from .trim import Scope, Trim, find_cuts
@@ -47,8 +45,8 @@ class Statistic(Protocol):
 class Thresholds(Protocol):
     """Where the trims of one module are looked up; see `merging.thresholds`."""
 
-    def of(self, part: int, single_pass: SinglePass | None = None) -> Cuts:
-        """Return the cuts of one part of the module, found in a single pass where one is offered and suffices."""
+    def of(self, part: int) -> Cuts:
+        """Return the cuts of one part of the module, for each of its task vectors."""
 
 
 @dataclass(frozen=True)
@@ -177,18 +175,18 @@ class TaskVectors:
         """Find the cuts of all trims: before the memory is in use that finding them takes, and before several threads ask."""
         for step in self.steps:
             if isinstance(step, Trimmed):
-                step.cuts()
+                _ = step.cuts
 
     def _read(self, delta: Delta) -> Tensor:
         """Return the rows at hand of one task vector; in tiles where cuts or levels were found in tiles, so that the bits agree."""
         out = self.room("vector", self.shape)
         if self.rows is not None:
-            return fused.read(delta, self.rows, out, self.loops, self.room)
+            return read_rows(delta, self.rows, out, self.pool.kernels)
         if not self.levels and not any(isinstance(step, Trimmed) for step in self.steps):
             return delta.rows(*self.span, out=out)
         for start, stop in self.grid:
             part = out[start:stop]
-            part.copy_(fused.read(delta, (start, stop), part, self.loops, self.room))
+            part.copy_(read_rows(delta, (start, stop), part, self.pool.kernels))
         return out
 
     # what is at hand
@@ -213,11 +211,6 @@ class TaskVectors:
     def device(self) -> torch.device:
         """Where the vectors live."""
         return self.deltas[0].rows(0, 0).device
-
-    @property
-    def loops(self) -> Loops | None:
-        """The compiled kernels in use."""
-        return self.pool.loops
 
     @property
     def grid(self) -> list[tuple[int, int]]:
@@ -265,11 +258,11 @@ class TaskVectors:
         step = Trimmed(asked, self._finder(asked))
         return replace(self, steps=(*self.steps, step))
 
-    def _finder(self, asked: Trim) -> Callable[[SinglePass | None], Cuts]:
+    def _finder(self, asked: Trim) -> Callable[[], Cuts]:
         declared = self.trim_asked is not None and self.trim_asked.densities == asked.densities and not self.steps
         if self.thresholds is not None and declared:
             thresholds, part = self.thresholds, self.part
-            return lambda single_pass: thresholds.of(part, single_pass)
+            return lambda: thresholds.of(part)
         if asked.scope == "adapter" and self.thresholds is not None:
             raise MethodError(
                 "a trim with scope 'adapter' has to be declared before the merge and comes before any other step. Return "
@@ -280,7 +273,7 @@ class TaskVectors:
                 "a trim needs whole task vectors, and these are some rows of them. Trim before by_tiles()."
             )
         bands = [(*asked.densities[:-1], self.share(place, asked.densities[-1])) for place in range(len(self))]
-        return lambda single_pass: [
+        return lambda: [
             find_cuts(values.abs(), own, self.grid) for values, own in zip(self.stream(), bands, strict=True)
         ]
 
@@ -314,12 +307,12 @@ class TaskVectors:
         """
         rule = MergeRule(signs.by, by, normalize)
         if signs.of is not self:
-            return self.by_tiles(lambda tile: tile._vote_by(signs.at(tile).dense(), rule))
+            return self.by_tiles(lambda tile: tile._result(tile.sums(rule), signs.at(tile).dense()))
         if self.rows is not None:
-            return Dense(self._vote(rule))
+            return Dense(self._merge_rows(rule))
         if self._decided(rule):
             return self._sum_of_all(rule)
-        return self._in_a_single_pass(rule) or self.by_tiles(lambda tile: tile._vote(rule))
+        return self.by_tiles(lambda tile: tile._merge_rows(rule))
 
     def _decided(self, rule: MergeRule) -> bool:
         """Return whether the result is a weighted sum of the task vectors."""
@@ -332,56 +325,52 @@ class TaskVectors:
         alone = len(self) == 1 and rule.disjoint == "mean" and rule.normalize
         return self.sum(1 / abs(self.weights[0]) if alone else 1.0)
 
-    def _in_a_single_pass(self, rule: MergeRule) -> Delta | None:
-        """Return the merge of trimmed vectors whose cuts are found in the same pass; None where that cannot be done."""
-        trimmed = self._only_trimmed()
-        weights = self._kernel_weights(rule)
-        if trimmed is None or trimmed.found or self.thresholds is None or weights is None:
-            return None
-        single_pass = SinglePass.of(self.deltas, weights, rule.disjoint == "mean", self.pool)
-        if single_pass is None:
-            return None
-        cuts = trimmed.cuts(single_pass)
-        return single_pass.result([own[0] for own in cuts], self.counts) if single_pass.done else None
-
-    def _only_trimmed(self) -> Trimmed | None:
-        """Return the trim, if that is all that is done to the vectors."""
-        step = self.steps[0] if len(self.steps) == 1 else None
-        return step if isinstance(step, Trimmed) and len(step.trim.densities) == 1 else None
-
-    def _vote(self, rule: MergeRule) -> Tensor:
+    def _merge_rows(self, rule: MergeRule) -> Tensor:
         """Return the disjoint merge of the rows at hand, and count conflicts for the report."""
-        trimmed = self._only_trimmed()
-        cuts = [own[0] for own in trimmed.cuts()] if trimmed is not None else []
-        if not cuts or rule.disjoint == "max" or not all(cut.whole(self.tile) for cut in cuts):
-            return self._counted(self.sums(rule))
-        below = [cut.below for cut in cuts]
-        weights, out, loops = self._kernel_weights(rule), self.out, self.loops
-        if weights is None or out is None or loops is None:
-            return self._counted(replace(self, steps=()).sums(rule, below))
+        below = self._thresholds_of_tile(rule)
+        if below is None:
+            return self._result(self.sums(rule))
+        kernels = self.pool.kernels
+        if kernels is None or self.out is None or not self._can_compile(kernels, rule):
+            return self._result(replace(self, steps=()).sums(rule, below))
+        weights = [abs(weight) if rule.normalize else 1.0 for weight in self.weights]
         mean = rule.disjoint == "mean"
-        self.count(*fused.vote(self.deltas, below, weights, mean, self.span, out, loops, self.room))
-        return out
+        self.count(*kernels.merge_rows(self.deltas, self.span, below, weights, mean, self.out))
+        return self.out
 
-    def _vote_by(self, signs: Tensor, rule: MergeRule) -> Tensor:
-        """Return the disjoint merge of the rows at hand by signs that others elected."""
-        return self._counted(self.sums(rule), signs)
+    def _thresholds_of_tile(self, rule: MergeRule) -> list[float] | None:
+        """Return the largest magnitude of each vector that is trimmed away, where the sums can skip what does not exceed it.
+
+        That saves a pass over each vector. None where the vectors must be trimmed before: by other steps, by position among equal
+        magnitudes, or for `max`.
+        """
+        step = self.steps[0] if len(self.steps) == 1 else None
+        if not isinstance(step, Trimmed) or len(step.trim.densities) > 1 or rule.disjoint == "max":
+            return None
+        cuts = [cut for (cut,) in step.cuts]
+        return [cut.below for cut in cuts] if cuts and all(cut.whole(self.tile) for cut in cuts) else None
+
+    def _can_compile(self, kernels: Kernels, rule: MergeRule) -> bool:
+        """Return whether the compiled functions have this election, for these task vectors."""
+        known = rule.elect == "mass" and rule.disjoint in ("mean", "sum") and self.signs is None
+        return known and len(self.shape) == 2 and all(map(kernels.accepts, self.deltas))
 
     def sums(self, rule: MergeRule, below: Sequence[float] = ()) -> SignedSums:
-        """Return the votes of the rows at hand, counted.
+        """Return the sums of the rows at hand, over positive and over negative values.
 
         Args:
-            rule: how they are counted.
-            below: for each, the largest magnitude that has no vote; none for zeros alone.
+            rule: how they will be merged.
+            below: for each vector, the largest magnitude that is left out; by default 0.
         """
         total = self.total_magnitude if rule.normalize else float(self.adapters)
         room = self.room("sums", (5, *self.shape))
-        sums = SignedSums(room, rule.elect, rule.disjoint, rule.normalize, total, self.loops)
+        sums = SignedSums(room, rule.elect, rule.disjoint, rule.normalize, total)
         for values, weight, least in zip(self.stream(), self.weights, below or [0.0] * len(self), strict=True):
-            sums.cast(values, weight, least)
+            sums.add(values, weight, least)
         return sums
 
-    def _counted(self, sums: SignedSums, signs: Tensor | None = None) -> Tensor:
+    def _result(self, sums: SignedSums, signs: Tensor | None = None) -> Tensor:
+        """Return the merge that sums make, by signs that are given or elected, and count conflicts for the report."""
         self.count(*sums.conflicts())
         return sums.result(self.sign_vector() if signs is None else signs)
 
@@ -389,16 +378,6 @@ class TaskVectors:
         """Add to the report's counts: entries with kept values of both signs, and entries that two or more keep."""
         for name, number in (("conflicting", conflicting), ("shared", shared)):
             self.counts[name] = self.counts.get(name, 0) + number
-
-    def _kernel_weights(self, rule: MergeRule) -> list[float] | None:
-        """Return what each vector adds to the divisor, where the compiled kernels can hold the election; else None."""
-        plain = rule.elect == "mass" and rule.disjoint in ("mean", "sum")
-        loops = self.loops
-        if loops is None or not plain or self.signs is not None or len(self.shape) != 2:
-            return None
-        if not all(fused.fits(delta, loops) for delta in self.deltas):
-            return None
-        return [abs(weight) if rule.normalize else 1.0 for weight in self.weights]
 
     def sum(self, factor: float | Sequence[float] = 1.0) -> Delta:
         """Return Σ factorᵢ·wᵢ·τᵢ; exactly, in factors at rank Σrᵢ, where every entry is kept.

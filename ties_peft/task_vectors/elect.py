@@ -25,8 +25,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .kernels.backends import Kernels, Loops
-
 Elect = Literal["mass", "count"]
 Disjoint = Literal["mean", "sum", "max"]
 ElectRule = Literal["mass", "count", "none"]  # an election, or none
@@ -55,8 +53,7 @@ class SignedSums:
             (of both signs) divide by `total` instead of what agrees.
         normalize: whether the mean divides by Σ|w| of the agreeing entries or by their number.
         total: Σ|w| of all adapters, or their number.
-        loops: the compiled loops, if there are any.
-    Law: the result does not depend on the order of the casts beyond rounding, and equals that of
+    Law: the result does not depend on the order of the additions beyond rounding, and equals that of
         `disjoint_merge` on the stack.
     """
 
@@ -67,15 +64,13 @@ class SignedSums:
         disjoint: DisjointRule = "mean",
         normalize: bool = True,
         total: float = 1.0,
-        loops: Loops | None = None,
     ) -> None:
-        self.loops = loops
         self.elect, self.disjoint, self.normalize, self.total = elect, disjoint, normalize, total
         self.positive, self.negative, self.plus, self.minus, self.buffer = room.zero_()
         self.sums = torch.zeros_like(self.buffer) if disjoint == "max" else None
         self.weight_sums: tuple[Tensor, Tensor] | None = None  # Σ|w| a side, from the first weight that is not ±1
 
-    def cast(self, values: Tensor, weight: float = 1.0, below: float = 0.0) -> None:
+    def add(self, values: Tensor, weight: float = 1.0, below: float = 0.0) -> None:
         """Count one trimmed, weighted task vector; zeros do not vote.
 
         What does not exceed `below` in magnitude does not either, which saves a trim of its own; it must be 0 for `max`.
@@ -86,17 +81,6 @@ class SignedSums:
             self.sums += values
         if self.weight_sums is None and abs(weight) != 1 and self.normalize and self.disjoint == "mean":
             self.weight_sums = (self.plus.clone(), self.minus.clone())
-        loops = self.loops
-        if (
-            isinstance(loops, Kernels)
-            and below == 0
-            and self.sums is None
-            and self.weight_sums is None
-            and values.is_contiguous()
-        ):
-            sides_of = (self.positive, self.negative, self.plus, self.minus)
-            loops.cast(values.view(-1).numpy(), *(side.view(-1).numpy() for side in sides_of))
-            return
         sides = ((self.plus, self.positive, torch.gt, below), (self.minus, self.negative, torch.lt, -below))
         for side, (count, mass, compare, than) in enumerate(sides):
             compare(values, than, out=self.buffer)  # as 0.0 and 1.0: torch is slow between bool and float
@@ -117,7 +101,7 @@ class SignedSums:
         return torch.ge(lead, 0, out=self.buffer)
 
     def result(self, signs: Tensor | None = None) -> Tensor:
-        """The disjoint merge of all that was cast, of the sums's shape."""
+        """The disjoint merge of all that was added, of the sums's shape."""
         if self.elect == "none" or self.disjoint == "mean_all":
             plus = minus = torch.ones_like(self.positive)
         else:

@@ -7,13 +7,13 @@ the vectors are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
 
 from .delta import Delta
-from .single_pass import SinglePass
 from .sparsify import band_, drop_, drop_by_rank_
 from .trim import Cut, Trim
 
@@ -67,28 +67,21 @@ class Trimmed:
     """
 
     trim: Trim
-    find: Callable[[SinglePass | None], Cuts]
-    _found: list[Cuts] = field(default_factory=list)
+    find: Callable[[], Cuts]
 
     @property
     def idle(self) -> bool:
         """Whether all entries are kept."""
-        return self.trim.densities[-1] == 1 and all(own[-1].threshold == 0 for own in self.cuts())
+        return self.trim.densities[-1] == 1 and all(own[-1].threshold == 0 for own in self.cuts)
 
-    def cuts(self, single_pass: SinglePass | None = None) -> Cuts:
-        """Return the cuts; the first call finds them."""
-        if not self._found:
-            self._found.append(self.find(single_pass))
-        return self._found[0]
-
-    @property
-    def found(self) -> bool:
-        """Whether the cuts are known already."""
-        return bool(self._found)
+    @cached_property
+    def cuts(self) -> Cuts:
+        """The cuts, found when they are first asked for."""
+        return self.find()
 
     def apply(self, vectors: RowsAtHand, place: int, values: Tensor) -> Tensor:
         """Set what is cut to zero."""
-        cuts = self.cuts()[place]
+        cuts = self.cuts[place]
         if vectors.rows is None:
             cuts = tuple(cut.untiled() for cut in cuts)
         return cuts[0].apply_(values, vectors.tile) if len(cuts) == 1 else band_(values, cuts, vectors.tile)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels.backends import Loops
+from .kernels.backends import Kernels
 
 TILE = 1 << 18  # entries a tile holds, about: a megabyte in float32; smaller ones make threads wait for each other
 KERNEL_TILES = (
@@ -55,19 +55,19 @@ class ThreadPool:
 
     Attributes:
         threads: how many.
-        loops: the compiled loops that they run; None for torch's.
+        kernels: the compiled functions that they run; None for torch's.
     """
 
     def __init__(self, threads: int) -> None:
         self.threads = max(1, threads)
-        self.loops: Loops | None = None
+        self.kernels: Kernels | None = None
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._local = threading.local()
         self._process = os.getpid()
 
     def tiles(self, shape: Sequence[int], device: torch.device) -> list[tuple[int, int]]:
         """The tiles in which it works through a shape."""
-        return tiles(shape, device, 1 if self.loops is None else KERNEL_TILES)
+        return tiles(shape, device, 1 if self.kernels is None else KERNEL_TILES)
 
     def map(self, work: Callable[..., Result], items: Sequence[object], little: bool = False) -> list[Result]:
         """work(item) for every item; results in the items' order whatever thread made them.
@@ -123,19 +123,19 @@ class ThreadPool:
 
 
 @contextmanager
-def thread_pool(kept: list[ThreadPool] | None = None, loops: Loops | None = None) -> Iterator[ThreadPool]:
+def thread_pool(kept: list[ThreadPool] | None = None, kernels: Kernels | None = None) -> Iterator[ThreadPool]:
     """Threads as many as torch would use, each computing alone; torch's own setting is put back after.
 
     Args:
         kept: holds those of an earlier call, and then of this one: threads to go on with, and memory that
             is there already, which takes longer to get than to fill. None lets go of them after.
-        loops: what they run.
+        kernels: the compiled functions that they run.
 
     One thread per operation is what makes a result independent of the number of threads, and on
     tiles it is also the faster way: a parallel region for 0.1 ms of work costs as much as the work.
     """
     pool = kept[0] if kept and kept[0].usable else ThreadPool(torch.get_num_threads())
-    pool.loops = loops
+    pool.kernels = kernels
     if kept is not None:
         kept[:] = [pool]
     try:

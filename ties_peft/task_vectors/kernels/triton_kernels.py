@@ -1,12 +1,10 @@
-"""Triton loops: what `loops` does on a CPU, for a GPU. Imported by `fast` alone, and only where triton is.
+"""Multiply task vectors out on a GPU, a block at a time in registers, and count or merge each block there.
 
-A task vector B·A is multiplied out a block at a time, in registers, and used where it lies: counted for a
-threshold, or trimmed and voted on. All three kernels make it by `_product`: each entry is a chain of fused
-multiply-adds in the order of k, full float32 (no TF32), whatever the block, so that what one pass counts is to
-the bit what another one cuts.
+All three kernels multiply by `_product`: each entry is a chain of fused multiply-adds in the order of k, in full float32 (no TF32),
+whatever the block. What `count` finds above a threshold is therefore, to the bit, what `merge` keeps.
 
-Floats are never added up atomically, whole numbers alone are: a result does not depend on the order of blocks.
-Tensors are float32 on one device and lie row by row.
+Floats are never added atomically, only whole numbers: a result does not depend on the order of the blocks. Tensors are float32,
+contiguous and on one device. On one H100 nothing is measured yet; the tests run the kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -21,11 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..elect import MIN_DIVISOR
+
 ROWS, COLUMNS = 4, 512  # of a block
 WARPS = 4  # that share it: 16 entries a thread, for which a vote keeps six numbers each in registers
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}  # a multiply-add is fused where it is written so, only there
 ALIGNED: Any = tl.constexpr(16)  # bytes, so that a thread may load four numbers at once
-MIN_DIVISOR: Any = tl.constexpr(1e-30)  # as in `elect`
+LEAST_DIVISOR: Any = tl.constexpr(MIN_DIVISOR)
 
 _launching = threading.Lock()  # two threads at a kernel's first launch would both compile it
 
@@ -33,9 +33,9 @@ _launching = threading.Lock()  # two threads at a kernel's first launch would bo
 def _block(
     rows: int, width: int, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The rows and the columns of this program's block, where its entries lie, and which of them there are.
+    """Return the rows and columns of this program's block, the offsets of its entries, and which of them exist.
 
-    Blocks one after another lie one below another: those at work at once read the same columns of A.
+    Consecutive programs take blocks one below another, so that those that run at once read the same columns of A.
     """
     down = tl.cdiv(rows, ROWS)
     row = tl.program_id(0) % down * ROWS + tl.arange(0, ROWS)
@@ -47,7 +47,7 @@ def _block(
 def _product(
     B: tl.tensor, A: tl.tensor, rank: int, rows: int, width: int, row: tl.tensor, column: tl.tensor
 ) -> tl.tensor:
-    """The entries of B·A at some rows and columns; anything beyond the edges."""
+    """Return the entries of B·A at some rows and columns; those beyond the edges hold any value."""
     made = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     left = B + tl.minimum(row, rows - 1).to(tl.int64) * rank  # a mask for every row would cost as much as the product
     right = A + column[None, :]
@@ -60,7 +60,7 @@ def _product(
     return made
 
 
-def _read(
+def _multiply(
     B: tl.tensor,
     A: tl.tensor,
     rank: int,
@@ -70,13 +70,13 @@ def _read(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """B·A into `out`."""
+    """Write B·A into `out`."""
     row, column, place, there = block(rows, width, ROWS, COLUMNS)
     values = product(B, A, rank, rows, width, row, column)
     tl.store(out + place, values, mask=there)
 
 
-def _census(
+def _count(
     B: tl.tensor,
     A: tl.tensor,
     rank: int,
@@ -89,7 +89,7 @@ def _census(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Add to `counts` how many magnitudes exceed `high` and how many lie in [low, high], which go into `found`."""
+    """Add to `counts` how many magnitudes exceed `high` and how many lie in [low, high]; write the latter into `found`."""
     row, column, _, there = block(rows, width, ROWS, COLUMNS)
     sizes = tl.abs(product(B, A, rank, rows, width, row, column))
     larger = (there & (sizes > high)).to(tl.int32)
@@ -99,32 +99,33 @@ def _census(
     tl.store(found + start + tl.cumsum(inside, 0) - inside, tl.ravel(sizes), mask=inside > 0)
 
 
-def _vote(
+def _merge(
     factors: tl.tensor,
     limits: tl.tensor,
-    count: int,
+    members: int,
     rows: int,
     width: int,
     out: tl.tensor,
-    tally: tl.tensor,
+    counts: tl.tensor,
     MEAN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """The disjoint mean or sum of `count` trimmed task vectors, elected by mass, into `out`; see `SignedSums`.
+    """Write the disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `SignedSums`.
 
     Args:
         factors: (N, 3), int64: the addresses of B and A of each, and its rank.
-        limits: (N, 2): the largest magnitude of each that is cut, and what its vote adds to the divisor.
-        tally: (2,), int32, to which are added how many entries have votes of both signs, how many several votes.
+        limits: (N, 2): the largest magnitude of each that is trimmed away, and its weight in the divisor.
+        members: N.
+        counts: (2,), int32, to which is added how many entries have kept values of both signs, and how many have several.
     """
     row, column, place, there = block(rows, width, ROWS, COLUMNS)
     positive = tl.zeros([ROWS, COLUMNS], tl.float32)
     negative = tl.zeros([ROWS, COLUMNS], tl.float32)
     plus = tl.zeros([ROWS, COLUMNS], tl.float32)
     minus = tl.zeros([ROWS, COLUMNS], tl.float32)
-    votes = tl.zeros([ROWS, COLUMNS], tl.int32)
-    for _ in range(count):
+    kept = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for _ in range(members):
         B = tl.load(factors).to(tl.pointer_type(tl.float32))
         A = tl.multiple_of(tl.load(factors + 1).to(tl.pointer_type(tl.float32)), ALIGNED)
         values = product(B, A, tl.load(factors + 2).to(tl.int32), rows, width, row, column)
@@ -134,70 +135,72 @@ def _vote(
         negative += tl.where(down, values, 0.0)
         plus += tl.where(up, weight, 0.0)
         minus += tl.where(down, weight, 0.0)
-        votes += (up | down).to(tl.int32)
+        kept += (up | down).to(tl.int32)
         factors += 3
         limits += 2
-    lead = positive + negative >= 0
-    agreed = tl.where(lead, positive, negative)
+    elected = positive + negative >= 0
+    agreed = tl.where(elected, positive, negative)
     if MEAN:
-        agreed = tl.div_rn(agreed, tl.maximum(tl.where(lead, plus, minus), MIN_DIVISOR))
+        agreed = tl.div_rn(agreed, tl.maximum(tl.where(elected, plus, minus), LEAST_DIVISOR))
     tl.store(out + place, agreed, mask=there)
-    tl.atomic_add(tally, tl.sum(tl.ravel((there & (positive > 0) & (negative < 0)).to(tl.int32)), 0))
-    tl.atomic_add(tally + 1, tl.sum(tl.ravel((there & (votes > 1)).to(tl.int32)), 0))
+    tl.atomic_add(counts, tl.sum(tl.ravel((there & (positive > 0) & (negative < 0)).to(tl.int32)), 0))
+    tl.atomic_add(counts + 1, tl.sum(tl.ravel((there & (kept > 1)).to(tl.int32)), 0))
 
 
 block = triton.jit(_block)
 product = triton.jit(_product)
-read_kernel: Any = triton.jit(_read, do_not_specialize=["rank", "rows"])
-census_kernel: Any = triton.jit(_census, do_not_specialize=["rank", "rows", "low", "high"])
-vote_kernel: Any = triton.jit(_vote, do_not_specialize=["count", "rows"])
+multiply_kernel: Any = triton.jit(_multiply, do_not_specialize=["rank", "rows"])
+count_kernel: Any = triton.jit(_count, do_not_specialize=["rank", "rows", "low", "high"])
+merge_kernel: Any = triton.jit(_merge, do_not_specialize=["members", "rows"])
 
 
-def read(B: Tensor, A: Tensor, out: Tensor) -> None:
-    """B·A into `out`, with the bits that `census` and `vote` see.
+def multiply(B: Tensor, A: Tensor, out: Tensor) -> None:
+    """Write B·A into `out`.
 
     Args:
         B: (rows, r).
         A: (r, columns).
         out: (rows, columns).
     """
-    _launch(read_kernel, out.shape, B, A, len(A), *out.shape, out)
+    _launch(multiply_kernel, out.shape, B, A, len(A), *out.shape, out)
 
 
-def census(B: Tensor, A: Tensor, low: float, high: float, found: Tensor) -> tuple[int, np.ndarray]:
-    """(how many magnitudes of B·A exceed `high`, those in [low, high] in no certain order).
+def count(B: Tensor, A: Tensor, low: float, high: float) -> tuple[int, np.ndarray]:
+    """Return how many magnitudes of B·A exceed `high`, and those in [low, high] in any order.
 
     Args:
         B: (rows, r).
         A: (r, columns).
         low, high: 0 ≤ low ≤ high.
-        found: room for rows·columns numbers.
     """
     shape = len(B), A.shape[1]
     counts = torch.zeros(2, dtype=torch.int32, device=B.device)
-    _launch(census_kernel, shape, B, A, len(A), *shape, float(low), float(high), counts, found)
+    found = torch.empty(shape[0] * shape[1], device=B.device)
+    _launch(count_kernel, shape, B, A, len(A), *shape, float(low), float(high), counts, found)
     above, inside = counts.tolist()  # here it waits for the device
     return above, torch.empty(inside).copy_(found[:inside]).numpy()
 
 
-def vote(
+def merge(
     factors: Sequence[tuple[Tensor, Tensor]], below: Sequence[float], weights: Sequence[float], mean: bool, out: Tensor
 ) -> tuple[int, int]:
-    """The disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `SignedSums`.
+    """Write the disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `Kernels.merge_rows`.
 
     Args:
         factors: B (rows, r) and A (r, columns) of each; r may differ.
-        below: for each, the largest magnitude that is cut.
-        weights: for each, what its vote adds to the divisor of the mean.
+        below: for each, the largest magnitude that is trimmed away.
+        weights: for each, what it adds to the divisor of the mean.
+        mean: the mean, else the sum.
         out: (rows, columns).
-    Returns: how many entries have votes of both signs, how many have several votes.
+    Returns: how many entries have kept values of both signs, and how many have several kept values.
     """
-    held = [(B, A if A.data_ptr() % ALIGNED.value == 0 else A.clone()) for B, A in factors]
-    table = torch.tensor([(B.data_ptr(), A.data_ptr(), len(A)) for B, A in held], dtype=torch.int64, device=out.device)
+    aligned = [(B, A if A.data_ptr() % ALIGNED.value == 0 else A.clone()) for B, A in factors]
+    rows = [(B.data_ptr(), A.data_ptr(), len(A)) for B, A in aligned]
+    table = torch.tensor(rows, dtype=torch.int64, device=out.device)
     limits = torch.tensor([*zip(below, weights, strict=True)], dtype=torch.float32, device=out.device)
-    tally = torch.zeros(2, dtype=torch.int32, device=out.device)
-    _launch(vote_kernel, out.shape, table, limits, len(held), *out.shape, out, tally, mean)
-    conflicting, shared = tally.tolist()
+    counts = torch.zeros(2, dtype=torch.int32, device=out.device)
+    _launch(merge_kernel, out.shape, table, limits, len(aligned), *out.shape, out, counts, mean)
+    conflicting, shared = counts.tolist()
     return conflicting, shared
 
 
