@@ -16,9 +16,9 @@ from sampling import covering
 
 import ties_peft
 from ties_peft import Recipe, TiesPeftError, TiesPeftWarning
-from ties_peft.adapters.aliases import COMBINATION_TYPES, MERGEKIT, PARAMETERS
 from ties_peft.merging.recipes.mergekit import METHODS
 from ties_peft.methods import method_classes
+from ties_peft.methods.aliases import COMBINATION_TYPES, MERGEKIT, PARAMETERS
 
 Make = Callable[..., Path]
 

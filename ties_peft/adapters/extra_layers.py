@@ -1,4 +1,4 @@
-"""Layers: what adapters hold whole of one layer, and how their tensors compare."""
+"""Extra layers: the layers that some adapters of a merge hold as a whole, and how their tensors compare."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .adapter import Adapter
 from .base_model import BaseModel
-from .extra_tensors import BASE, LAYER, TOKENS, ExtraTensor, Holder, TensorsByAdapter
+from .extra_tensors import BASE, LAYER, TOKENS, ExtraTensor, TensorsByAdapter
 from .tensors import FLOATING
 
 ROWS = 8  # of a table in a message
@@ -17,14 +18,14 @@ ROWS = 8  # of a table in a message
 
 @dataclass(frozen=True)
 class ExtraLayer:
-    """One layer that some adapters hold whole, and what becomes of it.
+    """One layer that some adapters hold as a whole, and what the merge does with it.
 
     Attributes:
         module: its path in the base model.
-        role: layer, plain, bias, base or tokens; see `riders`.
-        by_adapter: for each adapter that holds it, by its place, its tensors by name.
-        used: the adapters whose values go into the result; none where it is left out.
-        outcome: identical, only, kept, average, merged, unchanged or left out.
+        role: layer, plain, bias, base or tokens; see `extra_tensors`.
+        by_adapter: its tensors in each adapter that holds it.
+        used: the indices of the adapters whose values go into the result; empty if the layer is left out.
+        outcome: identical, only, kept, average, merged, unchanged or left out; empty if none is possible.
     """
 
     module: str
@@ -35,46 +36,46 @@ class ExtraLayer:
 
     @property
     def tensors(self) -> Mapping[str, ExtraTensor]:
-        """The tensors of the adapters whose values are used, of the first that has each; else of the first holder."""
+        """Each tensor of the layer, from the first adapter that holds it among those used, or else from the first holder."""
         found: dict[str, ExtraTensor] = {}
-        for place in self.used or (min(self.by_adapter),):
-            found = {**self.by_adapter[place], **found}
+        for index in self.used or (min(self.by_adapter),):
+            found = {**self.by_adapter[index], **found}
         return found
 
 
-def layer_role(held: TensorsByAdapter, places: Sequence[int]) -> str:
-    """The form of a layer that adapters may hold in several: trained whole in one, it is so."""
-    forms = [rider.role for place in places for rider in held[place].values()]
-    return next((form for form in (TOKENS, LAYER, BASE) if form in forms), forms[0])
+def layer_role(tensors: TensorsByAdapter, indices: Sequence[int]) -> str:
+    """Return the role of a layer; where it differs between adapters, tokens and layer come before base and the others."""
+    roles = [extra.role for index in indices for extra in tensors[index].values()]
+    return next((role for role in (TOKENS, LAYER, BASE) if role in roles), roles[0])
 
 
-def is_mergeable(layer: ExtraLayer, adapters: Sequence[Holder]) -> bool:
-    """Whether policy merge takes a layer: one of float tensors, which not all of several adapters hold alike."""
-    alike = 1 < len(adapters) == len(layer.by_adapter) and all_equal(layer, adapters)
-    return layer.role != TOKENS and _fractions(layer, adapters) and not alike
+def is_mergeable(layer: ExtraLayer, adapters: Sequence[Adapter]) -> bool:
+    """Return whether policy `merge` merges a layer: its tensors are floats, and not equal in all of several adapters."""
+    equal = 1 < len(adapters) == len(layer.by_adapter) and all_equal(layer, adapters)
+    return layer.role != TOKENS and _all_floating(layer, adapters) and not equal
 
 
-def equals_base(layer: ExtraLayer, adapters: Sequence[Holder], base: BaseModel) -> bool:
-    """Whether all that is held of a layer are copies of the base's own weight, with the base's values."""
-    for place, own in layer.by_adapter.items():
-        for name, rider in own.items():
-            found = base.find(f"{layer.module}.{name}") if rider.role == BASE else None
-            if found is None or tuple(base.info(found).shape) != rider.shape:
+def equals_base(layer: ExtraLayer, adapters: Sequence[Adapter], base: BaseModel) -> bool:
+    """Return whether all tensors of a layer are copies of the base model's weights with the same values."""
+    for index, own in layer.by_adapter.items():
+        for name, extra in own.items():
+            found = base.find(f"{layer.module}.{name}") if extra.role == BASE else None
+            if found is None or tuple(base.info(found).shape) != extra.shape:
                 return False
-            if not _equal(base.read(found), adapters[place].tensors.read(rider.key)):
+            if not _equal(base.read(found), adapters[index].tensors.read(extra.key)):
                 return False
     return True
 
 
-def all_equal(layer: ExtraLayer, adapters: Sequence[Holder]) -> bool:
-    """Whether all that hold a layer hold the same values; two tensors are in memory at a time."""
-    if not _same_form(layer):
+def all_equal(layer: ExtraLayer, adapters: Sequence[Adapter]) -> bool:
+    """Return whether all adapters that hold a layer hold the same values; two tensors are in memory at a time."""
+    if not _same_shapes(layer):
         return False
     first, *rest = sorted(layer.by_adapter)
-    for name, rider in layer.by_adapter[first].items():
-        tensor = adapters[first].tensors.read(rider.key)
-        for place in rest:
-            other = adapters[place].tensors.read(layer.by_adapter[place][name].key)
+    for name, extra in layer.by_adapter[first].items():
+        tensor = adapters[first].tensors.read(extra.key)
+        for index in rest:
+            other = adapters[index].tensors.read(layer.by_adapter[index][name].key)
             if not _equal(tensor, other):
                 return False
     return True
@@ -85,29 +86,29 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.to(wide), other.to(wide))
 
 
-def _same_form(layer: ExtraLayer) -> bool:
-    forms = [{name: (r.shape, r.rows) for name, r in own.items()} for own in layer.by_adapter.values()]
-    return all(form == forms[0] for form in forms)
+def _same_shapes(layer: ExtraLayer) -> bool:
+    shapes = [{name: (extra.shape, extra.rows) for name, extra in own.items()} for own in layer.by_adapter.values()]
+    return all(own == shapes[0] for own in shapes)
 
 
-def can_average(layer: ExtraLayer, adapters: Sequence[Holder]) -> bool:
-    """Whether all that hold a layer hold the same tensors of it, of numbers with a fraction."""
-    return _same_form(layer) and _fractions(layer, adapters)
+def can_average(layer: ExtraLayer, adapters: Sequence[Adapter]) -> bool:
+    """Return whether all adapters that hold a layer hold the same tensors of it, as floats."""
+    return _same_shapes(layer) and _all_floating(layer, adapters)
 
 
-def _fractions(layer: ExtraLayer, adapters: Sequence[Holder]) -> bool:
-    keys = [(place, rider.key) for place, own in layer.by_adapter.items() for rider in own.values()]
-    return all(adapters[place].tensors.info(key).dtype in FLOATING for place, key in keys)
+def _all_floating(layer: ExtraLayer, adapters: Sequence[Adapter]) -> bool:
+    keys = [(index, extra.key) for index, own in layer.by_adapter.items() for extra in own.values()]
+    return all(adapters[index].tensors.info(key).dtype in FLOATING for index, key in keys)
 
 
 def difference_table(layers: Sequence[ExtraLayer], names: Sequence[str]) -> str:
-    """A row for each layer that differs: what each adapter holds of it."""
+    """Return a table with a row for each layer: what each adapter holds of it."""
     rows = []
     for layer in layers[:ROWS]:
-        sizes = {place: ", ".join(rider.size for rider in own.values()) for place, own in layer.by_adapter.items()}
+        sizes = _sizes(layer)
         if len(set(sizes.values())) == 1:
-            holders = ", ".join(names[place] for place in sorted(sizes))
-            text = f"{next(iter(sizes.values()))}, with unlike values in {holders}"
+            holders = ", ".join(names[index] for index in sizes)
+            text = f"{next(iter(sizes.values()))}, with different values in {holders}"
         else:
             text = holders_text(layer, names)
         rows.append(f"  {layer.module}: {text}")
@@ -116,8 +117,10 @@ def difference_table(layers: Sequence[ExtraLayer], names: Sequence[str]) -> str:
 
 
 def holders_text(layer: ExtraLayer, names: Sequence[str]) -> str:
-    """What each adapter holds of a layer."""
-    own = {
-        place: ", ".join(rider.size for rider in riders.values()) for place, riders in sorted(layer.by_adapter.items())
-    }
-    return ", ".join(f"{names[place]} has {size}" for place, size in own.items())
+    """Return what each adapter holds of a layer, in words."""
+    return ", ".join(f"{names[index]} has {size}" for index, size in _sizes(layer).items())
+
+
+def _sizes(layer: ExtraLayer) -> dict[int, str]:
+    by_index = sorted(layer.by_adapter.items())
+    return {index: ", ".join(extra.size for extra in own.values()) for index, own in by_index}

@@ -1,11 +1,11 @@
-"""Statistics: what some methods must know of an adapter beyond its weights, kept in a file beside them.
+"""Statistics that some methods need besides an adapter's weights, kept in a file beside them.
 
-    fisher   (out, in) for LoRA, (k,) for (IA)³: how sharply the adapter's predictions depend on each
-             entry of its task vector, E[(∂ log p / ∂τ)²]
-    gram     (in, in): the second moments of the inputs of each module, E[x·xᵀ]
+    fisher   (out, in) for LoRA, (k,) for (IA)³: the diagonal of the Fisher information of each task vector,
+             E[(∂ log p / ∂τ)²]
+    gram     (in, in): the second moments of each module's input, E[x·xᵀ]
 
-Each kind has a file of its own, `fisher.safetensors` or `gram.safetensors`, with the digest of the
-adapter inside: statistics of another adapter, or of this one before it was trained on, are refused.
+Each kind has its own file, `fisher.safetensors` or `gram.safetensors`, which holds the adapter's digest. Statistics of
+another adapter, or of the same one before it was trained further, are refused.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from ..errors import AdapterError, CompatibilityError
 from .tensors import MemoryTensors, SafetensorsFile, TensorInfo
 from .writer import write_tensors
 
-METADATA_KEY = "ties_peft"  # the key of the file's metadata that holds them, as JSON
+METADATA_KEY = "ties_peft"  # in the safetensors file: where `Statistics.metadata` is stored as JSON
 
 
 class RowReader(Protocol):
-    """Named tensors of which some rows can be read alone."""
+    """Named tensors that can be read a few rows at a time."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names, sorted."""
+        """The names of all tensors, sorted."""
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype."""
+        """Return shape and dtype."""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start…stop of a tensor."""
+        """Return rows start…stop of a tensor."""
 
 
 @dataclass(frozen=True)
 class ModuleStatistics:
-    """That of one module.
+    """The statistics of one module: a tensor of a file, divided by a number.
 
     Attributes:
-        source: where it lies.
-        name: of the tensor there.
-        divisor: what it is divided by.
+        source: the file.
+        name: of the tensor in it.
+        divisor: by which the tensor is divided.
     """
 
     source: RowReader
@@ -58,25 +58,25 @@ class ModuleStatistics:
     divisor: float = 1.0
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start…stop, float32, on the CPU."""
+        """Return rows start…stop, float32, on the CPU."""
         values = self.source.rows(self.name, start, stop).float()
         return values if self.divisor == 1 else values / self.divisor
 
     def whole(self) -> Tensor:
-        """All of it, float32, on the CPU."""
+        """Return all rows, float32, on the CPU."""
         return self.rows(0, self.source.info(self.name).shape[0])
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Those of all modules of one adapter, of one kind.
+    """The statistics of one kind of all modules of one adapter.
 
     Attributes:
         kind: `fisher` or `gram`.
         source: the tensors.
-        metadata: how they were made: the adapter's digest (`adapter`), the number of rows (`rows`), and
-            for modules with the same values the one that holds them (`same`).
-        norms: those found so far, by modules.
+        metadata: how they were gathered: the adapter's digest (`adapter`), the number of rows of data (`rows`), and for
+            each module whose values equal another's the module under whose name they are stored (`same`).
+        norms: results of `norm`, by its modules.
     """
 
     kind: str
@@ -86,12 +86,12 @@ class Statistics:
 
     @classmethod
     def open(cls, path: Path, kind: str, label: str) -> Statistics:
-        """Open the file of one kind; only names, shapes and metadata are read.
+        """Open the file of one kind; tensors are not read yet.
 
-        Raises: AdapterError where it is not such a file.
+        Raises: AdapterError if it is not such a file.
         """
         file = SafetensorsFile(path, label)
-        file.names  # noqa: B018  (refuses what is damaged)
+        file.names  # noqa: B018  (raises if the file is damaged)
         try:
             with safe_open(path, framework="pt", device="cpu") as opened:
                 metadata = json.loads((opened.metadata() or {})[METADATA_KEY])
@@ -102,25 +102,25 @@ class Statistics:
             known = False
         if not known:
             raise AdapterError(
-                f"adapter '{label}': {path.name} holds no {kind} statistics of ties_peft's. Delete it, and make them "
-                f"anew: {gather_command(label, kind)}."
+                f"adapter '{label}': {path.name} does not hold {kind} statistics that ties_peft wrote. Delete it, "
+                f"and gather them again: {gather_command(label, kind)}."
             )
         return cls(kind, file, metadata)
 
     @classmethod
     def make(cls, kind: str, adapter: str, tensors: Mapping[str, Tensor], rows: int, **more: Any) -> Statistics:
-        """Of tensors in memory.
+        """Make the statistics of an adapter from tensors in memory.
 
         Args:
             kind: `fisher` or `gram`.
-            adapter: its digest.
+            adapter: the adapter's digest.
             tensors: by module.
-            rows: how many were looked at.
-            more: metadata that are worth keeping.
+            rows: the number of rows of data that they were gathered from.
+            more: further entries of `metadata`.
         """
         kept: dict[str, Tensor] = {}
         same: dict[str, str] = {}
-        for name, tensor in sorted(tensors.items()):  # query, key and value read one input
+        for name, tensor in sorted(tensors.items()):  # query, key and value have the same input
             twin = next((k for k, t in kept.items() if t.shape == tensor.shape and torch.equal(t, tensor)), None)
             if twin is None:
                 kept[name] = tensor
@@ -130,9 +130,9 @@ class Statistics:
         return cls(kind, MemoryTensors(kept), metadata)
 
     def save(self, folder: Path) -> Path:
-        """Write their file into an adapter's folder; one that is there gives way only to a whole new one.
+        """Write the file into an adapter's folder; an existing one is replaced once the new one is complete.
 
-        Raises: AdapterError where the folder cannot be written to.
+        Raises: AdapterError if the folder cannot be written to.
         """
         path = folder / file_name(self.kind)
         staged = path.with_name(f".{path.name}.{os.getpid()}")
@@ -141,61 +141,63 @@ class Statistics:
             write_tensors(staged, tensors, {METADATA_KEY: json.dumps(dict(self.metadata))})
             staged.replace(path)
         except OSError as error:
-            raise AdapterError(f"the statistics cannot be written to '{path}': {error}.") from None
+            raise AdapterError(
+                f"the statistics cannot be written to '{path}': {error}. Make the adapter's folder writable."
+            ) from None
         finally:
             staged.unlink(missing_ok=True)
         return path
 
-    def of(self, module: str) -> ModuleStatistics | None:
-        """That of one module; None if there is none."""
+    def of_module(self, module: str) -> ModuleStatistics | None:
+        """Return the statistics of one module; None if there are none."""
         name = self.metadata["same"].get(module, module)
         return ModuleStatistics(self.source, name) if name in self.source.names else None
 
     def norm(self, modules: Sequence[str]) -> float:
-        """Return the Frobenius norm over some modules, in float64; they are read once."""
+        """Return the Frobenius norm over some modules, in float64; it is computed once."""
         key = tuple(modules)
         if key not in self.norms:
-            found = (one for module in key if (one := self.of(module)) is not None)
+            found = (one for module in key if (one := self.of_module(module)) is not None)
             self.norms[key] = math.hypot(*(float(torch.linalg.vector_norm(one.whole().double())) for one in found))
         return self.norms[key]
 
     def renamed(self, names: Mapping[str, str]) -> Statistics:
-        """The same under other names for some modules (old → new)."""
+        """Return the same statistics with other names for some modules (old → new)."""
         same = {**self.metadata["same"], **{new: self.metadata["same"].get(old, old) for old, new in names.items()}}
         return replace(self, metadata={**self.metadata, "same": same})
 
     def check(self, digest: str, shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
-        """Refuse statistics that are not of this adapter, or not of all its modules.
+        """Refuse statistics of another adapter, and statistics that lack some of its modules.
 
         Args:
             digest: of the adapter.
             shapes: of each module's task vector.
-            label: how messages name the adapter.
+            label: the adapter's name in messages.
         Raises: CompatibilityError.
         """
         if self.metadata["adapter"] != digest:
             raise CompatibilityError(
                 f"adapter '{label}': the {self.kind} statistics beside it are of an adapter with digest "
-                f"{self.metadata['adapter'][:12]}, and it has {digest[:12]}: they belong to another, or to what "
-                f"it was before. Make them anew: {gather_command(label, self.kind)}."
+                f"{self.metadata['adapter'][:12]}, and it has {digest[:12]}: they belong to another adapter, or to this one "
+                f"before its weights changed. Gather them again: {gather_command(label, self.kind)}."
             )
         for module, shape in shapes.items():
-            found = self.of(module)
+            found = self.of_module(module)
             seen = None if found is None else found.source.info(found.name).shape
             expected = (shape[-1], shape[-1]) if self.kind == "gram" else shape
             if seen != expected:
                 raise CompatibilityError(
                     f"adapter '{label}', module {module!r}: its {self.kind} statistics are "
-                    f"{'missing' if seen is None else list(seen)}; expected {list(expected)}. Make them anew: "
+                    f"{'missing' if seen is None else list(seen)}; expected {list(expected)}. Gather them again: "
                     f"{gather_command(label, self.kind)}."
                 )
 
 
 def file_name(kind: str) -> str:
-    """The name of the file beside an adapter."""
+    """Return the name of the file of one kind."""
     return f"{kind}.safetensors"
 
 
 def gather_command(label: str, kind: str) -> str:
-    """What makes the statistics of an adapter."""
+    """Return the command that gathers an adapter's statistics."""
     return f"ties-peft statistics {label} --kind {kind} --task FILE"

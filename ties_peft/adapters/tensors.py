@@ -1,7 +1,7 @@
-"""Where tensors come from: a safetensors file, an old `.bin`, or memory; always by name, always lazily.
+"""Tensor files: read named tensors lazily from a safetensors file, a `.bin` of old releases, or memory.
 
-Nothing in a file is executed: safetensors holds no code, and `.bin` goes through PyTorch's
-weights-only loader. A file that cannot be read ends in an `AdapterError` that says why.
+No code in a file is executed: safetensors holds none, and `.bin` is read by PyTorch's weights-only loader. A file that
+cannot be read raises an `AdapterError` that says why.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FLOATING = frozenset(str(dtype).removeprefix("torch.") for dtype in DTYPES.value
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a tensor is without reading it."""
+    """Shape and dtype of a tensor that has not been read."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -48,13 +48,13 @@ class TensorSource(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names, sorted."""
+        """The names of all tensors, sorted."""
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype."""
+        """Return shape and dtype."""
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, in its own dtype."""
+        """Return a tensor on the CPU, in its own dtype."""
 
 
 class MemoryTensors:
@@ -65,28 +65,28 @@ class MemoryTensors:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names, sorted."""
+        """The names of all tensors, sorted."""
         return tuple(self._tensors)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype."""
+        """Return shape and dtype."""
         tensor = self._tensors[name]
         return TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def read(self, name: str) -> Tensor:
-        """The tensor."""
+        """Return a tensor."""
         return self._tensors[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start…stop of it."""
+        """Return rows start…stop of a tensor."""
         return self._tensors[name][start:stop]
 
 
 class SafetensorsFile:
-    """A safetensors file, read a tensor at a time into memory of its own, so that none of it stays mapped.
+    """A safetensors file, of which one tensor at a time is copied into memory; no part of the file stays mapped.
 
-    The library checks the header; where the bytes lie is then read from it once, so that a tensor
-    costs a copy of its bytes and not another parse.
+    The safetensors library checks the header. The positions of the tensors are read from it once, so that reading a
+    tensor copies its bytes without parsing the header again.
     """
 
     def __init__(self, path: Path, label: str) -> None:
@@ -95,7 +95,7 @@ class SafetensorsFile:
     @cached_property
     def _index(self) -> dict[str, TensorInfo]:
         _refuse_unreadable(self.path, self.label)
-        self._state = _state(self.path)
+        self._fingerprint = _fingerprint(self.path)
         try:
             with safe_open(self.path, framework="pt", device="cpu") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
@@ -105,7 +105,7 @@ class SafetensorsFile:
 
     @cached_property
     def _bytes(self) -> dict[str, tuple[int, int]]:
-        """Where each tensor's bytes start in the file, and how many they are."""
+        """For each tensor, the position of its first byte in the file and the number of its bytes."""
         assert self._index is not None  # the header has been checked
         with self.path.open("rb") as file:
             start = 8 + int.from_bytes(header := file.read(8), "little")
@@ -115,18 +115,18 @@ class SafetensorsFile:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names, sorted."""
+        """The names of all tensors, sorted."""
         return tuple(self._index)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype, from the header."""
+        """Return shape and dtype from the header."""
         return self._index[name]
 
     def read(self, name: str) -> Tensor:
-        """The tensor, copied out of the file."""
+        """Return a tensor, copied out of the file."""
         info = self._index[name]
         try:
-            if info.dtype not in FLOATING:  # no merge takes it: as the library reads it
+            if info.dtype not in FLOATING:  # rare, so left to the library
                 with safe_open(self.path, framework="pt", device="cpu") as opened:
                     return opened.get_tensor(name).clone()  # type: ignore[no-any-return]
             tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
@@ -142,7 +142,7 @@ class SafetensorsFile:
             raise self._damaged(error) from None
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start…stop of the tensor, copied out of the file without reading the others."""
+        """Return rows start…stop of a tensor without reading its other rows."""
         try:
             with safe_open(self.path, framework="pt", device="cpu") as file:
                 return file.get_slice(name)[start:stop].clone()  # type: ignore[no-any-return]
@@ -150,19 +150,19 @@ class SafetensorsFile:
             raise self._damaged(error) from None
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Ask the system to fetch the bytes of some tensors from the disk while something else is done."""
+        """Ask the operating system to load the bytes of some tensors from the disk in the background."""
         if not hasattr(os, "posix_fadvise"):
             return
-        with suppress(OSError), self.path.open("rb", buffering=0) as file:  # what is wrong, `read` will say
+        with suppress(OSError), self.path.open("rb", buffering=0) as file:  # `read` reports a fault
             for start, length in (self._bytes[name] for name in names):
                 os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def _refuse_changed(self) -> None:
-        """A merge reads a file several times; what it reports and writes must be of one content."""
-        if _state(self.path) != self._state:
+        """Refuse a file that has changed since its header was read: a merge reads it several times and needs one content."""
+        if _fingerprint(self.path) != self._fingerprint:
             raise AdapterError(
                 f"adapter '{self.label}': {self.path.name} was changed while it was read. Nothing was written: wait until "
-                "whatever writes it is done, and merge again."
+                "the program that writes it has finished, and merge again."
             )
 
     def _damaged(self, error: Exception) -> AdapterError:
@@ -174,7 +174,7 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """An `adapter_model.bin` as old releases of PEFT wrote it, through the weights-only loader."""
+    """An `adapter_model.bin`, the format of old releases of PEFT, read by PyTorch's weights-only loader."""
 
     def __init__(self, path: Path, label: str) -> None:
         self.path, self.label = path, label
@@ -184,7 +184,7 @@ class PickleFile:
         _refuse_unreadable(self.path, self.label)
         _refuse_inflated(self.path, self.label)
         try:
-            with warnings.catch_warnings():  # torch's remarks on the pickle would stand beside our one message
+            with warnings.catch_warnings():  # PyTorch warns about the pickle; our error says enough
                 warnings.simplefilter("ignore")
                 loaded = torch.load(self.path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
@@ -192,7 +192,7 @@ class PickleFile:
                 f"adapter '{self.label}': {self.path.name} holds more than tensors, and loading that could run "
                 "code. It was not executed. Get the adapter as safetensors, or convert it where you trust it."
             ) from None
-        except Exception as error:  # the loader's errors on damaged bytes are of many types
+        except Exception as error:  # damaged bytes make the loader raise errors of many types
             raise AdapterError(
                 f"adapter '{self.label}': {self.path.name} cannot be read "
                 f"({type(error).__name__}: {one_line(error)}). Download or save the adapter again."
@@ -217,36 +217,50 @@ class PickleFile:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names, sorted."""
+        """The names of all tensors, sorted."""
         return tuple(self._tensors)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype."""
+        """Return shape and dtype."""
         return MemoryTensors(self._tensors).info(name)
 
     def read(self, name: str) -> Tensor:
-        """The tensor."""
+        """Return a tensor."""
         return self._tensors[name]
 
 
-class Digest:
-    """A sha256 over names, shapes, dtypes and bytes, a tensor at a time."""
+def open_tensors(path: Path, label: str) -> SafetensorsFile | PickleFile:
+    """Open a file of weights by its suffix.
 
-    def __init__(self, extra: str = "") -> None:
-        self._running = hashlib.sha256(extra.encode())
+    Args:
+        path: of the file.
+        label: the adapter's name in messages.
+    """
+    return (SafetensorsFile if path.suffix == ".safetensors" else PickleFile)(path, label)
+
+
+class Digest:
+    """A sha256 over names, shapes, dtypes and bytes, updated with one tensor at a time.
+
+    Args:
+        header: is covered before the tensors.
+    """
+
+    def __init__(self, header: str = "") -> None:
+        self._sha256 = hashlib.sha256(header.encode())
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take in one tensor; their order matters."""
+        """Update the digest with one tensor; the order of the calls matters."""
         dtype = str(tensor.dtype).removeprefix("torch.")
-        self._running.update(f"\n{name} {dtype} {list(tensor.shape)}\n".encode())
-        self._running.update(_raw(tensor.contiguous()))
+        self._sha256.update(f"\n{name} {dtype} {list(tensor.shape)}\n".encode())
+        self._sha256.update(_raw(tensor.contiguous()))
 
     def __str__(self) -> str:
-        return self._running.hexdigest()
+        return self._sha256.hexdigest()
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, where they lie."""
+    """Return the memory of a contiguous tensor without copying it."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -255,14 +269,14 @@ def _info(shape: list[int], dtype: str) -> TensorInfo:
     return TensorInfo(tuple(shape), str(known).removeprefix("torch.") if known else dtype)
 
 
-def _state(path: Path) -> tuple[int, int, int]:
-    """What tells one content of a file from the next: which file it is, its size, when it was written."""
+def _fingerprint(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is written anew: its inode, size and time of modification."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _fill(memory: memoryview, file: BinaryIO) -> int:
-    """How many bytes could be read into all of `memory`; one call to the system gives 2 GB at most."""
+    """Fill `memory` from a file and return the number of bytes read; one system call reads 2 GB at most."""
     found = 0
     while part := file.readinto(memory[found:]):  # type: ignore[attr-defined]
         found += part
@@ -270,14 +284,14 @@ def _fill(memory: memoryview, file: BinaryIO) -> int:
 
 
 def _refuse_inflated(path: Path, label: str) -> None:
-    """Refuse an archive whose members are larger than itself: PyTorch compresses nothing, a trap does."""
+    """Refuse an archive whose members are larger than itself: PyTorch does not compress, but a decompression bomb does."""
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # the loader says what is wrong with it
+        return  # the loader reports the fault
     if size > path.stat().st_size:
         raise AdapterError(
             f"adapter '{label}': {path.name} would unpack from {path.stat().st_size:,} to {size:,} bytes; PyTorch's own "
@@ -286,7 +300,7 @@ def _refuse_inflated(path: Path, label: str) -> None:
 
 
 def _refuse_unreadable(path: Path, label: str) -> None:
-    """Faults that deserve a better word than the parser's."""
+    """Refuse an empty file and a Git LFS pointer, for which the parser's message would be unclear."""
     if path.stat().st_size == 0:
         raise AdapterError(f"adapter '{label}': {path.name} is empty. Download or save the adapter again.")
     with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""TokenizerFiles: tokenizer and chat-template files that lie beside adapters, and go with the result.
+"""Tokenizer and chat-template files beside the adapters, which are copied into the result.
 
-They belong together, so that they are copied all or not at all: every one must be the same bytes in
-all of the inputs that have it.
+Either all of them are copied or none: each file must have the same bytes in all inputs that have it, because the files of
+one tokenizer depend on each other.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 
 from .sources import TOKENIZER_FILES, stays_inside
 
-LARGEST = 1 << 28  # bytes; no tokenizer has as many
+LARGEST = 1 << 28  # bytes; tokenizer files are smaller
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What is copied, and what was left out.
+    """The tokenizer files of some adapters.
 
     Attributes:
-        files: content by name.
-        remark: why some were left out, in a sentence; None if none was.
+        files: those to copy, content by name.
+        remark: a sentence that says why the files were left out; None if they were not.
     """
 
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -31,15 +31,15 @@ class TokenizerFiles:
 
     @property
     def digests(self) -> dict[str, str]:
-        """A sha256 of each file, in hexadecimal."""
+        """The sha256 of each file, in hexadecimal."""
         return {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
 
 
 def collect_tokenizer_files(folders: Iterable[tuple[str, Path | None]]) -> TokenizerFiles:
-    """The companions of some adapters.
+    """Read the tokenizer files beside some adapters.
 
     Args:
-        folders: (how messages name it, where its files lie) of each; None for one in memory.
+        folders: of each adapter its name in messages and its folder; None for an adapter in memory.
     Law: the order of the adapters does not matter.
     """
     held: dict[str, dict[str, list[str]]] = {}  # file → its digest → the adapters that have it
@@ -77,5 +77,5 @@ def _digest_of(path: str, size: int, changed: int) -> str:
 
 
 def _differs(owners: Mapping[str, Sequence[str]]) -> str:
-    """Who has which: the names with the same content joined by +, the versions by /."""
+    """Return which adapters have the same content: their names joined by +, the versions by /."""
     return " / ".join(" + ".join(sorted(names)) for names in sorted(map(list, owners.values())))

@@ -14,9 +14,7 @@ from ..adapters.base_model import BaseModel
 from ..adapters.extra_tensors import (
     describe_extra_tensors,
     missing_layers,
-    read_extra_tensors,
     unused_copies,
-    whole_layer_names,
 )
 from ..adapters.sources import ADAPTER_CONFIG, adapter_subfolders, expand_patterns, find_files, local_path
 from ..adapters.tokenizer_files import collect_tokenizer_files
@@ -234,9 +232,7 @@ def _summarize(adapter: Adapter) -> AdapterSummary:
 
 
 def _extra_tensors(adapter: Adapter) -> tuple[str, ...]:
-    found = read_extra_tensors(
-        adapter.extra_keys, adapter.config, adapter.tensors, whole_layer_names([adapter.config]), adapter.label
-    )
+    found = adapter.extra_tensors()
     return tuple(describe_extra_tensors(found, len(unused_copies(adapter.extra_keys))))
 
 
@@ -281,7 +277,7 @@ def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
     silent = [name for name, norm in norms.items() if norm == 0]
     if silent:
         found.append(f"{len(silent)} of {len(norms)} modules do nothing (zero task vector)")
-    riders = read_extra_tensors(adapter.extra_keys, config, adapter.tensors, whole_layer_names([config]), adapter.label)
+    riders = adapter.extra_tensors()
     found += [text.removesuffix(".") for text in missing_layers(config, riders)]
     if adapter.base_name is None:
         found.append("names no base model")

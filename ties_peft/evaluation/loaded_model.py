@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.extra_tensors import BASE, TOKENS, ExtraTensor, read_extra_tensors, whole_layer_names
+from ..adapters.extra_tensors import BASE, TOKENS, ExtraTensor
 from ..adapters.types.base import BIAS, EXPERT, ModuleInfo
 from ..errors import CompatibilityError, RecipeError
 from ..merging.values import check_device
@@ -373,8 +373,7 @@ def _base_layer(layer: Any) -> Any:
 
 def _riders(adapter: Adapter) -> list[ExtraTensor]:
     """What rides along and changes the model: all but the base's own weights."""
-    starts = whole_layer_names([adapter.config])
-    found = read_extra_tensors(adapter.extra_keys, adapter.config, adapter.tensors, starts, adapter.label)
+    found = adapter.extra_tensors()
     return [rider for rider in found if rider.role != BASE]
 
 

@@ -39,7 +39,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.values import is_number
+from ..adapters.numeric import is_number
 from ..errors import RecipeError, one_line, unknown
 from ..merging.recipes.yaml_document import Document, dump
 from .rows import FILES, ClassName, Row, read_rows, texts_of

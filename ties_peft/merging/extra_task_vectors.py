@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
-from ..adapters.extra_tensors import TOKENS, Holder, TensorsByAdapter, shape_text
+from ..adapters.extra_tensors import TOKENS, TensorsByAdapter, shape_text
 from ..adapters.tensors import FLOATING
 from ..errors import MethodError, RecipeError
 from ..methods import Stages
@@ -54,7 +55,9 @@ class ExtraTensorMerge:
     densities: Sequence[Callable[..., float]]
     device: torch.device
 
-    def fault(self, module: str, held: TensorsByAdapter, adapters: Sequence[Holder], weight_of: WeightOf) -> str | None:
+    def fault(
+        self, module: str, held: TensorsByAdapter, adapters: Sequence[Adapter], weight_of: WeightOf
+    ) -> str | None:
         """Why a layer cannot be merged; None if it can."""
         riders = [(place, rider) for place, own in held.items() for rider in own.values()]
         if any(rider.role == TOKENS for _, rider in riders):
@@ -87,7 +90,7 @@ class ExtraTensorMerge:
         return None
 
     def merged(
-        self, module: str, name: str, held: TensorsByAdapter, adapters: Sequence[Holder], weight_of: WeightOf
+        self, module: str, name: str, held: TensorsByAdapter, adapters: Sequence[Adapter], weight_of: WeightOf
     ) -> Tensor:
         """One tensor of a layer, in the dtype of those that hold it, float32 where they differ.
 

@@ -48,7 +48,6 @@ from ..adapters.extra_tensors import (
     ExtraTensor,
     is_head,
     missing_layers,
-    read_extra_tensors,
     unused_copies,
     whole_layer_names,
 )
@@ -198,7 +197,7 @@ def _collect(adapters: Sequence[Adapter], names: Sequence[str], warnings: list[s
     starts = whole_layer_names(adapter.config for adapter in adapters)
     held: dict[tuple[str, bool], dict[int, dict[str, ExtraTensor]]] = {}
     for place, adapter in enumerate(adapters):
-        riders = read_extra_tensors(adapter.extra_keys, adapter.config, adapter.tensors, starts, adapter.label)
+        riders = adapter.extra_tensors(starts)
         for rider in riders:
             own = held.setdefault((rider.module, rider.role == TOKENS), {}).setdefault(place, {})
             own[rider.tensor] = rider

@@ -44,8 +44,8 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.aliases import COMBINATION_TYPES, LARGEST
 from ..errors import RecipeError, unknown
+from ..methods.aliases import COMBINATION_TYPES, LARGEST
 from .merge import make_recipe, merge_recipe
 from .merged import Merged
 from .options import DEVICE, Options, Rank, options_in

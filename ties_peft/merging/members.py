@@ -277,7 +277,7 @@ def module_statistics(method: Method, members: Sequence[Member], module: str) ->
     found = []
     for adapter in (member.adapter for member in members if method.needs):
         statistics = adapter.statistics(method.needs or "")
-        one = None if statistics is None else statistics.of(module)
+        one = None if statistics is None else statistics.of_module(module)
         if statistics is not None and one is not None:
             norm = statistics.norm(adapter.modules) if method.normalizes_statistics() else 1.0
             found.append(replace(one, divisor=norm or 1.0))

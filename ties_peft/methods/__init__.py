@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from ..adapters.aliases import other_name
 from ..errors import MethodError, RecipeError, share_hint, unknown
 from ..spaces import spaces
 from ..task_vectors.trim import Scope
+from .aliases import other_name
 from .base import Density, Method, TaskVectors, Trim, masked
 
 __all__ = [

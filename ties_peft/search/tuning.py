@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..adapters.values import is_number
+from ..adapters.numeric import is_number
 from ..errors import MethodError, RecipeError, unknown
 from ..merging.options import OPTIONS
 from ..merging.recipes.recipe import Recipe

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...adapters.aliases import PARAMETERS
 from ...errors import MethodError, RecipeError, share_hint, unknown
 from ...methods import Method, Stages, find_method, make_stages, method_classes
+from ...methods.aliases import PARAMETERS
 from ...spaces import Space, make_space, spaces
 from ...spaces import find_space as find_known_space
 from ..options import OPTIONS

@@ -1,4 +1,4 @@
-"""Tell numbers from other values of a config, a recipe or a call."""
+"""Numeric: tell numbers from other values of a config, a recipe or a call."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a finite int or float (a bool is not a number)."""
+    """Numeric: tell numbers from other values of a config, a recipe or a call."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond any float
+    except OverflowError:  # an int beyond the range of float
         return False

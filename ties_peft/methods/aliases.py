@@ -1,4 +1,4 @@
-"""Aliases: what PEFT, mergekit and papers call things that have another name here."""
+"""Aliases: the names of methods and parameters in PEFT, mergekit and papers, and what they are called here."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-LARGEST = "largest"  # the largest rank of the adapters
+LARGEST = "largest"  # stands for the largest rank of the adapters
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What one of PEFT's `combination_type` names means here.
+    """The method, space, rank and parameters that one of PEFT's `combination_type` names stands for.
 
     Attributes:
         method, space, parameters: as in `ties_peft.merge`.
-        rank: of the output where none is given; `largest` for the largest of the adapters' own.
+        rank: of the output if none is given; `largest` stands for the largest rank of the adapters.
     """
 
     method: str
@@ -39,10 +39,10 @@ COMBINATION_TYPES = {
     "ties_svd": Meaning("ties", "delta", LARGEST, _MODULE),
 }
 
-# Methods of mergekit that are called otherwise here; `mergekit` says how they differ.
+# Methods that have another name in mergekit; `merging.recipes.mergekit` says how they differ.
 MERGEKIT = {"dare_linear": "dare", "linear": "average", "nuslerp": "slerp"}
 
-# Parameters, in PEFT, mergekit and papers, by their names here.
+# The parameters' names in PEFT, mergekit and papers → the names here.
 PARAMETERS = {
     "combination_type": "method",
     "lam": "scale",
@@ -59,7 +59,7 @@ PARAMETERS = {
 
 
 def other_name(method: str) -> str | None:
-    """Return the sentence on a method that PEFT or mergekit knows by this name; None where neither does.
+    """Return a sentence on what a method of PEFT or mergekit is called here; None if neither has one of this name.
 
     >>> other_name("dare_linear")
     "PEFT's dare_linear is dare in space factors here, mergekit's is dare."
