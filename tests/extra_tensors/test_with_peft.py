@@ -156,7 +156,7 @@ def test_two_heads(tmp_path: Path, config: Callable[[], Any]) -> None:
         ties_peft.merge(folders)
     assert str(caught.value) == (
         "the adapters hold 1 whole layer(s) that differ:\n"
-        "  classifier: bias 2, weight 2 × 16, with unlike values in a, b\n"
+        "  classifier: bias 2, weight 2 × 16, with different values in a, b\n"
         "Say which to keep: --heads keep=a or keep=b; leave them out with drop, or take their weighted mean with average "
         "(heads=… in Python)."
     )

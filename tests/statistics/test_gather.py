@@ -63,7 +63,7 @@ def test_fisher_is_its_definition(lora: Path, labels: str) -> None:
     task = {**tiny.ENCODER, "rows": tiny.rows(labelled=labels == "given")}
     found = gather_statistics(lora, task, "fisher", bench=bench, labels=labels)
     for name, expected in oracle(Adapter.load(lora), bench, labels == "expected").items():
-        near(found.of(name).whole(), expected)  # type: ignore[union-attr]
+        near(found.of_module(name).whole(), expected)  # type: ignore[union-attr]
 
 
 def test_fisher_of_vectors_is_that_of_peft(make_ia3: Make) -> None:
@@ -87,7 +87,7 @@ def test_fisher_of_vectors_is_that_of_peft(make_ia3: Make) -> None:
                 sums[name] += float(log_p.detach().exp()) * slope.flatten() ** 2 / len(tiny.TEXTS)
     assert sorted(sums) == sorted(tiny.BERT_VECTORS)
     for name, expected in sums.items():
-        near(found.of(name).whole(), expected)  # type: ignore[union-attr]
+        near(found.of_module(name).whole(), expected)  # type: ignore[union-attr]
 
 
 def test_gram_is_the_second_moment_of_the_inputs(lora: Path) -> None:
@@ -102,7 +102,7 @@ def test_gram_is_the_second_moment_of_the_inputs(lora: Path) -> None:
     model(**batch)
     for name, inputs in seen.items():
         x = inputs[batch["attention_mask"].bool()]
-        near(found.of(name).whole(), x.T @ x / len(x))  # type: ignore[union-attr]
+        near(found.of_module(name).whole(), x.T @ x / len(x))  # type: ignore[union-attr]
     assert found.metadata["same"] == {"encoder.layer.0.attention.self.query": "encoder.layer.0.attention.self.key"}
 
 
@@ -139,7 +139,7 @@ def test_language_models(make_lora: Make, measure: str) -> None:
             for name, slope in zip(adapter.modules, torch.autograd.grad(one, weights, retain_graph=True), strict=True):
                 sums[name] = sums[name] + weight * slope.T**2 / len(texts)
     for name, expected in sums.items():
-        near(found.of(name).whole(), expected)  # type: ignore[union-attr, arg-type]
+        near(found.of_module(name).whole(), expected)  # type: ignore[union-attr, arg-type]
 
 
 def test_sampled_labels_have_a_seed_and_tend_to_the_expected_ones(lora: Path) -> None:
@@ -148,7 +148,7 @@ def test_sampled_labels_have_a_seed_and_tend_to_the_expected_ones(lora: Path) ->
 
     def gathered(labels: str, seed: int = 0) -> Tensor:
         made = gather_statistics(lora, many, "fisher", bench=bench, labels=labels, seed=seed, save=False, again=True)
-        return made.of("encoder.layer.1.intermediate.dense").whole()  # type: ignore[union-attr]
+        return made.of_module("encoder.layer.1.intermediate.dense").whole()  # type: ignore[union-attr]
 
     expected, first, again, other = (
         gathered("expected"),
@@ -196,7 +196,7 @@ def test_regmean_answers_as_the_adapters_do_more_nearly_than_the_average(lora: P
     bench = tiny.encoder()
     other = make_lora("b", seed=1, shapes=tiny.BERT, gain=0.2)
     grams = [
-        gather_statistics(folder, {**tiny.ENCODER, "rows": rows}, bench=bench).of(name).whole().double()  # type: ignore[union-attr]
+        gather_statistics(folder, {**tiny.ENCODER, "rows": rows}, bench=bench).of_module(name).whole().double()  # type: ignore[union-attr]
         for folder, rows in ((lora, tiny.rows()[:3]), (other, tiny.rows()[3:]))
         for name in ["encoder.layer.1.intermediate.dense"]
     ]
