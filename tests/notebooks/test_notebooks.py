@@ -45,7 +45,9 @@ def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
 
 
-@each
+@pytest.mark.parametrize(
+    "path", [NOTEBOOKS[0], *(pytest.param(path, marks=pytest.mark.slow) for path in NOTEBOOKS[1:])], ids=lambda path: path.stem
+)
 def test_it_runs(path: Path) -> None:
     notebook = read(path)
     resources = {"metadata": {"path": str(FOLDER)}}
