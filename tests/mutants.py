@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -91,13 +91,15 @@ def changes(source: str) -> dict[int, list[str]]:
     """Return the lines that may replace each line of a source, by its number."""
     lines = source.splitlines()
     found: dict[int, list[str]] = defaultdict(list)
-    for node in _code(ast.parse(source)):
-        for number, start, end, text in _edits(node, lines):
-            line = lines[number - 1].encode()
-            changed = (line[:start] + text.encode() + line[end:]).decode()
-            whole = "\n".join([*lines[: number - 1], changed, *lines[number:]])
-            if changed not in found[number] and _compiles(whole):
-                found[number].append(changed)
+    for statement in ast.parse(source).body:
+        first = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
+        for node in _code(statement):
+            for number, start, end, text in _edits(node, lines):
+                line = lines[number - 1].encode()
+                changed = (line[:start] + text.encode() + line[end:]).decode()
+                whole = [*lines[first - 1 : number - 1], changed, *lines[number : statement.end_lineno]]
+                if changed not in found[number] and _compiles("\n".join(whole)):
+                    found[number].append(changed)
     return {number: texts for number, texts in found.items() if texts}
 
 
@@ -288,19 +290,28 @@ class Tests:
         groups += [[t for lines in beside for tests in lines.values() for t in tests]]
         chosen: dict[str, float] = {}
         for group in groups:
-            for test in self.unlike_first(set(group) & set(known) - set(chosen)):
-                if chosen and sum(chosen.values()) + self.seconds[test] > limit:
+            for test in self.unlike_first(set(self.named_like(group, known)) - set(chosen)):
+                if chosen and sum(chosen.values()) + self.time(test) > limit:
                     break
-                chosen[test] = self.seconds[test]
+                chosen[test] = self.time(test)
         return list(chosen)
+
+    def named_like(self, tests: Iterable[str], known: Collection[str]) -> list[str]:
+        """Return the known ones of the tests, and new ones of the same functions."""
+        functions = {test.partition("[")[0] for test in tests}
+        new = [test for test in known if test not in self.seconds and test.partition("[")[0] in functions]
+        return [*(set(tests) & set(known)), *new]
+
+    def time(self, test: str) -> float:
+        return self.seconds.get(test, 1.0)
 
     def unlike_first(self, tests: Collection[str]) -> list[str]:
         """Order by duration, first one of every test function, then the second of each, and so on."""
         seen: Counter[str] = Counter()
         rounds = []
-        for test in sorted(tests, key=lambda test: (self.seconds[test], test)):
+        for test in sorted(tests, key=lambda test: (self.time(test), test)):
             name = test.partition("[")[0]
-            rounds.append((seen[name], self.seconds[test], test))
+            rounds.append((seen[name], self.time(test), test))
             seen[name] += 1
         return [test for *_, test in sorted(rounds)]
 
@@ -429,7 +440,7 @@ class Run:
         path, lines = Path(mutant.file), source.splitlines(keepends=True)
         lines[mutant.line - 1] = lines[mutant.line - 1].replace(mutant.before, mutant.after)
         path.write_text("".join(lines), encoding="utf-8")
-        seconds = 60 + 2 * sum(self.tests.seconds[test] for test in tests)
+        seconds = 60 + 2 * sum(map(self.tests.time, tests))
         try:
             if not at_import(source, mutant.line) and "kernels" not in mutant.file:
                 code = compile("".join(lines), str(path.absolute()), "exec")
@@ -494,7 +505,7 @@ def run(recorded: Path, out: Path, mutants: Sequence[Mutant], limit: float, argu
         os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
         sys.path[0] = str(copy)  # not the folder of this file, which has a conftest of its own
-        for path in sorted(Path(PACKAGE).rglob("*.py")):
+        for path in sorted(set(Path(PACKAGE).rglob("*.py")) - {Path(PACKAGE) / "__main__.py"}):
             with suppress(ImportError):
                 import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
         tests = Tests(json.loads(recorded.read_text(encoding="utf-8")))
