@@ -27,7 +27,7 @@ test-slow: $(READY)  ## the checks that take longer than a test should
 	$(PYTEST) -m slow
 
 fuzz: $(READY)  ## the readers on many thousand files that nobody wrote, other ones each time
-	FUZZ=2500 $(BIN)/python -m pytest tests/abuse/test_fuzz_readers.py
+	FUZZ=2500 $(BIN)/python -m pytest tests/hostile_input/test_fuzz_readers.py
 
 test-postgres: $(READY)  ## searches on a PostgreSQL server, installed from Debian's packages where there is none
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || apt-get install --yes --no-install-recommends postgresql

@@ -70,7 +70,7 @@ def run_tests(asked: Asked) -> dict[str, Any]:
     """Run the tests marked `gpu`."""
     report = asked.folder / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rs", f"--junitxml={report}"]
-    done = subprocess.run([*command, "tests/scale/test_gpu.py", "tests/live/test_live.py"], cwd=ROOT, check=False)
+    done = subprocess.run([*command, "tests/backends/test_gpu.py", "tests/live/test_live.py"], cwd=ROOT, check=False)
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     counts = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}

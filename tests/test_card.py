@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import yaml
-from cli.running import run
+from cli.run_command import run
 from peft_types.models import TOKENS, llama
 
 import ties_peft

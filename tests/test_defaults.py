@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from cli.running import run
+from cli.run_command import run
 from torch import Tensor
 
 import ties_peft

@@ -202,7 +202,7 @@ def test_widths(make_lora: Make) -> None:
     )
 
 
-def test_strangers(make_lora: Make) -> None:
+def test_files_of_unknown_formats(make_lora: Make) -> None:
     first, second = make_lora("a", shapes={"x": (4, 5)}), make_lora("b", shapes={"y": (4, 5)})
     assert of_merge(first.name, second.name) == (
         "b and a have no module in common:\n"
@@ -316,7 +316,7 @@ def test_a_message_of_any_length_ends_with_what_to_do() -> None:
 
 @pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 def test_hostile_names_reach_no_terminal(make_lora: Make) -> None:
-    """Names of modules and values of configs come from strangers."""
+    """Names of modules and values of configs come from files that anyone may have written."""
     hostile = "\x1b[2J\x1b]0;owned\x07"
     make_lora("a", shapes={f"x{hostile}": (4, 5)}, base_model_name_or_path=hostile, task_type=hostile)
     merged = ties_peft.merge(["a"], density=0.5, rank=1)

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from cli.running import run
+from cli.run_command import run
 from peft_types.models import TOKENS, WIDTHS, bert, clip, gpt2, llama, t5, vit, whisper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

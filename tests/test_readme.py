@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli.running import run
+from cli.run_command import run
 from conftest import SAMPLES
 
 import ties_peft

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import pytest
 import torch
-from cli.running import Outcome, run, tree, within
+from cli.run_command import Outcome, run, tree, within
 from safetensors.torch import load_file, save_file
 from sampling import some
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import typer
 import yaml
-from cli.running import Terminal, run, tree
+from cli.run_command import Terminal, run, tree
 from safetensors.torch import load_file
 
 import ties_peft

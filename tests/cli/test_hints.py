@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli.running import run
+from cli.run_command import run
 from safetensors.torch import load_file, save_file
 from sampling import covering
 

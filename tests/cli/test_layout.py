@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from cli.running import run
+from cli.run_command import run
 from rich.cells import cell_len
 
 import ties_peft

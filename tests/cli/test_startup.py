@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from cli.running import run
+from cli.run_command import run
 
 import ties_peft
 from ties_peft import cli

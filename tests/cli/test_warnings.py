@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.running import run
+from cli.run_command import run
 
 import ties_peft
 from ties_peft.methods import method_classes

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli.running import run
+from cli.run_command import run
 
 import ties_peft
 from ties_peft.methods import method_classes

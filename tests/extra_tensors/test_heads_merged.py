@@ -20,7 +20,7 @@ from ties_peft.merging.merge import merge_recipe
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 SHAPES = {"layers.0.q": (12, 10), "lm_head": (9, 12)}
 HEAD, NORM = "score.weight", "layers.0.norm.weight"
-Riders = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 Hold = Callable[..., str]
 OTHERS = "hoose another fate for them: --heads error, drop, keep=NAME, average (heads=… in Python)."
 
@@ -39,8 +39,8 @@ def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hold:
     Path("base").mkdir()
     save_file(ORIGIN, "base/model.safetensors")
 
-    def make(name: str, riders: Riders, seed: int = 0, **config: Any) -> str:
-        tensors = lora_tensors(SHAPES, 4, seed) | {PREFIX + key: tensor for key, tensor in riders.items()}
+    def make(name: str, extra: Tensors, seed: int = 0, **config: Any) -> str:
+        tensors = lora_tensors(SHAPES, 4, seed) | {PREFIX + key: tensor for key, tensor in extra.items()}
         write_adapter(tmp_path / name, lora_config(SHAPES, 4, 8, **config), tensors)
         return name
 
@@ -51,7 +51,7 @@ def merge(folders: list[str], method: str = "ties", **asked: Any) -> ties_peft.M
     return ties_peft.merge(folders, method, **{"heads": "merge", "base": "base", **asked})
 
 
-def whole(merged: Adapter) -> Riders:
+def whole(merged: Adapter) -> Tensors:
     return {key.removeprefix(PREFIX): merged.tensors.read(key) for key in merged.extra_keys}
 
 
@@ -232,7 +232,7 @@ def test_signs_of_an_adapter(hold: Hold) -> None:
         ),
     ],
 )
-def test_layers_that_cannot_be_merged(hold: Hold, one: Riders, other: Riders, why: str) -> None:
+def test_layers_that_cannot_be_merged(hold: Hold, one: Tensors, other: Tensors, why: str) -> None:
     told = refusal([hold("a", one), hold("b", other, seed=1)])
     assert told.startswith("heads is 'merge', but 1 whole layer(s) cannot be merged as task vectors:\n")
     assert f": {why}\n" in told and told.endswith(OTHERS)

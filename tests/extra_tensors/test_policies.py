@@ -22,7 +22,7 @@ from ties_peft.merging.merge import merge_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 SHAPES = {"layers.0.q": (12, 10), "layers.0.up": (20, 12)}
-Riders = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 Hold = Callable[..., Path]
 
 
@@ -31,20 +31,20 @@ def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hold:
     """hold(name, {tensor: values}, seed=…, **config) → a LoRA that holds whole tensors too."""
     monkeypatch.chdir(tmp_path)
 
-    def make(name: str, riders: Riders, seed: int = 0, shapes: Any = SHAPES, **config: Any) -> Path:
-        tensors = lora_tensors(shapes, 4, seed) | {PREFIX + key: tensor for key, tensor in riders.items()}
+    def make(name: str, extra: Tensors, seed: int = 0, shapes: Any = SHAPES, **config: Any) -> Path:
+        tensors = lora_tensors(shapes, 4, seed) | {PREFIX + key: tensor for key, tensor in extra.items()}
         write_adapter(tmp_path / name, lora_config(shapes, 4, 8, **config), tensors)
         return Path(name)
 
     return make
 
 
-def head(seed: int = 0, labels: int = 2, name: str = "score", dtype: torch.dtype = torch.float32) -> Riders:
+def head(seed: int = 0, labels: int = 2, name: str = "score", dtype: torch.dtype = torch.float32) -> Tensors:
     draw = torch.Generator().manual_seed(seed)
     return {f"{name}.weight": torch.randn(labels, 12, generator=draw).to(dtype)}
 
 
-def whole(merged: Adapter) -> Riders:
+def whole(merged: Adapter) -> Tensors:
     return {key.removeprefix(PREFIX): merged.tensors.read(key) for key in merged.extra_keys}
 
 
@@ -141,8 +141,8 @@ def test_an_adapter_of_weight_0_brings_no_head(hold: Hold) -> None:
 
 
 def test_the_config_says_where_whole_layers_begin(hold: Hold) -> None:
-    riders = {"classifier.dense.weight": torch.ones(3, 3), "classifier.dense.bias": torch.ones(3), **head(1)}
-    merged = ties_peft.merge([hold("a", riders | {"embed.weight": torch.ones(5, 2)}, task_type="SEQ_CLS")])
+    extra = {"classifier.dense.weight": torch.ones(3, 3), "classifier.dense.bias": torch.ones(3), **head(1)}
+    merged = ties_peft.merge([hold("a", extra | {"embed.weight": torch.ones(5, 2)}, task_type="SEQ_CLS")])
     assert merged.config["modules_to_save"] == ["classifier", "score"]
     assert merged.config["task_type"] == "SEQ_CLS"
 
@@ -161,8 +161,8 @@ def test_a_bias_goes_under_the_layer_that_another_adapts(hold: Hold) -> None:
 
 
 def test_one_bias_outside_the_modules_makes_it_all(hold: Hold) -> None:
-    riders = {"layers.0.q.base_layer.bias": torch.ones(12), "layers.0.k.bias": torch.ones(4)}
-    assert ties_peft.merge([hold("a", riders)]).config["bias"] == "all"
+    extra = {"layers.0.q.base_layer.bias": torch.ones(12), "layers.0.k.bias": torch.ones(4)}
+    assert ties_peft.merge([hold("a", extra)]).config["bias"] == "all"
 
 
 def test_an_ia3_config_has_no_bias(make_ia3: Callable[..., Path], hold: Hold, tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def test_an_ia3_config_has_no_bias(make_ia3: Callable[..., Path], hold: Hold, tm
 
 def test_copies_are_left_out_and_said(hold: Hold) -> None:
     one = torch.arange(2.0)
-    riders = head(1) | {"score.bias": one, "score.modules_to_save.bias": one + 0, "score.original_module.bias": one - 1}
-    merged = ties_peft.merge([hold("a", riders)], density=1)
+    extra = head(1) | {"score.bias": one, "score.modules_to_save.bias": one + 0, "score.original_module.bias": one - 1}
+    merged = ties_peft.merge([hold("a", extra)], density=1)
     assert list(whole(merged)) == ["score.bias", "score.weight"]
     assert merged.report.warnings == [
         "a holds 2 tensor(s) that PEFT does not read, being copies of a whole layer or of the untrained one, so they are "
@@ -372,7 +372,7 @@ def test_prepare_has_the_policy_too(hold: Hold) -> None:
 )
 def test_what_a_name_says(hold: Hold, path: str, module: str, tensor: str, form: str) -> None:
     adapter = Adapter.load(hold("a", {path: torch.ones(1, 2)}, trainable_token_indices=[4]))
-    (rider,) = read_extra_tensors(adapter.extra_keys, adapter.config, adapter.tensors, ["classifier", "score"], "a")
-    assert (rider.module, rider.tensor, rider.role) == (module, tensor, form)
+    (found,) = read_extra_tensors(adapter.extra_keys, adapter.config, adapter.tensors, ["classifier", "score"], "a")
+    assert (found.module, found.tensor, found.role) == (module, tensor, form)
     merged = ties_peft.merge([adapter])
     assert merged.extra_keys == (PREFIX + path.replace("token_adapter.base_layer.", ""),)  # no row is trained there

@@ -62,7 +62,7 @@ def assert_is(adapter: Adapter, expected: Vectors) -> None:
 
 @contextmanager
 def small_tiles(entries: int = 16, sample: int | None = None) -> Iterator[None]:
-    """Tiles of so few entries, and a survey that guesses from so small a sample."""
+    """Tiles of so few entries, and thresholds guessed from so small a sample."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ties_peft.task_vectors.tiles.TILE", entries)
         if sample is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli.running import run
+from cli.run_command import run
 from conftest import PREFIX, SAMPLES, lora_config, write_adapter
 from recipes.by_hand import same_tensors
 from sampling import covering

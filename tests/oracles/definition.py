@@ -92,8 +92,8 @@ def disjoint_merge(stack: Array, weights: Sequence[float], signs: Array, by: str
         return np.abs(agreeing).max(0) * signs
     if by == "sum":
         return agreeing.sum(0)
-    heft = np.abs(weights) if normalize else np.ones(len(stack))
-    divisor = np.tensordot(heft, agrees.astype(np.float64), axes=1)
+    divisor_weight = np.abs(weights) if normalize else np.ones(len(stack))
+    divisor = np.tensordot(divisor_weight, agrees.astype(np.float64), axes=1)
     return np.divide(agreeing.sum(0), divisor, out=np.zeros(stack.shape[1:]), where=divisor > 0)
 
 

@@ -64,8 +64,8 @@ def ties(adapters: Sequence[Vectors], weight: Chooser, density: Chooser, scope: 
         held = [(abs(weight(i, name)), values[name]) for i, values in enumerate(kept) if name in values]
         sign = np.where(sum((x for _, x in held), np.zeros(shape)) >= 0, 1.0, -1.0)
         agree = [(w, x * (np.sign(x) == sign), np.sign(x) == sign) for w, x in held]
-        heft = sum((w * mask for w, _, mask in agree), np.zeros(shape))
-        result[name] = sum((x for _, x, _ in agree), np.zeros(shape)) / np.where(heft == 0, 1, heft)
+        divisor_weight = sum((w * mask for w, _, mask in agree), np.zeros(shape))
+        result[name] = sum((x for _, x, _ in agree), np.zeros(shape)) / np.where(divisor_weight == 0, 1, divisor_weight)
     return result
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli.running import run
+from cli.run_command import run
 from oracles import definition
 
 import ties_peft

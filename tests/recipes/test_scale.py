@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from by_hand import same_tensors
-from cli.running import run
+from cli.run_command import run
 
 import ties_peft
 from ties_peft import Recipe, RecipeError

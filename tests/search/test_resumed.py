@@ -17,7 +17,7 @@ import ties_peft
 from ties_peft import Adapter, CompatibilityError, RecipeError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "statistics"))
-import tiny
+import tiny_models as tiny
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli.running import Terminal, run
+from cli.run_command import Terminal, run
 
 import ties_peft
 from ties_peft.cli.base import progress_bar
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "statistics"))
-import tiny
+import tiny_models as tiny
 
 Make = Callable[..., Path]
 

@@ -18,7 +18,7 @@ from ties_peft.learning.training import train
 from ties_peft.search.controls import new_adapter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "statistics"))
-import tiny
+import tiny_models as tiny
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli.running import run
+from cli.run_command import run
 
 import ties_peft
 from ties_peft import Adapter, AdapterError, Recipe, RecipeError

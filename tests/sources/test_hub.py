@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.running import run
+from cli.run_command import run
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from safetensors.torch import save

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cli.running import run
+from cli.run_command import run
 from conftest import SHAPES, lora_config, write_adapter
 from peft_types.models import mixtral
 from safetensors.torch import load_file, save_file

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import tiny_models as tiny
 import torch
 from torch import Tensor
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made import attach, attach_drawn, deltas, fisher, normalized, regmean, regmean_in_span
+from drawn_statistics import attach, attach_drawn, deltas, fisher, normalized, regmean, regmean_in_span
 from safetensors import safe_open
 from safetensors.torch import save_file
 

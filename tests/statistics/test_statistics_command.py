@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models as tiny
 
 Make = Callable[..., Path]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from learn.models import bases, linear_shapes, make_model, make_tokenizer, write_lora
+from learning.models import bases, linear_shapes, make_model, make_tokenizer, write_lora
 from transformers import GPT2Config, GPT2Model
 from typer.testing import CliRunner
 

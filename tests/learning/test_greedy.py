@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from learn.models import bases, make_model, make_tokenizer, save_base, sentences
+from learning.models import bases, make_model, make_tokenizer, save_base, sentences
 from transformers import GenerationConfig
 
 import ties_peft

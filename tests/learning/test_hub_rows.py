@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from learn.models import bases
+from learning.models import bases
 
 import ties_peft
 from ties_peft.errors import RecipeError

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from cli.running import run
-from learn.models import bases, linear_shapes, make_model, sentences, write_lora
+from cli.run_command import run
+from learning.models import bases, linear_shapes, make_model, sentences, write_lora
 
 from ties_peft.cli import base
 from ties_peft.cli.base import ProgressLines, progress_bar

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PREFIX
-from learn.models import bases, linear_shapes, make_model, make_tokenizer, sentences, write_lora
+from learning.models import bases, linear_shapes, make_model, make_tokenizer, sentences, write_lora
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification

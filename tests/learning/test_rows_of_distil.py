@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from learn.models import linear_shapes, make_model, write_lora
+from learning.models import linear_shapes, make_model, write_lora
 
 from ties_peft.errors import TiesPeftError
 from ties_peft.learning.teacher_specs import read_teacher_specs

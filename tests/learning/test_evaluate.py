@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from learn.models import WORDS, bases, linear_shapes, make_model, make_tokenizer, sentences, write_ia3, write_lora
+from learning.models import WORDS, bases, linear_shapes, make_model, make_tokenizer, sentences, write_ia3, write_lora
 from peft import PeftModel
 
 import ties_peft
@@ -144,7 +144,7 @@ def test_choices_by_the_mean_are_another_order(bases: dict[str, Path]) -> None:
     assert scorer.score().right == tuple((means.argmax(-1) == scorer.labels).tolist())
 
 
-def test_the_base_is_itself_again_after_wearing(tmp_path: Path, bases: dict[str, Path]) -> None:
+def test_the_base_is_itself_again_after_an_adapter_was_on_it(tmp_path: Path, bases: dict[str, Path]) -> None:
     bench = ties_peft.Bench.load(bases["encoder"], "encoder")
     before = {name: (p.data_ptr(), p.clone()) for name, p in bench.model.named_parameters()}
     own = ties_peft.Adapter.load(adapter("encoder", tmp_path / "a"))

@@ -1,4 +1,4 @@
-"""Names from strangers: nothing outside --out is written, nothing reaches the terminal that it would obey."""
+"""Names that anyone may have chosen: nothing outside --out is written, nothing reaches the terminal that it would obey."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli.running import run, tree
+from cli.run_command import run, tree
 from safetensors.torch import load_file, save_file
 
 import ties_peft

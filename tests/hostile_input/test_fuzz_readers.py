@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli.running import within
+from cli.run_command import within
 from conftest import SHAPES, lora_config, lora_tensors
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import PREFIX
-from learn.models import VOCABULARY, bases, linear_shapes, make_model, make_tokenizer, sentences, write_ia3, write_lora
+from learning.models import (
+    VOCABULARY,
+    bases,
+    linear_shapes,
+    make_model,
+    make_tokenizer,
+    sentences,
+    write_ia3,
+    write_lora,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -183,7 +192,7 @@ def test_the_same_bytes_for_any_number_of_threads(tmp_path: Path) -> None:
     """In processes of their own. MKL adds up 64 columns of eleven tokens differently in one thread and in two."""
     tests, found = Path(__file__).parent.parent, []
     for threads in ("1", "2"):
-        given = [sys.executable, "-W", "ignore", str(tests / "learn" / "distil_worker.py"), str(tmp_path / threads)]
+        given = [sys.executable, "-W", "ignore", str(tests / "learning" / "distil_worker.py"), str(tmp_path / threads)]
         path = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
         own = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": path}
         done = subprocess.run(given, capture_output=True, text=True, check=False, env=own)

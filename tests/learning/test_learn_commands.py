@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from learn.models import bases, linear_shapes, make_model, sentences, write_lora
+from learning.models import bases, linear_shapes, make_model, sentences, write_lora
 from typer.testing import CliRunner
 
 import ties_peft

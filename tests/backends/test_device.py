@@ -1,6 +1,6 @@
 """A merge on another device: nothing of it strays to the CPU and back, and the result is the CPU's.
 
-No accelerator is needed: `elsewhere` refuses what one would refuse. What it cannot show is speed, and a device's own
+No accelerator is needed: `pretended_device` refuses what one would refuse. What it cannot show is speed, and a device's own
 rounding.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from backends.pretended_device import DEVICE, PretendedTensor, pretended_device
 from safetensors.torch import save_file
 from sampling import covering
-from scale.elsewhere import DEVICE, Elsewhere, elsewhere
 
 import ties_peft
 from ties_peft import Merged
@@ -36,7 +36,7 @@ CELLS = [
 def both(adapters: list[Any], **asked: Any) -> tuple[Merged, Merged, list[int]]:
     """The merge here and there, and how many numbers were brought back at a time."""
     here = ties_peft.merge(adapters, **asked)
-    with elsewhere() as traffic:
+    with pretended_device() as traffic:
         there = ties_peft.merge(adapters, device=DEVICE.type, **asked)
     return here, there, traffic.back
 
@@ -50,8 +50,8 @@ def assert_same(here: Merged, there: Merged) -> None:
     seen, wanted = there.report.to_dict(), here.report.to_dict()
     assert [line["kept"] for line in seen["adapters"]] == [line["kept"] for line in wanted["adapters"]]
     assert seen["conflict"] == pytest.approx(wanted["conflict"], abs=1e-3)
-    for riders in here.tensors.names:
-        assert type(there.tensors.read(riders)) is torch.Tensor
+    for name in here.tensors.names:
+        assert type(there.tensors.read(name)) is torch.Tensor
 
 
 def attach(path: Path, kind: str, seed: int) -> None:
@@ -117,7 +117,7 @@ def test_ia3(make_ia3: Make) -> None:
 def test_prepared(make_lora: Make) -> None:
     paths = [make_lora(f"a{n}", seed=n) for n in range(3)]
     wanted = ties_peft.merge(paths, space="core", rank=8)
-    with elsewhere():
+    with pretended_device():
         assert_same(wanted, ties_peft.prepare(paths, space="core", device=DEVICE.type).merge(rank=8))
 
 
@@ -168,12 +168,12 @@ def test_a_gpu_multiplies_in_full_precision_whatever_the_process_allows(make_lor
 
 
 def test_the_pretended_device_refuses_what_a_real_one_would() -> None:
-    with elsewhere() as traffic:
+    with pretended_device() as traffic:
         there = torch.ones(3, device=DEVICE.type)
-        assert isinstance(there, Elsewhere) and there.device.type == DEVICE.type
+        assert isinstance(there, PretendedTensor) and there.device.type == DEVICE.type
         with pytest.raises(RuntimeError, match="same device"):
             there + torch.ones(3)
         with pytest.raises(RuntimeError, match="numpy"):
             there.numpy()
-        assert isinstance(there.mul_(2) + 1, Elsewhere) and float(there.sum()) == 6
+        assert isinstance(there.mul_(2) + 1, PretendedTensor) and float(there.sum()) == 6
         assert (there.cpu() == 2).all() and traffic.back == [3]

@@ -20,13 +20,13 @@ MOVES = ("_to_copy", "copy_")  # between devices by right
 PLACES = ("index", "index_put_", "index_put", "_index_put_impl_")  # take places from the CPU, too
 
 
-class Elsewhere(torch.Tensor):
+class PretendedTensor(torch.Tensor):
     """A tensor of that device."""
 
     held: Tensor
 
     @staticmethod
-    def __new__(cls, real: Tensor) -> Elsewhere:
+    def __new__(cls, real: Tensor) -> PretendedTensor:
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             real.size(),
@@ -43,7 +43,7 @@ class Elsewhere(torch.Tensor):
         return self.held.tolist()
 
     def __repr__(self, **_: Any) -> str:
-        return f"Elsewhere({self.held!r})"
+        return f"PretendedTensor({self.held!r})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,8 +65,8 @@ class Traffic(TorchDispatchMode):
         name = func.overloadpacket.__name__
         given = [t for t in tree_flatten((args, kwargs or {}))[0] if isinstance(t, Tensor)]
         home = name == "_to_copy" and str((kwargs or {}).get("device")) == "cpu"
-        if home or (name == "copy_" and not isinstance(args[0], Elsewhere)):
-            self.back += [t.numel() for t in given[-1:] if isinstance(t, Elsewhere)]
+        if home or (name == "copy_" and not isinstance(args[0], PretendedTensor)):
+            self.back += [t.numel() for t in given[-1:] if isinstance(t, PretendedTensor)]
         return carry_out(func, args, kwargs or {})
 
 
@@ -74,29 +74,29 @@ def carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Do it on the CPU, and say that it was done on the device if it was."""
     name = func.overloadpacket.__name__
     given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-    there = [t for t in given if isinstance(t, Elsewhere)]
-    here = [t for t in given if not isinstance(t, Elsewhere) and t.dim() > 0]
+    there = [t for t in given if isinstance(t, PretendedTensor)]
+    here = [t for t in given if not isinstance(t, PretendedTensor) and t.dim() > 0]
     if there and here and name not in (*MOVES, *PLACES):
         raise RuntimeError(f"expected all tensors to be on the same device: {func} of both devices")
     asked = kwargs.get("device")
     goes = bool(there) if asked is None else torch.device(asked).type == DEVICE.type
     if name == "copy_":
-        goes = isinstance(args[0], Elsewhere)
+        goes = isinstance(args[0], PretendedTensor)
     plain = {**kwargs, "device": torch.device("cpu")} if asked is not None else kwargs
     made = func(*tree_map(_held, args), **tree_map(_held, plain))
     if name.endswith("_") and not name.startswith("_"):
         return args[0]
     if "out" in kwargs:
         return kwargs["out"]
-    return tree_map(lambda t: Elsewhere(t) if isinstance(t, Tensor) else t, made) if goes else made
+    return tree_map(lambda t: PretendedTensor(t) if isinstance(t, Tensor) else t, made) if goes else made
 
 
 def _held(value: Any) -> Any:
-    return value.held if isinstance(value, Elsewhere) else value
+    return value.held if isinstance(value, PretendedTensor) else value
 
 
 @contextmanager
-def elsewhere() -> Iterator[Traffic]:
+def pretended_device() -> Iterator[Traffic]:
     """Where `device="lazy"` can be named."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from learn.models import bases, linear_shapes, make_model, sentences, write_lora
+from learning.models import bases, linear_shapes, make_model, sentences, write_lora
 
 import ties_peft
 from ties_peft.errors import TiesPeftError

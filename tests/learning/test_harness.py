@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from learn.models import bases, linear_shapes, make_model, write_lora
+from learning.models import bases, linear_shapes, make_model, write_lora
 from peft import PeftModel
 from typer.testing import CliRunner
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from learn.models import VOCABULARY, linear_shapes, make_tokenizer, sentences, write_lora
+from learning.models import VOCABULARY, linear_shapes, make_tokenizer, sentences, write_lora
 from transformers import BertConfig, BertModel
 
 import ties_peft

@@ -85,11 +85,11 @@ def ties_by_definition(dense: list[np.ndarray], weights: list[float], density: f
         trimmed = np.zeros_like(flat)
         trimmed[stay] = flat[stay]
         kept.append(trimmed.reshape(values.shape))
-    stack, heft = np.stack(kept), np.abs(np.array(weights)).reshape(-1, 1, 1)
+    stack, divisor_weight = np.stack(kept), np.abs(np.array(weights)).reshape(-1, 1, 1)
     side = np.where(stack.sum(0) >= 0, 1.0, -1.0)
     agree = np.sign(stack) == side
     total = (stack * agree).sum(0)
-    return total if disjoint == "sum" else total / np.maximum((agree * heft).sum(0), 1e-30)
+    return total if disjoint == "sum" else total / np.maximum((agree * divisor_weight).sum(0), 1e-30)
 
 
 @pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")

@@ -49,7 +49,7 @@ TYPES = {
 
 
 @contextmanager
-def elsewhere(folder: Path, interpret: bool) -> Iterator[Run]:
+def own_process(folder: Path, interpret: bool) -> Iterator[Run]:
     """Calls a function in a process where Triton interprets, or compiles, whatever it does in this one."""
     before = dict(os.environ)
     os.environ.update(TRITON_INTERPRET=str(int(interpret)), TRITON_CACHE_DIR=str(folder), OMP_NUM_THREADS="1")
@@ -71,14 +71,14 @@ def shrink() -> None:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     pytest.importorskip("triton", reason="the extra gpu is not installed")
-    with elsewhere(tmp_path_factory.mktemp("interpreted"), interpret=True) as run:
+    with own_process(tmp_path_factory.mktemp("interpreted"), interpret=True) as run:
         yield run
 
 
 @pytest.fixture(scope="module")
 def compiling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     pytest.importorskip("triton", reason="the extra gpu is not installed")
-    with elsewhere(tmp_path_factory.mktemp("compiled"), interpret=False) as run:
+    with own_process(tmp_path_factory.mktemp("compiled"), interpret=False) as run:
         yield run
 
 
