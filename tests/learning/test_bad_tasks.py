@@ -121,7 +121,7 @@ def test_files_of_rows(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"text": "a"}\n{"text": ', ["a.jsonl", "line 2", "not JSON"]),
         ("a.jsonl", "[1]", ["line 1", "a list", "object"]),
-        ("a.jsonl", "", ["there are none"]),
+        ("a.jsonl", "", ["no rows"]),
         ("a.parquet", "", [".jsonl, .csv or .txt"]),
     ],
 )

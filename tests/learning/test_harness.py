@@ -115,7 +115,7 @@ def test_what_is_amiss_is_said_before_the_model_is_loaded(
         ({"tasks": ["toy_wrds"]}, "no task 'toy_wrds'; near it are toy_words"),
         ({"tasks": []}, "at least one"),
         ({"adapters": []}, "nothing to evaluate"),
-        ({"include_path": tmp_path / "none"}, "is no folder"),
+        ({"include_path": tmp_path / "none"}, "is not a folder"),
     ):
         with pytest.raises(RecipeError, match=words):
             ties_peft.harness(**{"adapters": [adapter], "tasks": ["toy_words"], **given})  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ def test_the_bare_base_has_no_head(bases: dict[str, Path]) -> None:
     with pytest.raises(CompatibilityError) as caught:
         ties_peft.evaluate(None, head_task(), base=bases["encoder"])
     told = str(caught.value)
-    assert all(part in told for part in (*HEAD, "loaded as classifier", "nothing brings them", "at random")), told
+    assert all(part in told for part in (*HEAD, "loaded as classifier", "no adapter has them", "at random")), told
 
 
 @pytest.mark.parametrize("who", ["evaluate", "distil", "search", "signs", "gather"])
@@ -82,7 +82,7 @@ def test_it_is_known_before_anything_is_judged(
     monkeypatch.setattr(
         ties_peft.evaluation.scorers.Classification, "score", lambda *_: pytest.fail("an adapter was judged")
     )
-    with pytest.raises(CompatibilityError, match=r"adapter '.*b' does not bring them"):
+    with pytest.raises(CompatibilityError, match=r"adapter '.*b' does not have them either"):
         evaluate_all(pair, [head_task()], base=bases["encoder"])
 
 
@@ -121,7 +121,7 @@ def test_what_was_worn_counts_no_longer(tmp_path: Path, bases: dict[str, Path]) 
         bench.model(**inputs)
     with bench.applied(own), bench.applied_extra_tensors(own):
         bench.model(**inputs)
-    with pytest.raises(CompatibilityError, match="nothing brings them"):
+    with pytest.raises(CompatibilityError, match="no adapter has them"):
         bench.model(**inputs)
 
 
@@ -159,7 +159,7 @@ def test_an_update_of_a_drawn_layer_does_not_bring_it(tmp_path: Path, bases: dic
     shapes = linear_shapes(make_model("classifier"), "query", "classifier")
     lora = write_lora(tmp_path / "a", shapes, 0)
     base = less(tmp_path / "base", "classifier", "classifier")
-    with pytest.raises(CompatibilityError, match="does not bring them"):
+    with pytest.raises(CompatibilityError, match="does not have them either"):
         ties_peft.evaluate(lora, head_task(), base=base)
     tensors = load_file(lora / "adapter_model.safetensors")
     keep = {name: tensor for name, tensor in tensors.items() if "classifier" not in name}

@@ -1,4 +1,4 @@
-"""Evaluate: accuracy or loss of adapters on labelled rows; many adapters on one loaded base."""
+"""Measure the accuracy or loss of adapters on labelled rows, many adapters on one loaded base model."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def evaluate(
     batch_size: int = BATCH,
     progress: Progress | None = None,
 ) -> Score:
-    """Accuracy or loss of one adapter, or model, on one task.
+    """Return the accuracy or loss of one adapter, or model, on one task.
 
     Args:
-        adapter_or_model: an adapter's folder or Hub id, an `Adapter` (a merge in memory too), a loaded
-            transformers or PEFT model, or None for the bare base.
-        task: a `Task`, the path of its YAML or JSON file, or the same as a dict; see `ties_peft.evaluation.task`.
+        adapter_or_model: an adapter's folder or Hub id, an `Adapter` (also a merge in memory), a loaded transformers or
+            PEFT model, or None for the bare base.
+        task: a `Task`, the path of its YAML or JSON file, or a dict with the same keys; see `ties_peft.evaluation.task`.
         base: the base model's folder or Hub id; by default the task's, else the adapter's.
         device: where the model runs.
-        tokenizer: of a loaded model; by default its own, by name.
-        bench: a loaded base to use again; `base` and `device` are then its own.
+        tokenizer: of a loaded model; by default found by the model's name.
+        bench: a loaded base model to use again, in place of `base` and `device`.
         batch_size: rows in a batch.
         progress: called as progress(stage, done, of).
-    Returns: the score; `right` holds the rows one by one, for paired comparisons.
-    Raises: TiesPeftError, before the model is run: rows without labels or with labels out of range, an
-        adapter for another base, a measure that the model cannot sit, a head that neither the base's files nor the
-        adapter's hold.
+    Returns: the score; `right` has an entry for each row, for paired comparisons.
+    Raises: TiesPeftError, before the model is run: rows without labels or with labels out of range, an adapter for
+        another base, a measure that does not fit the model, a head that is in neither the base's nor the adapter's
+        files.
     """
     asked = read_task(task)
     if _is_model(adapter_or_model):
@@ -60,19 +60,19 @@ def evaluate_all(
     batch_size: int = BATCH,
     progress: Progress | None = None,
 ) -> list[list[Score]]:
-    """Every adapter on every task: a line of scores for each adapter, in order.
+    """Return a list of scores for each adapter, in order: of every adapter on every task.
 
-    Tasks that need two forms of the base, such as an encoder and a classifier, have it loaded in both.
+    If tasks need several forms of the base, such as an encoder and a classifier, it is loaded in each form.
 
     Args: as `evaluate`; None among the adapters is the bare base.
-    Raises: as `evaluate`, whatever the task's place, before the first is judged.
-    Law: the same scores as one call for each.
+    Raises: as `evaluate`, for any of the tasks, before the first is evaluated.
+    Law: the scores are the same as from one call for each.
     """
     check_whole("batch_size", batch_size, 1)
     asked = [read_task(task) for task in tasks]
     opened = [_open(a, base) for a in adapters]
     if not opened or not asked:
-        raise RecipeError("there is nothing to evaluate. Name at least one adapter (or the base) and one task.")
+        raise RecipeError("there is nothing to evaluate. Give at least one adapter (or the base) and one task.")
     benches = _benches(opened, asked, base, device, bench)
     for here, members in benches:
         _check(here, opened, [asked[place] for place in members])
@@ -86,9 +86,9 @@ def evaluate_all(
 
 
 def make_scorer(bench: Bench, task: Task) -> Scorer:
-    """A task's rows on a bench: read, checked and tokenized once.
+    """Read, check and tokenize the rows of a task, once for all adapters.
 
-    Raises: RecipeError where the rows or their labels are at fault, or the model cannot sit the measure.
+    Raises: RecipeError where the rows or their labels are wrong, or where the measure does not fit the model.
     """
     check_form(bench, task)
     if task.measure in ("descriptions", "head"):
@@ -97,19 +97,18 @@ def make_scorer(bench: Bench, task: Task) -> Scorer:
 
 
 def find_base(adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: str | Path | None = None) -> str:
-    """The one base model that is meant: as given, else the tasks', else the adapters'.
+    """Return the name of the base model: as given, else the tasks', else the adapters'.
 
-    A name that an adapter gives and that differs from what was chosen is warned of; whether the adapter fits is
-    for `Bench.check`.
+    A warning names adapters with another base. Whether they fit is checked by `Bench.check`.
 
-    Raises: RecipeError where none is named, or several are.
+    Raises: RecipeError where no base is named, or several are.
     """
     named = {task.base for task in tasks if task.base}
     trained = {adapter.base_name for adapter in adapters if adapter is not None and adapter.base_name}
     found = {str(base)} if base is not None else named or trained
     if len(found) != 1:
         seen = f"several are named ({', '.join(sorted(found))})" if found else "none is named"
-        raise RecipeError(f"one base model is needed, and {seen}. Say which: base: in the task, or --base.")
+        raise RecipeError(f"one base model is needed, and {seen}. Name one: base: in the task, or --base.")
     (chosen,) = found
     others = sorted(name for name in trained if Path(name).name != Path(chosen).name)
     if others:
@@ -118,7 +117,7 @@ def find_base(adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: s
 
 
 def _check(bench: Bench, adapters: Sequence[Adapter | None], tasks: Sequence[Task]) -> None:
-    """Refuse what does not go together, before anything is tokenized."""
+    """Refuse tasks and adapters that do not fit the model, before anything is tokenized."""
     for task in tasks:
         check_form(bench, task)
     for adapter in adapters:
@@ -129,14 +128,14 @@ def _check(bench: Bench, adapters: Sequence[Adapter | None], tasks: Sequence[Tas
 
 
 def _open(adapter: str | Path | Adapter | None, base: str | Path | None) -> Adapter | None:
-    """An adapter; the base's weights beside it where a folder was named, for the kinds that need them."""
+    """Open an adapter, with the base's weights if a folder is given, for the PEFT types that need them."""
     if adapter is None or isinstance(adapter, Adapter):
         return adapter
     return Adapter.load(adapter, base=base if base is not None and Path(base).is_dir() else None)
 
 
 def _groups(tasks: Sequence[Task], bench: Bench | None) -> list[tuple[str, list[int]]]:
-    """Tasks by the form of model that they need."""
+    """Return the places of the tasks for each form of model that they need."""
     forms = [form_for(task) if bench is None else "" for task in tasks]
     return [(form, [p for p, own in enumerate(forms) if own == form]) for form in dict.fromkeys(forms)]
 
@@ -144,7 +143,7 @@ def _groups(tasks: Sequence[Task], bench: Bench | None) -> list[tuple[str, list[
 def _benches(
     adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: str | Path | None, device: str, bench: Bench | None
 ) -> list[tuple[Bench, list[int]]]:
-    """A loaded base for each form that is needed, with the places of its tasks."""
+    """Load the base in each form that is needed, and return each with the places of its tasks."""
     groups = _groups(tasks, bench)
     if bench is not None:
         return [(bench, members) for _, members in groups]
@@ -159,7 +158,7 @@ def _is_model(value: Any) -> bool:
 
 
 def _tokenizer(model: Any) -> Any:
-    """The tokenizer of a loaded model, by the model's name."""
+    """Load the tokenizer of a loaded model, by the model's name."""
     from transformers import AutoTokenizer
 
     name = getattr(model.config, "_name_or_path", "") or ""

@@ -1,6 +1,6 @@
-"""Harness: adapters on the tasks of lm-evaluation-harness, which does the judging; only the model is ours.
+"""Evaluate adapters on tasks of lm-evaluation-harness, by their names there, such as hellaswag.
 
-Its tasks are known by their names there, such as hellaswag. It needs the extra `harness`.
+The harness reads the rows and computes the metrics; the model comes from this package. It needs the extra `harness`.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ def harness(
     progress: Progress | None = None,
     **settings: Any,
 ) -> list[dict[str, dict[str, float]]]:
-    """Adapters on tasks of lm-evaluation-harness, one loaded base for all of them.
+    """Evaluate adapters on tasks of lm-evaluation-harness, with one loaded base for all of them.
 
     Args:
         adapters: folders, Hub ids or `Adapter`s, a merge in memory too; None is the bare base.
         tasks: names of tasks or groups of the harness.
         base: the base model, causal or sequence-to-sequence; by default the adapters'.
         device: where the model runs.
-        include_path: a folder with task files of your own, in the harness's form.
+        include_path: a folder with your own task files for the harness.
         bench: a loaded base to use again; `base` and `device` are then its own.
         batch_size: requests in a batch.
         progress: called as progress(stage, done, of).
-        settings: what else `lm_eval.simple_evaluate` takes, such as limit or num_fewshot.
-    Returns: for each adapter, in order, {task: {"metric,filter": value}}, as the harness has it, numbers alone.
-    Raises: TiesPeftError, before the model is loaded: no harness, no such task, no base; before it is run: an adapter
-        that does not fit.
+        settings: other arguments of `lm_eval.simple_evaluate`, such as limit or num_fewshot.
+    Returns: for each adapter, in order, {task: {"metric,filter": value}} as the harness returns it, without texts.
+    Raises: TiesPeftError, before the model is loaded: no harness, no such task, no base; or before it is
+        run: an adapter that does not fit.
     """
     lm_eval, manager = _import_harness(include_path)
     _check_tasks(manager, tasks)
@@ -53,7 +53,7 @@ def harness(
     loaded = bench or Bench.load(find_base(opened, [], base), LANGUAGE, device)
     if loaded.form not in ("causal", "seq2seq"):
         raise RecipeError(
-            f"lm-evaluation-harness judges causal and sequence-to-sequence models; '{loaded.base}' is loaded as {loaded.form}."
+            f"lm-evaluation-harness evaluates causal and sequence-to-sequence models; '{loaded.base}' is loaded as {loaded.form}."
         )
     for adapter in opened:
         if adapter is not None:
@@ -71,7 +71,7 @@ def harness(
 
 
 def _import_harness(include_path: str | Path | None) -> tuple[Any, Any]:
-    """The harness and its list of tasks."""
+    """Import the harness and list its tasks."""
     try:
         import lm_eval  # type: ignore[import-not-found]
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
@@ -81,7 +81,7 @@ def _import_harness(include_path: str | Path | None) -> tuple[Any, Any]:
             "pip install 'ties-peft[harness]'."
         ) from None
     if include_path is not None and not Path(include_path).is_dir():
-        raise RecipeError(f"{str(include_path)!r} is no folder; expected one with task files of the harness.")
+        raise RecipeError(f"{str(include_path)!r} is not a folder. Give one with task files of the harness.")
     return lm_eval, TaskManager(include_path=None if include_path is None else str(include_path))
 
 
@@ -98,7 +98,7 @@ def _check_tasks(manager: Any, tasks: Sequence[str]) -> None:
 
 
 def _run_tasks(lm_eval: Any, bench: Bench, batch_size: int, **settings: Any) -> Any:
-    """What the harness finds of the model as it stands on the bench."""
+    """Return the results of the harness for the model with the adapter that is applied."""
     from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 
     backend = "seq2seq" if bench.form == "seq2seq" else "causal"
@@ -114,7 +114,7 @@ def _run_tasks(lm_eval: Any, bench: Bench, batch_size: int, **settings: Any) -> 
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The metrics, without names and what could not be computed."""
+    """Return the metrics that are numbers."""
     return {
         key: float(value)
         for key, value in values.items()

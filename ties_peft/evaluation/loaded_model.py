@@ -1,8 +1,7 @@
-"""Bench: one loaded base model, on which adapters are put and from which they are taken, by its weights.
+"""Load a base model once, and apply one adapter after the other to its weights.
 
-Nothing is loaded twice: an adapter's task vectors are added to the weights they belong to, in the model's
-dtype, and afterwards the untouched tensors themselves are put back. So any adapter that ties_peft
-reads can be judged, without PEFT, and a merge in memory too.
+An adapter's task vectors are added to the weights in the model's dtype, and afterwards the original tensors are put
+back. So any adapter that ties_peft reads can be evaluated without PEFT, and so can a merge in memory.
 """
 
 from __future__ import annotations
@@ -16,35 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.extra_tensors import BASE, TOKENS, ExtraTensor
+from ..adapters.extra_tensors import BASE, TOKENS, ExtraTensor, shape_text
 from ..adapters.types.base import BIAS, EXPERT, ModuleInfo
 from ..errors import CompatibilityError, RecipeError
 from ..merging.values import check_device
 from .missing_weights import check_missing_weights, find_missing_weights, silenced
 
-AUTO_CLASSES = {  # what a bench can hold, by the class of transformers that loads it
+AUTO_CLASSES = {  # the forms of a base model, and the class of transformers that loads each
     "encoder": "AutoModel",
     "classifier": "AutoModelForSequenceClassification",
     "causal": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
 LANGUAGE = "language"  # causal or seq2seq, as the model's config says
-FORM_OF_MEASURE = {"descriptions": "encoder", "head": "classifier"}  # all other measures on a language model
+FORM_OF_MEASURE = {"descriptions": "encoder", "head": "classifier"}  # all other measures need a language model
 
 
 class Bench:
     """A base model in evaluation mode, its tokenizer, and where it runs.
 
     Args:
-        model: a transformers model, or one that PEFT has wrapped, whose active adapters then stay on
-            under what is applied.
-        tokenizer: of the same.
+        model: a transformers model, or one that PEFT has wrapped; PEFT's active adapters stay active.
+        tokenizer: of the model.
         base: the name that messages use.
         form: `encoder`, `classifier`, `causal` or `seq2seq`.
 
     Attributes:
         device: of the model.
-        active_adapter: the adapter that is on; None for the bare base.
+        active_adapter: the adapter that is applied; None for the bare base.
     """
 
     def __init__(self, model: Any, tokenizer: Any, base: str = "in memory", form: str | None = None) -> None:
@@ -59,7 +57,7 @@ class Bench:
             config.pad_token_id = self.pad_token_id  # classifiers of causal models look for the last real token by it
         self._modules = dict(_unwrapped(model).named_modules())
         self._missing: dict[str, nn.Parameter] = {}
-        self._supplied_ids: list[int] = []  # ids of the parameters that what is on brings whole
+        self._supplied_ids: list[int] = []  # ids of the parameters that the active adapter replaces
 
     @classmethod
     def load(cls, base: str | Path, form: str, device: str = "cpu", token: str | None = None) -> Bench:
@@ -67,13 +65,13 @@ class Bench:
 
         Args:
             base: a folder, or a Hub id.
-            form: `encoder`, `classifier`, `causal`, `seq2seq`, or `language` for whichever of the last
-                two its config says.
+            form: `encoder`, `classifier`, `causal`, `seq2seq`, or `language` for one of the last two,
+                depending on the model's config.
             device: where it runs.
             token: for private repositories.
         Raises: RecipeError where there is no such model, or the device cannot be used.
-        Law: a model whose files lack tensors that its answer depends on is not run without an adapter that brings
-            them: CompatibilityError, from `check_complete` and from every forward pass.
+        Law: a model whose files lack tensors that its output depends on does not run without an adapter that has
+            them: `check_complete` and every forward pass raise CompatibilityError.
         """
         import transformers
 
@@ -102,7 +100,7 @@ class Bench:
 
     @property
     def pad_token_id(self) -> int:
-        """The token that fills up short rows; where it stands nothing looks."""
+        """The token that pads short rows; the attention mask excludes it."""
         for name in ("pad_token_id", "eos_token_id"):
             found = getattr(self.tokenizer, name, None)
             if isinstance(found, int):
@@ -115,7 +113,7 @@ class Bench:
         Raises: CompatibilityError naming the modules that the model lacks, or whose shapes differ.
         """
         faults = [fault for name in adapter.modules if (fault := self._module_fault(adapter.module(name)))]
-        faults += [fault for rider in _riders(adapter) if (fault := self._extra_fault(rider))]
+        faults += [fault for extra in _changing_extra_tensors(adapter) if (fault := self._extra_fault(extra))]
         if faults:
             rows = "\n".join(f"  {fault}" for fault in faults[:4])
             more = f"\n  … and {len(faults) - 4} more" if len(faults) > 4 else ""
@@ -126,23 +124,27 @@ class Bench:
             )
 
     def check_complete(self, adapter: Adapter | None) -> None:
-        """Refuse to judge an adapter, or None for the bare base, by tensors that the base's files lack; before any run.
+        """Refuse to evaluate with tensors that are neither in the base's files nor in the adapter (None: no adapter).
 
-        Raises: CompatibilityError naming those that the adapter does not bring either.
+        Raises: CompatibilityError naming those tensors.
         """
         if self._missing:
-            found = [self._parameter(_path(r)) for r in (_riders(adapter) if adapter else []) if r.role != TOKENS]
+            found = [
+                self._parameter(_path(extra))
+                for extra in (_changing_extra_tensors(adapter) if adapter else [])
+                if extra.role != TOKENS
+            ]
             label = None if adapter is None else adapter.label
             check_missing_weights(self._missing, [id(parameter) for parameter in found], self.base, self.form, label)
 
     @contextmanager
     def applied(self, adapter: Adapter | None) -> Iterator[Bench]:
-        """The model with an adapter's effect in its weights (and, for (IA)³, its biases).
+        """Apply an adapter to the model's weights (and, for (IA)³, biases), within a `with` block.
 
         Args:
             adapter: None for the bare base.
-        Raises: CompatibilityError where it does not fit; RuntimeError where another is on.
-        Law: afterwards the model holds the very tensors that it held before.
+        Raises: CompatibilityError where it does not fit; RuntimeError where another is applied.
+        Law: afterwards the model has the very tensors that it had before.
         """
         if adapter is None:
             yield self
@@ -165,9 +167,9 @@ class Bench:
 
     @contextmanager
     def applied_extra_tensors(self, adapter: Adapter) -> Iterator[Bench]:
-        """The model with the whole tensors that ride along with an adapter, such as its task's head, and no more.
+        """Apply only an adapter's extra tensors, such as its task's head, within a `with` block.
 
-        Law: as of `applied`, within which it may be used.
+        Law: as of `applied`; it may be used within it.
         """
         saved: list[tuple[nn.Parameter, Tensor]] = []
         supplied = len(self._supplied_ids)
@@ -179,31 +181,31 @@ class Bench:
             self._restore(saved, supplied)
 
     def without_adapter(self) -> AbstractContextManager[Any]:
-        """The model without any adapter that PEFT put on it."""
+        """Disable the adapters that PEFT holds in the model, within a `with` block."""
         if self.active_adapter is not None:
             raise RuntimeError(f"the base has '{self.active_adapter.label}' applied")
         without: AbstractContextManager[Any] = getattr(self.model, "disable_adapter", nullcontext)()
         return without
 
     def layer(self, name: str) -> nn.Module:
-        """One layer of the base, by its path."""
+        """Return one layer of the base, by its path."""
         found: nn.Module = _base_layer(self._modules[name])
         return found
 
     @property
     def max_length(self) -> int:
-        """The most tokens that the model's positions allow."""
+        """The largest number of tokens that the model has positions for."""
         return _max_length(self.model)
 
     def all_token_ids(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-        """Token ids of some texts, however long."""
+        """Return the token ids of some texts, uncut."""
         if not texts:
             return []
         found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
         return found
 
     def token_ids(self, texts: Sequence[str], most: int, special: bool = True) -> tuple[list[list[int]], int]:
-        """Token ids of some texts, at most `most` each, and how many texts were cut."""
+        """Return the token ids of some texts, at most `most` each, and the number of texts that were cut."""
         found = self.all_token_ids(texts, special)
         limit = min(most, self.max_length)
         cut = [place for place, ids in enumerate(found) if len(ids) > limit]
@@ -216,7 +218,7 @@ class Bench:
         return found, len(cut)
 
     def pad_batch(self, rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, Tensor]:
-        """A batch of token ids of unequal lengths: input_ids and attention_mask, (rows, longest), int64."""
+        """Return a batch of token ids of unequal lengths: input_ids and attention_mask, (rows, longest), int64."""
         width = max(1, *(len(row) for row in rows))
         gaps = [[self.pad_token_id] * (width - len(row)) for row in rows]
         ids = [[*gap, *row] if left else [*row, *gap] for gap, row in zip(gaps, rows, strict=True)]
@@ -228,20 +230,20 @@ class Bench:
         return {key: tensor.to(self.device) for key, tensor in tensors.items()}
 
     def _hint(self, adapter: Adapter) -> str:
-        """What to do about an adapter that does not fit: the same layers may have other names under a head, or without."""
+        """Return what to do about an adapter that does not fit: with a head, the same layers have other names."""
         front = f"{getattr(_unwrapped(self.model), 'base_model_prefix', '')}."
         paths = [adapter.module(name).path for name in adapter.modules]
         if not any(path not in self._modules and _with_other_prefix(path, front) in self._modules for path in paths):
             return "Name the base that it was trained on."
         return (
-            f"Its layers are there under other names ({front}…): it was trained on the base in another form, task_type "
+            f"The model has its layers under other names ({front}…): it was trained on another form of the base, task_type "
             f"{adapter.config.get('task_type')}. The measure decides the form: descriptions loads an encoder, "
             "head a classifier, choices, exact_match and loss a language model."
         )
 
     def _module_fault(self, module: ModuleInfo) -> str | None:
         if module.layer_type == EXPERT:
-            return f"{module.name}: one expert of several, which is not put on yet"
+            return f"{module.name}: one expert of several, which cannot be applied yet"
         layer = self._modules.get(module.path)
         if module.layer_type == BIAS:
             held = getattr(_base_layer(layer), "bias", None)
@@ -254,10 +256,10 @@ class Bench:
             return f"{module.name}: its weight is {weight.dtype}; load the base unquantised"
         seen, shape = tuple(weight.shape), module.shape
         if len(shape) == 1:
-            side = shape_text(_base_layer(layer))[1 if module.on_input else 0]
+            side = weight_shape(_base_layer(layer))[1 if module.on_input else 0]
             return None if side == shape[0] else f"{module.name}: a vector of {shape[0]} for a side of {side}"
-        fits = shape_text(_base_layer(layer)) == shape if weight.dim() == 2 else weight.numel() == shape[0] * shape[1]
-        return None if fits else f"{module.name}: {shape[0]} × {shape[1]} for a weight {_shape_text(seen)}"
+        fits = weight_shape(_base_layer(layer)) == shape if weight.dim() == 2 else weight.numel() == shape[0] * shape[1]
+        return None if fits else f"{module.name}: {shape[0]} × {shape[1]} for a weight {shape_text(seen)}"
 
     def _parameter(self, path: str) -> nn.Parameter | None:
         owner, _, name = path.rpartition(".")
@@ -288,24 +290,24 @@ class Bench:
         if own is not None and not module.on_input:
             _replace(own, own.float() * factor, saved)
 
-    def _extra_fault(self, rider: ExtraTensor) -> str | None:
-        """What keeps a rider off the model; None where nothing does."""
-        parameter = self._parameter(_path(rider))
+    def _extra_fault(self, extra: ExtraTensor) -> str | None:
+        """Return why an extra tensor does not fit the model; None where it fits."""
+        parameter = self._parameter(_path(extra))
         if parameter is None:
-            return f"{_path(rider)}: the model has no such tensor"
-        shape = (max(rider.rows, default=0) + 1, *rider.shape[1:]) if rider.role == TOKENS else rider.shape
+            return f"{_path(extra)}: the model has no such tensor"
+        shape = (max(extra.rows, default=0) + 1, *extra.shape[1:]) if extra.role == TOKENS else extra.shape
         seen = tuple(parameter.shape)
-        fits = seen[0] >= shape[0] and seen[1:] == shape[1:] if rider.role == TOKENS else seen == shape
-        return None if fits else f"{_path(rider)}: {_shape_text(shape)} for {_shape_text(seen)}"
+        fits = seen[0] >= shape[0] and seen[1:] == shape[1:] if extra.role == TOKENS else seen == shape
+        return None if fits else f"{_path(extra)}: {shape_text(shape)} for {shape_text(seen)}"
 
     def _apply_extra_tensors(self, adapter: Adapter, saved: list[tuple[nn.Parameter, Tensor]]) -> None:
-        for rider in _riders(adapter):
-            parameter, value = self._parameter(_path(rider)), adapter.tensors.read(rider.key)
+        for extra in _changing_extra_tensors(adapter):
+            parameter, value = self._parameter(_path(extra)), adapter.tensors.read(extra.key)
             if parameter is None:
-                raise CompatibilityError(f"adapter '{adapter.label}': {self._extra_fault(rider)}.")
-            if rider.role == TOKENS:
+                raise CompatibilityError(f"adapter '{adapter.label}': {self._extra_fault(extra)}.")
+            if extra.role == TOKENS:
                 rows = parameter.data.clone()
-                rows[torch.tensor(rider.rows, device=rows.device)] = value.to(rows.device, rows.dtype)
+                rows[torch.tensor(extra.rows, device=rows.device)] = value.to(rows.device, rows.dtype)
                 value = rows
             else:
                 self._supplied_ids.append(id(parameter))
@@ -317,7 +319,7 @@ class Bench:
         del self._supplied_ids[supplied:]
 
     def _check_before_run(self) -> None:
-        """Before every run of a model that lacks tensors: what is on has to bring them."""
+        """Refuse a forward pass where the files lack tensors that the active adapter does not have either."""
         check_missing_weights(
             self._missing,
             self._supplied_ids,
@@ -327,7 +329,7 @@ class Bench:
         )
 
     def _test_output(self) -> Tensor:
-        """What is judged of the model, on two tokens."""
+        """Return the model's output for two tokens."""
         ids = torch.ones(1, 2, dtype=torch.int64, device=self.device)
         written = {"labels": ids} if self.form == "seq2seq" else {}
         out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **written)
@@ -336,7 +338,7 @@ class Bench:
 
 
 def form_of(model: Any) -> str:
-    """What a loaded model is: `encoder`, `classifier`, `causal` or `seq2seq`, by the name of its class."""
+    """Return the form of a loaded model, `encoder`, `classifier`, `causal` or `seq2seq`, by its class."""
     name = type(_unwrapped(model)).__name__
     if "SequenceClassification" in name:
         return "classifier"
@@ -346,12 +348,12 @@ def form_of(model: Any) -> str:
 
 
 def transposed(layer: nn.Module) -> bool:
-    """Whether a layer holds its weight as (in, out): GPT-2's Conv1D, and embeddings."""
+    """Return whether a layer's weight is (in, out), as in GPT-2's Conv1D and in embeddings."""
     return type(layer).__name__ == "Conv1D" or isinstance(layer, nn.Embedding)
 
 
-def shape_text(layer: Any) -> tuple[int, ...]:
-    """(out, in, …) of a layer."""
+def weight_shape(layer: Any) -> tuple[int, ...]:
+    """Return (out, in, …) of a layer."""
     shape = tuple(layer.weight.shape)
     return (shape[1], shape[0]) if transposed(layer) else shape
 
@@ -362,28 +364,27 @@ def _replace(parameter: nn.Parameter, value: Tensor, saved: list[tuple[nn.Parame
 
 
 def _unwrapped(model: Any) -> Any:
-    """The transformers model inside PEFT's."""
+    """Return the transformers model inside PEFT's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _base_layer(layer: Any) -> Any:
-    """The layer inside PEFT's."""
+    """Return the layer inside PEFT's."""
     return getattr(layer, "base_layer", layer)
 
 
-def _riders(adapter: Adapter) -> list[ExtraTensor]:
-    """What rides along and changes the model: all but the base's own weights."""
-    found = adapter.extra_tensors()
-    return [rider for rider in found if rider.role != BASE]
+def _changing_extra_tensors(adapter: Adapter) -> list[ExtraTensor]:
+    """Return the extra tensors that change the model: all but copies of the base's own weights."""
+    return [extra for extra in adapter.extra_tensors() if extra.role != BASE]
 
 
-def _path(rider: ExtraTensor) -> str:
-    """A rider's path in the model."""
-    return f"{rider.module}.weight" if rider.role == TOKENS else f"{rider.module}.{rider.tensor}"
+def _path(extra: ExtraTensor) -> str:
+    """Return the path of an extra tensor in the model."""
+    return f"{extra.module}.weight" if extra.role == TOKENS else f"{extra.module}.{extra.tensor}"
 
 
 def _max_length(model: Any) -> int:
-    """The most tokens that a model's positions allow."""
+    """Return the largest number of tokens that a model has positions for."""
     config = getattr(model, "config", None)
     found = next(
         (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions") if hasattr(config, n)), None
@@ -392,9 +393,5 @@ def _max_length(model: Any) -> int:
 
 
 def _with_other_prefix(path: str, front: str) -> str:
-    """A path with a model's prefix where it has none, and without it where it has."""
+    """Return a path without a model's prefix, or with it where it has none."""
     return path.removeprefix(front) if path.startswith(front) else front + path
-
-
-def _shape_text(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))

@@ -1,8 +1,8 @@
-"""Missing: the tensors of a model that its files do not hold. transformers draws them at random as it loads them.
+"""Find the tensors of a model that its files do not hold. transformers draws them at random when it loads the model.
 
-A base without the head that was asked for is loaded with a drawn one, and another at the next loading: whatever
-is measured through it is chance. transformers' remark on it is silenced with its others, and it is an error here.
-What the model's answer does not depend on, such as an encoder's pooler, may be missing.
+A base without a head is loaded with a random head, a different one each time, so whatever is measured with it is
+chance. transformers only warns of this, and its warnings are silenced here; this package raises an error instead.
+Tensors that the model's output does not depend on, such as an encoder's pooler, may be missing.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from ..errors import CompatibilityError
 
 
-def find_missing_weights(model: Any, info: dict[str, Any], answer: Callable[[], Tensor]) -> dict[str, nn.Parameter]:
-    """The parameters that were drawn and on which the model's answer depends, by their names in the model.
+def find_missing_weights(model: Any, info: dict[str, Any], output: Callable[[], Tensor]) -> dict[str, nn.Parameter]:
+    """Return the parameters that were drawn at random and that the model's output depends on, by name.
 
     Args:
-        model: as `from_pretrained(…, output_loading_info=True)` gives it.
-        info: what it says beside it; of its `missing_keys` the tied ones that are there under another name are left out
-            by transformers. transformers 4 names them as the files would, with the base's prefix or without.
-        answer: runs the model on anything and gives what is judged.
+        model: from `from_pretrained(…, output_loading_info=True)`.
+        info: the loading info. Its `missing_keys` do not include tied tensors that the files hold under another name.
+            transformers 4 gives them the names of the files, with the base's prefix or without.
+        output: runs the model on any input and returns its output.
     """
     held = dict(model.named_parameters(remove_duplicate=False))
     front = f"{getattr(model, 'base_model_prefix', '')}."
@@ -33,17 +33,17 @@ def find_missing_weights(model: Any, info: dict[str, Any], answer: Callable[[], 
         for key in sorted(info["missing_keys"])
     ]
     found = {name: held[name] for name in names if name is not None}
-    return found if not found else _used(found, answer)
+    return found if not found else _used(found, output)
 
 
 def check_missing_weights(
     missing: dict[str, nn.Parameter], supplied: Collection[int], base: str, form: str, adapter: str | None
 ) -> None:
-    """Refuse to judge by tensors that were drawn.
+    """Refuse to evaluate with tensors that were drawn at random.
 
     Args:
         missing: from `find_missing_weights`.
-        supplied: the ids of the parameters that an adapter brings whole.
+        supplied: the ids of the parameters that the adapter replaces.
         base, form, adapter: for the message; adapter None is the bare base.
     Raises: CompatibilityError naming the tensors.
     """
@@ -51,17 +51,17 @@ def check_missing_weights(
     if not names:
         return
     them = "it" if len(names) == 1 else "them"
-    who = f"adapter '{adapter}' does not bring {them}" if adapter else f"nothing brings {them}"
+    who = f"adapter '{adapter}' does not have {them} either" if adapter else f"no adapter has {them}"
     raise CompatibilityError(
-        f"the files of base model '{base}', loaded as {form}, hold no {_listed(names)}: transformers began {them} anew, at "
-        f"random, and {who}, so the answers would be chance. Name a base that was saved with {them}, or an adapter that "
+        f"the files of base model '{base}', loaded as {form}, hold no {_listed(names)}: transformers drew {them} at "
+        f"random, and {who}, so the results would be chance. Name a base that was saved with {them}, or an adapter that "
         "was (modules_to_save; PEFT does so for the head of a SEQ_CLS adapter)."
     )
 
 
 @contextmanager
 def silenced(transformers: Any) -> Iterator[None]:
-    """No progress bars and remarks while a model is loaded."""
+    """Silence the progress bars and warnings of transformers, within a `with` block."""
     before = transformers.logging.get_verbosity()
     bars = getattr(transformers.logging, "is_progress_bar_enabled", lambda: True)()
     transformers.logging.set_verbosity_error()
@@ -74,15 +74,15 @@ def silenced(transformers: Any) -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def _used(found: dict[str, nn.Parameter], answer: Callable[[], Tensor]) -> dict[str, nn.Parameter]:
-    """Those that the answer depends on: that have a gradient. All, where no gradient can be had."""
+def _used(found: dict[str, nn.Parameter], output: Callable[[], Tensor]) -> dict[str, nn.Parameter]:
+    """Return those that the output depends on, that is, that have a gradient; all where there is no gradient."""
     parameters = list(found.values())
     try:
         with torch.enable_grad():
-            slopes = torch.autograd.grad(answer().float().sum(), parameters, allow_unused=True)
-    except (RuntimeError, ValueError, TypeError, IndexError):  # frozen or quantised, or a model that wants other inputs
+            gradients = torch.autograd.grad(output().float().sum(), parameters, allow_unused=True)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # frozen or quantised, or a model with other inputs
         return found
-    return {name: own for (name, own), slope in zip(found.items(), slopes, strict=True) if slope is not None}
+    return {name: own for (name, own), gradient in zip(found.items(), gradients, strict=True) if gradient is not None}
 
 
 def _listed(names: Iterable[str]) -> str:

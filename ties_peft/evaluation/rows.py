@@ -1,4 +1,4 @@
-"""Rows: labelled or unlabelled text from JSONL, CSV, plain lines, or a data set on the Hub."""
+"""Read rows of labelled or unlabelled text from JSONL, CSV, plain lines, or a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ClassName(str):
-    """A class label of a data set on the Hub: the name of the class, which also has a number there.
+    """A class label of a data set on the Hub: the name of the class, together with its number.
 
     Attributes:
-        number: from 0, in the set's order of classes. A number that is of no class, such as the −1 of test splits whose
-            labels are kept back, has itself for a name.
+        number: from 0, in the order of the data set's classes. A number without a class, such as the −1 of test splits
+            whose labels are not published, is its own name.
         known: whether there is such a class.
     """
 
@@ -31,7 +31,7 @@ class ClassName(str):
     known: bool
 
     def __new__(cls, name: str, number: int, known: bool = True) -> ClassName:
-        """A name, its number, and whether there is such a class."""
+        """Make a label from a name, its number, and whether there is such a class."""
         made = super().__new__(cls, name)
         made.number, made.known = number, known
         return made
@@ -43,16 +43,16 @@ class ClassName(str):
 def read_rows(
     source: str | Path, split: str = "test", config: str | None = None, limit: int | None = None, text: str = "text"
 ) -> list[Row]:
-    """Rows of a file, or of a data set on the Hub.
+    """Read the rows of a file, or of a data set on the Hub.
 
     Args:
         source: a .jsonl file (an object a line), a .csv file (with a header), a .txt file (one text a
             line, under the key `text`), or a data set's id such as `org/name`, which needs the extra
             `data`.
-        split, config: of a data set on the Hub; a file has none.
-        limit: the first so many; None for all.
+        split, config: of a data set on the Hub; not used for a file.
+        limit: the number of rows to read; None for all.
         text: the key that the lines of a .txt file get.
-    Returns: the rows; of a data set on the Hub class labels as `ClassName`s.
+    Returns: the rows; class labels of a data set on the Hub are `ClassName`s.
     Raises: RecipeError naming the file and the line.
     """
     path = Path(source)
@@ -69,17 +69,17 @@ def read_rows(
         why = getattr(error, "strerror", None) or str(error)
         raise RecipeError(f"rows {str(source)!r} cannot be read: {why}.") from None
     if not found:
-        raise RecipeError(f"rows {str(source)!r}: there are none in it.")
+        raise RecipeError(f"rows {str(source)!r}: the file has no rows.")
     return found
 
 
 def is_row_source(text: str) -> bool:
-    """Return whether a text has the form of a file of rows, or of a data set's id on the Hub."""
+    """Return whether a text looks like the name of a file of rows, or of a data set on the Hub."""
     return Path(text).suffix in FILES or HUB_ID.fullmatch(text) is not None
 
 
 def texts_of(rows: Sequence[Row], field: str, where: str) -> list[str]:
-    """The text of every row.
+    """Return the text of every row.
 
     Raises: RecipeError naming the first row that has none.
     """
@@ -95,7 +95,7 @@ def texts_of(rows: Sequence[Row], field: str, where: str) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a file; `splitlines` would also part them at U+0085 and the like, inside a text."""
+    """Return the lines of a file; `splitlines` would also split at U+0085 and the like, inside a text."""
     return path.read_text(encoding="utf-8-sig").split("\n")
 
 
@@ -123,7 +123,7 @@ def _csv(path: Path) -> list[Row]:
 
 
 def _hub(source: str, split: str, config: str | None, limit: int | None) -> list[Row]:
-    """Rows of a data set on the Hub, class labels by their names."""
+    """Return the rows of a data set on the Hub, with class labels by their names."""
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise RecipeError(
             f"rows {source!r}: expected a file that ends in .jsonl, .csv or .txt, or a data set on the Hub, "

@@ -1,4 +1,4 @@
-"""Distilled: what `distil` gives back, an Adapter that knows whom it imitates and how well."""
+"""The result of `distil`: an adapter with a report on how well it imitates its teachers."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from ..merging.tables import Printed, make_facts, make_table, number_column
 
 @dataclass(frozen=True)
 class TeacherResult:
-    """One teacher.
+    """How well one teacher is imitated.
 
     Attributes:
-        name, digest: which.
-        kind: LoRA, (IA)³.
+        name, digest: of the adapter.
+        kind: its PEFT type, LoRA or (IA)³.
         origin: where its rows come from.
-        rows, held: how many were learnt from, how many held back.
-        divergence: KL(teacher ‖ adapter) on the held-back rows in nats, of the start and of the result.
-        agreement: share of predictions there whose likeliest is the teacher's, likewise.
-        page: its address on the Hub; None for one on this machine.
+        rows, held: the number of rows to learn from, and of held-out rows.
+        divergence: KL(teacher ‖ adapter) on the held-out rows in nats, of the start and of the result.
+        agreement: the share of predictions there whose likeliest answer is the teacher's, likewise.
+        page: its address on the Hub; None for a local adapter.
     """
 
     name: str
@@ -60,21 +60,21 @@ class TeacherResult:
 
 @dataclass(frozen=True, repr=False)
 class DistilReport(Printed):
-    """What was imitated, and how well.
+    """What `distil` imitated, and how well.
 
     Attributes:
         kind, rank: of the result; rank None for (IA)³.
         fit: what was fitted: factors, gains, vectors.
-        base: the base model that the teachers were run on.
+        base: the base model.
         start: how the start was made.
-        steps, of: that were taken, and at most; kept: the one whose numbers count, 0 for the start.
-        rate: in force at the end; retries: how often it was lowered.
-        history: (step, divergence on the held-back rows).
-        lessons: a line for each teacher.
+        steps, of: taken, and at most; kept: the step whose parameters are the result, 0 for the start.
+        rate: the learning rate at the end; retries: how often it was lowered.
+        history: (step, divergence on the held-out rows).
+        lessons: the result for each teacher.
         warnings: what is possible but unwise.
-        improved: whether the result is better than the start on the held-back rows; else it is the start.
+        improved: whether the result is better than the start on the held-out rows; else it is the start.
         dtype: of the tensors written.
-        seconds: how long it took.
+        seconds: the time it took.
         licence, licence_note: as in the report of a merge.
     """
 
@@ -101,18 +101,18 @@ class DistilReport(Printed):
 
     @property
     def divergence(self) -> tuple[float, float]:
-        """The mean over teachers, of the start and of the result."""
+        """The mean divergence over teachers, of the start and of the result."""
         before, after = zip(*(line.divergence for line in self.lessons), strict=True)
         return sum(before) / len(before), sum(after) / len(after)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, but for the time, which no two runs share."""
+        """Return all of it as plain values, except the time, which differs from run to run."""
         values = asdict(self)
         del values["seconds"]
         return values
 
     def tables(self) -> RenderableType:
-        """Teachers and outcome, without the warnings."""
+        """Return the teachers and the outcome, without the warnings."""
         return Group(self._teachers(), Text(), self._outcome())
 
     def _teachers(self) -> Table:
@@ -129,20 +129,22 @@ class DistilReport(Printed):
             )
             for line in self.lessons
         ]
-        title = f"imitates {len(self.lessons)} adapters, measured on rows held back"
+        title = f"imitates {len(self.lessons)} adapters, measured on held-out rows"
         return make_table(["adapter", "kind", *map(number_column, numbers), "from"], rows, title)
 
     def _outcome(self) -> Table:
         before, after = self.divergence
         rank = "" if self.rank is None else f", rank {self.rank}"
         outcome = (
-            f"{before:.4f} → {after:.4f}" if self.improved else f"{before:.4f}: nothing better, so it is the start"
+            f"{before:.4f} → {after:.4f}"
+            if self.improved
+            else f"{before:.4f}: nothing better was found, so the result is the start"
         )
         return make_facts(
             [
                 ("start", self.start),
                 ("fitted", f"{self.fit} of one {self.kind} adapter{rank}"),
-                ("steps", f"{self.steps} of {self.of}; the numbers of step {self.kept} count"),
+                ("steps", f"{self.steps} of {self.of}; the result is of step {self.kept}"),
                 ("mean KL", outcome),
                 ("written as", self.dtype),
                 ("licence", self.licence_note),
@@ -155,9 +157,9 @@ class Distilled(Adapter):
     """An adapter made by `distil`.
 
     Attributes:
-        report: whom it imitates, and how well; prints well.
+        report: which adapters it imitates, and how well; it prints as tables.
         recipe: what was asked, as plain values.
-        loading: the class of the base model that it is put on, and the lines of Python that do it.
+        loading: the class of the base model, and the lines of Python that load the adapter on it.
     """
 
     def __init__(
@@ -176,7 +178,7 @@ class Distilled(Adapter):
         self._inputs = list(inputs)
 
     def files(self) -> dict[str, writer.Content]:
-        """Config and weights, and beside them the card and the provenance."""
+        """Return the config, the weights, the card and the provenance."""
         provenance = {"versions": versions(), "distil": self.recipe, "report": self.report.to_dict()}
         return {
             **super().files(),
@@ -185,7 +187,7 @@ class Distilled(Adapter):
         }
 
     def save(self, folder: str | Path, force: bool = False) -> Path:
-        """Write a folder that `PeftModel.from_pretrained` loads; it appears whole or not at all.
+        """Write a folder that `PeftModel.from_pretrained` loads, completely or not at all.
 
         Args:
             folder: must not exist, or be empty.
@@ -223,9 +225,9 @@ def _card(report: DistilReport, recipe: Mapping[str, Any], loading: Loading) -> 
         [
             f"# One {report.kind} adapter that imitates {len(report.lessons)}",
             f"Made by {PROJECT}: a merge{rank} whose {report.fit} were then fitted to the predictions of the source adapters, "
-            "without labels. On rows held back from the fit, the table gives KL(adapter ‖ this one) in nats and how often "
-            "the likeliest prediction is the same.",
-            markdown_table(("adapter", "kind", "rows + held back", "KL", "agrees", "digest"), rows),
+            "without labels. On held-out rows, the table gives KL(adapter ‖ this one) in nats and how often the likeliest "
+            "prediction is the same.",
+            markdown_table(("adapter", "kind", "rows + held out", "KL", "agrees", "digest"), rows),
             "Load it:",
             loading_block(loading),
             "What was asked for:",

@@ -1,14 +1,14 @@
-"""Gather: the statistics that Fisher merging and RegMean need of an adapter, from rows of text on its base.
+"""Gather the statistics of an adapter that Fisher merging and RegMean need, from rows of text and the base model.
 
-    gram     G = mean of x·xᵀ over all tokens of all rows, x what goes into the module
+    gram     G = mean of x·xᵀ over all tokens of all rows, x the input of the module
     fisher   F = mean over rows of E_y (∂ log p(y | row) / ∂τ)², entry by entry: τ = Δ for LoRA, l for (IA)³
 
-both under the adapter. y is the label of a row. `labels` says where it comes from: `expected` takes every
-label at the model's own probability, exactly; `sampled` draws one; `given` takes the row's own (the empirical
-Fisher). Language models' texts have too many answers for the first.
+The adapter is applied to the model. y is the label of a row, and `labels` says where it comes from: `expected` sums
+over all labels, each with the model's own probability; `sampled` draws one label; `given` uses the row's own (the
+empirical Fisher). Texts of language models have too many possible answers for `expected`.
 
-The model runs a row at a time, so that no token fills up a short row and each row has a gradient of its own:
-that of y = x·Δᵀ is Σ g·xᵀ over tokens, g the gradient of the module's output, without any weight's.
+The model runs one row at a time, so that there is no padding and each row has its own gradient. The gradient with
+respect to Δ of y = x·Δᵀ is Σ g·xᵀ over tokens, g the gradient of the module's output; no gradient of a weight is needed.
 """
 
 from __future__ import annotations
@@ -52,37 +52,39 @@ def gather_statistics(
     again: bool = False,
     progress: Progress | None = None,
 ) -> Statistics:
-    """What `fisher` (kind `fisher`) or `regmean` (kind `gram`) must know of an adapter; a few hundred rows do.
+    """Return the statistics of an adapter for method `fisher` (kind `fisher`) or `regmean` (kind `gram`).
+
+    A few hundred rows are enough.
 
     Args:
         adapter: its folder or Hub id, or an `Adapter`.
-        task: rows of text, as `evaluate` takes them; their labels are read for `given` alone.
+        task: rows of text, as `evaluate` takes them; their labels are used for `given` only.
         kind: `fisher` or `gram`.
         base: the base model; by default the task's, else the adapter's.
         device: where the model runs.
         labels: of `fisher`: `expected`, `sampled` or `given`; by default `expected` where a row has one of a
             few labels, else `sampled`.
-        seed: of the labels that are sampled.
+        seed: of sampled labels.
         bench: a loaded base to use again.
-        save: whether to write them beside the adapter, where they are found by a merge.
-        again: gather them anew even where they are there already.
+        save: whether to write them beside the adapter, where a merge finds them.
+        again: whether to gather them again where they exist.
         progress: called as progress(stage, done, of).
-    Returns: them; the adapter has them from now on.
+    Returns: the statistics, which are attached to the adapter too.
     Raises: TiesPeftError, before the model is run.
     """
     if kind not in STATISTICS:
         raise RecipeError(unknown("kind of statistics", str(kind), STATISTICS))
     opened = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-    there = None if again else _existing(opened, kind)
+    existing = None if again else _existing(opened, kind)
     asked = read_task(task)
     labels = _choose_labels(labels, asked)
     provenance: dict[str, Any] = {"task": asked.name, "rows digest": asked.digest()}
     if kind == "fisher":
         provenance |= {"labels": labels, **({"seed": seed} if labels == "sampled" else {})}
-    if there is not None:
+    if existing is not None:
         named = str(base or asked.base or "") if bench is None else bench.base
-        _warn_if_different(opened, there, {**provenance, **({"base": named} if named else {})})
-        return there
+        _warn_if_different(opened, existing, {**provenance, **({"base": named} if named else {})})
+        return existing
     _check(opened, asked, kind, save)
     if bench is None:
         bench = Bench.load(find_base([opened], [asked], base), form_for(asked), device)
@@ -100,25 +102,25 @@ def gather_statistics(
 
 
 def _existing(adapter: Adapter, kind: str) -> Statistics | None:
-    """Those that are there and are of this adapter; any others are made anew."""
+    """Return the statistics beside the adapter; None where there are none of this very adapter."""
     try:
         return adapter.statistics(kind)
     except CompatibilityError:
         return None
 
 
-def _warn_if_different(adapter: Adapter, there: Statistics, asked: Mapping[str, Any]) -> None:
-    """Warn where the statistics that stay were made of something else than is asked for now."""
-    facts = dict(there.metadata)
+def _warn_if_different(adapter: Adapter, existing: Statistics, asked: Mapping[str, Any]) -> None:
+    """Warn where the existing statistics, which are used, were made with other rows, labels or base than asked for."""
+    facts = dict(existing.metadata)
     if "base" in asked:  # one base may lie in several places
         asked, facts = ({**found, "base": Path(str(found.get("base"))).name} for found in (asked, facts))
     other = [name.removesuffix(" digest") for name, value in asked.items() if facts.get(name) != value]
     if other:
-        provenance = f"{there.metadata.get('rows')} rows of {there.metadata.get('task')}"
+        provenance = f"{existing.metadata.get('rows')} rows of {existing.metadata.get('task')}"
         warn_caller(
             [
-                f"adapter '{adapter.label}' has {there.kind} statistics already, of {provenance}, made with another "
-                f"{', another '.join(other)} than is asked for; they stay. Gather anew: again=True, --again."
+                f"adapter '{adapter.label}' already has {existing.kind} statistics of {provenance}, made with another "
+                f"{', another '.join(other)} than asked for. These are used; to gather them again, give again=True (--again)."
             ]
         )
 
@@ -129,7 +131,7 @@ def _choose_labels(labels: str | None, task: Task) -> str:
         raise RecipeError(unknown("kind of labels", str(labels), LABELS))
     if chosen == "expected" and not task.classifies:
         raise MethodError(
-            f"labels is 'expected', and measure '{task.measure}' has every text as an answer. Say sampled or given."
+            f"labels is 'expected', and measure '{task.measure}' has too many possible answers. Choose sampled or given."
         )
     return chosen
 
@@ -137,7 +139,7 @@ def _choose_labels(labels: str | None, task: Task) -> str:
 def _check(adapter: Adapter, task: Task, kind: str, save: bool) -> None:
     if task.measure == "exact_match":
         raise RecipeError(
-            f"task {task.name!r}: measure 'exact_match' has no probabilities; say measure: loss for the same rows."
+            f"task {task.name!r}: measure 'exact_match' has no probabilities. Use measure: loss for the same rows."
         )
     if kind == "gram" and any(len(module.shape) != 2 for module in adapter.layout.values()):
         raise MethodError(
@@ -148,21 +150,21 @@ def _check(adapter: Adapter, task: Task, kind: str, save: bool) -> None:
     closed = [name for name in vectors if not (1 + adapter.delta(name)).all()]
     if closed:
         raise CompatibilityError(
-            f"adapter '{adapter.label}', module {closed[0]!r}: an entry of its vector is 0, behind which no "
-            "gradient can be seen. Leave the adapter out, or merge by another method."
+            f"adapter '{adapter.label}', module {closed[0]!r}: an entry of its vector is 0, so the "
+            "gradient cannot be computed. Leave the adapter out, or merge by another method."
         )
     if save and adapter.folder is None:
-        raise RecipeError("the adapter is in memory, so there is no folder to save statistics in; say save=False.")
+        raise RecipeError("the adapter is in memory, so there is no folder to save statistics in. Give save=False.")
 
 
 @dataclass(frozen=True)
 class RowLikelihood:
-    """One row.
+    """One row and its likelihood under the model.
 
     Attributes:
-        log_probabilities: runs the model and gives log p, (steps, answers): one step and a few labels, or
-            the tokens of a text.
-        answers: the row's own, one for each step; None where they are not wanted.
+        log_probabilities: runs the model and returns log p, (steps, answers): one step and a few labels, or one step
+            for each token of a text.
+        answers: the row's own, one for each step; None where they are not needed.
     """
 
     log_probabilities: Callable[[], Tensor]
@@ -170,7 +172,7 @@ class RowLikelihood:
 
 
 def _row_likelihoods(bench: Bench, task: Task, labels: str) -> list[RowLikelihood]:
-    """A task's rows, tokenized and checked."""
+    """Tokenize and check the rows of a task."""
     if task.measure in ("descriptions", "head"):
         scorer = Classification(bench, task, labelled=labels == "given")
         return [
@@ -201,7 +203,7 @@ def _label_log_probabilities(scorer: Classification, place: int) -> Tensor:
 
 
 def _choice_log_probabilities(bench: Bench, pairs: Sequence[Pair], mean: bool) -> Tensor:
-    """log p of each choice among them, (1, choices)."""
+    """Return log p of each choice among them, (1, choices)."""
     totals = []
     for pair in pairs:
         asked = torch.tensor(_predicted_tokens(bench, pair), device=bench.device).unsqueeze(1)
@@ -211,12 +213,12 @@ def _choice_log_probabilities(bench: Bench, pairs: Sequence[Pair], mean: bool) -
 
 
 def _predicted_tokens(bench: Bench, pair: Pair) -> list[int]:
-    """The tokens that are foretold: of a text with nothing before it not the first."""
+    """Return the tokens that are predicted: all, or all but the first where nothing precedes it."""
     return pair.asked[1:] if bench.form == "causal" and not pair.given else pair.asked
 
 
 def _step_log_probabilities(bench: Bench, pair: Pair) -> Tensor:
-    """log p of every token at each place that is asked for, (asked, vocabulary)."""
+    """Return log p of every token at each predicted position, (predicted, vocabulary)."""
     if bench.form == "seq2seq":
         inputs = bench.pad_batch([pair.given])
         logits = bench.model(**inputs, labels=bench.pad_batch([pair.asked])["input_ids"]).logits[0]
@@ -229,13 +231,13 @@ def _step_log_probabilities(bench: Bench, pair: Pair) -> Tensor:
 
 @dataclass
 class ModuleCall:
-    """One run of a module: what went in, and what its output's gradient is asked of.
+    """One forward pass of a module.
 
     Attributes:
         module: its name.
         inputs: (tokens, in).
-        outputs: (tokens, out), under the adapter.
-        probe: zeros that were added to the output; None where no gradient is wanted.
+        outputs: (tokens, out), with the adapter applied.
+        probe: zeros that were added to the output, to get its gradient; None where it is not needed.
     """
 
     module: str
@@ -246,7 +248,7 @@ class ModuleCall:
 
 @contextmanager
 def _recorded_calls(bench: Bench, adapter: Adapter, probed: bool) -> Iterator[list[ModuleCall]]:
-    """The calls of an adapter's modules, as they happen."""
+    """Record the forward passes of an adapter's modules in a list, within a `with` block."""
     calls: list[ModuleCall] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], Any]:
@@ -274,7 +276,7 @@ def _accumulate(
     seed: int,
     progress: Progress | None,
 ) -> dict[str, Tensor]:
-    """The statistic of every module, float32, on the CPU."""
+    """Return the statistic of every module, float32, on the CPU."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = defaultdict(int)
     with bench.applied(adapter), _recorded_calls(bench, adapter, kind == "fisher") as calls:
@@ -287,10 +289,10 @@ def _accumulate(
                 _add_fisher(bench, adapter, row, calls, labels, row_seed, sums)
             if progress is not None:
                 progress(kind, place + 1, len(rows))
-    silent = sorted(set(adapter.modules) - sums.keys())
-    if silent:
+    unused = sorted(set(adapter.modules) - sums.keys())
+    if unused:
         raise CompatibilityError(
-            f"adapter '{adapter.label}': {len(silent)} of its modules never ran, first {silent[0]!r}. Choose a "
+            f"adapter '{adapter.label}': {len(unused)} of its modules never ran, the first is {unused[0]!r}. Choose a "
             "measure that uses the whole model."
         )
     return {name: (total / (counts[name] or len(rows))).cpu() for name, total in sums.items()}
@@ -299,7 +301,7 @@ def _accumulate(
 def _add_grams(row: RowLikelihood, calls: list[ModuleCall], sums: dict[str, Tensor], counts: dict[str, int]) -> None:
     with torch.no_grad():
         row.log_probabilities()
-        grams: dict[Any, Tensor] = {}  # query, key and value read one input
+        grams: dict[Any, Tensor] = {}  # query, key and value share one input
         for call in calls:
             place = (call.inputs.data_ptr(), call.inputs.shape)
             if place not in grams:
@@ -333,7 +335,7 @@ def _add_fisher(
 
 
 def _answers(row: RowLikelihood, log_p: Tensor, labels: str, row_seed: int) -> Iterator[tuple[float, Tensor]]:
-    """(weight, answer at each step) of a row."""
+    """Yield (weight, answer at each step) of a row."""
     if labels == "given" and row.answers is not None:
         yield 1.0, row.answers
     elif labels == "expected":
@@ -345,7 +347,7 @@ def _answers(row: RowLikelihood, log_p: Tensor, labels: str, row_seed: int) -> I
 
 
 def _task_vector_gradient(bench: Bench, adapter: Adapter, call: ModuleCall, gradient: Tensor) -> Tensor:
-    """∂/∂τ by one call of a module."""
+    """Return the gradient with respect to τ of one forward pass of a module."""
     module, layer = adapter.module(call.module), bench.layer(call.module)
     g = gradient.reshape(-1, gradient.shape[-1])
     x = _token_matrix(call.inputs, call.module)
@@ -361,11 +363,11 @@ def _task_vector_gradient(bench: Bench, adapter: Adapter, call: ModuleCall, grad
 
 
 def _token_matrix(inputs: Tensor, module: str) -> Tensor:
-    """(tokens, in), float32."""
+    """Return the inputs as (tokens, in), float32."""
     if not inputs.dtype.is_floating_point or inputs.dim() not in (2, 3):
         raise CompatibilityError(
-            f"module {module!r} takes {inputs.dtype} of {inputs.dim()} dimensions: statistics are of linear "
-            "layers, not of embeddings or convolutions. Merge by another method."
+            f"module {module!r} takes {inputs.dtype} of {inputs.dim()} dimensions: only linear layers have "
+            "statistics, not embeddings or convolutions. Merge by another method."
         )
     return inputs.reshape(-1, inputs.shape[-1]).float()
 

@@ -1,4 +1,4 @@
-"""Signs: what TIES elects, from a few examples of each task instead of by vote."""
+"""Take the signs of TIES from an adapter trained on a few examples, instead of electing them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ STEPS_EACH = 20
 
 
 class Signs(Adapter):
-    """An adapter trained on a few examples, which knows on which.
+    """An adapter trained on a few examples, with a record of them.
 
     Attributes:
-        recipe: what was asked, as plain values; saved beside it as provenance.
+        recipe: what was asked, as plain values; it is saved as provenance.
     """
 
     def __init__(self, made: Adapter, recipe: Mapping[str, Any]) -> None:
@@ -33,7 +33,7 @@ class Signs(Adapter):
         self.recipe = dict(recipe)
 
     def files(self) -> dict[str, writer.Content]:
-        """Config and weights, and beside them the provenance."""
+        """Return the config, the weights and the provenance."""
         return {**super().files(), writer.PROVENANCE: writer.json_text({"versions": versions(), "signs": self.recipe})}
 
 
@@ -48,21 +48,21 @@ def few_shot_signs(
     bench: Bench | None = None,
     progress: Progress | None = None,
 ) -> Signs:
-    """An adapter whose signs stand in for an election: `merge(adapters, method="ties", sign_from=…)`.
+    """Return an adapter whose signs replace the election: `merge(adapters, method="ties", sign_from=…)`.
 
     It begins as the average of the adapters, at the largest of their ranks, and is trained on a few labelled rows
-    of all tasks together; a merge takes its signs, untrimmed, and the magnitudes of the adapters.
+    of all tasks together. A merge takes its signs, untrimmed, and the magnitudes of the adapters.
 
     Args:
         adapters: folders, Hub ids or `Adapter`s.
         tasks: with some labelled rows each (32 in the paper).
         base, device, bench: as in `evaluate`.
         steps: of training, in all; 20 for each task by default.
-        seed: of the rows' draws.
+        seed: of the draws of rows.
         progress: called as progress(stage, done, of).
     Raises: TiesPeftError, before the model is run.
-    Source: Yadav et al., TIES-Merging, NeurIPS 2023 (arXiv 2306.01708), section 7: the multitask signs are what the
-        election is short of, and 32 examples a task give part of them.
+    Source: Yadav et al., TIES-Merging, NeurIPS 2023 (arXiv 2306.01708), section 7: with the signs of a
+        multitask model TIES nearly reaches it, and 32 examples a task give a part of that gain.
     """
     if steps is not None:
         check_whole("steps", steps, 1)

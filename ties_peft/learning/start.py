@@ -1,4 +1,4 @@
-"""Start: what the student of `distil` begins as, a merge of its teachers at the rank asked for."""
+"""Make the adapter that `distil` begins with: a merge of its teachers at the rank of the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gains": {"method": "flat_tsv", "rank": "max"},
     "ia3": {"method": "power_mean"},
 }
-DEFAULT_RANK = 16  # of a LoRA student where no teacher has a rank
+DEFAULT_RANK = 16  # of a LoRA where no teacher has a rank
 
 
 def make_start(
@@ -35,11 +35,11 @@ def make_start(
     rank: int | None = None,
     base_model: str | None = None,
 ) -> tuple[Merged, str]:
-    """A merge, float32, in the plain form that every merge is written in, and how it was made.
+    """Return a merge in float32, and a text that says how it was made.
 
     Args:
-        teachers: whom the student imitates.
-        bench: gives the weights by which an (IA)³ vector becomes a LoRA's start.
+        teachers: the adapters to imitate.
+        bench: its weights are needed to approximate an (IA)³ vector by a LoRA.
         start, kind, fit, rank, base_model: as in `distil`.
     Raises: RecipeError, MethodError or CompatibilityError where there is no such start.
     """
@@ -73,10 +73,9 @@ def make_start(
 
 
 def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:
-    """An (IA)³ adapter as the LoRA nearest to it: the best rank-r factors of W·diag(l − 1) or diag(l − 1)·W.
+    """Return the LoRA closest to an (IA)³ adapter: the best rank-r factors of W·diag(l − 1) or diag(l − 1)·W.
 
-    What its vectors do to biases has no place in a LoRA and is left out: the result is a start, no
-    conversion.
+    A LoRA cannot hold what the vectors do to biases, so this is left out: the result is a start, not a conversion.
     """
     lora = output_type(peft_types()["LORA"])
     tensors: dict[str, torch.Tensor] = {}
@@ -102,7 +101,7 @@ def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:
 
 
 def _kind(teachers: Sequence[Adapter], asked: str | None) -> str:
-    """The PEFT type of the result: as asked, else LoRA as soon as one teacher is."""
+    """Return the PEFT type of the result: as asked, else LoRA if any teacher is one."""
     by_name = {kind.name: kind.config_name for kind in peft_types().values() if kind.name in ("lora", "ia3")}
     if asked is not None and asked not in by_name:
         raise RecipeError(unknown("kind", str(asked), by_name))

@@ -1,4 +1,4 @@
-"""Teachers: the adapters that `distil` imitates, each with its rows and how its predictions are read."""
+"""Find out which adapters `distil` is to imitate, on which rows, and how their predictions are read."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ DEFAULT_TASKS = {LANGUAGE: Task("loss", label=None), "classifier": Task("head")}
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """An adapter to imitate.
+    """What the user asked for one adapter to imitate.
 
     Attributes:
-        adapter: it.
+        adapter: the one to imitate.
         name: short and unique, for tables.
-        task: how its predictions are read; None where the model decides.
+        task: how its predictions are read; None where that follows from the model.
         texts: what it reads; None for random tokens.
-        count: of random rows.
+        count: how many rows of random tokens.
         origin: where the rows come from.
     """
 
@@ -45,9 +45,9 @@ class TeacherSpec:
 
 
 def read_teacher_specs(adapters: Sequence[Any], rows: Any = None, tasks: Any = None) -> list[TeacherSpec]:
-    """Open the adapters, and find each one's task and texts; see `distil`.
+    """Open the adapters and find the task and the texts of each; see `distil`.
 
-    Raises: RecipeError naming what fits no adapter, or what an adapter lacks.
+    Raises: RecipeError naming a task or rows that belong to no adapter, or an adapter without them.
     """
     check_is_list(adapters)
     if not adapters:
@@ -63,9 +63,9 @@ def read_teacher_specs(adapters: Sequence[Any], rows: Any = None, tasks: Any = N
 
 
 def open_bench(specs: Sequence[TeacherSpec], base: str | Path | None, device: str, bench: Bench | None) -> Bench:
-    """The base model, loaded in the form that the tasks need, once everything is known to fit.
+    """Load the base model in the form that the tasks need, and check that every adapter and task fits it.
 
-    Raises: RecipeError where the form cannot be told, differs, or cannot be imitated.
+    Raises: RecipeError where the form is not known, differs between tasks, or cannot be imitated.
     """
     if bench is None:
         forms = {_form(spec) for spec in specs}
@@ -94,7 +94,7 @@ def open_bench(specs: Sequence[TeacherSpec], base: str | Path | None, device: st
 
 
 def make_teachers(specs: Sequence[TeacherSpec], bench: Bench, seed: int) -> list[Teacher]:
-    """A teacher for each one, tokenized; the adapters have not been run yet.
+    """Tokenize the rows of each adapter; no adapter is run yet.
 
     Raises: RecipeError where there are too few rows.
     """
@@ -144,7 +144,7 @@ def _teacher(adapter: Adapter, name: str, task: Task | None, rows: Any) -> Teach
 
 
 def _for_each(what: str, given: Any, keys: Sequence[set[Any]], names: Sequence[str]) -> list[Any]:
-    """Return what is given for each adapter: by name, in order, or one for all."""
+    """Return what is given for each adapter: by name, in order, or the same for all."""
     if given is None or isinstance(given, (str, Path, int, Task)):
         return [given] * len(keys)
     known = set().union(*keys)
@@ -166,7 +166,7 @@ def _for_each(what: str, given: Any, keys: Sequence[set[Any]], names: Sequence[s
 def _in_order(what: str, given: list[Any], count: int) -> list[Any]:
     """Return one entry for each of `count` adapters: of a list for each of them, or for all.
 
-    Raises: RecipeError where the number of entries fits neither, or texts could be for each or for all.
+    Raises: RecipeError where the number of entries is neither, or where texts could be for each or for all.
     """
     if what == "rows" and all(isinstance(entry, str) for entry in given) and not all(map(is_row_source, given)):
         if len(given) == count > 1:
@@ -185,12 +185,12 @@ def _in_order(what: str, given: list[Any], count: int) -> list[Any]:
 
 
 def _lookup_key(value: Any) -> Any:
-    """What an adapter is found by: its path as text, or the object itself."""
+    """Return what identifies an adapter: its path as text, or the object itself."""
     return str(value) if isinstance(value, (str, Path)) else id(value)
 
 
 def _form(spec: TeacherSpec) -> str:
-    """The form of base that an adapter needs."""
+    """Return the form of base model that an adapter needs."""
     if spec.task is not None:
         return form_for(spec.task)
     form = FORM_OF_TASK_TYPE.get(str(spec.adapter.config.get("task_type")))

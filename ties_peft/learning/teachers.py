@@ -1,9 +1,9 @@
-"""Lessons: rows, and what one adapter predicts on them, run once and kept; the student is measured against it.
+"""Run each adapter once on its rows, keep its predictions, and measure the student against them.
 
-Measured is the Kullback-Leibler divergence KL(teacher ‖ student) of predictions, in nats: over the
-labels of a row, or over the next token at every place of a row and then the mean of those. Of next
-tokens the teacher's `TOP_K` likeliest are kept and the rest of its probability in one sum, so that memory
-stays small; by the data-processing inequality the divergence of what is kept is at most that of the whole.
+The measure is the Kullback-Leibler divergence KL(teacher ‖ student) of predictions, in nats: over the labels of a
+row, or the mean over the positions of a row of that over the next token. Of next tokens only the teacher's `TOP_K`
+likeliest and the sum of the other probabilities are kept, so that memory stays small. By the data-processing
+inequality the divergence of what is kept is at most that of the whole.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ..evaluation.scorers import BATCH, Classification, Progress, batches
 from ..task_vectors.random_numbers import stream_key
 
 TOP_K = 128
-MAX_LOGITS = 1 << 26  # logits held at once, for the rows of one batch
-MIN_TOKENS, MAX_TOKENS = 6, 32  # tokens in a row of random ones
+MAX_LOGITS = 1 << 26  # logits in memory at once
+MIN_TOKENS, MAX_TOKENS = 6, 32  # in a row of random tokens
 
 
 class Comparison(NamedTuple):
-    """A student against the teacher, on some rows.
+    """The student measured against the teacher on some rows.
 
     Attributes:
-        divergence: of each row, in nats; differentiable.
-        agreement: of each row the share of predictions whose likeliest is the teacher's.
+        divergence: for each row, in nats; differentiable.
+        agreement: for each row, the share of predictions whose likeliest answer is the teacher's.
     """
 
     divergence: Tensor
@@ -40,12 +40,12 @@ class Comparison(NamedTuple):
 
 
 class Teacher(ABC):
-    """One adapter's rows and its predictions on them.
+    """One adapter, its rows, and its predictions on them.
 
     Args:
-        bench: where it is given.
-        adapter: the teacher.
-        sequences: token ids of the rows.
+        bench: the base model.
+        adapter: the one to imitate.
+        sequences: token ids of each row.
         name: for tables.
         origin: where the rows come from, for the report.
     """
@@ -58,7 +58,7 @@ class Teacher(ABC):
 
     @property
     def digest(self) -> str:
-        """A sha256 over the teacher, the token ids, and how predictions are read."""
+        """A sha256 of the adapter, the token ids, and how predictions are read."""
         running = hashlib.sha256(f"{type(self).__name__} {self.adapter.digest} {self.settings}".encode())
         running.update(str(self.sequences).encode())
         return running.hexdigest()
@@ -66,30 +66,30 @@ class Teacher(ABC):
     @property
     @abstractmethod
     def settings(self) -> str:
-        """How predictions are read, for the digest."""
+        """How predictions are read, as a text for the digest."""
 
     @abstractmethod
     def predict(self, progress: Progress | None = None) -> dict[str, Tensor]:
-        """Run the teacher; its predictions, to be kept and given to `set_predictions`."""
+        """Run the adapter and return its predictions, for `set_predictions`."""
 
     @abstractmethod
     def set_predictions(self, predictions: dict[str, Tensor]) -> None:
-        """Take what `predict` gave, now or in an earlier run."""
+        """Set the predictions to those that `predict` returned, now or in an earlier run."""
 
     @abstractmethod
     def compare(self, places: Sequence[int]) -> Comparison:
-        """What is on the bench against the teacher, on some rows."""
+        """Measure what is applied to the base model against the predictions on some rows."""
 
     def own_head(self) -> AbstractContextManager[Any]:
-        """The bench with what the teacher is judged by; what is differentiated stays in it until that is done."""
+        """Apply the head that the teacher is compared with, within a `with` block that includes the backward pass."""
         return nullcontext()
 
     def micro_batch(self, size: int) -> int:
-        """How many rows of a batch are run at once: a matter of memory alone."""
+        """Return how many rows of a batch of `size` are run at once; it changes memory alone."""
         return size
 
     def measure(self, places: Sequence[int], size: int = BATCH) -> tuple[float, float]:
-        """Mean divergence and agreement over some rows."""
+        """Return the mean divergence and agreement over some rows."""
         divergence, agreement = 0.0, 0.0
         with torch.no_grad(), self.own_head():
             for chosen in batches([len(self.sequences[place]) for place in places], self.micro_batch(size)):
@@ -100,7 +100,7 @@ class Teacher(ABC):
 
 
 class LabelTeacher(Teacher):
-    """Predictions are a distribution over labels; see `Classification`."""
+    """A teacher that predicts a distribution over labels; see `Classification`."""
 
     def __init__(self, scorer: Classification, adapter: Adapter, name: str, origin: str) -> None:
         super().__init__(scorer.bench, adapter, scorer.sequences, name, origin)
@@ -114,27 +114,27 @@ class LabelTeacher(Teacher):
         return f"{task.measure} {task.descriptions} {task.temperature}"
 
     def predict(self, progress: Progress | None = None) -> dict[str, Tensor]:
-        """Log-probabilities, (rows, labels)."""
+        """Return log-probabilities, (rows, labels)."""
         with self.bench.applied(self.adapter):
             return {"log_p": self.scorer.all_logits(progress).log_softmax(-1)}
 
     def set_predictions(self, predictions: dict[str, Tensor]) -> None:
-        """Log-probabilities, (rows, labels)."""
+        """Set the log-probabilities, (rows, labels)."""
         self._log_p = predictions["log_p"].to(self.bench.device)
 
     def own_head(self) -> AbstractContextManager[Any]:
-        """With the teacher's own head, where it has one."""
+        """Apply the teacher's own head, where it has one."""
         return self.bench.applied_extra_tensors(self.adapter) if self.bench.form == "classifier" else nullcontext()
 
     def compare(self, places: Sequence[int]) -> Comparison:
-        """KL over the labels."""
+        """Return KL over the labels."""
         log_p = self._log_p[torch.tensor(places, device=self._log_p.device)]
         log_q = self.scorer.logits(places).log_softmax(-1)
         return Comparison((log_p.exp() * (log_p - log_q)).sum(-1), (log_p.argmax(-1) == log_q.argmax(-1)).float())
 
 
 class TokenTeacher(Teacher):
-    """Predictions are distributions over the next token, one for each place of a row."""
+    """A teacher that predicts a distribution over the next token at each position of a row."""
 
     def __init__(self, bench: Bench, adapter: Adapter, sequences: list[list[int]], name: str, origin: str) -> None:
         super().__init__(bench, adapter, sequences, name, origin)
@@ -143,17 +143,17 @@ class TokenTeacher(Teacher):
 
     @property
     def settings(self) -> str:
-        """How many tokens are kept."""
+        """How many tokens are kept at each position."""
         return str(TOP_K)
 
     def micro_batch(self, size: int) -> int:
-        """So many rows that their logits are no more than `MAX_LOGITS` numbers."""
+        """Return so many rows that their logits are at most `MAX_LOGITS` numbers."""
         longest = max(len(ids) for ids in self.sequences)
         vocabulary: int = self.bench.model.get_output_embeddings().weight.shape[0]
         return max(1, min(size, MAX_LOGITS // (longest * vocabulary)))
 
     def predict(self, progress: Progress | None = None) -> dict[str, Tensor]:
-        """Of all places, rows one after the other: the likeliest tokens, (places, top), and their log-probabilities."""
+        """Return the likeliest tokens at all positions, row after row, (positions, top), and their log-probabilities."""
         tokens: dict[int, Tensor] = {}
         log_p: dict[int, Tensor] = {}
         with self.bench.applied(self.adapter), torch.no_grad():
@@ -169,13 +169,13 @@ class TokenTeacher(Teacher):
         return {"tokens": torch.cat([tokens[p] for p in order]), "log_p": torch.cat([log_p[p] for p in order])}
 
     def set_predictions(self, predictions: dict[str, Tensor]) -> None:
-        """What `predict` gave."""
+        """Set the tokens and log-probabilities."""
         lengths = [len(ids) for ids in self.sequences]
         self._tokens = list(torch.split(predictions["tokens"], lengths))
         self._log_p = list(torch.split(predictions["log_p"], lengths))
 
     def compare(self, places: Sequence[int]) -> Comparison:
-        """The mean over places of KL over the kept tokens and the rest."""
+        """Return for each row the mean over positions of KL over the kept tokens and the rest."""
         logits = self._logits(places)
         divergences, agreements = [], []
         for row, place in enumerate(places):
@@ -198,22 +198,22 @@ class TokenTeacher(Teacher):
 
 
 def _rest(log_p: Tensor) -> Tensor:
-    """1 − Σ p, kept off 0."""
+    """Return 1 − Σ p, but not 0."""
     return (1 - log_p.exp().sum(-1)).clamp_min(1e-6)
 
 
 def random_rows(
     bench: Bench, count: int, seed: int, digest: str, described: Sequence[str] | None = None
 ) -> list[list[int]]:
-    """Rows of random tokens of the vocabulary, each as likely, framed as a text is.
+    """Return rows of random tokens, all equally likely, between the special tokens that begin and end a text.
 
-    What the labels' descriptions are made of brings such rows nearer to the task: half of the tokens, at places
-    drawn too, come from there where there are descriptions.
+    Where there are descriptions of the labels, half of the tokens, at random positions, are drawn from them. This
+    makes the rows more similar to the task's.
 
     Args:
-        bench: whose tokenizer's vocabulary, special tokens left out.
-        count: how many rows; each of MIN_TOKENS to MAX_TOKENS tokens between the frame's.
-        seed, digest: what the draw depends on, the digest being the adapter's.
+        bench: its tokenizer's vocabulary is used, without special tokens.
+        count: how many rows, each of MIN_TOKENS to MAX_TOKENS tokens apart from special ones.
+        seed, digest: what the draw depends on; the digest is the adapter's.
         described: a text for each label.
     """
     tokenizer = bench.tokenizer
@@ -232,14 +232,14 @@ def random_rows(
 
 
 def _mix_in(ids: list[int], words: Tensor, generator: torch.Generator) -> list[int]:
-    """Half of the tokens replaced by draws from others, a token that comes twice there being twice as likely."""
+    """Return a row with half of its tokens replaced by draws from others, by their frequency there."""
     chosen = torch.rand(len(ids), generator=generator) < 0.5
     others = words[torch.randint(len(words), (len(ids),), generator=generator)]
     return torch.where(chosen, others, torch.tensor(ids)).tolist()
 
 
 def _special_tokens_around(bench: Bench) -> tuple[list[int], list[int]]:
-    """The special tokens that stand before and after a text."""
+    """Return the special tokens before and after a text."""
     (whole,), (plain,) = bench.all_token_ids(["a"]), bench.all_token_ids(["a"], special=False)
     fits = (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain)
     start = next(fits, 0)

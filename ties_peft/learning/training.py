@@ -1,7 +1,6 @@
-"""Training: an adapter fitted to labelled rows by gradients, as users do who do not merge.
+"""Train an adapter on labelled rows by gradients, without a merge.
 
-It is what a few examples give without any merge (the control `trained` of a search), and what gives the signs
-that TIES elects (`few_shot_signs`).
+A search compares its results with such an adapter (the control `trained`), and `few_shot_signs` takes signs from one.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from ..evaluation.scorers import Classification, Progress, Scorer
 from ..evaluation.task import Task
 from .student import Student
 
-TRAINABLE_MEASURES = ("descriptions", "head")  # the measures whose labels can be trained on
+TRAINABLE_MEASURES = ("descriptions", "head")  # measures with labels to train on
 STEPS, ROWS, DECAY = 60, 16, 0.01
-RATES = {True: 1e-3, False: 1e-2}  # of LoRA, and of (IA)³, whose numbers lie around 1
+RATES = {True: 1e-3, False: 1e-2}  # of LoRA, and of (IA)³, whose entries are close to 1
 
 
 def check_trainable(task: Task) -> None:
@@ -41,18 +40,18 @@ def train(
     rate: float | None = None,
     progress: Progress | None = None,
 ) -> Adapter:
-    """An adapter trained on the labels of some scorers, in turn.
+    """Return an adapter trained on the labels of some tasks, in turn.
 
-    AdamW on the cross-entropy, at most 16 rows a step, drawn anew for each.
+    AdamW minimises the cross-entropy of at most 16 rows a step, drawn at random for each step.
 
     Args:
-        start: what it begins as; its modules and ranks stay.
-        scorers: of measure `descriptions` or `head`, on one bench.
-        seed: of the rows' draws.
+        start: the adapter that training begins with; its modules and ranks stay.
+        scorers: of tasks with measure `descriptions` or `head`, on one bench.
+        seed: of the draws of rows.
         steps: in all.
         rate: of learning; 1e-3 for LoRA and 1e-2 for (IA)³ by default.
         progress: called as progress(stage, done, of).
-    Raises: RecipeError where a scorer has no labels to train on.
+    Raises: RecipeError where a task has no labels to train on.
     """
     for scorer in scorers:
         check_trainable(scorer.task)
