@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sampling import covering
 
 import ties_peft
-from ties_peft.methods import method_classes
+from ties_peft.methods import TaskVectors, method_classes
 from ties_peft.spaces import find_space
 from ties_peft.task_vectors.singular_values import polar as polar_factor
 from ties_peft.task_vectors.singular_values import spectrum
@@ -24,9 +24,9 @@ Array = np.ndarray
 Factors = Mapping[str, tuple[Array, Array]]
 PREFIX = "base_model.model."
 SHAPES = {"layers.0.q": (12, 10), "layers.0.up": (20, 12), "layers.1.q": (12, 10)}
-SPECTRAL = ("tsv", "flat_tsv", "iso_c", "iso_cts", "boosting", "svc", "wudi", "lego")
+SPECTRAL = ("tsv", "flat_tsv", "dual", "iso_c", "iso_cts", "boosting", "svc", "wudi", "lego")
 FINISHING = ("iso_c", "boosting", "svc")
-KEEPS_ONE = ("tsv", "flat_tsv", "pico", "svc", "wudi", "lego")
+KEEPS_ONE = ("tsv", "flat_tsv", "dual", "pico", "svc", "wudi", "lego")
 DETERMINISTIC = (*SPECTRAL, "pico", "karcher", "model_stock", "ties", "task_arithmetic", "average")
 
 
@@ -149,6 +149,23 @@ def flat_tsv(deltas: Sequence[Array]) -> Array:
     return apart(parts)
 
 
+def dual(deltas: Sequence[Array], flatten: float | None = None) -> Array:
+    """By eigenvalues of the Gram matrices of rows and columns."""
+    total, N = sum(np.sum(d**2) for d in deltas), len(deltas)
+    n = max(1, min(2 * N, N * total / np.sum(sum(deltas) ** 2)))
+    f, a = 1 - 1 / n if flatten is None else flatten, 1 - 1 / n**2
+    found = [svd(delta) for delta in deltas]
+    S = np.concatenate([S ** (1 - f) * np.linalg.norm(S) / np.linalg.norm(S ** (1 - f)) for _, S, _ in found])
+
+    def divided(stack: Array) -> Array:
+        values, vectors = np.linalg.eigh(stack @ stack.T)
+        there = values > 0.2**2
+        return (vectors[:, there] * values[there] ** -a) @ vectors[:, there].T @ stack
+
+    made = divided(np.hstack([U for U, _, _ in found])) @ np.diag(S) @ divided(np.hstack([Vt.T for *_, Vt in found])).T
+    return made * np.sqrt(min(2, n) * total / N) / np.linalg.norm(made)
+
+
 def iso_c(deltas: Sequence[Array]) -> Array:
     U, S, Vt = svd(sum(deltas))
     return S.mean() * U @ Vt
@@ -242,6 +259,8 @@ DEFINITIONS: dict[str, tuple[str, dict[str, Any], Callable[[Sequence[Array]], Ar
     "tsv": ("tsv", {}, tsv),
     "tsv, two directions": ("tsv", {"directions": 2}, lambda ds: tsv(ds, 2)),
     "flat_tsv": ("flat_tsv", {}, flat_tsv),
+    "dual": ("dual", {}, dual),
+    "dual, spectra as they are": ("dual", {"flatten": 0.0}, lambda ds: dual(ds, 0.0)),
     "iso_c": ("iso_c", {}, iso_c),
     "iso_cts": ("iso_cts", {}, iso_cts),
     "iso_cts, half": ("iso_cts", {"common": 0.5}, lambda ds: iso_cts(ds, 0.5)),
@@ -522,10 +541,30 @@ def test_iso_cts_is_iso_c_where_nothing_is_an_adapters_own(families: dict[str, l
     assert off(merged(alone, "iso_cts"), merged(alone, "iso_c")) < 1e-5
 
 
+def test_dual_acts_on_each_adapters_directions_as_that_adapter_does() -> None:
+    """UᵢᵀτVⱼ → 0 for i ≠ j as a → 1, while the sum and TSV mix them: many adapters that share an output direction."""
+    rng = np.random.default_rng(0)
+    shared, deltas = rng.normal(size=40), []
+    for _ in range(8):
+        u = shared + rng.normal(size=40)  # cosine about ½ with each other
+        v = rng.normal(size=60)
+        deltas.append(np.outer(u / np.linalg.norm(u), v / np.linalg.norm(v)))
+    made = {name: method_classes()[name]().merge(TaskVectors.of([torch.tensor(d) for d in deltas])).double().numpy()
+            for name in ("tsv", "dual")}  # fmt: skip
+    made["sum"] = sum(deltas)
+    leak = {}
+    for name, matrix in made.items():
+        found = [svd(d) for d in deltas]
+        U, V = np.hstack([u for u, *_ in found]), np.hstack([v.T for *_, v in found])
+        answers = U.T @ matrix @ V
+        leak[name] = np.linalg.norm(answers - np.diag(np.diag(answers))) / np.linalg.norm(np.diag(answers))
+    assert leak["dual"] < 0.1 < leak["tsv"] < leak["sum"], leak
+
+
 def test_copies_are_counted_once(families: dict[str, list[Path]]) -> None:
     first = families["mixed"][0]
     one = {n: B @ A for n, (B, A) in factors(first).items()}
-    for method in ("tsv", "svc"):
+    for method in ("tsv", "svc", "dual"):
         assert off(merged([first] * 3, method), one) < 1e-5
     for name, delta in merged([first] * 3, "flat_tsv").items():
         U, S, Vt = svd(one[name])
