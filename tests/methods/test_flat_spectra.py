@@ -33,13 +33,13 @@ def singular_values(matrix: Any) -> np.ndarray:
     return np.linalg.svd(np.asarray(matrix, dtype=np.float64), compute_uv=False)
 
 
-def one(seed: int, decay: float = 0.85, rank: int = RANK) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def one(seed: int, decay: float = 0.85, rank: int = RANK, shape: tuple[int, int] = SHAPE) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The config and the tensors of a LoRA whose singular values are decay⁰, decay¹, …"""
     draw = torch.Generator().manual_seed(seed)
-    U, V = (torch.linalg.qr(torch.randn(side, rank, generator=draw))[0] for side in SHAPE)
+    U, V = (torch.linalg.qr(torch.randn(side, rank, generator=draw))[0] for side in shape)
     B = U * decay ** torch.arange(rank)
     tensors = {f"{PREFIX}q.lora_A.weight": V.T.contiguous(), f"{PREFIX}q.lora_B.weight": B.contiguous()}
-    return lora_config({"q": SHAPE}, rank, rank), tensors
+    return lora_config({"q": shape}, rank, rank), tensors
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_what_is_compressed_first_is_cut_before_it_is_flat(eight: list[Adapter])
     assert (merged.report.rank, cuts) == (64, [])
 
 
-@pytest.mark.parametrize("name", [name for name, cls in method_classes().items() if cls.spectral])
+@pytest.mark.parametrize("name", [n for n, cls in method_classes().items() if cls.spectral and n != "dual"])
 def test_a_method_says_so_if_and_only_if_its_spectrum_is_flat(eight: list[Adapter], name: str) -> None:
     """The share of the energy beyond half of the directions, where that of the adapters themselves is 7 %."""
     own = singular_values(eight[0].delta("q"))[:RANK] ** 2
@@ -94,6 +94,14 @@ def test_a_method_says_so_if_and_only_if_its_spectrum_is_flat(eight: list[Adapte
     squares = singular_values(warned(eight, name, rank="max")[0].delta("q")) ** 2
     lost = squares[COUNT * RANK // 2 :].sum() / squares.sum()
     assert (lost > 1 / 3) == method_classes()[name]().has_flat_spectrum(), lost
+
+
+def test_dual_has_a_flat_spectrum_where_the_module_is_much_larger_than_its_directions() -> None:
+    """In a module of few dimensions, where 128 directions crowd, it is not flat: `dual` divides what they share."""
+    large = [Adapter.from_tensors(*one(seed, shape=(1280, 1152))) for seed in range(COUNT)]
+    squares = singular_values(warned(large, "dual", rank=COUNT * RANK)[0].delta("q")) ** 2
+    assert squares[COUNT * RANK // 2 :].sum() / squares.sum() > 0.25
+    assert method_classes()["dual"]().has_flat_spectrum()
 
 
 def test_the_rank_is_no_more_than_the_modules_can_have(make_lora: Make) -> None:
