@@ -33,7 +33,9 @@ def singular_values(matrix: Any) -> np.ndarray:
     return np.linalg.svd(np.asarray(matrix, dtype=np.float64), compute_uv=False)
 
 
-def one(seed: int, decay: float = 0.85, rank: int = RANK, shape: tuple[int, int] = SHAPE) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def one(
+    seed: int, decay: float = 0.85, rank: int = RANK, shape: tuple[int, int] = SHAPE
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The config and the tensors of a LoRA whose singular values are decay⁰, decay¹, …"""
     draw = torch.Generator().manual_seed(seed)
     U, V = (torch.linalg.qr(torch.randn(side, rank, generator=draw))[0] for side in shape)
