@@ -34,14 +34,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import BeforeValidator, create_model
 
 from ..adapters.numeric import is_number
 from ..errors import RecipeError, one_line, unknown
-from ..merging.recipes.yaml_document import Document, dump
+from ..merging.recipes.yaml_document import STRICT, Document, dump, expecting
 from .rows import FILES, ClassName, Row, read_rows, texts_of
 
 MEASURES = ("descriptions", "head", "choices", "exact_match", "loss")
@@ -58,6 +60,24 @@ MEASURES_BY_KEY = {  # of the keys that have no meaning for every measure: those
 SLOT = "{text}"
 WITHHELD_HINT = " In data sets on the Hub −1 stands for a label that is kept back: choose a split that has them (split: validation)."
 TaskSource = Any  # a Task, a mapping, or the path of a file
+
+
+def _differ(texts: Any) -> bool:
+    return bool(texts) and len(texts) >= 2 and all(texts) and len(set(texts)) == len(texts)
+
+
+# What a key of a task may be. A key that is left out has its default; only where null is named may it be null.
+_TEXT = expecting("a text", lambda value: isinstance(value, str) and bool(value))
+_TEXT_OR_NULL = expecting("a text or null", lambda value: value != "")
+_COUNT = expecting("a whole number from 1 up", lambda value: value is not None and value >= 1)
+_POSITIVE = expecting("a number above 0", lambda value: is_number(value) and value > 0)
+_TEMPLATE = expecting(f"a text with {SLOT} in it", lambda value: SLOT in value)
+_FLAG = expecting("true or false")
+_Texts = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    expecting("two or more different texts", _differ),
+]
 
 
 @dataclass(frozen=True)
@@ -83,24 +103,24 @@ class Task:
         stop: where generated text is cut; None for nowhere.
     """
 
-    measure: str
-    rows: str | tuple[Row, ...] | None = None
-    name: str = "task"
-    base: str | None = None
-    split: str = "test"
-    config: str | None = None
-    limit: int | None = None
-    text: str = "text"
-    label: str | None = "label"
-    labels: tuple[str, ...] | None = None
-    descriptions: tuple[str, ...] | None = None
-    choices: tuple[str, ...] | None = None
-    template: str = SLOT
-    temperature: float = 20.0
-    mean: bool = False
-    max_tokens: int = 256
-    new_tokens: int = 16
-    stop: str | None = "\n"
+    measure: Annotated[str, _TEXT]
+    rows: Annotated[str | tuple[Row, ...] | None, _TEXT] = None
+    name: Annotated[str, _TEXT] = "task"
+    base: Annotated[str | None, _TEXT] = None
+    split: Annotated[str, _TEXT] = "test"
+    config: Annotated[str | None, _TEXT_OR_NULL] = None
+    limit: Annotated[int | None, _COUNT] = None
+    text: Annotated[str, _TEXT] = "text"
+    label: Annotated[str | None, _TEXT_OR_NULL] = "label"
+    labels: _Texts = None
+    descriptions: _Texts = None
+    choices: _Texts = None
+    template: Annotated[str, _TEMPLATE] = SLOT
+    temperature: Annotated[int | float, _POSITIVE] = 20.0
+    mean: Annotated[bool, _FLAG] = False
+    max_tokens: Annotated[int, _COUNT] = 256
+    new_tokens: Annotated[int, _COUNT] = 16
+    stop: Annotated[str | None, _TEXT_OR_NULL] = "\n"
 
     @property
     def options(self) -> tuple[str, ...] | None:
@@ -224,7 +244,7 @@ class Task:
 
 def is_task(given: Mapping[Any, Any]) -> bool:
     """Return whether a mapping has a key that a task may have."""
-    return any(key in FORMS for key in given)
+    return any(key in _KEYS for key in given)
 
 
 def read_task(given: TaskSource) -> Task:
@@ -268,78 +288,38 @@ def _checked_rows(rows: tuple[Any, ...], task: Task) -> tuple[Row, ...]:
     return made
 
 
-TEXT = (lambda value: isinstance(value, str) and bool(value), "a text")
-OPTIONAL = (lambda value: value is None or (isinstance(value, str) and bool(value)), "a text or null")
-COUNT = (
-    lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-    "a whole number from 1 up",
+_KEYS = tuple(field.name for field in fields(Task))
+_File: Any = create_model(  # a task's file: the fields of `Task`, each of which may be left out
+    "TaskFile",
+    __config__=STRICT,
+    **{name: (hint, None) for name, hint in get_type_hints(Task, include_extras=True).items()},  # type: ignore[call-overload]
 )
-LIST = (
-    lambda value: (
-        isinstance(value, list)
-        and len(value) >= 2
-        and all(isinstance(v, str) and v for v in value)
-        and len(set(value)) == len(value)
-    ),
-    "two or more different texts",
-)
-FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "measure": TEXT,
-    "rows": TEXT,
-    "name": TEXT,
-    "base": TEXT,
-    "split": TEXT,
-    "config": OPTIONAL,
-    "limit": COUNT,
-    "text": TEXT,
-    "label": OPTIONAL,
-    "labels": LIST,
-    "descriptions": LIST,
-    "choices": LIST,
-    "template": (lambda value: isinstance(value, str) and SLOT in value, f"a text with {SLOT} in it"),
-    "temperature": (lambda value: is_number(value) and value > 0, "a number above 0"),
-    "mean": (lambda value: isinstance(value, bool), "true or false"),
-    "max_tokens": COUNT,
-    "new_tokens": COUNT,
-    "stop": OPTIONAL,
-}
 
 
-def _make(document: Document, beside: Path) -> Task:
-    """A task of the values of a document, every key checked."""
-    values, at = document.values, document.at
-    if not isinstance(values, dict):
-        raise RecipeError(f"{document.where}: expected keys with values, found {values!r}.")
-    for key, value in values.items():
-        if key not in FORMS:
-            raise RecipeError(f"{at((key,))}: {unknown('key', str(key), FORMS)}")
-        holds, expected = FORMS[key]
-        if not holds(value):
-            raise RecipeError(f"{at((key,))}: {key} is {value!r}; expected {expected}.")
-    measure = values.get("measure") or _inferred(document)
+def _make(document: Document, folder: Path) -> Task:
+    """Return the task of a document; its file of rows is looked for in a folder."""
+    file = document.read(_File, lambda path, key: unknown("key", key, _KEYS))
+    given = {key: getattr(file, key) for key in file.model_fields_set}
+    measure = given.get("measure") or _inferred(document, given)
     if measure not in MEASURES:
-        raise RecipeError(f"{at(('measure',))}: {unknown('measure', measure, MEASURES)}")
+        raise RecipeError(f"{document.at(('measure',))}: {unknown('measure', measure, MEASURES)}")
     needed = REQUIRED_LIST.get(measure)
-    if needed is not None and needed not in values:
+    if needed is not None and needed not in given:
         raise RecipeError(
             f"{document.where}: measure '{measure}' needs {needed}, one for each label. Add {needed}: […]."
         )
-    _check_lists(document, measure)
-    made: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    made["measure"] = measure
-    rows = made.get("rows")
+    _check_lists(document, given, measure)
+    rows = given.get("rows")
     if isinstance(rows, str) and Path(rows).suffix in FILES:
-        made["rows"] = str(beside / rows)
-    made.setdefault("name", _name(document.where, rows))
-    return Task(**made)
+        given["rows"] = str(folder / rows)
+    return Task(**{"name": _name(document.where, rows), **given, "measure": measure})
 
 
-def _inferred(document: Document) -> str:
+def _inferred(document: Document, values: Mapping[str, Any]) -> str:
     """Return the only measure for which all keys of a task have a meaning.
 
     Raises: RecipeError where there is none, or more than one.
     """
-    values = document.values
     telling = [key for key in values if key in MEASURES_BY_KEY]
     found = [measure for measure in MEASURES if all(measure in MEASURES_BY_KEY[key] for key in telling)]
     if not found:
@@ -355,9 +335,9 @@ def _inferred(document: Document) -> str:
     return found[0]
 
 
-def _check_lists(document: Document, measure: str) -> None:
-    """Lists that go by the label are of one length, and none stands idle."""
-    values, at = document.values, document.at
+def _check_lists(document: Document, values: Mapping[str, Any], measure: str) -> None:
+    """Refuse lists of different lengths and lists that the measure does not use."""
+    at = document.at
     for key in ("descriptions", "choices"):
         if key in values and key != REQUIRED_LIST.get(measure):
             raise RecipeError(f"{at((key,))}: {key} has no meaning for measure '{measure}'. Leave it out.")
