@@ -79,6 +79,12 @@ dtype: bfloat16
     assert Recipe.from_yaml(words) == expected
 
 
+def test_one_condition_needs_no_list() -> None:
+    condition = {"filter": "mlp", "value": 0.5}
+    text = f"adapters: [{{adapter: a, parameters: {{weight: {condition}, density: {condition}}}}}]"
+    assert Recipe.from_yaml(text) == Recipe(("a",), weights=([condition],), densities=([condition],))
+
+
 def test_short_forms() -> None:
     assert Recipe.from_yaml("adapters: [a, b]") == Recipe(("a", "b"))
     assert Recipe.from_yaml("adapters: [{adapter: a, parameters: }]\nparameters:") == Recipe(("a",))

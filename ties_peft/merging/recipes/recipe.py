@@ -35,7 +35,7 @@ from ...errors import MethodError, RecipeError, TiesPeftError, unknown
 from ..options import NORM, OPTIONS, PARAMETERS, TOP, Options
 from . import mergekit
 from .schedule import EXPECTED as EXPECTED_SCHEDULE
-from .schedule import is_schedule, plain_schedule, to_plain
+from .schedule import is_schedule, listed_schedule, to_plain
 from .settings import all_parameters, find_space, make_settings, parameter_names, unknown_parameter
 from .yaml_document import STRICT, Document, Location, dump, expecting
 
@@ -154,7 +154,7 @@ class _Table(BaseModel):
         return found
 
 
-_Schedule = Annotated[Any, AfterValidator(plain_schedule), expecting(EXPECTED_SCHEDULE, is_schedule)]
+_Schedule = Annotated[Any, AfterValidator(listed_schedule), expecting(EXPECTED_SCHEDULE, is_schedule)]
 
 
 class _Own(_Table):

@@ -50,11 +50,9 @@ class Schedule:
 
         Raises: RecipeError saying what `what` may be.
         """
-        value = plain_schedule(value)
-        value = [value] if isinstance(value, dict) else value
-        if not is_schedule(value):
+        if not is_schedule(listed := listed_schedule(value)):
             raise RecipeError(f"{what} is {value!r}; expected {EXPECTED}.")
-        return cls(value)
+        return cls(listed)
 
     def at(self, module: str, layers: int, default: float = 1.0) -> float:
         """The number for one module of a model with so many layers; `default` where no filter fits."""
@@ -133,6 +131,12 @@ def plain_schedule(value: Any) -> Any:
     if isinstance(value, dict) and "value" in value:
         return {**value, "value": plain_schedule(value["value"])}
     return [plain_schedule(own) for own in value] if isinstance(value, list) else value
+
+
+def listed_schedule(value: Any) -> Any:
+    """Return a schedule as a recipe holds it, with one condition alone as a list of one."""
+    value = plain_schedule(value)
+    return [value] if isinstance(value, dict) else value
 
 
 def is_schedule(value: Any) -> bool:

@@ -102,9 +102,12 @@ class Document:
 
     def at(self, path: Location) -> str:
         """Where a key, or what holds it, stands."""
+        return f"{self.where}, line {self._line(path)}"
+
+    def _line(self, path: Location) -> int:
         while path and path not in self._lines:
             path = path[:-1]
-        return f"{self.where}, line {self._lines.get(path, 1)}"
+        return self._lines.get(path, 1)
 
     def read(self, model: type[T], unknown_key: Callable[[Location, str], str]) -> T:
         """Return the values as a pydantic model.
@@ -118,7 +121,7 @@ class Document:
             return TypeAdapter(model).validate_python(self.values)
         except ValidationError as error:
             faults = error.errors(include_url=False)
-        fault = next((one for one in faults if one["type"] in UNKNOWN), faults[0])
+        fault = min(faults, key=lambda one: (self._line(one["loc"]), one["type"] not in UNKNOWN))
         path = tuple(part for part in fault["loc"] if part != "[key]")
         if fault["type"] in UNKNOWN:
             raise RecipeError(f"{self.at(path)}: {unknown_key(path[:-1], str(path[-1]))}")
