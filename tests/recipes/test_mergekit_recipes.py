@@ -319,14 +319,13 @@ def test_numbers_that_differ_between_models_where_ours_is_one() -> None:
 
 
 def test_flags_take_the_notes_on_what_they_override(folders: list[Path]) -> None:
-    from ties_peft.merging.recipes.overrides import Flags
+    from ties_peft.merging.recipes.overrides import overridden
 
     path = folders[0].parent / "mk.yaml"
     path.write_text(file("ties", *folders, base_model="org/base", parameters={"int8_mask": True}))
-    nothing: dict[str, Any] = dict.fromkeys(Flags.__dataclass_fields__)
-    plain = Flags(**{**nothing, "recipe": path}).asked()
+    plain = overridden(path, None, {}, {}, None)
     assert said(plain, "parameters.scope") and said(plain, "parameters.density")
-    scope = Flags(**{**nothing, "recipe": path, "scope": "adapter"}).asked()
+    scope = overridden(path, None, {}, {"scope": "adapter"}, None)
     assert not said(scope, "parameters.scope") and said(scope, "parameters.density")
-    average = Flags(**{**nothing, "recipe": path, "method": "average"}).asked()
+    average = overridden(path, None, {"method": "average"}, {}, None)
     assert not any(note.startswith("parameters.") for note in average.notes)

@@ -277,7 +277,7 @@ class _Checks:
     def check_names(self) -> None:
         """Refuse parameters that neither the method nor the space has."""
         known = parameter_names(self.recipe.method, self.recipe.space)
-        shared = tuple(_Parameters.model_fields)
+        names = {*_Parameters.model_fields, *(name for name in known if "." not in name)}
         for key in self.recipe.parameters:
             where, elsewhere = self.at(("parameters", key)), _misplaced_hint(key, ("parameters",))
             if key == "densities":
@@ -286,9 +286,11 @@ class _Checks:
                     "`density:` here."
                 )
             if key not in known and elsewhere is not None:
-                raise RecipeError(f"{where}: {unknown('parameter', key, {*shared, *known}, elsewhere)}")
+                raise RecipeError(f"{where}: {unknown('parameter', key, names, elsewhere)}")
             if key not in known:
-                raise MethodError(f"{where}: {unknown_parameter(self.recipe.method, self.recipe.space, key, shared)}")
+                raise MethodError(
+                    f"{where}: {unknown_parameter(self.recipe.method, self.recipe.space, key, tuple(names))}"
+                )
 
     @contextmanager
     def at_line(self, *path: Any) -> Iterator[None]:
