@@ -257,7 +257,7 @@ def test_any_index_of_a_base_model(tmp_path_factory: pytest.TempPathFactory, tab
     (folder / "model.safetensors.index.json").write_text(json.dumps(table))
     with within(SECONDS):
         try:
-            BaseModel.load(folder).need("x", "the test")
+            BaseModel.load(folder).require("x", "the test")
         except TiesPeftError as error:
             assert "\x1b" not in str(error)
 

@@ -42,7 +42,7 @@ def space_names() -> list[str]:
 
 def _files(folder: str) -> list[str]:
     found = pkgutil.iter_modules([str(Path(__file__).parent.parent / folder)])
-    return sorted(entry.name for entry in found if entry.name != "base")
+    return sorted(entry.name for entry in found if entry.name not in ("base", "aliases"))
 
 
 def complete_from(values: Iterable[str]) -> Callable[[str], list[str]]:
