@@ -2,4 +2,8 @@
 
 In: folders, files, Hub ids. Out: an `Adapter` whose task vectors are read lazily and checked; folders that appear whole or not
 at all. Uses: `task_vectors`. `types` has one file for each PEFT type, `formats` the formats of other trainers.
+The names of the targets (see `targets`) stand here, where the command line shows them without importing torch.
 """
+
+PEFT, VLLM, LLAMA_CPP = "peft", "vllm", "llama.cpp"
+TARGETS = (PEFT, VLLM, LLAMA_CPP)

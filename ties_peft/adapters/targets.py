@@ -30,12 +30,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import CompatibilityError, RecipeError, unknown
+from . import LLAMA_CPP, PEFT, TARGETS, VLLM
 from .extra_layers import ExtraLayer
 from .extra_tensors import TOKENS
 from .types.base import BIAS, EXPERT, ModuleInfo
 
-PEFT, VLLM, LLAMA_CPP = "peft", "vllm", "llama.cpp"
-TARGETS = (PEFT, VLLM, LLAMA_CPP)
 RELEASE = {VLLM: "vLLM 0.33.0", LLAMA_CPP: "llama.cpp"}  # whose rules these are
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 VLLM_DEFAULT = 16  # its default

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..adapters import sources
-from ..adapters.targets import TARGETS
+from ..adapters import TARGETS, sources
 from ..merging.options import read_flag
 from .base import Json, complete_from, print_json, print_loading, print_rich, print_text, print_warnings, progress_bar
 

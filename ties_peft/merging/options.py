@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ..adapters.targets import TARGETS
+from ..adapters import TARGETS
 from ..errors import RecipeError
 from .recipes.scale import EXPECTED as EXPECTED_SCALE
 from .recipes.scale import is_scale
