@@ -22,8 +22,7 @@ from ..adapters.extra_tensors import TOKENS, TensorsByAdapter, shape_text
 from ..adapters.tensors import FLOATING
 from ..errors import MethodError, RecipeError
 from ..methods import Stages
-from ..methods.base import Method, TaskVectors
-from ..methods.base import merged as merged_by
+from ..methods.base import Method, TaskVectors, merge_to_delta
 from ..task_vectors.delta import Dense
 from ..task_vectors.order_statistics import with_own_levels
 from ..task_vectors.random_numbers import stream_key
@@ -121,7 +120,7 @@ class ExtraTensorMerge:
             )
             if places and self.method.rankings():
                 task_vectors = with_own_levels(self.method.rankings(), task_vectors, pool)
-            merged = merged_by(self.method, task_vectors).dense() if places else torch.zeros_like(origin)
+            merged = merge_to_delta(self.method, task_vectors).dense() if places else torch.zeros_like(origin)
         whole = origin.add(merged.reshape(origin.shape), alpha=self.scale).cpu()
         return whole.to(getattr(torch, dtypes.pop())) if len(dtypes) == 1 else whole
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapters.types import ModuleInfo
 from ..errors import RecipeError
 from ..methods import TaskVectors
-from ..methods.base import merged
+from ..methods.base import merge_to_delta
 from ..task_vectors.delta import Delta, zero
 from ..task_vectors.factorise import Factors
 from ..task_vectors.kernels.backends import select_kernels
@@ -109,7 +109,7 @@ class _Loop:
         """Return what the method makes of one part of a module, changed by the methods that stand after it."""
         rankings = self.plan.method.rankings()
         ranked = with_own_levels(rankings, part, self.pool) if rankings and not part.levels else part
-        result = merged(self.plan.method, ranked)
+        result = merge_to_delta(self.plan.method, ranked)
         if self.plan.finishes:
             encoding, holders = self.modules.encoding(name), self.plan.holders(name)
             weighted = [encoding.weighted(i, self.plan.weight(place, name)) for i, (place, _) in enumerate(holders)]

@@ -1,6 +1,6 @@
-"""What a method is: a frozen model whose fields are its parameters, whose docstring is its paper, with one `merge`.
+"""The base class of all methods. A method is one file in this folder: a frozen pydantic model with one `merge`.
 
-One file in this folder each; the folder is the list. A complete method:
+Its fields are its parameters, its docstring is its paper, and the folder is the list of methods. A complete method:
 
 >>> from ties_peft.methods import Density, Method, TaskVectors
 >>> class TrimmedMean(Method):
@@ -11,12 +11,23 @@ One file in this folder each; the folder is the list. A complete method:
 ...
 ...     def merge(self, task_vectors):
 ...         return task_vectors.trim(self.density).sum(1 / len(task_vectors))
+
+Try it on tensors, without any adapter:
+
 >>> import torch
 >>> vectors = TaskVectors.of([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])])
 >>> TrimmedMean(density=0.5).merge(vectors).dense()
 tensor([1.5000, 1.0000])
 
-`ties_peft.methods.register` makes it known by its name. `merge` is called once for every module, on every path.
+Below `@ties_peft.methods.register` it can be used by its name in the running process, as in
+`ties_peft.merge([...], "trimmed_mean", density=0.5)`; with an entry point of the group `ties_peft.methods` everywhere,
+also on the command line. `merge` is called once for every module, on every path and at every size.
+
+`task_vectors` holds w·τ of every adapter that has the module; see `TaskVectors` for all of it. Iterating gives one tensor
+for each. `trim`, `keep_band`, `drop` and `drop_by_rank` remove entries; `elect` and `disjoint_merge` are those of TIES;
+`sum` adds, exactly and in factors where every entry is kept; `matrices` gives all of them at once, `gram` their inner
+products. `by_tiles` runs a rule that works entry by entry on a few rows at a time, so that memory stays small. Do not
+apply the scale λ, which multiplies the result of every method.
 """
 
 from __future__ import annotations
@@ -30,33 +41,41 @@ from torch import Tensor
 
 from ..task_vectors.collection import Ranking, TaskVectors
 from ..task_vectors.delta import Delta, Dense, Mapped
-from ..task_vectors.random_numbers import stream_key, uniform
-from ..task_vectors.trim import KEEP_ALL, Scope, Trim
+from ..task_vectors.random_numbers import uniform
+from ..task_vectors.trim import Scope, Trim
 
 Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-OF_MERGE = ("entrywise", "spectral", "linear")  # what a class says of its own `merge`
+ABOUT_MERGE = ("entrywise", "spectral", "linear")  # statements about the `merge` of the same class
 
 
 class Method(BaseModel, ABC):
-    """A way of combining task vectors. A subclass needs a `name`, a docstring and a `merge`.
+    """A rule that combines the task vectors of one module.
+
+    A subclass needs a `name`, a docstring and a `merge`; its annotated fields are its parameters, which pydantic checks.
+    Everything else has a default, and is overridden only where it differs:
+
+    - where the method can be used: `spaces`, `kinds`, `needs`, and `check` for anything else;
+    - its λ: `default_scale`, `published_scale`;
+    - how it can be computed: `entrywise`, `spectral`, `linear`, `has_flat_spectrum`. They save memory and time or choose
+      the rank; without them the result is right, but slower, or cut to the default rank;
+    - what is found over all modules before the first merge: `trims`, `rankings`;
+    - its place in a row of methods such as `dare+ties`: `prepare` to stand before another, `finish` to stand after one.
 
     Attributes:
         name: as users write it.
         default_scale: λ where the user gives none: a number, or a formula in N, the number of adapters (see `scale`).
-        published_scale: λ as published, where it was worse than the default: who gives it is warned.
-        spaces: where it can be used.
-        kinds: of adapter it makes sense for.
-        source: the paper.
+        published_scale: λ as published, where it measured worse than the default; a user who sets it is warned.
+        spaces: in which it can be used.
+        kinds: the PEFT types that it can merge: `lora`, and all that become LoRA, and `ia3`.
+        source: the paper, with its number on arXiv.
         entrywise: whether each entry of the result depends on the same entry of the task vectors alone.
-        spectral: whether it works on singular vectors. In space `delta` it is then handed the task
-            vectors in shared orthonormal bases, where they are small and the result is the same.
-        ordered: whether the order of the adapters matters.
-        random: whether it draws numbers, so that the seed matters.
-        joint: whether its `prepare` must see all adapters at once.
-        needs: the statistics that every adapter must have beside it: `fisher` or `gram`; None for none.
+        spectral: whether it works on singular vectors. In space `delta` it then gets the task vectors in shared
+            orthonormal bases, where they are small and the result is the same.
+        joint: whether `prepare` must get all adapters at once.
+        needs: the statistics that must lie beside every adapter, `fisher` or `gram`; None for none.
 
-    `entrywise`, `spectral` and `linear` describe one `merge`: a subclass with a `merge` of its own starts from the
-    defaults and states those that hold for it.
+    `entrywise`, `spectral` and `linear` are statements about one `merge`. A subclass of a method that overrides `merge`
+    does not inherit them; it states those that hold for its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -69,40 +88,38 @@ class Method(BaseModel, ABC):
     source: ClassVar[str] = ""
     entrywise: ClassVar[bool] = False
     spectral: ClassVar[bool] = False
-    ordered: ClassVar[bool] = False
-    random: ClassVar[bool] = False
     joint: ClassVar[bool] = False
     needs: ClassVar[str | None] = None
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Forget what was said of an inherited `merge` where the class has its own."""
+        """Reset the statements about an inherited `merge` in a class with its own."""
         super().__pydantic_init_subclass__(**kwargs)
         if "merge" in vars(cls):
-            for name in OF_MERGE:
+            for name in ABOUT_MERGE:
                 if name not in vars(cls):
                     setattr(cls, name, vars(Method)[name])
 
     @abstractmethod
     def merge(self, task_vectors: TaskVectors) -> Tensor | Delta:
-        """Return the merged task vector of one module, before the scale: a tensor of its shape, or factors."""
+        """Return the merged task vector of one module, without the scale λ: a tensor of its shape, or factors."""
 
     def prepare(self, deltas: Sequence[Delta], streams: Sequence[int]) -> Sequence[Delta]:
-        """Return the task vectors as the method that stands after this one shall see them.
+        """Return the task vectors that the next method in the row gets.
 
         Args:
-            deltas: of all adapters if the method is `joint`, else of any.
-            streams: the key of each one's random numbers.
+            deltas: w·τ of all adapters if the method is `joint`, else of any of them.
+            streams: for each, the key of its random numbers.
         """
         raise TypeError(f"method '{self.name}' cannot stand before another")
 
     def finish(self, merged: Delta, task_vectors: TaskVectors) -> Delta:
-        """Return what another method made of the task vectors, changed.
+        """Return the result of the row of methods, changed by this one.
 
-        A method that can both prepare and finish does both when it stands before another.
+        A method that has both `prepare` and `finish` does both when it stands before another.
 
         Args:
-            merged: what the other method returned.
+            merged: the result of the methods before it.
             task_vectors: as they were before any preparation.
         """
         raise TypeError(f"method '{self.name}' cannot stand after another")
@@ -118,52 +135,59 @@ class Method(BaseModel, ABC):
         return cls.finish is not Method.finish
 
     def trims(self) -> Trim | None:
-        """Return the trim that `merge` asks for, whose cuts are found before it; by default from density and scope."""
+        """Return the trim that `merge` asks for; by default from the parameters `density` and `scope`, if it has both.
+
+        A threshold over the whole adapter has to be known before the first module is merged, so that the trim is
+        declared here. Without `scope` a trim is of one module, and needs no declaration.
+        """
         density, scope = getattr(self, "density", None), getattr(self, "scope", None)
         return None if density is None or scope is None or self.rankings() else Trim((density,), scope)
 
     def rankings(self) -> Sequence[Ranking]:
-        """Return the order statistics to find before the merge; each ranking sees the levels of those before it."""
+        """Return the order statistics that `merge` needs; each can use the values found for those before it."""
         return ()
 
     def normalizes_statistics(self) -> bool:
-        """Return whether the statistics of each adapter are divided by their norm over all its modules."""
+        """Return whether the statistics of each adapter are to be divided by their norm over all its modules."""
         return False
 
     def linear(self, adapters: int) -> bool:
-        """Return whether the result is a weighted sum of so many task vectors, hence exact at rank Σrᵢ."""
+        """Return whether the result for this many adapters is a weighted sum of task vectors, exact at rank Σrᵢ."""
         return False
 
     def has_flat_spectrum(self) -> bool:
-        """Whether it makes all directions of the result, or all beyond the first few, about equally strong.
+        """Return whether all directions of the result, or all but the first few, are about equally strong.
 
-        A rank that cuts such a result leaves out directions that count as much as those that stay, so that rank
-        `auto` keeps all of them, and a smaller rank is warned of.
+        A smaller rank would leave out directions that count as much as those it keeps. Rank `auto` therefore keeps all
+        of them, and a smaller rank is warned of.
         """
         return False
 
     def check(self, weights: Sequence[float], space: str) -> str | None:
-        """Return what is wrong with using it on these weights in this space; None if nothing."""
+        """Return why the method cannot be used with these weights in this space; None if it can."""
         return None
 
 
-def merged(method: Method, task_vectors: TaskVectors) -> Delta:
-    """Return what a method makes of the task vectors of one part of a module."""
-    made = method.merge(task_vectors)
-    return Dense(made.float()) if isinstance(made, Tensor) else made
+def merge_to_delta(method: Method, task_vectors: TaskVectors) -> Delta:
+    """Return the result of a method's `merge` as a `Delta`."""
+    result = method.merge(task_vectors)
+    return Dense(result.float()) if isinstance(result, Tensor) else result
 
 
 def scope_fault(method: Method, scope: Scope, space: str) -> str | None:
-    """Return what is wrong with asking for a scope in a space: in `factors` only `module` has a meaning."""
+    """Return why a scope cannot be used in a space; None if it can. In `factors` only `module` has a meaning."""
     if space == "factors" and scope == "adapter" and "scope" in method.model_fields_set:
         return "scope 'adapter' is not offered in space 'factors', where A and B are each ranked on their own; use scope 'module'"
     return None
 
 
 def masked(delta: Delta, change: Callable[[Tensor, Tensor], Tensor], stream: int) -> Mapped:
-    """Return a task vector that is read through change(values, uniform numbers): how `prepare` drops at random.
+    """Return a task vector of which change(values, uniform numbers) is read: for a `prepare` that drops at random.
 
-    The numbers belong to the entries (see `random_numbers`); change must commute with scaling.
+    Args:
+        delta: the task vector.
+        change: must commute with scaling.
+        stream: the key of the random numbers, of which each entry has its own (see `random_numbers`).
     """
 
     def apply(values: Tensor, start: int, drawn: bool) -> Tensor:
@@ -174,7 +198,6 @@ def masked(delta: Delta, change: Callable[[Tensor, Tensor], Tensor], stream: int
 
 
 __all__ = [
-    "KEEP_ALL",
     "Density",
     "Method",
     "Ranking",
@@ -182,7 +205,6 @@ __all__ = [
     "TaskVectors",
     "Trim",
     "masked",
-    "merged",
+    "merge_to_delta",
     "scope_fault",
-    "stream_key",
 ]

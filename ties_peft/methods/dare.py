@@ -33,7 +33,6 @@ class Dare(Method):
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots", "factors")
     source: ClassVar[str] = "Yu et al., ICML 2024, arXiv 2311.03099"
     entrywise: ClassVar[bool] = True
-    random: ClassVar[bool] = True
 
     density: Density = Field(0.5, description="probability with which an entry stays, in (0, 1]")
 

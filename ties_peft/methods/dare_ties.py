@@ -32,7 +32,6 @@ class DareTies(Method):
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots", "factors")
     source: ClassVar[str] = "Yu et al., ICML 2024, arXiv 2311.03099"
     entrywise: ClassVar[bool] = True
-    random: ClassVar[bool] = True
 
     density: Density = Field(0.5, description="probability with which an entry stays, in (0, 1]")
     elect: Elect = Field("mass", description="sign of the sum of the values, or of the count of their signs")

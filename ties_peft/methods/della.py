@@ -34,7 +34,6 @@ class Della(Method):
     name: ClassVar[str] = "della"
     source: ClassVar[str] = "Deep et al., 2024, arXiv 2406.11617"
     entrywise: ClassVar[bool] = True
-    random: ClassVar[bool] = True
 
     density: Density = Field(0.7, description="mean probability with which an entry stays, in (0, 1]")
     epsilon: float = Field(0.07, ge=0, le=0.5, description="how far the probability rises and falls around the density")

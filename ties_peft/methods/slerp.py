@@ -42,7 +42,6 @@ class Slerp(Method):
 
     name: ClassVar[str] = "slerp"
     source: ClassVar[str] = "Shoemake, SIGGRAPH 1985; mergekit, arXiv 2403.13257"
-    ordered: ClassVar[bool] = True
 
     t: float | None = Field(None, ge=0, le=1, description="0 is the first adapter, 1 the second; none: by the weights")
     form: Literal["even", "mergekit"] = Field(
