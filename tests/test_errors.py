@@ -233,7 +233,7 @@ ASKED: list[tuple[dict[str, Any], str]] = [
     (
         {"density": 1.5},
         "method 'ties', parameter 'density' is 1.5: input should be less than or equal to 1 "
-        "(share of entries that the trim keeps, in (0, 1]).",
+        "(share of the entries that the trim keeps, in (0, 1]).",
     ),
     (
         {"scope": "all"},

@@ -83,10 +83,10 @@ class Nothing:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (Nothing, "is no method; expected a subclass"),
-        ("ties", "is no method; expected a subclass"),
+        (Nothing, "is not a method; expected a subclass"),
+        ("ties", "is not a method; expected a subclass"),
         (Method, "lacks name and merge"),
-        (make(name="ties"), "there is a method 'ties' already"),
+        (make(name="ties"), "the name 'ties' is that of another method"),
         (make(name="dare+mine"), "has the name 'dare+mine'; expected letters"),
         (make(__doc__=""), "lacks a docstring"),
     ],

@@ -1,1 +1,4 @@
-"""Inspect adapters before a merge. In: adapters. Out: facts and refusals, as text and JSON. Uses: `merging`."""
+"""Look at adapters before a merge: `inspection` summarises them and checks whether they can be merged.
+
+In: adapters. Out: an `Inspection`, printable and as JSON. Uses: `adapters`, `merging`.
+"""

@@ -1,4 +1,4 @@
-"""Inspection: what is in some adapters, and whether they can be merged, before any work."""
+"""Inspection: what some adapters hold, and whether they can be merged; nothing is merged."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from ..task_vectors.delta import norm
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What one adapter is.
+    """A summary of one adapter. The names of the attributes are keys of `ties-peft inspect --json`.
 
     Attributes:
-        source: as it was asked for.
-        kind, base, task_type, dtype: as its files say.
-        modules: how many it adapts.
-        ranks, scalings: those that occur.
-        numbers: how many numbers its tensors hold.
-        norm: Frobenius norm of its task vector.
-        largest: the module whose task vector is the longest.
-        riders: the layers that it holds whole: heads, embeddings, biases.
-        unusual: what most adapters are not.
+        source: the folder or Hub id, as given.
+        kind: the PEFT type.
+        base, task_type, dtype: as in its files.
+        modules: the number of adapted modules.
+        ranks, scalings: all that occur.
+        numbers: the number of entries of its tensors.
+        norm: the Frobenius norm of its task vector.
+        largest: the module with the task vector of largest norm.
+        riders: its extra tensors: heads, embeddings, biases.
+        unusual: what distinguishes it from most adapters.
     """
 
     source: str
@@ -60,32 +61,32 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """The result of `inspect`. The names of the attributes are keys of `ties-peft inspect --json`.
 
     Attributes:
-        adapters: summary of those that can be read.
-        faults: why the others cannot, a message each.
-        verdict: for two or more readable ones, whether they can be merged, else why not.
-        mergeable: whether all that were given can be; None for fewer than two readable ones.
-        rank: what `--rank auto` would give.
-        warnings: what merging them would warn of.
-        notes: what patterns and folders of several adapters stand for.
-        losses: what merging them would lose.
-        refused: what is known of those that cannot be read.
+        adapters: summaries of the adapters that can be read.
+        faults: for each of the others, the message of the error.
+        verdict: whether the readable ones can be merged, or why not; None for fewer than two.
+        mergeable: whether all given adapters can be merged; None for fewer than two readable ones.
+        rank: the rank that `auto` would choose.
+        warnings: the warnings of a merge by the defaults.
+        notes: the adapters that a pattern, or a folder of several adapters, stands for.
+        losses: what a merge by the defaults would lose.
+        refused: what is known of the adapters that cannot be read.
     """
 
     adapters: tuple[AdapterSummary, ...]
     faults: tuple[str, ...]
-    verdict: str | None
-    mergeable: bool | None
-    rank: int | None
-    warnings: tuple[str, ...]
+    verdict: str | None = None
+    mergeable: bool | None = None
+    rank: int | None = None
+    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
     refused: tuple[UnsupportedAdapter, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """Return plain values."""
         return asdict(self)
 
     def __rich__(self) -> RenderableType:
@@ -101,7 +102,7 @@ class Inspection:
 
 
 def _expand_sources(given: Sequence[str], faults: list[str]) -> tuple[list[str], list[str]]:
-    """(the adapters that are meant, a remark on each pattern and on each folder that holds several)."""
+    """Return (the adapters that the sources stand for, a note on each pattern and each folder of several adapters)."""
     names, notes = [], []
     for source in given:
         try:
@@ -122,7 +123,7 @@ def _expand_sources(given: Sequence[str], faults: list[str]) -> tuple[list[str],
 
 
 def _losses(opened: Sequence[Adapter], plan: Plan) -> list[str]:
-    """What a merge of them at the defaults would lose, as far as names and sizes tell."""
+    """Return what a merge by the defaults would lose, as far as names and sizes tell."""
     found = []
     if plan.rank is not None:
         total = max(sum(a.layout[n].rank for a in opened if n in a.layout) for n in plan.modules)
@@ -138,11 +139,11 @@ def _losses(opened: Sequence[Adapter], plan: Plan) -> list[str]:
 
 
 def inspect(sources: Sequence[str], base: str | None = None) -> Inspection:
-    """Look at adapters; a fault in one does not hide the others.
+    """Summarise adapters, and check whether they can be merged; an error in one does not hide the others.
 
     Args:
         sources: folders or Hub ids.
-        base: the base model's, for adapters whose task vectors depend on its weights.
+        base: folder or Hub id of the base model, for adapters whose task vectors depend on its weights.
     """
     weights = BaseModel.load(base) if base is not None else None
     faults: list[str] = []
@@ -151,24 +152,21 @@ def inspect(sources: Sequence[str], base: str | None = None) -> Inspection:
     refused: list[UnsupportedAdapter] = []
     for source in names:
         found = _open(source, weights)
-        (opened if isinstance(found, Adapter) else refused).append(found)  # type: ignore[arg-type]
-    faults += [one.fault for one in refused]
-    seen = Inspection(
-        tuple(_summarize(adapter) for adapter in opened),
-        tuple(faults),
-        None,
-        None,
-        None,
-        (),
-        tuple(notes),
-        (),
-        tuple(refused),
+        if isinstance(found, Adapter):
+            opened.append(found)
+        else:
+            refused.append(found)
+    inspection = Inspection(
+        adapters=tuple(map(_summarize, opened)),
+        faults=(*faults, *(one.fault for one in refused)),
+        notes=tuple(notes),
+        refused=tuple(refused),
     )
-    return seen if len(names) < 2 or len(opened) < 2 else _with_merge_check(seen, opened, base)
+    return inspection if len(opened) < 2 else _with_merge_check(inspection, opened, base)
 
 
 def _open(source: str, weights: BaseModel | None) -> Adapter | UnsupportedAdapter:
-    """An adapter whose tensors are sound; else what is known of it."""
+    """Return the adapter if its tensors can be read; else what is known of it."""
     try:
         found = find_files(source)
     except TiesPeftError as error:
@@ -181,33 +179,33 @@ def _open(source: str, weights: BaseModel | None) -> Adapter | UnsupportedAdapte
     return adapter
 
 
-def _with_merge_check(seen: Inspection, opened: Sequence[Adapter], base: str | None) -> Inspection:
-    """Whether those that can be read can be merged, and what that would lose and warn of."""
-    rest = f"; {len(seen.faults)} cannot be read" if seen.faults else ""
-    whom = f"The {len(opened)} that can be read" if rest else "They"
+def _with_merge_check(inspection: Inspection, opened: Sequence[Adapter], base: str | None) -> Inspection:
+    """Return the inspection with whether the readable adapters can be merged, what is lost and what is warned of."""
+    rest = f"; {len(inspection.faults)} cannot be read" if inspection.faults else ""
+    subject = f"The {len(opened)} that can be read" if rest else "They"
     try:
         plan = make_plan(Recipe(tuple(str(a.source) for a in opened), base=base), opened, checked=True)
     except TiesPeftError as error:
-        return replace(seen, verdict=f"{whom} cannot be merged: {error}", mergeable=False)
+        return replace(inspection, verdict=f"{subject} cannot be merged: {error}", mergeable=False)
     shared = sum(len(plan.holders(name)) == len(opened) for name in plan.modules)
     rank = f", at rank {plan.rank}" if plan.rank is not None else ""
     return replace(
-        seen,
-        verdict=f"{whom} can be merged: {len(plan.modules)} modules, {shared} of them in all{rank}{rest}.",
-        mergeable=not seen.faults,
+        inspection,
+        verdict=f"{subject} can be merged: {len(plan.modules)} modules, {shared} of them in all{rank}{rest}.",
+        mergeable=not inspection.faults,
         rank=plan.rank,
-        warnings=(*plan.warnings, *_warnings_of_set(seen.adapters, opened)),
+        warnings=(*plan.warnings, *_warnings_of_set(inspection.adapters, opened)),
         losses=tuple(_losses(opened, plan)),
     )
 
 
-def _warnings_of_set(summary: Sequence[AdapterSummary], opened: Sequence[Adapter]) -> list[str]:
-    """What is unusual of a set: norms far apart, one adapter twice."""
-    found = unequal_norms({one.source: one.norm for one in summary})
+def _warnings_of_set(summaries: Sequence[AdapterSummary], opened: Sequence[Adapter]) -> list[str]:
+    """Return the warnings about norms that differ severalfold and about an adapter that is given twice."""
+    found = unequal_norms({one.source: one.norm for one in summaries})
     for i, adapter in enumerate(opened):
-        twin = next((other for other in opened[:i] if other.digest == adapter.digest), None)
-        if twin is not None:
-            found.append(f"{adapter.label} is {twin.label} over again: the same task vectors.")
+        duplicate = next((other for other in opened[:i] if other.digest == adapter.digest), None)
+        if duplicate is not None:
+            found.append(f"{adapter.label} and {duplicate.label} hold the same task vectors. Leave one out.")
     return found
 
 
@@ -226,14 +224,9 @@ def _summarize(adapter: Adapter) -> AdapterSummary:
         numbers=sum(math.prod(adapter.tensors.info(key).shape) for key in adapter.tensors.names),
         norm=math.hypot(*norms.values()),
         largest=max(norms, key=norms.__getitem__),
-        riders=_extra_tensors(adapter),
+        riders=tuple(describe_extra_tensors(adapter.extra_tensors(), len(unused_copies(adapter.extra_keys)))),
         unusual=_unusual(adapter, norms),
     )
-
-
-def _extra_tensors(adapter: Adapter) -> tuple[str, ...]:
-    found = adapter.extra_tensors()
-    return tuple(describe_extra_tensors(found, len(unused_copies(adapter.extra_keys))))
 
 
 FORM_NAMES = {
@@ -245,7 +238,7 @@ FORM_NAMES = {
 
 
 def _special_modules(adapter: Adapter) -> list[str]:
-    """What its modules are the task vectors of, where it is not linear layers; whether they need the base."""
+    """Return what adapted layers there are beside linear ones, and whether their task vectors need the base model."""
     forms = [module.layer_type for module in adapter.layout.values()]
     found = [f"{forms.count(form)} × {text}" for form, text in FORM_NAMES.items() if form in forms]
     if any(module.base_tensors for module in adapter.layout.values()):
@@ -257,28 +250,27 @@ def _special_modules(adapter: Adapter) -> list[str]:
 
 
 def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
-    """What most adapters are not, in words."""
+    """Return what distinguishes an adapter from most others."""
     config = adapter.config
     found = _special_modules(adapter)
     if config.get("use_rslora"):
         found.append("rsLoRA (scaling alpha/√r)")
-    full = any(module.base_tensors for module in adapter.layout.values())
-    if len(adapter.ranks) > 1 and not full:
+    full_rank = any(module.base_tensors for module in adapter.layout.values())
+    if len(adapter.ranks) > 1 and not full_rank:
         found.append(f"mixed ranks {', '.join(map(str, adapter.ranks))}")
     if config.get("alpha_pattern"):
         found.append("alpha pattern")
     if (
         adapter.peft_type.name == "lora"
-        and not full
+        and not full_rank
         and isinstance(config.get("r"), int)
         and config["r"] not in adapter.ranks
     ):
         found.append(f"the config says r = {config['r']}, the tensors {', '.join(map(str, adapter.ranks))}")
-    silent = [name for name, norm in norms.items() if norm == 0]
-    if silent:
-        found.append(f"{len(silent)} of {len(norms)} modules do nothing (zero task vector)")
-    riders = adapter.extra_tensors()
-    found += [text.removesuffix(".") for text in missing_layers(config, riders)]
+    zeros = sum(value == 0 for value in norms.values())
+    if zeros:
+        found.append(f"{zeros} of {len(norms)} modules do nothing (zero task vector)")
+    found += [text.removesuffix(".") for text in missing_layers(config, adapter.extra_tensors())]
     if adapter.base_name is None:
         found.append("names no base model")
     inside = adapter_subfolders(adapter.folder) if adapter.folder is not None else []
@@ -301,7 +293,7 @@ def _summary_table(summary: AdapterSummary) -> RenderableType:
 
 
 def _refused_table(one: UnsupportedAdapter) -> RenderableType:
-    """What is known of a source that is refused; why stands beneath, on standard error."""
+    """Return what is known of an adapter that cannot be read; the reason is printed on standard error."""
     rows = [("refused", one.what)]
     if one.base or one.task_type:
         rows.append(("base", ", ".join(filter(None, (one.base or "not named", one.task_type)))))

@@ -1,8 +1,10 @@
-"""The methods there are, found by looking into this folder and at the entry points of other packages.
+"""The methods of merging: one file each in this folder, and those that other packages add.
 
-A package of yours adds one with an entry point in the group `ties_peft.methods` that names a subclass
-of `Method`; nothing here changes. In a notebook or a script `register` makes one known for as long as
-the process lives.
+In: the weighted task vectors of one module. Out: the merged one. Uses: `task_vectors`; the checks of parameters use
+`adapters` and `spaces`.
+
+A package of yours adds a method by an entry point of the group `ties_peft.methods` that names a subclass of `Method`;
+nothing here changes. In a notebook or a script, `register` adds one to the running process. `base` shows a complete method.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Parameter(NamedTuple):
 
 
 class MethodInfo(NamedTuple):
-    """What there is to know of a method before using it."""
+    """Name, parameters, spaces and source of a method, as `ties-peft methods` shows them."""
 
     name: str
     summary: str
@@ -67,9 +69,9 @@ class MethodInfo(NamedTuple):
 
 @functools.cache
 def method_classes() -> dict[str, type[Method]]:
-    """Every method's class by name.
+    """Return the class of every method by its name.
 
-    Raises: MethodError where another package adds one that cannot be had, or whose name is taken.
+    Raises: MethodError where another package adds one that cannot be loaded, or whose name is taken.
     """
     found: list[type[Method]] = []
     for entry in pkgutil.iter_modules(__path__):
@@ -82,8 +84,8 @@ def method_classes() -> dict[str, type[Method]]:
         if cls.name in known:
             other = known[cls.name]
             raise MethodError(
-                f"method '{cls.name}' is there twice: {other.__module__}.{other.__name__} and {point.value}. Rename "
-                "one, or uninstall the package that adds it."
+                f"two methods have the name '{cls.name}': {other.__module__}.{other.__name__} and {point.value}. Rename "
+                "one of them, or uninstall the package that adds it."
             )
         known[cls.name] = cls
     known |= _REGISTERED
@@ -91,38 +93,39 @@ def method_classes() -> dict[str, type[Method]]:
 
 
 def _load_entry_point(point: importlib.metadata.EntryPoint) -> type[Method]:
-    """The class that another package adds.
+    """Return the class that another package adds.
 
-    Raises: MethodError naming the entry point, where it cannot be loaded or is no method.
+    Raises: MethodError naming the entry point, where it cannot be loaded or is not a method.
     """
     try:
         cls = point.load()
     except Exception as error:
         raise MethodError(
             f"the entry point {point.name} = {point.value} of group {GROUP} cannot be loaded "
-            f"({type(error).__name__}: {error}). Mend the package that adds it, or uninstall it."
+            f"({type(error).__name__}: {error}). Correct the package that adds it, or uninstall it."
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, Method) and isinstance(getattr(cls, "name", None), str)):
         raise MethodError(
             f"the entry point {point.name} = {point.value} of group {GROUP} is {cls!r}; expected a "
-            "subclass of ties_peft.methods.Method with a name. Mend the package that adds it, or uninstall it."
+            "subclass of ties_peft.methods.Method with a name. Correct the package that adds it, or uninstall it."
         )
     return cls
 
 
 def register(cls: type[Method]) -> type[Method]:
-    """Make a method of your own known by its name, in this process; stands above a class as `@register`.
+    """Add a method of your own to the running process; also as the decorator `@register`.
 
-    A result's recipe names the method, and runs again where it is registered again. To be known
-    everywhere a method needs an entry point (see above). Registering a name anew replaces the class.
+    The recipe of a result holds the method's name, and can be run again where the method is registered again. To add a
+    method to every process, the command line's too, use an entry point (see above). Registering a name again replaces
+    the class.
 
     Args:
         cls: a subclass of `Method` with a `name`, a docstring and a `merge`.
     Returns: the class.
-    Raises: MethodError for anything else, and for a name that a method of another origin has.
+    Raises: MethodError for anything else, and for the name of a method that was not registered here.
     """
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise MethodError(f"{cls!r} is no method; expected a subclass of ties_peft.methods.Method.")
+        raise MethodError(f"{cls!r} is not a method; expected a subclass of ties_peft.methods.Method.")
     missing = [] if isinstance(getattr(cls, "name", None), str) else ["name"]
     missing += [] if vars(cls).get("__doc__") else ["a docstring"]
     missing += ["merge"] if inspect.isabstract(cls) else []
@@ -131,16 +134,16 @@ def register(cls: type[Method]) -> type[Method]:
     if not cls.name.isidentifier():
         raise MethodError(f"the method {cls.__name__} has the name {cls.name!r}; expected letters, digits and _.")
     if cls.name in method_classes() and cls.name not in _REGISTERED:
-        raise MethodError(f"there is a method '{cls.name}' already. Give yours another name.")
+        raise MethodError(f"the name '{cls.name}' is that of another method. Give yours another name.")
     _REGISTERED[cls.name] = cls
     method_classes.cache_clear()
     return cls
 
 
 def find_method(name: str) -> type[Method]:
-    """The class of a method.
+    """Return the class of a method.
 
-    Raises: RecipeError naming the nearest method and all of them.
+    Raises: RecipeError for an unknown name, with the nearest names and all of them.
     """
     if not isinstance(name, str) or name not in method_classes():
         raise RecipeError(unknown("method", name, method_classes(), _method_hint(str(name))))
@@ -148,7 +151,7 @@ def find_method(name: str) -> type[Method]:
 
 
 def _method_hint(name: str) -> str | None:
-    """Return the sentence on a name that is no method but something else that is known; None for any other."""
+    """Return a sentence on the name of something else, such as a space; None for an unknown name."""
     if name in spaces():
         return f'{name} is a space: --space {name} (space="{name}").'
     return other_name(name)
@@ -159,9 +162,9 @@ class Stages:
     """A method, or several in a row: dare+ties, pico+ties, ties+iso_c.
 
     Attributes:
-        before: those that prepare the task vectors, in order.
-        method: the one that merges.
-        after: those that change the result, in order.
+        before: the methods that prepare the task vectors, in order.
+        method: the method that merges.
+        after: the methods that change the result, in order.
     """
 
     before: tuple[Method, ...]
@@ -170,7 +173,7 @@ class Stages:
 
     @property
     def all(self) -> tuple[Method, ...]:
-        """In order."""
+        """All of them, in order."""
         return (*self.before, self.method, *self.after)
 
     @property
@@ -180,13 +183,12 @@ class Stages:
 
 
 def make_stages(name: str, parameters: dict[str, Any]) -> Stages:
-    """The method or methods of a name such as `ties` or `dare+ties`, with their parameters, checked.
+    """Return the method or methods of a name such as `ties` or `dare+ties`, with their parameters, checked.
 
-    A parameter that several stages have is given to one as `dare.density`, to the other as
-    `ties.density`.
+    A parameter that several stages have is set by the stage's name: `dare.density`, `ties.density`.
 
-    Raises: RecipeError for an unknown method, MethodError for methods that do not go together and
-        for a parameter that none has, several have, or that is out of range.
+    Raises: RecipeError for an unknown method, MethodError for methods that cannot be combined and for a parameter that
+        no stage has, that several stages have, or that is out of range.
     """
     names = [part.strip() for part in name.split("+")]
     classes = [find_method(part) for part in names]
@@ -200,7 +202,7 @@ def make_stages(name: str, parameters: dict[str, Any]) -> Stages:
 
 
 def _find_merging_stage(names: list[str], classes: list[type[Method]]) -> int:
-    """Which of the stages merges: the first that does not stand before another by its nature."""
+    """Return the position of the stage that merges: the first that cannot stand before another, else the last."""
     place = next((i for i, cls in enumerate(classes) if not cls.prepares()), len(classes) - 1)
     wrong = [name for name, cls in zip(names[place + 1 :], classes[place + 1 :], strict=True) if not cls.finishes()]
     if wrong:
@@ -216,7 +218,7 @@ def _methods_with(role: str) -> str:
 
 
 def _find_stage(parameter: str, names: list[str], classes: list[type[Method]]) -> tuple[int, str]:
-    """The stage that a parameter is meant for, and its name there."""
+    """Return the position of the stage that a parameter belongs to, and its name there."""
     stage, dot, own = parameter.rpartition(".")
     if dot and stage in names and own in classes[names.index(stage)].model_fields:
         return names.index(stage), own
@@ -225,13 +227,13 @@ def _find_stage(parameter: str, names: list[str], classes: list[type[Method]]) -
         return holders[0], parameter
     if holders:
         choices = " or ".join(f"{names[i]}.{parameter}" for i in holders)
-        raise MethodError(f"method '{'+'.join(names)}' has several parameters '{parameter}': say {choices}.")
+        raise MethodError(f"method '{'+'.join(names)}' has several parameters '{parameter}'. Use {choices}.")
     known = [field for cls in classes for field in cls.model_fields]
     raise MethodError(f"method '{'+'.join(names)}': {unknown('parameter', parameter, known)}")
 
 
 def make_method(name: str, parameters: dict[str, Any]) -> Method:
-    """One method with its parameters, checked.
+    """Return one method with its parameters, checked.
 
     Raises: RecipeError for an unknown method, MethodError for a parameter out of range.
     """
@@ -248,7 +250,7 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
 
 
 def methods() -> tuple[MethodInfo, ...]:
-    """All methods: name, parameters with defaults, spaces, source."""
+    """Return all methods: name, parameters with defaults, spaces, source."""
     return tuple(_info(cls) for cls in method_classes().values())
 
 

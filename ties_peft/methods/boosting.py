@@ -1,4 +1,4 @@
-"""Subspace boosting: the weak directions of a merge lifted."""
+"""Subspace boosting: raise the small singular values of a merge."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .base import Method, TaskVectors
 
 
 class Boosting(Method):
-    """Lift the weak directions of a merged task vector to the level where the strong ones end.
+    """Raise the small singular values of a merged task vector to a common level.
 
         D = U·S·Vᵀ,   c = the first index with Σ_{j ≤ c} Sⱼ ≥ β·Σ Sⱼ
         τ = U · max(S, S_c) · Vᵀ
 
-    It stands after another method (task_arithmetic+boosting, ties+boosting in space core); alone it works
-    on the sum. A merge of K directions has at least 1/K of the total in its first one: with β under 1/K,
-    and so with the default on most LoRAs, all are lifted to the largest; β = 1 lifts none.
+    It stands after another method (task_arithmetic+boosting, ties+boosting in space core); alone it changes the sum. Of K
+    singular values the first is at least 1/K of their sum: with β below 1/K, as with the default on most LoRAs, all are
+    raised to the largest; with β = 1 none is.
 
-    Lifting makes a result stronger, the more so the more adapters: λ = 1 is as published, and does harm on sets of two,
-    four and six sample adapters. The default λ = 0.7/√N was chosen on these (benchmarks/results/scales.json); it
-    holds after another method too.
+    The result is stronger than the sum, more so for more adapters. The published λ = 1 measured worse on sets of two,
+    four and six sample adapters than the default λ = 0.7/√N, which was chosen on them (benchmarks/results/scales.json)
+    and also holds after another method.
 
-    Law: with λ = 1, β = 1 changes nothing and no singular value shrinks; it commutes with scaling; for a given λ, an
+    Law: with λ = 1, β = 1 changes nothing and no singular value decreases; it commutes with scaling; for a given λ, an
         adapter of zeros equals an absent one.
     Source: Skorobogat, Roth, Georgescu and Akata, Subspace-Boosted Model Merging, 2025 (arXiv 2506.16506),
-        with the default of its code (0.01; it gives attention in one matrix its own, 0.1). Published, all
-        min(out, in) directions are lifted; here those of the support, since of a LoRA the others are
-        arbitrary.
+        with the default of its code (0.01; there a joint matrix of the attention has 0.1). As published, all
+        min(out, in) singular values are raised; here only those above 0, since the singular vectors of the others are
+        arbitrary for a LoRA.
     """
 
     name: ClassVar[str] = "boosting"
@@ -45,15 +45,15 @@ class Boosting(Method):
     beta: float = Field(0.01, ge=0, le=1, description="share of the sum of singular values that counts as strong")
 
     def has_flat_spectrum(self) -> bool:
-        """Whether the result has one: unless β = 1, all weak directions are equally strong."""
+        """Return whether all weak directions become equally strong: unless β = 1."""
         return self.beta < 1
 
     def merge(self, task_vectors: TaskVectors) -> Tensor:
-        """The sum, boosted."""
+        """Return the boosted sum."""
         return self._boosted(task_vectors.matrices().sum(0))
 
     def finish(self, merged: Delta, task_vectors: TaskVectors) -> Delta:
-        """What another method made, boosted."""
+        """Return the boosted result of the methods before it."""
         return Dense(self._boosted(merged.dense()).float())
 
     def _boosted(self, matrix: Tensor) -> Tensor:

@@ -13,40 +13,40 @@ from .base import Density, Method, TaskVectors, Trim
 
 
 class BreadcrumbsTies(Method):
-    """Drop the largest entries of each task vector and the smallest, elect a sign, average those that agree.
+    """Drop the largest and the smallest entries of each task vector, elect a sign, average those that agree.
 
-        xᵢ = wᵢ·τᵢ where it is not among the ⌊γ·n⌋ largest magnitudes but among the ⌊density·n⌋ next, else 0
+        xᵢ = wᵢ·τᵢ for the ⌊density·n⌋ largest magnitudes after the ⌊γ·n⌋ largest, else 0
         γ' = sign(Σ xᵢ)
         τ  = Σ_{i: sign(xᵢ) = γ'} xᵢ / Σ_{i: sign(xᵢ) = γ'} |wᵢ|
 
-    Where γ + density exceeds 1 fewer outliers are dropped, so that density keeps its meaning.
+    If γ + density exceeds 1, fewer of the largest are dropped, so that the density is kept.
 
     Law: at γ = 0 it is `ties`.
     Source: Davari and Belilovsky, Model Breadcrumbs, ECCV 2024 (arXiv 2312.06795), with the election of
-        Yadav et al., TIES-Merging (arXiv 2306.01708): a combination of mergekit's, whose
-        `breadcrumbs_ties` sums (disjoint `sum` here) and ranks a module at a time (scope `module`).
+        Yadav et al., TIES-Merging (arXiv 2306.01708). The combination is mergekit's, whose
+        `breadcrumbs_ties` sums (disjoint `sum` here) and ranks each module alone (scope `module`).
     """
 
     name: ClassVar[str] = "breadcrumbs_ties"
     source: ClassVar[str] = "Davari and Belilovsky, ECCV 2024, arXiv 2312.06795; Yadav et al., arXiv 2306.01708"
     entrywise: ClassVar[bool] = True
 
-    density: Density = Field(0.2, description="share of entries that stay, in (0, 1]")
-    gamma: float = Field(0.01, ge=0, lt=1, description="share of entries, the largest, that are dropped as outliers")
+    density: Density = Field(0.2, description="share of the entries that is kept, in (0, 1]")
+    gamma: float = Field(0.01, ge=0, lt=1, description="share of the entries, the largest, that is dropped")
     scope: Scope = Field("adapter", description="rank magnitudes over the whole adapter or each module")
     elect: Elect = Field("mass", description="sign of the sum of the values, or of the count of their signs")
     disjoint: Disjoint = Field("mean", description="how the agreeing entries are combined: mean, sum or max")
     normalize: bool = Field(True, description="divide the mean by the agreeing weights; false: by their number")
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
-        """Keep a band, elect, merge."""
+        """Keep a band of magnitudes of each, elect, merge."""
         kept = task_vectors.keep_band(self.gamma, self.density, self.scope)
         return kept.disjoint_merge(kept.elect(self.elect), self.disjoint, self.normalize)
 
     def trims(self) -> Trim:
-        """Two cuts, above and below what stays."""
+        """Return the band that is kept."""
         return Trim((self.gamma, self.density), self.scope)
 
     def linear(self, adapters: int) -> bool:
-        """True of one adapter of which nothing is dropped."""
+        """Return whether there is one adapter, of which nothing is dropped."""
         return adapters == 1 and self.density == 1

@@ -9,24 +9,23 @@ from .base import Method, TaskVectors
 
 
 class Cat(Method):
-    """The weighted sum of the task vectors, Σ wᵢ·τᵢ, exact at rank Σrᵢ: all adapters at once, at full strength.
+    """Add the weighted task vectors, Σ wᵢ·τᵢ, exact at rank Σrᵢ.
 
-    For LoRA the factors stand side by side, so that the merged adapter does what all of them do when
-    each is active with its weight. For (IA)³ the l − 1 add up; the vectors applied one after another
-    are method `product`.
+    For LoRA the factors are concatenated: the merged adapter computes what all of them compute when each is active with
+    its weight. For (IA)³ the l − 1 are added; method `product` applies the vectors one after another.
 
     Law: one adapter with weight 1 comes back unchanged; it is `task_arithmetic` with scale 1.
     Source: PEFT's combination_type `cat` (huggingface/peft pull request 817), which multiplies all of
-        A by the weight and the lora scaling where this multiplies B: the same product.
+        A by the weight and the lora scaling, where this multiplies B: the same product.
     """
 
     name: ClassVar[str] = "cat"
     source: ClassVar[str] = "PEFT's combination_type cat, huggingface/peft #817"
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
-        """Σ wτ."""
+        """Return Σ w·τ."""
         return task_vectors.sum()
 
     def linear(self, adapters: int) -> bool:
-        """Always."""
+        """Return true: the result is a weighted sum."""
         return True

@@ -13,19 +13,19 @@ from .base import Density, Method, TaskVectors, masked
 
 
 class Dare(Method):
-    """Drop entries at random, rescale those that stay, then add.
+    """Drop entries at random, rescale the others, then add.
 
         xᵢ = mᵢ ∘ wᵢ·τᵢ / density,  mᵢ ~ Bernoulli(density) for each entry
         τ  = λ·Σ xᵢ
 
-    Before another method (dare+ties) it hands on the xᵢ. Every entry's number is a function of the
-    seed, the module and the adapter, so the same masks come back whatever else is merged.
+    Before another method (dare+ties), that method gets the xᵢ. The random number of an entry is a function of the seed, the
+    module, the adapter and the entry: an adapter has the same mask whatever it is merged with.
 
-    Law: at density 1 it is `task_arithmetic` of the same scale; over seeds its expectation is that too.
+    Law: at density 1 it is `task_arithmetic` of the same scale, and so is its expectation over seeds.
     Source: Yu, Yu, Yu, Huang and Li, Language Models are Super Mario: Absorbing Abilities from Homologous
         Models as a Free Lunch, ICML 2024 (arXiv 2311.03099), whose drop rate is 1 − density. The authors'
         code and PEFT's `dare_linear_svd` divide by the density, as here; mergekit's `dare_linear`
-        multiplies each tensor so that Σ|x| is what it was. PEFT's plain `dare_linear` is space `factors`.
+        rescales each tensor to the Σ|x| that it had. PEFT's plain `dare_linear` is space `factors`.
     """
 
     name: ClassVar[str] = "dare"
@@ -34,19 +34,19 @@ class Dare(Method):
     source: ClassVar[str] = "Yu et al., ICML 2024, arXiv 2311.03099"
     entrywise: ClassVar[bool] = True
 
-    density: Density = Field(0.5, description="probability with which an entry stays, in (0, 1]")
+    density: Density = Field(0.5, description="probability that an entry is kept, in (0, 1]")
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Drop at random, and add."""
         return task_vectors.drop(self.density).sum()
 
     def prepare(self, deltas: Sequence[Delta], streams: Sequence[int]) -> Sequence[Delta]:
-        """The xᵢ, drawn as they are read."""
+        """Return the xᵢ, dropped when they are read."""
         if self.density == 1:
             return deltas
         pairs = zip(deltas, streams, strict=True)
         return [masked(d, lambda values, numbers: drop_(values, numbers, self.density), key) for d, key in pairs]
 
     def linear(self, adapters: int) -> bool:
-        """True if nothing is dropped."""
+        """Return whether nothing is dropped."""
         return self.density == 1

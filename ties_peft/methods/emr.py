@@ -1,4 +1,4 @@
-"""EMR-Merging's unified vector."""
+"""The unified vector of EMR-Merging."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from .base import Method, TaskVectors
 
 
 class Emr(Method):
-    """The unified vector of EMR-Merging: the elected sign with the largest magnitude that agrees with it.
+    """Elect one sign per entry, and take the largest magnitude that agrees with it.
 
         γ = sign(Σ wᵢ·τᵢ)
         τ = γ · max_{i: sign(wᵢ·τᵢ) = γ} |wᵢ·τᵢ|
 
-    The paper also keeps a mask and a rescaler for every task, applied when that task is known; one
-    adapter for all tasks has no place for them.
+    The paper also keeps a mask and a rescaler for every task, which are applied when the task is known; one adapter for
+    all tasks cannot hold them.
 
     Law: one adapter with weight 1 comes back unchanged; it is `ties` at density 1 with disjoint `max`.
     Source: Huang et al., EMR-Merging: Tuning-Free High-Performance Model Merging, NeurIPS 2024 (arXiv
-        2405.17461), step "elect". A sum of exactly zero goes to + as in `ties`; in the authors' code to −.
+        2405.17461), step "elect". A sum of exactly 0 elects +, as in `ties`; in the authors' code −.
     """
 
     name: ClassVar[str] = "emr"
@@ -31,5 +31,5 @@ class Emr(Method):
         return task_vectors.disjoint_merge(task_vectors.elect(), "max")
 
     def linear(self, adapters: int) -> bool:
-        """True of one adapter."""
+        """Return whether there is one adapter."""
         return adapters == 1

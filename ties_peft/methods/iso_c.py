@@ -1,4 +1,4 @@
-"""Iso-C: a sum with a flat spectrum."""
+"""Iso-C: a sum with equal singular values."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from .base import Method, TaskVectors
 
 
 class IsoC(Method):
-    """Sum, then give every direction of the sum the same strength.
+    """Sum the task vectors, then make all singular values of the sum equal.
 
         Σ wᵢ·τᵢ = U·S·Vᵀ
         τ = mean(S) · U·Vᵀ
 
-    It stands alone or after another method, whose result it flattens: ties+iso_c, in space core.
+    It stands alone or after another method, whose result it changes: ties+iso_c, in space core.
 
-    Law: every singular value of the result is the mean of those of the sum, so that their sum (the
-        nuclear norm) stays; it does nothing to what is flat already; an adapter of zeros equals an
-        absent one.
+    Law: every singular value of the result is the mean of those of the sum, so that the nuclear norm is unchanged; a sum
+        with equal singular values is unchanged; an adapter of zeros equals an absent one.
     Source: Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific
-        Subspaces, ICML 2025 (arXiv 2502.04959). Published, the mean is over all min(out, in) singular
-        values and the null directions are lifted with the rest; of LoRAs those are arbitrary (most of the
-        result's energy would then lie outside what any adapter does). Here both are over the support, as
-        in Core Space (arXiv 2509.17786); the mean is larger than the published by min(out, in)/Σrᵢ, and a
-        tuned λ does not carry over. On eight adapters 1.3 was best (found on validation rows).
+        Subspaces, ICML 2025 (arXiv 2502.04959). As published, the mean is over all min(out, in)
+        singular values, and those that are 0 are raised to it too. The singular vectors of these are arbitrary for LoRAs,
+        so that most of the result's energy would lie where no adapter has any. Here the mean is over the singular values
+        above 0, and only these change, as in Core Space (arXiv 2509.17786): the mean is larger than the published one by
+        the factor min(out, in)/Σrᵢ, so that a λ tuned for it is not to be reused. For eight adapters λ = 1.3 was best on
+        validation rows.
     """
 
     name: ClassVar[str] = "iso_c"
@@ -37,15 +37,15 @@ class IsoC(Method):
     spectral: ClassVar[bool] = True
 
     def has_flat_spectrum(self) -> bool:
-        """Whether the result has one: always."""
+        """Return true."""
         return True
 
     def merge(self, task_vectors: TaskVectors) -> Tensor:
-        """The sum, flattened."""
+        """Return the sum with equal singular values."""
         return _flattened(task_vectors.matrices().sum(0))
 
     def finish(self, merged: Delta, task_vectors: TaskVectors) -> Delta:
-        """What another method made, flattened."""
+        """Return the result of the methods before it with equal singular values."""
         return Dense(_flattened(merged.dense()).float())
 
 

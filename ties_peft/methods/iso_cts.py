@@ -1,4 +1,4 @@
-"""Iso-CTS: a flat spectrum over what is common and what is each adapter's own."""
+"""Iso-CTS: equal singular values over common and task-specific directions."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .base import Method, TaskVectors
 
 
 class IsoCts(Method):
-    """Keep the common directions of the sum, fill up with each adapter's own, and make all equally strong.
+    """Combine the leading directions of the sum with task-specific ones of each adapter, all equally strong.
 
         Σ wᵢ·τᵢ = U·S·Vᵀ of rank R,   n = round((R − ⌊c·R⌋) / N),   k = R − N·n
         τᵢ' = (1 − Uₖ·Uₖᵀ) · wᵢ·τᵢ = Uᵢ·Sᵢ·Vᵢᵀ,  of which the first n directions
         τ = mean(all S) · polar([U₁ … U_N Uₖ]) · polar([V₁ … V_N Vₖ])ᵀ
 
-    Law: common = 1 is `iso_c`, and so is one adapter alone; every singular value of the result is the same
-        as long as the directions are independent; an adapter of zeros equals an absent one.
-    Source: Marczak et al., No Task Left Behind, ICML 2025 (arXiv 2502.04959), with the shares as its code
-        rounds them. Published, R is min(out, in); here it is the rank of the sum, since directions beyond
-        it are arbitrary. An adapter with fewer than n directions of its own gives those it has. Directions that
-        depend on each other to within 1e-4 (a singular value of the unit vectors side by side, as a share of the
-        largest) count as one, where the published code tells them apart.
+    Law: common = 1 is `iso_c`, and so is one adapter alone; all singular values of the result are equal if the directions
+        are linearly independent; an adapter of zeros equals an absent one.
+    Source: Marczak et al., No Task Left Behind, ICML 2025 (arXiv 2502.04959), with the numbers
+        rounded as in its code. As published, R is min(out, in); here it is the rank of the sum, since further directions
+        are arbitrary. An adapter with fewer than n directions of its own contributes those it has. Directions that are
+        linearly dependent to within 1e-4 (a singular value of the concatenated unit vectors, relative to the largest)
+        count as one; the published code tells them apart.
     """
 
     name: ClassVar[str] = "iso_cts"
@@ -34,14 +34,14 @@ class IsoCts(Method):
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
     spectral: ClassVar[bool] = True
 
-    common: float = Field(0.8, ge=0, le=1, description="share c of the directions that the sum gives")
+    common: float = Field(0.8, ge=0, le=1, description="share c of the directions that is taken from the sum")
 
     def has_flat_spectrum(self) -> bool:
-        """Whether the result has one: always."""
+        """Return true."""
         return True
 
     def merge(self, task_vectors: TaskVectors) -> Tensor:
-        """All of them together, in the small space."""
+        """Combine all of them at once, in shared bases."""
         matrices = task_vectors.matrices()
         given = [matrix for matrix in matrices if matrix.any()]
         if not given:
@@ -54,7 +54,7 @@ class IsoCts(Method):
 
 
 def _without_shared(matrix: Tensor, shared: Spectrum) -> Spectrum:
-    """What of a matrix does not lie in the shared output directions."""
+    """Return the part of a matrix outside the shared output directions."""
     return spectrum(matrix - shared.U @ (shared.U.T @ matrix), beside=float(matrix.norm()))
 
 

@@ -1,4 +1,4 @@
-"""The mean of directions on the sphere."""
+"""The Karcher mean: the mean direction on the sphere."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from .base import Method, TaskVectors
 
 
 class Karcher(Method):
-    """The direction nearest to all task vectors along the sphere, at their mean length, module by module.
+    """Find the mean direction of the task vectors on the sphere, and give it their mean norm, for each module.
 
         u = argmin_{‖u‖ = 1} Σ |wᵢ|·angle(u, wᵢ·τᵢ)²
         τ = Σ ‖wᵢ·τᵢ‖ / Σ |wᵢ| · u
 
-    It is a weighted sum, hence exact at rank Σrᵢ, and found from the Gram matrix alone, by steps along the
-    tangent mean from the plain mean of the unit vectors. A plain average of N orthogonal adapters is
-    shorter than they are by √N; this is not. An adapter that lacks the module counts in Σ |wᵢ|.
+    The result is a weighted sum, hence exact at rank Σrᵢ. Its coefficients are computed from the Gram matrix alone: the
+    iteration starts at the mean of the unit vectors and follows the mean of the tangent vectors. The average of N
+    orthogonal adapters has a norm smaller than theirs by the factor √N; this mean does not. An adapter without the module
+    counts in Σ |wᵢ|.
 
-    Law: adapters of one direction give that direction at the mean length; for two with equal weights it
-        is slerp at t = ½; the result has the mean norm; weights (2, 1) and (10, 5) mean the same;
-        directions that cancel have no mean, and give zero.
+    Law: adapters of one direction give that direction at the mean norm; two adapters with equal weights give slerp at
+        t = ½; the result has the mean norm; weights (2, 1) and (10, 5) mean the same; directions that cancel have no
+        mean, and give zero.
     Source: Karcher, Riemannian Center of Mass and Mollifier Smoothing, 1977; as a merge, mergekit's
-        `karcher` (Goddard et al., 2024, arXiv 2403.13257), whose numbers of steps and tolerance are the
-        defaults here. It turns whole weights with equal weights, and starts from the first where the
-        directions cancel; here it is task vectors, weighted, in no order.
+        `karcher` (Goddard et al., 2024, arXiv 2403.13257), whose number of steps and tolerance are the
+        defaults here. There the mean is of whole models with equal weights, and starts from the first where the
+        directions cancel; here it is of weighted task vectors, and their order does not matter.
     """
 
     name: ClassVar[str] = "karcher"
     source: ClassVar[str] = "Karcher, 1977; mergekit, arXiv 2403.13257"
 
-    max_iter: int = Field(10, ge=1, description="the most steps to take")
-    tol: float = Field(1e-5, gt=0, allow_inf_nan=False, description="the step, in radians, that is the last")
+    max_iter: int = Field(10, ge=1, description="largest number of steps")
+    tol: float = Field(1e-5, gt=0, allow_inf_nan=False, description="stop at a step of this many radians or fewer")
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
-        """Coefficients from the Gram matrix of the unit vectors."""
+        """Compute the coefficients from the Gram matrix of the unit vectors."""
         gram, weights = task_vectors.gram(), torch.tensor(task_vectors.weights, dtype=torch.float64).abs()
         norms = gram.diagonal().clamp_min(0).sqrt()
         there = norms > 0
@@ -49,7 +50,7 @@ class Karcher(Method):
         return task_vectors.sum(factors)
 
     def _mean(self, cosines: Tensor, weights: Tensor) -> Tensor:
-        """The coefficients of unit vectors that make their mean direction, zeros if they cancel."""
+        """Return the coefficients by which unit vectors give their mean direction; zeros if they cancel."""
         mean = weights
         if _norm(mean, cosines) < self.tol:
             return torch.zeros_like(mean)
@@ -67,13 +68,13 @@ class Karcher(Method):
         return mean
 
     def linear(self, adapters: int) -> bool:
-        """Always."""
+        """Return true: the result is a weighted sum."""
         return True
 
 
-MIN_SINE = 1e-4  # sin of an angle that is 0 or π to the rounding of factors in float32: nothing to follow
+MIN_SINE = 1e-4  # sin θ; below it θ is 0 or π but for the rounding of factors in float32
 
 
 def _norm(mixed: Tensor, cosines: Tensor) -> Tensor:
-    """The norm of a mixture of unit vectors."""
+    """Return the norm of a linear combination of unit vectors, given their cosines."""
     return (mixed @ cosines @ mixed).clamp_min(0).sqrt()

@@ -1,4 +1,4 @@
-"""LoRA-LEGO: the adapters' rank-one units, sorted into clusters of alike ones."""
+"""LoRA-LEGO: clusters of the adapters' rank-one units."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ Clusters = Annotated[int, Field(ge=1)]
 
 
 class Lego(Method):
-    """Take all adapters apart into rank-one units, cluster them, and let one unit speak for each cluster.
+    """Split all adapters into rank-one units, cluster these, and replace each cluster by one unit.
 
         wᵢ·τᵢ = Σⱼ bⱼ·aⱼᵀ = Σⱼ Sⱼ·uⱼ·vⱼᵀ,   K units in all
         c = leading rank-one part of the mean of a cluster, brought to the mean norm of its units
         τ = √(K / clusters) · Σ c
 
-    Clusters are those of k-means on the units as the matrices that they are. They start with the units
-    that explain most of all others, which needs no random numbers. The result has as many ranks as
-    clusters.
+    The clusters are those of k-means on the units as matrices. It starts with the units that together explain most of the
+    others, without random numbers. The rank of the result is the number of clusters.
 
-    Law: as many clusters as units: the sum; one adapter comes back unchanged; an adapter of zeros equals
+    Law: with as many clusters as units it is the sum; one adapter comes back unchanged; an adapter of zeros equals
         an absent one.
-    Source: Zhao et al., Merging LoRAs like Playing LEGO, ICLR 2025 (arXiv 2409.16167). Published, units
-        are the columns of B joined to the rows of A as they were trained, k-means starts at random, the
-        mean of [b; a] speaks, and norms are maxima of entries (as read in the code of arXiv 2606.03723).
-        But [b; a] and [−b; −a] are one unit, and a trained factor is one of many for the same adapter. Here
-        units are those of the adapter's own singular value decomposition, ⟨b, b'⟩·⟨a, a'⟩ compares them,
-        and norms are Frobenius, so that neither signs nor factors nor basis nor a seed matters.
+    Source: Zhao et al., Merging LoRAs like Playing LEGO, ICLR 2025 (arXiv 2409.16167). As published, a unit
+        is a column of B concatenated with a row of A as they were trained, k-means starts at random, a cluster is replaced
+        by the mean of its [b; a], and norms are maxima of entries (as read in the code of arXiv 2606.03723). But [b; a] and
+        [−b; −a] are the same unit, and one adapter has many factorisations. Here the units are those of the adapter's
+        singular value decomposition, compared by ⟨b, b'⟩·⟨a, a'⟩, with Frobenius norms, so that the result depends on no
+        sign, factorisation, basis or seed.
     """
 
     name: ClassVar[str] = "lego"
@@ -42,10 +41,10 @@ class Lego(Method):
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
     spectral: ClassVar[bool] = True
 
-    clusters: Clusters | None = Field(None, description="rank of the result; none for the largest of the inputs")
+    clusters: Clusters | None = Field(None, description="rank of the result; none for the largest rank of the inputs")
 
     def merge(self, task_vectors: TaskVectors) -> Tensor:
-        """All units together, in the small space."""
+        """Cluster all units at once, in shared bases."""
         matrices = task_vectors.matrices()
         found = spectra(matrices)
         if not found:
@@ -60,12 +59,12 @@ class Lego(Method):
 
 
 def _clusters(similarity: Tensor, count: int) -> list[Tensor]:
-    """The members of each cluster, given the inner products of all units."""
+    """Return the indices of the units of each cluster, given the inner products of all units."""
     starts = _initial_units(similarity, count)
     labels = (similarity.diagonal()[starts] - 2 * similarity[:, starts]).argmin(1)
     for _ in range(ROUNDS):
         member = torch.nn.functional.one_hot(labels).to(similarity.dtype)
-        member = member[:, member.any(0)]  # a cluster that nobody is left in is none
+        member = member[:, member.any(0)]  # without empty clusters
         share = member / member.sum(0)
         within = similarity @ share
         before, labels = labels, ((share * within).sum(0) - 2 * within).argmin(1)
@@ -75,14 +74,14 @@ def _clusters(similarity: Tensor, count: int) -> list[Tensor]:
 
 
 def _initial_units(similarity: Tensor, count: int) -> list[int]:
-    """Units that together leave least unexplained, one after another, each the best next one."""
+    """Return the units that k-means starts with, chosen one after another so that the least is left unexplained."""
     sizes = similarity.diagonal()
     distance = sizes.unsqueeze(1) + sizes - 2 * similarity
     left, chosen = sizes, list[int]()
     for _ in range(min(count, len(sizes))):
         gain = (left - distance).clamp_min(0).sum(1)
         best = int(gain.argmax())
-        if float(gain[best]) <= 1e-10 * float(sizes.max()):  # every other unit is a copy of a chosen one
+        if float(gain[best]) <= 1e-10 * float(sizes.max()):  # every other unit equals a chosen one
             break
         chosen.append(best)
         left = left.minimum(distance[best])
@@ -90,7 +89,7 @@ def _initial_units(similarity: Tensor, count: int) -> list[int]:
 
 
 def _representative(left: Tensor, right: Tensor) -> Tensor:
-    """The leading direction of Σ bⱼ·aⱼᵀ at the mean norm of the units."""
+    """Return the leading rank-one part of Σ bⱼ·aⱼᵀ, with the mean norm of the units."""
     out, mix = torch.linalg.qr(left)
     lead = spectrum(mix @ right).top(1)
     norms = left.norm(dim=0) * right.norm(dim=1)

@@ -15,9 +15,9 @@ from .base import Density, Method, TaskVectors, scope_fault
 class MagnitudePrune(Method):
     """Trim each task vector to its largest entries, then add: λ·Σ trim(wᵢ·τᵢ, density).
 
-    TIES without the election: where signs differ, values cancel.
+    It is TIES without the election: values of different signs cancel.
 
-    Law: at density 1 it is `task_arithmetic` of the same scale; one adapter is its trimmed self, times λ.
+    Law: at density 1 it is `task_arithmetic` of the same scale; for one adapter it is the trimmed adapter, times λ.
     Source: PEFT's combination_type `magnitude_prune` (merge_utils.magnitude_prune): `magnitude_prune_svd`
         is this with scope `module` and scale 1; the plain one is space `factors`.
     """
@@ -28,7 +28,7 @@ class MagnitudePrune(Method):
     source: ClassVar[str] = "PEFT's combination_type magnitude_prune"
     entrywise: ClassVar[bool] = True
 
-    density: Density = Field(0.2, description="share of entries that the trim keeps, in (0, 1]")
+    density: Density = Field(0.2, description="share of the entries that the trim keeps, in (0, 1]")
     scope: Scope = Field("adapter", description="rank magnitudes over the whole adapter or each module")
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
@@ -36,9 +36,9 @@ class MagnitudePrune(Method):
         return task_vectors.trim(self.density, self.scope).sum()
 
     def linear(self, adapters: int) -> bool:
-        """True if nothing is trimmed."""
+        """Return whether nothing is trimmed."""
         return self.density == 1
 
     def check(self, weights: Sequence[float], space: str) -> str | None:
-        """In `factors` only scope `module` has a meaning."""
+        """Refuse scope `adapter` in space `factors`."""
         return scope_fault(self, self.scope, space)

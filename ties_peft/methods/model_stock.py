@@ -1,4 +1,4 @@
-"""Model Stock: an average that trusts agreement."""
+"""Model Stock: an average scaled by the agreement of the adapters."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ from .base import Method, TaskVectors
 
 
 class ModelStock(Method):
-    """Average the task vectors, the shorter the less their directions agree, module by module.
+    """Average the task vectors, scaled by how much their directions agree, for each module.
 
         c = mean cosine between two of the task vectors
         t = N·c / (1 + (N − 1)·c), at least 0
         τ = t · Σ wᵢ·τᵢ / Σ |wᵢ|
 
-    It was made for runs of one task that differ by noise, and t estimates how far the mean of so many is
-    from their common centre. Adapters of different tasks are nearly orthogonal, so that t, and with it
-    the result, is near zero: raise the scale, or use `average`. N counts the adapters whose task vector
-    there is not zero; Σ |wᵢ| all.
+    When to use: for runs of one task that differ by noise, where t estimates the distance of their mean from their common
+    centre. Adapters of different tasks are nearly orthogonal, so that t and the result are near 0: raise the scale, or
+    use `average`. N counts the adapters whose task vector of the module is not zero; Σ |wᵢ| is over all.
 
-    Law: adapters of one direction: the average; orthogonal ones: zero; one adapter comes back unchanged;
+    Law: adapters of one direction give the average, orthogonal ones zero; one adapter comes back unchanged;
         weights (2, 1) and (10, 5) mean the same.
     Source: Jang, Yun and Han, Model Stock: All We Need Is Just a Few Fine-Tuned Models, ECCV 2024 (arXiv
-        2403.19522), for two. For more, the paper has one angle and no way to it: here the mean cosine, as
-        in mergekit (FusionBench takes the mean angle). Neither stops t at 0; below it, opposing adapters
-        would be merged to the negative of their mean.
+        2403.19522), for two adapters. For more, the paper uses one angle and does not say how it is
+        found: here it is that of the mean cosine, as in mergekit (FusionBench uses the mean angle). Neither of them limits
+        t to 0 or more; a negative t would merge opposing adapters to the negative of their mean.
     """
 
     name: ClassVar[str] = "model_stock"
     source: ClassVar[str] = "Jang et al., ECCV 2024, arXiv 2403.19522"
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
-        """One factor, from the Gram matrix."""
+        """Compute t from the Gram matrix."""
         gram = task_vectors.gram()
         gram = gram[gram.diagonal() > 0][:, gram.diagonal() > 0]
         count, units = len(gram), gram.diagonal().rsqrt()
@@ -46,5 +45,5 @@ class ModelStock(Method):
         return task_vectors.sum(share / task_vectors.total_magnitude)
 
     def linear(self, adapters: int) -> bool:
-        """Always."""
+        """Return true: the result is a weighted sum."""
         return True

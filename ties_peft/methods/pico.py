@@ -1,4 +1,4 @@
-"""Pico: output directions that all adapters crowd into, weakened before a merge."""
+"""Pico: weaken the output directions that the adapters share, before a merge."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Pico(Method):
         Bᵢ' = Bᵢ + U·(diag(a) − 1)·Uᵀ·Bᵢ
         τ = D · mean ‖wᵢ·τᵢ‖ / ‖D‖   for the merge D of the Bᵢ'·Aᵢ
 
-    It stands before another method (pico+ties, pico+tsv); alone the merge is the sum. The norm is
-    restored before the scale λ, which then multiplies it: pico+task_arithmetic with scale 1 is pico.
+    It stands before another method (pico+ties, pico+tsv); alone, the merge D is the sum. The norm is restored before λ is
+    applied: pico+task_arithmetic with scale 1 is pico.
 
     Law: one adapter comes back unchanged; the norm of the result is λ times the mean norm of the task
         vectors; an adapter of zeros equals an absent one.
     Source: Tang and Yang, Crowded in B-Space: Calibrating Shared Directions for LoRA Merging, 2026 (arXiv
-        2604.16826). Published, Bᵢ is the factor as it was trained, so that the same adapter written as
-        (B·G, G⁻¹·A) merges to something else; here Bᵢ = Uᵢ·√Sᵢ of the adapter's own singular value
-        decomposition, which makes the result depend on the task vectors alone.
+        2604.16826). As published, Bᵢ is the trained factor, so that the same adapter factored as
+        (B·G, G⁻¹·A) gives another result; here Bᵢ = Uᵢ·√Sᵢ of the adapter's singular value decomposition, so that the
+        result depends on the task vectors alone.
     """
 
     name: ClassVar[str] = "pico"
@@ -36,15 +36,15 @@ class Pico(Method):
     joint: ClassVar[bool] = True
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
-        """The sum of the calibrated task vectors, its norm restored."""
+        """Return the sum of the calibrated task vectors, with its norm restored."""
         return self.finish(stack(self.prepare(task_vectors.deltas, task_vectors.streams)), task_vectors)
 
     def linear(self, adapters: int) -> bool:
-        """Alone: calibrated factors have their rank still, and are summed."""
+        """Return true: alone it adds calibrated factors of unchanged rank."""
         return True
 
     def prepare(self, deltas: Sequence[Delta], streams: Sequence[int]) -> Sequence[Delta]:
-        """Every task vector with its B calibrated, in factors."""
+        """Return every task vector with its B calibrated, in factors."""
         factors = [balanced(delta) for delta in deltas]
         B = torch.cat([own.B for own in factors], 1).double()
         energies, vectors = torch.linalg.eigh(B.T @ B)
@@ -55,7 +55,7 @@ class Pico(Method):
         return [LowRank(block.contiguous(), own.A) for block, own in zip(blocks, factors, strict=True)]
 
     def finish(self, merged: Delta, task_vectors: TaskVectors) -> Delta:
-        """What another method made of them, brought to the mean norm of the task vectors."""
+        """Return the result of the methods before it, scaled to the mean norm of the task vectors."""
         sizes = [size for size in map(norm, task_vectors.deltas) if size > 0]
         found = norm(merged)
         return merged.scaled(sum(sizes) / len(sizes) / found) if found > 0 else merged

@@ -1,4 +1,4 @@
-"""The power mean of (IA)³ vectors."""
+"""A power mean of (IA)³ vectors."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from .base import Method, TaskVectors
 
 
 class PowerMean(Method):
-    """A mean of (IA)³ task vectors in which larger entries count for more.
+    """Average (IA)³ task vectors, larger entries weighted more.
 
         xᵢ = wᵢ·τᵢ
         τ  = λ · Σ xᵢ·|xᵢ|ᵖ / Σ |wᵢ|·|xᵢ|ᵖ
 
-    p = 0 is the plain mean over the adapters that have the module; a large p takes the largest
-    magnitude. In (IA)³ an adapter's few large entries carry it, and a plain mean waters them down.
-    The default scale, 1.5, was chosen on eight task_vectors: it makes up for what a mean over many adapters
-    loses, and stretches the l − 1 of a single adapter by half. Give scale 1 where there is one.
+    p = 0 is the mean over the adapters that have the module; a large p approaches the entry of largest magnitude. An (IA)³
+    adapter works by a few large entries, which a mean makes small. The default λ = 1.5 was chosen on eight tasks: it makes
+    up for what a mean over many adapters loses. Use scale 1 for a single adapter, whose l − 1 it would stretch by half.
 
     Law: with scale 1 one adapter of positive weight comes back unchanged, and so do equal ones; for
         p > 0 an adapter of zeros equals an absent one; weights (2, 1) and (10, 5) mean the same.
-    Source: our own, found by comparing rules on eight classification tasks; we know of no paper. On the six
-        sample adapters it is behind task arithmetic with λ = 1/√N by 3 points, and by far more where the
-        adapters' lengths are unlike (benchmarks/results). For LoRA
-        the same rule did worse than matrix methods, and is not offered.
+    Source: our own, from a comparison of rules on eight classification tasks; we know of no paper. On the six
+        sample adapters it is 3 points below task arithmetic with λ = 1/√N, and far more below it where the
+        adapters' norms differ (benchmarks/results). For LoRA the same rule was worse than matrix methods, and is not
+        offered.
     """
 
     name: ClassVar[str] = "power_mean"
@@ -39,10 +38,10 @@ class PowerMean(Method):
     source: ClassVar[str] = "our own"
     entrywise: ClassVar[bool] = True
 
-    p: float = Field(2.0, ge=0, le=64, description="power of the magnitude by which an entry is weighted")
+    p: float = Field(2.0, ge=0, le=64, description="power of its magnitude by which an entry is weighted")
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
-        """Two passes: the largest magnitude of each entry, which keeps powers in range, then the mean."""
+        """Find the largest magnitude of each entry first, which keeps the powers in range, then the mean."""
         return task_vectors.by_tiles(self._merge_rows)
 
     def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:

@@ -13,16 +13,15 @@ from .base import Method, TaskVectors
 
 
 class Product(Method):
-    """The (IA)³ vectors applied one after another, ∏ lᵢ^wᵢ, as the task vector ∏ lᵢ^wᵢ − 1.
+    """Multiply the (IA)³ vectors, ∏ lᵢ^wᵢ, as if they were applied one after another; the task vector is ∏ lᵢ^wᵢ − 1.
 
-    A weight is a power: 2 applies an adapter twice, ½ half of it, −1 takes it back. An entry that is
-    negative has no root and one that is 0 no inverse: a weight that asks for either is refused. Whole
-    weights from 0 up take entries of either sign.
+    A weight is an exponent: 2 applies an adapter twice, ½ takes the root of it, −1 reverts it. A negative entry has no
+    root, and 0 has no inverse: a weight that needs one is refused. Whole weights from 0 up accept entries of either sign.
 
-    Law: with unit weights the merged adapter does what all of them do in a row; one adapter with weight
+    Law: with unit weights the merged adapter computes what all of them compute in sequence; one adapter with weight
         1 comes back unchanged; weights w and −w of one adapter cancel.
     Source: (IA)³ itself: Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
-        In-Context Learning, NeurIPS 2022 (arXiv 2205.05638). PEFT applies several active adapters so, but
+        In-Context Learning, NeurIPS 2022 (arXiv 2205.05638). PEFT applies several active adapters in this way, but
         its add_weighted_adapter is Σ wᵢ·lᵢ, which is not centred on 1.
     """
 
@@ -33,7 +32,7 @@ class Product(Method):
     entrywise: ClassVar[bool] = True
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
-        """One pass, in float64: l is rebuilt from w·(l − 1)."""
+        """Compute l from w·(l − 1), and multiply in float64."""
         return task_vectors.by_tiles(self._merge_rows)
 
     def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
@@ -43,8 +42,8 @@ class Product(Method):
             product *= power
             if not bool(product.float().isfinite().all()):
                 raise MethodError(
-                    f"method 'product': the weight {weight:g} of adapter {place + 1} of those that have a module asks for "
-                    "a root of a negative entry of l, the inverse of 0, or a number out of range. Use whole weights "
+                    f"method 'product': the weight {weight:g} of adapter {place + 1} of those that have a module needs "
+                    "the root of a negative entry of l, the inverse of 0, or a number out of range. Use whole weights "
                     "from 0 up, or another method."
                 )
         return (product - 1).float()

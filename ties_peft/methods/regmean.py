@@ -1,4 +1,4 @@
-"""RegMean."""
+"""RegMean: the least squares solution for the outputs of all adapters."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ from .base import Method, TaskVectors
 
 
 class RegMean(Method):
-    """The matrix that answers each adapter's inputs most nearly as that adapter does.
+    """Find the matrix whose outputs on each adapter's inputs are closest to those of that adapter.
 
         G̃ᵢ = α·Gᵢ + (1 − α)·diag(Gᵢ),   Gᵢ = E[x·xᵀ] over the inputs of the module under adapter i
-        τ  = (Σ wᵢ·τᵢ·G̃ᵢ) · (Σ |wᵢ|·G̃ᵢ)⁻¹,   of least norm where no input tells them apart
+        τ  = (Σ wᵢ·τᵢ·G̃ᵢ) · (Σ |wᵢ|·G̃ᵢ)⁻¹,   of least norm where the sum is singular
 
-    the least squares solution of Σ wᵢ·E‖(τ − τᵢ)·x‖² at α = 1. Scaling down what is beside the diagonal keeps
-    the inverse tame: α is `off_diagonal`. The result has rank Σrᵢ and is computed in factors. In space `core`
-    the same is solved among matrices that read the adapters' own input directions alone: with R an
-    orthonormal basis of the rows of all A, τ = (Σ wᵢ·τᵢ·R·Cᵢ) · (Σ |wᵢ|·Cᵢ)⁻¹·Rᵀ and Cᵢ = Rᵀ·G̃ᵢ·R. An adapter
-    without a module has no part in it there. It needs the statistics `gram` beside every adapter
-    (`ties-peft statistics`).
+    At α = 1 it is the least squares solution of Σ wᵢ·E‖(τ − τᵢ)·x‖². A smaller α, which is `off_diagonal`, makes the
+    inverse better conditioned. The result has rank Σrᵢ and is computed in factors. In space `core` the problem is
+    restricted to the input directions of the adapters: with R an orthonormal basis of the rows of all A,
+    τ = (Σ wᵢ·τᵢ·R·Cᵢ) · (Σ |wᵢ|·Cᵢ)⁻¹·Rᵀ and Cᵢ = Rᵀ·G̃ᵢ·R. An adapter without a module does not count there. It needs
+    the statistics `gram` beside every adapter (`ties-peft statistics`).
 
-    Law: equal Gᵢ and positive weights: the average; one adapter with a positive weight comes back unchanged;
-        the order of the adapters does not matter; where every G̃ᵢ keeps the span of R apart from the rest,
+    Law: with equal Gᵢ and positive weights it is the average; one adapter with a positive weight comes back unchanged;
+        the order of the adapters does not matter; if every G̃ᵢ is block diagonal in the span of R and its complement,
         spaces `delta` and `core` agree.
     Source: Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models, ICLR 2023 (arXiv
-        2212.09849), on task vectors, which is the same thing since all share the base. G is a mean over
-        inputs, so that an adapter with more rows weighs no more than others. Of the ten configurations in the authors'
-        code that give α a number, one has 0.9, the default here, and nine have 0.1; without one nothing is scaled (α = 1).
-        LoRM (Salami et al., Closed-form Merging of Parameter-Efficient Modules, arXiv 2410.17961) solves for A and for B
-        in turns, at a fixed rank: at α = 1 its error Σ wᵢ·E‖(τ − τᵢ)·x‖² can at best come down to this solution's at
-        rank `max`, which is there at once.
+        2212.09849), on task vectors, which is equivalent since all share the base model. G is a mean over inputs, so
+        that an adapter with more rows does not count more. Of the ten configurations in the authors' code that set α, one
+        has 0.9, the default here, and nine have 0.1; where it is not set, α = 1. LoRM (Salami et al., Closed-form Merging
+        of Parameter-Efficient Modules, arXiv 2410.17961) alternates between solving for A and for B, at a fixed rank: at
+        α = 1 its error Σ wᵢ·E‖(τ − τᵢ)·x‖² is at best that of this solution at rank `max`, which needs no iteration.
     """
 
     name: ClassVar[str] = "regmean"
@@ -43,10 +41,12 @@ class RegMean(Method):
     source: ClassVar[str] = "Jin et al., ICLR 2023, arXiv 2212.09849"
     needs: ClassVar[str | None] = "gram"
 
-    off_diagonal: float = Field(0.9, ge=0, le=1, description="α, by which the off-diagonal of each Gram is scaled")
+    off_diagonal: float = Field(
+        0.9, ge=0, le=1, description="α, the factor of the off-diagonal entries of each Gram matrix"
+    )
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
-        """One symmetric system for the module, its right-hand sides the rows of all adapters' A."""
+        """Solve one symmetric system for the module, with the rows of all adapters' A as right-hand sides."""
         grams = (self._gram(task_vectors, place) for place in range(len(task_vectors)))
         total: Tensor | None = None
         rows = []
@@ -63,11 +63,11 @@ class RegMean(Method):
         )
 
     def linear(self, adapters: int) -> bool:
-        """A sum of factors, each with an A of its own: exact at rank Σrᵢ."""
+        """Return true: the result is Σ Bᵢ·Aᵢ' with changed A, exact at rank Σrᵢ."""
         return True
 
     def _gram(self, task_vectors: TaskVectors, place: int) -> Tensor:
-        """G̃ of one adapter in the coordinates of the columns, float64."""
+        """Return G̃ of one adapter in the coordinates of the columns, float64."""
         gram = task_vectors.statistics[place].whole().to(task_vectors.device).double()
         gram = self.off_diagonal * gram + (1 - self.off_diagonal) * torch.diag(gram.diagonal())
         if task_vectors.inputs is None:
@@ -77,16 +77,16 @@ class RegMean(Method):
 
 
 def _solve(gram: Tensor, rows: Tensor) -> Tensor:
-    """rows · gram⁻¹; of least norm where gram is singular.
+    """Return rows · gram⁻¹, of least norm where gram is singular.
 
     Args:
-        gram: (k, k), symmetric, no eigenvalue negative but by rounding.
+        gram: (k, k), symmetric positive semidefinite up to rounding.
         rows: (m, k).
     """
-    there = gram.diagonal() > 0  # an input that never was has no row, and gets none
+    there = gram.diagonal() > 0  # an input that was always 0 has coefficient 0
     if not there.any():
         return torch.zeros_like(rows)
-    size = gram.diagonal()[there].sqrt()  # one that is a thousand times another would hide it otherwise
+    size = gram.diagonal()[there].sqrt()  # normalise, so that large inputs do not hide small ones
     factor, failed = torch.linalg.cholesky_ex(gram[there][:, there] / size / size.unsqueeze(1))
     if not failed and float(factor.diagonal().min()) > MIN_PIVOT:
         solved = torch.zeros_like(rows)
@@ -99,4 +99,4 @@ def _solve(gram: Tensor, rows: Tensor) -> Tensor:
     return least
 
 
-MIN_PIVOT = 1e-2  # of a Cholesky factor's diagonal, 1 for an input that no other foretells; squared, far over float32's rounding
+MIN_PIVOT = 1e-2  # of the normalised Cholesky factor's diagonal; its square is far above the rounding of float32

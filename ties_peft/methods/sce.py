@@ -16,32 +16,34 @@ from .base import Density, Method, TaskVectors
 
 
 class Sce(Method):
-    """A mean of the task vectors, each weighted by its energy, of what varies most and agrees in sign.
+    """Average the entries that vary most and agree in sign, each task vector weighted by its energy.
 
-        xᵢ = wᵢ·τᵢ where its variance over the adapters is among the largest `select_topk` share, else 0   (select)
+        xᵢ = wᵢ·τᵢ for the share `select_topk` of the entries, those of largest variance over the adapters, else 0  (select)
         ηᵢ = Σ xᵢ² over the module / Σⱼ Σ xⱼ²                                               (calculate)
         γ  = sign(Σ xᵢ)                                                                     (erase)
         τ  = Σ_{i: sign(xᵢ) = γ} ηᵢ·xᵢ / Σ_{i: sign(xᵢ) = γ} ηᵢ·|wᵢ|
 
-    The share is of the entries that vary at all; where none does, as with one adapter, all stay.
+    The share is of the entries with a variance above 0; if there are none, as with one adapter, all are kept.
 
     Law: one adapter of positive weight comes back unchanged, and so do equal ones; with `select_topk` 1
         adapters of equal energy give `ties` at density 1; an adapter of zeros equals an absent one.
     Source: Wan, Zhong, Yang, Chen and Quan, FuseChat: Knowledge Fusion of Chat Models, EMNLP 2025 (arXiv
-        2408.07990). mergekit's `sce` is this with unit weights and so selects what is merged; in the
-        authors' code the selection decides the ηᵢ alone. mergekit also sets all ηᵢ equal in a tensor where the
-        mean squares of the xᵢ sum to less than 1e-6, as is common with adapters; here the energies always count,
-        and the length of the task vectors changes nothing. The authors' recipes take `select_topk` 0.1 and 1;
-        mergekit's default, 1, is ours.
+        2408.07990). mergekit's `sce` is this with unit weights, where the selection decides what is merged; in the
+        authors' code it only decides the ηᵢ. mergekit also makes all ηᵢ of a tensor equal if the mean squares of the
+        xᵢ sum to less than 1e-6, as is common with adapters; here the energies always count, and a common factor of
+        the task vectors changes nothing. The authors' recipes use `select_topk` 0.1 and 1; the default here is
+        mergekit's, 1.
     """
 
     name: ClassVar[str] = "sce"
     source: ClassVar[str] = "Wan et al., EMNLP 2025, arXiv 2408.07990"
 
-    select_topk: Density = Field(1.0, description="share of the varying entries, those of largest variance, that stay")
+    select_topk: Density = Field(
+        1.0, description="share of the varying entries, those of largest variance, that is kept"
+    )
 
     def merge(self, task_vectors: TaskVectors) -> Tensor | Delta:
-        """Three passes at most: the sum, the variance, and the mean, for which an energy is known at once."""
+        """Sum, select by variance, then average; at most three passes."""
         if self.linear(task_vectors.adapters):
             return task_vectors.sum(1 / abs(task_vectors.weights[0]))
         total = add_up(task_vectors.stream())
@@ -51,18 +53,18 @@ class Sce(Method):
         for values, weight in zip(task_vectors.stream(), task_vectors.weights, strict=True):
             if selected is not None:
                 values.mul_(selected)
-            share = _energy(values) / energy  # ηᵢ but for a factor that cancels
+            share = _energy(values) / energy  # ηᵢ up to a factor that cancels
             agrees = torch.where(total >= 0, values > 0, values < 0)
             divisor.add_(agrees, alpha=share * abs(weight))
             mean.add_(values.mul_(agrees), alpha=share)
         return mean.div_(divisor.clamp_min_(MIN_DIVISOR))
 
     def linear(self, adapters: int) -> bool:
-        """True of one adapter."""
+        """Return whether there is one adapter."""
         return adapters == 1
 
     def _selected(self, task_vectors: TaskVectors, mean: Tensor) -> Tensor | None:
-        """Where the variance is largest, adapters that lack the module counted as zero."""
+        """Return where the variance is largest; adapters without the module count as zero."""
         variance = mean.square() * (task_vectors.adapters - len(task_vectors))
         for values in task_vectors.stream():
             variance += values.sub_(mean).square_()

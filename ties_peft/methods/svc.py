@@ -1,4 +1,4 @@
-"""Singular value calibration: directions counted several times, counted once."""
+"""Singular value calibration: weaken directions to which several adapters contribute."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from .base import Method, TaskVectors
 
 
 class Svc(Method):
-    """Weaken the directions of a merged task vector that several adapters have put there together.
+    """Weaken the directions of a merged task vector to which several adapters contribute.
 
         D = U·S·Vᵀ,   a = uᵣᵀ·D,   aᵢ = uᵣᵀ·wᵢ·τᵢ,   sᵢ = ⟨a, aᵢ⟩ / ‖aᵢ‖²
         τ = U · diag(N / Σᵢ max(α, sᵢ) · Sᵣ) · Vᵀ
 
-    sᵢ is how much of adapter i's own answer to output direction uᵣ the merge gives back: over 1, it is
-    counted more than once. It stands after another method (ties+svc in space core); alone it works on
-    the sum.
+    sᵢ is the share of adapter i's response in output direction uᵣ that the merge has: above 1 the direction is counted more
+    than once. It stands after another method (ties+svc in space core); alone it changes the sum.
 
-    Law: one adapter comes back unchanged; N copies of one adapter give that adapter; of N adapters that
+    Law: one adapter comes back unchanged; N copies of one adapter give that adapter; for N adapters that
         share no output direction it is the sum times N / (1 + (N − 1)·α); an adapter of zeros equals an
         absent one.
     Source: Li et al., When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging, ICML 2026
-        (arXiv 2602.05536), with the α of its README (its parser says 1). An adapter without any answer in a
-        direction counts α there, as in its code. Published, task arithmetic is scaled by 0.3 before;
-        here λ comes after, and where every sᵢ is over α that makes no difference.
+        (arXiv 2602.05536), with the α of its README (1 in its argument parser). An adapter without a response in a
+        direction counts as α there, as in its code. As published, the sum is scaled by 0.3 before;
+        here λ is applied after, which is the same if every sᵢ exceeds α.
     """
 
     name: ClassVar[str] = "svc"
@@ -38,15 +37,15 @@ class Svc(Method):
     spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
     spectral: ClassVar[bool] = True
 
-    alpha: float = Field(0.1, gt=0, allow_inf_nan=False, description="the least that an adapter's share counts")
+    alpha: float = Field(0.1, gt=0, allow_inf_nan=False, description="the smallest value of an adapter's share sᵢ")
 
     def merge(self, task_vectors: TaskVectors) -> Tensor:
-        """The sum, calibrated."""
+        """Return the calibrated sum."""
         matrices = task_vectors.matrices()
         return self._calibrated(matrices.sum(0), matrices)
 
     def finish(self, merged: Delta, task_vectors: TaskVectors) -> Delta:
-        """What another method made, calibrated against the task vectors."""
+        """Return the result of the methods before it, calibrated against the task vectors."""
         return Dense(self._calibrated(merged.dense().double(), task_vectors.matrices()).float())
 
     def _calibrated(self, matrix: Tensor, tasks: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ class Svc(Method):
 
 
 def _share(merged: Spectrum, task: Tensor) -> Tensor:
-    """sᵢ for every direction; 0 where the task's answer is rounding."""
+    """Return sᵢ of every direction; 0 where the adapter's response is rounding."""
     whole, own = merged.S.unsqueeze(1) * merged.Vt, merged.U.T @ task
     size = own.square().sum(1)
     there = size > (SUPPORT * task.norm()) ** 2
