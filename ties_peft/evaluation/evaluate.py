@@ -73,7 +73,7 @@ def evaluate_all(
     opened = [_open(a, base) for a in adapters]
     if not opened or not asked:
         raise RecipeError("there is nothing to evaluate. Give at least one adapter (or the base) and one task.")
-    benches = _benches(opened, asked, base, device, bench)
+    benches = _load_benches(opened, asked, base, device, bench)
     for here, members in benches:
         _check(here, opened, [asked[place] for place in members])
     groups = [(here, {place: make_scorer(here, asked[place]) for place in members}) for here, members in benches]
@@ -134,23 +134,19 @@ def _open(adapter: str | Path | Adapter | None, base: str | Path | None) -> Adap
     return Adapter.load(adapter, base=base if base is not None and Path(base).is_dir() else None)
 
 
-def _groups(tasks: Sequence[Task], bench: Bench | None) -> list[tuple[str, list[int]]]:
-    """Return the places of the tasks for each form of model that they need."""
-    forms = [form_for(task) if bench is None else "" for task in tasks]
-    return [(form, [p for p, own in enumerate(forms) if own == form]) for form in dict.fromkeys(forms)]
-
-
-def _benches(
+def _load_benches(
     adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: str | Path | None, device: str, bench: Bench | None
 ) -> list[tuple[Bench, list[int]]]:
     """Load the base in each form that is needed, and return each with the places of its tasks."""
-    groups = _groups(tasks, bench)
     if bench is not None:
-        return [(bench, members) for _, members in groups]
+        return [(bench, list(range(len(tasks))))]
     chosen = find_base(adapters, tasks, base)
     for task in tasks:
         task.check_rows()
-    return [(Bench.load(chosen, form, device), members) for form, members in groups]
+    places: dict[str, list[int]] = {}
+    for place, task in enumerate(tasks):
+        places.setdefault(form_for(task), []).append(place)
+    return [(Bench.load(chosen, form, device), members) for form, members in places.items()]
 
 
 def _is_model(value: Any) -> bool:

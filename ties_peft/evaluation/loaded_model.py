@@ -152,18 +152,13 @@ class Bench:
         if self.active_adapter is not None:
             raise RuntimeError(f"the base already has '{self.active_adapter.label}' applied")
         self.check(adapter)
-        saved: list[tuple[nn.Parameter, Tensor]] = []
-        supplied = len(self._supplied_ids)
-        try:
+        with self._restored_afterwards() as saved:
             self.active_adapter = adapter
             with torch.no_grad():
                 for name in adapter.modules:
                     self._apply_module(adapter, name, saved)
                 self._apply_extra_tensors(adapter, saved)
             yield self
-        finally:
-            self._restore(saved, supplied)
-            self.active_adapter = None
 
     @contextmanager
     def applied_extra_tensors(self, adapter: Adapter) -> Iterator[Bench]:
@@ -171,14 +166,10 @@ class Bench:
 
         Law: as of `applied`; it may be used within it.
         """
-        saved: list[tuple[nn.Parameter, Tensor]] = []
-        supplied = len(self._supplied_ids)
-        try:
+        with self._restored_afterwards() as saved:
             with torch.no_grad():
                 self._apply_extra_tensors(adapter, saved)
             yield self
-        finally:
-            self._restore(saved, supplied)
 
     def without_adapter(self) -> AbstractContextManager[Any]:
         """Disable the adapters that PEFT holds in the model, within a `with` block."""
@@ -220,12 +211,10 @@ class Bench:
     def pad_batch(self, rows: Sequence[Sequence[int]], left: bool = False) -> dict[str, Tensor]:
         """Return a batch of token ids of unequal lengths: input_ids and attention_mask, (rows, longest), int64."""
         width = max(1, *(len(row) for row in rows))
-        gaps = [[self.pad_token_id] * (width - len(row)) for row in rows]
-        ids = [[*gap, *row] if left else [*row, *gap] for gap, row in zip(gaps, rows, strict=True)]
-        mask = [
-            [0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g)
-            for g, r in zip(gaps, rows, strict=True)
-        ]
+        gaps = [width - len(row) for row in rows]
+        pad = self.pad_token_id
+        ids = [[pad] * gap + [*row] if left else [*row] + [pad] * gap for gap, row in zip(gaps, rows, strict=True)]
+        mask = [[0] * gap + [1] * (width - gap) if left else [1] * (width - gap) + [0] * gap for gap in gaps]
         tensors = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         return {key: tensor.to(self.device) for key, tensor in tensors.items()}
 
@@ -313,10 +302,18 @@ class Bench:
                 self._supplied_ids.append(id(parameter))
             _replace(parameter, value, saved)
 
-    def _restore(self, saved: list[tuple[nn.Parameter, Tensor]], supplied: int) -> None:
-        for parameter, data in reversed(saved):
-            parameter.data = data
-        del self._supplied_ids[supplied:]
+    @contextmanager
+    def _restored_afterwards(self) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
+        """Put back the tensors that are added to the yielded list, and the state from before, after a `with` block."""
+        saved: list[tuple[nn.Parameter, Tensor]] = []
+        supplied, active = len(self._supplied_ids), self.active_adapter
+        try:
+            yield saved
+        finally:
+            for parameter, data in reversed(saved):
+                parameter.data = data
+            del self._supplied_ids[supplied:]
+            self.active_adapter = active
 
     def _check_before_run(self) -> None:
         """Refuse a forward pass where the files lack tensors that the active adapter does not have either."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -259,12 +259,10 @@ def _recorded_calls(bench: Bench, adapter: Adapter, probed: bool) -> Iterator[li
 
         return hook
 
-    handles = [bench.layer(name).register_forward_hook(watch(name)) for name in adapter.modules]
-    try:
+    with ExitStack() as stack:
+        for name in adapter.modules:
+            stack.callback(bench.layer(name).register_forward_hook(watch(name)).remove)
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _accumulate(
@@ -276,17 +274,19 @@ def _accumulate(
     seed: int,
     progress: Progress | None,
 ) -> dict[str, Tensor]:
-    """Return the statistic of every module, float32, on the CPU."""
+    """Return the statistic of every module, float32, on the CPU: the mean over tokens (gram) or rows (fisher)."""
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = defaultdict(int)
+    tokens: dict[str, int] = defaultdict(int)
     with bench.applied(adapter), _recorded_calls(bench, adapter, kind == "fisher") as calls:
         for place, row in enumerate(rows):
             calls.clear()
             if kind == "gram":
-                _add_grams(row, calls, sums, counts)
+                terms = _grams(row, calls, tokens)
             else:
                 row_seed = stream_key(seed, "fisher", place, adapter.digest)
-                _add_fisher(bench, adapter, row, calls, labels, row_seed, sums)
+                terms = _squared_gradients(bench, adapter, row, calls, labels, row_seed)
+            for name, term in terms:
+                _add(sums, name, term)
             if progress is not None:
                 progress(kind, place + 1, len(rows))
     unused = sorted(set(adapter.modules) - sums.keys())
@@ -295,43 +295,39 @@ def _accumulate(
             f"adapter '{adapter.label}': {len(unused)} of its modules never ran, the first is {unused[0]!r}. Choose a "
             "measure that uses the whole model."
         )
-    return {name: (total / (counts[name] or len(rows))).cpu() for name, total in sums.items()}
+    return {name: (total / (tokens[name] or len(rows))).cpu() for name, total in sums.items()}
 
 
-def _add_grams(row: RowLikelihood, calls: list[ModuleCall], sums: dict[str, Tensor], counts: dict[str, int]) -> None:
+def _grams(row: RowLikelihood, calls: list[ModuleCall], tokens: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (module, x·xᵀ) of a row, and count the tokens of each module."""
     with torch.no_grad():
         row.log_probabilities()
-        grams: dict[Any, Tensor] = {}  # query, key and value share one input
-        for call in calls:
-            place = (call.inputs.data_ptr(), call.inputs.shape)
-            if place not in grams:
-                x = _token_matrix(call.inputs, call.module)
-                grams[place] = x.T @ x
-            _add(sums, call.module, grams[place])
-            counts[call.module] += call.inputs.shape[:-1].numel()
+    grams: dict[Any, Tensor] = {}  # query, key and value share one input
+    for call in calls:
+        place = (call.inputs.data_ptr(), call.inputs.shape)
+        if place not in grams:
+            x = _token_matrix(call.inputs, call.module)
+            grams[place] = x.T @ x
+        tokens[call.module] += call.inputs.shape[:-1].numel()
+        yield call.module, grams[place]
 
 
-def _add_fisher(
-    bench: Bench,
-    adapter: Adapter,
-    row: RowLikelihood,
-    calls: list[ModuleCall],
-    labels: str,
-    row_seed: int,
-    sums: dict[str, Tensor],
-) -> None:
+def _squared_gradients(
+    bench: Bench, adapter: Adapter, row: RowLikelihood, calls: list[ModuleCall], labels: str, row_seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (module, p(y)·(∂ log p(y) / ∂τ)²) of a row for each label y."""
     with torch.enable_grad():
         log_p = row.log_probabilities()
-        probes = [call.probe for call in calls if call.probe is not None]
-        for weight, answer in _answers(row, log_p.detach(), labels, row_seed):
+    probes = [call.probe for call in calls if call.probe is not None]
+    for weight, answer in _answers(row, log_p.detach(), labels, row_seed):
+        with torch.enable_grad():
             chosen = log_p.gather(1, answer.to(log_p.device).unsqueeze(1)).sum()
-            found = torch.autograd.grad(chosen, probes, retain_graph=True, allow_unused=True)
-            gradients: dict[str, Tensor] = {}
-            for call, gradient in zip(calls, found, strict=True):
-                if gradient is not None:
-                    _add(gradients, call.module, _task_vector_gradient(bench, adapter, call, gradient))
-            for name, gradient in gradients.items():
-                _add(sums, name, weight * gradient.square())
+        found = torch.autograd.grad(chosen, probes, retain_graph=True, allow_unused=True)
+        gradients: dict[str, Tensor] = {}
+        for call, gradient in zip(calls, found, strict=True):
+            if gradient is not None:
+                _add(gradients, call.module, _task_vector_gradient(bench, adapter, call, gradient))
+        yield from ((name, weight * gradient.square()) for name, gradient in gradients.items())
 
 
 def _answers(row: RowLikelihood, log_p: Tensor, labels: str, row_seed: int) -> Iterator[tuple[float, Tensor]]:
