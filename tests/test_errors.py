@@ -187,7 +187,7 @@ def test_two_kinds(make_lora: Make, make_ia3: Make) -> None:
         "the adapters are of 2 types, which have no common form:\n"
         "  LoRA     a\n"
         "  (IA)³    b\n"
-        "Merge each type on its own."
+        "Merge each type separately."
     )
 
 
@@ -208,7 +208,7 @@ def test_files_of_unknown_formats(make_lora: Make) -> None:
         "b and a have no module in common:\n"
         "  a: x, … (1)\n"
         "  b: y, … (1)\n"
-        "They may be for different base models. If they are for one, say --allow-disjoint (allow_disjoint=True)."
+        "They may belong to different base models. If they do not, use --allow-disjoint (allow_disjoint=True)."
     )
 
 
@@ -221,7 +221,7 @@ ASKED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"space": "dela"}, "unknown space 'dela': did you mean 'delta'? Known: core, delta, factors, knots."),
     ({"weights": [1]}, "1 weight for 2 adapters. Give one weight per adapter, in their order."),
-    ({"weights": [1, float("nan")]}, "the weights hold nan; expected finite numbers."),
+    ({"weights": [1, float("nan")]}, "the weights contain nan; expected finite numbers."),
     ({"weights": [0, 0]}, "every weight is 0, so nothing is left to merge. Give at least one adapter a weight."),
     ({"rank": 0}, "the rank is 0; expected a whole number from 1 up, 'max' or 'auto'."),
     (

@@ -255,7 +255,7 @@ def test_an_unchanged_copy_of_the_bases_weight_is_left_out_and_said(hold: Hold, 
     folders = [hold("a", own), hold("b", own, seed=1)]
     merged = merge(folders, heads=policy)
     assert whole(merged) == {} and [line.fate for line in merged.report.riders] == ["unchanged"]
-    assert any("left out, unchanged in a, b; the base's own will be used." in text for text in merged.report.warnings)
+    assert any("left out, unchanged in a, b; the base's own is used." in text for text in merged.report.warnings)
     kept = ties_peft.merge(folders)
     assert list(whole(kept)) == ["lm_head.base_layer.weight"]
 

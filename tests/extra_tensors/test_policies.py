@@ -99,7 +99,7 @@ def test_keep_takes_all_of_one_and_nothing_else(hold: Hold) -> None:
     merged = ties_peft.merge(folders, heads="keep=b")
     assert whole(merged).keys() == {"score.weight"}
     assert torch.equal(whole(merged)["score.weight"], head(3)["score.weight"])
-    assert "pooler: left out, held by a; the base's own will be used." in merged.report.warnings
+    assert "pooler: left out, held by a; the base's own is used." in merged.report.warnings
 
 
 def test_drop_leaves_even_equal_ones_out(hold: Hold) -> None:
@@ -107,7 +107,7 @@ def test_drop_leaves_even_equal_ones_out(hold: Hold) -> None:
         [hold("a", head(1), task_type="SEQ_CLS"), hold("b", head(1), 1, task_type="SEQ_CLS")], heads="drop"
     )
     assert merged.extra_keys == () and "task_type" not in merged.config
-    assert "score: left out, held by a, b; the base's own will be used." in merged.report.warnings
+    assert "score: left out, held by a, b; the base's own is used." in merged.report.warnings
 
 
 @pytest.mark.parametrize("weights", [[1, 1, 1], [3, -1, 0.5], [2, 0, 1]])
@@ -179,10 +179,9 @@ def test_copies_are_left_out_and_said(hold: Hold) -> None:
     extra = head(1) | {"score.bias": one, "score.modules_to_save.bias": one + 0, "score.original_module.bias": one - 1}
     merged = ties_peft.merge([hold("a", extra)], density=1)
     assert list(whole(merged)) == ["score.bias", "score.weight"]
-    assert merged.report.warnings == [
-        "a holds 2 tensor(s) that PEFT does not read, being copies of a whole layer or of the untrained one, so they are "
-        "left out: base_model.model.score.modules_to_save.bias, …."
-    ]
+    (warning,) = merged.report.warnings
+    for fact in ("a has 2 tensor(s)", "left out: base_model.model.score.modules_to_save.bias, …"):
+        assert fact in warning
 
 
 def test_a_lone_modules_to_save_is_the_layer_itself(hold: Hold) -> None:
@@ -334,7 +333,7 @@ def test_the_command_line(hold: Hold, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "heads     score: kept from b\n" in capsys.readouterr().out
     assert run(monkeypatch, "merge", "a", "b", "--heads", "drop", "--out", "out", "--json") == 0
     captured = capsys.readouterr()
-    assert "warning: score: left out, held by a, b; the base's own will be used.\n" in captured.err
+    assert "warning: score: left out, held by a, b; the base's own is used.\n" in captured.err
     assert json.loads(captured.out)["report"]["riders"][0]["fate"] == "left out"
 
 

@@ -669,5 +669,5 @@ def test_entries_and_singular_vectors_go_together_in_core_alone(families: dict[s
 def test_matrix_methods_are_refused_where_there_is_no_matrix(make_ia3: Callable[..., Path]) -> None:
     folders = [make_ia3("a", seed=1), make_ia3("b", seed=2)]
     for method in (*SPECTRAL, "pico"):
-        with pytest.raises(ties_peft.TiesPeftError, match=rf"'{method}' is not for.*These are:.*karcher.*slerp"):
+        with pytest.raises(ties_peft.TiesPeftError, match=rf"'{method}' is not for.*Methods that are:.*karcher.*slerp"):
             ties_peft.merge(folders, method=method)

@@ -104,7 +104,7 @@ def test_experts_apart_and_fused_are_not_merged_side_by_side(tmp_path: Path) -> 
     parameters = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
     new = write_adapter(tmp_path / "new", lora_config({}, 2, 4) | parameters, fused)
     with pytest.raises(
-        CompatibilityError, match=r"in two forms.*\n  old: '.*experts.1.w1'\n  new: '.*gate_up_proj\[0\]'"
+        CompatibilityError, match=r"one fused parameter.*\n  old: '.*experts.1.w1'\n  new: '.*gate_up_proj\[0\]'"
     ):
         ties_peft.merge([old, new])
     for alone in (old, new):

@@ -252,7 +252,7 @@ def _without_layer(second: Path, part: Path) -> Path:
 def test_an_adapter_that_weighs_nothing_on_all_its_modules_is_absent(make_lora: Make) -> None:
     whole = make_lora("whole", seed=1)
     upper = make_lora("upper", seed=2, shapes={"layers.0.up": (20, 12), "layers.0.more": (9, 9)})
-    with pytest.warns(UserWarning, match="weight 0, so as absent: upper"):
+    with pytest.warns(UserWarning, match="upper: left out of the merge, because the weight is 0"):
         merged = merge([whole, upper], weights=[1, [{"filter": "layers.1", "value": 1}, {"value": 0}]])
     assert by_hand.same_tensors(merged, merge([whole]))
     with pytest.raises(RecipeError, match="every weight is 0"):
@@ -261,7 +261,7 @@ def test_an_adapter_that_weighs_nothing_on_all_its_modules_is_absent(make_lora: 
 
 def test_a_filter_that_fits_no_module_is_warned_of(make_lora: Make) -> None:
     folder = make_lora("a")
-    with pytest.warns(UserWarning, match=r"no module's name contains mpl, so that such a filter has no effect"):
+    with pytest.warns(UserWarning, match=r"no module's name contains mpl, so these filters have no effect"):
         merged = merge([folder], weights=[[{"filter": "mpl", "value": 3}, {"filter": "q", "value": 1}, {"value": 1}]])
     assert sum("mpl" in warning for warning in merged.report.warnings) == 1
 

@@ -79,17 +79,17 @@ def test_one_adapter_comes_back_unchanged(make_lora: Make) -> None:
 
 def test_an_adapter_of_zeros_is_absent_and_warned_of(unequal: list[Path], make_lora: Make) -> None:
     nothing = make_lora("nothing", gain=0.0)
-    with pytest.warns(UserWarning, match="norm 0, so as absent: nothing"):
+    with pytest.warns(UserWarning, match="nothing: left out of the merge, because the norm is 0"):
         merged = merge([*unequal, nothing], weights="norm")
     assert by_hand.same_tensors(merged, merge(unequal, weights="norm"))
-    with pytest.raises(RecipeError, match="every one is 0"):
+    with pytest.raises(RecipeError, match="all of them are 0"):
         merge([nothing], weights="norm")
 
 
 def test_the_report_states_it(unequal: list[Path]) -> None:
     report = merge(unequal, weights="norm").report
     assert report.to_dict()["weights"] == "norm"
-    assert "by norm" in str(report)
+    assert "norm: the mean" in str(report)
     assert merge(unequal).report.to_dict()["weights"] == "given"
 
 
@@ -114,7 +114,7 @@ def test_what_is_neither_norm_nor_weights(unequal: list[Path], weights: Any) -> 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_weights_must_be_finite(unequal: list[Path], weight: float) -> None:
-    with pytest.raises(RecipeError, match=f"the weights hold {weight}; expected finite numbers"):
+    with pytest.raises(RecipeError, match=f"the weights contain {weight}; expected finite numbers"):
         merge(unequal, weights=[1, weight, 1])
 
 

@@ -1,4 +1,4 @@
-"""Convert: one adapter to LoRA, another rank, another dtype or another loader, as the one-adapter merge that it is."""
+"""Convert one adapter to LoRA, another rank, dtype or loader, as a merge of one adapter."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ def convert(
     heads: str = "error",
     progress: Progress | None = None,
 ) -> Merged:
-    """One adapter in another form, written as portably as a merge is.
+    """Convert an adapter to another form, written as portably as a merge.
 
     Args:
         adapter: a folder, a file, a Hub id or an `Adapter`; a LoRA of diffusers, kohya, ComfyUI or MLX too.
-        rank: of the output: a whole number, `max` or `auto`; by default all there is, so that nothing is lost.
-        dtype: of the tensors written; by default its own.
-        target: the loader that it is for: `peft`, `vllm` or `llama.cpp` (see `targets`).
-        device: where the arithmetic is done.
+        rank: of the output: a whole number, `max` or `auto`; by default the full rank, so that nothing is lost.
+        dtype: of the tensors written; by default the adapter's own.
+        target: the program that shall load it: `peft`, `vllm` or `llama.cpp` (see `targets`).
+        device: where to compute.
         part: which part of a pipeline's LoRA: `unet`, `text_encoder`, …
-        base: the base's weights: for an adapter whose task vectors depend on them (DoRA), to tell a kohya
-            file's modules apart, and to check those of others.
-        modules: a text file of the modules' names in place of the base; an adapter of PEFT's is written under them
-            where a release of transformers renamed its modules.
-        alpha: lora_alpha, where a file that is not PEFT's does not say it.
+        base: the base's weights: needed for an adapter whose task vectors depend on them (DoRA) and to recognise the
+            modules of a kohya file; for other files the modules are checked against it.
+        modules: a text file of module names, used instead of the base. A PEFT adapter is written under these names if
+            transformers renamed its modules.
+        alpha: lora_alpha, if a file that is not PEFT's does not contain it.
         base_model: the base's name to write; by default the adapter's.
-        heads: what becomes of the whole layers that it holds: `drop` leaves them out, for a target that loads
-            none; see `ties_peft.merging.extra_tensors`.
+        heads: what becomes of layers stored as a whole: `drop` leaves them out, for a target that loads none; see
+            `ties_peft.merging.extra_tensors`.
         progress: called as progress(stage, done, of) while it works.
-    Returns: the adapter, in memory, with the report of what the rank and the dtype lost.
+    Returns: the adapter, in memory, with a report of what the rank and the dtype lost.
     Raises: TiesPeftError.
-    Law: it computes the same function, but for what the report says was lost. It is the average of one.
+    Law: apart from the loss that the report states, it computes the same function. It is the average of one adapter.
     """
     started = time.perf_counter()
     hints = ConversionOptions(

@@ -1,11 +1,11 @@
-"""Whole: whole tensors that ride along, merged as task vectors: by how far they are from the base's own.
+"""Merge extra tensors as task vectors: as their differences from the base's own tensors.
 
     τᵢ = tᵢ − t₀        merged = t₀ + λ · rule(w₁·τ₁, w₂·τ₂, …)
 
-The rule is the merge's own method, which sees each tensor as it sees an (IA)³ vector: entry by entry in a
-row, in float32, trimmed on its own. An adapter that does not hold a tensor has τ = 0 there.
+The rule is the method of the merge. It gets each tensor as it gets an (IA)³ vector: flat, in float32, trimmed separately.
+An adapter that does not have the tensor has τ = 0.
 
-One tensor is in memory at a time, of all adapters that hold it.
+One tensor of all adapters that have it is in memory at a time.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ WeightOf = Callable[[int, str], float]  # (place of an adapter, module) → w
 
 @dataclass(frozen=True)
 class ExtraTensorMerge:
-    """How the whole tensors of a merge are merged: as its modules are.
+    """The merge of extra tensors by the method that merges the modules.
 
     Attributes:
         base: the model that all adapters were trained on.
-        method: that merges; it takes vectors as it takes matrices.
+        method: takes vectors as well as matrices.
         scale, seed: of the merge.
         densities: of each adapter, by density(module, default=the method's).
         device: where the arithmetic is done.
@@ -57,7 +57,7 @@ class ExtraTensorMerge:
     def fault(
         self, module: str, held: TensorsByAdapter, adapters: Sequence[Adapter], weight_of: WeightOf
     ) -> str | None:
-        """Why a layer cannot be merged; None if it can."""
+        """Return why a layer cannot be merged; None if it can."""
         riders = [(place, rider) for place, own in held.items() for rider in own.values()]
         if any(rider.role == TOKENS for _, rider in riders):
             return "rows of trained tokens are no whole tensor"
@@ -76,7 +76,7 @@ class ExtraTensorMerge:
         )
 
     def _beside(self, tensor: str, shape: tuple[int, ...]) -> str | None:
-        """What is wrong with the base's own tensor."""
+        """Return what is wrong with the base's own tensor; None if nothing."""
         found = self.base.find(tensor)
         if found is None:
             tied = ", as where a head is tied to the embeddings, which it then shares" * tensor.endswith(TIED)
@@ -91,10 +91,10 @@ class ExtraTensorMerge:
     def merged(
         self, module: str, name: str, held: TensorsByAdapter, adapters: Sequence[Adapter], weight_of: WeightOf
     ) -> Tensor:
-        """One tensor of a layer, in the dtype of those that hold it, float32 where they differ.
+        """Return one merged tensor of a layer, in the dtype of the adapters' tensors, float32 if they differ.
 
-        Law: one adapter alone with weight 1, scale 1 and density 1 comes back, to float32's rounding of t₀ + (t − t₀);
-            tensors equal to t₀ count as absent.
+        Law: a single adapter with weight 1, scale 1 and density 1 keeps its tensor, up to float32's rounding of
+            t₀ + (t − t₀); tensors equal to t₀ count as absent.
         """
         tensor = f"{module}.{name}"
         origin = self.base.require(tensor, "--heads merge").to(self.device, torch.float32)
@@ -138,9 +138,9 @@ def make_extra_tensor_merge(
     densities: Sequence[Callable[..., float]],
     device: torch.device,
 ) -> ExtraTensorMerge:
-    """The rule of a merge, where its stages take whole tensors.
+    """Return the merge of extra tensors.
 
-    Raises: RecipeError where there is no base; MethodError for a method that does not take them.
+    Raises: RecipeError without a base; MethodError for a method that does not take whole tensors.
     """
     if base is None:
         raise RecipeError(

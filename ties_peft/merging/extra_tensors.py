@@ -1,20 +1,21 @@
-"""Heads: what becomes of the whole tensors that ride along in the adapters of a merge.
+"""Decide what becomes of the extra tensors of a merge: heads, embeddings, biases and other layers stored as a whole.
 
-By the policy `heads`, for each layer that any of the adapters holds whole:
+The policy `heads` decides for each such layer:
 
-    error      kept where one adapter holds it or all that do agree; where they differ, an error
-    drop       left out: the result works with the base's own
-    keep=NAME  those of one adapter, by its short name, and no others
-    average    Σ w·t / Σ w over the adapters that hold it; what agrees is kept as it is
-    merge      t₀ + λ·rule(wᵢ·(tᵢ − t₀)) with the base's own t₀, by the merge's method; see `whole`. What all adapters
-               hold alike is kept as it is, as are rows of tokens and whole numbers that their holders agree on
+    error      keep it if one adapter has it or all that have it agree; raise an error if they differ
+    drop       leave it out: the result uses the base's own layer
+    keep=NAME  keep those of one adapter, named by its short name, and no others
+    average    Σw·t / Σw over the adapters that have it; equal tensors are kept unchanged
+    merge      t₀ + λ·rule(wᵢ·(tᵢ − t₀)), with the base's own t₀ and the method of the merge; see `extra_task_vectors`.
+               Tensors that are equal in all adapters are kept unchanged, as are rows of tokens and whole numbers on which
+               the adapters that have them agree
 
-A layer stays whole: its weight and its bias have one fate. Tensors that are kept keep their values and,
-where no dtype was asked for, their dtype. A mean of a whole head is seldom a good head (the rows of two
-classifiers need not mean the same), so it is never taken unasked.
+The tensors of one layer are treated alike. Tensors that are kept keep their values and, if no dtype was asked for, their
+dtype. The mean of two heads is seldom a good head (the rows of two classifiers need not mean the same), so a mean is
+taken only on request.
 
-But for `merge` neither the method nor λ touches them: without the base's own tensor a whole tensor is no task
-vector. Where the base is at hand, a copy of its own weight under an adapted module that is unchanged in all is left out.
+Except with `merge`, neither the method nor λ applies to these tensors, because without the base's own tensor they are no
+task vectors. If the base is at hand, a copy of its own weight under an adapted module that no adapter changed is left out.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ from .report import ExtraTensorLine, describe_extra_tensors
 
 @dataclass(frozen=True)
 class ExtraTensors:
-    """The fate of all whole tensors of a merge.
+    """What becomes of the extra tensors of a merge.
 
     Attributes:
-        layers: those that ride along, sorted by their paths.
-        modules: the modules of the merge, whose names decide how a bias is spelled.
+        layers: that the adapters store as a whole, sorted by their paths.
+        modules: the adapted modules of the merge; a bias inside one of them has another key.
         names: of the adapters.
         dtype: asked for; None to keep each tensor's own.
-        rule: by which they are merged, where they are.
+        rule: merges them with policy `merge`.
     """
 
     layers: tuple[ExtraLayer, ...]
@@ -82,7 +83,7 @@ class ExtraTensors:
         return [layer for layer in self.layers if layer.used]
 
     def lines(self) -> list[ExtraTensorLine]:
-        """One for each layer, for the report."""
+        """Return a line of the report for each layer."""
         return [
             ExtraTensorLine(
                 module=layer.module,
@@ -95,7 +96,7 @@ class ExtraTensors:
         ]
 
     def config(self) -> dict[str, object]:
-        """The keys of adapter_config.json by which PEFT finds them; empty where none is needed."""
+        """Return the keys of adapter_config.json by which PEFT finds the tensors; empty if it needs none."""
         forms = {form: [layer for layer in self.kept if layer.role == form] for form in (LAYER, BIAS, TOKENS)}
         inside = all(layer.module in self.modules for layer in forms[BIAS])
         rows = {layer.module: list(next(iter(layer.tensors.values())).rows) for layer in forms[TOKENS]}
@@ -106,16 +107,16 @@ class ExtraTensors:
         }
 
     def loads(self, task: str) -> bool:
-        """Whether a task type still holds: no trained layer is left out, and a task with a head has one.
+        """Return whether PEFT loads the result with a task type.
 
-        PEFT does not load a SEQ_CLS adapter without its head.
+        No trained layer may be left out, and a task with a head needs one: PEFT does not load a SEQ_CLS adapter without.
         """
         trained = [layer for layer in self.layers if layer.role == LAYER]
         headed = any(is_head(layer.module) for layer in trained)
         return all(layer.used for layer in trained) and (headed or task not in HEADED)
 
     def tensors(self, adapters: Sequence[Adapter], weight_of: WeightOf) -> dict[str, Tensor]:
-        """The tensors of the result by their names in its file, read one at a time.
+        """Return the tensors of the result by their keys in its file; one at a time is read.
 
         Raises: RecipeError where the dtype that was asked for cannot hold them.
         """
@@ -123,11 +124,11 @@ class ExtraTensors:
         for layer in self.kept:
             for name in layer.tensors:
                 key = self._key(layer, name)
-                found[key] = _fit(_combined(layer, name, adapters, weight_of, self.rule), self.dtype, key)
+                found[key] = _cast(_result_of(layer, name, adapters, weight_of, self.rule), self.dtype, key)
         return dict(sorted(found.items()))
 
     def _key(self, layer: ExtraLayer, name: str) -> str:
-        """A tensor's name in the result: under `base_layer` where the result adapts what one adapter does not."""
+        """Return a tensor's key in the result: with `base_layer` if the result adapts a layer that this adapter does not."""
         if layer.role in (LAYER, TOKENS):
             return f"{PREFIX}{layer.module}.{name}"
         rows = any(other.role == TOKENS for other in self.kept)
@@ -149,39 +150,39 @@ def plan_extra_tensors(
     rule: ExtraTensorMerge | None = None,
     base: BaseModel | None = None,
 ) -> ExtraTensors:
-    """Decide what becomes of every whole tensor; nothing but what must be compared is read.
+    """Decide what becomes of every extra tensor; only tensors that must be compared are read.
 
     Args:
         policy: one of `POLICIES`.
         names, adapters: of the merge, in order.
         modules: that the merge adapts.
-        weight_of: their weights, for the average.
+        weight_of: weight_of(place, module) is w of an adapter, for the average.
         dtype: asked for, if any.
-        warnings: what is left out is said here.
+        warnings: receives what is left out.
         rule: for policy merge.
-        base: the base model, where it is at hand.
-    Raises: RecipeError for a policy that cannot be; CompatibilityError where the adapters differ and the policy
-        does not say what to do.
+        base: the base model, if it is at hand.
+    Raises: RecipeError for an impossible policy; CompatibilityError if the adapters differ and the policy does not
+        resolve it.
     """
-    chosen = _chosen(policy, names)
-    layers = [_decided(layer, policy, chosen, adapters, base) for layer in _collect(adapters, names, warnings)]
+    chosen = _kept_adapter(policy, names)
+    layers = [_decide(layer, policy, chosen, adapters, base) for layer in _collect(adapters, names, warnings)]
     adapted = frozenset(modules)
-    _refuse_differing(layers, names, adapters)
+    _check_equal(layers, names, adapters)
     if policy == AVERAGE:
-        _refuse_no_mean(layers, names, adapters, weight_of)
+        _check_averages(layers, names, adapters, weight_of)
     if rule is not None:
-        _refuse_unmerged(layers, names, adapters, weight_of, rule)
-    _refuse_twice(layers, adapted, names, adapters)
+        _check_mergeable(layers, names, adapters, weight_of, rule)
+    _check_not_adapted(layers, adapted, names, adapters)
     if chosen is not None and not any(chosen in layer.by_adapter for layer in layers):
         raise RecipeError(f"heads is {policy!r}, but {names[chosen]} holds no whole layers. Leave it out.")
     heads = ExtraTensors(tuple(layers), adapted, tuple(names), dtype, rule)
     lost = describe_extra_tensors([line for line in heads.lines() if line.fate in ("left out", "unchanged")])
-    warnings.extend(f"{text}; the base's own will be used." for text in lost)
+    warnings.extend(f"{text}; the base's own is used." for text in lost)
     return heads
 
 
-def _chosen(policy: str, names: Sequence[str]) -> int | None:
-    """The place of the adapter that keep=NAME names."""
+def _kept_adapter(policy: str, names: Sequence[str]) -> int | None:
+    """Return the place of the adapter that keep=NAME names; None for the other policies."""
     if not is_policy(policy):
         raise RecipeError(f"heads is {policy!r}; expected {', '.join(POLICIES)}.")
     if not policy.startswith(KEEP):
@@ -193,7 +194,7 @@ def _chosen(policy: str, names: Sequence[str]) -> int | None:
 
 
 def _collect(adapters: Sequence[Adapter], names: Sequence[str], warnings: list[str]) -> list[ExtraLayer]:
-    """The layers that some adapters hold whole, sorted."""
+    """Return the layers that any adapter stores as a whole, sorted by path."""
     starts = whole_layer_names(adapter.config for adapter in adapters)
     held: dict[tuple[str, bool], dict[int, dict[str, ExtraTensor]]] = {}
     for place, adapter in enumerate(adapters):
@@ -205,16 +206,16 @@ def _collect(adapters: Sequence[Adapter], names: Sequence[str], warnings: list[s
         idle = unused_copies(adapter.extra_keys)
         if idle:
             warnings.append(
-                f"{names[place]} holds {len(idle)} tensor(s) that PEFT does not read, being copies of a whole layer or "
-                f"of the untrained one, so they are left out: {idle[0]}{', …' if len(idle) > 1 else ''}."
+                f"{names[place]} has {len(idle)} tensor(s) that PEFT does not read, copies of a whole layer or of the "
+                f"untrained one. They are left out: {idle[0]}{', …' if len(idle) > 1 else ''}."
             )
     return [ExtraLayer(module, layer_role(own, tuple(own)), own) for (module, _), own in sorted(held.items())]
 
 
-def _decided(
+def _decide(
     layer: ExtraLayer, policy: str, chosen: int | None, adapters: Sequence[Adapter], base: BaseModel | None
 ) -> ExtraLayer:
-    """The layer with its fate; an empty one where the adapters differ and nothing was said."""
+    """Return the layer with its outcome; an empty one if the adapters differ and the policy does not resolve it."""
     holders = tuple(sorted(layer.by_adapter))
     places: tuple[int, ...]
     if policy == DROP:
@@ -236,7 +237,7 @@ def _decided(
     return ExtraLayer(layer.module, layer_role(layer.by_adapter, places or holders), layer.by_adapter, places, fate)
 
 
-def _refuse_differing(layers: Sequence[ExtraLayer], names: Sequence[str], adapters: Sequence[Adapter]) -> None:
+def _check_equal(layers: Sequence[ExtraLayer], names: Sequence[str], adapters: Sequence[Adapter]) -> None:
     odd = [layer for layer in layers if not layer.outcome]
     if not odd:
         return
@@ -248,11 +249,11 @@ def _refuse_differing(layers: Sequence[ExtraLayer], names: Sequence[str], adapte
     )
     raise CompatibilityError(
         f"the adapters hold {len(odd)} whole layer(s) that differ:\n{difference_table(odd, names)}\n"
-        f"Say which to keep: --heads {_keeps(odd, names)}; leave them out with drop{mean} (heads=… in Python)."
+        f"Say which to keep: --heads {_keep_flags(odd, names)}; leave them out with drop{mean} (heads=… in Python)."
     )
 
 
-def _refuse_no_mean(
+def _check_averages(
     layers: Sequence[ExtraLayer], names: Sequence[str], adapters: Sequence[Adapter], weight_of: WeightOf
 ) -> None:
     mixed = [layer for layer in layers if layer.outcome == "average"]
@@ -261,7 +262,7 @@ def _refuse_no_mean(
         raise CompatibilityError(
             f"heads is 'average', but {len(odd)} whole layer(s) have no mean, being of unlike shapes or tensors, or of "
             f"whole numbers:\n{difference_table(odd, names)}\n"
-            f"Keep one adapter's, --heads {_keeps(odd, names)}, or leave them out, --heads drop."
+            f"Keep one adapter's, --heads {_keep_flags(odd, names)}, or leave them out, --heads drop."
         )
     for layer in mixed:
         if sum(weight_of(place, layer.module) for place in layer.used) == 0:
@@ -271,7 +272,7 @@ def _refuse_no_mean(
             )
 
 
-def _refuse_unmerged(
+def _check_mergeable(
     layers: Sequence[ExtraLayer],
     names: Sequence[str],
     adapters: Sequence[Adapter],
@@ -293,10 +294,13 @@ def _refuse_unmerged(
         )
 
 
-def _refuse_twice(
+def _check_not_adapted(
     layers: Sequence[ExtraLayer], modules: frozenset[str], names: Sequence[str], adapters: Sequence[Adapter]
 ) -> None:
-    """A layer cannot be saved whole and adapted, nor have some rows trained, in one PEFT adapter."""
+    """Check that no layer is stored as a whole and adapted as well, or trained in some rows: PEFT cannot hold both.
+
+    Raises: CompatibilityError.
+    """
     rows = {layer.module for layer in layers if layer.role == TOKENS and layer.used}
     for layer in layers:
         if layer.role != LAYER or not layer.used:
@@ -312,15 +316,15 @@ def _refuse_twice(
             )
 
 
-def _keeps(layers: Sequence[ExtraLayer], names: Sequence[str]) -> str:
+def _keep_flags(layers: Sequence[ExtraLayer], names: Sequence[str]) -> str:
     holders = sorted({place for layer in layers for place in layer.by_adapter})
     return " or ".join(f"{KEEP}{names[place]}" for place in holders[:4]) + (" or …" if len(holders) > 4 else "")
 
 
-def _combined(
+def _result_of(
     layer: ExtraLayer, name: str, adapters: Sequence[Adapter], weight_of: WeightOf, rule: ExtraTensorMerge | None
 ) -> Tensor:
-    """One tensor of a layer: as it is, merged, or Σ w·t / Σ w; one is in memory beside the sum."""
+    """Return one tensor of a layer: unchanged, merged, or Σw·t / Σw with one tensor in memory beside the sum."""
     if layer.outcome == "merged" and rule is not None:
         return rule.merged(layer.module, name, layer.by_adapter, adapters, weight_of)
     if layer.outcome != "average":
@@ -335,8 +339,8 @@ def _combined(
     return total.to(dtypes.pop()) if len(dtypes) == 1 else total
 
 
-def _fit(tensor: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:
-    """The tensor in the dtype asked for; whole numbers (counters) stay as they are."""
+def _cast(tensor: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:
+    """Return the tensor in the dtype asked for; whole numbers, such as counters, keep theirs."""
     fitted = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
     if not torch.isfinite(fitted).all():
         raise RecipeError(

@@ -1,17 +1,17 @@
-"""Loading: the class of the base model that an adapter was made for, and the lines of Python that put it on.
+"""Find the class of the base model that an adapter belongs to, and the lines of Python that load the adapter on it.
 
-PEFT finds an adapter's modules by their full paths, so only the right class of the base will do: `encoder.layer.0` is a
-path in `BertModel`, `bert.encoder.layer.0` one in every BERT with a head. With the wrong one PEFT stops, or loads nothing
-and says so only in a warning. What tells the class, the surest first:
+PEFT finds an adapter's modules by their full paths, so the base must be of the right class: `encoder.layer.0` is a path in
+`BertModel`, `bert.encoder.layer.0` one in every BERT with a head. With a wrong class PEFT raises an error, or loads nothing
+and only warns. The class is taken from these sources, the most reliable first:
 
-    auto_mapping    in which PEFT notes the class where it was told no task type, if all adapters that have one agree
-    module paths    of diffusers' models, and of models without a head, which alone have such paths
+    auto_mapping    written by PEFT if it was given no task type; all adapters that have one must agree
+    module paths    that only models of diffusers or models without a head have
     task type       of the adapters, if those that name one agree
-    heads           that the adapter holds: whose tensors only one kind of task has
-    base's config   its `architectures`; read from a folder or the Hub's cache, never fetched
+    heads           of the adapter, if only one task has such tensors
+    base's config   its `architectures`; read from a folder or the Hub's cache, never downloaded
     module paths    of language models
 
-Where these leave several classes, none is named. transformers is not imported.
+If several classes remain, none is named. transformers is not imported.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ CONFIG_LIMIT = 1 << 20  # bytes; no model's config.json has as many
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What is known of an adapter and the base that it is for.
+    """What is known of an adapter and its base.
 
     Attributes:
-        base: the base's name that is written; None for none.
+        base: the base's name in the result; None for none.
         weights: where the base's weights were read from, if they were.
         tasks: the task types that the adapters name.
-        mappings: what PEFT noted of the class, (class, module of Python), where it did.
+        mappings: (class, Python module) of each `auto_mapping` that PEFT wrote.
         paths: of the adapted modules.
-        heads: the task's heads that it holds, each with the shapes of its tensors by name.
-        vocabulary: how many tokens the embeddings or the output have that it holds or adapts; None for unknown.
+        heads: of the task, each with the shapes of its tensors by name.
+        vocabulary: the number of tokens of the embeddings or the output that it has or adapts; None if unknown.
     """
 
     base: str | None
@@ -82,15 +82,15 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class Loading:
-    """How an adapter is put on its base.
+    """How an adapter is loaded on its base.
 
     Attributes:
-        base: the base's name; None where it is not known.
-        name: of the class that loads the base; empty where it cannot be told.
-        why: what tells the class, or why nothing does.
+        base: the base's name; None if it is not known.
+        name: of the class that loads the base; empty if it is not known.
+        why: how the class was found, or why not.
         library: that has the class.
         options: further arguments of from_pretrained.
-        vocabulary: the number of tokens that the base is resized to; None for its own.
+        vocabulary: the number of tokens that the base must be resized to; None for its own.
     """
 
     base: str | None
@@ -101,12 +101,12 @@ class Loading:
     vocabulary: int | None = None
 
     def lines(self, folder: str) -> list[str]:
-        """Return the lines of Python that load the adapter from a folder; a comment stands for what is not known."""
+        """Return the lines of Python that load the adapter from a folder; a comment states what is not known."""
         model = f"model = PeftModel.from_pretrained(base, {folder!r})"
         if not self.name:
             lines = [
-                f"# The class of the base model cannot be told: {self.why}.",
-                f"# base: {self.base or PLACEHOLDER}, loaded as it was for the training of the adapters.",
+                f"# The class of the base model is not known: {self.why}.",
+                f"# base: {self.base or PLACEHOLDER}, loaded as for the training of the adapters.",
                 "from peft import PeftModel",
                 model,
             ]
@@ -121,48 +121,48 @@ class Loading:
         ]
 
 
-def find_loading(evidence: AdapterFacts) -> Loading:
-    """Return how an adapter is put on its base, as far as the evidence tells."""
-    config, part = _config(evidence)
-    found = _class(evidence, config)
+def find_loading(facts: AdapterFacts) -> Loading:
+    """Return how an adapter is loaded on its base, as far as the facts tell."""
+    config, part = _config(facts)
+    found = _class(facts, config)
     if not found.name:
         return found
     if found.library == "diffusers":
-        inside = _usual_part(evidence.paths) if part is None else part
+        inside = _usual_part(facts.paths) if part is None else part
         return replace(found, options={"subfolder": inside} if inside else {})
-    options = {**({"subfolder": part} if part else {}), **_labels(evidence, config)}
-    return replace(found, options=options, vocabulary=_vocabulary(evidence, config))
+    options = {**({"subfolder": part} if part else {}), **_labels(facts, config)}
+    return replace(found, options=options, vocabulary=_vocabulary(facts, config))
 
 
-def _class(evidence: AdapterFacts, config: Mapping[str, Any]) -> Loading:
-    """The class, by the first of the tests above that tells one, or why none does."""
-    base, paths = evidence.base, evidence.paths
+def _class(facts: AdapterFacts, config: Mapping[str, Any]) -> Loading:
+    """Return the class by the first source above that names one, or why none does."""
+    base, paths = facts.base, facts.paths
     architecture = _architecture(config)
-    mapped = _mapped(evidence)
+    mapped = _mapped(facts)
     if mapped is not None:
         return mapped
     if not architecture and _is_diffusers(paths):
-        return _diffusers(evidence, config)
-    task = evidence.tasks[0] if len(set(evidence.tasks)) == 1 else None
-    headed = task in HEADED or bool(evidence.heads)
+        return _diffusers(facts, config)
+    task = facts.tasks[0] if len(set(facts.tasks)) == 1 else None
+    headed = task in HEADED or bool(facts.heads)
     if all(BARE.match(path) for path in paths):
         why = "its module paths are those of a model without a head"
         return Loading(base, "", f"{why}, and its task has one") if headed else Loading(base, "AutoModel", why)
     if headed:
-        return _headed(evidence, task, architecture)
-    return _headless(evidence, task, architecture, config)
+        return _headed(facts, task, architecture)
+    return _headless(facts, task, architecture, config)
 
 
-def _mapped(evidence: AdapterFacts) -> Loading | None:
-    """The class that PEFT noted."""
-    noted = set(evidence.mappings)
+def _mapped(facts: AdapterFacts) -> Loading | None:
+    """Return the class that PEFT wrote."""
+    noted = set(facts.mappings)
     if len(noted) != 1:
         return None
     ((name, module),) = noted
     library = module.partition(".")[0]
     if library not in ("transformers", "diffusers") or not NAME.fullmatch(name):
         return None
-    return Loading(evidence.base, name, "auto_mapping names it", library)
+    return Loading(facts.base, name, "auto_mapping names it", library)
 
 
 def _is_diffusers(paths: Iterable[str]) -> bool:
@@ -170,24 +170,24 @@ def _is_diffusers(paths: Iterable[str]) -> bool:
 
 
 def _usual_part(paths: Iterable[str]) -> str:
-    """The folder in which pipelines of diffusers keep a model."""
+    """Return the folder in which pipelines of diffusers store such a model."""
     return "unet" if any(UNET.match(path) for path in paths) else "transformer"
 
 
-def _diffusers(evidence: AdapterFacts, config: Mapping[str, Any]) -> Loading:
-    """A class of diffusers, by the base's config, or a UNet by its paths."""
+def _diffusers(facts: AdapterFacts, config: Mapping[str, Any]) -> Loading:
+    """Return a class of diffusers by the base's config, or a UNet by its paths."""
     name = config.get("_class_name")
     if isinstance(name, str) and NAME.fullmatch(name):
-        return Loading(evidence.base, name, "the base's config names it", "diffusers")
-    if any(UNET.match(path) for path in evidence.paths):
-        return Loading(evidence.base, "UNet2DConditionModel", "module paths", "diffusers")
+        return Loading(facts.base, name, "the base's config names it", "diffusers")
+    if any(UNET.match(path) for path in facts.paths):
+        return Loading(facts.base, "UNet2DConditionModel", "module paths", "diffusers")
     why = "its module paths are those of a transformer of diffusers, and only the base's config.json says which"
-    return Loading(evidence.base, "", why, "diffusers")
+    return Loading(facts.base, "", why, "diffusers")
 
 
-def _headed(evidence: AdapterFacts, task: str | None, architecture: str) -> Loading:
-    """A class with a task's head: by the base's config, by the task type, or by the tensors of the head."""
-    base, heads = evidence.base, evidence.heads
+def _headed(facts: AdapterFacts, task: str | None, architecture: str) -> Loading:
+    """Return a class with a head by the base's config, the task type or the tensors of the head."""
+    base, heads = facts.base, facts.heads
     own = architecture.endswith(("Classification", "QuestionAnswering"))
     if own and (task is None or architecture.endswith(("ForImageClassification", "ForAudioClassification"))):
         return _by_architecture(base, architecture)
@@ -200,13 +200,13 @@ def _headed(evidence: AdapterFacts, task: str | None, architecture: str) -> Load
         return Loading(base, TASKS["SEQ_CLS"], "its head has two layers")
     names = ", ".join(heads)
     return Loading(
-        base, "", f"no task_type says what its head ({names}) is for, and several tasks have one of that name"
+        base, "", f"no task_type says what its head ({names}) is for, and several tasks have a head of that name"
     )
 
 
-def _headless(evidence: AdapterFacts, task: str | None, architecture: str, config: Mapping[str, Any]) -> Loading:
-    """A class without a task's head: by the base's config where the module paths fit it, by paths, by the task type."""
-    base, paths = evidence.base, evidence.paths
+def _headless(facts: AdapterFacts, task: str | None, architecture: str, config: Mapping[str, Any]) -> Loading:
+    """Return a class without a task's head by the base's config if the paths fit it, by the paths, or by the task type."""
+    base, paths = facts.base, facts.paths
     causal = all(CAUSAL.match(path) for path in paths)
     bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
     text_alone = causal and architecture.endswith(
@@ -232,7 +232,7 @@ def _headless(evidence: AdapterFacts, task: str | None, architecture: str, confi
 
 
 def _by_architecture(base: str | None, architecture: str, config: Mapping[str, Any] | None = None) -> Loading:
-    """What loads the class that the base was saved as."""
+    """Return what loads the class that the base was saved as."""
     remote = (config or {}).get("auto_map")
     named = remote.items() if isinstance(remote, dict) else ()
     auto = next((str(key) for key, value in named if str(value).endswith(f".{architecture}")), "")
@@ -243,23 +243,23 @@ def _by_architecture(base: str | None, architecture: str, config: Mapping[str, A
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    """The class of transformers that a base was saved as; empty for unknown."""
+    """Return the class of transformers that a base was saved as; empty if unknown."""
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else None
     return first if isinstance(first, str) and NAME.fullmatch(first) else ""
 
 
 def _prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What stands in front of a bare model's paths in the classes that have a head on it."""
+    """Return the prefixes that a model's paths have in classes with a head."""
     kind = str(config.get("model_type") or "model").replace("-", "_")
     return ("model.", "transformer.", "roberta.", f"{kind}.", f"{kind.replace('_', '')}.")
 
 
-def _labels(evidence: AdapterFacts, config: Mapping[str, Any]) -> dict[str, object]:
-    """The number of labels, where the base's config has another or is not known."""
+def _labels(facts: AdapterFacts, config: Mapping[str, Any]) -> dict[str, object]:
+    """Return the number of labels as an option, if the base's config has another one or is not known."""
     sizes = [
         tensors[name][0]
-        for head, tensors in evidence.heads.items()
+        for head, tensors in facts.heads.items()
         for name in LABELS
         if name in tensors and tensors[name] and not head.endswith("pre_classifier")
     ]
@@ -273,27 +273,27 @@ def _labels(evidence: AdapterFacts, config: Mapping[str, Any]) -> dict[str, obje
     return {"num_labels": sizes[0], **({"ignore_mismatched_sizes": True} if headed else {})}  # the adapter has the head
 
 
-def _vocabulary(evidence: AdapterFacts, config: Mapping[str, Any]) -> int | None:
-    """How many tokens the base must have, where it may have another number."""
+def _vocabulary(facts: AdapterFacts, config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens the base must have, if it may have another number."""
     inner = config.get("text_config")
     own = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
-    return None if own == evidence.vocabulary else evidence.vocabulary
+    return None if own == facts.vocabulary else facts.vocabulary
 
 
-def _config(evidence: AdapterFacts) -> tuple[dict[str, Any], str | None]:
-    """(the base's config.json, the folder inside the base that it was found in); ({}, None) where it is not at hand."""
-    parts = (_usual_part(evidence.paths), "") if _is_diffusers(evidence.paths) else ("", "text_encoder")
-    for source in (evidence.base, evidence.weights):
+def _config(facts: AdapterFacts) -> tuple[dict[str, Any], str | None]:
+    """Return the base's config.json and the folder of the base that contains it; ({}, None) if it is not at hand."""
+    parts = (_usual_part(facts.paths), "") if _is_diffusers(facts.paths) else ("", "text_encoder")
+    for source in (facts.base, facts.weights):
         found = {part: _read(sources.local_file(source, f"{part}/config.json".lstrip("/"))) for part in parts if source}
         part = next((part for part in parts if found.get(part)), None)
         two = part == "text_encoder" and sources.local_file(str(source), "text_encoder_2/config.json") is not None
         if part is not None and not two:  # a pipeline with two text encoders does not say which
-            return found[part], part if source == evidence.base else None
+            return found[part], part if source == facts.base else None
     return {}, None
 
 
 def _read(path: Path | None) -> dict[str, Any]:
-    """A config.json, if it is one of a model."""
+    """Return a config.json if it belongs to a model, else {}."""
     try:
         if path is None or path.stat().st_size > CONFIG_LIMIT:
             return {}

@@ -170,23 +170,25 @@ def run_plan(
     """Do the work of a checked plan; `warns` says whether what the report warns of is also given as warnings."""
     tensors, totals, kept = merge_modules(plan, cache, progress or (lambda stage, done, of: None), processes)
     tensors |= plan.extra_tensors.tensors([member.adapter for member in plan.members], plan.weight)
-    companions = cache.tokenizer_files if cache is not None else None
-    companions = companions or collect_tokenizer_files((member.name, member.adapter.folder) for member in plan.members)
+    tokenizer_files = cache.tokenizer_files if cache is not None else None
+    tokenizer_files = tokenizer_files or collect_tokenizer_files(
+        (member.name, member.adapter.folder) for member in plan.members
+    )
     if cache is not None:
-        cache.tokenizer_files = companions
-    plan.warnings.extend([companions.remark] if companions.remark else [])
+        cache.tokenizer_files = tokenizer_files
+    plan.warnings.extend([tokenizer_files.remark] if tokenizer_files.remark else [])
     licence, note = shared_licence([(member.name, member.adapter.folder) for member in plan.members])
     report = replace(
         totals.report(kept, time.perf_counter() - started),
-        copied=sorted(companions.files),
+        copied=sorted(tokenizer_files.files),
         licence=licence,
         licence_note=note,
     )
     warn_caller(report.warnings if warns else ())
     config = _config(plan, recipe)
     check_written(recipe.target, config, tensors)
-    loading = find_loading(_evidence(plan, recipe, config))
-    return Merged(config, tensors, report, recipe, loading, companions)
+    loading = find_loading(_adapter_facts(plan, recipe, config))
+    return Merged(config, tensors, report, recipe, loading, tokenizer_files)
 
 
 def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
@@ -208,8 +210,8 @@ def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _evidence(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> AdapterFacts:
-    """What tells the class of the base model that the result is put on."""
+def _adapter_facts(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> AdapterFacts:
+    """Return what tells the class of the base model that the result belongs to."""
     mappings = [member.adapter.config.get("auto_mapping") for member in plan.members]
     pairs = [(m.get("base_model_class"), m.get("parent_library")) for m in mappings if isinstance(m, dict)]
     layers = {layer.module: {name: r.shape for name, r in layer.tensors.items()} for layer in plan.extra_tensors.kept}

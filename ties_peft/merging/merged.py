@@ -1,4 +1,4 @@
-"""Merged: what a merge gives back, an Adapter that knows how it was made."""
+"""The result of a merge: an adapter with its report and recipe."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .report import Report
 
 
 class Merged(Adapter):
-    """A merged adapter: an Adapter with the report of the merge and the recipe that made it.
+    """A merged adapter, with the report of the merge and the recipe that made it.
 
     Attributes:
-        report: what the merge did; prints well.
-        recipe: what was asked, with YAML round trip.
-        loading: the class of the base model that it is put on, and the lines of Python that do it.
-        companions: tokenizer files that are saved beside it.
+        report: what the merge did; prints as tables.
+        recipe: what was asked for, with YAML round trip.
+        loading: the class of the base model, and the lines of Python that load the adapter on it.
+        tokenizer_files: that are saved with it.
     """
 
     def __init__(
@@ -36,25 +36,25 @@ class Merged(Adapter):
         report: Report,
         recipe: Recipe,
         loading: Loading,
-        companions: TokenizerFiles | None = None,
+        tokenizer_files: TokenizerFiles | None = None,
     ) -> None:
         super().__init__(config, MemoryTensors(tensors))
         self.report = report
         self.recipe = recipe
         self.loading = loading
-        self.companions = companions or TokenizerFiles()
+        self.tokenizer_files = tokenizer_files or TokenizerFiles()
 
     def files(self) -> dict[str, writer.Content]:
-        """Config and weights, and beside them the card, the recipe, the provenance and tokenizer files."""
+        """Return all files by name: config, weights, card, recipe, provenance and tokenizer files."""
         recipe = self.recipe.to_yaml()
         provenance = {
             "versions": versions(),
             "recipe": self.recipe.to_dict(),
             "report": self.report.to_dict(),
-            writer.COPIED: self.companions.digests,
+            writer.COPIED: self.tokenizer_files.digests,
         }
         return {
-            **self.companions.files,
+            **self.tokenizer_files.files,
             **super().files(),
             "README.md": merge_card(self.report, self.recipe.to_dict(), self.loading),
             "recipe.yaml": recipe,
@@ -62,13 +62,12 @@ class Merged(Adapter):
         }
 
     def save(self, folder: str | Path, force: bool = False) -> Path:
-        """Write a folder that `PeftModel.from_pretrained` loads; it appears whole or not at all.
+        """Write a folder that `PeftModel.from_pretrained` loads; it appears completely or not at all.
 
         Args:
             folder: must not exist, or be empty.
-            force: replace an existing folder, if it holds nothing but files that we write and is
-                none of the inputs.
-        Raises: RecipeError where the folder is in the way or cannot be written.
+            force: replace an existing folder, if it contains only files that ties_peft writes and is no input.
+        Raises: RecipeError if the folder exists or cannot be written.
         """
         return writer.write_folder(Path(folder), self.files(), force, inputs(self.recipe))
 
@@ -79,13 +78,13 @@ class Merged(Adapter):
 
 
 def inputs(recipe: Recipe) -> list[Path]:
-    """The folders on this machine that a recipe reads."""
+    """Return the folders on this machine that a recipe reads."""
     named = [*recipe.adapters, recipe.base, yaml_value(recipe.parameters.get("sign_from"))]
     return [path for path in (sources.local_path(name) for name in named if isinstance(name, str)) if path is not None]
 
 
 def versions() -> dict[str, str]:
-    """Of what a result depends on."""
+    """Return the versions of what a result depends on."""
     found = {"python": platform.python_version()}
     for package in ("ties_peft", "torch", "safetensors", "numpy"):
         try:

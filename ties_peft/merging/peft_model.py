@@ -1,7 +1,7 @@
-"""Loaded: the adapters in a PEFT model, read as if from files, and one more added.
+"""Read the adapters of a PEFT model as if they came from files, and add one.
 
-Whatever knows of PEFT's layers is here. Nothing but an adapter's own tensors is read, and nothing but
-the new adapter's own is written.
+All code that depends on PEFT's layers is here. Only the adapters' own tensors are read, and only those of the new adapter
+are written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WHOLE = {  # they lie outside the adapter's layers, and PEFT has room for those 
 
 
 def find_tuner(model: Any) -> Any:
-    """PEFT's LoraModel, IA3Model or the like, which holds the layers and their configs."""
+    """Return PEFT's LoraModel, IA3Model or similar, which has the layers and their configs."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -49,7 +49,7 @@ def find_tuner(model: Any) -> Any:
 
 
 def check_names(tuner: Any, adapters: Sequence[str], name: str) -> None:
-    """The adapters are there, and the new one's name is free and does no harm."""
+    """Check that the adapters exist and that the new one's name is free and safe."""
     if isinstance(adapters, (Mapping, Set)):
         check_is_list(adapters)
     if isinstance(adapters, str) or not all(isinstance(adapter, str) for adapter in adapters):
@@ -79,7 +79,7 @@ def check_names(tuner: Any, adapters: Sequence[str], name: str) -> None:
 
 
 def check_state(tuner: Any) -> None:
-    """Nothing is merged into the base, and no adapter reacts to a new one."""
+    """Check that no adapter is merged into the base and that none uses all others."""
     merged = sorted({name for _, layer in _layers(tuner) for name in layer.merged_adapters})
     if merged:
         raise RecipeError(
@@ -95,7 +95,7 @@ def check_state(tuner: Any) -> None:
 
 
 def _layers(tuner: Any) -> list[tuple[str, Any]]:
-    """PEFT's layers by their paths in the base model."""
+    """Return PEFT's layers with their paths in the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(path, layer) for path, layer in tuner.model.named_modules() if isinstance(layer, BaseTunerLayer)]
@@ -110,9 +110,9 @@ class Slot(NamedTuple):
 
 
 def _slots(tuner: Any, adapter: str) -> dict[str, Slot]:
-    """Every tensor of one adapter, by its name in a file.
+    """Return every tensor of one adapter by its key in a file.
 
-    The layers are asked, not the model's state dict, where PEFT tells adapters apart by parts of names.
+    They are read from the layers. The model's state dict tells adapters apart only by parts of names.
     """
     slots = {}
     for path, layer in _layers(tuner):
@@ -133,14 +133,14 @@ class LiveTensors(MemoryTensors):
     """The tensors of a loaded adapter, brought to the CPU one at a time."""
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU."""
+        """Return a tensor on the CPU."""
         return self._tensors[name].detach().cpu()
 
 
 def open_loaded(tuner: Any, name: str) -> Adapter:
-    """A loaded adapter as if it came from its files, with the lora scaling that its layers use.
+    """Return a loaded adapter as if it came from its files, with the lora scaling that its layers use.
 
-    Raises: AdapterError, where its files could not be merged either, or its values are elsewhere.
+    Raises: AdapterError if its files could not be merged either, or if its values are not in memory.
     """
     refuse_settings(_plain(tuner.peft_config[name].to_dict()), WHOLE, name)
     tensors = {key: slot.tensor for key, slot in _slots(tuner, name).items()}
@@ -148,7 +148,7 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
         if tensor.device.type == "meta" or hasattr(tensor, "device_mesh"):
             where = "offloaded" if tensor.device.type == "meta" else "sharded"
             raise AdapterError(
-                f"adapter {name!r}: tensor {key!r} is {where}, so its values are not at hand. "
+                f"adapter {name!r}: tensor {key!r} is {where}, so its values are not in memory. "
                 "Save the adapters and merge the folders with ties_peft.merge."
             )
     config = _plain(tuner.peft_config[name].to_dict())
@@ -167,9 +167,9 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
 
 
 def _loaded_base(tuner: Any, name: str) -> BaseModel:
-    """The model under an adapter: the classes of its layers, and the weights of those that are DoRA.
+    """Return the model under an adapter: the classes of its layers, and the weights of layers with DoRA.
 
-    Raises: AdapterError for other variants of LoRA, which do not work by s·B·A.
+    Raises: AdapterError for other variants of LoRA, which do not compute s·B·A.
     """
     weights, conv1d = {}, {}
     for path, layer in _layers(tuner):
@@ -187,12 +187,12 @@ def _loaded_base(tuner: Any, name: str) -> BaseModel:
 
 
 class _LoadedBase(BaseModel):
-    """A loaded model, of which some weights are wanted.
+    """A loaded model, with the weights of some layers.
 
     Args:
         tensors: the weights.
         architecture: the model's class.
-        conv1d: for each layer that is adapted, whether it is a Conv1D.
+        conv1d: for each adapted layer, whether it is a Conv1D.
     """
 
     def __init__(self, tensors: LiveTensors, architecture: str, conv1d: Mapping[str, bool]) -> None:
@@ -206,7 +206,7 @@ class _LoadedBase(BaseModel):
 
 
 def _plain(value: Any) -> Any:
-    """A config's value as JSON has it: enums by their values, sets as sorted lists."""
+    """Return a config's value as in JSON: enums as their values, sets as sorted lists."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -216,8 +216,8 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-class _Unchanged:
-    """What must be after the addition as it was before: by names, as PEFT makes some parameters anew."""
+class _ModelState:
+    """The state of a model that adding an adapter must not change; by names, because PEFT recreates some parameters."""
 
     def __init__(self, tuner: Any) -> None:
         self.tuner = tuner
@@ -227,7 +227,7 @@ class _Unchanged:
         self.places = self._places()
 
     def restore(self) -> None:
-        """Put back which adapters are active, and the gradient flags."""
+        """Restore which adapters are active, and the gradient flags."""
         self.tuner.active_adapter = self.active
         for layer, active in self.layers:
             layer._active_adapter = active
@@ -236,7 +236,7 @@ class _Unchanged:
                 parameter.requires_grad_(self.flags[name])
 
     def changed(self) -> list[str]:
-        """The tensors whose values lie elsewhere, as they do where PEFT initialises from the base."""
+        """Return the tensors whose values moved in memory, as when PEFT initialises from the base."""
         now = self._places()
         return [name for name, place in self.places.items() if now.get(name) != place]
 
@@ -252,11 +252,11 @@ def _place(tensor: Tensor) -> int:
 
 
 def add(tuner: Any, name: str, merged: Adapter, adapters: Sequence[str]) -> None:
-    """Make room for the adapter in the layers, fill it, and check that nothing else is otherwise.
+    """Create the adapter in the layers, fill in its tensors, and check that nothing else changed.
 
-    Raises: CompatibilityError; the adapter is then gone again.
+    Raises: CompatibilityError; the adapter is removed again.
     """
-    before = _Unchanged(tuner)
+    before = _ModelState(tuner)
     devices = {key: slot.tensor.device for adapter in adapters for key, slot in _slots(tuner, adapter).items()}
     try:
         _inject(tuner, name, _config(tuner, merged, adapters))
@@ -277,7 +277,7 @@ def add(tuner: Any, name: str, merged: Adapter, adapters: Sequence[str]) -> None
 
 
 def _inject(tuner: Any, name: str, config: Any) -> None:
-    """Let PEFT make an adapter, without a draw from PyTorch's random numbers."""
+    """Let PEFT create an adapter without changing the state of PyTorch's random numbers."""
     tuner.peft_config[name] = config
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -287,7 +287,7 @@ def _inject(tuner: Any, name: str, config: Any) -> None:
 
 
 def _config(tuner: Any, merged: Adapter, adapters: Sequence[str]) -> Any:
-    """The merged adapter's own few keys as PEFT's config; nothing is inherited from an adapter."""
+    """Return PEFT's config of the merged adapter, made from its own keys alone."""
     targets = set(merged.config["target_modules"])
     ends = tuple(f".{target}" for target in targets)
     config = dict(merged.config)
@@ -300,7 +300,7 @@ def _config(tuner: Any, merged: Adapter, adapters: Sequence[str]) -> Any:
 
 
 def _fill(tuner: Any, name: str, merged: Adapter, devices: Mapping[str, torch.device]) -> None:
-    """Every merged tensor to its place, frozen, where the adapters' are; no place left over."""
+    """Copy every merged tensor to its place, frozen, on the device of the adapters' tensors."""
     slots = _slots(tuner, name)
     shapes = {key: tuple(slot.tensor.shape) for key, slot in slots.items()}
     wanted = {key: merged.tensors.info(key).shape for key in merged.tensors.names}

@@ -1,4 +1,4 @@
-"""Push: an adapter to the Hugging Face Hub, with its card; through huggingface_hub, with its token."""
+"""Push an adapter with its card to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .card import PLACEHOLDER_FOLDER
 
 @dataclass(frozen=True)
 class Pushed:
-    """What went to the Hub.
+    """What was sent to the Hub.
 
     Attributes:
         repo: `org/name`.
-        url: of the commit, or of the pull request.
+        url: of the commit or the pull request.
         files: that were sent, sorted.
-        left: names of what lies in the folder too and was not sent.
+        left: the other files of the folder, which were not sent.
     """
 
     repo: str
@@ -40,21 +40,21 @@ def push(
     create_pr: bool = False,
     token: str | None = None,
 ) -> Pushed:
-    """Send an adapter to the Hub; a repository that does not exist is made.
+    """Send an adapter to the Hub; a repository that does not exist is created.
 
-    Only an adapter's own files are sent: config, weights, card, recipe, provenance and the tokenizer files
-    beside them; nothing else that lies in the folder, and nothing that a link leads to elsewhere.
+    Only an adapter's own files are sent: config, weights, card, recipe, provenance and tokenizer files. Other files of the
+    folder and files behind links that leave the folder are not sent.
 
     Args:
-        adapter: what `merge` or `convert` gave, an `Adapter`, or the folder that holds one.
+        adapter: the result of `merge` or `convert`, an `Adapter`, or its folder.
         repo: `org/name` on the Hub.
-        private: whether a new repository is; by default as the account has it.
+        private: whether a new repository is private; by default as the account is set up.
         revision: the branch; the main one by default.
         message: of the commit.
-        create_pr: open a pull request in place of a commit to the branch.
-        token: by default the one that `hf auth login` stored; it is in no file and no message.
-    Returns: where it is, and what was sent.
-    Raises: RecipeError where the Hub refuses, or the name is none; AdapterError where the folder holds no adapter.
+        create_pr: open a pull request instead of a commit to the branch.
+        token: by default the one that `hf auth login` stored; it appears in no file and no message.
+    Returns: where the adapter is and what was sent.
+    Raises: RecipeError if the name is not valid or the Hub refuses; AdapterError if the folder has no adapter.
     """
     if not isinstance(repo, str) or not sources.HUB_ID.fullmatch(repo):
         raise RecipeError(
@@ -67,10 +67,10 @@ def push(
     path = sources.local_path(str(adapter))
     if path is None or not path.is_dir():
         raise RecipeError(f"{str(adapter)!r} is no folder. Name the folder of the adapter that is to be pushed.")
-    Adapter.load(path)  # refuses what is none
+    Adapter.load(path)  # raises if it is no adapter
     pushed = _send(path, repo, private, revision, message, create_pr, token)
     if pushed.left:
-        warn_caller([f"not sent to {repo}, being no adapter's files: {', '.join(pushed.left[:8])}."])
+        warn_caller([f"not sent to {repo}, because they are no files of an adapter: {', '.join(pushed.left[:8])}."])
     return pushed
 
 
@@ -109,13 +109,13 @@ def _send(
 
 
 def _content(path: Path, repo: str) -> Path | bytes:
-    """What is sent of a file: itself, but that the lines in the card load the adapter from its repository."""
+    """Return what is sent of a file; in the card, the lines of Python load the adapter from its repository."""
     if path.name != sources.CARD:
         return path
     return path.read_bytes().replace(repr(PLACEHOLDER_FOLDER).encode(), repr(repo).encode())
 
 
 def _is_own(path: Path) -> bool:
-    """Whether it is a file of an adapter, and not a link to elsewhere."""
+    """Return whether it is a file of an adapter and no link that leaves the folder."""
     known = {sources.ADAPTER_CONFIG, *sources.WEIGHT_FILES, *writer.OUTPUT_FILES, *sources.TOKENIZER_FILES}
     return path.name in known and path.is_file() and sources.stays_inside(path)

@@ -1,4 +1,4 @@
-"""Ranks: r of the output, by what was asked and what the adapters have."""
+"""Choose the rank of the output."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def output_rank(
     flat: bool,
     warnings: list[str],
 ) -> int | None:
-    """One r for all modules; None for kinds that have none.
+    """Return one r for all modules; None for PEFT types that have none.
 
     Args:
-        asked: a whole number; `max`: Σrᵢ where that loses nothing, else all there is; or `auto`:
-            min(Σrᵢ, max(64, largest rᵢ)), and Σrᵢ where the spectrum is flat. A task vector whose rank nobody chose,
-            such as DoRA's, which may have all that its shape allows, counts there as at most 64, and is warned of.
-        adapters: by how they are named.
+        asked: a whole number; `max`: Σrᵢ if that is lossless, else the full rank; or `auto`: min(Σrᵢ, max(64, largest
+            rᵢ)), and Σrᵢ if the spectrum is flat. A task vector whose rank was not chosen, such as DoRA's, which can be as
+            high as its shape allows, counts in `auto` as at most 64 and is warned of.
+        adapters: by name.
         modules: of the merge.
-        lossless: whether Σrᵢ loses nothing.
-        flat: whether the result has a flat spectrum, which no rank under its own can cut well.
-        warnings: added to.
-    Raises: RecipeError, MethodError.
+        lossless: whether rank Σrᵢ loses nothing.
+        flat: whether the spectrum of the result is flat, so that any smaller rank loses much.
+        warnings: receives what is unwise.
+    Raises: RecipeError or MethodError.
     """
     first = next(iter(adapters.values()))
     if not first.peft_type.has_rank:
@@ -53,13 +53,13 @@ def output_rank(
     if asked == "auto":
         _warn_full(rank, adapters, warnings)
     if rank < largest:
-        warnings.append(f"rank {rank} is under the largest of the inputs' own, {largest}.")
+        warnings.append(f"rank {rank} is smaller than the largest rank of the adapters, {largest}.")
     written = min(rank, full)
     if isinstance(asked, int) and written < asked:
         largest_shape = max((module.shape for module in modules.values()), key=min)
         warnings.append(
-            f"rank {asked} was asked for and {written} is written, the highest rank that a module of these adapters can "
-            f"have ({' × '.join(map(str, largest_shape))})."
+            f"rank {asked} was asked for; {written} is written, the full rank of the largest module "
+            f"({' × '.join(map(str, largest_shape))})."
         )
     return written
 
@@ -67,21 +67,21 @@ def output_rank(
 def _total(
     layouts: Sequence[Mapping[str, ModuleInfo]], modules: Iterable[str], rank_of: Callable[[ModuleInfo], int]
 ) -> int:
-    """Return Σrᵢ of the module where it is largest."""
+    """Return the largest Σrᵢ of any module."""
     return max(sum(rank_of(layout[name]) for layout in layouts if name in layout) for name in modules)
 
 
 def _chosen(module: ModuleInfo) -> int:
-    """The rank that counts in `auto`."""
+    """Return the rank that counts in `auto`."""
     return module.rank if module.rank_is_trained else min(module.rank, AUTO_RANK)
 
 
 def _warn_full(rank: int, adapters: Mapping[str, Adapter], warnings: list[str]) -> None:
-    """Say where `auto` does not keep all of one adapter."""
+    """Warn if `auto` does not keep all of one adapter."""
     for name, adapter in adapters.items():
         most = max(module.rank for module in adapter.layout.values())
         if most > rank:
             warnings.append(
-                f"{name} ({adapter.peft_type.title}) has task vectors of rank up to {most}, of which rank auto keeps {rank}; "
-                "the report says how much that is, and rank max keeps all."
+                f"{name} ({adapter.peft_type.title}) has task vectors of rank up to {most}, and rank auto keeps {rank}. The "
+                "report gives the energy that this keeps; rank max keeps all of it."
             )

@@ -1,4 +1,4 @@
-"""Report: what a merge did, in numbers; prints as a table that a person likes to read."""
+"""The report of a merge: numbers that print as tables."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.text import Text
 from ..errors import printable
 from .tables import Printed, make_facts, make_table, make_text, number_column
 
-CELL = 6  # columns of text for one cosine and the blank before it
-ENDS = 5  # pairs that are shown from each end of the order
-MOST_RANKS = 3  # of one adapter, that are shown one by one
+COSINE_WIDTH = 6  # columns of text for one cosine and the blank before it
+LISTED_PAIRS = 5  # pairs that are shown from each end of the order
+LISTED_RANKS = 3  # of one adapter, that are shown one by one
 
-FATES = {
+OUTCOMES = {
     "identical": "kept, the same in",
     "only": "kept, held by",
     "kept": "kept from",
@@ -40,13 +40,13 @@ class AdapterLine:
         ranks: the ranks that occur in it.
         norm: Frobenius norm of its unweighted task vector.
         kept, entries: how many entries the trim kept, of how many; 0 of 0 where nothing is trimmed.
-        projection: ⟨τ, τᵢ⟩/‖τᵢ‖², with τ the merged task vector as written and τᵢ this one's, unweighted: 1 where
-            all of it is in the result, 0 where nothing is.
+        projection: ⟨τ, τᵢ⟩/‖τᵢ‖², with τ the merged task vector as written and τᵢ this adapter's, unweighted. It is 1
+            if all of τᵢ is in the result, and 0 if nothing is.
         cosine: ⟨τ, τᵢ⟩/(‖τ‖·‖τᵢ‖).
-        others: ‖τ − projection·τᵢ‖/‖τᵢ‖, what the merge adds that is not this adapter's, by its own length.
-            These three are None where a norm of 0 leaves them undefined.
-        page: its address on the Hub; None for one on this machine.
-        base: the base model's name as it gives it; None for none.
+        others: ‖τ − projection·τᵢ‖/‖τᵢ‖, the norm of what is not this adapter's, relative to its own norm.
+            These three are None if a norm of 0 leaves them undefined.
+        page: its address on the Hub; None for an adapter on this machine.
+        base: the base model's name in its config; None for none.
     """
 
     name: str
@@ -74,8 +74,8 @@ class ModuleLine:
         rank: Σrᵢ of those.
         norm: Frobenius norm of the merged task vector, scaled, before truncation.
         energy: share of its square that the output's rank keeps, in [0, 1].
-        conflict: of the entries that two adapters or more keep, the share in which signs differ;
-            None where the method holds no election.
+        conflict: of the entries that two adapters or more keep, the share whose signs differ; None if the method does
+            not elect signs.
     """
 
     name: str
@@ -89,14 +89,14 @@ class ModuleLine:
 
 @dataclass(frozen=True)
 class ExtraTensorLine:
-    """One layer that an input holds whole, and what became of it.
+    """One layer that an adapter stores as a whole, and what became of it.
 
     Attributes:
         module: its path in the base model.
-        form: layer, plain, bias, base or tokens; see `riders`.
+        form: layer, plain, bias, base or tokens; see `adapters.extra_tensors`.
         tensors: the name and shape of each of its tensors.
         fate: identical, only, kept, average, merged, unchanged or left out.
-        adapters: whose values went into the result; where it is left out, who holds it.
+        adapters: whose values the result has; if the layer is left out, who has it.
     """
 
     module: str
@@ -107,16 +107,16 @@ class ExtraTensorLine:
 
 
 def describe_extra_tensors(lines: Sequence[ExtraTensorLine]) -> list[str]:
-    """What became of the whole layers, a line for those with one fate."""
+    """Return what became of the layers stored as a whole, one line for all with the same outcome."""
     groups: dict[tuple[str, str], list[ExtraTensorLine]] = {}
     for line in lines:
         some = ", ".join(line.adapters[:8]) + (", …" if len(line.adapters) > 8 else "")
         groups.setdefault((line.fate, some), []).append(line)
-    return [printable(f"{_layers(own)}: {FATES[fate]} {some}") for (fate, some), own in groups.items()]
+    return [printable(f"{_layers(own)}: {OUTCOMES[fate]} {some}") for (fate, some), own in groups.items()]
 
 
 def _layers(lines: Sequence[ExtraTensorLine]) -> str:
-    """Some layers by name, biases by their number."""
+    """Return the names of some layers and the number of biases."""
     biases = sum(line.form == "bias" for line in lines)
     named = [f"{FORMS.get(line.form, '')}{line.module}" for line in lines if line.form != "bias"]
     shown = [
@@ -129,29 +129,30 @@ def _layers(lines: Sequence[ExtraTensorLine]) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Report(Printed):
-    """What went in, what came out, and what was lost.
+    """The adapters, the result and what was lost.
 
     Attributes:
-        method, space, kind: what was done, to what.
+        method, space: of the merge.
+        kind: the PEFT type of the adapters.
         scale: λ.
-        formula: that gave λ from the number of adapters; None where λ is a number.
-        rank: of the output; None where it has none.
+        formula: gives λ from the number of adapters; None if λ is a number.
+        rank: of the output; None if it has none.
         dtype: of the tensors written.
-        rounding: ‖written − computed‖ / ‖computed‖, what that dtype lost.
-        energy: share of the merged squared norm that the rank kept, over all modules.
+        rounding: ‖written − computed‖ / ‖computed‖, the error of that dtype.
+        energy: share of the merged squared norm that the rank keeps, over all modules.
         norm: Frobenius norm of the merged task vector.
         conflict: as in a module's line, over all modules.
-        cosines: between the inputs' task vectors, (N, N); None beyond `PAIRS` adapters.
-        adapters, modules: a line each.
-        warnings: what is possible but unwise, and the notes of the recipe.
-        copied: the tokenizer files that lay beside the inputs, the same in all, and go with the result.
-        riders: a line for each layer that an input holds whole (heads, embeddings, biases).
-        weights: `given`, or `norm` where they were made to bring all adapters to one length.
-        seconds: how long it took.
-        loops: what ran the inner loops: torch, or what compiled them; the numbers are the same within float32.
-        task_type: of the result, or why it has none though an input names one.
-        licence: the front matter that the result's card takes over from those of the inputs.
-        licence_note: that, or why none is taken over, in words.
+        cosines: between the adapters' task vectors, (N, N); None for very many adapters.
+        adapters, modules: a line for each.
+        warnings: also the notes of the recipe.
+        copied: tokenizer files that are equal beside all adapters and are copied to the result.
+        riders: a line for each layer that an adapter stores as a whole (heads, embeddings, biases).
+        weights: `given`, or `norm` if they bring all adapters to one norm.
+        seconds: how long the merge took.
+        loops: what ran the inner loops, torch or a compiler; the numbers agree within float32.
+        task_type: of the result, or why it is left out.
+        licence: of the result's card, taken from the adapters' cards.
+        licence_note: the licence as text, or why none is taken.
     """
 
     method: str
@@ -180,20 +181,20 @@ class Report(Printed):
 
     @property
     def scale_text(self) -> str:
-        """λ, and the formula that gave it."""
+        """λ and its formula, as text."""
         if self.formula is None:
             return f"{self.scale:g}"
         count = len(self.adapters)
         return f"{self.scale:.3g} = {self.formula.strip()} for {count} adapter{'s' * (count != 1)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, but for the time, which no two runs share."""
+        """Return all fields as plain values, except the time, which differs between runs."""
         values = asdict(self)
         del values["seconds"]
         return values
 
     def tables(self) -> RenderableType:
-        """What went in and what came out, without the warnings."""
+        """Return the adapters and the result as tables, without the warnings."""
         count = len(self.adapters)
         several = [Cosines([line.name for line in self.adapters], self.cosines)] if self.cosines and count > 2 else []
         return Group(self._inputs(), Text(), *several, *([Text()] if several else []), self._outcome())
@@ -223,14 +224,14 @@ class Report(Printed):
     def _outcome(self) -> Table:
         rows = [("merged", f"{self.method} in space {self.space}, scale {self.scale_text}")]
         if self.weights == "norm":
-            rows.append(("weights", "by norm: the mean of the adapters' norms over each one's own"))
+            rows.append(("weights", "norm: the mean of the adapters' norms, divided by each one's own"))
         rows.append(("modules", f"{len(self.modules)}, norm {self.norm:.3g}"))
         if self.cosines is not None and len(self.adapters) == 2:
             rows.append(("cosine", f"{_cosine(self.cosines[1][0])} between the two task vectors"))
         trimmed = {_share(line.kept, line.entries) for line in self.adapters}
         if len(trimmed) == 1 and trimmed != {"all"}:
             rows.append(("trim", f"keeps {trimmed.pop()} of the entries of each task vector"))
-        rows.append(("projection", "how much of each adapter's task vector is in the result: 1 is all, 0 is nothing"))
+        rows.append(("projection", "share of each adapter's task vector in the result: 1 is all of it, 0 nothing"))
         if self.conflict is not None:
             rows.append(("sign conflict", f"{self.conflict:.1%} of the entries that two or more adapters keep"))
         if self.rank is not None:
@@ -242,7 +243,7 @@ class Report(Printed):
         rows += [("licence", self.licence_note)] if self.licence_note else []
         rounding = f", rounding {self.rounding:.1e}" if self.rounding else ""
         rows.append(("written as", f"{self.dtype}{rounding}"))
-        rows += [("beside it", ", ".join(self.copied))] if self.copied else []
+        rows += [("copied files", ", ".join(self.copied))] if self.copied else []
         rows.append(("time", f"{self.seconds:.1f} s, inner loops by {self.loops}"))
         return make_facts(rows)
 
@@ -251,7 +252,7 @@ class Report(Printed):
 class Cosines:
     """The cosines between the task vectors, as a table that fits the console.
 
-    Where a triangle of all pairs is too wide for it, the largest and the smallest are listed.
+    If a triangle of all pairs is too wide, the largest and the smallest cosines are listed.
 
     Attributes:
         names: of the adapters, in their order.
@@ -262,8 +263,8 @@ class Cosines:
     values: Sequence[Sequence[float]]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        room = options.max_width - CELL * (len(self.names) - 1)
-        yield self._triangle(room) if room >= len("cosine ") else self._ends(options.max_width)
+        room = options.max_width - COSINE_WIDTH * (len(self.names) - 1)
+        yield self._triangle(room) if room >= len("cosine ") else self._extremes(options.max_width)
 
     def _triangle(self, room: int) -> Table:
         """Return a row for each adapter but the first and a column for each but the last.
@@ -273,19 +274,21 @@ class Cosines:
         """
         count = len(self.names)
         names = Column("cosine", width=min(room, max(map(cell_len, self.names)) + 5), no_wrap=True, overflow="ellipsis")
-        numbers = [Column(str(number), justify="right", width=CELL, no_wrap=True) for number in range(1, count)]
+        numbers = [Column(str(number), justify="right", width=COSINE_WIDTH, no_wrap=True) for number in range(1, count)]
         rows = [
             (f"{place + 1:<3}{self.names[place]}", *(_cosine(value) for value in self.values[place][:place]))
             for place in range(1, count)
         ]
         return make_table([names, *numbers], rows, padding=0, header_style="", pad_edge=True)
 
-    def _ends(self, width: int) -> RenderableType:
+    def _extremes(self, width: int) -> RenderableType:
         """Return the pairs with the largest and the smallest cosines, one a line."""
         pairs = [(self.values[i][j], j, i) for i in range(len(self.names)) for j in range(i)]
         pairs.sort(key=lambda pair: -pair[0])
-        lines = [f"cosine of {len(pairs)} pairs: the {ENDS} largest and the {ENDS} smallest (--json has all)"]
-        for value, first, second in (*pairs[:ENDS], *pairs[-ENDS:]):
+        lines = [
+            f"cosine of {len(pairs)} pairs: the {LISTED_PAIRS} largest and the {LISTED_PAIRS} smallest (--json has all)"
+        ]
+        for value, first, second in (*pairs[:LISTED_PAIRS], *pairs[-LISTED_PAIRS:]):
             numbers = f"{_cosine(value):>5}  {first + 1} and {second + 1}"
             names = f"{self.names[first]}, {self.names[second]}"
             lines.append(numbers + (f"  {names}" if cell_len(numbers + names) + 2 <= width else ""))
@@ -298,7 +301,7 @@ def _cosine(value: float) -> str:
 
 def _ranks(ranks: Sequence[int]) -> str:
     """Return some ranks, sorted; of many the least and the largest."""
-    return ", ".join(map(str, ranks)) if len(ranks) <= MOST_RANKS else f"{ranks[0]}–{ranks[-1]}"
+    return ", ".join(map(str, ranks)) if len(ranks) <= LISTED_RANKS else f"{ranks[0]}–{ranks[-1]}"
 
 
 def figure(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Values: a device and a dtype by their names, and whole numbers, checked before any work."""
+"""Check a device, a dtype and whole numbers before any work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .options import DTYPES
 
 
 def check_device(device: str) -> torch.device:
-    """A device that can be computed on.
+    """Return a device after a computation on it has worked.
 
     Raises: RecipeError.
     """
@@ -27,7 +27,7 @@ def check_device(device: str) -> torch.device:
 
 
 def output_dtype(asked: torch.dtype | str | None, adapters: Sequence[Adapter]) -> torch.dtype:
-    """What tensors are written in: as asked; else as all adapters are; else float32.
+    """Return the dtype of the result: as asked for, else that of all adapters, else float32.
 
     Raises: RecipeError.
     """
@@ -42,7 +42,7 @@ def output_dtype(asked: torch.dtype | str | None, adapters: Sequence[Adapter]) -
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number, or too small a one.
+    """Check that a value is a whole number and not too small.
 
     Raises: RecipeError.
     """
