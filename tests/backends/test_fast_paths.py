@@ -141,7 +141,7 @@ def test_the_fused_vote_is_the_definition_in_float64(
 def test_a_threshold_is_the_kth_largest(
     monkeypatch: pytest.MonkeyPatch, few: int, steps: int, kind: str, misled: bool
 ) -> None:
-    for name, value in (("MAX_VALUES", few), ("STEPS", steps), ("SORTED_SIZE", 10)):
+    for name, value in (("MAX_VALUES", few), ("BINS", steps), ("SORTED_SIZE", 10)):
         monkeypatch.setattr(f"ties_peft.task_vectors.threshold.{name}", value)
     draw = np.random.default_rng(0)
     values = np.abs(draw.standard_normal(3000)).astype(np.float32)

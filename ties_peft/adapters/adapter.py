@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, RecipeError, TiesPeftError, one_line, unknown, warn_caller
-from ..task_vectors.delta import Delta
+from ..task_vectors.delta import Delta, norm
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
-from ..task_vectors.singular_values import norm
 from ..task_vectors.tiles import thread_pool, threads_fixed
 from . import sources, writer
 from .base_model import BaseModel

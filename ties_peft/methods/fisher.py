@@ -51,7 +51,7 @@ class Fisher(Method):
         return task_vectors.by_tiles(self._merge_rows)
 
     def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
-        above, below, plain = task_vectors.room("fisher", (3, *task_vectors.shape)).zero_()
+        above, below, plain = task_vectors.scratch("fisher", (3, *task_vectors.shape)).zero_()
         triples = zip(task_vectors.stream(), task_vectors.weights, task_vectors.statistics, strict=True)
         for values, weight, statistic in triples:
             F = statistic.rows(*task_vectors.span).to(task_vectors.device)

@@ -59,7 +59,7 @@ class Pcb(Method):
         return task_vectors.by_tiles(self._merge_rows)
 
     def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
-        mean, divisor = task_vectors.room("mean", (2, *task_vectors.shape)).zero_()
+        mean, divisor = task_vectors.scratch("mean", (2, *task_vectors.shape)).zero_()
         triples = zip(_with_scores(task_vectors), task_vectors.weights, task_vectors.levels, strict=True)
         for (values, score), weight, levels in triples:
             share = _minmax(score, *levels[2:])
@@ -80,7 +80,7 @@ def _score_ranks(entries: int, density: float) -> Sequence[int]:
 
 def _with_scores(task_vectors: TaskVectors) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each task vector with the scores of its entries, without the factor eᴺ, which cancels."""
-    total = task_vectors.room("total", task_vectors.shape).zero_()
+    total = task_vectors.scratch("total", task_vectors.shape).zero_()
     for values in task_vectors.stream():
         total.add_(values)
     for values, levels in zip(task_vectors.stream(), task_vectors.levels, strict=True):

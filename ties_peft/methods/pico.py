@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from ..task_vectors.delta import Delta, LowRank, stack
-from ..task_vectors.singular_values import balanced, norm
+from ..task_vectors.delta import Delta, LowRank, norm, stack
+from ..task_vectors.singular_values import balanced
 from .base import Method, TaskVectors
 
 

@@ -17,7 +17,7 @@ __all__ = ["Encoding", "Space", "find_space", "make_space", "spaces"]
 
 @functools.cache
 def spaces() -> dict[str, type[Space]]:
-    """Every space's class by name."""
+    """Return the class of every space, by name."""
     found: dict[str, type[Space]] = {}
     for entry in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{entry.name}")
@@ -40,7 +40,7 @@ def find_space(name: str, hint: str | None = None) -> type[Space]:
 
 
 def make_space(name: str, parameters: dict[str, Any]) -> Space:
-    """A space with its parameters, checked.
+    """Return a space with its parameters, checked.
 
     Raises: RecipeError for an unknown space, MethodError for a parameter out of range.
     """

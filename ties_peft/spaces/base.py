@@ -1,7 +1,7 @@
-"""Space: the coordinates in which task vectors meet. One file in this folder each; the folder is the list.
+"""Define what a space is: the coordinates in which task vectors are merged. Each space is one file in this folder.
 
-A space turns each adapter's task vector into one or more *parts*, which a method merges each on its
-own, and turns the merged parts back into one task vector.
+A space encodes each adapter's task vector as one or more *parts*, which a method merges separately, and decodes the merged parts to one
+task vector.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..task_vectors.trim import Scope
 
 
 class Encoding(ABC):
-    """Some task vectors of one module in the coordinates that they share.
+    """Hold task vectors of one module in the coordinates of a space.
 
     Attributes:
         deltas: the task vectors.
@@ -34,38 +34,38 @@ class Encoding(ABC):
 
     @property
     def inputs(self) -> Tensor | None:
-        """What the columns of a part stand for, orthonormal rows of inputs, (columns, in); None: an input each."""
+        """The directions of the module's inputs that the columns of a part represent, orthonormal, (columns, in); None: one input each."""
         return None
 
     def prepare_decode(self, rank: int) -> Callable[[], None] | None:
-        """What `decode` of a dense result at a rank needs that hangs on the task vectors alone, to be done before; or None."""
+        """Return work that can be done for `decode` while the result is still computed, as a function; None if there is none."""
         return None
 
     @abstractmethod
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
-        """The task vector that the merged parts make, at a rank; as it is for None, where its kind has none.
+        """Return the task vector of the merged parts, in factors of a rank.
 
         Args:
             merged: the parts.
-            rank: of the result, at most.
+            rank: of the result, at most; None for (IA)³, whose vectors have no rank.
             run: how to call a function on several blocks, see `factorise`.
         """
 
     @cached_property
     def span(self) -> Span | None:
-        """What the task vectors span; None where they are not all held in factors, or have too many."""
+        """The Gram matrices of the task vectors' factors; None if not all are factored, or they have too many columns."""
         factored = self._factored()
         few = 0 < sum(delta.rank for delta in factored) <= MAX_GRAM_SIDE
         return Span(factored) if few else None
 
     @property
     def lost_energy(self) -> float:
-        """The share of the task vectors' energy that the coordinates have no room for; 0 where they hold everything."""
+        """The share of the task vectors' energy that the coordinates lack; 0 if they are complete."""
         return 0.0
 
     @property
     def bytes(self) -> int:
-        """What its parts take in memory."""
+        """The memory that the parts take, in bytes."""
         return sum(_bytes(part) for parts in self.parts for part in parts)
 
     @cached_property
@@ -78,33 +78,33 @@ class Encoding(ABC):
         return self.span.products() if few and self.span is not None else products(factored)
 
     def squares(self) -> list[float]:
-        """‖τᵢ‖²."""
+        """Return ‖τᵢ‖² for each task vector."""
         return [inner(delta, delta) for delta in self.deltas]
 
     def _factored(self) -> list[LowRank]:
-        """The task vectors, if all of them are held in factors."""
+        """Return the task vectors if all of them are factored, else none."""
         factored = [delta for delta in self.deltas if isinstance(delta, LowRank)]
         return factored if len(factored) == len(self.deltas) else []
 
     def weighted(self, place: int, weight: float) -> tuple[Delta, ...]:
-        """The parts of w·τ."""
+        """Return the parts of w·τ."""
         return tuple(part.scaled(weight) for part in self.parts[place])
 
     def weights(self, weight: float) -> tuple[float, ...]:
-        """The weight that each part carries in a disjoint mean."""
+        """Return the weight of each part in a disjoint mean."""
         return (weight,) * len(self.parts[0])
 
 
 class Space(BaseModel, ABC):
-    """A choice of coordinates: a frozen model whose fields are its parameters.
+    """Choose coordinates: a frozen model whose fields are the parameters of the space.
 
     Attributes:
         name: as users write it.
         shared: whether the coordinates depend on all the adapters together.
         lossless_rank: whether the merged vector's rank is at most Σrᵢ for any method.
-        scopes: over what a trim may rank magnitudes; the first is used where the user names none.
-        kinds: the kinds of adapter it makes sense for.
-        in_factors: whether it takes every matrix as B·A.
+        scopes: over what a trim may rank magnitudes; the first is the default.
+        kinds: the kinds of adapter that it applies to.
+        in_factors: whether it needs every matrix as B·A.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -118,15 +118,15 @@ class Space(BaseModel, ABC):
 
     @abstractmethod
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
-        """The task vectors of one module in this space's coordinates.
+        """Return the task vectors of one module in this space's coordinates.
 
         Args:
-            deltas: of all adapters that have the module, or of any one where nothing is shared.
-            rank: of the output, for a space that compresses before it merges.
+            deltas: of all adapters that have the module, or of any one of them if the coordinates are not `shared`.
+            rank: of the output, for a space that compresses before the merge.
         """
 
     def check(self, ranks: Mapping[str, Sequence[int]]) -> str | None:
-        """What is wrong with using it on modules of these ranks; None if nothing."""
+        """Return what is wrong with using the space on modules of these ranks; None if nothing."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""Core space: shared orthonormal bases of all adapters' B's and A's, in which a layer is a small square.
+"""Merge in core space: shared orthonormal bases of all adapters' B and A, in which a module is a small square matrix.
 
 With L an orthonormal basis of all columns of [B₁ … B_N] and R one of all rows of [A₁; …; A_N], every
 Δᵢ = L·Mᵢ·Rᵀ exactly, Mᵢ = Lᵀ·Δᵢ·R of shape (K, K), K ≤ Σrᵢ. A merge of the Mᵢ has rank ≤ K.
@@ -28,23 +28,22 @@ from ..task_vectors.subspace import (
 )
 from .base import Encoding, Space
 
-UNBALANCED = 1e-7  # share under which a direction is rounding where one adapter's B may dwarf another's
+UNBALANCED = 1e-7  # share below which a direction is rounding, where one adapter's B may be far larger than another's
 
 
 class CoreEncoding(Encoding):
-    """The Mᵢ, and the bases that lead back.
+    """Hold the Mᵢ, and the bases L and R.
 
-    For few columns all of it is algebra on the two Gram matrices of the factors, and L = [B₁ … B_N]·left is
-    never multiplied out. For many the bases are held (see `basis`), and the task vectors are read anew for
-    each step, so that of an adapter no more is held than its Mᵢ, in factors. An Mᵢ is multiplied out where
-    that is no larger than the adapter's own factors.
+    If the adapters have few columns together, everything is computed from the two Gram matrices of their factors, and L = [B₁ … B_N]·left
+    is never multiplied out. If they have many, L and R are computed (see `basis`); then the task vectors are read again for each step, and
+    only Mᵢ is held of an adapter, in factors. An Mᵢ is multiplied out if that is no larger than the adapter's own factors.
 
     Attributes:
-        bases: what leads back.
-        left, right: (K, k₁) and (k₂, K), float64, which make L and Rᵀ of the factors; L and Rᵀ where they are held.
+        bases: map coordinates back to the module.
+        left, right: (K, k₁) and (k₂, K), float64, which give L and Rᵀ when multiplied with the factors; or L and Rᵀ themselves.
 
     Args:
-        deltas: the task vectors; they may be walked several times.
+        deltas: the task vectors; they may be iterated over several times.
         balance: whether each adapter is brought to its canonical form first.
     """
 
@@ -59,7 +58,7 @@ class CoreEncoding(Encoding):
 
     def _make_implicit_bases(self, balance: bool) -> None:
         held, own = self._factored(), self.span
-        assert own is not None  # they are not many
+        assert own is not None  # since they have few columns
         left, right = own.left, own.right
         pairs = canonical(own) if balance else [_identity(at, left) for at in own.ranges]
         X, Y = (torch.block_diag(*side) for side in zip(*pairs, strict=True))  # type: ignore[no-untyped-call]
@@ -95,12 +94,12 @@ class CoreEncoding(Encoding):
 
     @property
     def lost_energy(self) -> float:
-        """What bases cut to their largest directions lose of the task vectors, a share of their energy."""
+        """The share of the task vectors' energy that bases of the leading directions lack."""
         return self._lost_energy
 
     @property
     def bytes(self) -> int:
-        """Of the parts, and of what leads back."""
+        """The memory that the parts and the bases take, in bytes."""
         return super().bytes + 8 * (2 * self.left.numel() + 2 * self.right.numel())
 
     @property
@@ -112,7 +111,7 @@ class CoreEncoding(Encoding):
         return rows
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
-        """L·M·Rᵀ: the small M at that rank, brought back."""
+        """Return L·M·Rᵀ, with the small M truncated to the rank."""
         most = min(merged[0].shape)
         small = truncate(merged[0], most if rank is None else min(rank, most), run=run)
         return expand(small, self.bases, self.left, self.right)
@@ -122,24 +121,23 @@ class CoreEncoding(Encoding):
 
 
 def _part(left: Tensor, right: Tensor, most: int) -> Delta:
-    """One Mᵢ = left·right, (k₁, rᵢ)·(rᵢ, k₂), multiplied out where that takes no more than rᵢ·most numbers."""
+    """Return Mᵢ = left·right, (k₁, rᵢ)·(rᵢ, k₂), multiplied out if it has no more than rᵢ·most entries."""
     if left.shape[0] * right.shape[1] <= left.shape[1] * most:
         return Dense((left @ right).float())
     return LowRank(left.float(), right.float())
 
 
 def _identity(at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
-    """X and Y that leave factors as they are."""
+    """Return the identities as X and Y, which leave factors unchanged."""
     one = torch.eye(at.stop - at.start).to(like)
     return one, one
 
 
 class CompressedEncoding(Encoding):
-    """Core coordinates cut to a shared rank-r subspace before the merge.
+    """Hold core coordinates that are projected on a shared subspace of rank r before the merge.
 
-    Source: compress-then-merge (arXiv 2606.03723): the Mᵢ, brought to λᵢ = b·‖Mᵢ‖ + (1 − b)·mean‖M‖,
-    give the subspace by a Tucker-2 decomposition (HOSVD, then alternating until it settles); the
-    task vectors themselves are projected unscaled.
+    Source: compress-then-merge (arXiv 2606.03723): the Mᵢ, scaled to norms λᵢ = b·‖Mᵢ‖ + (1 − b)·mean‖M‖, determine the subspace by a
+    Tucker-2 decomposition (HOSVD, then alternating until it converges); the task vectors themselves are projected unscaled.
     """
 
     ROUNDS, TOLERANCE = 100, 1e-6
@@ -159,18 +157,17 @@ class CompressedEncoding(Encoding):
         return self.right.T @ self.core.inputs
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
-        """(L·U₀)·O·(U₁ᵀ·Rᵀ), of rank r by construction."""
+        """Return (L·U₀)·O·(U₁ᵀ·Rᵀ), which has rank r."""
         inner = LowRank((self.left @ merged[0].dense().double()).float(), self.right.T.float())
         return self.core.decode((inner,), rank, run)
 
 
 class CoreSpace(Space):
-    """A layer as a K × K problem, without loss; balanced, so that it has one meaning.
+    """Reduce a module to a K × K problem without loss, in bases that depend on the deltas alone.
 
-    Elementwise rules depend on the basis, and published Core Space takes it from B and A as they
-    happen to be factored: the same adapters written as (B·G, G⁻¹·A) then merge to something else.
-    Here each adapter is first brought to its canonical form, the SVD of its own delta, which makes
-    the bases a function of the deltas alone. `balanced=false` is the published form.
+    Entrywise rules depend on the basis, and published Core Space takes it from B and A as they are factored: the same adapters written as
+    (B·G, G⁻¹·A) then give another merge. Here each adapter is first brought to its canonical form, the SVD of its delta, so that the bases
+    depend on the deltas alone. `balanced=false` is the published form.
 
     Law: decode(encode(Δ)) = Δ; linear and spectral rules equal those of space `delta`; with
         `balanced` neither the gauge of an adapter nor the order of adapters matters.
@@ -185,11 +182,11 @@ class CoreSpace(Space):
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
 
     balanced: bool = Field(True, description="bring each adapter to its canonical form first; false: as published")
-    compress_first: bool = Field(False, description="cut to a shared subspace of the output's rank before merging")
+    compress_first: bool = Field(False, description="project on a shared subspace of the output's rank before merging")
     norm_blend: float = Field(0.25, ge=0, le=1, description="compress_first: 1 keeps norms apart, 0 makes them equal")
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
-        """Shared bases, and every Mᵢ in them."""
+        """Return the shared bases and each Mᵢ in them."""
         core = CoreEncoding(deltas, self.balanced)
         if self.compress_first and rank is not None:
             return CompressedEncoding(core, rank, self.norm_blend)
@@ -197,7 +194,7 @@ class CoreSpace(Space):
 
 
 def _tucker(matrices: Tensor, rank: int, rounds: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Orthonormal U₀ (k₁, r) and U₁ (k₂, r) that keep most of Σ‖U₀ᵀ·M·U₁‖²."""
+    """Return orthonormal U₀ (k₁, r) and U₁ (k₂, r) that maximise Σ‖U₀ᵀ·M·U₁‖² in turn."""
     left = _leading(torch.einsum("nij,nkj->ik", matrices, matrices), rank)
     right = _leading(torch.einsum("nij,nik->jk", matrices, matrices), rank)
     before = 0.0

@@ -1,4 +1,4 @@
-"""Factor space: A and B merged apart, as PEFT's plain `ties` does."""
+"""Merge A and B separately, as PEFT's plain `ties` does."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from .base import Encoding, Space
 
 
 class FactorsEncoding(Encoding):
-    """√|c|·A (signed) and √|c|·B with c = w·s, each a part of its own."""
+    """Hold two parts, ±√|c|·A and √|c|·B with c = w·s."""
 
     def __init__(self, deltas: Sequence[Delta]) -> None:
         self.deltas = deltas
         self.parts = [_split(delta, 1.0) for delta in deltas]
 
     def weighted(self, place: int, weight: float) -> tuple[Delta, ...]:
-        """The weight split evenly, its sign on A."""
+        """Return A and B with the weight divided evenly between them, its sign on A."""
         return _split(self.deltas[place], weight)
 
     def weights(self, weight: float) -> tuple[float, ...]:
-        """Each factor carries √|w|, so that one adapter comes back unchanged."""
+        """Return √|w| for each factor, so that a single adapter is unchanged."""
         root = math.sqrt(abs(weight))
         return root, root
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
-        """The product of the merged factors."""
+        """Return the product of the merged factors."""
         product = LowRank(merged[1].dense(), merged[0].dense())
         return compress(product, product.rank if rank is None else rank)
 
 
 class FactorsSpace(Space):
-    """A and B each trimmed, elected and merged on their own; kept for compatibility.
+    """Trim, elect and merge A and B separately; kept for compatibility.
 
-    The merged product holds cross terms: with masks Mᵢ for A and Nᵢ for B it is a mean over pairs of
-    (Nᵢ∘Bᵢ)·(Mⱼ∘Aⱼ), of which only i = j is anybody's task vector. It also depends on how each adapter
-    happens to be factored: (B·G, G⁻¹·A) is the same adapter and gives another result.
+    The merged product has cross terms: with masks Mᵢ for A and Nᵢ for B it is a mean over pairs of (Nᵢ∘Bᵢ)·(Mⱼ∘Aⱼ), of which only those
+    with i = j belong to an adapter. It also depends on how each adapter is factored: (B·G, G⁻¹·A) is the same adapter and gives another
+    result.
 
     Law: with equal lora scalings and unit weights it equals PEFT's `ties`.
     """
@@ -49,11 +49,11 @@ class FactorsSpace(Space):
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
-        """(A, B) of each."""
+        """Return A and B of each task vector."""
         return FactorsEncoding(deltas)
 
     def check(self, ranks: Mapping[str, Sequence[int]]) -> str | None:
-        """All ranks of a module must be equal."""
+        """Return what is wrong if the ranks of a module differ."""
         mixed = {name: sorted(set(found)) for name, found in ranks.items() if len(set(found)) > 1}
         if not mixed:
             return None
@@ -65,7 +65,7 @@ class FactorsSpace(Space):
 
 
 def _split(delta: Delta, weight: float) -> tuple[Delta, ...]:
-    """A and B with c = w·s split evenly between them in one step, so that equal c make equal parts; its sign on A."""
+    """Return A and B with c = w·s divided evenly between them in one step, so that equal c give equal parts; its sign on A."""
     if not isinstance(delta, LowRank):
         raise TypeError("space 'factors' is for LoRA")
     c = weight * delta.scaling

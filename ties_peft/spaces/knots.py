@@ -1,4 +1,4 @@
-"""KnOTS: the adapters' deltas side by side, in the basis of their common output space."""
+"""Merge as KnOTS does: the adapters' deltas side by side, in a basis of their common output space."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from .base import Encoding, Space
 
 
 class KnotsEncoding(Encoding):
-    """Rᵢ = S·Vᵢᵀ of [Δ₁ | … | Δ_N] = U·S·[V₁ᵀ | … | V_Nᵀ], kept in factors.
+    """Hold Rᵢ = S·Vᵢᵀ of [Δ₁ | … | Δ_N] = U·S·[V₁ᵀ | … | V_Nᵀ], in factors.
 
-    For few columns all of it is algebra on the two Gram matrices of the factors; for many U is held (see `basis`).
+    If the adapters have few columns together, everything is computed from the two Gram matrices of their factors; else U is computed (see
+    `basis`).
 
     Attributes:
-        bases: what leads back.
-        left: (K, k), float64, which makes U = [B₁ … B_N]·left of the factors; U itself where it is held.
+        bases: map coordinates back to the module.
+        left: (K, k), float64, which gives U = [B₁ … B_N]·left; or U itself.
     """
 
     bases: Span | ExplicitBases
@@ -82,30 +83,29 @@ class KnotsEncoding(Encoding):
 
     @property
     def lost_energy(self) -> float:
-        """What a basis cut to its largest directions loses of the task vectors, a share of their energy."""
+        """The share of the task vectors' energy that a basis of the leading directions lacks."""
         return self._lost_energy
 
     @property
     def bytes(self) -> int:
-        """Of the parts, and of what leads back."""
+        """The memory that the parts and the basis take, in bytes."""
         return super().bytes + 8 * 3 * self.left.numel()
 
     def _factors(self) -> Iterable[LowRank]:
         return (delta for delta in self.deltas if isinstance(delta, LowRank))
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
-        """U·R: the rows R at that rank, brought back."""
+        """Return U·R, with the rows R truncated to the rank."""
         most = min(merged[0].shape)
         rows = truncate(merged[0], most if rank is None else min(rank, most), run=run)
         return expand(rows, self.bases, self.left, None)
 
 
 class KnotsSpace(Space):
-    """One output basis for all, in which the rows of the deltas are aligned; magnitudes are those of S·Vᵀ.
+    """Use one output basis for all adapters, in which the rows of their deltas are aligned; magnitudes are those of S·Vᵀ.
 
-    The published code takes a dense SVD of (out, N·in) matrices; from the factors the same
-    decomposition costs a (Σrᵢ)³ problem. The adapters are balanced before, so that it is as exact for one
-    whose scale sits in A as for one whose scale sits in B; the basis does not depend on that.
+    The published code decomposes a dense (out, N·in) matrix; computed from the factors, the same decomposition costs O((Σrᵢ)³). The
+    adapters are brought to their canonical form before, so that it is equally exact whether an adapter's scale is in A or in B.
 
     Law: decode(encode(Δ)) = Δ; linear rules equal those of space `delta`.
     Source: Stoica et al., Model Merging with SVD to Tie the KnOTS, ICLR 2025 (arXiv 2410.19735), with
@@ -118,5 +118,5 @@ class KnotsSpace(Space):
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
-        """The common basis, and every Rᵢ in it."""
+        """Return the common basis and each Rᵢ in it."""
         return KnotsEncoding(deltas)

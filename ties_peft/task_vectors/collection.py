@@ -1,13 +1,12 @@
-"""Task vectors of one module, as a method of merging sees them: a lazy sequence with the verbs of the papers.
+"""Give a method of merging the task vectors of one module: a lazy sequence with the operations of the papers.
 
     kept = task_vectors.trim(density, scope)     # which entries stay
     signs = kept.elect("mass")                   # one sign per entry
     merged = kept.disjoint_merge(signs, "mean")  # combine the entries that agree
 
-`trim`, `keep_band`, `drop` and `drop_by_rank` return another lazy sequence; nothing is computed until `sum`,
-`disjoint_merge` or an iteration asks for it. Then large modules are worked through in tiles by several threads, each
-entry is read once where one pass suffices, and compiled kernels are used where they pay (see `kernels.backends`). The result does not
-depend on any of that.
+`trim`, `keep_band`, `drop` and `drop_by_rank` return another lazy sequence; nothing is computed until `sum`, `disjoint_merge` or an
+iteration needs the values. Then several threads work through large modules in tiles of rows, and compiled kernels are used for large
+merges (see `kernels.backends`). Neither changes what a method computes.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from .trim import Scope, Trim, find_cuts
 
 
 class Statistic(Protocol):
-    """Numbers that belong to one module of one adapter, read by rows."""
+    """Provide the statistics of one module of one adapter, read by rows."""
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return some rows."""
@@ -43,7 +42,7 @@ class Statistic(Protocol):
 
 
 class Thresholds(Protocol):
-    """Where the trims of one module are looked up; see `merging.thresholds`."""
+    """Provide the cuts of one module's trims; see `merging.thresholds`."""
 
     def of(self, part: int) -> Cuts:
         """Return the cuts of one part of the module, for each of its task vectors."""
@@ -51,12 +50,12 @@ class Thresholds(Protocol):
 
 @dataclass(frozen=True)
 class Ranking:
-    """A wish for order statistics of values that a method gives to all entries of each adapter.
+    """Ask for order statistics of a value that a method computes for every entry of each adapter.
 
     Attributes:
-        values: values(task_vectors) gives for each of them the values of the entries at hand, float32, any sign; each
-            is good until the next is asked for.
-        ranks: ranks(entries, density) are the ranks wanted of so many values, 1 for the largest.
+        values: values(task_vectors) yields, for each of them, the value of every selected entry, float32 of any sign; the next one may
+            overwrite it.
+        ranks: ranks(entries, density) returns the ranks that are wanted among so many entries, 1 for the largest.
         scope: over what the values are ranked.
     """
 
@@ -78,44 +77,44 @@ class Signs:
     by: ElectRule = "mass"
 
     def at(self, tile: TaskVectors) -> Signs:
-        """Return the election among the rows of a tile alone."""
+        """Return the election restricted to the rows of a tile."""
         return replace(self, of=replace(self.of, rows=tile.rows, tile=tile.tile, counts={}))
 
     def dense(self) -> Tensor:
-        """Return the elected signs, +1 or −1, of the rows at hand."""
+        """Return the elected signs, +1 or −1, of the selected rows."""
         sums = self.of.sums(MergeRule(self.by))
         return sums.elected(self.of.sign_vector()).mul(2).sub_(1)
 
 
 @dataclass(frozen=True)
 class TaskVectors:
-    """The weighted task vectors w·τ of one part of one module, in the coordinates of the space.
+    """Hold the weighted task vectors w·τ of one part of one module, in the coordinates of the space.
 
     Iterating gives one float32 tensor for each adapter that has the module, in the order of the adapters.
 
     Attributes:
         deltas: w·τ of each adapter that has the module.
         weights: w of each of them.
-        trim_asked: the trim that the method declares (see `Method.trims`), whose cuts `thresholds` knows.
-        thresholds: finds these cuts; None to find cuts by the vectors at hand alone.
+        trim_asked: the trim that the method declares (see `Method.trims`), whose cuts `thresholds` provides.
+        thresholds: provides these cuts; None if each trim finds its cuts from these vectors alone.
         part: the number of the part in the module.
         density: the method's own density, if it has one.
-        densities: for each, what stands in the place of that density: its own, or one set for the adapter or module.
-        levels: for each, the values of the ranks that the method asked for (see `Ranking`); empty where it asks for none.
+        densities: for each, the density that replaces it: the same, or one set for the adapter or module.
+        levels: for each, the values at the ranks that the method asked for (see `Ranking`); empty if it asks for none.
         total_weight: Σw over all adapters of the merge, also those that lack the module.
         total_magnitude: Σ|w| over them.
         adapters: how many adapters the merge has, also those that lack the module.
-        rows: the range of rows at hand; None for all.
+        rows: the range of selected rows, which every reading is restricted to; None for all.
         tile: the number of that range in the grid of tiles.
-        steps: what is done to each vector as it is read.
+        steps: the changes that are made to each vector as it is read.
         signs: the vector that decides the signs, if the method was given one.
-        statistics: of each, where the method `needs` them, those of the whole module.
-        inputs: the directions among the module's inputs that the columns stand for, (columns, in), where the
-            space has coordinates of its own; None where each column is one input.
-        streams: the key of each one's random numbers.
-        pool: the threads that work through tiles, their memory and their kernels.
-        out: where the result for the rows at hand may be written, of their shape.
-        counts: counts for the report, summed over tiles.
+        statistics: of the whole module, for each, if the method `needs` them.
+        inputs: the directions of the module's inputs that the columns represent, (columns, in), if the space has its own coordinates; None
+            if each column is one input.
+        streams: for each, the key of its random numbers.
+        pool: the threads that work through tiles, with their memory and kernels.
+        out: memory that the result for the selected rows may be written into, of their shape.
+        counts: for the report, summed over tiles.
     """
 
     deltas: Sequence[Delta]
@@ -142,7 +141,7 @@ class TaskVectors:
 
     @classmethod
     def of(cls, vectors: Sequence[Tensor], weights: Sequence[float] | None = None) -> TaskVectors:
-        """Return the task vectors that some tensors are, for trying a method without any adapter.
+        """Return task vectors made of tensors, for trying a method without any adapter.
 
         Args:
             vectors: one for each adapter, of one shape, (out, in) or (k,).
@@ -159,11 +158,11 @@ class TaskVectors:
         return len(self.deltas)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Give each vector as a tensor of its own."""
+        """Yield each vector as a tensor of its own."""
         return (values.clone() for values in self.stream())
 
     def stream(self) -> Iterator[Tensor]:
-        """Give each vector in memory that the next one takes; it may be written into."""
+        """Yield each vector in memory that the next one overwrites; the caller may write into it."""
         self._find_cuts()
         for place, delta in enumerate(self.deltas):
             values = self._read(delta)
@@ -172,14 +171,17 @@ class TaskVectors:
             yield values
 
     def _find_cuts(self) -> None:
-        """Find the cuts of all trims: before the memory is in use that finding them takes, and before several threads ask."""
+        """Find the cuts of all trims, before several threads need them and before their memory is in use."""
         for step in self.steps:
             if isinstance(step, Trimmed):
                 _ = step.cuts
 
     def _read(self, delta: Delta) -> Tensor:
-        """Return the rows at hand of one task vector; in tiles where cuts or levels were found in tiles, so that the bits agree."""
-        out = self.room("vector", self.shape)
+        """Return the selected rows of one task vector.
+
+        Cuts and levels were found tile by tile, so that all rows are read by the same tiles: the bits must agree.
+        """
+        out = self.scratch("vector", self.shape)
         if self.rows is not None:
             return read_rows(delta, self.rows, out, self.pool.kernels)
         if not self.levels and not any(isinstance(step, Trimmed) for step in self.steps):
@@ -189,27 +191,27 @@ class TaskVectors:
             part.copy_(read_rows(delta, (start, stop), part, self.pool.kernels))
         return out
 
-    # what is at hand
+    # what is selected
 
     @property
     def span(self) -> tuple[int, int]:
-        """The range of rows at hand."""
+        """The range of selected rows."""
         return self.rows or (0, self.deltas[0].shape[0])
 
     @property
     def start(self) -> int:
-        """The flat index of the first entry at hand."""
+        """The flat index of the first selected entry."""
         return self.span[0] * math.prod(self.shape[1:])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of every vector at hand."""
+        """The shape of every vector read."""
         start, stop = self.span
         return (stop - start, *self.deltas[0].shape[1:])
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the vectors live."""
+        """The device that holds the vectors."""
         return self.deltas[0].rows(0, 0).device
 
     @property
@@ -219,23 +221,23 @@ class TaskVectors:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether no step takes anything away from any vector."""
+        """Whether every step keeps every entry of every vector."""
         return not self.steps or (all(step.idle for step in self.steps) and all(own == 1 for own in self.densities))
 
-    def room(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """Return float32 memory of this thread, its content left from the last use."""
+    def scratch(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """Return float32 memory of this thread, which holds what its last use left there."""
         return self.pool.scratch(purpose, shape, self.device)
 
     def uniform(self, place: int) -> Tensor:
-        """Return one number in [0, 1) for each entry at hand of one task vector, the same in every tiling."""
+        """Return a random number in [0, 1) for each selected entry of one task vector, which depends on the entry alone."""
         return uniform(self.streams[place], self.start, self.shape).to(self.device)
 
-    def share(self, place: int, density: float) -> float:
-        """Return the share to keep of one task vector, where the method asks for `density` of all."""
+    def density_of(self, place: int, density: float) -> float:
+        """Return the density of one task vector, if the method asks for `density`."""
         return self.densities[place] if self.densities and density == self.density else density
 
     def sign_vector(self) -> Tensor | None:
-        """Return the rows at hand of the vector that decides the signs."""
+        """Return the selected rows of the vector that decides the signs."""
         return None if self.signs is None else self.signs.rows(*self.span)
 
     # which entries stay
@@ -245,20 +247,20 @@ class TaskVectors:
 
         Args:
             density: the share that is kept, in (0, 1]; a density set for one adapter or module replaces it.
-            scope: whether magnitudes are ranked over the whole `adapter`, or over each `module`. Over the adapter
-                only as `Method.trims` declares, since all modules are looked at before the first is merged.
+            scope: whether magnitudes are ranked over the whole `adapter` or over each `module`. Over the adapter only the trim that
+                `Method.trims` declares, since its threshold is found in all modules before the first one is merged.
         """
         return self._trimmed(Trim((density,), scope))
 
     def keep_band(self, gamma: float, density: float, scope: Scope = "module") -> TaskVectors:
-        """Leave out the ⌊γ·n⌋ entries of largest magnitude, keep the ⌊density·n⌋ next; `scope` as in `trim`."""
+        """Set the ⌊γ·n⌋ entries of largest magnitude to zero and keep the next ⌊density·n⌋; `scope` as in `trim`."""
         return self._trimmed(Trim((gamma, density), scope))
 
     def _trimmed(self, asked: Trim) -> TaskVectors:
-        step = Trimmed(asked, self._finder(asked))
+        step = Trimmed(asked, self._find_cuts_of(asked))
         return replace(self, steps=(*self.steps, step))
 
-    def _finder(self, asked: Trim) -> Callable[[], Cuts]:
+    def _find_cuts_of(self, asked: Trim) -> Callable[[], Cuts]:
         declared = self.trim_asked is not None and self.trim_asked.densities == asked.densities and not self.steps
         if self.thresholds is not None and declared:
             thresholds, part = self.thresholds, self.part
@@ -272,17 +274,17 @@ class TaskVectors:
             raise MethodError(
                 "a trim needs whole task vectors, and these are some rows of them. Trim before by_tiles()."
             )
-        bands = [(*asked.densities[:-1], self.share(place, asked.densities[-1])) for place in range(len(self))]
+        bands = [(*asked.densities[:-1], self.density_of(place, asked.densities[-1])) for place in range(len(self))]
         return lambda: [
             find_cuts(values.abs(), own, self.grid) for values, own in zip(self.stream(), bands, strict=True)
         ]
 
     def drop(self, density: float) -> TaskVectors:
-        """Keep each entry with probability `density` and divide it by that; the random numbers are the entry's own."""
+        """Keep each entry with probability `density`, divided by it; the random numbers depend on the entry alone."""
         return replace(self, steps=(*self.steps, Dropped(density)))
 
     def drop_by_rank(self, density: float, epsilon: float) -> TaskVectors:
-        """Keep entries with probabilities from density − ε to density + ε, rising with the rank in their row; rescale."""
+        """Keep each entry, divided by its probability, which rises with its rank in its row from density − ε to density + ε."""
         return replace(self, steps=(*self.steps, Dropped(density, epsilon)))
 
     # combine
@@ -290,31 +292,31 @@ class TaskVectors:
     def elect(self, by: ElectRule = "mass") -> Signs:
         """Elect one sign per entry: that of the sum of the values (`mass`) or of their signs (`count`); 0 goes to +.
 
-        Where the merge was given an adapter that decides the signs, its sign is taken wherever it is not 0. `none`
-        holds no election: every entry then counts as elected.
+        If the merge was given an adapter that decides the signs, its sign is taken wherever it is not 0. `none` holds no election: all
+        values agree.
         """
         return Signs(self, by)
 
     def disjoint_merge(self, signs: Signs, by: DisjointRule = "mean", normalize: bool = True) -> Delta:
-        """DisjointRule, entry by entry, the values whose sign is the elected one; 0 where there is none.
+        """Combine, entry by entry, the values whose sign is the elected one; 0 where there is none.
 
         Args:
             signs: from `elect`, of these task vectors.
             by: `mean`, `sum` or `max` (largest magnitude) of the values that agree; `mean_elected` is their sum and
                 `mean_all` the sum of all values, both divided by Σ|w| over all adapters.
             normalize: divide by Σ|w|; else by the number of adapters.
-        Returns: the merged task vector; in factors where every entry is kept and nothing is to be decided.
+        Returns: the merged task vector; in factors if it is a weighted sum of all entries.
         """
         rule = MergeRule(signs.by, by, normalize)
         if signs.of is not self:
             return self.by_tiles(lambda tile: tile._result(tile.sums(rule), signs.at(tile).dense()))
         if self.rows is not None:
             return Dense(self._merge_rows(rule))
-        if self._decided(rule):
+        if self._is_weighted_sum(rule):
             return self._sum_of_all(rule)
         return self.by_tiles(lambda tile: tile._merge_rows(rule))
 
-    def _decided(self, rule: MergeRule) -> bool:
+    def _is_weighted_sum(self, rule: MergeRule) -> bool:
         """Return whether the result is a weighted sum of the task vectors."""
         both = rule.disjoint == "mean_all" or (rule.elect == "none" and rule.disjoint in ("sum", "mean_elected"))
         return (len(self) == 1 or both) and self.signs is None and self.keeps_all
@@ -326,7 +328,7 @@ class TaskVectors:
         return self.sum(1 / abs(self.weights[0]) if alone else 1.0)
 
     def _merge_rows(self, rule: MergeRule) -> Tensor:
-        """Return the disjoint merge of the rows at hand, and count conflicts for the report."""
+        """Return the disjoint merge of the selected rows, and count conflicts for the report."""
         below = self._thresholds_of_tile(rule)
         if below is None:
             return self._result(self.sums(rule))
@@ -348,7 +350,7 @@ class TaskVectors:
         if not isinstance(step, Trimmed) or len(step.trim.densities) > 1 or rule.disjoint == "max":
             return None
         cuts = [cut for (cut,) in step.cuts]
-        return [cut.below for cut in cuts] if cuts and all(cut.whole(self.tile) for cut in cuts) else None
+        return [cut.below for cut in cuts] if cuts and all(cut.keeps_equals(self.tile) for cut in cuts) else None
 
     def _can_compile(self, kernels: Kernels, rule: MergeRule) -> bool:
         """Return whether the compiled functions have this election, for these task vectors."""
@@ -356,15 +358,15 @@ class TaskVectors:
         return known and len(self.shape) == 2 and all(map(kernels.accepts, self.deltas))
 
     def sums(self, rule: MergeRule, below: Sequence[float] = ()) -> SignedSums:
-        """Return the sums of the rows at hand, over positive and over negative values.
+        """Return the sums of the selected rows, over positive and over negative values.
 
         Args:
             rule: how they will be merged.
             below: for each vector, the largest magnitude that is left out; by default 0.
         """
         total = self.total_magnitude if rule.normalize else float(self.adapters)
-        room = self.room("sums", (5, *self.shape))
-        sums = SignedSums(room, rule.elect, rule.disjoint, rule.normalize, total)
+        memory = self.scratch("sums", (5, *self.shape))
+        sums = SignedSums(memory, rule.elect, rule.disjoint, rule.normalize, total)
         for values, weight, least in zip(self.stream(), self.weights, below or [0.0] * len(self), strict=True):
             sums.add(values, weight, least)
         return sums
@@ -380,7 +382,7 @@ class TaskVectors:
             self.counts[name] = self.counts.get(name, 0) + number
 
     def sum(self, factor: float | Sequence[float] = 1.0) -> Delta:
-        """Return Σ factorᵢ·wᵢ·τᵢ; exactly, in factors at rank Σrᵢ, where every entry is kept.
+        """Return Σ factorᵢ·wᵢ·τᵢ; exactly, in factors of rank Σrᵢ, if every entry is kept.
 
         Args:
             factor: one for all, or one for each.
@@ -402,11 +404,11 @@ class TaskVectors:
         return total
 
     def by_tiles(self, work: Callable[[TaskVectors], Tensor]) -> Delta:
-        """Return a result that is computed a few rows at a time, by several threads.
+        """Return a result that several threads compute, a tile of rows at a time.
 
         Args:
-            work: gives the result for the rows at hand of the task vectors that it is handed. Each entry of it may
-                depend on the same entry of the task vectors alone.
+            work: work(tile) returns the result for the rows that are selected in `tile`. Each entry of it may depend only on the same
+                entry of the task vectors.
         """
         if self.rows is not None:
             return Dense(work(self))
@@ -427,14 +429,14 @@ class TaskVectors:
                 self.counts[what] = self.counts.get(what, 0) + number
         return Dense(result)
 
-    # all at once
+    # all vectors together
 
     def matrices(self) -> Tensor:
-        """Return all of them at once, (N, …), float64: for methods that need them together, in a small space."""
+        """Return all task vectors stacked, (N, …), float64, for methods that need them together in small coordinates."""
         return torch.stack([delta.dense().double() for delta in self.deltas])
 
     def gram(self) -> Tensor:
-        """Return ⟨wᵢτᵢ, wⱼτⱼ⟩, (N, N), float64; from factors without multiplying them out."""
+        """Return the inner products ⟨wᵢτᵢ, wⱼτⱼ⟩, (N, N), float64, without multiplying factors out."""
         gram = torch.zeros(len(self), len(self), dtype=torch.float64)
         for i in range(len(self)):
             for j in range(i + 1):

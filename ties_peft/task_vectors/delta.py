@@ -1,8 +1,7 @@
-"""Delta: the task vector of one adapter on one module, factored or dense.
+"""Represent the task vector of one adapter on one module, factored or dense.
 
-A LoRA's task vector is Δ = s·B·A, of shape (out, in), with the lora scaling s folded into B; it is
-kept factored. An (IA)³ task vector is l − 1, of shape (k,), and is dense. Both are float32 and both
-are seen as a matrix of rows, which are read a block at a time: `rows(start, stop)`.
+A LoRA's task vector is Δ = s·B·A, of shape (out, in); it is held in factors, with the lora scaling s multiplied into B. An (IA)³ task
+vector is l − 1, of shape (k,), and is dense. Both are float32, and both are read some rows at a time: `rows(start, stop)`.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CPU_EIGH_SIDE = 256  # sides up to which a device leaves a matrix to the CPU to decompose; reckoned, not measured
-SAMPLE_SIDE = 32  # rows and columns that meet in a sample, at most
-GRAM_ROWS = 1024  # rows of a Gram matrix's factor that are held in float64 at a time
+CPU_EIGH_SIDE = 256  # up to here a matrix on another device is decomposed on the CPU; estimated, not measured
+SAMPLE_SIDE = 32  # rows and columns of a block of a sample, at most
+GRAM_ROWS = 1024  # rows that are converted to float64 at a time for a Gram matrix
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Δ = B·A without ever being multiplied out.
+    """Hold Δ = B·A in factors.
 
     Attributes:
-        B: (out, r), float32, the lora scaling folded in.
+        B: (out, r), float32, the lora scaling multiplied in.
         A: (r, in), float32.
-        scaling: the lora scaling that B holds, for who wants it split otherwise.
+        scaling: the lora scaling that B contains.
     """
 
     B: Tensor
@@ -42,30 +41,29 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """r: how many columns B has."""
+        """r, the number of columns of B."""
         return self.B.shape[1]
 
     def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Rows start…stop of Δ, (stop − start, in), written into `out` where one is given.
+        """Return rows start…stop of Δ, (stop − start, in), written into `out` if it is given.
 
-        The same range gives the same bits every time, so that a threshold found in one pass
-        holds in the next.
+        The same range gives the same bits each time, so that a threshold found in one pass is valid in the next.
         """
         return torch.mm(self.B[start:stop], self.A, out=out)
 
     def dense(self) -> Tensor:
-        """Δ itself, (out, in), float32."""
+        """Return Δ multiplied out, (out, in), float32."""
         return self.B @ self.A
 
     def scaled(self, factor: float) -> LowRank:
-        """factor · Δ, by a new B."""
+        """Return factor · Δ, with a new B."""
         return self if factor == 1 else LowRank(self.B * factor, self.A, self.scaling)
 
     def sample(self, count: int, draw: np.random.Generator) -> Tensor:
-        """About so many entries, at least one, flat: where some rows meet some columns, several times over.
+        """Return about `count` entries, at least one, flat: small blocks at random rows and columns.
 
-        Every entry is as likely as any other. All rows, and all columns, have their turn before one has another,
-        so that a share of the sample is at least as near to that of all entries as if each were drawn alone.
+        Every entry is equally likely. All rows, and all columns, are drawn once before any is drawn again, so that a share of the sample
+        estimates that of all entries at least as well as independent draws would.
         """
         rows, columns = self.shape
         side = min(SAMPLE_SIDE, 1 << max(1, count // max(rows, columns)).bit_length() - 1)
@@ -75,13 +73,13 @@ class LowRank:
         return torch.bmm(B.view(blocks, side, -1), A.view(-1, blocks, side).transpose(0, 1)).view(-1)
 
     def to(self, device: torch.device) -> LowRank:
-        """The same on another device."""
+        """Return the same task vector on another device."""
         return LowRank(self.B.to(device), self.A.to(device), self.scaling)
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A task vector, or part of one, held as it is: (IA)³'s l − 1, or a factor on its own.
+    """Hold a task vector, or a part of one, as it is: l − 1 of (IA)³, or a single factor.
 
     Attributes:
         values: (k,) or (rows, columns), float32.
@@ -96,39 +94,39 @@ class Dense:
 
     @property
     def rank(self) -> int:
-        """The most that the rank could be; 1 for a vector."""
+        """The largest possible rank; 1 for a vector."""
         return 1 if self.values.dim() == 1 else min(self.values.shape)
 
     def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Entries or rows start…stop, copied, so that they may be written into."""
+        """Return a copy of entries or rows start…stop."""
         part = self.values[start:stop]
         return part.clone() if out is None else out.copy_(part)
 
     def dense(self) -> Tensor:
-        """The values."""
+        """Return the values."""
         return self.values
 
     def scaled(self, factor: float) -> Dense:
-        """factor · values."""
+        """Return factor · values."""
         return self if factor == 1 else Dense(self.values * factor)
 
     def sample(self, count: int, draw: np.random.Generator) -> Tensor:
-        """So many entries, each drawn alone."""
+        """Return `count` entries, drawn independently."""
         return self.values.reshape(-1)[torch.from_numpy(draw.integers(0, self.values.numel(), count))]
 
     def to(self, device: torch.device) -> Dense:
-        """The same on another device."""
+        """Return the same task vector on another device."""
         return Dense(self.values.to(device))
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """A task vector whose entries are changed one by one as they are read: a random mask, say.
+    """Change the entries of a task vector one by one as they are read, by a random mask for example.
 
     Attributes:
-        source: what is read.
-        change: change(values, start, drawn) → values, for the entries from flat index `start` on;
-            with `drawn` set they are a sample, and any draw of the same law will do.
+        source: the task vector that is read.
+        change: change(values, start, drawn) returns the changed values of the entries from flat index `start` on. If `drawn`, they are a
+            sample, and random numbers of the same distribution suffice.
     """
 
     source: LowRank | Dense | Mapped
@@ -136,33 +134,33 @@ class Mapped:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the source's."""
+        """The source's shape."""
         return self.source.shape
 
     @property
     def rank(self) -> int:
-        """As the source's, before the change."""
+        """The source's rank, before the change."""
         return self.source.rank
 
     def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Rows start…stop of the source, changed."""
+        """Return rows start…stop of the source, changed."""
         width = math.prod(self.shape[1:])
         return self.change(self.source.rows(start, stop, out), start * width, False)
 
     def dense(self) -> Tensor:
-        """All of it."""
+        """Return all rows."""
         return self.rows(0, self.shape[0])
 
     def scaled(self, factor: float) -> Mapped:
-        """factor · the source, then changed: for changes that commute with scaling."""
+        """Return factor · the source, changed; the change must commute with scaling."""
         return self if factor == 1 else Mapped(self.source.scaled(factor), self.change)
 
     def sample(self, count: int, draw: np.random.Generator) -> Tensor:
-        """Entries that have the law of those that are read."""
+        """Return about `count` entries of the distribution of those that are read."""
         return self.change(self.source.sample(count, draw), 0, True)
 
     def to(self, device: torch.device) -> Mapped:
-        """The same on another device."""
+        """Return the same task vector on another device."""
         return Mapped(self.source.to(device), self.change)
 
 
@@ -170,25 +168,25 @@ Delta = LowRank | Dense | Mapped
 
 
 def _permuted_indices(length: int, count: int, draw: np.random.Generator) -> Tensor:
-    """0, 1, … length − 1 in a random order, and then in another one, until there are so many."""
+    """Return `count` indices: 0, 1, … length − 1 in a random order, then in another one, and so on."""
     orders = draw.permuted(np.tile(np.arange(length), (-(-count // length), 1)), axis=1)
     return torch.from_numpy(orders.reshape(-1)[:count])
 
 
 def size(delta: Delta) -> int:
-    """How many entries the task vector has when multiplied out."""
+    """Return the number of entries of a task vector."""
     return math.prod(delta.shape)
 
 
 def zero(shape: Sequence[int]) -> Delta:
-    """A task vector of zeros."""
+    """Return a task vector of zeros."""
     if len(shape) == 1:
         return Dense(torch.zeros(shape[0]))
     return LowRank(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]))
 
 
 def as_factors(delta: Dense) -> LowRank:
-    """A matrix as factors without any rounding: itself beside an identity, the smaller way round.
+    """Return a matrix as factors without rounding: itself and the smaller of the two identities.
 
     Law: as_factors(d).dense() = d.dense(), to the bit.
     """
@@ -199,7 +197,7 @@ def as_factors(delta: Dense) -> LowRank:
 
 
 def stack(deltas: Sequence[Delta]) -> Delta:
-    """Their exact sum: factors set side by side (rank Σrᵢ) or values added, in the order given.
+    """Return the exact sum of task vectors: factors side by side (rank Σrᵢ), or values added in order.
 
     Law: stack(ds).dense() = Σ d.dense().
     """
@@ -213,10 +211,10 @@ def stack(deltas: Sequence[Delta]) -> Delta:
 
 
 def gram(columns: Sequence[Tensor]) -> Tensor:
-    """XᵀX of X, columns side by side, in float64, (K, K); a band of rows at a time, so that X is never made.
+    """Return XᵀX, (K, K), float64, for the matrix X of all columns, a band of rows at a time.
 
     Args:
-        columns: (n, kᵢ) each, float32; Σkᵢ = K.
+        columns: parts of X, (n, kᵢ) each, float32; Σkᵢ = K.
     """
     width = sum(part.shape[1] for part in columns)
     strip = 48 if width <= 512 else 192  # XᵀX is symmetric: strips that end at the diagonal are half the work
@@ -230,14 +228,14 @@ def gram(columns: Sequence[Tensor]) -> Tensor:
 
 
 def eigh(square: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvalues of a symmetric matrix, rising, and its eigenvectors, where it lies; small ones by the CPU."""
+    """Return the eigenvalues, rising, and eigenvectors of a symmetric matrix, on its device; small ones are computed on the CPU."""
     device = square.device
     values, vectors = torch.linalg.eigh(square.cpu() if len(square) <= CPU_EIGH_SIDE else square)
     return values.to(device), vectors.to(device)
 
 
 def _beside(parts: Sequence[Tensor]) -> Tensor:
-    """Columns side by side; those that lie one after another in memory are not moved apart for it."""
+    """Return columns side by side; column-major parts stay column-major."""
     if len(parts) == 1:
         return parts[0]
     if all(part.stride(0) == 1 for part in parts):
@@ -246,12 +244,12 @@ def _beside(parts: Sequence[Tensor]) -> Tensor:
 
 
 class Span:
-    """What factored task vectors span, by their Gram matrices: all that small factorisations need.
+    """Hold the Gram matrices of factored task vectors, from which small factorisations are computed.
 
     Attributes:
         deltas: Δᵢ = Bᵢ·Aᵢ, N of them, of one shape; K = Σrᵢ.
         left, right: BᵀB and A·Aᵀ of [B₁ … B_N] and [A₁; …; A_N], (K, K), float64.
-        places: for each delta, its range of the K.
+        ranges: for each delta, its range among the K.
     """
 
     def __init__(self, deltas: Sequence[LowRank]) -> None:
@@ -264,23 +262,23 @@ class Span:
         self.ranges = [slice(start, end) for start, end in pairwise(ends)]
 
     def products(self) -> Tensor:
-        """⟨Δᵢ, Δⱼ⟩, (N, N), float64: sums over the blocks of the Gram matrices' entrywise product."""
+        """Return ⟨Δᵢ, Δⱼ⟩, (N, N), float64, the sums over blocks of the entrywise product of the Gram matrices."""
         both = self.left * self.right
         return torch.stack([both[:, at].sum(1)[other].sum() for other in self.ranges for at in self.ranges]).view(
             len(self.ranges), -1
         )
 
     def columns(self, mix: Tensor) -> Tensor:
-        """[B₁ … B_N]·mix, (out, r), float32, summed in float64; mix is (K, r)."""
+        """Return [B₁ … B_N]·mix, (out, r), float32, summed in float64; mix is (K, r)."""
         return _mixed((delta.B for delta in self.deltas), mix.T).T.contiguous()
 
     def rows(self, mix: Tensor) -> Tensor:
-        """mix·[A₁; …; A_N], (r, in), float32, summed in float64; mix is (r, K)."""
+        """Return mix·[A₁; …; A_N], (r, in), float32, summed in float64; mix is (r, K)."""
         return _mixed((delta.A.T for delta in self.deltas), mix)
 
 
 def _mixed(parts: Iterable[Tensor], mix: Tensor) -> Tensor:
-    """mix·[C₁ … C_N]ᵀ, (r, n), float32, of columns Cᵢ, (n, kᵢ), summed in float64: few long rows are the faster way round."""
+    """Return mix·[C₁ … C_N]ᵀ, (r, n), float32, of columns Cᵢ, (n, kᵢ), summed in float64; the transpose would be slower."""
     total, done = mix.new_zeros(1, 1), 0
     for part in parts:
         here = mix[:, done : done + part.shape[1]]
@@ -291,7 +289,7 @@ def _mixed(parts: Iterable[Tensor], mix: Tensor) -> Tensor:
 
 
 def inner(first: Delta, second: Delta) -> float:
-    """⟨first, second⟩, the sum of products of their entries, accumulated in float64.
+    """Return ⟨first, second⟩, the sum of the products of entries, accumulated in float64.
 
     For factors: tr((B₁ᵀB₂)(A₂A₁ᵀ)), r₁·r₂·(out + in) products instead of out·in. For factors and a matrix D:
     the sum of B ∘ (D·Aᵀ), a band of rows at a time.
@@ -317,20 +315,22 @@ def _inner_by_rows(thin: LowRank, other: Delta) -> float:
 
 
 def inner_with_each(first: Delta, others: Iterable[Delta]) -> list[float]:
-    """⟨first, other⟩ for each of the others; as `inner`, with the factors of the first brought to float64 once."""
+    """Return ⟨first, other⟩ for each of the others, by `inner`; the factors of the first are converted to float64 once."""
     if isinstance(first, LowRank):
         first = LowRank(first.B.double(), first.A.double())
     return [inner(first, other) for other in others]
 
 
 def distance(first: Delta, second: Delta) -> float:
-    """‖first − second‖, the Frobenius norm of the difference, accumulated in float64."""
+    """Return ‖first − second‖, the Frobenius norm of the difference, accumulated in float64."""
     if isinstance(first, LowRank) and isinstance(second, LowRank):
         return norm(LowRank(torch.cat([first.B, -second.B], 1), torch.cat([first.A, second.A], 0)))
     return float(torch.linalg.vector_norm(first.dense().double() - second.dense().double()))
 
 
 def norm(delta: Delta) -> float:
-    """‖delta‖, the Frobenius norm, in float64."""
+    """Return ‖delta‖, the Frobenius norm, accumulated in float64."""
+    if not isinstance(delta, LowRank):
+        return float(torch.linalg.vector_norm(delta.dense(), dtype=torch.float64))
     square = inner(delta, delta)
     return 0.0 if square < 0 else math.sqrt(square)  # NaN stays NaN

@@ -1,20 +1,19 @@
-"""Elect: one sign per entry, and the disjoint merge of the entries that agree with it.
+"""Elect one sign per entry, and merge the values that agree with it.
 
-A `SignedSums` reads task vectors one at a time and keeps a handful of accumulators, so that its memory
-does not grow with their number. With x the trimmed, weighted task vectors and w their weights:
+`SignedSums` takes task vectors one at a time and holds a few sums, so that memory does not grow with their number. With x the trimmed,
+weighted task vectors and w their weights:
 
     P = Σ max(x, 0)    Q = Σ min(x, 0)    p, q = Σ |w| over x > 0, over x < 0
     sign = + where P + Q ≥ 0 (mass) or #(x > 0) ≥ #(x < 0) (count), else −
     mean = P/p or Q/q     sum = P or Q     max = largest x or smallest x
 
-The ablations of the paper leave a step out. Without an election both signs are combined: mean =
-(P + Q)/(p + q), sum = P + Q, max = the x of largest magnitude. Its "no disjoint mean" has two
-readings, both over all adapters: mean_elected = (P or Q)/Σ|w|, as the paper words it, and mean_all =
-(P + Q)/Σ|w|, as the authors' code has it, where the election no longer matters.
+The paper's ablations leave a step out. Without an election both signs are combined: mean = (P + Q)/(p + q), sum = P + Q, max = the x of
+largest magnitude. "No disjoint mean" has two readings, both over all adapters: mean_elected = (P or Q)/Σ|w|, as the paper words it, and
+mean_all = (P + Q)/Σ|w|, as the authors' code computes it, where the election does not matter.
 
 Source: Yadav et al., TIES-Merging (NeurIPS 2023), section 3, steps 2 and 3. A sum of exactly zero
-goes to +, as in PEFT (the authors' code asks the majority of the whole vector). With weights, PEFT
-elects before it weighs and divides by the count; mergekit elects after, as here, and divides by Σw.
+goes to +, as in PEFT (the authors' code takes the majority sign of the whole vector). With weights, PEFT
+elects before it weights and divides by the count; mergekit elects after, as here, and divides by Σw.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from torch import Tensor
 
 Elect = Literal["mass", "count"]
 Disjoint = Literal["mean", "sum", "max"]
-ElectRule = Literal["mass", "count", "none"]  # an election, or none
+ElectRule = Literal["mass", "count", "none"]  # with the ablation that holds no election
 DisjointRule = Literal[
     "mean", "sum", "max", "mean_elected", "mean_all"
-]  # a disjoint merge, or a mean over all adapters
-MIN_DIVISOR = 1e-30  # a divisor for entries that nobody kept: their numerator is exactly 0
+]  # with the ablations that divide by all adapters
+MIN_DIVISOR = 1e-30  # for entries that no adapter keeps: their numerator is exactly 0
 
 
 @dataclass(frozen=True)
 class MergeRule:
-    """How kept entries are elected and combined; as in `SignedSums`."""
+    """Say how signs are elected and values combined; as in `SignedSums`."""
 
     elect: ElectRule = "mass"
     disjoint: DisjointRule = "mean"
@@ -44,36 +43,37 @@ class MergeRule:
 
 
 class SignedSums:
-    """The running count of an election over entries of one shape.
+    """Sum the positive and the negative values of task vectors, entry by entry, for an election and a disjoint merge.
 
     Args:
-        room: (5, …), memory for the accumulators and one buffer; … is the shape of every vector cast.
-        elect: `mass` sums the values, `count` their signs; with `none` every value agrees.
+        memory: (5, …), for the sums and one buffer; … is the shape of every vector that is added.
+        elect: `mass` sums the values, `count` their signs; with `none` all values agree.
         disjoint: how agreeing entries are combined: `mean`, `sum` or `max`; `mean_elected` and `mean_all`
             (of both signs) divide by `total` instead of what agrees.
         normalize: whether the mean divides by Σ|w| of the agreeing entries or by their number.
         total: Σ|w| of all adapters, or their number.
-    Law: the result does not depend on the order of the additions beyond rounding, and equals that of
-        `disjoint_merge` on the stack.
+    Law: beyond rounding, the result does not depend on the order of the additions and equals `disjoint_merge` of the stack.
     """
 
     def __init__(
         self,
-        room: Tensor,
+        memory: Tensor,
         elect: ElectRule = "mass",
         disjoint: DisjointRule = "mean",
         normalize: bool = True,
         total: float = 1.0,
     ) -> None:
         self.elect, self.disjoint, self.normalize, self.total = elect, disjoint, normalize, total
-        self.positive, self.negative, self.plus, self.minus, self.buffer = room.zero_()
+        self.positive, self.negative, self.plus, self.minus, self.buffer = memory.zero_()
         self.sums = torch.zeros_like(self.buffer) if disjoint == "max" else None
-        self.weight_sums: tuple[Tensor, Tensor] | None = None  # Σ|w| a side, from the first weight that is not ±1
+        self.weight_sums: tuple[Tensor, Tensor] | None = (
+            None  # Σ|w| of each sign; until a weight is not ±1 it equals the counts
+        )
 
     def add(self, values: Tensor, weight: float = 1.0, below: float = 0.0) -> None:
-        """Count one trimmed, weighted task vector; zeros do not vote.
+        """Add one weighted task vector; what does not exceed `below` in magnitude is left out, as a trim would.
 
-        What does not exceed `below` in magnitude does not either, which saves a trim of its own; it must be 0 for `max`.
+        For `max` the vector must be trimmed already and `below` be 0.
         """
         if self.sums is not None:
             torch.maximum(self.positive, values, out=self.positive)
@@ -83,7 +83,7 @@ class SignedSums:
             self.weight_sums = (self.plus.clone(), self.minus.clone())
         sides = ((self.plus, self.positive, torch.gt, below), (self.minus, self.negative, torch.lt, -below))
         for side, (count, mass, compare, than) in enumerate(sides):
-            compare(values, than, out=self.buffer)  # as 0.0 and 1.0: torch is slow between bool and float
+            compare(values, than, out=self.buffer)  # as 0.0 and 1.0: torch is slow to convert bool to float
             count += self.buffer
             if self.sums is None:
                 mass.addcmul_(values, self.buffer)
@@ -91,7 +91,7 @@ class SignedSums:
                 self.weight_sums[side].add_(self.buffer, alpha=abs(weight))
 
     def elected(self, signs: Tensor | None = None) -> Tensor:
-        """1.0 where + is elected and 0.0 where −; where `signs` is not 0 it decides."""
+        """Return 1.0 where + is elected and 0.0 where −; where `signs` is given and not 0, its sign is taken."""
         if self.elect == "count":
             lead = self.plus - self.minus
         else:
@@ -101,7 +101,7 @@ class SignedSums:
         return torch.ge(lead, 0, out=self.buffer)
 
     def result(self, signs: Tensor | None = None) -> Tensor:
-        """The disjoint merge of all that was added, of the sums's shape."""
+        """Return the disjoint merge of all that was added."""
         if self.elect == "none" or self.disjoint == "mean_all":
             plus = minus = torch.ones_like(self.positive)
         else:
@@ -110,7 +110,7 @@ class SignedSums:
         return self._combine(plus, minus)
 
     def _combine(self, plus: Tensor, minus: Tensor) -> Tensor:
-        """The merge of the positive values where `plus` is 1 with the negative ones where `minus` is 1."""
+        """Return the merge of the positive values where `plus` is 1 and of the negative ones where `minus` is 1."""
         positive: Tensor = self.positive * plus
         negative: Tensor = self.negative * minus
         if self.disjoint == "max":
@@ -126,7 +126,7 @@ class SignedSums:
         return agreed.div_(divisor.clamp_min_(MIN_DIVISOR))
 
     def conflicts(self) -> tuple[int, int]:
-        """(entries with both signs among the kept values, entries kept by two adapters or more)."""
+        """Return how many entries have kept values of both signs, and how many are kept by two adapters or more."""
         both = torch.sign(self.plus).mul_(self.minus.sign())
         several = (self.plus + self.minus).sub_(1).clamp_(0, 1)
         conflicting, shared = torch.stack([both.sum(), several.sum()]).tolist()  # a device is waited for once
@@ -134,7 +134,7 @@ class SignedSums:
 
 
 def elect(vectors: Tensor, by: Elect = "mass") -> Tensor:
-    """The elected sign of every entry, +1 or −1.
+    """Return the elected sign of every entry, +1 or −1.
 
     Args:
         vectors: (N, …), trimmed and weighted.
@@ -148,7 +148,7 @@ def elect(vectors: Tensor, by: Elect = "mass") -> Tensor:
 
 
 def disjoint_merge(vectors: Tensor, signs: Tensor, by: Disjoint = "mean") -> Tensor:
-    """DisjointRule, entry by entry, the values whose sign is the elected one; 0 where there is none.
+    """Combine, entry by entry, the values whose sign is the elected one; 0 where there is none.
 
     Args:
         vectors: (N, …), trimmed.

@@ -1,8 +1,8 @@
-"""Order statistics: the values of some ranks among those that a method gives to the entries of an adapter.
+"""Find order statistics: the k-th largest of a value that a method computes for every entry of an adapter.
 
-They are exact and take two passes over the entries, in memory that does not grow with their number (radix
-selection): the first pass counts how often each upper half of a float32's bits occurs; the second counts the
-lower halves of those values whose upper half is that of the value sought.
+They are exact. Radix selection takes two passes over the entries, and memory that does not grow with their number: the first pass counts
+how often each upper half of a float32's bits occurs; the second counts the lower halves of the values that share the upper half of the
+k-th largest.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 from .collection import Ranking, TaskVectors
 from .tiles import ThreadPool
 
-HALF = 16  # bits of a value that one pass tells apart
+HALF = 16  # bits of a digit
 BINS = 1 << HALF
-TOGETHER = 64  # groups whose counts are held at once, half a megabyte for each rank
-Group = Hashable  # what names the entries that are ranked together
-Walk = Callable[[], Iterable[tuple[TaskVectors, Sequence[Group]]]]
+TOGETHER = 64  # groups that are counted in one pass, half a megabyte for each rank
+Group = Hashable  # the name of entries that are ranked together
+Parts = Callable[[], Iterable[tuple[TaskVectors, Sequence[Group]]]]
 Levels = dict[Group, tuple[float, ...]]
 
 
 def find_levels(
     rankings: Sequence[Ranking],
-    walk: Walk,
+    parts: Parts,
     densities: Mapping[Group, float],
     pool: ThreadPool,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
@@ -37,17 +37,16 @@ def find_levels(
     """Return the values of all ranks of all rankings for every group, in the order in which they are asked for.
 
     Args:
-        rankings: what a method asks for; the values of each are given the levels found by those before it.
-        walk: gives the parts of the task vectors that this process has, all rows at hand, and the group of each
-            task vector.
+        rankings: what a method asks for; the values of each one may use the levels of those before it.
+        parts: returns an iterator over the parts of modules that this process has, each with the group of every task vector.
         densities: for every group, also of other processes, the share of its entries that the method keeps.
         pool: the threads.
-        gather: gives what every process found.
+        gather: returns what every process found.
     Law: the value of rank k is the k-th of all values of the group, sorted from the largest, to the bit.
     """
     levels: Levels = dict.fromkeys(densities, ())
     for ranking in rankings:
-        search = _Search(ranking, walk, levels, pool, gather)
+        search = _RankSearch(ranking, parts, levels, pool, gather)
         groups = list(densities)
         found: Levels = {}
         for start in range(0, len(groups), TOGETHER):
@@ -57,24 +56,24 @@ def find_levels(
 
 
 def with_own_levels(rankings: Sequence[Ranking], part: TaskVectors, pool: ThreadPool) -> TaskVectors:
-    """Return the task vectors of one part with their levels, each ranked among the entries at hand."""
+    """Return the task vectors of one part with their levels, each ranked among the selected entries."""
     groups = range(len(part))
     levels = find_levels(rankings, lambda: [(part, groups)], dict(enumerate(part.densities or [1.0] * len(part))), pool)
     return replace(part, levels=[levels[group] for group in groups])
 
 
 @dataclass(frozen=True)
-class _Search:
-    """The search for the ranks of one ranking; the arguments of `find_levels`, and the levels that are known."""
+class _RankSearch:
+    """Find the values at the ranks of one ranking; see `find_levels` for the attributes, and `levels` are those that are known."""
 
     ranking: Ranking
-    walk: Walk
+    parts: Parts
     levels: Levels
     pool: ThreadPool
     gather: Callable[[Any], list[Any]]
 
     def select(self, densities: Mapping[Group, float]) -> Levels:
-        """The values of the ranks of some groups."""
+        """Return the values at the ranks of some groups."""
         sought: dict[Group, list[tuple[int, int]]] = {}
         for group, (counts,) in self._count(densities, lambda group, keys: [_upper(keys)]).items():
             ranks = self.ranking.ranks(int(counts.sum()), densities[group])
@@ -93,7 +92,7 @@ class _Search:
     def _count(
         self, groups: Mapping[Group, float], digits: Callable[[Group, Tensor], Sequence[Tensor]]
     ) -> dict[Group, Tensor]:
-        """How often each digit occurs in each group: for each sequence of digits a row of `BINS` counts."""
+        """Return how often each digit occurs in each group, a row of BINS counts for each sequence that `digits` returns."""
         own: dict[Group, Tensor] = {}
         lock = threading.Lock()
 
@@ -105,7 +104,7 @@ class _Search:
                     with lock:
                         own[group] = own[group].add_(counts) if group in own else counts
 
-        for part, names in self.walk():
+        for part, names in self.parts():
             known = replace(part, levels=[self.levels[group] for group in names])
             grid = self.pool.tiles(part.shape, part.device)
             tiles = [replace(known, rows=rows, tile=number) for number, rows in enumerate(grid)]
@@ -115,7 +114,7 @@ class _Search:
 
 
 def _keys(values: Tensor) -> Tensor:
-    """Whole numbers of 32 bits in the order of float32 values, flat: the bits, those of negative values turned round."""
+    """Return 32-bit integers in the order of float32 values, flat: their bits, inverted below the sign for negative values."""
     bits = values.contiguous().view(-1).view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -125,13 +124,13 @@ def _upper(keys: Tensor) -> Tensor:
 
 
 def _value(upper: int, lower: int) -> float:
-    """The float32 whose key has these halves."""
+    """Return the float32 whose key has these halves."""
     key = ((upper - BINS // 2) << HALF) | lower
     return float(np.array(key ^ 0x7FFFFFFF if key < 0 else key, np.int32).view(np.float32))
 
 
 def _locate(counts: Tensor, rank: int) -> tuple[int, int]:
-    """(the digit of the value of a rank, its rank among the values that have this digit)."""
+    """Return the digit of the value at a rank, and the rank among the values that have this digit."""
     reached = counts.flip(0).cumsum(0)
     place = int((reached < rank).sum())
     return BINS - 1 - place, rank - int(reached[place] - counts[BINS - 1 - place])

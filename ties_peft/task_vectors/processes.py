@@ -1,9 +1,8 @@
-"""Processes: one merge by several processes, on any number of machines; a no-op when alone.
+"""Divide one merge among several processes, on any number of machines.
 
-`torchrun -m ties_peft merge …` and `accelerate launch -m ties_peft merge …` start the processes and tell
-each its number; there is no scheduler here. The modules are shared out by cost, and what all must know
-is gathered. Every module is computed by one process as it would be alone, and what is gathered does not
-depend on who sends it, so that the result has the same bytes for any number of processes.
+`torchrun -m ties_peft merge …` and `accelerate launch -m ties_peft merge …` start the processes and number them. The modules are divided
+by cost. One process computes a module as it would alone, and what all need is gathered in the processes' order, so that the result has
+the same bytes for any number of processes.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that work on one merge.
+    """Stand for the processes that work on one merge.
 
     Attributes:
-        number: of this one, from 0.
-        size: how many there are.
+        number: of this process, from 0.
+        size: how many processes there are.
     """
 
     number: int = 0
@@ -35,13 +34,15 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one speaks and writes for all."""
+        """Whether this process prints and writes for all."""
         return self.number == 0
 
     def share(self, costs: Mapping[str, float]) -> list[str]:
-        """The names that are this process's, in their order: the dearest first to whoever has least to do.
+        """Return the names that this process works on, in their order.
 
-        Law: every name is one process's, and every process knows whose.
+        Names are assigned by falling cost, each to the process with the lowest cost so far.
+
+        Law: every name belongs to one process, and all processes agree on which.
         """
         loads = [0.0] * self.size
         owners = {}
@@ -51,9 +52,9 @@ class ProcessGroup:
         return [name for name in costs if owners[name] == self.number]
 
     def gather(self, value: Value) -> list[Value]:
-        """What each process gives, by their numbers; all must ask, in the same order.
+        """Return the values of all processes, by their numbers; all must call this, in the same order.
 
-        Raises: ProcessError where one of them is gone.
+        Raises: ProcessError if one of them has ended.
         """
         if self.size == 1:
             return [value]
@@ -63,7 +64,7 @@ class ProcessGroup:
         except RuntimeError as error:
             raise ProcessError(
                 f"process {self.number} of {self.size} lost another one ({one_line(error)}). "
-                "Nothing was written; what the other one said last tells why. Start the job again."
+                "Nothing was written. Read the last output of the other process, and start the job again."
             ) from None
         return values
 
@@ -73,9 +74,9 @@ SINGLE_PROCESS = ProcessGroup()
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """The processes that a launcher started together, connected through gloo; alone without one.
+    """Connect the processes that a launcher started, through gloo; without a launcher there is one process.
 
-    A launcher is known by the variables it sets: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    A launcher is recognised by the variables that it sets: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size < 2 or "RANK" not in os.environ:

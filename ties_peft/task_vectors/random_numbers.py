@@ -1,8 +1,7 @@
-"""Draws: random numbers that depend on what they are for, never on when or where they are drawn.
+"""Draw random numbers that depend on the entry they are for, and on nothing else.
 
-Every entry of a task vector has its own uniform number, a function of (seed, module, part, adapter's
-digest, entry's index) through a counter-based generator. So any tiling, any number of threads or
-processes, and any device see the same mask.
+Every entry of a task vector has one uniform number, which a counter-based generator computes from (seed, module, part, digest of the
+adapter, index of the entry). Any tiling, number of threads or processes, and device therefore give the same mask.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011): Philox.
 """
@@ -15,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 4  # numbers that one step of the counter gives
+BLOCK = 4  # numbers for each value of the counter
 
 
 def stream_key(seed: int, module: str, part: int, digest: str) -> int:
-    """A 128-bit key for the entries of one part of one module of one adapter."""
+    """Return the 128-bit key of the random numbers of one part of one module of one adapter."""
     text = f"{seed}\n{module}\n{part}\n{digest}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
 
 
 def uniform(stream: int, start: int, shape: tuple[int, ...]) -> Tensor:
-    """Uniform float32 numbers in [0, 1) for the entries start, start + 1, … of a stream.
+    """Return uniform float32 numbers in [0, 1) for the entries start, start + 1, … of a stream.
 
     Law: uniform(k, 0, (n,))[a:b] = uniform(k, a, (b − a,)).
     """

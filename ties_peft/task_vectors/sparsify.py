@@ -1,7 +1,6 @@
-"""Sparsify: which entries of a task vector stay, by chance, by rank or by score; and sums over many vectors.
+"""Sparsify task vectors at random, by rank or by score, a tile or a module at a time.
 
-What `trim` is for magnitudes over a whole adapter, these are for a tile or a module at a time. The
-random ones are handed their uniform numbers (see `random_numbers`): they draw nothing themselves.
+`trim` does so by magnitude. Functions that drop at random take their uniform numbers as arguments (see `random_numbers`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from .trim import Cut
 
 
 def add_up(vectors: Iterable[Tensor]) -> Tensor:
-    """Σ of vectors, of which there is at least one; each may be overwritten once the next is asked for.
+    """Return the sum of vectors, of which there is at least one; each may be overwritten when the next one is computed.
 
     >>> add_up(torch.tensor([float(n)]) for n in (1, 2, 4))
     tensor([7.])
@@ -46,12 +45,12 @@ def drop_(values: Tensor, numbers: Tensor, keep: float | Tensor) -> Tensor:
 
 
 def keep_probability(values: Tensor, density: float, epsilon: float) -> Tensor:
-    """Probabilities that rise in even steps with the rank of the magnitude within its row, from density − ε to density + ε.
+    """Return probabilities that rise in even steps with the rank of the magnitude within its row, from density − ε to density + ε.
 
     Args:
         values: (…, n), rows in the last dimension.
         density: the mean probability, in (0, 1].
-        epsilon: ε ≥ 0; where density ± ε would leave [0, 1] it is made as small as that takes.
+        epsilon: ε ≥ 0; it is reduced where density ± ε would leave [0, 1].
     Law: every row's mean is `density`; of equal magnitudes the later has the higher probability.
 
     >>> keep_probability(torch.tensor([3.0, -1.0, 2.0]), 0.5, 0.25)
@@ -69,28 +68,27 @@ def keep_probability(values: Tensor, density: float, epsilon: float) -> Tensor:
 def drop_by_rank_(
     values: Tensor, numbers: Tensor, density: float, epsilon: float, whole: Tensor | None = None, start: int = 0
 ) -> Tensor:
-    """`drop_` with `keep_probability`, in place.
+    """Drop entries by `drop_` with the probabilities of `keep_probability`, in place.
 
     Args:
         values, numbers, density, epsilon: as there.
-        whole: the vector whose entries from `start` on `values` are, if it is a stretch of one: all of
-            it is ranked.
+        whole: the whole vector, if `values` are its entries from `start` on; all of it is ranked.
         start: see `whole`.
     """
     if whole is None:
         return drop_(values, numbers, keep_probability(values, density, epsilon))
-    stretch = keep_probability(whole, density, epsilon)[start : start + len(values)]
-    return drop_(values, numbers, stretch)
+    probabilities = keep_probability(whole, density, epsilon)[start : start + len(values)]
+    return drop_(values, numbers, probabilities)
 
 
 def band_(values: Tensor, cuts: tuple[Cut, ...], tile: int) -> Tensor:
-    """Keep the entries between two cuts, in place: what the second keeps and the first does not."""
+    """Keep the entries that the second cut keeps and the first does not, in place."""
     above = cuts[0].apply_(values.clone(), tile)
     return cuts[1].apply_(values, tile).sub_(above)
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """A mask of exactly `count` entries, from 1 up to their number, none of them smaller than the others.
+    """Return a mask of exactly `count` entries, from 1 up to their number, none of them smaller than the others.
 
     Law: of entries that equal the threshold the first in row-major order are in the mask.
 

@@ -1,7 +1,7 @@
-"""Steps: what is done to each task vector as it is read, before the vectors are combined.
+"""Change task vectors as they are read, before they are combined.
 
-A step changes the rows at hand of one vector in place. Steps are added by the verbs of `TaskVectors` and do nothing until
-the vectors are read.
+A step changes the selected rows of one vector in place. Methods of `TaskVectors` such as `trim` add steps, which do nothing until the
+vectors are read.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .trim import Cut, Trim
 Cuts = Sequence[tuple[Cut, ...]]  # for each task vector, a cut for each density
 
 
-class RowsAtHand(Protocol):
-    """What a step may know of the task vectors that it changes; see `TaskVectors`."""
+class SelectedRows(Protocol):
+    """Say what a step may know of the task vectors that it changes; see `TaskVectors`."""
 
     @property
     def deltas(self) -> Sequence[Delta]:
@@ -29,7 +29,7 @@ class RowsAtHand(Protocol):
 
     @property
     def rows(self) -> tuple[int, int] | None:
-        """The range of rows at hand; None for all."""
+        """The range of selected rows; None for all."""
 
     @property
     def tile(self) -> int:
@@ -37,32 +37,32 @@ class RowsAtHand(Protocol):
 
     @property
     def start(self) -> int:
-        """The flat index of the first entry at hand."""
+        """The flat index of the first selected entry."""
 
-    def share(self, place: int, density: float) -> float:
-        """Return the share to keep of one task vector, where `density` is asked of all."""
+    def density_of(self, place: int, density: float) -> float:
+        """Return the density of one task vector, if the method asks for `density`."""
 
     def uniform(self, place: int) -> Tensor:
-        """Return one random number for each entry at hand of one task vector."""
+        """Return one random number for each selected entry of one task vector."""
 
 
 class Step(Protocol):
-    """A change of every task vector, made as it is read."""
+    """Change every task vector as it is read."""
 
     @property
     def idle(self) -> bool:
-        """Whether it is known, from what was asked, to change nothing."""
+        """Whether it keeps every entry, whatever the values."""
 
-    def apply(self, vectors: RowsAtHand, place: int, values: Tensor) -> Tensor:
-        """Change the rows at hand of one task vector, in place, and return them."""
+    def apply(self, vectors: SelectedRows, place: int, values: Tensor) -> Tensor:
+        """Change the selected rows of one task vector, in place, and return them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trimmed:
-    """Cut each vector below a threshold, or outside of a band of magnitudes.
+    """Set the entries of each vector below its threshold to zero, or those outside a band of magnitudes.
 
     Attributes:
-        trim: what was asked.
+        trim: the trim that was asked for.
         find: finds the cuts; called once.
     """
 
@@ -79,8 +79,8 @@ class Trimmed:
         """The cuts, found when they are first asked for."""
         return self.find()
 
-    def apply(self, vectors: RowsAtHand, place: int, values: Tensor) -> Tensor:
-        """Set what is cut to zero."""
+    def apply(self, vectors: SelectedRows, place: int, values: Tensor) -> Tensor:
+        """Set the entries that are not kept to zero: by one cut, or between two."""
         cuts = self.cuts[place]
         if vectors.rows is None:
             cuts = tuple(cut.untiled() for cut in cuts)
@@ -89,7 +89,7 @@ class Trimmed:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Keep each entry with probability density, divided by it; with `epsilon`, larger ones more likely."""
+    """Keep each entry with probability `density`, divided by it; with `epsilon`, larger entries with a higher probability."""
 
     density: float
     epsilon: float | None = None
@@ -99,10 +99,10 @@ class Dropped:
         """Whether all entries are kept."""
         return self.density == 1
 
-    def apply(self, vectors: RowsAtHand, place: int, values: Tensor) -> Tensor:
-        """Set what is dropped to zero, and rescale the rest."""
+    def apply(self, vectors: SelectedRows, place: int, values: Tensor) -> Tensor:
+        """Set the entries that are dropped to zero, and rescale the others."""
         numbers = vectors.uniform(place)
-        density = vectors.share(place, self.density)
+        density = vectors.density_of(place, self.density)
         if self.epsilon is None:
             return drop_(values, numbers, density)
         delta = vectors.deltas[place]

@@ -1,9 +1,8 @@
-"""Basis: what the factors of many task vectors span together, in orthonormal directions, the largest first.
+"""Find orthonormal bases of the space that the factors of many task vectors span, the largest directions first.
 
-Of K columns of length n the directions come from the Gram matrix of the columns, (K, K), where they are
-few; from that of the rows, (n, n), where they are more than their own length; and where both are large,
-from the leading MAX_GRAM_SIDE of them, found by a sketch and refined. Only that last road loses anything, and
-what it loses is measured and reported. No array is of K × K beyond MAX_GRAM_SIDE.
+The basis of K columns of length n comes from the Gram matrix of the columns, (K, K), if they are few; from that of the rows, (n, n), if
+there are more columns than rows; and if both numbers are large, from a sketch of the MAX_GRAM_SIDE leading directions, which is refined.
+Only the sketch loses energy, and the report says how much. No array of K × K is made beyond MAX_GRAM_SIDE.
 
 Source of the sketch: Halko, Martinsson and Tropp (2011), algorithm 4.4.
 """
@@ -20,40 +19,39 @@ from .delta import Delta, LowRank, Span, eigh, gram, inner
 from .factorise import MAX_GRAM_SIDE, decompose, gram_is_cheaper
 
 FLOAT32 = torch.finfo(torch.float32).eps
-SQUARE = 4096  # lengths up to which the Gram matrix of the rows is made
-STRIP = 256  # columns that are worked on at a time
-ROUNDS = 3  # of a sketch, beyond its first look; of a flat spectrum it then loses under a fifth more than it must
-ROUNDING = 1e-6  # a share of energy that float32 may lose
+SQUARE = 4096  # length n up to which the Gram matrix of the rows is made
+STRIP = 256  # columns that are computed with at a time
+ROUNDS = 3  # that refine a sketch; on a flat spectrum it then loses less than a fifth more than the best basis
+ROUNDING = 1e-6  # the share of energy that float32 may lose
 
-Blocks = Callable[[], Iterable[Tensor]]  # columns side by side, (n, kᵢ) each, as often as one asks
+Blocks = Callable[[], Iterable[Tensor]]  # returns an iterator over blocks of columns, (n, kᵢ) each, at every call
 
 
 def directions(gram: Tensor, negligible: float | None = None) -> tuple[Tensor, Tensor]:
-    """The squared singular values of a matrix M and its right singular vectors, the largest first, given MᵀM.
+    """Return the squared singular values of a matrix M and its right singular vectors, the largest first, given MᵀM.
 
     Args:
         gram: MᵀM, (K, K), float64.
-        negligible: the share of the largest singular value under which a direction is rounding; by
-            default that of K columns in float32. Adapters that share directions do so to rounding
-            only, and a basis that held the difference would have coordinates nobody is in.
-    Returns: (k,) and (K, k). k is at least 1, so that there is a space at all: M = 0 has one vector of zeros.
+        negligible: the share of the largest singular value below which a direction is rounding; by default that of K columns in float32.
+            Adapters that share directions share them to rounding only, and a basis must not include the difference.
+    Returns: (k,) and (K, k). k is at least 1: M = 0 has one vector of zeros.
     """
     share = FLOAT32 * len(gram) if negligible is None else negligible
     values, vectors = eigh(gram)
-    there = values > share**2 * values[-1].clamp_min(0)
-    if not there.any():
+    keep = values > share**2 * values[-1].clamp_min(0)
+    if not keep.any():
         return values.new_ones(1), vectors.new_zeros(len(gram), 1)
-    return values[there].flip(0), vectors[:, there].flip(1)
+    return values[keep].flip(0), vectors[:, keep].flip(1)
 
 
 def orthonormal(gram: Tensor, negligible: float | None = None) -> Tensor:
-    """X, (K, k), such that M·X holds the left singular vectors of M; see `directions`."""
+    """Return X, (K, k), such that M·X has the left singular vectors of M as columns; see `directions`."""
     values, vectors = directions(gram, negligible)
     return vectors / values.sqrt()
 
 
 def canonical(span: Span) -> list[tuple[Tensor, Tensor]]:
-    """For each task vector X, (rᵢ, k), and Y, (k, rᵢ): Bᵢ·X = U·√S and Y·Aᵢ = √S·Vᵀ of its own decomposition.
+    """Return, for each task vector, X (rᵢ, k) and Y (k, rᵢ) with Bᵢ·X = U·√S and Y·Aᵢ = √S·Vᵀ of its decomposition.
 
     A task vector of zeros has one direction of zeros.
 
@@ -63,7 +61,7 @@ def canonical(span: Span) -> list[tuple[Tensor, Tensor]]:
 
 
 def canonical_one(delta: LowRank) -> tuple[Tensor, Tensor]:
-    """As `canonical`, of one task vector alone."""
+    """Return X and Y, as `canonical` does, for one task vector."""
     B, A = delta.B.double(), delta.A.double()
     return _pair(B.T @ B, A @ A.T)
 
@@ -74,16 +72,16 @@ def _pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def has_many_columns(deltas: Sequence[Delta]) -> bool:
-    """Whether task vectors have more columns together than a Gram matrix of them is worth, or may have."""
+    """Return whether task vectors have too many columns together for a Gram matrix of them."""
     return not gram_is_cheaper(sum(delta.rank for delta in deltas), min(deltas[0].shape))
 
 
 def pack_factors(pairs: Iterable[tuple[Tensor, Tensor]], numbers: int) -> list[LowRank]:
-    """Pairs of factors as float32 in one piece of memory, where what made them leaves no holes between them.
+    """Return pairs of factors as float32 in one piece of memory, so that temporary arrays do not fragment it.
 
     Args:
         pairs: (k₁, rᵢ) and (rᵢ, k₂).
-        numbers: how many all of them hold.
+        numbers: the entries of all of them together.
     """
     found: list[LowRank] = []
     room: Tensor | None = None
@@ -95,27 +93,27 @@ def pack_factors(pairs: Iterable[tuple[Tensor, Tensor]], numbers: int) -> list[L
     return found
 
 
-def lost_energy(deltas: Iterable[Delta], seen: Iterable[Delta]) -> float:
-    """The share of the energy of task vectors that is not in what a basis shows of them, in [0, 1]; 0 if it is rounding."""
-    whole, there = (sum(inner(delta, delta) for delta in some) for some in (deltas, seen))
-    share = 1 - there / whole if whole else 0.0
+def lost_energy(deltas: Iterable[Delta], coordinates: Iterable[Delta]) -> float:
+    """Return the share of the energy of task vectors that their coordinates lack, in [0, 1]; 0 if it is rounding."""
+    whole, kept = (sum(inner(delta, delta) for delta in some) for some in (deltas, coordinates))
+    share = 1 - kept / whole if whole else 0.0
     return share if share > ROUNDING else 0.0
 
 
 class ExplicitBases:
-    """Stands for a `Span` where bases are held as they are: what these are multiplied with is brought back by that."""
+    """Replace a `Span` where the bases themselves are held: a product with them is in the module's coordinates already."""
 
     def columns(self, mix: Tensor) -> Tensor:
-        """The columns, (out, r), float32."""
+        """Return the columns, (out, r), float32."""
         return mix.float()
 
     def rows(self, mix: Tensor) -> Tensor:
-        """The rows, (r, in), float32."""
+        """Return the rows, (r, in), float32."""
         return mix.float()
 
 
 def basis(blocks: Blocks, negligible: float | None = None) -> tuple[Tensor, bool]:
-    """Orthonormal directions of what columns span, (n, k), float64, the largest first; and whether they are all.
+    """Return an orthonormal basis of columns, (n, k), float64, the largest directions first; and whether it is complete.
 
     Args:
         blocks: the columns.
@@ -131,18 +129,18 @@ def basis(blocks: Blocks, negligible: float | None = None) -> tuple[Tensor, bool
             total.addmm_(block.double(), part)
         return total, True
     if length <= SQUARE:
-        return directions(_spread(blocks, length), negligible)[1], True
-    return _sketched(blocks, length), False
+        return directions(_row_gram(blocks, length), negligible)[1], True
+    return _sketch(blocks, length), False
 
 
 def coordinates(vectors: Tensor, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Qᵀ·C of every block of columns C, (k, kᵢ), many of them in one product; Q is (n, k)."""
+    """Yield Qᵀ·C for every block of columns C, (k, kᵢ), computed for many blocks at a time; Q is (n, k)."""
     for batch in _batches(blocks):
         yield from torch.split(vectors.T @ torch.cat(batch, 1), [block.shape[1] for block in batch], dim=1)
 
 
-def _spread(blocks: Blocks, length: int) -> Tensor:
-    """Σ C·Cᵀ over all blocks C, (n, n)."""
+def _row_gram(blocks: Blocks, length: int) -> Tensor:
+    """Return Σ C·Cᵀ over all blocks C, (n, n)."""
     total: Tensor | None = None
     for strip in _strips(blocks):
         total = strip.new_zeros(length, length) if total is None else total
@@ -151,27 +149,27 @@ def _spread(blocks: Blocks, length: int) -> Tensor:
     return total
 
 
-def _sketched(blocks: Blocks, length: int) -> Tensor:
-    """The leading MAX_GRAM_SIDE directions, nearly: a random look at the columns, and a few more along what it saw."""
+def _sketch(blocks: Blocks, length: int) -> Tensor:
+    """Return nearly the MAX_GRAM_SIDE leading directions: a random mixture of the columns, refined by subspace iteration."""
     draw = torch.Generator().manual_seed(0)
-    seen: Tensor | None = None
+    sketch: Tensor | None = None
     for strip in _strips(blocks):
         mix = torch.randn(strip.shape[1], MAX_GRAM_SIDE, generator=draw).to(strip)
-        seen = strip @ mix if seen is None else seen.addmm_(strip, mix)
-    assert seen is not None
+        sketch = strip @ mix if sketch is None else sketch.addmm_(strip, mix)
+    assert sketch is not None
     for _ in range(ROUNDS):
-        Q = torch.linalg.qr(seen).Q
-        seen = torch.zeros_like(seen[:, : Q.shape[1]])
+        Q = torch.linalg.qr(sketch).Q
+        sketch = torch.zeros_like(sketch[:, : Q.shape[1]])
         for strip in _strips(blocks):
-            seen.addmm_(strip, strip.T @ Q)
-    Q = torch.linalg.qr(seen).Q
-    turn = directions(_spread(lambda: (Q.T @ strip for strip in _strips(blocks)), Q.shape[1]))[1]
-    leading: Tensor = Q @ turn
+            sketch.addmm_(strip, strip.T @ Q)
+    Q = torch.linalg.qr(sketch).Q
+    rotation = directions(_row_gram(lambda: (Q.T @ strip for strip in _strips(blocks)), Q.shape[1]))[1]
+    leading: Tensor = Q @ rotation
     return leading
 
 
 def _batches(blocks: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The same blocks, float64, of some STRIP columns at a time."""
+    """Yield the blocks in float64, about STRIP columns at a time."""
     waiting: list[Tensor] = []
     for block in blocks:
         waiting.append(block.double())
@@ -183,12 +181,12 @@ def _batches(blocks: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _strips(blocks: Blocks) -> Iterator[Tensor]:
-    """All columns, some STRIP of them at a time."""
+    """Return an iterator over all columns, about STRIP at a time."""
     return (torch.cat(batch, 1) for batch in _batches(blocks()))
 
 
 def products(deltas: Sequence[LowRank]) -> Tensor:
-    """⟨Δᵢ, Δⱼ⟩, (N, N), float64: sums over blocks of BᵀB ∘ A·Aᵀ, of which a strip is there at a time."""
+    """Return ⟨Δᵢ, Δⱼ⟩, (N, N), float64: sums over blocks of BᵀB ∘ A·Aᵀ, of which a few are computed at a time."""
     found = torch.zeros(len(deltas), len(deltas), dtype=torch.float64, device=deltas[0].B.device)
     groups = _groups([delta.rank for delta in deltas])
     for number, mine in enumerate(groups):
@@ -202,7 +200,7 @@ def products(deltas: Sequence[LowRank]) -> Tensor:
 
 
 def _groups(ranks: Sequence[int]) -> list[range]:
-    """Runs of task vectors, of about STRIP columns each."""
+    """Return ranges of successive task vectors that have about STRIP columns together."""
     edges, width = [0], 0
     for place, rank in enumerate(ranks):
         width += rank
@@ -213,7 +211,7 @@ def _groups(ranks: Sequence[int]) -> list[range]:
 
 
 def _side_by_side(deltas: Sequence[LowRank], places: range) -> tuple[Tensor, Tensor, Tensor]:
-    """B, A and whose column is whose, (Σr, N), of some of them, float64."""
+    """Return B and A of some task vectors, and a matrix that assigns their columns to them, (Σr, N), float64."""
     some = [deltas[place] for place in places]
     B, A = torch.cat([d.B.double() for d in some], 1), torch.cat([d.A.double() for d in some], 0)
     owner = torch.block_diag(*(B.new_ones(delta.rank, 1) for delta in some))  # type: ignore[no-untyped-call]

@@ -1,9 +1,8 @@
-"""Tiles: the fixed row blocks in which a large task vector is worked on, and the threads that do it.
+"""Divide a large task vector into tiles of rows, and compute them in several threads.
 
-A tile is small enough to stay in a core's cache. The grid depends on the shape, on the sort of device and
-on what loops work through it, never on the number of threads, and every tile is computed by one thread:
-hence the same bits for any number of threads. Buffers belong to a thread and are used again, because
-fresh memory costs more than the arithmetic done in it.
+A tile is small enough to stay in a core's cache. The tiles depend on the shape, the sort of device and the kernels in use, never on the
+number of threads, and one thread computes a tile alone: any number of threads gives the same bits. Each thread reuses its buffers,
+because new memory costs more than the arithmetic that is done in it.
 """
 
 from __future__ import annotations
@@ -21,28 +20,28 @@ from torch import Tensor
 
 from .kernels.backends import Kernels
 
-TILE = 1 << 18  # entries a tile holds, about: a megabyte in float32; smaller ones make threads wait for each other
-KERNEL_TILES = (
-    2  # times as many for compiled loops, which hold a few of them at a time and read some factors anew for each
-)
-DEVICE_TILE = 1 << 22  # on another device, where an operation on less takes as long as asking for it
+TILE = 1 << 18  # entries of a tile, about: a megabyte in float32; with smaller ones threads wait for each other
+KERNEL_TILES = 2  # times as large a tile for compiled kernels, which pack the columns of A anew for each tile
+DEVICE_TILE = 1 << 22  # entries of a tile on another device, where a smaller operation takes no less time
 Result = TypeVar("Result")
 
 
-def tiles(shape: Sequence[int], device: torch.device, tall: int = 1) -> list[tuple[int, int]]:
-    """The row ranges (start, stop) of a shape's tiles on a device, in order; whole rows, at least one each.
+def tiles(shape: Sequence[int], device: torch.device, factor: int = 1) -> list[tuple[int, int]]:
+    """Return the row ranges (start, stop) of a shape's tiles on a device, in order.
 
     Args:
-        tall: how many times as large as others they are on the CPU.
+        shape: of the task vector; rows first.
+        device: that holds it.
+        factor: how many times as large as TILE they are on the CPU.
     """
     length = shape[0]
     width = shape[1] if len(shape) > 1 else 1
-    step = max(1, (tall * TILE if device.type == "cpu" else DEVICE_TILE) // max(1, width))
+    step = max(1, (factor * TILE if device.type == "cpu" else DEVICE_TILE) // max(1, width))
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def empty(shape: Sequence[int], device: torch.device) -> Tensor:
-    """New float32 memory; large memory by NumPy, which asks for large pages: they come ten times as fast."""
+    """Return new float32 memory; on the CPU from NumPy, whose large pages are there ten times as fast."""
     return (
         torch.from_numpy(np.empty(tuple(shape), np.float32))
         if device.type == "cpu"
@@ -51,10 +50,10 @@ def empty(shape: Sequence[int], device: torch.device) -> Tensor:
 
 
 class ThreadPool:
-    """A few threads that work through tiles, each with its own scratch memory.
+    """Run threads that work through tiles, each with its own scratch memory.
 
     Attributes:
-        threads: how many.
+        threads: their number.
         kernels: the compiled functions that they run; None for torch's.
     """
 
@@ -66,25 +65,24 @@ class ThreadPool:
         self._process = os.getpid()
 
     def tiles(self, shape: Sequence[int], device: torch.device) -> list[tuple[int, int]]:
-        """The tiles in which it works through a shape."""
+        """Return the tiles in which these threads work through a shape."""
         return tiles(shape, device, 1 if self.kernels is None else KERNEL_TILES)
 
     def map(self, work: Callable[..., Result], items: Sequence[object], little: bool = False) -> list[Result]:
-        """work(item) for every item; results in the items' order whatever thread made them.
-
-        Where it is `little` all together, it is done here before others would have woken up.
-        """
+        """Return work(item) for every item, in order; where `little` is to be done, without other threads."""
         if self._pool is None or len(items) < 2 or little:
             return [work(item) for item in items]
         results: list[Any] = [None] * len(items)
-        turns = iter(range(len(items)))  # whoever is free takes the next: a future for each would cost as much as it
+        turns = iter(
+            range(len(items))
+        )  # each thread takes the next item: a future for each would cost as much as the item
 
         def take() -> None:
             try:
                 for turn in turns:
                     results[turn] = work(items[turn])
             except BaseException:
-                for _ in turns:  # nothing more to do for anybody
+                for _ in turns:  # no thread goes on
                     pass
                 raise
 
@@ -93,14 +91,20 @@ class ThreadPool:
         return results
 
     def submit(self, work: Callable[[], Result]) -> Callable[[], Result]:
-        """Have one thread do something while the others go on; what comes back waits for it.
+        """Start work in another thread; return a function that waits for its result.
 
-        Where there are no others it is done then.
+        If there is no other thread, that function does the work.
         """
         return work if self._pool is None else self._pool.submit(work).result
 
     def scratch(self, name: str, shape: Sequence[int], like: torch.device) -> Tensor:
-        """A float32 buffer of this thread, its content left from the last use."""
+        """Return a float32 buffer of this thread, which holds what its last use left there.
+
+        Args:
+            name: of the purpose; buffers of two names do not overlap.
+            shape: of the buffer.
+            like: the device.
+        """
         count = 1
         for length in shape:
             count *= length
@@ -113,26 +117,26 @@ class ThreadPool:
 
     @property
     def usable(self) -> bool:
-        """Whether it is as many threads as torch would use now, and they are this process's: a fork has none."""
+        """Whether it has as many threads as torch would use now, in this process: a fork has no threads."""
         return self.threads == max(1, torch.get_num_threads()) and self._process == os.getpid()
 
     def close(self) -> None:
-        """End the threads and let go of their memory."""
+        """End the threads and free their memory."""
         if self._pool is not None:
             self._pool.shutdown()
 
 
 @contextmanager
 def thread_pool(kept: list[ThreadPool] | None = None, kernels: Kernels | None = None) -> Iterator[ThreadPool]:
-    """Threads as many as torch would use, each computing alone; torch's own setting is put back after.
+    """Provide as many threads as torch would use, while torch uses one thread in each; restore its setting afterwards.
 
     Args:
-        kept: holds those of an earlier call, and then of this one: threads to go on with, and memory that
-            is there already, which takes longer to get than to fill. None lets go of them after.
+        kept: a list of the pool of an earlier call, which is reused with its memory, or an empty one; it then holds this call's pool.
+            None if the pool shall be closed afterwards.
         kernels: the compiled functions that they run.
 
-    One thread per operation is what makes a result independent of the number of threads, and on
-    tiles it is also the faster way: a parallel region for 0.1 ms of work costs as much as the work.
+    One thread per operation makes a result independent of the number of threads. On tiles it is also faster: a parallel region for 0.1 ms
+    of work costs as much as the work.
     """
     pool = kept[0] if kept and kept[0].usable else ThreadPool(torch.get_num_threads())
     pool.kernels = kernels
@@ -148,7 +152,7 @@ def thread_pool(kept: list[ThreadPool] | None = None, kernels: Kernels | None = 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Products on a GPU in full float32, no TF32, whatever the process allows; its own setting is put back after."""
+    """Multiply in full float32 on a GPU, never in TF32; restore the process's setting afterwards."""
     matmul: Any = torch.backends.cuda.matmul
     name, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     before = getattr(matmul, name)
@@ -161,7 +165,7 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def threads_fixed(count: int = 1) -> Iterator[None]:
-    """So many threads to an operation of torch's, so that a sum has the same bits on any number of cores."""
+    """Let torch use so many threads in an operation, so that a sum has the same bits on any number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,8 +1,7 @@
-"""Trim: keep the largest magnitudes of a task vector, exactly as many as asked.
+"""Trim a task vector: keep the k = ⌊density·n⌋ entries of largest magnitude, and set the others to zero.
 
-k = ⌊density·n⌋ entries stay, the largest in magnitude; equal magnitudes are decided by position, the
-first in order stays. What is left of a search for the threshold is a `Cut`, which any later pass
-over the same entries can apply tile by tile.
+Of equal magnitudes the first by position are kept, so that exactly k are. A search for the threshold results in a `Cut`, which a later
+pass over the same entries applies tile by tile.
 
 Source: Yadav et al., TIES-Merging (NeurIPS 2023), section 3, step 1. The authors' code keeps
 int(k·n) + 1 entries and all that equal the threshold; PEFT keeps int(density·n), with equal
@@ -28,7 +27,7 @@ Scope = Literal["adapter", "module"]  # over what a trim ranks magnitudes: the w
 
 @functools.lru_cache(1 << 12)
 def kept_count(density: float, entries: int) -> int:
-    """k = ⌊density·n⌋ with density as the decimal that was written.
+    """Return k = ⌊density·n⌋, with the density as the decimal that was written.
 
     >>> kept_count(0.29, 100), int(0.29 * 100)
     (29, 28)
@@ -37,7 +36,7 @@ def kept_count(density: float, entries: int) -> int:
 
 
 def count_at_least(share: float, entries: int) -> int:
-    """⌈share·n⌉ with the share as the decimal that was written.
+    """Return ⌈share·n⌉, with the share as the decimal that was written.
 
     >>> count_at_least(0.07, 100), math.ceil(0.07 * 100)
     (7, 8)
@@ -46,7 +45,10 @@ def count_at_least(share: float, entries: int) -> int:
 
 
 def band_ends(densities: Sequence[float], entries: int) -> list[int]:
-    """How many entries lie above the lower end of each band; the last band is whole, the others give way."""
+    """Return how many entries lie above the lower end of each band of magnitudes.
+
+    The last band has its full size; the others are shortened where together they would exceed all entries.
+    """
     *others, last = [kept_count(density, entries) for density in densities]
     ends: list[int] = []
     for count in others:
@@ -56,12 +58,11 @@ def band_ends(densities: Sequence[float], entries: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Trim:
-    """A trim as a method asks for it.
+    """Describe a trim as a method asks for it.
 
     Attributes:
-        densities: the shares of bands of magnitudes, from the largest down; a cut is found at the
-            lower end of each. A density set for one adapter or module replaces the last, which is
-            kept whole: those above give way where together they exceed 1.
+        densities: the shares of successive bands of magnitudes, from the largest down, see `band_ends`; a cut is found at the lower end
+            of each. A density set for one adapter or module replaces the last one.
         scope: over what magnitudes are ranked.
     """
 
@@ -69,19 +70,18 @@ class Trim:
     scope: Scope = "adapter"
 
 
-ALL = -1  # in place of a tile's number of places: every entry that equals the threshold stays
+ALL = -1  # in place of a number: every entry of the tile that equals the threshold stays
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where one task vector is cut on one part of one module.
+    """Trim one task vector on one part of one module by a threshold that is known.
 
     Attributes:
-        threshold: the magnitude of the smallest kept entry; larger ones stay, smaller ones go.
-            inf keeps nothing, 0 keeps everything.
-        equal_kept: for every tile, how many of the entries whose magnitude equals the threshold stay,
-            the first in row-major order, ALL of them included; None where all do in every tile.
-        total: how many of them stay over all tiles.
+        threshold: the smallest magnitude that is kept; inf keeps nothing, 0 keeps everything.
+        equal_kept: for every tile, how many of the entries that equal the threshold are kept, the first in row-major order, or ALL; None
+            if all are kept in every tile.
+        total: how many of them are kept over all tiles.
     """
 
     threshold: float
@@ -89,27 +89,27 @@ class Cut:
     total: int = ALL
 
     def apply_(self, values: Tensor, tile: int) -> Tensor:
-        """Set what is cut from `values` (tile number `tile` of the part) to zero, in place."""
+        """Set the entries of `values` below the threshold to zero, in place; `values` is tile number `tile` of the part."""
         if self.threshold == math.inf:
             return values.zero_()
         if self.threshold == 0:
             return values
         if self.equal_kept is not None and self.equal_kept[tile] != ALL:
             self._drop_surplus(values, self.equal_kept[tile])
-        # hardshrink keeps |x| > λ: the float just below the threshold makes that |x| ≥ threshold
+        # hardshrink keeps |x| > λ, and with λ just below the threshold |x| ≥ threshold
         return torch.ops.aten.hardshrink.out(values, self.below, out=values)  # type: ignore[no-any-return]
 
     @functools.cached_property
     def below(self) -> float:
-        """The largest magnitude that is cut; 0 where none is, for zeros are nothing to keep."""
+        """The largest magnitude that is set to zero; 0 if none is."""
         return self.threshold if self.threshold in (0, math.inf) else _float_below(self.threshold)
 
-    def whole(self, tile: int) -> bool:
-        """Whether all entries that equal the threshold stay in a tile."""
+    def keeps_equals(self, tile: int) -> bool:
+        """Return whether all entries of a tile that equal the threshold are kept."""
         return self.equal_kept is None or self.equal_kept[tile] == ALL
 
     def untiled(self) -> Cut:
-        """The same of a part that is one tile."""
+        """Return the same cut for the whole part as one tile."""
         return self if self.equal_kept is None else Cut(self.threshold, (self.total,), self.total)
 
     def _drop_surplus(self, values: Tensor, keep: int) -> None:
@@ -123,7 +123,7 @@ KEEP_NONE = Cut(math.inf)
 
 
 def find_cuts(magnitudes: Tensor, densities: Sequence[float], grid: Sequence[tuple[int, int]]) -> tuple[Cut, ...]:
-    """Return the cut at the lower end of each band, of magnitudes that are all in memory.
+    """Return the cut at the lower end of each band, for magnitudes that are all in memory.
 
     Args:
         magnitudes: (rows, …), of one task vector on one part.
@@ -139,16 +139,16 @@ def _find_cut(magnitudes: Tensor, keep: int, grid: Sequence[tuple[int, int]]) ->
         return KEEP_NONE if keep == 0 else KEEP_ALL
     threshold = kth_largest(magnitudes, keep)
     total = equal_kept = keep - int((magnitudes > threshold).sum())
-    quota = []
+    kept_by_tile = []
     for start, stop in grid:
         equal = int((magnitudes[start:stop] == threshold).sum())
-        quota.append(ALL if equal <= equal_kept else equal_kept)
+        kept_by_tile.append(ALL if equal <= equal_kept else equal_kept)
         equal_kept -= min(equal, equal_kept)
-    return Cut(threshold, tuple(quota), total)
+    return Cut(threshold, tuple(kept_by_tile), total)
 
 
 def trim(values: Tensor, density: float) -> Tensor:
-    """A copy of `values` with all but the ⌊density·n⌋ entries of largest magnitude set to zero.
+    """Return a copy of `values` with all but the ⌊density·n⌋ entries of largest magnitude set to zero.
 
     Args:
         values: any shape, float32.
@@ -165,6 +165,6 @@ def trim(values: Tensor, density: float) -> Tensor:
 
 
 def _float_below(value: float) -> float:
-    """The largest float32 under `value`."""
+    """Return the largest float32 below `value`."""
     single = torch.tensor(value, dtype=torch.float32)
     return torch.nextafter(single, torch.zeros(())).item()
