@@ -1,7 +1,7 @@
 """Define what a space is: the coordinates in which task vectors are merged. Each space is one file in this folder.
 
-A space encodes each adapter's task vector as one or more *parts*, which a method merges separately, and decodes the merged parts to one
-task vector.
+A space encodes each adapter's task vector as one or more *parts*, which a method merges separately, and decodes the
+merged parts to one task vector.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Encoding(ABC):
 
     @property
     def inputs(self) -> Tensor | None:
-        """The directions of the module's inputs that the columns of a part represent, orthonormal, (columns, in); None: one input each."""
+        """The orthonormal directions of inputs that a part's columns represent, (columns, in); None: one input each."""
         return None
 
     def prepare_decode(self, rank: int) -> Callable[[], None] | None:
-        """Return work that can be done for `decode` while the result is still computed, as a function; None if there is none."""
+        """Return work for `decode` that can be done while the result is computed, as a function; or None."""
         return None
 
     @abstractmethod
@@ -53,7 +53,7 @@ class Encoding(ABC):
 
     @cached_property
     def span(self) -> Span | None:
-        """The Gram matrices of the task vectors' factors; None if not all are factored, or they have too many columns."""
+        """The Gram matrices of the task vectors' factors; None if some are dense or the columns are too many."""
         factored = self._factored()
         few = 0 < sum(delta.rank for delta in factored) <= MAX_GRAM_SIDE
         return Span(factored) if few else None

@@ -34,13 +34,15 @@ UNBALANCED = 1e-7  # share below which a direction is rounding, where one adapte
 class CoreEncoding(Encoding):
     """Hold the Mᵢ, and the bases L and R.
 
-    If the adapters have few columns together, everything is computed from the two Gram matrices of their factors, and L = [B₁ … B_N]·left
-    is never multiplied out. If they have many, L and R are computed (see `basis`); then the task vectors are read again for each step, and
-    only Mᵢ is held of an adapter, in factors. An Mᵢ is multiplied out if that is no larger than the adapter's own factors.
+    If the adapters have few columns together, everything is computed from the two Gram matrices of their factors, and L
+    = [B₁ … B_N]·left is never multiplied out. If they have many, L and R are computed (see `basis`); then the task
+    vectors are read again for each step, and only Mᵢ is held of an adapter, in factors. An Mᵢ is multiplied out if that
+    is no larger than the adapter's own factors.
 
     Attributes:
         bases: map coordinates back to the module.
-        left, right: (K, k₁) and (k₂, K), float64, which give L and Rᵀ when multiplied with the factors; or L and Rᵀ themselves.
+        left, right: (K, k₁) and (k₂, K), float64, which give L and Rᵀ when multiplied with the factors; or L and Rᵀ
+            themselves.
 
     Args:
         deltas: the task vectors; they may be iterated over several times.
@@ -136,8 +138,9 @@ def _identity(at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
 class CompressedEncoding(Encoding):
     """Hold core coordinates that are projected on a shared subspace of rank r before the merge.
 
-    Source: compress-then-merge (arXiv 2606.03723): the Mᵢ, scaled to norms λᵢ = b·‖Mᵢ‖ + (1 − b)·mean‖M‖, determine the subspace by a
-    Tucker-2 decomposition (HOSVD, then alternating until it converges); the task vectors themselves are projected unscaled.
+    Source: compress-then-merge (arXiv 2606.03723): the Mᵢ, scaled to norms λᵢ = b·‖Mᵢ‖ + (1 − b)·mean‖M‖, determine the
+        subspace by a Tucker-2 decomposition (HOSVD, then alternating until it converges); the task vectors themselves
+        are projected unscaled.
     """
 
     ROUNDS, TOLERANCE = 100, 1e-6
@@ -165,9 +168,9 @@ class CompressedEncoding(Encoding):
 class CoreSpace(Space):
     """Reduce a module to a K × K problem without loss, in bases that depend on the deltas alone.
 
-    Entrywise rules depend on the basis, and published Core Space takes it from B and A as they are factored: the same adapters written as
-    (B·G, G⁻¹·A) then give another merge. Here each adapter is first brought to its canonical form, the SVD of its delta, so that the bases
-    depend on the deltas alone. `balanced=false` is the published form.
+    Entrywise rules depend on the basis, and published Core Space takes it from B and A as they are factored: the same
+    adapters written as (B·G, G⁻¹·A) then give another merge. Here each adapter is first brought to its canonical form,
+    the SVD of its delta, so that the bases depend on the deltas alone. `balanced=false` is the published form.
 
     Law: decode(encode(Δ)) = Δ; linear and spectral rules equal those of space `delta`; with
         `balanced` neither the gauge of an adapter nor the order of adapters matters.

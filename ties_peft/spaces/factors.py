@@ -37,9 +37,9 @@ class FactorsEncoding(Encoding):
 class FactorsSpace(Space):
     """Trim, elect and merge A and B separately; kept for compatibility.
 
-    The merged product has cross terms: with masks Mᵢ for A and Nᵢ for B it is a mean over pairs of (Nᵢ∘Bᵢ)·(Mⱼ∘Aⱼ), of which only those
-    with i = j belong to an adapter. It also depends on how each adapter is factored: (B·G, G⁻¹·A) is the same adapter and gives another
-    result.
+    The merged product has cross terms: with masks Mᵢ for A and Nᵢ for B it is a mean over pairs of (Nᵢ∘Bᵢ)·(Mⱼ∘Aⱼ), of
+    which only those with i = j belong to an adapter. It also depends on how each adapter is factored: (B·G, G⁻¹·A) is
+    the same adapter and gives another result.
 
     Law: with equal lora scalings and unit weights it equals PEFT's `ties`.
     """
@@ -65,7 +65,7 @@ class FactorsSpace(Space):
 
 
 def _split(delta: Delta, weight: float) -> tuple[Delta, ...]:
-    """Return A and B with c = w·s divided evenly between them in one step, so that equal c give equal parts; its sign on A."""
+    """Return A and B with c = w·s divided evenly between them, its sign on A; equal c give equal parts."""
     if not isinstance(delta, LowRank):
         raise TypeError("space 'factors' is for LoRA")
     c = weight * delta.scaling

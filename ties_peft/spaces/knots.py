@@ -28,8 +28,8 @@ from .base import Encoding, Space
 class KnotsEncoding(Encoding):
     """Hold Rᵢ = S·Vᵢᵀ of [Δ₁ | … | Δ_N] = U·S·[V₁ᵀ | … | V_Nᵀ], in factors.
 
-    If the adapters have few columns together, everything is computed from the two Gram matrices of their factors; else U is computed (see
-    `basis`).
+    If the adapters have few columns together, everything is computed from the two Gram matrices of their factors; else
+    U is computed (see `basis`).
 
     Attributes:
         bases: map coordinates back to the module.
@@ -102,10 +102,11 @@ class KnotsEncoding(Encoding):
 
 
 class KnotsSpace(Space):
-    """Use one output basis for all adapters, in which the rows of their deltas are aligned; magnitudes are those of S·Vᵀ.
+    """Use one output basis for all adapters, which aligns the rows of their deltas; magnitudes are those of S·Vᵀ.
 
-    The published code decomposes a dense (out, N·in) matrix; computed from the factors, the same decomposition costs O((Σrᵢ)³). The
-    adapters are brought to their canonical form before, so that it is equally exact whether an adapter's scale is in A or in B.
+    The published code decomposes a dense (out, N·in) matrix; computed from the factors, the same decomposition costs
+    O((Σrᵢ)³). The adapters are brought to their canonical form before, so that it is equally exact whether an adapter's
+    scale is in A or in B.
 
     Law: decode(encode(Δ)) = Δ; linear rules equal those of space `delta`.
     Source: Stoica et al., Model Merging with SVD to Tie the KnOTS, ICLR 2025 (arXiv 2410.19735), with

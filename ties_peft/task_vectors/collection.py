@@ -1,12 +1,12 @@
 """Give a method of merging the task vectors of one module: a lazy sequence with the operations of the papers.
 
-    kept = task_vectors.trim(density, scope)     # which entries stay
+    kept = task_vectors.trim(density, scope)     # which entries are kept
     signs = kept.elect("mass")                   # one sign per entry
     merged = kept.disjoint_merge(signs, "mean")  # combine the entries that agree
 
-`trim`, `keep_band`, `drop` and `drop_by_rank` return another lazy sequence; nothing is computed until `sum`, `disjoint_merge` or an
-iteration needs the values. Then several threads work through large modules in tiles of rows, and compiled kernels are used for large
-merges (see `kernels.backends`). Neither changes what a method computes.
+`trim`, `keep_band`, `drop` and `drop_by_rank` return another lazy sequence; nothing is computed until `sum`,
+`disjoint_merge` or an iteration needs the values. Then several threads work through large modules in tiles of rows, and
+compiled kernels are used for large merges (see `kernels.backends`). Neither changes what a method computes.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Ranking:
     """Ask for order statistics of a value that a method computes for every entry of each adapter.
 
     Attributes:
-        values: values(task_vectors) yields, for each of them, the value of every selected entry, float32 of any sign; the next one may
-            overwrite it.
+        values: values(task_vectors) yields, for each of them, the value of every selected entry, float32 of any sign;
+            the next one may overwrite it.
         ranks: ranks(entries, density) returns the ranks that are wanted among so many entries, 1 for the largest.
         scope: over what the values are ranked.
     """
@@ -66,11 +66,11 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Signs:
-    """The outcome of an rule, computed when it is used.
+    """Hold an election; its signs are computed when they are used.
 
     Attributes:
         of: the task vectors that elect.
-        by: `mass`, `count`, or `none` where every entry counts as elected.
+        by: `mass`, `count`, or `none` where all values agree.
     """
 
     of: TaskVectors
@@ -109,8 +109,8 @@ class TaskVectors:
         steps: the changes that are made to each vector as it is read.
         signs: the vector that decides the signs, if the method was given one.
         statistics: of the whole module, for each, if the method `needs` them.
-        inputs: the directions of the module's inputs that the columns represent, (columns, in), if the space has its own coordinates; None
-            if each column is one input.
+        inputs: the directions of the module's inputs that the columns represent, (columns, in), if the space has its
+            own coordinates; None if each column is one input.
         streams: for each, the key of its random numbers.
         pool: the threads that work through tiles, with their memory and kernels.
         out: memory that the result for the selected rows may be written into, of their shape.
@@ -229,7 +229,7 @@ class TaskVectors:
         return self.pool.scratch(purpose, shape, self.device)
 
     def uniform(self, place: int) -> Tensor:
-        """Return a random number in [0, 1) for each selected entry of one task vector, which depends on the entry alone."""
+        """Return a random number in [0, 1) for each selected entry of one task vector; it depends on the entry alone."""
         return uniform(self.streams[place], self.start, self.shape).to(self.device)
 
     def density_of(self, place: int, density: float) -> float:
@@ -240,15 +240,16 @@ class TaskVectors:
         """Return the selected rows of the vector that decides the signs."""
         return None if self.signs is None else self.signs.rows(*self.span)
 
-    # which entries stay
+    # which entries are kept
 
     def trim(self, density: float, scope: Scope = "module") -> TaskVectors:
         """Keep the ⌊density·n⌋ entries of largest magnitude of each task vector; set the others to zero.
 
         Args:
             density: the share that is kept, in (0, 1]; a density set for one adapter or module replaces it.
-            scope: whether magnitudes are ranked over the whole `adapter` or over each `module`. Over the adapter only the trim that
-                `Method.trims` declares, since its threshold is found in all modules before the first one is merged.
+            scope: whether magnitudes are ranked over the whole `adapter` or over each `module`. Over the adapter only
+                the trim that `Method.trims` declares, since its threshold is found in all modules before the first one
+                is merged.
         """
         return self._trimmed(Trim((density,), scope))
 
@@ -261,6 +262,7 @@ class TaskVectors:
         return replace(self, steps=(*self.steps, step))
 
     def _find_cuts_of(self, asked: Trim) -> Callable[[], Cuts]:
+        """Return a function that finds the cuts: the declared trim's from `thresholds`, another one's from these vectors."""
         declared = self.trim_asked is not None and self.trim_asked.densities == asked.densities and not self.steps
         if self.thresholds is not None and declared:
             thresholds, part = self.thresholds, self.part
@@ -284,7 +286,7 @@ class TaskVectors:
         return replace(self, steps=(*self.steps, Dropped(density)))
 
     def drop_by_rank(self, density: float, epsilon: float) -> TaskVectors:
-        """Keep each entry, divided by its probability, which rises with its rank in its row from density − ε to density + ε."""
+        """Keep each entry with a probability from density − ε to density + ε, rising with its rank; divide by it."""
         return replace(self, steps=(*self.steps, Dropped(density, epsilon)))
 
     # combine
@@ -292,8 +294,8 @@ class TaskVectors:
     def elect(self, by: ElectRule = "mass") -> Signs:
         """Elect one sign per entry: that of the sum of the values (`mass`) or of their signs (`count`); 0 goes to +.
 
-        If the merge was given an adapter that decides the signs, its sign is taken wherever it is not 0. `none` holds no election: all
-        values agree.
+        If the merge was given an adapter that decides the signs, its sign is taken wherever it is not 0. `none` holds
+        no election: all values agree.
         """
         return Signs(self, by)
 
@@ -341,10 +343,10 @@ class TaskVectors:
         return self.out
 
     def _thresholds_of_tile(self, rule: MergeRule) -> list[float] | None:
-        """Return the largest magnitude of each vector that is trimmed away, where the sums can skip what does not exceed it.
+        """Return the largest magnitude of each vector that is trimmed away, if the sums can skip it.
 
-        That saves a pass over each vector. None where the vectors must be trimmed before: by other steps, by position among equal
-        magnitudes, or for `max`.
+        That saves a pass over each vector. None where the vectors must be trimmed before: by other steps, by position
+        among equal magnitudes, or for `max`.
         """
         step = self.steps[0] if len(self.steps) == 1 else None
         if not isinstance(step, Trimmed) or len(step.trim.densities) > 1 or rule.disjoint == "max":
@@ -407,8 +409,8 @@ class TaskVectors:
         """Return a result that several threads compute, a tile of rows at a time.
 
         Args:
-            work: work(tile) returns the result for the rows that are selected in `tile`. Each entry of it may depend only on the same
-                entry of the task vectors.
+            work: work(tile) returns the result for the rows that are selected in `tile`. Each entry of it may depend
+                only on the same entry of the task vectors.
         """
         if self.rows is not None:
             return Dense(work(self))
@@ -432,7 +434,7 @@ class TaskVectors:
     # all vectors together
 
     def matrices(self) -> Tensor:
-        """Return all task vectors stacked, (N, …), float64, for methods that need them together in small coordinates."""
+        """Return all task vectors stacked, (N, …), float64, for methods that need them together."""
         return torch.stack([delta.dense().double() for delta in self.deltas])
 
     def gram(self) -> Tensor:

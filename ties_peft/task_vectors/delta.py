@@ -1,7 +1,8 @@
 """Represent the task vector of one adapter on one module, factored or dense.
 
-A LoRA's task vector is Δ = s·B·A, of shape (out, in); it is held in factors, with the lora scaling s multiplied into B. An (IA)³ task
-vector is l − 1, of shape (k,), and is dense. Both are float32, and both are read some rows at a time: `rows(start, stop)`.
+A LoRA's task vector is Δ = s·B·A, of shape (out, in); it is held in factors, with the lora scaling s multiplied into B.
+An (IA)³ task vector is l − 1, of shape (k,), and is dense. Both are float32, and both are read some rows at a time:
+`rows(start, stop)`.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class LowRank:
     def sample(self, count: int, draw: np.random.Generator) -> Tensor:
         """Return about `count` entries, at least one, flat: small blocks at random rows and columns.
 
-        Every entry is equally likely. All rows, and all columns, are drawn once before any is drawn again, so that a share of the sample
-        estimates that of all entries at least as well as independent draws would.
+        Every entry is equally likely. All rows, and all columns, are drawn once before any is drawn again, so that a
+        share of the sample estimates that of all entries at least as well as independent draws would.
         """
         rows, columns = self.shape
         side = min(SAMPLE_SIDE, 1 << max(1, count // max(rows, columns)).bit_length() - 1)
@@ -125,8 +126,8 @@ class Mapped:
 
     Attributes:
         source: the task vector that is read.
-        change: change(values, start, drawn) returns the changed values of the entries from flat index `start` on. If `drawn`, they are a
-            sample, and random numbers of the same distribution suffice.
+        change: change(values, start, drawn) returns the changed values of the entries from flat index `start` on. If
+            `drawn`, they are a sample, and random numbers of the same distribution suffice.
     """
 
     source: LowRank | Dense | Mapped
@@ -228,7 +229,7 @@ def gram(columns: Sequence[Tensor]) -> Tensor:
 
 
 def eigh(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues, rising, and eigenvectors of a symmetric matrix, on its device; small ones are computed on the CPU."""
+    """Return the eigenvalues, rising, and eigenvectors of a symmetric matrix; small ones are computed on the CPU."""
     device = square.device
     values, vectors = torch.linalg.eigh(square.cpu() if len(square) <= CPU_EIGH_SIDE else square)
     return values.to(device), vectors.to(device)
@@ -278,7 +279,7 @@ class Span:
 
 
 def _mixed(parts: Iterable[Tensor], mix: Tensor) -> Tensor:
-    """Return mix·[C₁ … C_N]ᵀ, (r, n), float32, of columns Cᵢ, (n, kᵢ), summed in float64; the transpose would be slower."""
+    """Return mix·[C₁ … C_N]ᵀ, (r, n), float32, of columns Cᵢ, (n, kᵢ), summed in float64."""
     total, done = mix.new_zeros(1, 1), 0
     for part in parts:
         here = mix[:, done : done + part.shape[1]]
@@ -315,7 +316,7 @@ def _inner_by_rows(thin: LowRank, other: Delta) -> float:
 
 
 def inner_with_each(first: Delta, others: Iterable[Delta]) -> list[float]:
-    """Return ⟨first, other⟩ for each of the others, by `inner`; the factors of the first are converted to float64 once."""
+    """Return ⟨first, other⟩ for each of the others; the factors of the first are converted to float64 once."""
     if isinstance(first, LowRank):
         first = LowRank(first.B.double(), first.A.double())
     return [inner(first, other) for other in others]

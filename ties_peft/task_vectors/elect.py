@@ -1,15 +1,16 @@
 """Elect one sign per entry, and merge the values that agree with it.
 
-`SignedSums` takes task vectors one at a time and holds a few sums, so that memory does not grow with their number. With x the trimmed,
-weighted task vectors and w their weights:
+`SignedSums` takes task vectors one at a time and holds a few sums, so that memory does not grow with their number. With
+x the trimmed, weighted task vectors and w their weights:
 
     P = Σ max(x, 0)    Q = Σ min(x, 0)    p, q = Σ |w| over x > 0, over x < 0
     sign = + where P + Q ≥ 0 (mass) or #(x > 0) ≥ #(x < 0) (count), else −
     mean = P/p or Q/q     sum = P or Q     max = largest x or smallest x
 
-The paper's ablations leave a step out. Without an election both signs are combined: mean = (P + Q)/(p + q), sum = P + Q, max = the x of
-largest magnitude. "No disjoint mean" has two readings, both over all adapters: mean_elected = (P or Q)/Σ|w|, as the paper words it, and
-mean_all = (P + Q)/Σ|w|, as the authors' code computes it, where the election does not matter.
+The paper's ablations leave a step out. Without an election both signs are combined: mean = (P + Q)/(p + q), sum = P +
+Q, max = the x of largest magnitude. "No disjoint mean" has two readings, both over all adapters: mean_elected = (P or
+Q)/Σ|w|, as the paper words it, and mean_all = (P + Q)/Σ|w|, as the authors' code computes it, where the election does
+not matter.
 
 Source: Yadav et al., TIES-Merging (NeurIPS 2023), section 3, steps 2 and 3. A sum of exactly zero
 goes to +, as in PEFT (the authors' code takes the majority sign of the whole vector). With weights, PEFT
@@ -52,7 +53,8 @@ class SignedSums:
             (of both signs) divide by `total` instead of what agrees.
         normalize: whether the mean divides by Σ|w| of the agreeing entries or by their number.
         total: Σ|w| of all adapters, or their number.
-    Law: beyond rounding, the result does not depend on the order of the additions and equals `disjoint_merge` of the stack.
+    Law: beyond rounding, the result does not depend on the order of the additions and equals `disjoint_merge` of the
+        stack.
     """
 
     def __init__(

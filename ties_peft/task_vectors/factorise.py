@@ -2,15 +2,15 @@
 
 Two functions compute the truncated singular value decomposition M ≈ U·S·Vᵀ without decomposing a large matrix in full:
 
-- `compress`, where M is B·A (a linear merge): exact, from two small Gram matrices; if B has more columns than the smaller side of M is
-  long, exact from the Gram matrix of that side.
-- `factorise`, where M is a matrix: exact from the Gram matrix of its smaller side if that is small, else by subspace iteration from an
-  informed start, until another round does not help.
+- `compress`, where M is B·A (a linear merge): exact, from two small Gram matrices; if B has more columns than the
+  smaller side of M is long, exact from the Gram matrix of that side.
+- `factorise`, where M is a matrix: exact from the Gram matrix of its smaller side if that is small, else by subspace
+  iteration from an informed start, until another round does not help.
 
 Both return balanced factors B = U·√S, A = √S·Vᵀ, which lose least in half precision.
 
-Sources: Eckart and Young (1936); Halko, Martinsson and Tropp (2011), algorithm 4.4. The merged delta
-of TIES has a flat spectrum, for which an unrefined sketch is 20 to 40 % worse than the optimum; one or two rounds from the leading row
+Sources: Eckart and Young (1936); Halko, Martinsson and Tropp (2011), algorithm 4.4. The merged delta of TIES has a flat
+spectrum, for which an unrefined sketch is 20 to 40 % worse than the optimum; one or two rounds from the leading row
 space of the plain sum bring this below 0.1 %.
 """
 
@@ -107,12 +107,12 @@ class Factors:
     """Hold the truncated decomposition of a matrix M.
 
     Attributes:
-        delta: B (out, r) and A (r, in), balanced, float32; r is smaller than what was asked for if M has a smaller rank. A vector, which has
-            no rank, is held whole.
+        delta: B (out, r) and A (r, in), balanced, float32; r is smaller than what was asked for if M has a smaller
+            rank. A vector, which has no rank, is held whole.
         kept: the sum of the squared singular values that are kept.
         total: ‖M‖², the squared Frobenius norm before truncation.
-        edge: σᵣ₊₁ / σᵣ, the first singular value that is dropped over the last that is kept; 0 if none is dropped. At 1 the rank divides
-            equal singular values, and which of them are kept is arbitrary.
+        edge: σᵣ₊₁ / σᵣ, the first singular value that is dropped over the last that is kept; 0 if none is dropped. At 1
+            the rank divides equal singular values, and which of them are kept is arbitrary.
     """
 
     delta: Delta
@@ -143,10 +143,11 @@ def factorise(matrix: Tensor, rank: int, start: Tensor | None = None, run: Run =
     Args:
         matrix: (out, in), float32.
         rank: at least 1; at most min(out, in) is used.
-        start: (in, l), an estimate of the leading row space, l ≥ rank + OVERSAMPLE; such as `leading_rows` of what was merged.
+        start: (in, l), an estimate of the leading row space, l ≥ rank + OVERSAMPLE; such as `leading_rows` of what was
+            merged.
         run: how to call a function on several blocks; `ThreadPool.map` does it on threads.
-    Law: ‖M − B·A‖ equals the optimum √(Σ_{i>r} σᵢ²) (to rounding) where the smaller side is at most
-        SMALL_SIDE, and is within 1 % of it above that for merges started from their `leading_rows`. From a start orthogonal to all leading
+    Law: ‖M − B·A‖ equals the optimum √(Σ_{i>r} σᵢ²) (to rounding) where the smaller side is at most SMALL_SIDE, and is
+        within 1 % of it above that for merges started from their `leading_rows`. From a start orthogonal to all leading
         directions the iteration may end too early.
     """
     side = min(matrix.shape)
@@ -189,9 +190,9 @@ class SmallSvd:
 def decompose(left: Tensor, right: Tensor) -> SmallSvd:
     """Return the singular value decomposition of B·A, computed from BᵀB and A·Aᵀ alone.
 
-    Each column of B and its row of A are first scaled to equal norms, so that the result does not depend on how an adapter divides its
-    scale between them. With BᵀB = W·Λ·Wᵀ, B = Q·R for R = √Λ·Wᵀ and Q orthonormal
-    (and likewise for Aᵀ), the singular values of B·A are those of the small R_B·R_Aᵀ.
+    Each column of B and its row of A are first scaled to equal norms, so that the result does not depend on how an
+    adapter divides its scale between them. With BᵀB = W·Λ·Wᵀ, B = Q·R for R = √Λ·Wᵀ and Q orthonormal (and likewise for
+    Aᵀ), the singular values of B·A are those of the small R_B·R_Aᵀ.
 
     Args:
         left, right: BᵀB and A·Aᵀ, (K, K), float64.
@@ -209,7 +210,7 @@ def decompose(left: Tensor, right: Tensor) -> SmallSvd:
 
 
 def leading(left: Tensor, right: Tensor, rank: int) -> SmallSvd:
-    """Return the `rank` largest directions of B·A: `decompose(left, right).top(rank)`, by one decomposition if they are few.
+    """Return `decompose(left, right).top(rank)`, by a single eigendecomposition if the rank is small.
 
     With A·Aᵀ = Rᵀ·R by Cholesky, R·BᵀB·Rᵀ = V·S²·Vᵀ; then X = Rᵀ·V/S and Y = Xᵀ·BᵀB/S, and no matrix is inverted.
     """
@@ -234,7 +235,7 @@ def _edge(squares: Tensor, rank: int) -> float:
 
 
 def compress(delta: LowRank, rank: int, span: Span | None = None) -> Factors:
-    """Return the best rank-`rank` factors of B·A, or of a `Sum`; exact to rounding unless K and both sides exceed MAX_GRAM_SIDE.
+    """Return the best rank-`rank` factors of B·A, or of a `Sum`; exact unless K and both sides exceed MAX_GRAM_SIDE.
 
     Args:
         delta: B (out, K) and A (K, in).
@@ -327,7 +328,7 @@ def _through_gram(matrix: Tensor, rank: int, run: Run = map) -> Factors:
 
 
 def _by_iteration(matrix: Tensor, rank: int, start: Tensor, run: Run) -> Factors:
-    """Factorise by subspace iteration, with M and Mᵀ in turn, until the error of the rank-r truncation stops falling."""
+    """Factorise by subspace iteration, with M and Mᵀ in turn, until the truncation error stops falling."""
     total = _energy(matrix, run)
     if total == 0:
         return Factors(LowRank(matrix[:, :0].clone(), matrix[:0].clone()), 0.0, 0.0)
@@ -378,7 +379,7 @@ def _gaussian(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns, (n, l), by the Gram matrix in float64; narrower if columns depend on each other."""
+    """Return an orthonormal basis of the columns, (n, l), by the Gram matrix; narrower if columns depend on each other."""
     values, vectors = eigh(gram([matrix]))
     keep = values > NOISE * values[-1:].clamp_min(0)
     once = (matrix.double() @ (vectors[:, keep] / values[keep].sqrt())).float()

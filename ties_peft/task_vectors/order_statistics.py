@@ -1,8 +1,8 @@
 """Find order statistics: the k-th largest of a value that a method computes for every entry of an adapter.
 
-They are exact. Radix selection takes two passes over the entries, and memory that does not grow with their number: the first pass counts
-how often each upper half of a float32's bits occurs; the second counts the lower halves of the values that share the upper half of the
-k-th largest.
+They are exact. Radix selection takes two passes over the entries, and memory that does not grow with their number: the
+first pass counts how often each upper half of a float32's bits occurs; the second counts the lower halves of the values
+that share the upper half of the k-th largest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def find_levels(
 
     Args:
         rankings: what a method asks for; the values of each one may use the levels of those before it.
-        parts: returns an iterator over the parts of modules that this process has, each with the group of every task vector.
+        parts: returns an iterator over the parts of modules that this process has, each with the group of every task
+            vector.
         densities: for every group, also of other processes, the share of its entries that the method keeps.
         pool: the threads.
         gather: returns what every process found.
@@ -64,7 +65,7 @@ def with_own_levels(rankings: Sequence[Ranking], part: TaskVectors, pool: Thread
 
 @dataclass(frozen=True)
 class _RankSearch:
-    """Find the values at the ranks of one ranking; see `find_levels` for the attributes, and `levels` are those that are known."""
+    """Find the values at the ranks of one ranking; the attributes are the arguments of `find_levels`."""
 
     ranking: Ranking
     parts: Parts
@@ -92,7 +93,7 @@ class _RankSearch:
     def _count(
         self, groups: Mapping[Group, float], digits: Callable[[Group, Tensor], Sequence[Tensor]]
     ) -> dict[Group, Tensor]:
-        """Return how often each digit occurs in each group, a row of BINS counts for each sequence that `digits` returns."""
+        """Return how often each digit occurs in each group: BINS counts for each sequence of digits."""
         own: dict[Group, Tensor] = {}
         lock = threading.Lock()
 
@@ -114,7 +115,7 @@ class _RankSearch:
 
 
 def _keys(values: Tensor) -> Tensor:
-    """Return 32-bit integers in the order of float32 values, flat: their bits, inverted below the sign for negative values."""
+    """Return 32-bit integers in the order of float32 values: their bits, inverted below the sign if negative."""
     bits = values.contiguous().view(-1).view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 

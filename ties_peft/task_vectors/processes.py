@@ -1,8 +1,8 @@
 """Divide one merge among several processes, on any number of machines.
 
-`torchrun -m ties_peft merge …` and `accelerate launch -m ties_peft merge …` start the processes and number them. The modules are divided
-by cost. One process computes a module as it would alone, and what all need is gathered in the processes' order, so that the result has
-the same bytes for any number of processes.
+`torchrun -m ties_peft merge …` and `accelerate launch -m ties_peft merge …` start the processes and number them. The
+modules are divided by cost. One process computes a module as it would alone, and what all need is gathered in the
+processes' order, so that the result has the same bytes for any number of processes.
 """
 
 from __future__ import annotations

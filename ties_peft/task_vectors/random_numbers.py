@@ -1,7 +1,8 @@
 """Draw random numbers that depend on the entry they are for, and on nothing else.
 
-Every entry of a task vector has one uniform number, which a counter-based generator computes from (seed, module, part, digest of the
-adapter, index of the entry). Any tiling, number of threads or processes, and device therefore give the same mask.
+Every entry of a task vector has one uniform number, which a counter-based generator computes from (seed, module, part,
+digest of the adapter, index of the entry). Any tiling, number of threads or processes, and device therefore give the
+same mask.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011): Philox.
 """

@@ -1,8 +1,9 @@
 """Decompose matrices by singular values, in float64, for the methods that work on them.
 
-A LoRA's task vector has a far lower rank than its size allows. The singular vectors of singular values that are zero are arbitrary: two
-correct decompositions of one matrix differ in them, and so would the result of a method that used them. All functions here are therefore
-restricted to the *support*, the directions whose singular value is more than rounding: more than a small share of the largest one.
+A LoRA's task vector has a far lower rank than its size allows. The singular vectors of singular values that are zero
+are arbitrary: two correct decompositions of one matrix differ in them, and so would the result of a method that used
+them. All functions here are therefore restricted to the *support*, the directions whose singular value is more than
+rounding: more than a small share of the largest one.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def spectrum(matrix: Tensor, negligible: float = SUPPORT, beside: float = 0.0) -
     Args:
         matrix: (rows, columns).
         negligible: the share of the largest singular value below which one is rounding.
-        beside: a size that replaces the largest singular value if it is larger: that of the matrix of which this one is a remainder, which
-            may be nothing but rounding.
+        beside: a size that replaces the largest singular value if it is larger: that of the matrix of which this one is
+            a remainder, which may be nothing but rounding.
     Law: `spectrum(M).dense()` is M to rounding; a matrix of zeros has no direction.
     """
     U, S, Vt = torch.linalg.svd(matrix.double(), full_matrices=False)

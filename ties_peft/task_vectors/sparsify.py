@@ -1,6 +1,7 @@
 """Sparsify task vectors at random, by rank or by score, a tile or a module at a time.
 
-`trim` does so by magnitude. Functions that drop at random take their uniform numbers as arguments (see `random_numbers`).
+`trim` does so by magnitude. Functions that drop at random take their uniform numbers as arguments (see
+`random_numbers`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def drop_(values: Tensor, numbers: Tensor, keep: float | Tensor) -> Tensor:
 
 
 def keep_probability(values: Tensor, density: float, epsilon: float) -> Tensor:
-    """Return probabilities that rise in even steps with the rank of the magnitude within its row, from density − ε to density + ε.
+    """Return probabilities that rise evenly with a magnitude's rank in its row, from density − ε to density + ε.
 
     Args:
         values: (…, n), rows in the last dimension.

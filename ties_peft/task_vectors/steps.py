@@ -1,7 +1,7 @@
 """Change task vectors as they are read, before they are combined.
 
-A step changes the selected rows of one vector in place. Methods of `TaskVectors` such as `trim` add steps, which do nothing until the
-vectors are read.
+A step changes the selected rows of one vector in place. Methods of `TaskVectors` such as `trim` add steps, which do
+nothing until the vectors are read.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Trimmed:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Keep each entry with probability `density`, divided by it; with `epsilon`, larger entries with a higher probability."""
+    """Keep each entry with probability `density`, divided by it; with `epsilon`, it rises with the magnitude."""
 
     density: float
     epsilon: float | None = None

@@ -1,8 +1,9 @@
 """Find orthonormal bases of the space that the factors of many task vectors span, the largest directions first.
 
-The basis of K columns of length n comes from the Gram matrix of the columns, (K, K), if they are few; from that of the rows, (n, n), if
-there are more columns than rows; and if both numbers are large, from a sketch of the MAX_GRAM_SIDE leading directions, which is refined.
-Only the sketch loses energy, and the report says how much. No array of K × K is made beyond MAX_GRAM_SIDE.
+The basis of K columns of length n comes from the Gram matrix of the columns, (K, K), if they are few; from that of the
+rows, (n, n), if there are more columns than rows; and if both numbers are large, from a sketch of the MAX_GRAM_SIDE
+leading directions, which is refined. Only the sketch loses energy, and the report says how much. No array of K × K is
+made beyond MAX_GRAM_SIDE.
 
 Source of the sketch: Halko, Martinsson and Tropp (2011), algorithm 4.4.
 """
@@ -32,8 +33,9 @@ def directions(gram: Tensor, negligible: float | None = None) -> tuple[Tensor, T
 
     Args:
         gram: MᵀM, (K, K), float64.
-        negligible: the share of the largest singular value below which a direction is rounding; by default that of K columns in float32.
-            Adapters that share directions share them to rounding only, and a basis must not include the difference.
+        negligible: the share of the largest singular value below which a direction is rounding; by default that of K
+            columns in float32. Adapters that share directions share them to rounding only, and a basis must not include
+            the difference.
     Returns: (k,) and (K, k). k is at least 1: M = 0 has one vector of zeros.
     """
     share = FLOAT32 * len(gram) if negligible is None else negligible
@@ -101,7 +103,7 @@ def lost_energy(deltas: Iterable[Delta], coordinates: Iterable[Delta]) -> float:
 
 
 class ExplicitBases:
-    """Replace a `Span` where the bases themselves are held: a product with them is in the module's coordinates already."""
+    """Replace a `Span` if the bases are held: a product with them is in the module's coordinates already."""
 
     def columns(self, mix: Tensor) -> Tensor:
         """Return the columns, (out, r), float32."""
@@ -113,7 +115,7 @@ class ExplicitBases:
 
 
 def basis(blocks: Blocks, negligible: float | None = None) -> tuple[Tensor, bool]:
-    """Return an orthonormal basis of columns, (n, k), float64, the largest directions first; and whether it is complete.
+    """Return an orthonormal basis of columns, (n, k), float64, largest first; and whether it is complete.
 
     Args:
         blocks: the columns.
@@ -150,7 +152,7 @@ def _row_gram(blocks: Blocks, length: int) -> Tensor:
 
 
 def _sketch(blocks: Blocks, length: int) -> Tensor:
-    """Return nearly the MAX_GRAM_SIDE leading directions: a random mixture of the columns, refined by subspace iteration."""
+    """Return nearly the MAX_GRAM_SIDE leading directions: random mixtures, refined by subspace iteration."""
     draw = torch.Generator().manual_seed(0)
     sketch: Tensor | None = None
     for strip in _strips(blocks):

@@ -1,9 +1,9 @@
 """Find the k-th largest of many magnitudes exactly, without holding or sorting all of them.
 
 1. A sample gives a bracket [low, high] that contains the k-th largest almost surely.
-2. One pass over all entries counts those above the bracket and collects those inside it. Where those inside are many, a histogram of
-   their bits is made instead, so that memory does not grow with the number of entries. If the counts show that the k-th largest is
-   not inside, the bracket is widened and the pass is repeated.
+2. One pass over all entries counts those above the bracket and collects those inside it. Where those inside are many, a
+   histogram of their bits is made instead, so that memory does not grow with the number of entries. If the counts show
+   that the k-th largest is not inside, the bracket is widened and the pass is repeated.
 3. The k-th largest has a known rank among those inside, and so it is exact.
 """
 
@@ -178,7 +178,7 @@ class ThresholdSearch:
         self.expected = min(1.0, 2 * spread) * self.entries
 
     def _sample_quantiles(self, more: float, fewer: float) -> tuple[float, float]:
-        """Return the magnitudes that two shares of a sample exceed, 0 for all of it, by selection instead of sorting."""
+        """Return the magnitudes that two shares of a sample exceed, 0 for all of it, without sorting."""
         values = self.sample[0][0]
         last = len(values) - 1
         low, high = (min(max(0, last + 1 - math.ceil((last + 1) * share)), last) for share in (more, fewer))

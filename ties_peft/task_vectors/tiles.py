@@ -1,8 +1,8 @@
 """Divide a large task vector into tiles of rows, and compute them in several threads.
 
-A tile is small enough to stay in a core's cache. The tiles depend on the shape, the sort of device and the kernels in use, never on the
-number of threads, and one thread computes a tile alone: any number of threads gives the same bits. Each thread reuses its buffers,
-because new memory costs more than the arithmetic that is done in it.
+A tile is small enough to stay in a core's cache. The tiles depend on the shape, the sort of device and the kernels in
+use, never on the number of threads, and one thread computes a tile alone: any number of threads gives the same bits.
+Each thread reuses its buffers, because new memory costs more than the arithmetic that is done in it.
 """
 
 from __future__ import annotations
@@ -131,12 +131,12 @@ def thread_pool(kept: list[ThreadPool] | None = None, kernels: Kernels | None = 
     """Provide as many threads as torch would use, while torch uses one thread in each; restore its setting afterwards.
 
     Args:
-        kept: a list of the pool of an earlier call, which is reused with its memory, or an empty one; it then holds this call's pool.
-            None if the pool shall be closed afterwards.
+        kept: a list of the pool of an earlier call, which is reused with its memory, or an empty one; it then holds
+            this call's pool. None if the pool shall be closed afterwards.
         kernels: the compiled functions that they run.
 
-    One thread per operation makes a result independent of the number of threads. On tiles it is also faster: a parallel region for 0.1 ms
-    of work costs as much as the work.
+    One thread per operation makes a result independent of the number of threads. On tiles it is also faster: a parallel
+    region for 0.1 ms of work costs as much as the work.
     """
     pool = kept[0] if kept and kept[0].usable else ThreadPool(torch.get_num_threads())
     pool.kernels = kernels

@@ -1,7 +1,7 @@
 """Trim a task vector: keep the k = ⌊density·n⌋ entries of largest magnitude, and set the others to zero.
 
-Of equal magnitudes the first by position are kept, so that exactly k are. A search for the threshold results in a `Cut`, which a later
-pass over the same entries applies tile by tile.
+Of equal magnitudes the first by position are kept, so that exactly k are. A search for the threshold results in a
+`Cut`, which a later pass over the same entries applies tile by tile.
 
 Source: Yadav et al., TIES-Merging (NeurIPS 2023), section 3, step 1. The authors' code keeps
 int(k·n) + 1 entries and all that equal the threshold; PEFT keeps int(density·n), with equal
@@ -61,8 +61,8 @@ class Trim:
     """Describe a trim as a method asks for it.
 
     Attributes:
-        densities: the shares of successive bands of magnitudes, from the largest down, see `band_ends`; a cut is found at the lower end
-            of each. A density set for one adapter or module replaces the last one.
+        densities: the shares of successive bands of magnitudes, from the largest down, see `band_ends`; a cut is found
+            at the lower end of each. A density set for one adapter or module replaces the last one.
         scope: over what magnitudes are ranked.
     """
 
@@ -79,8 +79,8 @@ class Cut:
 
     Attributes:
         threshold: the smallest magnitude that is kept; inf keeps nothing, 0 keeps everything.
-        equal_kept: for every tile, how many of the entries that equal the threshold are kept, the first in row-major order, or ALL; None
-            if all are kept in every tile.
+        equal_kept: for every tile, how many of the entries that equal the threshold are kept, the first in row-major
+            order, or ALL; None if all are kept in every tile.
         total: how many of them are kept over all tiles.
     """
 
@@ -89,7 +89,7 @@ class Cut:
     total: int = ALL
 
     def apply_(self, values: Tensor, tile: int) -> Tensor:
-        """Set the entries of `values` below the threshold to zero, in place; `values` is tile number `tile` of the part."""
+        """Set the entries of `values`, the tile of that number, below the threshold to zero, in place."""
         if self.threshold == math.inf:
             return values.zero_()
         if self.threshold == 0:

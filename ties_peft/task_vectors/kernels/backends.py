@@ -1,12 +1,12 @@
 """Select the compiled functions that multiply task vectors out and use each entry where it is computed.
 
-torch writes the entries of B·A to memory and reads them again for each of the ten or so operations of a trim and an election.
-The compiled functions compute a block that fits into a core's first cache, or into a GPU's registers, and count it or merge it
-there. Eight adapters of rank 16 on two CPU cores take 0.8 s with torch and 0.4 s compiled on one 4096 × 4096 module, and 260 s
-and 122 s on the shape of an 8B model.
+torch writes the entries of B·A to memory and reads them again for each of the ten or so operations of a trim and an
+election. The compiled functions compute a block that fits into a core's first cache, or into a GPU's registers, and
+count it or merge it there. Eight adapters of rank 16 on two CPU cores take 0.8 s with torch and 0.4 s compiled on one
+4096 × 4096 module, and 260 s and 122 s on the shape of an 8B model.
 
-Results agree with torch's within float32. What is used depends on the size and the device of a merge alone, so that a merge has
-the same bytes whatever was merged before it.
+Results agree with torch's within float32. What is used depends on the size and the device of a merge alone, so that a
+merge has the same bytes whatever was merged before it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ class Kernels:
         name: of the compiler, with its version.
         device: the sort of device: `cpu` or `cuda`.
         multiply: multiply(B, A, out) writes B·A into `out`.
-        count: count(B, A, low, high) returns how many magnitudes of B·A exceed `high`, and those in [low, high] in any order.
+        count: count(B, A, low, high) returns how many magnitudes of B·A exceed `high`, and those in [low, high] in any
+            order.
         merge: merge(factors, below, weights, mean, out); see `merge_rows`.
 
-    All three compute an entry by the same operations in the same order, so that an entry counted above a threshold is above it in the
-    merge too. Every other reading of such a task vector in the same merge must therefore go through `read_rows`.
+    All three compute an entry by the same operations in the same order, so that an entry counted above a threshold is
+    above it in the merge too. Every other reading of such a task vector in the same merge must therefore go through
+    `read_rows`.
     """
 
     name: str
@@ -66,7 +68,9 @@ class Kernels:
         mean: bool,
         out: Tensor,
     ) -> tuple[int, int]:
-        """Trim some rows of task vectors, elect signs by mass, and write the disjoint merge into `out`; see `SignedSums`.
+        """Trim some rows of task vectors, elect signs by mass, and write the disjoint merge into `out`.
+
+        It computes what `SignedSums` does.
 
         Args:
             deltas: the task vectors.
@@ -81,7 +85,7 @@ class Kernels:
 
 
 def select_kernels(entries: float, device: str = "cpu") -> Kernels | None:
-    """Return the compiled functions for a sort of device; None if so few entries are not worth it, or the compiler is missing.
+    """Return the compiled functions for a sort of device; None if they would not pay or cannot be compiled.
 
     Args:
         entries: of all task vectors of a merge together.

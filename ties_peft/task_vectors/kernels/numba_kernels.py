@@ -1,10 +1,11 @@
 """Multiply task vectors out on a CPU, a block at a time, and count or merge each block while it is in the first cache.
 
-A block has ROWS rows and PANEL columns. The columns of A that it needs are packed side by side first; far apart they would
-displace each other from the cache. Columns beyond the last one hold NaN, which no comparison counts.
+A block has ROWS rows and PANEL columns. The columns of A that it needs are packed side by side first; far apart they
+would displace each other from the cache. Columns beyond the last one hold NaN, which no comparison counts.
 
-All functions multiply the same rows and panels by `_multiply_block`: each entry is a chain of fused multiply-adds in the order of
-k. What `count` finds above a threshold is therefore, to the bit, what `merge` keeps. Arrays are float32 and contiguous.
+All functions multiply the same rows and panels by `_multiply_block`: each entry is a chain of fused multiply-adds in
+the order of k. What `count` finds above a threshold is therefore, to the bit, what `merge` keeps. Arrays are float32
+and contiguous.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def _multiply(B: np.ndarray, A: np.ndarray, out: np.ndarray) -> None:
 
 @compiled
 def _count(B: np.ndarray, A: np.ndarray, low: Any, high: Any, inside: np.ndarray) -> tuple[int, int]:
-    """Return how many magnitudes exceed `high` and how many lie in [low, high]; the latter are written into `inside`."""
+    """Return how many magnitudes exceed `high` and how many lie in [low, high]; write the latter into `inside`."""
     panel, block = np.empty((len(A), PANEL), np.float32), np.empty((ROWS, PANEL), np.float32)
     marks = np.empty(ROWS * PANEL, np.uint8)
     above: Any = 0

@@ -1,9 +1,11 @@
 """Multiply two rows of a matrix with a narrow panel, holding the sums in registers from the first product to the last.
 
-Written in LLVM's instructions, because numba's loops store the sums and load them again every few products: they reach 36 GFLOP/s
-on one core where this reaches 80, and a 4096 × 4096 module with eight adapters of rank 16 would take 0.06 s of 0.3 s longer.
+Written in LLVM's instructions, because numba's loops store the sums and load them again every few products: they reach
+36 GFLOP/s on one core where this reaches 80, and a 4096 × 4096 module with eight adapters of rank 16 would take 0.06 s
+of 0.3 s longer.
 
-Each entry is a chain of multiply-adds in the order of k, from zero, each of them one operation where the processor has such.
+Each entry is a chain of multiply-adds in the order of k, from zero, each of them one operation where the processor has
+such.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ FIRST_LANE = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
 
 
 def _multiply_two_rows(typing: Any, B: Any, upper: Any, lower: Any, panel: Any, out: Any) -> Any:
-    """Write rows `upper` and `lower` of B (rows, r) times a panel (r, PANEL) into the first two rows of `out` (…, PANEL)."""
+    """Write rows `upper` and `lower` of B (rows, r) times a panel (r, PANEL) into `out[:2]` (…, PANEL)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         arrays = [context.make_array(signature.args[at])(context, builder, arguments[at]) for at in (0, 3, 4)]

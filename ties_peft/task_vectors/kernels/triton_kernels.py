@@ -1,10 +1,12 @@
 """Multiply task vectors out on a GPU, a block at a time in registers, and count or merge each block there.
 
-All three kernels multiply by `_product`: each entry is a chain of fused multiply-adds in the order of k, in full float32 (no TF32),
-whatever the block. What `count` finds above a threshold is therefore, to the bit, what `merge` keeps.
+All three kernels multiply by `_product`: each entry is a chain of fused multiply-adds in the order of k, in full
+float32 (no TF32), whatever the block. What `count` finds above a threshold is therefore, to the bit, what `merge`
+keeps.
 
-Floats are never added atomically, only whole numbers: a result does not depend on the order of the blocks. Tensors are float32,
-contiguous and on one device. On one H100 nothing is measured yet; the tests run the kernels in Triton's interpreter.
+Floats are never added atomically, only whole numbers: a result does not depend on the order of the blocks. Tensors are
+float32, contiguous and on one device. On one H100 nothing is measured yet; the tests run the kernels in Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def _count(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Add to `counts` how many magnitudes exceed `high` and how many lie in [low, high]; write the latter into `found`."""
+    """Add how many magnitudes exceed `high` and lie in [low, high] to `counts`; write the latter into `found`."""
     row, column, _, there = block(rows, width, ROWS, COLUMNS)
     sizes = tl.abs(product(B, A, rank, rows, width, row, column))
     larger = (there & (sizes > high)).to(tl.int32)
@@ -117,7 +119,8 @@ def _merge(
         factors: (N, 3), int64: the addresses of B and A of each, and its rank.
         limits: (N, 2): the largest magnitude of each that is trimmed away, and its weight in the divisor.
         members: N.
-        counts: (2,), int32, to which is added how many entries have kept values of both signs, and how many have several.
+        counts: (2,), int32, to which is added how many entries have kept values of both signs, and how many have
+            several.
     """
     row, column, place, there = block(rows, width, ROWS, COLUMNS)
     positive = tl.zeros([ROWS, COLUMNS], tl.float32)
