@@ -145,8 +145,8 @@ def elect(vectors: Tensor, by: Elect = "mass") -> Tensor:
     >>> elect(torch.tensor([[3.0, 1.0], [-1.0, -1.0], [-1.0, 0.0]]))
     tensor([1., 1.])
     """
-    votes = vectors if by == "mass" else vectors.sign()
-    return torch.where(votes.sum(0) >= 0, 1.0, -1.0)
+    signed = vectors if by == "mass" else vectors.sign()
+    return torch.where(signed.sum(0) >= 0, 1.0, -1.0)
 
 
 def disjoint_merge(vectors: Tensor, signs: Tensor, by: Disjoint = "mean") -> Tensor:

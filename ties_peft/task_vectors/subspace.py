@@ -86,11 +86,11 @@ def pack_factors(pairs: Iterable[tuple[Tensor, Tensor]], numbers: int) -> list[L
         numbers: the entries of all of them together.
     """
     found: list[LowRank] = []
-    room: Tensor | None = None
+    memory: Tensor | None = None
     for pair in pairs:
-        room = pair[0].new_empty(numbers, dtype=torch.float32) if room is None else room
+        memory = pair[0].new_empty(numbers, dtype=torch.float32) if memory is None else memory
         sizes = [side.numel() for side in pair]
-        left, right, room = torch.split(room, [*sizes, len(room) - sum(sizes)])
+        left, right, memory = torch.split(memory, [*sizes, len(memory) - sum(sizes)])
         found.append(LowRank(left.view(pair[0].shape).copy_(pair[0]), right.view(pair[1].shape).copy_(pair[1])))
     return found
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..elect import MIN_DIVISOR
 
 ROWS, COLUMNS = 4, 512  # of a block
-WARPS = 4  # that share it: 16 entries a thread, for which a vote keeps six numbers each in registers
+WARPS = 4  # that share it: 16 entries a thread, for which `merge` keeps six numbers each in registers
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}  # a multiply-add is fused where it is written so, only there
 ALIGNED: Any = tl.constexpr(16)  # bytes, so that a thread may load four numbers at once
 LEAST_DIVISOR: Any = tl.constexpr(MIN_DIVISOR)
