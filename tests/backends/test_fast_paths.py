@@ -231,13 +231,13 @@ def test_a_plan_goes_on_with_the_threads_of_its_last_merge_but_not_with_another_
 ) -> None:
     plan = ties_peft.prepare(folders(make_lora), space="knots")
     first = plan.merge(rank=8)
-    (pool,) = plan._memory.pool
+    (pool,) = plan._cache.pool
     plan.merge(rank=4)
-    assert plan._memory.pool == [pool]
+    assert plan._cache.pool == [pool]
     process = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: process + 1)  # as in a fork, which has none of its parent's threads
     again = plan.merge(rank=8)
-    assert plan._memory.pool != [pool]
+    assert plan._cache.pool != [pool]
     assert all(torch.equal(first.delta(name), again.delta(name)) for name in SHAPES)
 
 

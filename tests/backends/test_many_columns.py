@@ -268,7 +268,7 @@ def test_ties_of_many_is_the_definition(make_lora: Callable[..., Path], space: s
 
 
 @pytest.mark.parametrize("space", ["delta", "core", "knots", "factors"])
-@pytest.mark.parametrize("setting", ["KEPT", "MAX_GRAM_SIDE"])
+@pytest.mark.parametrize("setting", ["KEPT_BYTES", "MAX_GRAM_SIDE"])
 def test_what_is_kept_and_what_is_read_again_changes_no_bit(
     make_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, space: str, setting: str
 ) -> None:
@@ -290,7 +290,7 @@ def test_small_encodings_are_made_once(make_lora: Callable[..., Path], monkeypat
     paths = [make_lora(f"a{n}", seed=n) for n in range(3)]
     ties_peft.merge(paths, space="core", rank=8)
     assert len(made) == 3  # modules
-    monkeypatch.setattr("ties_peft.merging.encoding.KEPT", 0)
+    monkeypatch.setattr("ties_peft.merging.encoding.KEPT_BYTES", 0)
     ties_peft.merge(paths, space="core", rank=8)
     assert len(made) > 6
 
@@ -302,9 +302,9 @@ def test_cuts_are_the_same_sought_a_few_adapters_at_a_time(
 ) -> None:
     paths = [make_lora(f"a{n}", seed=n) for n in range(5)]
     plain = ties_peft.merge(paths, space=space, rank=8)
-    monkeypatch.setattr("ties_peft.merging.thresholds.TOGETHER", 2)
+    monkeypatch.setattr("ties_peft.merging.thresholds.BATCH", 2)
     if not kept:
-        monkeypatch.setattr("ties_peft.merging.encoding.KEPT", 0)
+        monkeypatch.setattr("ties_peft.merging.encoding.KEPT_BYTES", 0)
     told: list[int] = []
     again = ties_peft.merge(paths, space=space, rank=8, progress=lambda stage, done, of: told.append(done))
     assert told[: 3 if kept else 1] == ([2, 4, 5] if kept else [5])

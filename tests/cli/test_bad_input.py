@@ -219,7 +219,7 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
         tensors(
             lambda t: t.update({f"base_model.model.q{end}": torch.ones(3) for end in (".bias", ".base_layer.bias")})
         ),
-        ("two tensors for one place", "'base_model.model.q.bias'", "Leave one of them out"),
+        ("'base_model.model.q.bias'", "Leave one of them out"),
     ),
     "a LoRA of another form": (
         tensors(lambda t: t.update({"base_model.model.layers.0.q.lora_C.weight": torch.ones(2, 12)})),
