@@ -311,7 +311,8 @@ class TaskVectors:
         """
         rule = MergeRule(signs.by, by, normalize)
         if signs.of is not self:
-            return self.by_tiles(lambda tile: tile._result(tile.sums(rule), signs.at(tile).dense()))
+            # The signs come first: the sums of both elections take the same scratch memory.
+            return self.by_tiles(lambda tile: tile._result(signs=signs.at(tile).dense(), sums=tile.sums(rule)))
         if self.rows is not None:
             return Dense(self._merge_rows(rule))
         if self._is_weighted_sum(rule):
