@@ -1,4 +1,4 @@
-"""Merge many PEFT adapters into one, by TIES-Merging and its rivals.
+"""Merge many PEFT adapters into one, by TIES-Merging and other methods.
 
 Every name in `__all__` but the errors is imported when it is first used, so that `import ties_peft` is quick. Where a
 function and a module of this package have one name, such as `merge`, the name in this package is the function; the

@@ -1,4 +1,4 @@
-"""What the commands share: how they show progress, warnings and JSON."""
+"""Share what all commands need: the options of a merge as flags, completion, progress, warnings and JSON."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def print_warnings_after() -> Iterator[None]:
-    """What the work warns of, once each, when it is done."""
+    """Print the warnings of the work when it is done, each once."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", TiesPeftWarning)
         yield

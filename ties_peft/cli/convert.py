@@ -14,22 +14,35 @@ from .base import Json, complete_from, print_json, print_loading, print_rich, pr
 if TYPE_CHECKING:
     from ..merging.merged import Merged
 
-Part = Annotated[str | None, typer.Option(help="Of a pipeline's LoRA: unet, text_encoder, …", show_default=False)]
+Part = Annotated[
+    str | None, typer.Option(help="The part of a pipeline's LoRA to convert: unet, text_encoder, …", show_default=False)
+]
 Base = Annotated[
-    str | None, typer.Option(help="The base's weights: DoRA needs them; kohya, for names.", show_default=False)
+    str | None,
+    typer.Option(
+        help="The base model: for DoRA, whose task vectors depend on it, and for the module names of a kohya file.",
+        show_default=False,
+    ),
 ]
 Modules = Annotated[
-    Path | None, typer.Option(help="The model's module names, one a line, in its place.", show_default=False)
+    Path | None,
+    typer.Option(
+        help="A text file with the base model's module names, one a line, in place of --base.", show_default=False
+    ),
 ]
-Alpha = Annotated[float | None, typer.Option(help="lora_alpha, if the file lacks it.", show_default=False)]
-BaseName = Annotated[str | None, typer.Option(help="The base model's name to write.", show_default="the input's")]
+Alpha = Annotated[float | None, typer.Option(help="lora_alpha, if the file does not state it.", show_default=False)]
+BaseName = Annotated[
+    str | None, typer.Option(help="The name of the base model in the result's config.", show_default="the input's")
+]
 Heads = Annotated[
-    str, typer.Option(help="drop: leave out whole layers (heads, embeddings, biases).", show_default="kept")
+    str, typer.Option(help="drop leaves out whole layers (heads, embeddings, biases).", show_default="kept")
 ]
 Target = Annotated[
     str | None,
     typer.Option(
-        help=f"The loader it is for: {', '.join(TARGETS)}.", show_default="peft", autocompletion=complete_from(TARGETS)
+        help=f"The program that is to load the result: {', '.join(TARGETS)}.",
+        show_default="peft",
+        autocompletion=complete_from(TARGETS),
     ),
 ]
 
@@ -40,10 +53,15 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    adapter: Annotated[str, typer.Argument(help="Folder, file or Hub id; diffusers', kohya's, ComfyUI's, MLX's too.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
-    rank: Annotated[str | None, typer.Option(help="A whole number, max or auto.", show_default="max")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the input's")] = None,
+    adapter: Annotated[str, typer.Argument(help="Folder, file or Hub id, of PEFT, diffusers, kohya, ComfyUI or MLX.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    rank: Annotated[
+        str | None, typer.Option(help="The rank of the result: a whole number, max or auto.", show_default="max")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="The dtype of the tensors: float32, float16 or bfloat16.", show_default="the input's"),
+    ] = None,
     target: Target = None,
     part: Part = None,
     base: Base = None,
@@ -51,11 +69,11 @@ def convert(
     alpha: Alpha = None,
     base_name: BaseName = None,
     heads: Heads = "error",
-    device: Annotated[str, typer.Option(help="Where the arithmetic is done.")] = "cpu",
+    device: Annotated[str, typer.Option(help="The device that computes.")] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Turn one adapter into a LoRA, or to another rank, dtype or loader."""
+    """Convert one adapter to a LoRA, another rank, dtype or target."""
     from ..adapters.writer import check_output_folder
     from ..merging.convert import convert as convert_adapter
 

@@ -16,8 +16,8 @@ Rows = Annotated[
     list[str] | None,
     typer.Option(
         "--rows",
-        help="A .jsonl, .csv or .txt file, a data set on the Hub (org/name), or a number of random-token rows: once for "
-        "each adapter, or once for all.",
+        help="Rows of text: a .jsonl, .csv or .txt file, a data set on the Hub (org/name), or a number of rows of random "
+        "tokens. Once for each adapter, or once for all.",
         show_default="the tasks' rows, else 800 of random tokens",
     ),
 ]
@@ -25,12 +25,16 @@ Tasks = Annotated[
     list[Path] | None,
     typer.Option(
         "--task",
-        help="How predictions are read: once for each adapter, or once for all.",
+        help="A task file that says how predictions are read. Once for each adapter, or once for all.",
         show_default="the model's own",
     ),
 ]
 State = Annotated[
-    Path | None, typer.Option(help="Keep the work in this folder; the same command then goes on.", show_default=False)
+    Path | None,
+    typer.Option(
+        help="A folder for the state of the work, from which the same command continues after a stop.",
+        show_default=False,
+    ),
 ]
 
 
@@ -41,28 +45,46 @@ def register(app: typer.Typer) -> None:
 
 def distil(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     rows: Rows = None,
     task: Tasks = None,
-    base: Annotated[str | None, typer.Option(help="The base model.", show_default="the adapters'")] = None,
-    rank: Annotated[int | None, typer.Option(help="A whole number.", show_default="the adapters' largest")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the adapters'")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="The rank of the result, a whole number.", show_default="the adapters' largest")
+    ] = None,
     start: Annotated[str | None, typer.Option(help="An adapter to start from.", show_default="a merge")] = None,
-    kind: Annotated[str | None, typer.Option(help="lora or ia3.", show_default="the adapters'")] = None,
-    fit: Annotated[str, typer.Option(help=" or ".join(FITS) + "; (IA)³ fits its vectors.")] = FITS[0],
-    steps: Annotated[int | None, typer.Option(help="At most.", show_default="by the rows")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows in a step.")] = BATCH_SIZE,
-    seed: Annotated[int, typer.Option(help="Of batches, held-back rows and random tokens.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    kind: Annotated[
+        str | None, typer.Option(help="The PEFT type of the result: lora or ia3.", show_default="the adapters'")
+    ] = None,
+    fit: Annotated[
+        str, typer.Option(help=f"What of a LoRA is trained: {' or '.join(FITS)}; of (IA)³ always the vectors.")
+    ] = FITS[0],
+    steps: Annotated[
+        int | None, typer.Option(help="The largest number of training steps.", show_default="by the rows")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="The number of rows in a step.")] = BATCH_SIZE,
+    seed: Annotated[int, typer.Option(help="The seed of batches, held-back rows and random tokens.")] = 0,
+    device: Annotated[str, typer.Option(help="The device that the model runs on.")] = "cpu",
     threads: Annotated[
-        int, typer.Option(help="Of an operation on the CPU; the result's bytes depend on it alone, not on the cores.")
+        int,
+        typer.Option(
+            help="The number of threads of an operation on the CPU. The bytes of the result depend on it, and not on the number of cores."
+        ),
     ] = 1,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="the inputs'")] = None,
-    base_name: Annotated[str | None, typer.Option(help="The base's name to write.", show_default="the inputs'")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="The dtype of the tensors: float32, float16 or bfloat16.", show_default="the inputs'"),
+    ] = None,
+    base_name: Annotated[
+        str | None, typer.Option(help="The name of the base model in the result's config.", show_default="the inputs'")
+    ] = None,
     state: State = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge adapters, then let the one adapter imitate them on rows without labels."""
+    """Merge adapters, then train the result to imitate them on rows without labels."""
     from ..adapters.writer import check_output_folder, check_outside_output
     from ..learning.distil import distil as distil_adapters
 
@@ -104,7 +126,7 @@ def _rows(given: list[str] | None, count: int) -> Any:
 
 
 def _each(given: list[Any] | None, count: int, flag: str) -> Any:
-    """One for all, one for each, or none."""
+    """Return one value for all adapters, a list with one for each, or None; refuse any other number."""
     if not given:
         return None
     if len(given) not in (1, count):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BASE_LABEL = "base"
 Harness = Annotated[
     list[str] | None,
-    typer.Option(help="Tasks of lm-evaluation-harness by name, A,B or repeated.", show_default=False),
+    typer.Option(help="Names of tasks of lm-evaluation-harness: A,B, or repeated.", show_default=False),
 ]
 Path_ = Annotated[Path | None, typer.Option(help="A folder with the harness's task files.", show_default=False)]
 
@@ -32,29 +32,31 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     adapters: Annotated[list[str] | None, typer.Argument(help="Folders or Hub ids.", show_default=False)] = None,
     task: Annotated[
-        list[Path] | None, typer.Option("--task", help="A task's YAML or JSON file; repeatable.", show_default=False)
+        list[Path] | None, typer.Option("--task", help="A task's YAML or JSON file. Repeatable.", show_default=False)
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's")] = None,
-    bare: Annotated[bool, typer.Option("--bare", help="Judge the base without an adapter too.")] = False,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = BATCH_SIZE,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the task's")
+    ] = None,
+    bare: Annotated[bool, typer.Option("--bare", help="Also measure the base model without an adapter.")] = False,
+    device: Annotated[str, typer.Option(help="The device that the model runs on.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="The number of rows in a batch.")] = BATCH_SIZE,
     harness: Harness = None,
     harness_path: Path_ = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Rows of each task of the harness.", show_default="all")
+        int | None, typer.Option(min=1, help="The number of rows of each task of the harness.", show_default="all")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure adapters on labelled rows, or by the tasks of lm-evaluation-harness."""
     if not task and not harness:
-        raise RecipeError("no task was named. Say which rows to judge by: --task FILE.yaml, or --harness TASK.")
+        raise RecipeError("no task was named. Name the rows to measure on: --task FILE.yaml, or --harness TASK.")
     if task and harness:
-        raise RecipeError("--task and --harness are two ways of judging. Run the command once for each.")
+        raise RecipeError("--task and --harness cannot be combined. Run the command once for each.")
     if not harness and (limit or harness_path):
         raise RecipeError("--limit and --harness-path go with --harness; a task file has its own limit.")
     names = list(adapters or [])
     if not names and not bare:
-        raise RecipeError("no adapter was named. Name at least one folder or Hub id, or judge the base: --bare.")
+        raise RecipeError("no adapter was named. Name at least one folder or Hub id, or measure the base: --bare.")
     from ..evaluation.evaluate import evaluate_all
     from ..evaluation.harness import harness as by_harness
     from ..merging.members import short_names
@@ -84,7 +86,7 @@ def evaluate(
 
 
 def _show_harness(labels: list[str], results: list[dict[str, dict[str, float]]], as_json: bool) -> None:
-    """A row for each task and metric, a column for each adapter; or JSON."""
+    """Print a row for each task and metric and a column for each adapter, or JSON."""
     if as_json:
         print_json({"harness": [{"adapter": a, "results": r} for a, r in zip(labels, results, strict=True)]})
         return
@@ -97,7 +99,7 @@ def _show_harness(labels: list[str], results: list[dict[str, dict[str, float]]],
 
 
 def _warn_about_rows(line: list[Score]) -> None:
-    """What was done with rows that are too long, or have nothing in them: the same for every adapter."""
+    """Warn of rows that were cut because they are too long, and of rows without text; they are the same for every adapter."""
     texts = [
         (score, count, told)
         for score in line
@@ -111,7 +113,7 @@ def _warn_about_rows(line: list[Score]) -> None:
 
 
 def _table(labels: list[str], scores: list[list[Score]]) -> Table:
-    """A row for each adapter, a column for each task, and the mean where they can be added."""
+    """Return a table with a row for each adapter and a column for each task, and with the mean where all scores are accuracies."""
     tasks = [score.task for score in scores[0]]
     mean = len(tasks) > 1 and all(score.accuracy is not None for score in scores[0])
     rows = []
@@ -127,7 +129,7 @@ def _cell(score: Score) -> str:
 
 
 def _legend(scores: list[list[Score]]) -> str:
-    """What the numbers are, and how well a number of rows can tell them."""
+    """Return what the numbers of the table are, and their standard errors."""
     line = scores[0]
     rows = ", ".join(f"{score.rows}" for score in line)
     errors = [100 * score.error for own in scores for score in own if score.error is not None]

@@ -17,7 +17,8 @@ def register(app: typer.Typer) -> None:
 def inspect(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
     base: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the base's weights, where adapters need them.")
+        str | None,
+        typer.Option(help="Folder or Hub id of the base model, for adapters whose task vectors depend on its weights."),
     ] = None,
     as_json: Json = False,
 ) -> None:

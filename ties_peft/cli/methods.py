@@ -28,7 +28,8 @@ def register(app: typer.Typer) -> None:
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(help="One method, in full.", show_default=False, autocompletion=complete_method)
+        str | None,
+        typer.Argument(help="A method to explain in full.", show_default=False, autocompletion=complete_method),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -12,7 +12,8 @@ import typer
 from .base import Json, print_json, print_text, print_warnings
 
 Private = Annotated[
-    bool | None, typer.Option("--private/--public", help="Of a new repository.", show_default="the account's")
+    bool | None,
+    typer.Option("--private/--public", help="The visibility of a new repository.", show_default="the account's"),
 ]
 
 
@@ -23,14 +24,14 @@ def register(app: typer.Typer) -> None:
 
 def push(
     folder: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
-    repo: Annotated[str, typer.Argument(help="org/name on the Hub.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="The repository on the Hub, org/name.", show_default=False)],
     private: Private = None,
-    revision: Annotated[str | None, typer.Option(help="The branch.", show_default="main")] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload adapter with ties_peft",
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch to write to.", show_default="main")] = None,
+    message: Annotated[str, typer.Option(help="The message of the commit.")] = "Upload adapter with ties_peft",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of a commit.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Send an adapter to the Hub, with its card; log in first with `hf auth login`."""
+    """Upload an adapter and its card to the Hub; log in first with `hf auth login`."""
     from ..merging.push import push as push_adapter
 
     with warnings.catch_warnings():

@@ -16,7 +16,7 @@ from .base import Json, merge_option, print_json, print_text, print_warnings, pr
 if TYPE_CHECKING:
     from ..search.search import Found
 
-UNLESS = " Stays as given here unless --tune sets it."
+UNLESS = " Fixed, unless --tune names it."
 Tune = Annotated[
     list[str] | None,
     typer.Option(
@@ -37,11 +37,15 @@ Storage = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="NAME=VALUE, a parameter that stays, in YAML; repeatable.", show_default=False),
+    typer.Option("--set", help="NAME=VALUE, a parameter that is fixed, in YAML. Repeatable.", show_default=False),
 ]
 
 Judge = Annotated[
-    Path | None, typer.Option(help="A task file with other rows, to judge by at the end.", show_default=False)
+    Path | None,
+    typer.Option(
+        help="A task file with other rows, on which the result and the controls are measured at the end.",
+        show_default=False,
+    ),
 ]
 Method = Annotated[str, merge_option("method", unless=UNLESS)]
 Space = Annotated[str, merge_option("space", unless=UNLESS)]
@@ -49,7 +53,7 @@ Scale = Annotated[str | None, merge_option("scale", unless=UNLESS)]
 Rank = Annotated[str, merge_option("rank", unless=UNLESS)]
 Densities = Annotated[str | None, merge_option("densities")]
 AllowDisjoint = Annotated[bool, merge_option("allow_disjoint")]
-Controls = Annotated[bool, typer.Option("--controls/--no-controls", help=f"Also make {', '.join(CONTROLS)}.")]
+Controls = Annotated[bool, typer.Option("--controls/--no-controls", help=f"Compare with {', '.join(CONTROLS)}.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -60,30 +64,39 @@ def register(app: typer.Typer) -> None:
 def search(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
     task: Annotated[Path, typer.Option(help="A task file with the few labelled rows.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     tune: Tune = None,
-    budget: Annotated[int, typer.Option(help="Trials in all, over all processes.")] = BUDGET,
+    budget: Annotated[int, typer.Option(help="The number of trials, over all processes.")] = BUDGET,
     method: Method = Options.method,
     space: Space = Options.space,
     scale: Scale = None,
     rank: Rank = str(Options.rank),
     settings: Settings = None,
     densities: Densities = None,
-    penalty: Annotated[float, typer.Option(help="On the mean of |w|, where weights are tuned.")] = PENALTY,
+    penalty: Annotated[
+        float,
+        typer.Option(help="The factor on the mean of |w| that is subtracted from the score where weights are tuned."),
+    ] = PENALTY,
     judge: Judge = None,
     controls: Controls = True,
-    trained: Annotated[bool, typer.Option("--trained", help="Also train a new LoRA on the same rows.")] = False,
+    trained: Annotated[
+        bool, typer.Option("--trained", help="Compare with a new LoRA that is trained on the same rows, too.")
+    ] = False,
     storage: Storage = None,
-    study: Annotated[str, typer.Option(help="Name of the search in the storage; it goes on where it was.")] = "search",
+    study: Annotated[
+        str, typer.Option(help="The name of the search in the storage; a search of that name continues.")
+    ] = "search",
     seed: Annotated[int, typer.Option(help="The seed of the trials and of the controls.")] = Options.seed,
-    sampler: Annotated[str, typer.Option(help="auto, cobyla, tpe or random.")] = "auto",
-    base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's or adapters'")] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = DEVICE,
+    sampler: Annotated[str, typer.Option(help="The sampler: auto, cobyla, tpe or random.")] = "auto",
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the task's or adapters'")
+    ] = None,
+    device: Annotated[str, typer.Option(help="The device that the model runs on.")] = DEVICE,
     allow_disjoint: AllowDisjoint = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Search for what does best on a few examples.
+    """Search for the weights or other options that score best on a few examples.
 
     For LoRAHub add --method task_arithmetic --scale 1 --rank max.
     """

@@ -18,13 +18,17 @@ def register(app: typer.Typer) -> None:
 def signs(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
     task: Annotated[
-        list[Path], typer.Option(help="A task file with a few labelled rows; repeatable.", show_default=False)
+        list[Path], typer.Option(help="A task file with a few labelled rows. Repeatable.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's or adapters'")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of training, in all.", show_default="20 for each task")] = None,
-    seed: Annotated[int, typer.Option(help="Of the rows' draws.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the task's or adapters'")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="The number of training steps, in all.", show_default="20 for each task")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The seed of the order of the rows.")] = 0,
+    device: Annotated[str, typer.Option(help="The device that the model runs on.")] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
 ) -> None:
     """Estimate the signs that TIES elects from a few examples."""

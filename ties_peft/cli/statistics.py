@@ -1,4 +1,4 @@
-"""`ties-peft statistics`: what Fisher merging and RegMean must know of adapters, gathered once and kept beside them."""
+"""`ties-peft statistics`: gather the statistics that Fisher merging and RegMean need, and write them beside the adapters."""
 
 from __future__ import annotations
 
@@ -24,19 +24,23 @@ def statistics(
         typer.Option(help="A task file with rows of text; one for all, or one for each.", show_default=False),
     ],
     kind: Annotated[
-        list[str] | None, typer.Option(help=f"{' or '.join(STATISTICS)}; repeatable.", show_default="all that fit")
+        list[str] | None, typer.Option(help=f"{' or '.join(STATISTICS)}. Repeatable.", show_default="all that fit")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base model.", show_default="the task's or adapter's")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the task's or adapter's")
+    ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(help="For fisher: expected, sampled or given.", show_default="expected; sampled for texts"),
+        typer.Option(
+            help="The labels that fisher takes: expected, sampled or given.", show_default="expected; sampled for texts"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of labels that are sampled.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    again: Annotated[bool, typer.Option("--again", help="Gather them anew where they are there already.")] = False,
+    seed: Annotated[int, typer.Option(help="The seed of labels that are sampled.")] = 0,
+    device: Annotated[str, typer.Option(help="The device that the model runs on.")] = "cpu",
+    again: Annotated[bool, typer.Option("--again", help="Gather statistics again that exist already.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Gather the statistics that methods fisher and regmean need, and keep them beside each adapter."""
+    """Gather the statistics that the methods fisher and regmean need, and write them beside each adapter."""
     from ..adapters.adapter import Adapter
     from ..adapters.statistics import file_name
     from ..evaluation.evaluate import find_base

@@ -133,7 +133,7 @@ class Task:
         return self.measure in ("descriptions", "head", "choices")
 
     def read(self) -> list[Row]:
-        """The rows.
+        """Return the rows.
 
         Raises: RecipeError where there are none or they cannot be read.
         """
@@ -155,15 +155,15 @@ class Task:
             self.label_numbers(rows)
 
     def texts(self) -> list[str]:
-        """What the model reads of each row: its text in the template."""
+        """Return what the model reads of each row: its text in the template."""
         return self.fill_template(texts_of(self.read(), self.text, self.where))
 
     def fill_template(self, texts: list[str]) -> list[str]:
-        """Texts in the template."""
+        """Return texts in the template."""
         return [self.template.replace(SLOT, text) for text in texts]
 
     def label_numbers(self, rows: list[Row], names: tuple[str, ...] | None = None) -> list[int]:
-        """The number of each row's label.
+        """Return the number of each row's label.
 
         Args:
             rows: as `read` gives them.
@@ -175,7 +175,7 @@ class Task:
         return [self._number(row, known, count, place) for place, row in enumerate(rows)]
 
     def target_texts(self, rows: list[Row]) -> list[str]:
-        """The label of each row as a text that is to be written; empty where label is None."""
+        """Return the label of each row as the text that a model is to write; empty where `label` is None."""
         if self.label is None:
             return [""] * len(rows)
         for place, row in enumerate(rows):
@@ -196,7 +196,7 @@ class Task:
         return f"task {self.name!r}{place}"
 
     def digest(self) -> str:
-        """A sha256 over the rows and how they are read, wherever they lie and whatever the task is called.
+        """Return a sha256 over the rows and how they are read; the task's name and the rows' location do not count.
 
         Raises: RecipeError where there are no rows or they cannot be read.
         """
@@ -230,12 +230,12 @@ class Task:
         )
 
     def _counts_labels(self, names: tuple[str, ...]) -> bool:
-        """Whether the number of a data set's class is that of the label: where nothing names the labels."""
+        """Return whether a class of a data set stands for the label of its number: where nothing names the labels."""
         unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
         return self.labels is None and (self.measure != "head" or unnamed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, without what stands at its default; rows given as such by their number."""
+        """Return plain values without those at their default; rows in memory are given by their number."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         if isinstance(self.rows, tuple):
             values["rows"] = f"{len(self.rows)} in memory"
@@ -248,7 +248,7 @@ def is_task(given: Mapping[Any, Any]) -> bool:
 
 
 def read_task(given: TaskSource) -> Task:
-    """A task from a file, a mapping, or as it is; checked, its rows not read yet.
+    """Return a task from a file or a mapping, checked; a `Task` as it is. Its rows are not read yet.
 
     Raises: RecipeError naming the key and its line.
     """
@@ -270,7 +270,7 @@ def read_task(given: TaskSource) -> Task:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples and paths as YAML has them."""
+    """Return a value with tuples as lists and paths as text, as YAML holds them."""
     try:
         return json.loads(json.dumps(value, default=str))
     except (TypeError, ValueError) as error:
@@ -278,7 +278,7 @@ def _plain(value: Any) -> Any:
 
 
 def _checked_rows(rows: tuple[Any, ...], task: Task) -> tuple[Row, ...]:
-    """Rows given as such: mappings, or texts alone."""
+    """Return rows that were given in memory as mappings; a text alone is the text of a row."""
     if not rows:
         raise RecipeError("task: rows is an empty list. Give some, or a file.")
     made = tuple({task.text: row} if isinstance(row, str) else row for row in rows)
@@ -349,7 +349,7 @@ def _check_lists(document: Document, values: Mapping[str, Any], measure: str) ->
 
 
 def _name(where: str, rows: Any) -> str:
-    """A name for tables: the task's file, else the rows' folder or data set."""
+    """Return a name for tables: that of the task's file, else of the rows' folder or data set."""
     if where != "task":
         return Path(where).stem
     if isinstance(rows, str):

@@ -112,7 +112,7 @@ def add_merged_adapter(
 
 
 def _elect_parameter(majority_sign_method: str | None, parameters: Mapping[str, Any]) -> dict[str, str]:
-    """PEFT's `majority_sign_method` as `elect`."""
+    """Return PEFT's `majority_sign_method` as the parameter `elect`."""
     if majority_sign_method is None:
         return {}
     if "elect" in parameters:
@@ -147,7 +147,7 @@ def _translate(combination_type: str | None, given: Mapping[str, Any], adapters:
 
 
 def _with_signs(recipe: Recipe, tuner: Any) -> Recipe:
-    """The recipe with the loaded adapter that `sign_from` names in place of its name."""
+    """Return the recipe with the loaded adapter in place of its name in `sign_from`."""
     parameters = dict(recipe.parameters)
     for key, value in recipe.parameters.items():
         if key.rpartition(".")[2] == "sign_from" and isinstance(value, str) and value in tuner.peft_config:

@@ -192,7 +192,7 @@ def run_plan(
 
 
 def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
-    """adapter_config.json: as few keys as every loader needs, so that old releases load it too."""
+    """Return adapter_config.json with only the keys that loaders need, so that old releases of PEFT load it too."""
     configs = [member.adapter.config for member in plan.members]
     named = recipe.base_model or next((a.base_name for a in (m.adapter for m in plan.members) if a.base_name), None)
     own = plan.kind.config(list(plan.modules.values()), plan.rank or 0)
@@ -230,6 +230,6 @@ def _adapter_facts(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> Ada
 
 
 def _has_conv1d(plan: Plan) -> bool:
-    """Whether a module of the result may be a Conv1D, as far as the bases and the adapters' configs tell."""
+    """Return whether a module of the result may be a Conv1D, by the base models and the adapters' configs."""
     adapters = [member.adapter for member in plan.members]
     return any(layer_is_conv1d(a.config, a.base_model, module.path) for a in adapters for module in a.layout.values())

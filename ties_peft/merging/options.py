@@ -109,8 +109,8 @@ class Options:
     )
     densities: tuple[Any, ...] | None = _option(
         None,
-        "As --density, with one number per adapter: 0.2,0.9.",
-        "--density for all",
+        "One density per adapter: 0.2,0.9.",
+        "one for all",
         table=None,
         expected="numbers with commas between, such as 0.2,0.9",
         read=_numbers,

@@ -55,7 +55,7 @@ class Prepared:
         restore_norm: bool = False,
         **parameters: Any,
     ) -> Merged:
-        """As `ties_peft.merge` does, from what is in memory.
+        """Merge as `ties_peft.merge` does, from the encodings in memory.
 
         Law: the same tensors as `ties_peft.merge` with the same arguments.
         """
@@ -68,7 +68,7 @@ class Prepared:
         return run_plan(plan, recipe, started, self._cache if self._can_reuse(plan) else None, warns=self.warns)
 
     def _can_reuse(self, plan: Plan) -> bool:
-        """Whether what is kept is what this merge needs: a weight of 0 takes an adapter out of the bases.
+        """Return whether the encodings in memory are those of this merge: a weight of 0 takes an adapter out of the bases.
 
         So do other parameters of the space, which make other coordinates.
         """

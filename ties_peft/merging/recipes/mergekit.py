@@ -112,7 +112,7 @@ PARAMETERS = frozenset(name for rule in METHODS.values() for name in (*rule.take
 
 
 def is_recipe(values: Any) -> bool:
-    """Whether the values of a YAML file are a recipe of mergekit's, by the rule above."""
+    """Return whether the values of a YAML file are a recipe of mergekit's, by the rule above."""
     if not isinstance(values, dict) or "adapters" in values:
         return False
     if any(key in values for key in LAYER_TABLES):
@@ -145,7 +145,7 @@ def convert(document: Document) -> None:
 
 
 def reference(text: str) -> tuple[str | None, str]:
-    """(base, adapter) of a reference such as `base+lora`; no base where it is one name.
+    """Return the base (None without one) and the adapter of a reference such as `base+lora`.
 
     >>> reference("org/base@v1+org/lora@v2")
     ('org/base', 'org/lora@v2')
@@ -173,7 +173,7 @@ class _Conversion:
         self.shared = self.table(("parameters",), self.top)
 
     def run(self) -> None:
-        """All of it, in an order in which each step finds what it needs."""
+        """Convert the recipe; each step uses what those before it made."""
         if self.method != self.name:
             self.note("merge_method", f"mergekit's {self.name} is {self.method} here")
         if self.rule.differs:
@@ -194,7 +194,7 @@ class _Conversion:
 
     @property
     def tables(self) -> list[tuple[Location, dict[str, Any]]]:
-        """Everywhere that a parameter may stand."""
+        """The tables that hold parameters, each with its location."""
         own = [(("adapters", place, "parameters"), entry["parameters"]) for place, entry in enumerate(self.entries)]
         return [(("parameters",), self.shared), *own]
 
@@ -205,7 +205,7 @@ class _Conversion:
         return found
 
     def entry(self, place: int, value: Any) -> dict[str, Any]:
-        """One of the models, as a table with a text in it."""
+        """Return one of the models as a table whose `model` is a text."""
         entry = {"model": value} if isinstance(value, str) else value
         if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
             self.refuse(("adapters", place), f"expected `model:` with a path or Hub id, found {value!r}")
@@ -213,7 +213,7 @@ class _Conversion:
         return entry
 
     def table(self, path: Location, holder: dict[str, Any]) -> dict[str, Any]:
-        """The parameters in a table, made if there are none."""
+        """Return the parameters of a table, which are made if there are none."""
         if holder.get("parameters") is None:
             holder["parameters"] = {}
         if not isinstance(holder["parameters"], dict):
@@ -222,7 +222,7 @@ class _Conversion:
         return found
 
     def convert_top_keys(self) -> None:
-        """The keys at the top."""
+        """Convert the keys at the top."""
         for key in IGNORED:
             if self.top.pop(key, None) is not None:
                 self.note(key, "an adapter has no part in it, so it is left out")
@@ -233,7 +233,7 @@ class _Conversion:
             self.top["dtype"] = written
 
     def convert_base(self) -> str | None:
-        """`base_model:`, taken out where it is not a plain model."""
+        """Return `base_model:` as it was given; remove it for slerp, where it names one of the models."""
         given = self.top.get("base_model")
         if not isinstance(given, str):
             return None
@@ -246,7 +246,7 @@ class _Conversion:
         return given
 
     def split_references(self, base: str | None) -> None:
-        """Of base+lora the adapter; the base itself left out of what it would add nothing to."""
+        """Keep the adapter of each base+lora, and leave out the base model itself."""
         split = [reference(entry["model"]) for entry in self.entries]
         bases = {b for b, _ in split if b} | ({base.partition("@")[0]} if base and self.name != "slerp" else set())
         for place in range(len(split) - 1, -1, -1):
@@ -280,7 +280,7 @@ class _Conversion:
                 self.note(f"{path[0]}.{key}", f"mergekit's {self.name} has no {key}, so it is left out")
 
     def convert_slerp(self, base: str | None) -> None:
-        """slerp's t runs from `base_model` to the other; where it varies, the weights are 1 − t and t."""
+        """Convert slerp's t, which runs from `base_model` to the other model; where it varies it becomes the weights 1 − t and t."""
         names = [entry["model"] for entry in self.entries]
         start = reference(base)[1] if base else names[0]
         if start not in names:
@@ -299,7 +299,7 @@ class _Conversion:
             self.note("parameters.t", "where it varies it is written as the weights 1 − t and t")
 
     def check_flags(self) -> None:
-        """What is true or false, and has no counterpart when it is."""
+        """Refuse parameters that are true or false where one of the two has no counterpart here."""
         if self.flag("int8_mask", False):
             self.note("parameters.int8_mask", "it saves memory in mergekit and nothing here, so it is left out")
         for key, plain in (("filter_wise", False), ("nuslerp_flatten", True), ("nuslerp_row_wise", False)):
@@ -314,7 +314,7 @@ class _Conversion:
             )
 
     def convert_weights(self) -> None:
-        """A weight for all goes to each adapter that has none, or none that fits."""
+        """Give the weight for all to each adapter that has none, or whose conditions do not fit."""
         general = self.shared.pop("weight", None)
         for place, entry in enumerate(self.entries if general is not None else []):
             own = entry["parameters"].get("weight", general)
@@ -322,7 +322,7 @@ class _Conversion:
             entry["parameters"]["weight"] = Schedule.read(own, where).with_default(general).value
 
     def convert_trim(self) -> None:
-        """How much a trim keeps, over what, and the other numbers."""
+        """Convert the density and the scope of the trim, and the numbers of the method."""
         if "density" in self.rule.takes:
             if any("density" not in table for _, table in self.tables[1:]) and "density" not in self.shared:
                 self.note("parameters.density", "where none is given it is 1.0, as in mergekit")
@@ -339,7 +339,7 @@ class _Conversion:
             self.shared[key] = default if found is None else found
 
     def convert_scale(self) -> None:
-        """λ, and what the sum is divided by."""
+        """Convert λ and the division of the sum by the weights."""
         scale = self.take_common("lambda", is_number, "one number")
         divides = self.flag("normalize", self.rule.normalize)
         if divides and self.rule.elects and self.negative():
@@ -361,12 +361,12 @@ class _Conversion:
         self.shared.setdefault("scale", 1.0 if scale is None else scale)
 
     def negative(self) -> bool:
-        """Whether a weight is."""
+        """Return whether a weight is negative."""
         own = [entry["parameters"].get("weight", 1.0) for entry in self.entries]
         return any(number < 0 for weight in own for number in Schedule.read(weight, "weight").numbers())
 
     def total_weight(self) -> float:
-        """Σw, where no weight varies."""
+        """Return Σw; refuse weights that vary."""
         weights = [entry["parameters"].get("weight", 1.0) for entry in self.entries]
         if not all(is_number(weight) for weight in weights) or sum(weights) == 0:
             self.refuse(
@@ -375,12 +375,12 @@ class _Conversion:
         return float(sum(weights))
 
     def flag(self, key: str, default: bool) -> bool:
-        """A parameter that is true or false."""
+        """Return a parameter that is true or false."""
         found = self.take_common(key, lambda value: isinstance(value, bool), "true or false")
         return default if found is None else bool(found)
 
     def take_common(self, key: str, holds: Callable[[Any], bool], expected: str) -> Any:
-        """A parameter that has one value for all adapters here, taken out; None if it is not given."""
+        """Remove and return a parameter that has one value for all adapters here; None if it is not given."""
         found = [((*path, key), table.pop(key)) for path, table in self.tables if key in table]
         for path, value in found:
             if not holds(value):
@@ -390,15 +390,15 @@ class _Conversion:
         return found[0][1] if found else None
 
     def note(self, key: str, text: str) -> None:
-        """Say something once."""
+        """Add a note, unless the recipe has it already."""
         line = f"{key}: {text}."
         if line not in self.notes:
             self.notes.append(line)
 
     def refuse(self, path: Location, why: str) -> NoReturn:
-        """Name the line, and stop."""
+        """Raise an error that names the line."""
         raise RecipeError(f"{self.at(path)}: {why}.")
 
     def at(self, path: Location) -> str:
-        """Where a key stands."""
+        """Return the file and the line of a key."""
         return self.document.at(path)

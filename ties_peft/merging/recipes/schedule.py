@@ -55,7 +55,7 @@ class Schedule:
         return cls(listed)
 
     def at(self, module: str, layers: int, default: float = 1.0) -> float:
-        """The number for one module of a model with so many layers; `default` where no filter fits."""
+        """Return the number for one module of a model with so many layers; `default` where no filter fits."""
         value = self.value
         if _is_conditions(value):
             fits = (c["value"] for c in value if c.get("filter") in EVERYWHERE or str(c["filter"]) in module)
@@ -65,11 +65,11 @@ class Schedule:
         return _gradient(value, module, layers)
 
     def with_default(self, value: Any) -> Schedule:
-        """This one, and `value` where no filter of it fits."""
+        """Return this schedule with `value` where none of its filters fits."""
         return Schedule([*self.value, *_conditions(value)]) if _is_conditions(self.value) else self
 
     def mapped(self, change: Callable[[float], float]) -> Schedule:
-        """The same with every number changed; straight between its points it stays only if `change` is straight."""
+        """Return this schedule with every number changed. `change` must be linear where a gradient is interpolated."""
 
         def of(value: Any) -> Any:
             return [change(point) for point in value] if isinstance(value, list) else change(value)
@@ -79,7 +79,7 @@ class Schedule:
         return Schedule(of(self.value))
 
     def numbers(self) -> list[float]:
-        """Every number that stands in it."""
+        """Return all its numbers."""
         return [float(n) for c in _conditions(self.value) for n in _listed(c["value"])]
 
     @property
@@ -94,18 +94,18 @@ class Schedule:
 
 
 def layer_of(module: str) -> int | None:
-    """The number of the layer that a module lies in: the first number in its path."""
+    """Return the number of the layer that a module lies in: the first number in its path."""
     found = LAYER.search(module)
     return int(found.group(1)) if found else None
 
 
 def count_layers(modules: Iterable[str]) -> int:
-    """How many layers the modules' names speak of."""
+    """Return the number of layers, by the largest number in the modules' names."""
     return 1 + max((layer for layer in map(layer_of, modules) if layer is not None), default=0)
 
 
 def to_plain(value: Any) -> Any:
-    """A value as if it had been read from YAML: lists for tuples and arrays, Python's own numbers, text for paths.
+    """Return a value as YAML would give it: lists for tuples and arrays, Python's own numbers, text for paths.
 
     >>> to_plain((0.5, (1, 0.2)))
     [0.5, [1, 0.2]]

@@ -20,7 +20,7 @@ DENSITY = "density"
 
 @dataclass(frozen=True)
 class Settings:
-    """Checked.
+    """A space, methods and densities that were checked.
 
     Attributes:
         space: the coordinates.
@@ -115,7 +115,7 @@ def _is_density(key: str) -> bool:
 
 
 def parameter_names(method: str, space: str) -> list[str]:
-    """What a recipe of this method and space may set: `density`, and also `ties.density`."""
+    """Return the names of the parameters of a method and a space: `density`, and also `ties.density`."""
     names = list(find_space(space).model_fields)
     for stage in (part.strip() for part in method.split("+")):
         fields = list(find_method(stage).model_fields)
@@ -169,7 +169,7 @@ def _check_once(method: str, parameters: Mapping[str, Any]) -> None:
 
 
 def _check_owner(method: str, stages: Stages, key: str) -> None:
-    """A schedule is for the trim of the method that merges."""
+    """Refuse a schedule for a density that is not that of the merging method's trim."""
     make_stages(method, {key: 1.0})  # refuses a density that no stage has, or several
     stage = key.rpartition(".")[0]
     if stage not in ("", stages.method.name) or DENSITY not in type(stages.method).model_fields:
@@ -185,7 +185,7 @@ def _check_signs(method: Method) -> None:
 def _densities(
     method: Method, shared: Schedule | None, own: Sequence[Any]
 ) -> tuple[Method, tuple[Schedule | None, ...]]:
-    """(the method with its density changed where all agree, each adapter's density)."""
+    """Return the method, with its density changed where all adapters have the same, and the density of each adapter."""
     if shared is None and all(density is None for density in own):
         return method, (None,) * len(own)
     general = getattr(method, DENSITY, None)

@@ -69,7 +69,7 @@ for _kind in (Loader, Dumper):
 
 
 class Document:
-    """What a text says, and where.
+    """The values of a YAML text, and the line of each.
 
     Args:
         text: YAML.
@@ -101,7 +101,7 @@ class Document:
             raise RecipeError(f"{where}: not YAML that can be read ({one_line(error)}).") from None
 
     def at(self, path: Location) -> str:
-        """Where a key, or what holds it, stands."""
+        """Return the file and the line of a key, or of what holds it."""
         return f"{self.where}, line {self._line(path)}"
 
     def _line(self, path: Location) -> int:
@@ -133,7 +133,7 @@ class Document:
         raise RecipeError(f"{self.at(path)}: {name} is {fault['input']!r}; expected {expected}.")
 
     def drop(self, key: str, number: int) -> None:
-        """Take an entry out of a list at the top; those after it keep their lines."""
+        """Remove an entry from a list at the top; the entries after it keep their lines."""
         del self.values[key][number]
         self._lines = {
             (path[0], path[1] - 1, *path[2:]) if path[0] == key and len(path) > 1 and path[1] > number else path: line
@@ -167,7 +167,7 @@ class Document:
 
 
 def parse(text: str) -> Any:
-    """The value of a short YAML text, such as one on a command line; the text itself where it is none."""
+    """Return the value of a short YAML text, such as one on a command line; the text itself where it is not YAML."""
     try:
         return yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -175,5 +175,5 @@ def parse(text: str) -> Any:
 
 
 def dump(values: Any) -> str:
-    """Plain values as YAML that `Document` reads back."""
+    """Return plain values as YAML that `Document` reads back."""
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
