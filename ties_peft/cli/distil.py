@@ -37,6 +37,32 @@ State = Annotated[
     ),
 ]
 
+Start = Annotated[str | None, typer.Option(help="An adapter to start from.", show_default="a merge")]
+Kind = Annotated[
+    str | None, typer.Option(help="The PEFT type of the result: lora or ia3.", show_default="the adapters'")
+]
+Fit = Annotated[str, typer.Option(help=f"What of a LoRA is trained: {' or '.join(FITS)}; of (IA)³ always the vectors.")]
+Steps = Annotated[int | None, typer.Option(help="The largest number of training steps.", show_default="by the rows")]
+Seed = Annotated[int, typer.Option(help="The seed of batches, held-back rows and random tokens.")]
+Threads = Annotated[
+    int,
+    typer.Option(
+        help="The number of threads of an operation on the CPU. The bytes of the result depend on it, and not on the number of cores."
+    ),
+]
+
+Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the adapters'")]
+Rank = Annotated[
+    int | None, typer.Option(help="The rank of the result, a whole number.", show_default="the adapters' largest")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="The dtype of the tensors: float32, float16 or bfloat16.", show_default="the inputs'"),
+]
+BaseName = Annotated[
+    str | None, typer.Option(help="The name of the base model in the result's config.", show_default="the inputs'")
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -48,38 +74,18 @@ def distil(
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     rows: Rows = None,
     task: Tasks = None,
-    base: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the adapters'")
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="The rank of the result, a whole number.", show_default="the adapters' largest")
-    ] = None,
-    start: Annotated[str | None, typer.Option(help="An adapter to start from.", show_default="a merge")] = None,
-    kind: Annotated[
-        str | None, typer.Option(help="The PEFT type of the result: lora or ia3.", show_default="the adapters'")
-    ] = None,
-    fit: Annotated[
-        str, typer.Option(help=f"What of a LoRA is trained: {' or '.join(FITS)}; of (IA)³ always the vectors.")
-    ] = FITS[0],
-    steps: Annotated[
-        int | None, typer.Option(help="The largest number of training steps.", show_default="by the rows")
-    ] = None,
+    base: Base = None,
+    rank: Rank = None,
+    start: Start = None,
+    kind: Kind = None,
+    fit: Fit = FITS[0],
+    steps: Steps = None,
     batch_size: Annotated[int, typer.Option(help="The number of rows in a step.")] = BATCH_SIZE,
-    seed: Annotated[int, typer.Option(help="The seed of batches, held-back rows and random tokens.")] = 0,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(help="The device that the model runs on.")] = "cpu",
-    threads: Annotated[
-        int,
-        typer.Option(
-            help="The number of threads of an operation on the CPU. The bytes of the result depend on it, and not on the number of cores."
-        ),
-    ] = 1,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="The dtype of the tensors: float32, float16 or bfloat16.", show_default="the inputs'"),
-    ] = None,
-    base_name: Annotated[
-        str | None, typer.Option(help="The name of the base model in the result's config.", show_default="the inputs'")
-    ] = None,
+    threads: Threads = 1,
+    dtype: Dtype = None,
+    base_name: BaseName = None,
     state: State = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,

@@ -55,6 +55,22 @@ Densities = Annotated[str | None, merge_option("densities")]
 AllowDisjoint = Annotated[bool, merge_option("allow_disjoint")]
 Controls = Annotated[bool, typer.Option("--controls/--no-controls", help=f"Compare with {', '.join(CONTROLS)}.")]
 
+Penalty = Annotated[
+    float,
+    typer.Option(help="The factor on the mean of |w| that is subtracted from the score where weights are tuned."),
+]
+StudyName = Annotated[str, typer.Option(help="The name of the search in the storage; a search of that name continues.")]
+Base = Annotated[
+    str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the task's or adapters'")
+]
+
+Budget = Annotated[int, typer.Option(help="The number of trials, over all processes.")]
+Trained = Annotated[
+    bool, typer.Option("--trained", help="Compare with a new LoRA that is trained on the same rows, too.")
+]
+Seed = Annotated[int, typer.Option(help="The seed of the trials and of the controls.")]
+Sampler = Annotated[str, typer.Option(help="The sampler: auto, cobyla, tpe or random.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -66,31 +82,22 @@ def search(
     task: Annotated[Path, typer.Option(help="A task file with the few labelled rows.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     tune: Tune = None,
-    budget: Annotated[int, typer.Option(help="The number of trials, over all processes.")] = BUDGET,
+    budget: Budget = BUDGET,
     method: Method = Options.method,
     space: Space = Options.space,
     scale: Scale = None,
     rank: Rank = str(Options.rank),
     settings: Settings = None,
     densities: Densities = None,
-    penalty: Annotated[
-        float,
-        typer.Option(help="The factor on the mean of |w| that is subtracted from the score where weights are tuned."),
-    ] = PENALTY,
+    penalty: Penalty = PENALTY,
     judge: Judge = None,
     controls: Controls = True,
-    trained: Annotated[
-        bool, typer.Option("--trained", help="Compare with a new LoRA that is trained on the same rows, too.")
-    ] = False,
+    trained: Trained = False,
     storage: Storage = None,
-    study: Annotated[
-        str, typer.Option(help="The name of the search in the storage; a search of that name continues.")
-    ] = "search",
-    seed: Annotated[int, typer.Option(help="The seed of the trials and of the controls.")] = Options.seed,
-    sampler: Annotated[str, typer.Option(help="The sampler: auto, cobyla, tpe or random.")] = "auto",
-    base: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the task's or adapters'")
-    ] = None,
+    study: StudyName = "search",
+    seed: Seed = Options.seed,
+    sampler: Sampler = "auto",
+    base: Base = None,
     device: Annotated[str, typer.Option(help="The device that the model runs on.")] = DEVICE,
     allow_disjoint: AllowDisjoint = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
