@@ -1,13 +1,13 @@
-"""What can go wrong, by who has to mend it.
+"""The exceptions, by who can fix the problem.
 
     TiesPeftError
-    ├── AdapterError        a file: missing, damaged, or of a form that cannot be merged
-    ├── CompatibilityError  files that are sound but do not fit each other
-    ├── RecipeError         what was asked: an unknown name, a wrong number of weights, a folder in the way
-    ├── MethodError         a parameter of a method: unknown, or out of its range
-    └── ProcessError        the processes of one job: one could not connect, or is gone
+    ├── AdapterError        a file: missing, damaged or of an unsupported form
+    ├── CompatibilityError  adapters that are valid but do not fit each other
+    ├── RecipeError         what was asked for: an unknown name, a wrong number of weights, a folder that exists
+    ├── MethodError         a parameter of a method: unknown or out of range
+    └── ProcessError        the processes of one job: one could not connect or ended
 
-Every message says what is wrong, where, what was seen against what was expected, and what to do.
+Every message says what is wrong, where, what was seen and what was expected, and what to do.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class AdapterError(TiesPeftError):
 
 
 class CompatibilityError(TiesPeftError):
-    """Adapters that are sound one by one do not fit each other."""
+    """Adapters that are valid one by one do not fit each other."""
 
 
 class RecipeError(TiesPeftError):
-    """Something that was asked for does not exist or cannot be."""
+    """Something that was asked for does not exist or is impossible."""
 
 
 class MethodError(TiesPeftError):
@@ -49,7 +49,7 @@ class MethodError(TiesPeftError):
 
 
 class ProcessError(TiesPeftError):
-    """One of the processes that work on a merge is gone, or they cannot reach each other."""
+    """One of the processes of a job ended, or they cannot connect to each other."""
 
 
 class TiesPeftWarning(UserWarning):
@@ -60,13 +60,13 @@ class TiesPeftWarning(UserWarning):
 
 
 def unknown(what: str, name: str, known: Iterable[str], hint: str | None = None) -> str:
-    """Return the sentence for an unknown name: a hint or the nearest known name, then all known names.
+    """Return the message for an unknown name: a hint or the most similar known name, then all known names.
 
     Args:
-        what: the name should name.
-        name: that is unknown.
-        known: the names there are.
-        hint: a sentence on this very name, in place of the nearest known one.
+        what: is named, such as "method".
+        name: the unknown name.
+        known: all known names.
+        hint: a sentence about this name, instead of the most similar known one.
 
     >>> unknown("method", "tys", ["average", "ties"])
     "unknown method 'tys': did you mean 'ties'? Known: average, ties."
@@ -80,7 +80,7 @@ def unknown(what: str, name: str, known: Iterable[str], hint: str | None = None)
 
 
 def warn_caller(messages: Iterable[str]) -> None:
-    """Warn at the line outside this package that called into it, each message once."""
+    """Issue warnings that point to the line outside this package that called it."""
     depth = 1
     while _own(sys._getframe(depth).f_globals.get("__package__")):
         depth += 1
@@ -89,7 +89,7 @@ def warn_caller(messages: Iterable[str]) -> None:
 
 
 def share_hint(value: object, largest: object = 1) -> str:
-    """Return the question whether a share was meant as a percentage; nothing where it cannot have been.
+    """Return a question whether a share was meant as a percentage; nothing if it cannot have been.
 
     >>> share_hint(20)
     ' Did you mean 0.2?'
@@ -100,7 +100,7 @@ def share_hint(value: object, largest: object = 1) -> str:
 
 
 def _own(package: str | None) -> bool:
-    """Return whether code of a package is of this one."""
+    """Return whether a package is this one or one of its parts."""
     return package is not None and package.split(".")[0] == __package__
 
 

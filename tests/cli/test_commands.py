@@ -145,7 +145,7 @@ def test_python_warns_once_too(make_lora: Make) -> None:
     with pytest.warns(ties_peft.TiesPeftWarning) as caught:
         ties_peft.merge([make_lora("a")], rank=2, density=1)
     assert [str(w.message) for w in caught if w.category is ties_peft.TiesPeftWarning] == [
-        "rank 2 is under the largest of the inputs' own, 4."
+        "rank 2 is smaller than the largest rank of the adapters, 4."
     ]
     assert caught[0].filename == __file__
 

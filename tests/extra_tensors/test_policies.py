@@ -238,7 +238,7 @@ def test_a_layer_of_other_tensors_differs(hold: Hold) -> None:
 
 def test_counters_have_no_mean(hold: Hold) -> None:
     folders = [hold(f"a{i}", head(1) | {"score.seen": torch.tensor(i)}, seed=i) for i in range(2)]
-    assert "or of whole numbers:\n  score: seen one number, weight 2 × 12, with different values in a0, a1" in refusal(
+    assert "whole numbers:\n  score: seen one number, weight 2 × 12, with different values in a0, a1" in refusal(
         *folders, heads="average"
     )
 

@@ -186,11 +186,11 @@ def test_unlike_numbers_of_labels(tmp_path: Path) -> None:
     with pytest.raises(ties_peft.CompatibilityError) as caught:
         ties_peft.merge(folders)
     assert told in str(caught.value)
-    assert "(they have no average, being of unlike shapes or tensors, or of whole numbers)" in str(caught.value)
+    assert "they have no average" in str(caught.value)
     with pytest.raises(ties_peft.CompatibilityError) as caught:
         ties_peft.merge(folders, heads="average")
     assert str(caught.value) == (
-        "heads is 'average', but 1 whole layer(s) have no mean, being of unlike shapes or tensors, or of whole numbers:\n"
+        "heads is 'average', but 1 whole layer(s) have no mean, because their shapes or tensors differ or hold whole numbers:\n"
         f"{told}Keep one adapter's, --heads keep=a or keep=b, or leave them out, --heads drop."
     )
     ties_peft.merge(folders, heads="keep=b").save(tmp_path / "out")

@@ -107,7 +107,7 @@ def test_two_spellings_of_one_module_meet(tmp_path: Path) -> None:
 
     merged = ties_peft.merge([new, Adapter.from_tensors(new.config, tensors)], "average")
     assert merged.modules == new.modules
-    assert any("older transformers" in warning for warning in merged.report.warnings)
+    assert any("older versions of transformers" in warning for warning in merged.report.warnings)
     for name in new.modules:
         torch.testing.assert_close(merged.delta(name), new.delta(name), atol=1e-5, rtol=1e-4)
     base = make("ViT")

@@ -58,18 +58,18 @@ class ExtraTensorMerge:
         self, module: str, held: TensorsByAdapter, adapters: Sequence[Adapter], weight_of: WeightOf
     ) -> str | None:
         """Return why a layer cannot be merged; None if it can."""
-        riders = [(place, rider) for place, own in held.items() for rider in own.values()]
-        if any(rider.role == TOKENS for _, rider in riders):
+        extra = [(place, one) for place, own in held.items() for one in own.values()]
+        if any(one.role == TOKENS for _, one in extra):
             return "rows of trained tokens are no whole tensor"
-        if not all(adapters[place].tensors.info(rider.key).dtype in FLOATING for place, rider in riders):
+        if not all(adapters[place].tensors.info(one.key).dtype in FLOATING for place, one in extra):
             return "whole numbers are no task vector"
         weights = [weight for place in range(len(adapters)) if (weight := weight_of(place, module)) != 0]
         fault = self.method.check(weights, "delta") if weights else None
         if fault:
             return f"method '{self.method.name}': {fault}"
         shapes: dict[str, tuple[int, ...]] = {}
-        for _, rider in riders:
-            if shapes.setdefault(rider.tensor, rider.shape) != rider.shape:
+        for _, one in extra:
+            if shapes.setdefault(one.tensor, one.shape) != one.shape:
                 return "the shapes differ"
         return next(
             (fault for name, shape in shapes.items() if (fault := self._beside(f"{module}.{name}", shape))), None
@@ -98,14 +98,14 @@ class ExtraTensorMerge:
         """
         tensor = f"{module}.{name}"
         origin = self.base.require(tensor, "--heads merge").to(self.device, torch.float32)
-        riders = {place: own[name] for place, own in sorted(held.items()) if name in own}
+        extra = {place: own[name] for place, own in sorted(held.items()) if name in own}
         weights = [weight_of(place, module) for place in range(len(adapters))]
-        dtypes = {adapters[place].tensors.info(rider.key).dtype for place, rider in riders.items()}
-        places = [place for place in riders if weights[place] != 0]
+        dtypes = {adapters[place].tensors.info(one.key).dtype for place, one in extra.items()}
+        places = [place for place in extra if weights[place] != 0]
         with torch.no_grad(), thread_pool() as pool:
             vectors = []
             for place in places:
-                own = adapters[place].tensors.read(riders[place].key).to(self.device, torch.float32)
+                own = adapters[place].tensors.read(extra[place].key).to(self.device, torch.float32)
                 vectors.append((own - origin).mul_(weights[place]).reshape(-1))
             task_vectors = TaskVectors(
                 deltas=[Dense(vector) for vector in vectors],

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ from ..adapters.extra_tensors import (
 from ..adapters.types.base import PREFIX
 from ..errors import CompatibilityError, RecipeError, unknown
 from .extra_task_vectors import OTHERS, ExtraTensorMerge, WeightOf
+from .members import Member
 from .options import AVERAGE, DROP, KEEP, MERGE, POLICIES, is_policy
 from .report import ExtraTensorLine, describe_extra_tensors
 
@@ -65,22 +67,34 @@ class ExtraTensors:
 
     Attributes:
         layers: that the adapters store as a whole, sorted by their paths.
-        modules: the adapted modules of the merge; a bias inside one of them has another key.
-        names: of the adapters.
+        members: of the merge.
+        weight_of: weight_of(place, module) is w of an adapter, for the average.
+        modules: that the merge adapts; a bias inside one of them has another key.
         dtype: asked for; None to keep each tensor's own.
-        rule: merges them with policy `merge`.
+        merging: merges them with policy `merge`.
     """
 
     layers: tuple[ExtraLayer, ...]
+    members: Sequence[Member]
+    weight_of: WeightOf
     modules: frozenset[str]
-    names: tuple[str, ...]
     dtype: torch.dtype | None
-    rule: ExtraTensorMerge | None = None
+    merging: ExtraTensorMerge | None = None
 
-    @property
+    @cached_property
     def kept(self) -> list[ExtraLayer]:
         """The layers that are in the result."""
         return [layer for layer in self.layers if layer.used]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of the adapters."""
+        return [member.name for member in self.members]
+
+    @cached_property
+    def adapters(self) -> list[Adapter]:
+        """The adapters."""
+        return [member.adapter for member in self.members]
 
     def lines(self) -> list[ExtraTensorLine]:
         """Return a line of the report for each layer."""
@@ -88,7 +102,7 @@ class ExtraTensors:
             ExtraTensorLine(
                 module=layer.module,
                 form=layer.role,
-                tensors=[rider.size for rider in layer.tensors.values()],
+                tensors=[tensor.size for tensor in layer.tensors.values()],
                 fate=layer.outcome,
                 adapters=[self.names[place] for place in layer.used or sorted(layer.by_adapter)],
             )
@@ -97,12 +111,12 @@ class ExtraTensors:
 
     def config(self) -> dict[str, object]:
         """Return the keys of adapter_config.json by which PEFT finds the tensors; empty if it needs none."""
-        forms = {form: [layer for layer in self.kept if layer.role == form] for form in (LAYER, BIAS, TOKENS)}
-        inside = all(layer.module in self.modules for layer in forms[BIAS])
-        rows = {layer.module: list(next(iter(layer.tensors.values())).rows) for layer in forms[TOKENS]}
+        by_role = {role: [layer for layer in self.kept if layer.role == role] for role in (LAYER, BIAS, TOKENS)}
+        inside = all(layer.module in self.modules for layer in by_role[BIAS])
+        rows = {layer.module: list(next(iter(layer.tensors.values())).rows) for layer in by_role[TOKENS]}
         return {
-            **({"modules_to_save": [layer.module for layer in forms[LAYER]]} if forms[LAYER] else {}),
-            **({"bias": "lora_only" if inside else "all"} if forms[BIAS] else {}),
+            **({"modules_to_save": [layer.module for layer in by_role[LAYER]]} if by_role[LAYER] else {}),
+            **({"bias": "lora_only" if inside else "all"} if by_role[BIAS] else {}),
             **({"trainable_token_indices": rows} if rows else {}),
         }
 
@@ -115,17 +129,29 @@ class ExtraTensors:
         headed = any(is_head(layer.module) for layer in trained)
         return all(layer.used for layer in trained) and (headed or task not in HEADED)
 
-    def tensors(self, adapters: Sequence[Adapter], weight_of: WeightOf) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the result by their keys in its file; one at a time is read.
 
         Raises: RecipeError where the dtype that was asked for cannot hold them.
         """
-        found: dict[str, Tensor] = {}
+        made: dict[str, Tensor] = {}
         for layer in self.kept:
             for name in layer.tensors:
                 key = self._key(layer, name)
-                found[key] = _cast(_result_of(layer, name, adapters, weight_of, self.rule), self.dtype, key)
-        return dict(sorted(found.items()))
+                made[key] = self._cast(self._tensor(layer, name), key)
+        return dict(sorted(made.items()))
+
+    def check(self, policy: str) -> None:
+        """Check that every layer has an outcome that one PEFT adapter can hold.
+
+        Raises: CompatibilityError or RecipeError.
+        """
+        self._check_equal()
+        if policy == AVERAGE:
+            self._check_averages()
+        if self.merging is not None:
+            self._check_mergeable(self.merging)
+        self._check_not_adapted()
 
     def _key(self, layer: ExtraLayer, name: str) -> str:
         """Return a tensor's key in the result: with `base_layer` if the result adapts a layer that this adapter does not."""
@@ -138,47 +164,127 @@ class ExtraTensors:
             return f"{PREFIX}{layer.module}{UNDER}{name}"
         return under or next((key for key in keys if UNDER not in key), f"{PREFIX}{layer.module}.{name}")
 
+    def _read(self, layer: ExtraLayer, name: str, place: int) -> Tensor:
+        return self.adapters[place].tensors.read(layer.by_adapter[place][name].key)
+
+    def _tensor(self, layer: ExtraLayer, name: str) -> Tensor:
+        """Return one tensor of a layer: unchanged, merged, or Σw·t / Σw with one tensor in memory beside the sum."""
+        if layer.outcome == "merged" and self.merging is not None:
+            return self.merging.merged(layer.module, name, layer.by_adapter, self.adapters, self.weight_of)
+        if layer.outcome != "average":
+            return self._read(layer, name, layer.used[0])
+        mean, dtypes = torch.zeros(layer.tensors[name].shape), set()
+        total = sum(self.weight_of(place, layer.module) for place in layer.used)
+        for place in layer.used:
+            tensor = self._read(layer, name, place)
+            dtypes.add(tensor.dtype)
+            mean.add_(tensor.to(torch.float32), alpha=self.weight_of(place, layer.module) / total)
+        return mean.to(dtypes.pop()) if len(dtypes) == 1 else mean
+
+    def _cast(self, tensor: Tensor, key: str) -> Tensor:
+        """Return the tensor in the dtype asked for; whole numbers, such as counters, keep theirs."""
+        made = tensor if self.dtype is None or not tensor.is_floating_point() else tensor.to(self.dtype)
+        if not torch.isfinite(made).all():
+            raise RecipeError(
+                f"tensor {key!r} holds values beyond {str(made.dtype).removeprefix('torch.')}. Write float32 or "
+                "bfloat16 (--dtype), or leave the whole layers out (--heads drop)."
+            )
+        return made.contiguous().clone()
+
+    def _check_equal(self) -> None:
+        odd = [layer for layer in self.layers if not layer.outcome]
+        if not odd:
+            return
+        mean = " (they have no average, because their shapes or tensors differ or hold whole numbers)"
+        if all(can_average(layer, self.adapters) for layer in odd):
+            mean = ", or take their weighted mean with average"
+        raise CompatibilityError(
+            f"the adapters hold {len(odd)} whole layer(s) that differ:\n{difference_table(odd, self.names)}\n"
+            f"Say which to keep: --heads {self._keep_flags(odd)}; leave them out with drop{mean} (heads=… in Python)."
+        )
+
+    def _check_averages(self) -> None:
+        averaged = [layer for layer in self.layers if layer.outcome == "average"]
+        odd = [layer for layer in averaged if not can_average(layer, self.adapters)]
+        if odd:
+            raise CompatibilityError(
+                f"heads is 'average', but {len(odd)} whole layer(s) have no mean, because their shapes or tensors differ or "
+                f"hold whole numbers:\n{difference_table(odd, self.names)}\n"
+                f"Keep one adapter's, --heads {self._keep_flags(odd)}, or leave them out, --heads drop."
+            )
+        for layer in averaged:
+            if sum(self.weight_of(place, layer.module) for place in layer.used) == 0:
+                raise RecipeError(
+                    f"heads is 'average', but the weights of the adapters that hold {layer.module!r} sum to 0, "
+                    "which an average divides by."
+                )
+
+    def _check_mergeable(self, merging: ExtraTensorMerge) -> None:
+        faults = {}
+        for layer in self.layers:
+            if layer.outcome == "merged":
+                fault = merging.fault(layer.module, layer.by_adapter, self.adapters, self.weight_of)
+                if fault:
+                    faults[layer.module] = f"{holders_text(layer, self.names)}; {fault}"
+        if faults:
+            rows = "\n".join(f"  {module}: {text}" for module, text in list(faults.items())[:ROWS])
+            more = f"\n  … and {len(faults) - ROWS} more" if len(faults) > ROWS else ""
+            raise CompatibilityError(
+                f"heads is 'merge', but {len(faults)} whole layer(s) cannot be merged as task vectors:\n"
+                f"{rows}{more}\n{OTHERS[0].upper()}{OTHERS[1:]}."
+            )
+
+    def _check_not_adapted(self) -> None:
+        """Check that no layer is stored as a whole and adapted as well, or trained in some rows: PEFT cannot hold both."""
+        rows = {layer.module for layer in self.kept if layer.role == TOKENS}
+        for layer in self.kept:
+            path = layer.module
+            inside = [m for m in self.modules | rows if m == path or m.startswith(f"{path}.")]
+            if layer.role == LAYER and inside:
+                others = [member.name for member in self.members if any(map(member.has, inside))]
+                raise CompatibilityError(
+                    f"layer {path!r} is saved whole in {', '.join(self.names[p] for p in layer.used)}, while "
+                    f"{', '.join(others) or 'another'} adapts {min(inside)!r} or rows of it; one PEFT adapter cannot do "
+                    "both. Leave the whole layers out (--heads drop), keep those of another adapter (--heads keep=NAME), "
+                    "or leave one adapter out."
+                )
+
+    def _keep_flags(self, layers: Sequence[ExtraLayer]) -> str:
+        places = sorted({place for layer in layers for place in layer.by_adapter})
+        return " or ".join(f"{KEEP}{self.names[place]}" for place in places[:4]) + " or …" * (len(places) > 4)
+
 
 def plan_extra_tensors(
     policy: str,
-    names: Sequence[str],
-    adapters: Sequence[Adapter],
+    members: Sequence[Member],
     modules: Iterable[str],
     weight_of: WeightOf,
     dtype: torch.dtype | None,
     warnings: list[str],
-    rule: ExtraTensorMerge | None = None,
+    merging: ExtraTensorMerge | None = None,
     base: BaseModel | None = None,
 ) -> ExtraTensors:
     """Decide what becomes of every extra tensor; only tensors that must be compared are read.
 
     Args:
         policy: one of `POLICIES`.
-        names, adapters: of the merge, in order.
-        modules: that the merge adapts.
-        weight_of: weight_of(place, module) is w of an adapter, for the average.
-        dtype: asked for, if any.
+        members, modules: of the merge.
+        weight_of, dtype, merging: see `ExtraTensors`.
         warnings: receives what is left out.
-        rule: for policy merge.
         base: the base model, if it is at hand.
     Raises: RecipeError for an impossible policy; CompatibilityError if the adapters differ and the policy does not
         resolve it.
     """
-    chosen = _kept_adapter(policy, names)
-    layers = [_decide(layer, policy, chosen, adapters, base) for layer in _collect(adapters, names, warnings)]
-    adapted = frozenset(modules)
-    _check_equal(layers, names, adapters)
-    if policy == AVERAGE:
-        _check_averages(layers, names, adapters, weight_of)
-    if rule is not None:
-        _check_mergeable(layers, names, adapters, weight_of, rule)
-    _check_not_adapted(layers, adapted, names, adapters)
+    adapters = [member.adapter for member in members]
+    chosen = _kept_adapter(policy, [member.name for member in members])
+    layers = tuple(_decide(layer, policy, chosen, adapters, base) for layer in _collect(members, warnings))
+    extra = ExtraTensors(layers, members, weight_of, frozenset(modules), dtype, merging)
+    extra.check(policy)
     if chosen is not None and not any(chosen in layer.by_adapter for layer in layers):
-        raise RecipeError(f"heads is {policy!r}, but {names[chosen]} holds no whole layers. Leave it out.")
-    heads = ExtraTensors(tuple(layers), adapted, tuple(names), dtype, rule)
-    lost = describe_extra_tensors([line for line in heads.lines() if line.fate in ("left out", "unchanged")])
+        raise RecipeError(f"heads is {policy!r}, but {members[chosen].name} holds no whole layers. Leave it out.")
+    lost = describe_extra_tensors([line for line in extra.lines() if line.fate in ("left out", "unchanged")])
     warnings.extend(f"{text}; the base's own is used." for text in lost)
-    return heads
+    return extra
 
 
 def _kept_adapter(policy: str, names: Sequence[str]) -> int | None:
@@ -193,21 +299,21 @@ def _kept_adapter(policy: str, names: Sequence[str]) -> int | None:
     return list(names).index(name)
 
 
-def _collect(adapters: Sequence[Adapter], names: Sequence[str], warnings: list[str]) -> list[ExtraLayer]:
+def _collect(members: Sequence[Member], warnings: list[str]) -> list[ExtraLayer]:
     """Return the layers that any adapter stores as a whole, sorted by path."""
-    starts = whole_layer_names(adapter.config for adapter in adapters)
+    starts = whole_layer_names(member.adapter.config for member in members)
     held: dict[tuple[str, bool], dict[int, dict[str, ExtraTensor]]] = {}
-    for place, adapter in enumerate(adapters):
-        riders = adapter.extra_tensors(starts)
-        for rider in riders:
-            own = held.setdefault((rider.module, rider.role == TOKENS), {}).setdefault(place, {})
-            own[rider.tensor] = rider
-        warnings.extend(f"{names[place]}: {text}" for text in missing_layers(adapter.config, riders))
-        idle = unused_copies(adapter.extra_keys)
-        if idle:
+    for place, member in enumerate(members):
+        tensors = member.adapter.extra_tensors(starts)
+        for tensor in tensors:
+            own = held.setdefault((tensor.module, tensor.role == TOKENS), {}).setdefault(place, {})
+            own[tensor.tensor] = tensor
+        warnings.extend(f"{member.name}: {text}" for text in missing_layers(member.adapter.config, tensors))
+        unused = unused_copies(member.adapter.extra_keys)
+        if unused:
             warnings.append(
-                f"{names[place]} has {len(idle)} tensor(s) that PEFT does not read, copies of a whole layer or of the "
-                f"untrained one. They are left out: {idle[0]}{', …' if len(idle) > 1 else ''}."
+                f"{member.name} has {len(unused)} tensor(s) that PEFT does not read, copies of a whole layer or of the "
+                f"untrained one. They are left out: {unused[0]}{', …' if len(unused) > 1 else ''}."
             )
     return [ExtraLayer(module, layer_role(own, tuple(own)), own) for (module, _), own in sorted(held.items())]
 
@@ -217,134 +323,21 @@ def _decide(
 ) -> ExtraLayer:
     """Return the layer with its outcome; an empty one if the adapters differ and the policy does not resolve it."""
     holders = tuple(sorted(layer.by_adapter))
-    places: tuple[int, ...]
+    used, outcome = holders, ""
     if policy == DROP:
-        places, fate = (), "left out"
+        used, outcome = (), "left out"
     elif base is not None and equals_base(layer, adapters, base):
-        places, fate = (), "unchanged"
+        used, outcome = (), "unchanged"
     elif chosen is not None:
-        places, fate = ((chosen,), "kept") if chosen in holders else ((), "left out")
+        used, outcome = ((chosen,), "kept") if chosen in holders else ((), "left out")
     elif policy == MERGE and is_mergeable(layer, adapters):
-        places, fate = holders, "merged"
+        outcome = "merged"
     elif len(holders) == 1:
-        places, fate = holders, "only"
+        outcome = "only"
     elif all_equal(layer, adapters):
-        places, fate = holders, "identical"
+        outcome = "identical"
     elif policy in (AVERAGE, MERGE):
-        places, fate = holders, "average" if policy == AVERAGE else "merged"
+        outcome = "average" if policy == AVERAGE else "merged"
     else:
-        places, fate = (), ""
-    return ExtraLayer(layer.module, layer_role(layer.by_adapter, places or holders), layer.by_adapter, places, fate)
-
-
-def _check_equal(layers: Sequence[ExtraLayer], names: Sequence[str], adapters: Sequence[Adapter]) -> None:
-    odd = [layer for layer in layers if not layer.outcome]
-    if not odd:
-        return
-    averages = all(can_average(layer, adapters) for layer in odd)
-    mean = (
-        ", or take their weighted mean with average"
-        if averages
-        else " (they have no average, being of unlike shapes or tensors, or of whole numbers)"
-    )
-    raise CompatibilityError(
-        f"the adapters hold {len(odd)} whole layer(s) that differ:\n{difference_table(odd, names)}\n"
-        f"Say which to keep: --heads {_keep_flags(odd, names)}; leave them out with drop{mean} (heads=… in Python)."
-    )
-
-
-def _check_averages(
-    layers: Sequence[ExtraLayer], names: Sequence[str], adapters: Sequence[Adapter], weight_of: WeightOf
-) -> None:
-    mixed = [layer for layer in layers if layer.outcome == "average"]
-    odd = [layer for layer in mixed if not can_average(layer, adapters)]
-    if odd:
-        raise CompatibilityError(
-            f"heads is 'average', but {len(odd)} whole layer(s) have no mean, being of unlike shapes or tensors, or of "
-            f"whole numbers:\n{difference_table(odd, names)}\n"
-            f"Keep one adapter's, --heads {_keep_flags(odd, names)}, or leave them out, --heads drop."
-        )
-    for layer in mixed:
-        if sum(weight_of(place, layer.module) for place in layer.used) == 0:
-            raise RecipeError(
-                f"heads is 'average', but the weights of the adapters that hold {layer.module!r} sum to 0, "
-                "which an average divides by."
-            )
-
-
-def _check_mergeable(
-    layers: Sequence[ExtraLayer],
-    names: Sequence[str],
-    adapters: Sequence[Adapter],
-    weight_of: WeightOf,
-    rule: ExtraTensorMerge,
-) -> None:
-    odd = [
-        (layer, rule.fault(layer.module, layer.by_adapter, adapters, weight_of))
-        for layer in layers
-        if layer.outcome == "merged"
-    ]
-    faults = {layer.module: f"{holders_text(layer, names)}; {fault}" for layer, fault in odd if fault}
-    if faults:
-        rows = "\n".join(f"  {module}: {text}" for module, text in list(faults.items())[:ROWS])
-        more = f"\n  … and {len(faults) - ROWS} more" if len(faults) > ROWS else ""
-        raise CompatibilityError(
-            f"heads is 'merge', but {len(faults)} whole layer(s) cannot be merged as task vectors:\n"
-            f"{rows}{more}\n{OTHERS[0].upper()}{OTHERS[1:]}."
-        )
-
-
-def _check_not_adapted(
-    layers: Sequence[ExtraLayer], modules: frozenset[str], names: Sequence[str], adapters: Sequence[Adapter]
-) -> None:
-    """Check that no layer is stored as a whole and adapted as well, or trained in some rows: PEFT cannot hold both.
-
-    Raises: CompatibilityError.
-    """
-    rows = {layer.module for layer in layers if layer.role == TOKENS and layer.used}
-    for layer in layers:
-        if layer.role != LAYER or not layer.used:
-            continue
-        inside = [m for m in modules | rows if m == layer.module or m.startswith(f"{layer.module}.")]
-        if inside:
-            others = [n for n, a in zip(names, adapters, strict=True) if any(m in a.layout for m in inside)]
-            raise CompatibilityError(
-                f"layer {layer.module!r} is saved whole in {', '.join(names[p] for p in layer.used)}, while "
-                f"{', '.join(others) or 'another'} adapts {min(inside)!r} or rows of it; one PEFT adapter "
-                f"cannot do both. Leave the whole layers out (--heads drop), keep those of another adapter "
-                "(--heads keep=NAME), or leave one adapter out."
-            )
-
-
-def _keep_flags(layers: Sequence[ExtraLayer], names: Sequence[str]) -> str:
-    holders = sorted({place for layer in layers for place in layer.by_adapter})
-    return " or ".join(f"{KEEP}{names[place]}" for place in holders[:4]) + (" or …" if len(holders) > 4 else "")
-
-
-def _result_of(
-    layer: ExtraLayer, name: str, adapters: Sequence[Adapter], weight_of: WeightOf, rule: ExtraTensorMerge | None
-) -> Tensor:
-    """Return one tensor of a layer: unchanged, merged, or Σw·t / Σw with one tensor in memory beside the sum."""
-    if layer.outcome == "merged" and rule is not None:
-        return rule.merged(layer.module, name, layer.by_adapter, adapters, weight_of)
-    if layer.outcome != "average":
-        place = layer.used[0]
-        return adapters[place].tensors.read(layer.by_adapter[place][name].key)
-    total, dtypes = torch.zeros(layer.tensors[name].shape), set()
-    whole = sum(weight_of(place, layer.module) for place in layer.used)
-    for place in layer.used:
-        tensor = adapters[place].tensors.read(layer.by_adapter[place][name].key)
-        dtypes.add(tensor.dtype)
-        total.add_(tensor.to(torch.float32), alpha=weight_of(place, layer.module) / whole)
-    return total.to(dtypes.pop()) if len(dtypes) == 1 else total
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None, key: str) -> Tensor:
-    """Return the tensor in the dtype asked for; whole numbers, such as counters, keep theirs."""
-    fitted = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
-    if not torch.isfinite(fitted).all():
-        raise RecipeError(
-            f"tensor {key!r} holds values beyond {str(fitted.dtype).removeprefix('torch.')}. Write float32 or "
-            "bfloat16 (--dtype), or leave the whole layers out (--heads drop)."
-        )
-    return fitted.contiguous().clone()
+        used = ()
+    return ExtraLayer(layer.module, layer_role(layer.by_adapter, used or holders), layer.by_adapter, used, outcome)

@@ -169,7 +169,7 @@ def run_plan(
 ) -> Merged:
     """Do the work of a checked plan; `warns` says whether what the report warns of is also given as warnings."""
     tensors, totals, kept = merge_modules(plan, cache, progress or (lambda stage, done, of: None), processes)
-    tensors |= plan.extra_tensors.tensors([member.adapter for member in plan.members], plan.weight)
+    tensors |= plan.extra_tensors.tensors()
     tokenizer_files = cache.tokenizer_files if cache is not None else None
     tokenizer_files = tokenizer_files or collect_tokenizer_files(
         (member.name, member.adapter.folder) for member in plan.members

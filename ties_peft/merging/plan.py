@@ -369,8 +369,7 @@ def _extra_tensors(
         merging = make_extra_tensor_merge(stages, base, scale, recipe.seed, densities, device)
     extra_tensors = plan_extra_tensors(
         recipe.heads,
-        [member.name for member in members],
-        [member.adapter for member in members],
+        members,
         modules,
         lambda place, module: members[place].weight.at(module, layers),
         None if recipe.dtype is None else output_dtype(recipe.dtype, ()),
