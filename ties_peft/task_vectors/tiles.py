@@ -132,7 +132,7 @@ def thread_pool(kept: list[ThreadPool] | None = None, kernels: Kernels | None = 
 
     Args:
         kept: a list of the pool of an earlier call, which is reused with its memory, or an empty one; it then holds
-            this call's pool. None if the pool shall be closed afterwards.
+            this call's pool. None to close the pool afterwards.
         kernels: the compiled functions that they run.
 
     One thread per operation makes a result independent of the number of threads. On tiles it is also faster: a parallel

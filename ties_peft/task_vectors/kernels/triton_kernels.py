@@ -5,8 +5,8 @@ float32 (no TF32), whatever the block. What `count` finds above a threshold is t
 keeps.
 
 Floats are never added atomically, only whole numbers: a result does not depend on the order of the blocks. Tensors are
-float32, contiguous and on one device. On one H100 nothing is measured yet; the tests run the kernels in Triton's
-interpreter.
+float32, contiguous and on one device. How much time they save is not measured yet: `make gpu-check` compares them with
+torch on a GPU. The tests run them in Triton's interpreter, and compile them without running them.
 """
 
 from __future__ import annotations
