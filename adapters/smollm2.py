@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,14 @@ def read_examples(
     return found
 
 
+def read_text(name: str, split: str, data: Path, tokenizer: Any, limit: int | None = None) -> list[Example]:
+    """Return the texts of the first `limit` rows of `data/name/split.jsonl`, all but the first token as completion."""
+    with (data / name / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in itertools.islice(lines, limit)]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    return [Example(ids[:1], ids[1:], 0) for ids in rows if len(ids) > 1]
+
+
 def load_base(source: str | Path | None = None, device: str = "cpu") -> tuple[Any, Any]:
     """Return the base in float32 and evaluation mode, and its tokenizer.
 
@@ -180,19 +189,27 @@ def completion_logits(model: Any, examples: Sequence[Example], pad: int) -> tupl
     return plain.lm_head(hidden[torch.tensor(places).to(device)]), targets
 
 
+def choice_tokens(task: str, tokenizer: Any) -> list[int] | None:
+    """Return the token of each choice of a task; None for generation."""
+    choices = prompting(task).choices
+    if choices is None:
+        return None
+    ids = {choice: tokenizer(choice)["input_ids"] for choice in choices}
+    if any(len(one) != 1 for one in ids.values()):
+        raise ValueError(f"{task}: each choice must be one token; found {ids}")
+    return [one[0] for one in ids.values()]
+
+
 @torch.no_grad()
 def judge(model: Any, tokenizer: Any, task: str, examples: Sequence[Example], size: int = 64) -> Judged:
     """Return the scores of a model on some rows of a task."""
-    choices = prompting(task).choices
-    first = [tokenizer(choice)["input_ids"] for choice in choices or ()]
-    if any(len(ids) != 1 for ids in first):
-        raise ValueError(f"{task}: each choice must be one token; found {dict(zip(choices or (), first, strict=True))}")
+    choices = choice_tokens(task, tokenizer)
     right, losses = [False] * len(examples), [0.0] * len(examples)
     for chosen in batches(examples, size):
         rows = [examples[i] for i in chosen]
         logits, targets = completion_logits(model, rows, tokenizer.pad_token_id)
         if choices:
-            among = logits[:, [ids[0] for ids in first]].float().log_softmax(-1).cpu()
+            among = logits[:, choices].float().log_softmax(-1).cpu()
             for i, row, values in zip(chosen, rows, among, strict=True):
                 right[i], losses[i] = int(values.argmax()) == row.label, -float(values[row.label])
         else:

@@ -6,6 +6,9 @@ standard error, accuracy on mr, which no adapter was trained on (held out), seco
 for the merge, and energy kept. `--subsets` tries the rules that need no tuning on pairs, triples, … of
 the adapters instead, and on adapters whose task vectors were stretched or shrunk.
 
+`--world lm` judges LoRAs of a causal language model instead, on validation and on test rows (see `language_model`): all
+six, then pairs and fours of them; `--split` says which table is printed, `--json` has both.
+
 With `--log FILE` a run that was stopped goes on where it was; `--json FILE` writes the table.
 """
 
@@ -19,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import language_model
 import torch
 from cases import FOURTH_ROOT_N, ROOT_N, Bench, Set, Setting, unpack
 from judge import ROOT, minilm, paired
@@ -258,19 +262,50 @@ def versions() -> dict[str, str]:
     }
 
 
-def main() -> None:
-    """Print the tables that were asked for."""
+def parse() -> argparse.Namespace:
+    """Return what was asked for on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--world", default="encoder", choices=["encoder", "lm"], help="the sentence encoder's adapters")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="a folder for each task")
-    parser.add_argument("--kinds", nargs="*", default=list(TABLES), choices=list(TABLES))
+    parser.add_argument("--kinds", nargs="*", default=list(TABLES), choices=list(TABLES), help="of the encoder's")
     parser.add_argument("--rows", type=int, default=300, help="of each task (300)")
     parser.add_argument("--split", default="test", help="validation, when something is to be chosen")
-    parser.add_argument("--subsets", action="store_true", help="two to six adapters, of like and unlike lengths")
+    parser.add_argument(
+        "--subsets", action="store_true", help="encoder: two to six adapters, of like and unlike lengths"
+    )
     parser.add_argument("--log", type=Path, help="keep every result there, a line each, and do none twice")
     parser.add_argument("--json", type=Path, help="write the table there")
-    asked = parser.parse_args()
-    warnings.simplefilter("ignore")
-    console = Console(width=200)
+    of_lm = parser.add_argument_group("language model")
+    of_lm.add_argument("--base", help="folder or Hub id of the base model (default: the samples' base)")
+    of_lm.add_argument("--adapters", type=Path, default=language_model.smollm2.FOLDER, help="a folder for each adapter")
+    of_lm.add_argument("--device", default="cpu", help="where rows are scored; merges are made on the CPU")
+    of_lm.add_argument("--tf32", action="store_true", help="let a GPU multiply with 10 bits of mantissa")
+    of_lm.add_argument("--processes", type=int, default=1, help="that merge at the same time (1)")
+    of_lm.add_argument("--seconds", type=float, help="stop after so many; 0 makes the tables of what is in the log")
+    return parser.parse_args()
+
+
+def compare_language_model(asked: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Print and return the tables of the language model's adapters."""
+    wanted = language_model.Asked(
+        asked.data,
+        asked.base,
+        asked.adapters,
+        asked.rows,
+        asked.device,
+        asked.tf32,
+        asked.processes,
+        asked.seconds,
+        asked.log,
+    )
+    found = language_model.tables(wanted, versions(), lambda text: console.print(text, style="red", markup=False))
+    for title, rows in found[asked.split].items():
+        show(rows, console, f"language model, {title}, up to {asked.rows} {asked.split} rows a task")
+    return {"command": f"python benchmarks/compare.py --world lm --data DIR --rows {asked.rows}", **found}
+
+
+def compare_encoder(asked: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Print and return the tables of the encoder's adapters."""
     bench = Bench(asked.data, asked.split, asked.rows, asked.log)
     found: dict[str, Any] = {
         "command": command(asked),
@@ -281,6 +316,15 @@ def main() -> None:
     for kind in asked.kinds:
         found[kind] = subsets(bench, kind) if asked.subsets else whole(bench, kind, console)
         show(found[kind], console, f"{kind}, {asked.rows} {asked.split} rows a task")
+    return found
+
+
+def main() -> None:
+    """Print the tables that were asked for."""
+    asked = parse()
+    warnings.simplefilter("ignore")
+    console = Console(width=260 if asked.world == "lm" else 200)
+    found = compare_language_model(asked, console) if asked.world == "lm" else compare_encoder(asked, console)
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
         asked.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
