@@ -66,7 +66,7 @@ def small_tiles(entries: int = 16, sample: int | None = None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ties_peft.task_vectors.tiles.TILE", entries)
         if sample is not None:
-            patch.setattr("ties_peft.merging.thresholds.SAMPLE", (sample, sample))
+            patch.setattr("ties_peft.merging.thresholds.SAMPLE_SIZES", (sample, sample))
             patch.setattr("ties_peft.task_vectors.threshold.SIGMAS", 0.5)
         yield
 
