@@ -33,6 +33,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -284,6 +285,8 @@ class Tests:
         lines = self.lines.get(mutant.file, {})
         groups = [] if at_import(source, mutant.line) else [lines.get(mutant.line, [])]
         groups += [[t for n in function(source, mutant.line) for t in lines.get(n, [])]]
+        if not any(groups):  # compiled, or in another process
+            groups += [[t for t in known if Path(mutant.file).parent.name in text_of(t.partition("::")[0])]]
         groups += [[t for tests in lines.values() for t in tests]]
         folder = str(Path(mutant.file).parent)
         beside = [n for file, n in self.lines.items() if str(Path(file).parent) == folder]
@@ -314,6 +317,11 @@ class Tests:
             rounds.append((seen[name], self.time(test), test))
             seen[name] += 1
         return [test for *_, test in sorted(rounds)]
+
+
+@cache
+def text_of(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8")
 
 
 def function(source: str, line: int) -> range:
@@ -440,7 +448,7 @@ class Run:
         path, lines = Path(mutant.file), source.splitlines(keepends=True)
         lines[mutant.line - 1] = lines[mutant.line - 1].replace(mutant.before, mutant.after)
         path.write_text("".join(lines), encoding="utf-8")
-        seconds = 60 + 2 * sum(map(self.tests.time, tests))
+        seconds = 120 + 10 * sum(map(self.tests.time, tests))
         try:
             if not at_import(source, mutant.line) and "kernels" not in mutant.file:
                 code = compile("".join(lines), str(path.absolute()), "exec")
@@ -457,7 +465,7 @@ class Run:
         self.answer.write_text('"(the process ended)"', encoding="utf-8")
         child = os.fork()
         if child == 0:
-            os.setsid()
+            os.setpgrp()
             in_a_fork(session, tests, self.answer, code, line)
         end = time.monotonic() + seconds
         while os.waitpid(child, os.WNOHANG) == (0, 0):

@@ -44,9 +44,10 @@ def folders(make_lora: Callable[..., Path]) -> list[Path]:
     return [make_lora(f"a{n}", rank=4, seed=n, shapes=few if n == 1 else SHAPES) for n in range(3)]
 
 
-@pytest.mark.parametrize(
-    "more", [["--scope", "adapter"], ["--scope", "module"], ["--space", "core"], ["--method", "pcb"]]
-)
+SETTINGS = [["--scope", "adapter"], ["--scope", "module"], ["--space", "core"], ["--method", "pcb"]]
+
+
+@pytest.mark.parametrize("more", [SETTINGS[0], *(pytest.param(more, marks=pytest.mark.slow) for more in SETTINGS[1:])])
 def test_two_processes_write_the_same_bytes_as_one(folders: list[Path], tmp_path: Path, more: list[str]) -> None:
     subprocess.run([sys.executable, *command(folders, tmp_path / "one", *more)], check=True, capture_output=True)
     port = free_port()
@@ -69,7 +70,7 @@ def test_a_lost_process_ends_the_job_with_a_message_and_no_output(folders: list[
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == []
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_damaged_adapter_is_named_whichever_process_looked_at_it(
     folders: list[Path], tmp_path: Path, place: int
 ) -> None:
