@@ -21,13 +21,32 @@ tensor([1.5000, 1.0000])
 
 Below `@ties_peft.methods.register` it can be used by its name in the running process, as in
 `ties_peft.merge([...], "trimmed_mean", density=0.5)`; with an entry point of the group `ties_peft.methods` everywhere,
-also on the command line. `merge` is called once for every module, on every path and at every size.
+also on the command line (docs/architecture.md). `merge` is called once for every module, on every path, at every size.
 
 `task_vectors` holds w·τ of every adapter that has the module; see `TaskVectors` for all of it. Iterating gives one tensor
 for each. `trim`, `keep_band`, `drop` and `drop_by_rank` remove entries; `elect` and `disjoint_merge` are those of TIES;
 `sum` adds, exactly and in factors where every entry is kept; `matrices` gives all of them at once, `gram` their inner
-products. `by_tiles` runs a rule that works entry by entry on a few rows at a time, so that memory stays small. Do not
-apply the scale λ, which multiplies the result of every method.
+products. `adapters`, `total_weight` and `total_magnitude` are N, Σw and Σ|w| over all adapters of the merge, also those
+without the module. Do not apply λ, which multiplies the result of every method.
+
+A rule of one's own that works entry by entry is given to `by_tiles`, which calls it on a few rows at a time, so that memory
+stays small:
+
+>>> class Agreement(Method):
+...     '''Average the task vectors, each entry scaled by how far the adapters agree in its sign.'''
+...
+...     name = "agreement"
+...     entrywise = True
+...
+...     def merge(self, task_vectors):
+...         return task_vectors.by_tiles(self._merge_rows)
+...
+...     def _merge_rows(self, rows):
+...         vectors = torch.stack(list(rows))
+...         agreement = vectors.sign().sum(0).abs() / rows.adapters
+...         return vectors.sum(0) / rows.total_magnitude * agreement
+>>> Agreement().merge(vectors).dense()
+tensor([2.0000, 1.5000])
 """
 
 from __future__ import annotations

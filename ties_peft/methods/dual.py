@@ -1,4 +1,4 @@
-"""Dual bases: a merge that acts on each adapter's directions as that adapter does, and not on the others' account."""
+"""Dual bases: a merge that acts on each adapter's directions as that adapter alone does."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Dual(Method):
     flatten: Share | None = Field(None, description="f, how far each spectrum is flattened; none for 1 − 1/n")
 
     def has_flat_spectrum(self) -> bool:
-        """Whether the result has one: always."""
+        """Return true."""
         return True
 
     def merge(self, task_vectors: TaskVectors) -> Tensor:
-        """Return all of them together, in the small space."""
+        """Combine all of them at once, in shared bases."""
         matrices = task_vectors.matrices()
         found = spectra(matrices)
         if not found:
