@@ -26,7 +26,7 @@ def four(make_lora: Make) -> list[Path]:
     return [make_lora(name, seed=seed) for seed, name in enumerate("abcd")]
 
 
-def quietly(adapters: Sequence[Any], *asked: Any, **more: Any) -> ties_peft.Merged:
+def merge_quietly(adapters: Sequence[Any], *asked: Any, **more: Any) -> ties_peft.Merged:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ties_peft.TiesPeftWarning)
         return ties_peft.merge(adapters, *asked, **more)
@@ -41,7 +41,7 @@ def published(merged: ties_peft.Merged) -> list[str]:
 def test_the_default_makes_up_for_the_number_of_adapters(
     four: list[Path], method: str, factor: float, count: int
 ) -> None:
-    default, one = (quietly(four[:count], method, rank="max", **asked) for asked in ({}, {"scale": 1.0}))
+    default, one = (merge_quietly(four[:count], method, rank="max", **asked) for asked in ({}, {"scale": 1.0}))
     assert default.report.scale == pytest.approx(factor / np.sqrt(count))
     assert default.recipe.scale is None
     for name in one.modules:
@@ -72,30 +72,30 @@ def test_the_published_scale_is_warned_of_once_with_the_default(four: list[Path]
 @pytest.mark.parametrize("scale", [None, 0.9, "N^-1/4", -1.0])
 @pytest.mark.parametrize("method", DEFAULTS)
 def test_no_other_scale_is(four: list[Path], method: str, scale: Any) -> None:
-    assert published(quietly(four, method, scale=scale)) == []
+    assert published(merge_quietly(four, method, scale=scale)) == []
 
 
 def test_nor_is_it_where_it_does_no_harm(four: list[Path]) -> None:
-    assert published(quietly(four[:1], "tsv", scale=1)) == []
-    assert published(quietly(four[:2], "tsv", scale=1, weights=[1, 0])) == []
-    assert published(quietly(four, "pico+tsv", scale=1)) == [], "pico brings the result to its own norm"
-    assert published(quietly(four, "ties", scale=1)) == []
+    assert published(merge_quietly(four[:1], "tsv", scale=1)) == []
+    assert published(merge_quietly(four[:2], "tsv", scale=1, weights=[1, 0])) == []
+    assert published(merge_quietly(four, "pico+tsv", scale=1)) == [], "pico brings the result to its own norm"
+    assert published(merge_quietly(four, "ties", scale=1)) == []
 
 
 @pytest.mark.parametrize("method", FINISHING)
 def test_a_method_after_the_sum_is_that_method_by_default(four: list[Path], method: str) -> None:
     """The default λ is that of the stage that changes the result last."""
-    alone, after = quietly(four, method), quietly(four, f"task_arithmetic+{method}")
+    alone, after = merge_quietly(four, method), merge_quietly(four, f"task_arithmetic+{method}")
     assert alone.report.scale == after.report.scale
     for name in alone.modules:
         np.testing.assert_allclose(after.delta(name), alone.delta(name), rtol=1e-3, atol=1e-4)
 
 
 def test_boosting_after_ties_has_the_default_of_boosting(four: list[Path]) -> None:
-    merged = quietly(four, "ties+boosting", "core")
+    merged = merge_quietly(four, "ties+boosting", "core")
     assert merged.report.scale == pytest.approx(0.35)
-    assert same_tensors(merged, quietly(four, "ties+boosting", "core", scale="0.7/sqrt(N)"))
-    assert len(published(quietly(four, "ties+boosting", "core", scale=1))) == 1
+    assert same_tensors(merged, merge_quietly(four, "ties+boosting", "core", scale="0.7/sqrt(N)"))
+    assert len(published(merge_quietly(four, "ties+boosting", "core", scale=1))) == 1
 
 
 def test_a_default_that_cannot_be_read_is_said(four: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def stacked(folders: Sequence[Path], weights: Sequence[float]) -> dict[str, list
     }
 
 
-def off(seen: dict[str, Array], wanted: dict[str, Array]) -> float:
+def relative_error(seen: dict[str, Array], wanted: dict[str, Array]) -> float:
     assert seen.keys() == wanted.keys()
     return max(float(np.linalg.norm(seen[n] - wanted[n]) / max(np.linalg.norm(wanted[n]), 1e-30)) for n in wanted)
 
@@ -125,12 +125,12 @@ def test_karcher_and_model_stock_are_their_definitions(
         asked = {"max_iter": 500, "tol": 1e-9} if method == "karcher" else {}
         wanted = {name: definition(taus, weights) for name, taus in stacked(adapters, weights).items()}
         for space in spaces(kind):
-            assert off(merged(adapters, method, space, weights=weights, **asked), wanted) < 1e-4
+            assert relative_error(merged(adapters, method, space, weights=weights, **asked), wanted) < 1e-4
 
 
 def test_karcher_needs_few_steps(kind: str, adapters: list[Path]) -> None:
     wanted = {name: karcher(taus, (1.0, 1.0, 1.0)) for name, taus in stacked(adapters, (1.0, 1.0, 1.0)).items()}
-    assert off(merged(adapters, "karcher"), wanted) < 1e-3
+    assert relative_error(merged(adapters, "karcher"), wanted) < 1e-3
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
@@ -138,16 +138,16 @@ def test_karcher_needs_few_steps(kind: str, adapters: list[Path]) -> None:
 def test_slerp_is_its_definition(kind: str, adapters: list[Path], t: float, weights: tuple[float, float]) -> None:
     wanted = {name: slerp(*taus, t) for name, taus in stacked(adapters[:2], weights).items()}
     for space in spaces(kind):
-        assert off(merged(adapters[:2], "slerp", space, weights=weights, t=t), wanted) < 1e-4
+        assert relative_error(merged(adapters[:2], "slerp", space, weights=weights, t=t), wanted) < 1e-4
 
 
 def test_slerp_goes_as_far_as_the_weights_say(kind: str, adapters: list[Path]) -> None:
     pair = adapters[1:]
     wanted = {name: slerp(*taus, 0.75) for name, taus in stacked(pair, (1, -1)).items()}
     for weights in ((1.0, -3.0), (5.0, -15.0)):
-        assert off(merged(pair, "slerp", weights=weights), wanted) < 1e-4
+        assert relative_error(merged(pair, "slerp", weights=weights), wanted) < 1e-4
     both = adapters[:2]
-    assert off(merged(both[::-1], "slerp", t=0.25), merged(both, "slerp", t=0.75)) < 1e-5
+    assert relative_error(merged(both[::-1], "slerp", t=0.25), merged(both, "slerp", t=0.75)) < 1e-5
 
 
 def test_slerp_is_for_two(adapters: list[Path]) -> None:
@@ -157,7 +157,7 @@ def test_slerp_is_for_two(adapters: list[Path]) -> None:
 
 def test_karcher_of_two_is_halfway_and_has_the_mean_norm(kind: str, adapters: list[Path]) -> None:
     pair = adapters[:2]
-    assert off(merged(pair, "karcher", tol=1e-9), merged(pair, "slerp", t=0.5)) < 1e-4
+    assert relative_error(merged(pair, "karcher", tol=1e-9), merged(pair, "slerp", t=0.5)) < 1e-4
     for name, own in merged(adapters[:2], "karcher").items():
         assert np.isclose(np.linalg.norm(own), np.mean([np.linalg.norm(vectors(a)[name]) for a in pair]), rtol=1e-5)
 
@@ -166,12 +166,12 @@ def test_karcher_of_two_is_halfway_and_has_the_mean_norm(kind: str, adapters: li
 def test_one_direction_is_kept(kind: str, adapters: list[Path], make_lora: Maker, make_ia3: Maker, method: str) -> None:
     first = adapters[0]
     wanted = vectors(first)
-    assert off(merged([first], method), wanted) < 1e-5
-    assert off(merged([first], method, weights=[-3.0]), {n: -own for n, own in wanted.items()}) < 1e-5
-    assert off(merged([first, first], method), wanted) < 1e-5
+    assert relative_error(merged([first], method), wanted) < 1e-5
+    assert relative_error(merged([first], method, weights=[-3.0]), {n: -own for n, own in wanted.items()}) < 1e-5
+    assert relative_error(merged([first, first], method), wanted) < 1e-5
     if kind == "lora":
         longer = make_lora("longer", rank=4, alpha=24, seed=1)
-        assert off(merged([first, longer], method), {n: 2 * own for n, own in wanted.items()}) < 1e-5
+        assert relative_error(merged([first, longer], method), {n: 2 * own for n, own in wanted.items()}) < 1e-5
 
 
 def test_directions_that_oppose_have_no_mean(kind: str, adapters: list[Path]) -> None:
@@ -184,8 +184,8 @@ def test_directions_that_oppose_have_no_mean(kind: str, adapters: list[Path]) ->
 @pytest.mark.parametrize("method", ["karcher", "model_stock"])
 def test_only_the_ratio_of_weights_and_no_order_matters(adapters: list[Path], method: str) -> None:
     wanted = merged(adapters, method, weights=[2.0, 1.0, 3.0])
-    assert off(merged(adapters, method, weights=[10.0, 5.0, 15.0]), wanted) < 1e-5
-    assert off(merged(adapters[::-1], method, weights=[3.0, 1.0, 2.0]), wanted) < 1e-5
+    assert relative_error(merged(adapters, method, weights=[10.0, 5.0, 15.0]), wanted) < 1e-5
+    assert relative_error(merged(adapters[::-1], method, weights=[3.0, 1.0, 2.0]), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)

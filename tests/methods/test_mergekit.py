@@ -25,7 +25,9 @@ def folders(make_lora: Maker) -> list[Path]:
     return [make_lora(f"m{n}", rank=4, seed=n) for n in range(3)]
 
 
-def theirs(folders: Sequence[Path], method: str, weights: Sequence[float] | None = WEIGHTS, **asked: Any) -> Vectors:
+def mergekit_merge(
+    folders: Sequence[Path], method: str, weights: Sequence[float] | None = WEIGHTS, **asked: Any
+) -> Vectors:
     """mergekit's merge of the deltas over a base of zeros."""
     stacks = [read(folder) for folder in folders]
     if weights is not None:
@@ -38,12 +40,12 @@ def theirs(folders: Sequence[Path], method: str, weights: Sequence[float] | None
     return merged
 
 
-def ours(folders: Sequence[Path], method: str, **asked: Any) -> Vectors:
+def own_merge(folders: Sequence[Path], method: str, **asked: Any) -> Vectors:
     merged = ties_peft.merge(folders, method=method, rank="max", **{"weights": WEIGHTS, "scale": 1.0, **asked})
     return {name: merged.delta(name).double().numpy() for name in merged.modules}
 
 
-def give_the_same_numbers(folders: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def use_same_random_numbers(folders: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.bernoulli draws, module by module, what ties_peft gives the same entries."""
     drawn = iter([numbers(folder, module, SHAPES[module]) for module in sorted(SHAPES) for folder in folders])
     monkeypatch.setattr(torch, "bernoulli", lambda p: (torch.from_numpy(next(drawn)) < p).to(p.dtype))
@@ -72,7 +74,7 @@ def give_the_same_numbers(folders: Sequence[Path], monkeypatch: pytest.MonkeyPat
 def test_sparse_sums_and_elections_agree(
     folders: list[Path], method: str, asked: dict[str, Any], parameters: dict[str, Any]
 ) -> None:
-    assert distance(ours(folders, method, **asked), theirs(folders, method, **parameters)) < 1e-5
+    assert distance(own_merge(folders, method, **asked), mergekit_merge(folders, method, **parameters)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -91,17 +93,17 @@ def test_dare_agrees_but_for_the_rescaling(
     asked: dict[str, Any],
     parameters: dict[str, Any],
 ) -> None:
-    give_the_same_numbers(folders, monkeypatch)
-    expected = theirs(folders, name, density=0.3, rescale=False, **parameters)
-    assert distance(ours(folders, method, density=0.3, **asked), {m: v / 0.3 for m, v in expected.items()}) < 1e-5
+    use_same_random_numbers(folders, monkeypatch)
+    expected = mergekit_merge(folders, name, density=0.3, rescale=False, **parameters)
+    assert distance(own_merge(folders, method, density=0.3, **asked), {m: v / 0.3 for m, v in expected.items()}) < 1e-5
 
 
 def test_dares_rescaling_is_near_mergekits_in_large_tensors(make_lora: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, module = make_lora("wide", rank=4, shapes={"q": (300, 400)}), "q"
     drawn = torch.from_numpy(numbers(folder, module, (300, 400)))
     monkeypatch.setattr(torch, "bernoulli", lambda p: (drawn < p).to(p.dtype))
-    expected = theirs([folder], "dare_linear", [1.0], density=0.3)[module]
-    seen = ours([folder], "dare", density=0.3, weights=[1.0])[module]
+    expected = mergekit_merge([folder], "dare_linear", [1.0], density=0.3)[module]
+    seen = own_merge([folder], "dare", density=0.3, weights=[1.0])[module]
     kept = np.abs(expected) > 1e-4
     assert np.median(seen[kept] / expected[kept]) == pytest.approx(1, abs=0.02)
 
@@ -111,25 +113,25 @@ def test_della_drops_the_same_entries_and_divides_each_by_its_own_probability(
 ) -> None:
     expected = {module: np.zeros(shape) for module, shape in SHAPES.items()}
     for folder, weight in zip(folders, WEIGHTS, strict=True):  # one at a time: each has its own probabilities
-        give_the_same_numbers([folder], monkeypatch)
-        kept = theirs([folder], "della_linear", [weight], density=0.5, epsilon=0.2, rescale=False)
+        use_same_random_numbers([folder], monkeypatch)
+        kept = mergekit_merge([folder], "della_linear", [weight], density=0.5, epsilon=0.2, rescale=False)
         for module, values in read(folder).items():
             expected[module] += kept[module] / row_probability(values, 0.5, 0.2)
-    assert distance(ours(folders, "della_linear", density=0.5, epsilon=0.2), expected) < 1e-5
+    assert distance(own_merge(folders, "della_linear", density=0.5, epsilon=0.2), expected) < 1e-5
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
 def test_sce_agrees_with_unit_weights(folders: list[Path], share: float) -> None:
-    seen = ours(folders, "sce", select_topk=share, weights=None)
-    assert distance(seen, theirs(folders, "sce", None, select_topk=share)) < 1e-5
+    seen = own_merge(folders, "sce", select_topk=share, weights=None)
+    assert distance(seen, mergekit_merge(folders, "sce", None, select_topk=share)) < 1e-5
 
 
 def test_ties_with_negative_weights_differs_by_the_divisor(folders: list[Path]) -> None:
     weights = (1.0, -0.5, 2.0)
-    seen = ours(folders, "ties", density=0.3, scope="module", disjoint="sum", weights=weights)
-    assert distance(seen, theirs(folders, "ties", weights, density=0.3, normalize=False)) < 1e-5
-    seen = ours(folders, "ties", density=0.3, scope="module", weights=weights)
-    assert distance(seen, theirs(folders, "ties", weights, density=0.3)) > 0.1  # Σw there, Σ|w| here
+    seen = own_merge(folders, "ties", density=0.3, scope="module", disjoint="sum", weights=weights)
+    assert distance(seen, mergekit_merge(folders, "ties", weights, density=0.3, normalize=False)) < 1e-5
+    seen = own_merge(folders, "ties", density=0.3, scope="module", weights=weights)
+    assert distance(seen, mergekit_merge(folders, "ties", weights, density=0.3)) > 0.1  # Σw there, Σ|w| here
 
 
 def of_deltas(folders: Sequence[Path], method: str, base: bool = False, **asked: Any) -> Vectors:
@@ -145,11 +147,11 @@ def of_deltas(folders: Sequence[Path], method: str, base: bool = False, **asked:
 
 
 def test_linear_is_the_average(folders: list[Path]) -> None:
-    assert distance(ours(folders, "average"), of_deltas(folders, "linear", weight=list(WEIGHTS))) < 1e-5
+    assert distance(own_merge(folders, "average"), of_deltas(folders, "linear", weight=list(WEIGHTS))) < 1e-5
 
 
 def test_karcher_agrees_on_the_deltas(folders: list[Path]) -> None:
-    seen = ours(folders, "karcher", weights=None, max_iter=100, tol=1e-9)
+    seen = own_merge(folders, "karcher", weights=None, max_iter=100, tol=1e-9)
     assert distance(seen, of_deltas(folders, "karcher", max_iter=100, tol=1e-9)) < 1e-4
 
 
@@ -159,7 +161,7 @@ def test_model_stock_agrees_where_adapters_do_not_oppose(make_lora: Maker) -> No
     folders.append(make_lora("again", rank=4, alpha=12, seed=0))
     agreements = {m: np.mean([cosine(a[m], b[m]) for a, b in pairs([read(f) for f in folders])]) for m in SHAPES}
     assert min(agreements.values()) > 0.05
-    seen = ours(folders, "model_stock", weights=None)
+    seen = own_merge(folders, "model_stock", weights=None)
     assert distance(seen, of_deltas(folders, "model_stock", base=True)) < 1e-5
 
 
@@ -173,7 +175,7 @@ def cosine(first: Any, second: Any) -> float:
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 def test_slerp_agrees_in_direction_and_in_length_where_the_norms_are_equal(folders: list[Path], t: float) -> None:
-    seen, pair = ours(folders[:2], "slerp", t=t, weights=None), [read(folder) for folder in folders[:2]]
+    seen, pair = own_merge(folders[:2], "slerp", t=t, weights=None), [read(folder) for folder in folders[:2]]
     for module in SHAPES:
         norms = [float(np.linalg.norm(vectors[module])) for vectors in pair]
         units = [torch.from_numpy(v[module] / norm) for v, norm in zip(pair, norms, strict=True)]
@@ -197,8 +199,8 @@ def test_slerps_form_mergekit_is_nuslerp_for_unequal_norms_and_negative_weights(
 ) -> None:
     pair = [make_lora("short", rank=4, seed=0), make_lora("long", rank=4, seed=1, gain=6.0)]
     expected = of_deltas(pair, "nuslerp", base=True, weight=list(weights))
-    assert distance(ours(pair, "slerp", form="mergekit", weights=weights), expected) < 1e-5
-    assert distance(ours(pair, "slerp", weights=weights), expected) > 0.1
+    assert distance(own_merge(pair, "slerp", form="mergekit", weights=weights), expected) < 1e-5
+    assert distance(own_merge(pair, "slerp", weights=weights), expected) > 0.1
 
 
 def test_a_module_of_one_alone_is_met_by_zero_at_right_angles_as_in_nuslerp(make_lora: Maker) -> None:
@@ -214,7 +216,7 @@ def test_a_module_of_one_alone_is_met_by_zero_at_right_angles_as_in_nuslerp(make
         ).numpy()
         for m, (v, w) in whole.items()
     }
-    assert distance(ours(pair, "slerp", form="mergekit", weights=(1.0, 3.0)), expected) < 1e-5
+    assert distance(own_merge(pair, "slerp", form="mergekit", weights=(1.0, 3.0)), expected) < 1e-5
 
 
 def test_slerps_forms_at_right_angles_and_norms_of_one_to_six(tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_slerps_forms_at_right_angles_and_norms_of_one_to_six(tmp_path: Path) ->
         tensors = {f"{PREFIX}q.lora_A.weight": A, f"{PREFIX}q.lora_B.weight": B}
         pair.append(write_adapter(tmp_path / str(place), config, tensors))
     longer = np.array([[0.0, 1.0]])
-    seen = {form: ours(pair, "slerp", form=form, weights=None)["q"] for form in ("even", "mergekit")}
+    seen = {form: own_merge(pair, "slerp", form=form, weights=None)["q"] for form in ("even", "mergekit")}
     assert degrees(seen["even"], longer) == pytest.approx(45, abs=0.01)
     assert degrees(seen["mergekit"], longer) == pytest.approx(9.46, abs=0.01)
     assert np.linalg.norm(seen["even"]) == pytest.approx(3.5, rel=1e-5)
@@ -235,8 +237,8 @@ def test_slerps_forms_at_right_angles_and_norms_of_one_to_six(tmp_path: Path) ->
 
 def test_mergekits_slerp_of_whole_weights_is_nearly_the_average(folders: list[Path]) -> None:
     pair = [read(folder) for folder in folders[:2]]
-    average = ours(folders[:2], "average", weights=(0.7, 0.3))
-    turned = ours(folders[:2], "slerp", t=0.3, weights=None)
+    average = own_merge(folders[:2], "average", weights=(0.7, 0.3))
+    turned = own_merge(folders[:2], "slerp", t=0.3, weights=None)
     for module, shape in SHAPES.items():
         weight = 1000 * np.random.default_rng(0).standard_normal(shape)
         inputs = [torch.from_numpy(weight + vectors[module]) for vectors in pair]
@@ -257,15 +259,15 @@ def test_mergekits_sce_ignores_the_energies_of_small_updates(make_lora: Maker) -
     assert max(sum(np.mean(read(f)[m] ** 2) for f in pairs[1e-5]) for m in SHAPES) < 1e-6
     assert distance({m: 1e-5 * v for m, v in large.items()}, small) > 0.1
     for gain, pair in pairs.items():
-        seen = ours(pair, "sce", weights=None)
+        seen = own_merge(pair, "sce", weights=None)
         assert distance(seen, {m: gain * v for m, v in large.items()}) < 1e-5
-    alike = ours(pairs[1e-5], "ties", weights=None, density=1.0)
+    alike = own_merge(pairs[1e-5], "ties", weights=None, density=1.0)
     assert distance(alike, small) < 1e-5
 
 
 def test_della_drops_and_elects_the_same(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """With epsilon next to nothing every entry is divided by one probability, there by none."""
-    give_the_same_numbers(folders, monkeypatch)
-    expected = theirs(folders, "della", density=0.5, epsilon=1e-9, rescale=False)
-    seen = ours(folders, "della", density=0.5, epsilon=1e-9)
+    use_same_random_numbers(folders, monkeypatch)
+    expected = mergekit_merge(folders, "della", density=0.5, epsilon=1e-9, rescale=False)
+    seen = own_merge(folders, "della", density=0.5, epsilon=1e-9)
     assert distance(seen, {m: v / 0.5 for m, v in expected.items()}) < 1e-5

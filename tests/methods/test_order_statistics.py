@@ -41,11 +41,11 @@ def drawn(seed: int) -> list[torch.Tensor]:
     return parts
 
 
-def as_they_are(task_vectors: TaskVectors) -> Iterator[torch.Tensor]:
+def raw_values(task_vectors: TaskVectors) -> Iterator[torch.Tensor]:
     return task_vectors.stream()
 
 
-def walk(groups: dict[str, list[torch.Tensor]], places: Sequence[int]) -> Callable[[], Any]:
+def iterate(groups: dict[str, list[torch.Tensor]], places: Sequence[int]) -> Callable[[], Any]:
     names = list(groups)
     parts = [TaskVectors([Dense(own[place]) for own in groups.values()], [1.0] * len(names)) for place in places]
     return lambda: [(part, names) for part in parts]
@@ -61,7 +61,7 @@ def groups() -> dict[str, list[torch.Tensor]]:
     return {name: drawn(seed) for seed, name in enumerate("abc")}
 
 
-RANKING = Ranking(as_they_are, lambda entries, density: RANKS, "adapter")
+RANKING = Ranking(raw_values, lambda entries, density: RANKS, "adapter")
 
 
 @pytest.mark.parametrize("together", [1, 2, 64])
@@ -72,20 +72,20 @@ def test_levels_are_those_of_the_sorted_values(
     monkeypatch.setattr(tiles, "TILE", 13)
     monkeypatch.setattr(order_statistics, "TOGETHER", together)
     pool = ThreadPool(threads)
-    found = find_levels([RANKING], walk(groups, range(3)), dict.fromkeys(groups, 1.0), pool)
+    found = find_levels([RANKING], iterate(groups, range(3)), dict.fromkeys(groups, 1.0), pool)
     pool.close()
     assert found == {name: ranked(group) for name, group in groups.items()}
 
 
 def test_a_later_ranking_sees_the_levels_of_those_before_it_and_ranks_hang_on_entries_and_density() -> None:
     values = {"x": [torch.tensor([1.0, -3.0, 2.0])], "y": [torch.tensor([5.0, 4.0, -6.0])]}
-    largest = Ranking(as_they_are, lambda entries, density: (1,), "adapter")
+    largest = Ranking(raw_values, lambda entries, density: (1,), "adapter")
     away = Ranking(
         lambda vectors: (values.sub_(own[0]) for values, own in zip(vectors.stream(), vectors.levels, strict=True)),
         lambda entries, density: (round(entries * density),),
         "adapter",
     )
-    found = find_levels([largest, away], walk(values, [0]), {"x": 1.0, "y": 1 / 3}, ThreadPool(1))
+    found = find_levels([largest, away], iterate(values, [0]), {"x": 1.0, "y": 1 / 3}, ThreadPool(1))
     assert found == {"x": (2.0, -5.0), "y": (5.0, 0.0)}
 
 
@@ -102,7 +102,7 @@ def test_processes_that_share_the_parts_find_the_same(groups: dict[str, list[tor
             barrier.wait()
             return both
 
-        mine = walk(groups, [0, 2] if number == 0 else [1])
+        mine = iterate(groups, [0, 2] if number == 0 else [1])
         return find_levels([RANKING], mine, dict.fromkeys(groups, 1.0), ThreadPool(1), gather)
 
     with ThreadPoolExecutor(2) as pool:

@@ -79,7 +79,7 @@ def test_two_modules_of_one_shape_draw_their_own_numbers(make_ia3: Maker) -> Non
 # matrix methods, where directions are shared or next to nothing
 
 
-def lying_within(at: Path, first: np.ndarray, small: float) -> list[Path]:
+def nested_adapters(at: Path, first: np.ndarray, small: float) -> list[Path]:
     """Two adapters in the same three directions; the second has next to none of one of them."""
     draw = np.random.default_rng(0)
     U, V = np.linalg.qr(draw.normal(size=(12, 3)))[0], np.linalg.qr(draw.normal(size=(10, 3)))[0]
@@ -89,7 +89,7 @@ def lying_within(at: Path, first: np.ndarray, small: float) -> list[Path]:
 
 def test_iso_cts_takes_no_direction_from_rounding(tmp_path: Path) -> None:
     """The second adapter has nothing of its own beside the common direction, but for rounding."""
-    first, second = lying_within(tmp_path, np.array([5.0, 3.0, 1.0]), 0.0)
+    first, second = nested_adapters(tmp_path, np.array([5.0, 3.0, 1.0]), 0.0)
     (B, A) = factors(second)["q"]
     second = write(tmp_path / "lone", {"q": (B[:, :1], A[:1])})
     result = merged([first, second], "iso_cts", common=0.4)["q"]
@@ -113,7 +113,7 @@ def test_directions_that_depend_on_each_other_to_within_1e_4_count_as_one(angle:
 
 def test_svc_counts_no_answer_that_is_rounding(tmp_path: Path) -> None:
     """In the third direction the second adapter answers by next to nothing: it counts α there, not its inverse."""
-    folders = lying_within(tmp_path, np.array([3.0, 2.0, 1.0]), 5e-6)
+    folders = nested_adapters(tmp_path, np.array([3.0, 2.0, 1.0]), 5e-6)
     result = merged(folders, "svc", "core", alpha=0.5)["q"]
     (B, A) = factors(folders[0])["q"]
     u, v = B[:, 2] / np.linalg.norm(B[:, 2]), A[2]
@@ -122,7 +122,7 @@ def test_svc_counts_no_answer_that_is_rounding(tmp_path: Path) -> None:
 
 def test_wudi_asks_nothing_of_inputs_that_nobody_knows(tmp_path: Path) -> None:
     """Two adapters in the same rows: the least-squares answer, not one blown up by a null direction."""
-    folders = lying_within(tmp_path, np.array([3.0, 2.0, 1.0]), 0.0)
+    folders = nested_adapters(tmp_path, np.array([3.0, 2.0, 1.0]), 0.0)
     assert np.linalg.norm(merged(folders, "wudi", ridge=0.0)["q"]) < 20
 
 
@@ -153,14 +153,14 @@ def compressed(blend: float) -> tuple[CompressedEncoding, list[np.ndarray]]:
     return CompressedEncoding(core, 3, blend), [parts[0].dense().double().numpy() for parts in core.parts]
 
 
-def held(encoding: CompressedEncoding, matrices: list[np.ndarray]) -> list[float]:
+def energy_held(encoding: CompressedEncoding, matrices: list[np.ndarray]) -> list[float]:
     """The share of each adapter's energy in the subspace."""
     left, right = encoding.left.numpy(), encoding.right.numpy()
     return [float(np.sum((left.T @ M @ right) ** 2) / np.sum(M**2)) for M in matrices]
 
 
 def test_the_blend_says_whether_long_adapters_take_the_subspace() -> None:
-    apart, equal = held(*compressed(1.0)), held(*compressed(0.0))
+    apart, equal = energy_held(*compressed(1.0)), energy_held(*compressed(0.0))
     assert apart[0] < 0.5 < 0.99 < apart[1]
     assert equal[0] > apart[0] + 0.05
 

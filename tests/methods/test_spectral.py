@@ -108,7 +108,7 @@ def task_vectors(
     return found
 
 
-def off(seen: Mapping[str, Array], wanted: Mapping[str, Array]) -> float:
+def relative_error(seen: Mapping[str, Array], wanted: Mapping[str, Array]) -> float:
     """The largest relative error over the modules."""
     assert seen.keys() == wanted.keys()
     return max(float(np.linalg.norm(seen[n] - wanted[n]) / max(np.linalg.norm(wanted[n]), 1e-30)) for n in wanted)
@@ -130,14 +130,14 @@ def polar(matrix: Array) -> Array:
     return matrix @ (vectors[:, there] / np.sqrt(values[there])) @ vectors[:, there].T
 
 
-def apart(parts: Sequence[tuple[Array, Array, Array]]) -> Array:
+def orthogonalised(parts: Sequence[tuple[Array, Array, Array]]) -> Array:
     left, right = polar(np.hstack([U for U, _, _ in parts])), polar(np.hstack([Vt.T for _, _, Vt in parts]))
     return left @ np.diag(np.concatenate([S for _, S, _ in parts])) @ right.T
 
 
 def tsv(deltas: Sequence[Array], directions: int | None = None) -> Array:
     found = [svd(delta) for delta in deltas]
-    return apart([(U[:, :directions], S[:directions], Vt[:directions]) for U, S, Vt in found])
+    return orthogonalised([(U[:, :directions], S[:directions], Vt[:directions]) for U, S, Vt in found])
 
 
 def flat_tsv(deltas: Sequence[Array]) -> Array:
@@ -146,7 +146,7 @@ def flat_tsv(deltas: Sequence[Array]) -> Array:
         U, S, Vt = svd(delta)
         level = np.linalg.norm(delta) / np.sqrt(len(S))
         parts.append((U, S ** (1 - f) * level**f, Vt))
-    return apart(parts)
+    return orthogonalised(parts)
 
 
 def dual(deltas: Sequence[Array], flatten: float | None = None) -> Array:
@@ -230,7 +230,7 @@ def calibrated(deltas: Sequence[Array]) -> list[Array]:
     return [operator @ delta for delta in deltas]
 
 
-def renormed(matrix: Array, deltas: Sequence[Array]) -> Array:
+def with_mean_norm(matrix: Array, deltas: Sequence[Array]) -> Array:
     return matrix * np.mean([np.linalg.norm(d) for d in deltas]) / np.linalg.norm(matrix)
 
 
@@ -270,9 +270,13 @@ DEFINITIONS: dict[str, tuple[str, dict[str, Any], Callable[[Sequence[Array]], Ar
     "svc, alpha 1": ("svc", {"alpha": 1.0}, lambda ds: svc_of(sum(ds), ds, 1.0)),
     "wudi": ("wudi", {}, wudi),
     "wudi, more ridge": ("wudi", {"ridge": 2.0}, lambda ds: wudi(ds, 2.0)),
-    "pico": ("pico", {}, lambda ds: renormed(sum(calibrated(ds)), ds)),
-    "pico+task_arithmetic": ("pico+task_arithmetic", {"scale": 1.0}, lambda ds: renormed(sum(calibrated(ds)), ds)),
-    "pico+tsv": ("pico+tsv", {}, lambda ds: renormed(tsv(calibrated(ds)), ds)),
+    "pico": ("pico", {}, lambda ds: with_mean_norm(sum(calibrated(ds)), ds)),
+    "pico+task_arithmetic": (
+        "pico+task_arithmetic",
+        {"scale": 1.0},
+        lambda ds: with_mean_norm(sum(calibrated(ds)), ds),
+    ),
+    "pico+tsv": ("pico+tsv", {}, lambda ds: with_mean_norm(tsv(calibrated(ds)), ds)),
     "tsv+iso_c": ("tsv+iso_c", {}, lambda ds: iso_c([tsv(ds)])),
     "tsv+svc": ("tsv+svc", {}, lambda ds: svc_of(tsv(ds), ds)),
     "task_arithmetic+boosting": (
@@ -299,7 +303,9 @@ def test_equals_its_definition_in_delta_and_in_core(
     deltas = task_vectors(families[family], weights)
     wanted = {name: definition([delta for _, delta in found]) for name, found in deltas.items()}
     for space in ("delta", "core"):
-        assert off(merged(families[family], method, space, weights=weights, **parameters), wanted) < 1e-4, space
+        assert relative_error(merged(families[family], method, space, weights=weights, **parameters), wanted) < 1e-4, (
+            space
+        )
 
 
 @pytest.mark.parametrize("family", ["mixed", "wide"])
@@ -308,9 +314,9 @@ def test_pico_before_ties_is_ties_of_the_calibrated(families: dict[str, list[Pat
     for name, found in task_vectors(families[family], WEIGHTS[family]).items():
         deltas = [delta for _, delta in found]
         prepared = [(w, own) for (w, _), own in zip(found, calibrated(deltas), strict=True)]
-        wanted[name] = renormed(ties(prepared, 0.3), deltas)
+        wanted[name] = with_mean_norm(ties(prepared, 0.3), deltas)
     asked = {"weights": WEIGHTS[family], "density": 0.3, "scope": "module"}
-    assert off(merged(families[family], "pico+ties", **asked), wanted) < 1e-4
+    assert relative_error(merged(families[family], "pico+ties", **asked), wanted) < 1e-4
 
 
 @pytest.mark.parametrize("after", FINISHING)
@@ -322,7 +328,7 @@ def test_a_method_after_ties_in_core(families: dict[str, list[Path]], family: st
         L, cores, R = core_of([delta for _, delta in found])
         wanted[name] = L @ change(ties([(1.0, core) for core in cores], 0.5), cores) @ R.T
     asked = {"density": 0.5, "scope": "module", **({"beta": 0.4} if after == "boosting" else {})}
-    assert off(merged(families[family], f"ties+{after}", "core", **asked), wanted) < 1e-4
+    assert relative_error(merged(families[family], f"ties+{after}", "core", **asked), wanted) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["mixed", "wide", "crowded"])
@@ -336,8 +342,8 @@ def test_ties_in_core_and_in_knots_are_their_dense_definitions(families: dict[st
         blocks = np.split(np.diag(S) @ Vt, len(plain), axis=1)
         knots[name] = U @ ties([(w, w * block) for (w, _), block in zip(found, blocks, strict=True)], 0.3)
     asked = {"weights": WEIGHTS[family], "density": 0.3, "scope": "module"}
-    assert off(merged(families[family], "ties", "core", **asked), core) < 1e-4
-    assert off(merged(families[family], "ties", "knots", **asked), knots) < 1e-4
+    assert relative_error(merged(families[family], "ties", "core", **asked), core) < 1e-4
+    assert relative_error(merged(families[family], "ties", "knots", **asked), knots) < 1e-4
 
 
 # laws of the spaces
@@ -362,7 +368,7 @@ def test_decoding_what_was_encoded_gives_every_adapter_back(
 @pytest.mark.parametrize("family", ["mixed", "wide", "crowded"])
 def test_linear_rules_are_the_same_in_every_space(families: dict[str, list[Path]], family: str, method: str) -> None:
     wanted = merged(families[family], method)
-    assert max(off(merged(families[family], method, space), wanted) for space in ("core", "knots")) < 1e-5
+    assert max(relative_error(merged(families[family], method, space), wanted) for space in ("core", "knots")) < 1e-5
 
 
 def spaces_of(method: str) -> list[str]:
@@ -372,7 +378,7 @@ def spaces_of(method: str) -> list[str]:
     return [space for space in ("delta", "core", "knots") if all(space in cls.spaces for cls in classes)]
 
 
-def turned(folders: Sequence[Path], at: Path) -> list[Path]:
+def other_factors(folders: Sequence[Path], at: Path) -> list[Path]:
     """The same adapters in other factors, (B·G, G⁻¹·A), some of them with their scale moved."""
     draw, made = np.random.default_rng(5), []
     for number, folder in enumerate(folders):
@@ -394,11 +400,11 @@ def turned(folders: Sequence[Path], at: Path) -> list[Path]:
 def test_neither_factors_nor_order_matter(
     families: dict[str, list[Path]], tmp_path: Path, method: str, family: str
 ) -> None:
-    others = turned(families[family], tmp_path)
+    others = other_factors(families[family], tmp_path)
     for space in spaces_of(method):
         wanted = merged(families[family], method, space)
-        assert off(merged(others, method, space), wanted) < 1e-3, space
-        assert off(merged(families[family][::-1], method, space), wanted) < 1e-5, space
+        assert relative_error(merged(others, method, space), wanted) < 1e-3, space
+        assert relative_error(merged(families[family][::-1], method, space), wanted) < 1e-5, space
 
 
 @pytest.mark.parametrize("method", [*SPECTRAL, "pico", "karcher", "ties"])
@@ -408,7 +414,10 @@ def test_an_adapter_in_other_factors_is_a_copy_of_itself(
     folders = families["mixed"][:2]
     for space in spaces_of(method):
         wanted = merged([*folders, folders[0]], method, space)
-        assert off(merged([*folders, turned(folders, tmp_path / space)[0]], method, space), wanted) < 1e-3, space
+        assert (
+            relative_error(merged([*folders, other_factors(folders, tmp_path / space)[0]], method, space), wanted)
+            < 1e-3
+        ), space
 
 
 def test_the_published_core_space_depends_on_the_factors(families: dict[str, list[Path]], tmp_path: Path) -> None:
@@ -418,7 +427,7 @@ def test_the_published_core_space_depends_on_the_factors(families: dict[str, lis
     for balanced, changes in ((True, False), (False, True)):
         before = merged([families["mixed"][0], *others], "ties", "core", balanced=balanced)
         after = merged([moved, *others], "ties", "core", balanced=balanced)
-        assert (off(after, before) > 0.1) == changes
+        assert (relative_error(after, before) > 0.1) == changes
 
 
 def test_knots_stands_an_adapter_whose_scale_sits_in_one_factor(
@@ -428,7 +437,9 @@ def test_knots_stands_an_adapter_whose_scale_sits_in_one_factor(
     moved = write(tmp_path / "moved", {n: (B / 1e6, 1e6 * A) for n, (B, A) in own.items()})
     others = families["mixed"][1:]
     for method in ("ties", "task_arithmetic"):
-        assert off(merged([moved, *others], method, "knots"), merged(families["mixed"], method, "knots")) < 1e-4
+        assert (
+            relative_error(merged([moved, *others], method, "knots"), merged(families["mixed"], method, "knots")) < 1e-4
+        )
 
 
 def agreement(result: Mapping[str, Array], folders: Sequence[Path]) -> float:
@@ -480,15 +491,15 @@ def zeros(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_adapter_comes_back(families: dict[str, list[Path]], method: str, space: str) -> None:
     for folder in (*families["mixed"], families["crowded"][0]):
         wanted = {n: -B @ A for n, (B, A) in factors(folder).items()}
-        assert off(merged([folder], method, space, weights=[-1.0]), wanted) < 1e-5
+        assert relative_error(merged([folder], method, space, weights=[-1.0]), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("method", [*SPECTRAL, "pico"])
 def test_zeros_are_absent_and_weights_are_factors(families: dict[str, list[Path]], zeros: Path, method: str) -> None:
     wanted = merged(families["mixed"], method)
-    assert off(merged([*families["mixed"], zeros], method), wanted) < 1e-5
+    assert relative_error(merged([*families["mixed"], zeros], method), wanted) < 1e-5
     tripled = merged(families["mixed"], method, weights=[-3.0] * 3)
-    assert off({n: delta / -3 for n, delta in tripled.items()}, wanted) < 1e-5
+    assert relative_error({n: delta / -3 for n, delta in tripled.items()}, wanted) < 1e-5
 
 
 EDGED = [*DETERMINISTIC, "slerp", "pico+ties", "ties+iso_c", "ties+svc", "ties+boosting"]
@@ -514,13 +525,13 @@ def test_directions_that_stand_apart_are_summed_by_tsv(tmp_path: Path) -> None:
     U, V = np.linalg.qr(draw.normal(size=(20, 6)))[0], np.linalg.qr(draw.normal(size=(16, 6)))[0]
     S = np.array([5, 3, 1, 4, 2, 0.5])
     folders = [write(tmp_path / str(i), {"q": (U[:, i : i + 3] * S[i : i + 3], V[:, i : i + 3].T)}) for i in (0, 3)]
-    assert off(merged(folders, "tsv"), {"q": (U * S) @ V.T}) < 1e-5
+    assert relative_error(merged(folders, "tsv"), {"q": (U * S) @ V.T}) < 1e-5
     flat = merged(folders, "flat_tsv")["q"]
     level = np.concatenate([np.full(3, np.sqrt(np.mean(part**2))) for part in (S[:3], S[3:])])
-    assert off({"q": flat}, {"q": (U * np.sqrt(S * level)) @ V.T}) < 1e-5
+    assert relative_error({"q": flat}, {"q": (U * np.sqrt(S * level)) @ V.T}) < 1e-5
     assert np.linalg.norm(flat) < np.linalg.norm(S) * 1.0001
     for alpha in (0.1, 0.5):
-        assert off(merged(folders, "svc", alpha=alpha), {"q": 2 / (1 + alpha) * (U * S) @ V.T}) < 1e-4
+        assert relative_error(merged(folders, "svc", alpha=alpha), {"q": 2 / (1 + alpha) * (U * S) @ V.T}) < 1e-4
 
 
 def test_spectra_are_what_they_are_said_to_be(families: dict[str, list[Path]]) -> None:
@@ -532,13 +543,13 @@ def test_spectra_are_what_they_are_said_to_be(families: dict[str, list[Path]]) -
         assert np.ptp(svd(delta, 1e-4)[1]) < 1e-4 * np.linalg.norm(delta, 2)
     for name, delta in merged(folders, "boosting", beta=0.5).items():
         assert (svd(delta, 1e-6)[1] >= total[name] * 0.9999).all()
-    assert off(merged(folders, "boosting", beta=1.0), merged(folders, "task_arithmetic", scale=1.0)) < 1e-5
+    assert relative_error(merged(folders, "boosting", beta=1.0), merged(folders, "task_arithmetic", scale=1.0)) < 1e-5
 
 
 def test_iso_cts_is_iso_c_where_nothing_is_an_adapters_own(families: dict[str, list[Path]]) -> None:
-    assert off(merged(families["wide"], "iso_cts", common=1.0), merged(families["wide"], "iso_c")) < 1e-5
+    assert relative_error(merged(families["wide"], "iso_cts", common=1.0), merged(families["wide"], "iso_c")) < 1e-5
     alone = families["wide"][:1]
-    assert off(merged(alone, "iso_cts"), merged(alone, "iso_c")) < 1e-5
+    assert relative_error(merged(alone, "iso_cts"), merged(alone, "iso_c")) < 1e-5
 
 
 def test_dual_acts_on_each_adapters_directions_as_that_adapter_does() -> None:
@@ -565,11 +576,11 @@ def test_copies_are_counted_once(families: dict[str, list[Path]]) -> None:
     first = families["mixed"][0]
     one = {n: B @ A for n, (B, A) in factors(first).items()}
     for method in ("tsv", "svc", "dual"):
-        assert off(merged([first] * 3, method), one) < 1e-5
+        assert relative_error(merged([first] * 3, method), one) < 1e-5
     for name, delta in merged([first] * 3, "flat_tsv").items():
         U, S, Vt = svd(one[name])
         level = np.sqrt(np.mean(S**2))
-        assert off({name: delta}, {name: (U * (S ** (1 / 3) * level ** (2 / 3))) @ Vt}) < 1e-5
+        assert relative_error({name: delta}, {name: (U * (S ** (1 / 3) * level ** (2 / 3))) @ Vt}) < 1e-5
 
 
 def test_wudi_without_ridge_answers_every_adapters_inputs(families: dict[str, list[Path]]) -> None:
@@ -578,7 +589,7 @@ def test_wudi_without_ridge_answers_every_adapters_inputs(families: dict[str, li
         for _, delta in found:
             assert np.linalg.norm((result[name] - delta) @ delta.T) < 1e-3 * np.linalg.norm(delta @ delta.T)
     held = merged(families["mixed"], "wudi", ridge=1e6)
-    assert off(held, merged(families["mixed"], "task_arithmetic", scale=1.0)) < 1e-4
+    assert relative_error(held, merged(families["mixed"], "task_arithmetic", scale=1.0)) < 1e-4
 
 
 def test_pico_has_the_mean_norm_times_the_scale(families: dict[str, list[Path]]) -> None:
@@ -619,12 +630,12 @@ def test_lego_finds_the_best_clusters(tmp_path: Path, seed: int) -> None:
         ((0, i), tuple({1, 2, 3} - {i})) for i in (1, 2, 3)
     ]
     best = min((lego_of(units, clusters) for clusters in pairs), key=lambda found: found[0])[1]
-    assert off(merged(folders, "lego"), {"q": best}) < 1e-4
+    assert relative_error(merged(folders, "lego"), {"q": best}) < 1e-4
 
 
 def test_lego_with_one_cluster_for_every_unit_is_the_sum(families: dict[str, list[Path]]) -> None:
     whole = merged(families["mixed"], "task_arithmetic", scale=1.0)
-    assert off(merged(families["mixed"], "lego", clusters=99), whole) < 1e-5
+    assert relative_error(merged(families["mixed"], "lego", clusters=99), whole) < 1e-5
     for clusters in (1, 3):
         result = merged(families["mixed"], "lego", clusters=clusters)
         assert {len(svd(delta, 1e-5)[1]) for delta in result.values()} == {clusters}
@@ -655,9 +666,9 @@ def test_dropping_at_random_goes_before(families: dict[str, list[Path]], method:
     if "dare" not in method_classes():
         pytest.skip("there is no dare")
     kept = merged(families["mixed"], f"dare+{method}", "core", density=1.0)
-    assert off(kept, merged(families["mixed"], method, "core")) < 1e-5
+    assert relative_error(kept, merged(families["mixed"], method, "core")) < 1e-5
     dropped = [merged(families["mixed"], f"dare+{method}", "core", density=0.5, seed=seed) for seed in (0, 0, 1)]
-    assert off(dropped[0], dropped[1]) == 0 < off(dropped[2], dropped[1])
+    assert relative_error(dropped[0], dropped[1]) == 0 < relative_error(dropped[2], dropped[1])
 
 
 def test_entries_and_singular_vectors_go_together_in_core_alone(families: dict[str, list[Path]]) -> None:

@@ -31,37 +31,39 @@ def folders(make_lora: Make) -> list[str]:
 
 
 @pytest.fixture
-def members(make_lora: Make) -> list[str]:
+def encoder_adapters(make_lora: Make) -> list[str]:
     """LoRAs of the tiny encoder."""
     return [str(make_lora(name, seed=seed, shapes=tiny.BERT, gain=0.1)) for seed, name in enumerate("ab")]
 
 
-def held(found: ties_peft.Found) -> dict[str, tuple[float, float | None]]:
+def control_values(found: ties_peft.Found) -> dict[str, tuple[float, float | None]]:
     return {control.name: (control.score, control.judged) for control in found.controls}
 
 
 def test_controls_are_of_the_budget_that_is_asked_for(folders: list[str], tmp_path: Path) -> None:
     asked: dict[str, Any] = {"controls": DRAWN, "penalty": 0.0}
     few, many = (
-        held(ties_peft.search(folders, NegativeDistance(folders), budget=b, storage=tmp_path / "s.db", **asked))
+        control_values(
+            ties_peft.search(folders, NegativeDistance(folders), budget=b, storage=tmp_path / "s.db", **asked)
+        )
         for b in (3, 20)
     )
-    assert few == held(ties_peft.search(folders, NegativeDistance(folders), budget=3, **asked))
-    assert many == held(ties_peft.search(folders, NegativeDistance(folders), budget=20, **asked))
+    assert few == control_values(ties_peft.search(folders, NegativeDistance(folders), budget=3, **asked))
+    assert many == control_values(ties_peft.search(folders, NegativeDistance(folders), budget=20, **asked))
     assert many["random weights"] > few["random weights"]
 
 
-def test_controls_are_judged_by_the_judge_that_is_asked_for(members: list[str], tmp_path: Path) -> None:
+def test_controls_are_judged_by_the_judge_that_is_asked_for(encoder_adapters: list[str], tmp_path: Path) -> None:
     bench = tiny.encoder()
     task = {**tiny.ENCODER, "rows": tiny.rows()}
     odd = {**task, "rows": [{**row, "label": 2 - row["label"]} for row in tiny.rows()[:4]]}
     names = ("base", "mean", "best single")
     for judge in (None, task, odd, None):
         kept = ties_peft.search(
-            members, task, budget=2, judge=judge, storage=tmp_path / "s.db", bench=bench, controls=names
+            encoder_adapters, task, budget=2, judge=judge, storage=tmp_path / "s.db", bench=bench, controls=names
         )
-        fresh = ties_peft.search(members, task, budget=2, judge=judge, bench=bench, controls=names)
-        assert held(kept) == held(fresh)
+        fresh = ties_peft.search(encoder_adapters, task, budget=2, judge=judge, bench=bench, controls=names)
+        assert control_values(kept) == control_values(fresh)
         assert all((control.judged is None) == (judge is None) for control in kept.controls)
 
 
@@ -87,39 +89,39 @@ def write(folder: Path, rows: list[dict[str, Any]], **change: Any) -> Path:
     return task
 
 
-def test_changed_examples_are_refused_and_moved_ones_are_not(members: list[str], tmp_path: Path) -> None:
+def test_changed_examples_are_refused_and_moved_ones_are_not(encoder_adapters: list[str], tmp_path: Path) -> None:
     bench, rows = tiny.encoder(), tiny.rows()
 
-    def go(task: Any) -> ties_peft.Found:
-        return ties_peft.search(members, task, budget=2, storage=tmp_path / "s.db", bench=bench, controls=())
+    def run_search(task: Any) -> ties_peft.Found:
+        return ties_peft.search(encoder_adapters, task, budget=2, storage=tmp_path / "s.db", bench=bench, controls=())
 
-    first = go(write(tmp_path / "here", rows))
-    assert go(write(tmp_path / "there", rows, name="other")).trials == first.trials
-    assert go({**tiny.ENCODER, "rows": rows}).trials == first.trials
+    first = run_search(write(tmp_path / "here", rows))
+    assert run_search(write(tmp_path / "there", rows, name="other")).trials == first.trials
+    assert run_search({**tiny.ENCODER, "rows": rows}).trials == first.trials
     reworded = [{**rows[0], "text": "the cat sang"}, *rows[1:]]
     relabelled = [{**rows[0], "label": 2}, *rows[1:]]
     for other in (reworded, relabelled, rows[:-1]):
         for task in (write(tmp_path / "here", other), {**tiny.ENCODER, "rows": other}):
             with pytest.raises(RecipeError, match=r"the study 'search' in '.*s\.db' is of another search") as refused:
-                go(task)
+                run_search(task)
             assert "it differs in examples." in str(refused.value)
     with pytest.raises(RecipeError, match="it differs in measure"):
-        go({**tiny.ENCODER, "rows": rows, "temperature": 3.0})
+        run_search({**tiny.ENCODER, "rows": rows, "temperature": 3.0})
     with pytest.raises(RecipeError, match="it differs in measure"):
-        go({**tiny.ENCODER, "rows": rows, "descriptions": ["about cats", "about many birds", "about rain"]})
+        run_search({**tiny.ENCODER, "rows": rows, "descriptions": ["about cats", "about many birds", "about rain"]})
 
 
-def test_the_base_counts_by_its_name_not_its_folder(members: list[str], tmp_path: Path) -> None:
+def test_the_base_counts_by_its_name_not_its_folder(encoder_adapters: list[str], tmp_path: Path) -> None:
     task = {**tiny.ENCODER, "rows": tiny.rows()}
 
-    def go(name: str) -> ties_peft.Found:
+    def run_search(name: str) -> ties_peft.Found:
         bench = tiny.encoder()
         bench.base = name
-        return ties_peft.search(members, task, budget=2, storage=tmp_path / "s.db", bench=bench, controls=())
+        return ties_peft.search(encoder_adapters, task, budget=2, storage=tmp_path / "s.db", bench=bench, controls=())
 
-    assert go("/one/bert").trials == go("/two/bert").trials
+    assert run_search("/one/bert").trials == run_search("/two/bert").trials
     with pytest.raises(RecipeError, match="it differs in base"):
-        go("/one/roberta")
+        run_search("/one/roberta")
 
 
 @pytest.mark.parametrize(
@@ -138,15 +140,15 @@ def test_language_tasks_are_told_apart_too(
     bench.tokenizer.decode = lambda ids, **_: " ".join(map(str, ids.tolist()))
     rows = [{"text": text, "label": label} for text, label in zip(tiny.TEXTS, (0, 1, 2, 0, 1, 2), strict=True)]
 
-    def go(task: dict[str, Any]) -> ties_peft.Found:
+    def run_search(task: dict[str, Any]) -> ties_peft.Found:
         return ties_peft.search([folder], task, budget=1, storage=tmp_path / "s.db", bench=bench, controls=())
 
-    first = go({**measure, "rows": rows})
-    assert go({**measure, "rows": rows, "name": "other"}).trials == first.trials
+    first = run_search({**measure, "rows": rows})
+    assert run_search({**measure, "rows": rows, "name": "other"}).trials == first.trials
     with pytest.raises(RecipeError, match="it differs in"):
-        go({**measure, "rows": rows, **change})
+        run_search({**measure, "rows": rows, **change})
     with pytest.raises(RecipeError, match="it differs in examples"):
-        go({**measure, "rows": rows[:-1]})
+        run_search({**measure, "rows": rows[:-1]})
 
 
 @pytest.mark.parametrize("measure", [CHOICES, {"measure": "exact_match"}, {"measure": "loss"}])

@@ -98,8 +98,8 @@ def test_it_says_where_the_trials_stay_and_makes_the_folders_around_them(
     again = run(*common, "--budget", 3, "--force")
     assert again.code == 0, again.err
     assert "best of 3 trials:" in again.out
-    spoken = json.loads(run(*common, "--budget", 3, "--force", "--json").out)
-    assert (spoken["storage"], spoken["study"]) == (f"{out}.study.db", "search")
+    printed = json.loads(run(*common, "--budget", 3, "--force", "--json").out)
+    assert (printed["storage"], printed["study"]) == (f"{out}.study.db", "search")
 
 
 def test_an_output_that_could_not_be_written_is_refused_before_the_trials(

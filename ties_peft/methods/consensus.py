@@ -36,9 +36,7 @@ class Consensus(Method):
     source: ClassVar[str] = "Wang et al., ICML 2024, arXiv 2405.07813"
     entrywise: ClassVar[bool] = True
 
-    threshold: float = Field(
-        0.4, ge=0, allow_inf_nan=False, description="the λ of the TALL masks; a larger one keeps less"
-    )
+    threshold: float = Field(0.4, ge=0, allow_inf_nan=False, description="λ of the TALL masks; larger keeps less")
     agree: int = Field(2, ge=0, description="to how many adapters an entry must matter to be kept")
 
     def merge(self, task_vectors: TaskVectors) -> Delta:

@@ -36,9 +36,7 @@ class Della(Method):
     entrywise: ClassVar[bool] = True
 
     density: Density = Field(0.7, description="mean probability that an entry is kept, in (0, 1]")
-    epsilon: float = Field(
-        0.07, ge=0, le=0.5, description="by how much the probability is above or below the density at most"
-    )
+    epsilon: float = Field(0.07, ge=0, le=0.5, description="largest distance of the probability from the density")
     elect: Elect = Field("mass", description="sign of the sum of the values, or of the count of their signs")
     disjoint: Disjoint = Field("mean", description="how the agreeing entries are combined: mean, sum or max")
     normalize: bool = Field(True, description="divide the mean by the agreeing weights; false: by their number")

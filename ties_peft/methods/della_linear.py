@@ -32,9 +32,7 @@ class DellaLinear(Method):
     entrywise: ClassVar[bool] = True
 
     density: Density = Field(0.7, description="mean probability that an entry is kept, in (0, 1]")
-    epsilon: float = Field(
-        0.07, ge=0, le=0.5, description="by how much the probability is above or below the density at most"
-    )
+    epsilon: float = Field(0.07, ge=0, le=0.5, description="largest distance of the probability from the density")
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Drop by rank of magnitude, and add."""

@@ -42,9 +42,7 @@ class Pcb(Method):
     entrywise: ClassVar[bool] = True
 
     density: Density = Field(0.1, description="share of each adapter's entries, those of largest score, that counts")
-    clamp: float = Field(
-        0.0001, ge=0, lt=0.5, description="share of the largest and of the smallest magnitudes that is clamped"
-    )
+    clamp: float = Field(0.0001, ge=0, lt=0.5, description="share of magnitudes clamped at either end")
     scope: Scope = Field("adapter", description="rank magnitudes and scores over the whole adapter or each module")
 
     def rankings(self) -> Sequence[Ranking]:

@@ -41,9 +41,7 @@ class RegMean(Method):
     source: ClassVar[str] = "Jin et al., ICLR 2023, arXiv 2212.09849"
     needs: ClassVar[str | None] = "gram"
 
-    off_diagonal: float = Field(
-        0.9, ge=0, le=1, description="α, the factor of the off-diagonal entries of each Gram matrix"
-    )
+    off_diagonal: float = Field(0.9, ge=0, le=1, description="α, the factor of off-diagonal entries")
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Solve one symmetric system for the module, with the rows of all adapters' A as right-hand sides."""

@@ -38,9 +38,7 @@ class Sce(Method):
     name: ClassVar[str] = "sce"
     source: ClassVar[str] = "Wan et al., EMNLP 2025, arXiv 2408.07990"
 
-    select_topk: Density = Field(
-        1.0, description="share of the varying entries, those of largest variance, that is kept"
-    )
+    select_topk: Density = Field(1.0, description="share of the varying entries that is kept, by variance")
 
     def merge(self, task_vectors: TaskVectors) -> Tensor | Delta:
         """Sum, select by variance, then average; at most three passes."""

@@ -42,9 +42,7 @@ class Slerp(Method):
     name: ClassVar[str] = "slerp"
     source: ClassVar[str] = "Shoemake, SIGGRAPH 1985; mergekit, arXiv 2403.13257"
 
-    t: float | None = Field(
-        None, ge=0, le=1, description="0 for the first adapter, 1 for the second; none: from the weights"
-    )
+    t: float | None = Field(None, ge=0, le=1, description="0: the first adapter, 1: the second; none: by the weights")
     form: Literal["even", "mergekit"] = Field(
         "even", description="treatment of unequal norms and negative weights: linear in t, or as in mergekit's nuslerp"
     )

@@ -49,9 +49,7 @@ class Ties(Method):
 
     density: Density = Field(0.2, description="share of the entries that the trim keeps, in (0, 1]")
     scope: Scope = Field("adapter", description="rank magnitudes over the whole adapter (the paper) or each module")
-    elect: ElectRule = Field(
-        "mass", description="sign of the sum of the values (mass) or of their signs (count); or none"
-    )
+    elect: ElectRule = Field("mass", description="sign of the sum of values (mass) or of signs (count); or none")
     disjoint: DisjointRule = Field(
         "mean",
         description="how the agreeing entries are combined: mean, sum or max; "
