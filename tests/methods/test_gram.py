@@ -151,7 +151,7 @@ def test_slerp_goes_as_far_as_the_weights_say(kind: str, adapters: list[Path]) -
 
 
 def test_slerp_is_for_two(adapters: list[Path]) -> None:
-    with pytest.raises(ties_peft.TiesPeftError, match=r"turns one adapter into another; these are 3\. Use karcher"):
+    with pytest.raises(ties_peft.TiesPeftError, match=r"is for two adapters; these are 3\. Use karcher"):
         ties_peft.merge(adapters, method="slerp")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from methods.test_spectral import factors, merged, off, random_factors, write
+from methods.test_spectral import factors, merged, random_factors, relative_error, write
 
 import ties_peft
 from ties_peft.spaces import find_space
@@ -95,7 +95,7 @@ def test_iso_cts_takes_no_direction_from_rounding(tmp_path: Path) -> None:
     result = merged([first, second], "iso_cts", common=0.4)["q"]
     (B, A) = factors(first)["q"]
     level = (6 + 3) / 2
-    assert off({"q": result}, {"q": level * (B[:, :2] / np.linalg.norm(B[:, :2], axis=0)) @ A[:2]}) < 1e-4
+    assert relative_error({"q": result}, {"q": level * (B[:, :2] / np.linalg.norm(B[:, :2], axis=0)) @ A[:2]}) < 1e-4
 
 
 @pytest.mark.parametrize(("angle", "count"), [(5e-5, 1), (1e-3, 2)])
@@ -130,7 +130,7 @@ def test_lego_of_copies_has_a_heap_for_each_unit(tmp_path: Path) -> None:
     one = write(tmp_path / "one", random_factors(3, 1, {"q": (12, 10)}))
     for clusters in (3, 6):
         whole = {"q": 2**0.5 * factors(one)["q"][0] @ factors(one)["q"][1]}
-        assert off(merged([one, one], "lego", clusters=clusters), whole) < 1e-5
+        assert relative_error(merged([one, one], "lego", clusters=clusters), whole) < 1e-5
 
 
 # core space
