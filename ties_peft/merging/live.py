@@ -1,7 +1,7 @@
-"""Live: merge adapters that are loaded in a PeftModel, into one more adapter of that model.
+"""Merge adapters that are loaded in a PeftModel into a further adapter of that model.
 
-What PEFT's `combination_type` names mean here, each with λ = 1 (PEFT has none). Whatever is given
-beside a name wins over what it means.
+The table lists what PEFT's names for `combination_type` stand for here, each with λ = 1 (PEFT has none). Arguments that are
+given beside such a name take precedence over it.
 
     cat                  cat at rank max: Σ wΔ, exact
     svd                  task_arithmetic: Σ wΔ at svd_rank
@@ -10,29 +10,29 @@ beside a name wins over what it means.
     dare_ties_svd        dare_ties in space `delta`
     magnitude_prune_svd  magnitude_prune in space `delta`
     ties, dare_linear, dare_ties, magnitude_prune
-                         the same methods in space `factors`: on A and on B apart, which needs equal ranks
+                         the same methods in space `factors`: on A and B separately, which needs equal ranks
     linear               task_arithmetic at rank max: Σ wΔ, exact. Not as in PEFT, which multiplies
                          Σ√w·B by Σ√w·A and so adds cross terms Bᵢ·Aⱼ that no adapter has
 
-All but the last are what they are in PEFT, but for this:
+All but the last do the same as in PEFT, with these differences:
 
-- Rank: `svd_rank`; where none is given the largest r of the adapters, as in PEFT. The report says how
-  much that keeps; `rank="auto"` keeps more.
-- Trims rank magnitudes module by module (scope `module`), as PEFT's do. A density has a default.
+- Rank: `svd_rank`, by default the largest r of the adapters, as in PEFT. The report states the energy kept;
+  `rank="auto"` keeps more.
+- Trims rank magnitudes in each module (scope `module`), as in PEFT. The density has a default.
 - `majority_sign_method`: `total` is elect `mass`, `frequency` is elect `count`.
 - Weights: in the ties family PEFT elects signs on unweighted values and divides by the count. Here the
-  weights come first: the election sees w·τ, the mean divides by Σ|w|. With weights of 1 it is the same
-  (with equal lora scalings for A and B apart, where PEFT's election does not see these either).
-- Random masks come from `seed`, in PEFT from PyTorch's generator.
-- One adapter is merged by the rule asked for; PEFT turns to `linear`.
-- The new adapter has a config of its own. PEFT's inherits the first adapter's, whose rsLoRA, excluded
-  modules or initialisation (PiSSA writes into the base weights) then spoil the result.
-- (IA)³ has none of these names in PEFT, which adds Σ w·l. Here all of them work on l − 1 in space
-  `delta`: weights (1, 1) do not double the activations, and a module that an adapter lacks is l = 1.
+  weights are applied first: the election uses w·τ, and the mean divides by Σ|w|. With weights of 1 the results are
+  equal (in space `factors` with equal lora scalings, which PEFT's election does not use either).
+- Random masks depend on `seed`; in PEFT on PyTorch's generator.
+- One adapter alone is merged by the rule that was asked for; PEFT uses `linear`.
+- The new adapter has a config of its own. PEFT copies the first adapter's, whose rsLoRA, excluded
+  modules or initialisation (PiSSA changes the base weights) then make the result wrong.
+- For (IA)³ PEFT has none of these names and adds Σ w·l. Here all of them work on l − 1 in space `delta`: weights (1, 1)
+  do not double the activations, and l = 1 in a module that an adapter lacks.
 
-Refused here, passed over by PEFT: a name that is taken, too few weights, a parameter that the rule
-lacks, a density above 1, DoRA and the like, a base that adapters are merged into, and a name such as
-`self_attn`, with which PEFT would save other adapters empty.
+These are errors here and not in PEFT: a name that is taken, too few weights, a parameter that the rule lacks, a density
+above 1, DoRA and other types whose task vectors depend on the base weights, a base model with merged adapters, and a name
+such as `self_attn`, with which PEFT would save other adapters without tensors.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""mergekit's recipes, read as mergekit means them and said in our own words.
+"""Convert mergekit's recipes, with the meaning that they have in mergekit.
 
-A file is mergekit's if its `merge_method` is one that mergekit has, it lists what it merges under
-`models:`, and it bears a mark that a recipe of ours with that word has no need of:
+A file is mergekit's if its `merge_method` is one of mergekit's, it lists what it merges under `models:`, and it contains
+one of these, which a recipe of this package does not need:
 
     a key         base_model, out_dtype, tokenizer_source, tokenizer, chat_template
     a reference   base+lora
     a method      that only mergekit has: linear, dare_linear, nuslerp, …
     a parameter   that only mergekit has: int8_mask, rescale, …
 
-Whoever wants a file read as ours writes `adapters:`. Parameters of ours (`rank`, `space`, `scope`, …)
-may stand in mergekit's file too, and win over what is converted. Whatever means something else here,
-or nothing, becomes a note, which starts with the key it is about; what has no counterpart is refused.
+A file with `adapters:` is never one. Parameters of this package (`rank`, `space`, `scope`, …) may be given in mergekit's
+file too, and take precedence over what is converted. For a key that means something else here, or nothing, a note is made,
+which starts with the key; what has no counterpart is refused.
 
 Source: the meaning of the keys is that of mergekit 0.1.5 (Goddard et al., 2024, arXiv 2403.13257).
 """
@@ -131,7 +131,7 @@ def is_recipe(values: Any) -> bool:
 
 
 def convert(document: Document) -> None:
-    """Put a recipe of ours in the place of mergekit's, its notes with it.
+    """Replace the values of mergekit's recipe by those of a recipe of this package, with notes.
 
     Raises: RecipeError naming the line, for what has no counterpart.
     """
@@ -155,7 +155,7 @@ def reference(text: str) -> tuple[str | None, str]:
 
 
 class _Conversion:
-    """One recipe on its way from mergekit's words to ours."""
+    """The conversion of one recipe, in place."""
 
     def __init__(self, document: Document) -> None:
         self.document = document

@@ -1,4 +1,4 @@
-"""Recipe: everything that a merge was asked for; to YAML and back.
+"""Write everything that a merge was asked for to YAML, and read it back.
 
     merge_method: ties
     adapters:
@@ -9,14 +9,15 @@
     parameters: {density: 0.2, scale: 1.0, space: delta, rank: 32, seed: 0}
     dtype: bfloat16
 
-A weight or a density may differ from module to module (see `schedule`), the density in `parameters:`
-too, for every adapter that has none of its own: a list there is a gradient over the layers, as in mergekit. Under scope `adapter` a trim then ranks the modules of
-one adapter together that have the same density. A weight of 0 on some modules is absence there.
-`parameters: {weights: norm}` weighs all adapters to one length. `models:`, `model:` and `lambda:` are synonyms of `adapters:`,
-`adapter:` and `scale:`. A file of mergekit's is read as mergekit means it, and every difference is
-noted; how such a file is known stands in `mergekit`. A file that says `adapters:` never is one.
+A weight or a density may differ from module to module (see `schedule`). The density in `parameters:` is for every adapter
+without one of its own; a list there is a gradient over the layers, as in mergekit. With scope `adapter` a trim then ranks
+together those modules of an adapter that have the same density. An adapter with weight 0 on a module is absent there.
+`parameters: {weights: norm}` weights all adapters to the same norm. `models:`, `model:` and `lambda:` are synonyms of
+`adapters:`, `adapter:` and `scale:`. A recipe of mergekit's (see `mergekit` for how it is recognised) is converted, and its
+notes tell every difference. A file with `adapters:` is never one.
 
-Everything is checked as it is read, the methods' parameters too, and a message names the line.
+The keys are the options of `options`. Everything is checked when it is read, the parameters of methods too, and a message
+names the line.
 """
 
 from __future__ import annotations
