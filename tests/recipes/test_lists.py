@@ -220,7 +220,7 @@ def test_adapters_in_a_mapping_or_a_set_are_refused(folders: list[Path], call: s
     first, second = map(str, folders)
     with pytest.raises(RecipeError, match=r"are a dict; .*merge\(\['.*', '.*'\], weights=\[1, 5\]\)"):
         MAPPINGS[call]({first: 1, second: 5})
-    with pytest.raises(RecipeError, match="are a set; expected a list"):
+    with pytest.raises(RecipeError, match=r"are a set.*expected a list"):
         MAPPINGS[call]({first, second})
     for one in (first, folders[0], ties_peft.Adapter.load(first)):
         with pytest.raises(RecipeError, match="expected a list"):
