@@ -53,6 +53,8 @@ PUBLISHED = (  # judged on subsets of the adapters as well
 )
 FULL = (  # on all six
     *PUBLISHED,
+    *(Setting("dual", scale=scale) for scale in (0.8, 1.2)),
+    *(Setting("dual", extra={"flatten": flatten}) for flatten in (0.0, 0.5, 1.0)),
     Setting("tsv", scale=0.4),
     Setting("tsv", scale=ROOT_N),
     Setting("task_arithmetic", scale=0.3),
