@@ -67,10 +67,9 @@ def test_no_config(tmp_path: Path) -> None:
 
 def test_not_json(make_lora: Make) -> None:
     (make_lora("a") / "adapter_config.json").write_text("{'r': 8}")
-    assert of_load("a") == (
-        "adapter 'a': adapter_config.json is not JSON (Expecting property name enclosed in double quotes: "
-        "line 1 column 2 (char 1)). Mend it, or save it again."
-    )
+    message = of_load("a")
+    for part in ("adapter 'a'", "adapter_config.json", "not JSON", "double quotes: line 1 column 2", "save"):
+        assert part in message
 
 
 def test_no_peft_type(make_lora: Make) -> None:
