@@ -121,7 +121,7 @@ def test_two_processes_share_the_trials(storage: str, folders: list[str], tmp_pa
 
 def interrupt(process: subprocess.Popen[str], by: signal.Signals, log: Path, after: int = 5) -> list[str]:
     """Interrupt a process once it has begun some trials; return the settings that it has begun."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(settings(log)) < after:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
