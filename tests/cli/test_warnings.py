@@ -100,5 +100,10 @@ def test_the_share_is_the_adapters_own(folders: list[Path], asked: dict[str, Any
     assert len(said) == 1 and f"keeps {share} of its entries" in said[0]
 
 
+def test_adapters_of_which_the_density_keeps_nothing_are_named(folders: list[Path]) -> None:
+    said = [warning for warning in warned(folders, densities=[1e-9, 0.5, 0.5]) if "keeps no entry" in warning]
+    assert len(said) == 1 and "a0" in said[0] and "a1" not in said[0]
+
+
 def test_several_adapters_are_trimmed_without_a_word(folders: list[Path]) -> None:
     assert not any("only one adapter" in warning for warning in warned(folders))

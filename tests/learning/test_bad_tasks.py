@@ -57,6 +57,11 @@ def test_a_task_file_is_read_strictly(text: str, parts: list[str], tmp_path: Pat
     assert all(part in message for part in ["t.yaml", *parts]), message
 
 
+def test_rows_without_a_row_are_refused() -> None:
+    message = said({"measure": "head", "rows": []})
+    assert "rows" in message and "empty" in message
+
+
 @pytest.mark.parametrize(
     ("values", "measure"),
     [
