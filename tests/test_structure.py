@@ -104,7 +104,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
     assert not sorted(set(waits) - done)
 
 
-@pytest.mark.parametrize("folder", [*FOUND, "adapters/types"])
+@pytest.mark.parametrize("folder", [*FOUND, "adapters/types", "adapters/formats"])
 def test_files_of_a_folder_do_not_know_each_other(folder: str) -> None:
     own = tuple(folder.split("/"))
     for path in sorted((ROOT / folder).glob("*.py")):

@@ -56,7 +56,7 @@ def test_a_folder_of_that_very_name_is_no_pattern(make_lora: Make) -> None:
 
 
 def test_several_adapters_in_one_folder(runs: Path) -> None:
-    with pytest.raises(AdapterError, match=r"3 of its sub-folders: a, b, c\. Name one, such as runs/a"):
+    with pytest.raises(AdapterError, match=r"3 of its sub-folders: a, b, c\. Name one of them, such as runs/a"):
         Adapter.load("runs")
     assert Adapter.load("runs:b").digest == Adapter.load("runs/b").digest == Adapter.load("runs", subfolder="b").digest
     assert Adapter.load("runs", subfolder="b").source == "runs/b"

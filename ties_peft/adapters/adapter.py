@@ -18,10 +18,9 @@ from ..errors import AdapterError, RecipeError, TiesPeftError, one_line, unknown
 from ..task_vectors.delta import Delta, norm
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.tiles import thread_pool, threads_fixed
-from . import sources, writer
+from . import recognise, sources, writer
 from .base_model import BaseModel
 from .extra_tensors import INTEGER_DTYPES, ExtraTensor, check_extra_tensors, read_extra_tensors, whole_layer_names
-from .formats import recognise
 from .numeric import is_number
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, SafetensorsFile, TensorSource, open_tensors

@@ -1,11 +1,10 @@
-"""Base model: single tensors of a base model's checkpoint, read from its files, never the model itself.
+"""Base model: read single tensors of a base model's checkpoint from its files, without loading the model.
 
-A few kinds of adapter have no task vector without the weight they change (DoRA), and a whole tensor
-that an adapter saves is a task vector only as the distance from the base's own. Just those tensors are
-read; the rest of the checkpoint stays on the disk.
+The task vectors of some PEFT types, such as DoRA, depend on the weight that they change, and a tensor that an adapter saves as
+a whole is a task vector only as its difference from the base's. Only those tensors are read.
 
-Some models of transformers hold linear layers as `Conv1D`, with a weight (in, out) instead of (out, in). A
-square weight looks the same either way, so the architecture in the checkpoint's config.json decides.
+Some models of transformers store linear layers as `Conv1D`, with a weight (in, out) instead of (out, in). The shape of a
+square weight does not tell which, so the architecture in the checkpoint's config.json decides.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from torch import Tensor
 from ..errors import AdapterError, one_line
 from . import sources
 from .module_names import older_names
-from .tensors import PickleFile, SafetensorsFile, TensorInfo, TensorSource
+from .tensors import TensorInfo, TensorSource, open_tensors
 
-PIPELINE = "diffusion_pytorch_model.safetensors"  # of a pipeline's part, as diffusers saves it
+PIPELINE = "diffusion_pytorch_model.safetensors"  # the weights of a part of a pipeline of diffusers
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json", f"{PIPELINE}.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", PIPELINE)
 MODEL_CONFIG = "config.json"
@@ -32,11 +31,11 @@ CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")  # all layers of these na
 
 
 class BaseModel:
-    """The tensors of a base model by name, lazily.
+    """The tensors of a base model by name, read lazily.
 
     Args:
-        files: where each tensor lies.
-        label: how messages name the model.
+        files: the file of each tensor.
+        label: the model's name in messages.
         config: the path of its config.json, which need not exist.
     """
 
@@ -49,7 +48,7 @@ class BaseModel:
     def load(cls, source: str | Path, token: str | None = None) -> BaseModel:
         """Open a checkpoint: a folder, one safetensors file, or a Hub id such as `org/name@revision:subfolder`.
 
-        Raises: AdapterError where there is no checkpoint, or none that can be read.
+        Raises: AdapterError if there is no checkpoint, or it cannot be read.
         """
         label = str(source)
         path = sources.local_path(str(source))
@@ -69,9 +68,9 @@ class BaseModel:
 
     @cached_property
     def config(self) -> Mapping[str, Any] | None:
-        """The checkpoint's config.json, or None where there is none.
+        """The contents of the checkpoint's config.json; None if there is none.
 
-        Raises: AdapterError where it cannot be read.
+        Raises: AdapterError if it cannot be read.
         """
         if self._config is None or not _is_file(self._config):
             return None
@@ -89,7 +88,7 @@ class BaseModel:
         return found
 
     def is_conv1d(self, module: str) -> bool | None:
-        """Return whether a linear layer is a Conv1D; None where the architecture is not known."""
+        """Return whether a linear layer is a Conv1D; None if the architecture is not known."""
         return None if self.config is None else is_conv1d(module, self.config)
 
     @property
@@ -99,11 +98,11 @@ class BaseModel:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """All tensors, sorted."""
+        """The names of all tensors, sorted."""
         return tuple(sorted(self._files))
 
     def find(self, tensor: str) -> str | None:
-        """The checkpoint's name of a tensor, also where the checkpoint spells its module the older way."""
+        """Return the checkpoint's name of a tensor, also if the checkpoint has its module's name of an older transformers."""
         module, _, parameter = tensor.rpartition(".")
         own = self._find(tensor)
         if own is not None:
@@ -112,11 +111,11 @@ class BaseModel:
         return others.pop() if len(others) == 1 else None
 
     def _find(self, tensor: str) -> str | None:
-        """The checkpoint's name of a tensor, such as `encoder.layer.0.attention.self.query.weight`.
+        """Return the checkpoint's name of a tensor, such as `encoder.layer.0.attention.self.query.weight`.
 
-        A model and its checkpoint often differ by what stands in front (`transformer.h.0…`, `h.0…`): the
-        name itself is taken where it is there, else the one name that ends in it, else the one that is
-        left when its first parts are taken away. None where there is none, or several fit.
+        The names of a model and of its checkpoint often differ in a prefix (`transformer.h.0…`, `h.0…`). So an equal name
+        comes first, then the only name that ends in this one, then this name without its first parts. None if there is
+        none, or if several names end in it.
         """
         if tensor in self._files:
             return tensor
@@ -128,24 +127,24 @@ class BaseModel:
         return next((name for name in shorter if name in self._files), None)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of one of `names`."""
+        """Return shape and dtype of one of `names`."""
         return self._files[name].info(name)
 
     def read(self, name: str) -> Tensor:
-        """One of `names`, on the CPU, in its own dtype."""
+        """Return one of `names` on the CPU, in its own dtype."""
         return self._files[name].read(name)
 
     def select(self, tensors: Sequence[str]) -> TensorSource:
-        """Some of its tensors, by the names that `find` knows them by; what is not there is left out."""
+        """Return some of its tensors under the names given, which `find` looks up; those it does not find are left out."""
         return _SelectedTensors(self, {name: found for name in tensors if (found := self.find(name)) is not None})
 
     def require(self, tensor: str, what: str) -> Tensor:
-        """A tensor by the model's name for it.
+        """Return a tensor by its name in the model.
 
         Args:
             tensor: as in `find`.
-            what: what needs it, for the message.
-        Raises: AdapterError where the checkpoint has no such tensor.
+            what: needs the tensor, for the message.
+        Raises: AdapterError if the checkpoint has no such tensor.
         """
         name = self.find(tensor)
         if name is None:
@@ -158,13 +157,13 @@ class BaseModel:
 
 
 def is_conv1d(module: str, config: Mapping[str, Any]) -> bool | None:
-    """Return whether a linear layer of a model holds its weight as (in, out).
+    """Return whether a linear layer of a model stores its weight as (in, out).
 
     Args:
         module: its path.
         config: the model's config.json.
-    Returns: None where the config names no architecture of transformers: it has no model_type, or the model's
-        code lies in its own repository.
+    Returns: None if the config names no architecture of transformers, because it has no model_type or the model's code
+        is in its own repository.
 
     >>> is_conv1d("transformer.h.0.attn.c_proj", {"model_type": "gpt2"})
     True
@@ -178,7 +177,7 @@ def is_conv1d(module: str, config: Mapping[str, Any]) -> bool | None:
 
 
 def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
-    """Every model_type, also those of the parts of a composite model."""
+    """Yield every model_type, also those of the parts of a composite model."""
     parts = [config]
     while parts:
         part = parts.pop()
@@ -188,7 +187,7 @@ def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 class _SelectedTensors:
-    """Some tensors of a base model, under names of the model's."""
+    """Some tensors of a base model under other names."""
 
     def __init__(self, base: BaseModel, found: Mapping[str, str]) -> None:
         self._base, self._found = base, dict(found)
@@ -205,7 +204,7 @@ class _SelectedTensors:
 
 
 def _on_hub(source: str, token: str | None) -> Path:
-    """The copy of a Hub id's checkpoint, in the Hub's cache."""
+    """Download the checkpoint of a Hub id, and return its folder in the Hub's cache."""
     name, colon, inside = source.partition(":")
     if colon and not sources.is_inside(inside):
         raise AdapterError(
@@ -218,12 +217,12 @@ def _on_hub(source: str, token: str | None) -> Path:
 
 
 def _whole(path: Path, label: str) -> dict[str, TensorSource]:
-    opened: TensorSource = (SafetensorsFile if path.suffix == ".safetensors" else PickleFile)(path, label)
+    opened = open_tensors(path, label)
     return dict.fromkeys(opened.names, opened)
 
 
 def _shards(index: Path, label: str) -> dict[str, TensorSource]:
-    """The tensors of a checkpoint in several files, by its index."""
+    """Return the file of each tensor of a checkpoint in several files, from its index."""
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): Path(str(file)).name for name, file in table.items()}
@@ -237,10 +236,7 @@ def _shards(index: Path, label: str) -> dict[str, TensorSource]:
             f"base model '{label}': {len(missing)} of its files are missing, first {missing[0]}. "
             "Download it again, whole."
         )
-    opened: dict[str, TensorSource] = {
-        file: (SafetensorsFile if file.endswith(".safetensors") else PickleFile)(index.parent / file, label)
-        for file in set(files.values())
-    }
+    opened: dict[str, TensorSource] = {file: open_tensors(index.parent / file, label) for file in set(files.values())}
     return {name: opened[file] for name, file in files.items()}
 
 

@@ -1,7 +1,7 @@
-"""Spellings: one module's names in different versions of transformers.
+"""Module names: the names of one module in different versions of transformers.
 
-Transformers 5 renamed the layers of some models, so that adapters for one base may name its modules
-differently; a checkpoint keeps the old names. The pairs are facts of transformers' own conversion table.
+Transformers 5 renamed the layers of some models, so adapters for the same base may name its modules differently. A checkpoint
+keeps the old names. The pairs of names are those of transformers' own conversion table.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PREFIXES = (
     ("model.layers.", "model.language_model.layers."),
     ("model.embed_tokens", "model.language_model.embed_tokens"),
 )
-# CLIPTextModel, CLIPVisionModel and their like (SigLIP, MetaCLIP 2, …) lost these prefixes in transformers 5.6, also as
-# the vision tower of another model; CLIPModel and the classes with a projection have them still.
+# CLIPTextModel, CLIPVisionModel and similar classes (SigLIP, MetaCLIP 2, …) lost these prefixes in transformers 5.6, also as
+# the vision tower of another model; CLIPModel and the classes with a projection still have them.
 TOWERS = ("text_model.", "vision_model.")
 TOWER = re.compile(
     rf"^(|(?:.+\.)?vision_tower\.)({'|'.join(map(re.escape, TOWERS))})((?:encoder|embeddings|head)\..+)$"
@@ -38,7 +38,7 @@ BARE_TOWER = re.compile(r"^(|(?:.+\.)?vision_tower\.)((?:encoder|embeddings|head
 
 
 def newer_name(name: str) -> str | None:
-    """A module's name in the next newer transformers, where it may have another; None where not."""
+    """Return a module's name in the next newer transformers that may have renamed it; None if there is none."""
     vit = VIT.match(name)
     if vit is not None and vit[3] in VIT_PARTS:
         return f"{vit[1]}layers.{vit[2]}.{VIT_PARTS[vit[3]]}"
@@ -47,7 +47,7 @@ def newer_name(name: str) -> str | None:
 
 
 def newer_names(name: str) -> Iterator[str]:
-    """The names that a module may have in newer releases of transformers, the nearest first."""
+    """Yield the names that a module may have in newer releases of transformers, the nearest first."""
     following = newer_name(name)
     while following is not None:
         yield following
@@ -55,7 +55,7 @@ def newer_names(name: str) -> Iterator[str]:
 
 
 def older_names(name: str) -> list[str]:
-    """The names that a module may have in older releases of transformers, the nearest first."""
+    """Return the names that a module may have in older releases of transformers, the nearest first."""
     found = [old + name[len(new) :] for old, new in PREFIXES if name.startswith(new)]
     vit = re.match(r"^(.*?)layers\.(\d+)\.(.+)$", name)
     if vit is not None:
@@ -65,13 +65,13 @@ def older_names(name: str) -> list[str]:
 
 
 def match_names(layouts: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
-    """How to rename each adapter's modules so that they agree with the others'.
+    """Find new names for the modules of each adapter under which they match those of the other adapters.
 
     Args:
-        layouts: what each adapter knows of a module, by name; equal where two are of one form.
-    Returns: for each adapter, old name → new; empty where its names stand. An adapter is renamed only
-        where one of its modules then meets another's, and all that meet are of one form. None is where some would
-        keep a name that others lose.
+        layouts: for each adapter, a signature of each module by its name; two modules can be the same if theirs are equal.
+    Returns: for each adapter, old name → new name; empty if its names stay. An adapter gets newer names only if one of its
+        modules then has the name of another adapter's, and all such pairs have equal signatures. No adapter is renamed if
+        two adapters would have different new names for the same old one.
     """
     tables = [{name: name for name in layout} for layout in layouts]
     while (found := _next_renamed(layouts, tables)) is not None:
@@ -85,7 +85,7 @@ def match_names(layouts: Sequence[Mapping[str, object]]) -> list[dict[str, str]]
 def _next_renamed(
     layouts: Sequence[Mapping[str, object]], tables: Sequence[Mapping[str, str]]
 ) -> tuple[int, dict[str, str]] | None:
-    """The next adapter that newer names let meet others, and those names by its own."""
+    """Return the index of the next adapter that matches another one under newer names, and the new name of each module."""
     known = {new: layout[old] for layout, table in zip(layouts, tables, strict=True) for old, new in table.items()}
     for place, (layout, table) in enumerate(zip(layouts, tables, strict=True)):
         for renamed in _newer_tables(table):
@@ -96,7 +96,7 @@ def _next_renamed(
 
 
 def _newer_tables(table: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """A table with the names of newer releases in place of its own, one step at a time; no two of them are equal."""
+    """Yield a table with the names of newer releases instead of its own, one release at a time, while names stay distinct."""
     moved = dict(table)
     while True:
         before, moved = moved, {old: newer_name(name) or name for old, name in moved.items()}
@@ -106,19 +106,19 @@ def _newer_tables(table: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 def without_tower_prefix(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """The names of modules that lose a tower's prefix in a base whose modules have none: own name → the base's."""
+    """Return new names for modules whose tower's prefix the base model's modules do not have: own name → the base's."""
     there = set(known)
     return {name: new for name in names if name not in there for new in _bare(name) if new in there}
 
 
 def accepted_names(known: Iterable[str], *, exactly: bool) -> dict[str, str]:
-    """Every spelling of some modules of a model → the name to write.
+    """Return the name to write for each name that a module of a model may have in some release.
 
     Args:
-        known: the names of the modules.
-        exactly: whether they are the model's own. Those of a checkpoint may be older, so that a name without a
-            tower's prefix stays as it is, and other spellings count for nothing.
-    Returns: without the spellings that may be several modules.
+        known: the names of the model's modules.
+        exactly: whether they are the names of the model itself. Those of a checkpoint may be older: then only tower
+            prefixes are considered, and a name without one is written as it is.
+    Returns: accepted name → name to write, without names that may belong to several modules.
     """
     names = set(known)
     found: dict[str, set[str]] = {}
@@ -132,18 +132,18 @@ def accepted_names(known: Iterable[str], *, exactly: bool) -> dict[str, str]:
 
 
 def _with_tower(name: str) -> list[str]:
-    """The names with the prefix that a module's may have had."""
+    """Return a module's names with the tower prefixes that it may have had."""
     bare = BARE_TOWER.match(name)
     return [] if bare is None else [f"{bare[1]}{tower}{bare[2]}" for tower in (TOWERS[1:] if bare[1] else TOWERS)]
 
 
 def _bare(name: str) -> list[str]:
-    """The name without a tower's prefix, if it has one."""
+    """Return a module's name without a tower's prefix; empty if it has none."""
     tower = TOWER.match(name)
     return [] if tower is None else [tower[1] + tower[3]]
 
 
 def tower_prefix(names: Iterable[str]) -> str | None:
-    """The prefix of a tower that all of some names start with; None where they have none, or several."""
+    """Return the tower prefix that all names start with; None if they have none, or several."""
     found = {match[2] if (match := TOWER.match(name)) is not None and not match[1] else None for name in names}
     return found.pop() if len(found) == 1 else None

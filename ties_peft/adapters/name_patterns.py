@@ -1,23 +1,22 @@
-"""Patterns: the regular expressions in a stranger's config, matched in bounded time.
+"""Name patterns: match the regular expressions of a config, which may come from anyone, in bounded time.
 
-A pattern such as `(a+)+b` makes Python's own matcher backtrack for longer than anybody waits. Patterns
-that repeat nothing take time in proportion to the name and go through `re`; the others go through
-`regex`, which stops when its time is up.
+A pattern such as `(a+)+b` makes Python's `re` backtrack for an exponential time. Patterns without repetition take linear time
+and are matched by `re`; the others by `regex`, which has a timeout.
 """
 
 from __future__ import annotations
 
 import re
 
-SECONDS = 1.0  # more than any honest pattern needs by a factor of thousands
+SECONDS = 1.0  # an ordinary pattern takes less than a millisecond
 REPEATS = frozenset("*+{?")
 
 
 def matches_end(pattern: str, name: str) -> bool:
-    """Whether a pattern fits the end of a module's path, from a dot or the start on, as PEFT asks it.
+    """Return whether a pattern matches the end of a module's path, from the start or a dot on, as in PEFT.
 
-    Law: equals `re.match(rf"(.*\\.)?({pattern})$", name)` wherever that returns.
-    Raises: ValueError for what is no pattern, or takes too long.
+    Law: equals `re.match(rf"(.*\\.)?({pattern})$", name)` whenever that returns in time.
+    Raises: ValueError for an invalid pattern, or one that takes too long.
     """
     whole = rf"(.*\.)?({pattern})$"
     try:
@@ -25,18 +24,18 @@ def matches_end(pattern: str, name: str) -> bool:
             return re.match(whole, name) is not None
         return _bounded(whole, name)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"it is no pattern: {error}") from None
+        raise ValueError(f"it is not a valid pattern: {error}") from None
 
 
 def matches_whole(pattern: str, name: str) -> bool:
-    """Whether a pattern fits a module's whole path, as PEFT asks of a regex in target_modules.
+    """Return whether a pattern matches a module's whole path, as PEFT matches a regex in target_modules.
 
-    Raises: ValueError for what is no pattern, or takes too long.
+    Raises: ValueError for an invalid pattern, or one that takes too long.
     """
     try:
         return _bounded(rf"(?:{pattern})\Z", name) if REPEATS & set(pattern) else bool(re.fullmatch(pattern, name))
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"it is no pattern: {error}") from None
+        raise ValueError(f"it is not a valid pattern: {error}") from None
 
 
 def _bounded(pattern: str, name: str) -> bool:
@@ -47,4 +46,4 @@ def _bounded(pattern: str, name: str) -> bool:
     except TimeoutError:
         raise ValueError(f"the pattern takes more than {SECONDS:g} s to match") from None
     except regex.error as error:
-        raise ValueError(f"it is no pattern: {error}") from None
+        raise ValueError(f"it is not a valid pattern: {error}") from None

@@ -1,13 +1,13 @@
-"""Where an adapter lies: on this machine, or in a repository of the Hugging Face Hub.
+"""Sources: find an adapter's files on this machine or in a repository of the Hugging Face Hub.
 
-    folder                          holds adapter_config.json and the weights
-    folder:name                     the adapter in its sub-folder `name`; so is folder/name
-    folder/adapter_model.bin        one file of weights; adapter_config.json lies beside it
-    org/name[@revision][:subfolder] on the Hub; the subfolder may end in a file of weights
-    'runs/*/lora'                   a pattern: every adapter that fits, sorted
+    folder                           a folder with adapter_config.json and the weights
+    folder:name                      the adapter in its sub-folder `name`; folder/name is the same
+    folder/adapter_model.bin         a file of weights, with adapter_config.json beside it
+    org/name[@revision][:subfolder]  on the Hub; the subfolder may end in a file of weights
+    'runs/*/lora'                    a pattern: all adapters that match it, sorted
 
-What is on this machine is tried first. A Hub id is a name, never a path: no part of it is `..`, and
-nothing that it names is looked for outside the Hub's cache.
+This machine is searched first. A Hub id is a name and not a path: no part of it may be `..`, and its files are searched only
+in the Hub's cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ADAPTER_CONFIG, CARD = "adapter_config.json", "README.md"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # of a file of weights
 GGUF = ".gguf"  # of llama.cpp's files
-FULL_MODEL_CONFIGS = ("config.json", "model_index.json")  # of a full model; of a pipeline of diffusers
+FULL_MODEL_CONFIGS = ("config.json", "model_index.json")  # of a model of transformers; of a pipeline of diffusers
 OTHER_WEIGHT_FILES = (
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
@@ -47,7 +47,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 HUB_ID = re.compile(r"(?=.{1,96}$)(?!.*(?:\.\.|--))[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
-HUB_NAME = re.compile(r"(?=.{1,96}$)(?!.*(?:\.\.|--))[A-Za-z0-9][A-Za-z0-9_.-]*")  # of old, without an organisation
+HUB_NAME = re.compile(r"(?=.{1,96}$)(?!.*(?:\.\.|--))[A-Za-z0-9][A-Za-z0-9_.-]*")  # old ids have no organisation
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 WILDCARDS = re.compile(r"[*?\[]")
 
@@ -65,11 +65,11 @@ class AdapterFiles(NamedTuple):
 
 
 def join_source(source: str, revision: str | None = None, subfolder: str | None = None) -> str:
-    """One text by which it is found again: `folder/sub`, `org/name@revision:sub`.
+    """Join a source, a revision and a subfolder into one source: `folder/sub`, `org/name@revision:sub`.
 
     Args:
         source: as the user wrote it.
-        revision: of the Hub; a folder on this machine has none.
+        revision: on the Hub; it is ignored for a folder on this machine.
         subfolder: in it.
     """
     inside = subfolder.rstrip("/") if subfolder else ""
@@ -82,12 +82,12 @@ def join_source(source: str, revision: str | None = None, subfolder: str | None 
 
 
 def find_files(source: str, token: str | None = None) -> AdapterFiles:
-    """The files of an adapter; what is on this machine is tried first, then the Hub.
+    """Find the files of an adapter on this machine, else on the Hub.
 
     Args:
         source: as in the table above, but no pattern.
-        token: as `huggingface_hub` takes it.
-    Raises: AdapterError where there is no such adapter.
+        token: as in `huggingface_hub`.
+    Raises: AdapterError if there is no such adapter.
     """
     path = local_path(source)
     if source.endswith(GGUF) and (path is None or path.is_file()):
@@ -105,7 +105,7 @@ def find_files(source: str, token: str | None = None) -> AdapterFiles:
 
 
 def refuse_gguf(label: str) -> NoReturn:
-    """Say that a format cannot be read.
+    """Refuse a file in llama.cpp's format.
 
     Raises: AdapterError.
     """
@@ -116,7 +116,7 @@ def refuse_gguf(label: str) -> NoReturn:
 
 
 def local_path(source: str) -> Path | None:
-    """The file or folder of that name on this machine, absolute; None where there is none."""
+    """Return the absolute path of a file or folder on this machine; None if there is none."""
     whole = _existing(source)
     if whole is not None or ":" not in source:
         return whole
@@ -134,7 +134,7 @@ def _existing(source: str) -> Path | None:
 
 
 def local_file(source: str, file: str) -> Path | None:
-    """Return a file of a folder on this machine, or of a repository in the Hub's cache; None where it is not there.
+    """Return the path of a file in a local folder or in the Hub's cache, without downloading; None if it is not there.
 
     Args:
         source: a folder, a file in it, or a Hub id such as `org/name@revision:subfolder`.
@@ -152,7 +152,7 @@ def local_file(source: str, file: str) -> Path | None:
 
 
 def hub_url(source: str | None) -> str | None:
-    """Return the address of an adapter's page on the Hub; None for one on this machine or in memory."""
+    """Return the URL of an adapter's page on the Hub; None for one on this machine or in memory."""
     if source is None or local_path(source) is not None:
         return None
     name, _, inside = source.partition(":")
@@ -169,13 +169,13 @@ def is_hub_name(text: str) -> bool:
 
 
 def card_paths(folder: Path) -> list[Path]:
-    """Return where the card of an adapter may lie: in its folder or, in the Hub's cache, at the top of its repository."""
+    """Return the possible paths of an adapter's card: in its folder and, in the Hub's cache, at the top of its repository."""
     top = next((parent for parent in folder.parents if parent.parent.name == "snapshots"), None)
     return [folder / CARD, *([top / CARD] if top is not None else [])]
 
 
 def _cached(name: str, revision: str) -> Path | None:
-    """The newest copy of a repository in the Hub's cache, whose layout huggingface_hub documents; it is not imported."""
+    """Return a repository's folder in the Hub's cache, whose layout is documented; huggingface_hub is slow to import."""
     if not is_hub_name(name) or ".." in revision:
         return None
     home = os.environ.get("HF_HOME") or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
@@ -191,19 +191,19 @@ def _cached(name: str, revision: str) -> Path | None:
 
 
 def is_inside(subfolder: str) -> bool:
-    """Whether a name leads from a folder into it, and nowhere else."""
+    """Return whether a subfolder's name is a relative path that stays inside its folder."""
     parts = subfolder.rstrip("/").split("/")
     return subfolder.isprintable() and "\\" not in subfolder and not {"", ".", ".."} & set(parts)
 
 
 def holds_adapter(path: Path) -> bool:
-    """Whether it is an adapter's folder, or a file of weights beside a config."""
+    """Return whether a path is an adapter's folder, or a file of weights beside an adapter_config.json."""
     folder = path if path.is_dir() else path.parent
     return (folder / ADAPTER_CONFIG).is_file() and (path.is_dir() or path.suffix in WEIGHT_SUFFIXES)
 
 
 def adapter_subfolders(folder: Path) -> list[str]:
-    """The sub-folders, one or two levels down, that hold an adapter; PEFT saves adapters that have a name there."""
+    """Return the sub-folders, one or two levels down, that hold an adapter; PEFT saves named adapters there."""
     try:
         return sorted(
             str(config.parent.relative_to(folder))
@@ -216,9 +216,9 @@ def adapter_subfolders(folder: Path) -> list[str]:
 
 
 def expand_pattern(source: str) -> tuple[list[str], list[str]]:
-    """(what a pattern stands for, sorted; what else fits it and is no adapter); itself, if it is no pattern.
+    """Return the adapters that match a pattern, sorted, and the other paths that match it; a plain source as it is.
 
-    Raises: AdapterError where it fits no adapter.
+    Raises: AdapterError if no adapter matches.
     """
     if local_path(source) is not None or not WILDCARDS.search(source):
         return [source], []
@@ -234,7 +234,7 @@ def expand_pattern(source: str) -> tuple[list[str], list[str]]:
 
 
 def expand_patterns(given: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(the adapters that some names and patterns stand for, in order; a remark on every pattern)."""
+    """Return the adapters that sources and patterns stand for, in order, and a remark on each pattern."""
     names, remarks = [], []
     for source in given:
         found, rest = expand_pattern(source)
@@ -246,7 +246,7 @@ def expand_patterns(given: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def stays_inside(path: Path) -> bool:
-    """Whether a file is its folder's own, and no link to elsewhere; the Hub's cache links to its blobs."""
+    """Return whether a file is no link that leads out of its folder; links into the blobs of the Hub's cache are allowed."""
     real, folder = path.resolve(), path.parent.resolve()
     cache = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
     homes = [folder] + ([cache.parent / "blobs"] if cache is not None else [])
@@ -258,9 +258,9 @@ def _list(names: Sequence[str]) -> str:
 
 
 def find_weights(folder: Path, label: str) -> Path:
-    """The weights' file of an adapter's folder, safetensors before `.bin`.
+    """Return the file of weights in an adapter's folder, safetensors before `.bin`.
 
-    Raises: AdapterError where there is none, naming what lies there instead.
+    Raises: AdapterError if there is none, listing what the folder holds.
     """
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
@@ -272,12 +272,12 @@ def find_weights(folder: Path, label: str) -> Path:
 
 
 def list_folder(folder: Path) -> str:
-    """The first few names in a folder."""
+    """Return the first few names in a folder."""
     return ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
 
 
 def _refuse_missing_part(source: str) -> None:
-    """A sub-folder that a folder on this machine does not have is not looked for on the Hub."""
+    """Refuse a sub-folder that a folder on this machine does not have; it is not searched on the Hub."""
     name, colon, inside = source.rpartition(":")
     folder = _existing(name) if colon and name else None
     if folder is not None and folder.is_dir():
@@ -288,7 +288,7 @@ def _refuse_missing_part(source: str) -> None:
 
 
 def _on_hub(source: str, token: str | None) -> Path:
-    """The copy of a Hub id's folder or file, in the Hub's cache."""
+    """Download a Hub id's folder or file, and return its path in the Hub's cache."""
     name, colon, inside = source.partition(":")
     if colon and not is_inside(inside):
         raise AdapterError(
@@ -305,7 +305,7 @@ def _on_hub(source: str, token: str | None) -> Path:
         token,
         optional=[*(f"{within}{file}" for file in (*TOKENIZER_FILES, CARD)), *([CARD] if within else [])],
     )
-    if not named and not (root / folder / ADAPTER_CONFIG).is_file():  # what else is it, then?
+    if not named and not (root / folder / ADAPTER_CONFIG).is_file():  # for the message that says what it is instead
         download(
             name,
             [
@@ -320,15 +320,15 @@ def _on_hub(source: str, token: str | None) -> Path:
 def download(
     source: str, patterns: Sequence[str], token: str | None = None, what: str = "adapter", optional: Sequence[str] = ()
 ) -> Path:
-    """The Hub's copy, in its local cache, of the files of a repository that fit some patterns.
+    """Download the files of a repository that match some patterns, and return its folder in the Hub's cache.
 
     Args:
         source: `org/name` or `org/name@revision`.
-        patterns: of file names, as `huggingface_hub` takes them.
-        token: likewise.
-        what: is looked for, in the message.
-        optional: further patterns, left out where the cache lacks such files and the Hub is out of reach.
-    Raises: AdapterError where that is no id, or the Hub gives nothing; huggingface_hub is imported only here.
+        patterns: of file names, as in `huggingface_hub`.
+        token: as in `huggingface_hub`.
+        what: is searched, for the message: adapter, base model.
+        optional: further patterns, ignored if the cache lacks such files and the Hub cannot be reached.
+    Raises: AdapterError if the source is no Hub id, or the download fails.
     """
     name, at, revision = source.partition("@")
     if not HUB_ID.fullmatch(name) or (at and not (revision and revision.isprintable() and ".." not in revision)):
@@ -351,7 +351,7 @@ def download(
 
 
 def error_text(error: Exception, token: str | None = None) -> str:
-    """An error of the Hub's client in one line that holds no token."""
+    """Return an error of the Hub's client in one line, without tokens."""
     text = next(_lines(error), "")
     if token:
         text = text.replace(token, "…")

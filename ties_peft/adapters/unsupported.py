@@ -1,36 +1,37 @@
-"""Strangers: what is known of files that cannot be merged as they are, from their config and the tensors' names."""
+"""Unsupported adapters: what is known, from their config and the names of their tensors, of files that cannot be merged."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import TiesPeftError
 from .adapter import read_config
-from .formats import recognise as foreign
+from .recognise import full_model, recognise, weights_of
 from .sources import AdapterFiles
-from .tensors import PickleFile, SafetensorsFile
+from .tensors import open_tensors
 
-UNKNOWN = "no adapter that is known here"
-CONVERTS = "`ties-peft convert "  # a refusal that names the command is of what it can do
+Value = TypeVar("Value")
+UNKNOWN = "not an adapter of a known format"
+CONVERT = "`ties-peft convert "  # in the reason of files that this command converts
 
 
 @dataclass(frozen=True)
 class UnsupportedAdapter:
-    """What one source is that cannot be merged as it is.
+    """A source that cannot be merged as it is.
 
     Attributes:
         source: as it was asked for.
         fault: why it is refused, and what to do.
-        what: what it is, in words; empty where there is nothing to look at.
+        what: what it is, in words; empty if there is nothing to look at.
         peft_type, base, task_type: as its config says.
-        file: of weights; None where there is none.
-        tensors, numbers: how many that file holds; None where it cannot be read.
-        dtypes: of them, sorted.
-        parts: how many modules each of its parts has that are plain LoRA; one part without a name where it has none.
-        converts: whether `ties-peft convert` makes a PEFT adapter of it, as the fault then says.
+        file: of weights; None if there is none.
+        tensors, numbers: how many that file holds; None if it cannot be read.
+        dtypes: of its tensors, sorted.
+        parts: the number of modules of each of its parts that are plain LoRA; a file without parts has one without a name.
+        converts: whether `ties-peft convert` makes a PEFT adapter of it, as `fault` then says.
     """
 
     source: str
@@ -47,56 +48,50 @@ class UnsupportedAdapter:
     converts: bool = False
 
 
-def describe_unsupported(source: str, found: AdapterFiles, fault: str) -> UnsupportedAdapter:
-    """What can be told of files that were refused; nothing of the tensors is read but names, shapes and dtypes.
+def describe_unsupported(source: str, files: AdapterFiles, fault: str) -> UnsupportedAdapter:
+    """Describe files that were refused, by their config and the names, shapes and dtypes of their tensors.
 
     Args:
         source: as it was asked for.
-        found: its files.
-        fault: the refusal.
+        files: of the adapter.
+        fault: the message that refused them.
     """
-    label = source
-    config = _or_none(lambda: read_config(found.folder, label)) or {}
-    form = _or_none(lambda: foreign.form_of(found, config or None, label))
-    facts: dict[str, Any] = {}
-    if form is not None:
-        facts = {"what": form.title, "parts": dict(sorted(form.parts.items()))}
+    config = _or_none(lambda: read_config(files.folder, source)) or {}
+    file = _or_none(lambda: recognise(files, config or None, source))
+    parts: Mapping[str, int] = {}
+    if file is not None:
+        what, parts = file.title, dict(sorted(file.parts.items()))
     elif "peft_type" in config:
-        facts = {"what": f"a PEFT adapter of type {config['peft_type']}"}
+        what = f"a PEFT adapter of type {config['peft_type']}"
+    elif config:
+        what = "of a config that is not PEFT's"
     else:
-        what = "of a config that is not PEFT's" if config else foreign.other_model(found.folder)
-        facts = {"what": what or UNKNOWN}
-    return UnsupportedAdapter(
-        label, fault, **facts, **_said(config), **_weights(found, label), converts=CONVERTS in fault
-    )
-
-
-def _said(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says of itself."""
+        what = full_model(files.folder) or UNKNOWN
     named = {"peft_type": "peft_type", "base_model_name_or_path": "base", "task_type": "task_type"}
-    return {ours: str(config[theirs]) for theirs, ours in named.items() if config.get(theirs)}
+    facts: dict[str, Any] = {ours: str(config[theirs]) for theirs, ours in named.items() if config.get(theirs)}
+    facts |= _weights(files, source)
+    return UnsupportedAdapter(source, fault, what, **facts, parts=parts, converts=CONVERT in fault)
 
 
-def _weights(found: AdapterFiles, label: str) -> dict[str, Any]:
-    path = foreign.candidate(found)
+def _weights(files: AdapterFiles, label: str) -> dict[str, Any]:
+    path = weights_of(files)
     if path is None:
         return {}
-    opened = (SafetensorsFile if path.suffix == ".safetensors" else PickleFile)(path, label)
-    infos = _or_none(lambda: [opened.info(name) for name in opened.names])
-    known = {"file": path.name}
+    tensors = open_tensors(path, label)
+    infos = _or_none(lambda: [tensors.info(name) for name in tensors.names])
     if infos is None:
-        return known
+        return {"file": path.name}
     return {
-        **known,
+        "file": path.name,
         "tensors": len(infos),
         "numbers": sum(math.prod(info.shape) for info in infos),
         "dtypes": tuple(sorted({info.dtype for info in infos})),
     }
 
 
-def _or_none(ask: Any) -> Any:
-    """What a question gives; None where the files do not let it be answered."""
+def _or_none(read: Callable[[], Value]) -> Value | None:
+    """Return what a function returns; None if the files cannot be read."""
     try:
-        return ask()
+        return read()
     except (TiesPeftError, OSError):
         return None

@@ -1,7 +1,7 @@
-"""Writer: a folder that appears whole or not at all.
+"""Writer: write an output folder completely or not at all.
 
-Everything is written into a hidden folder beside the target and renamed into place at the end, so
-that a failure, whenever it comes, leaves the target as it was.
+The files are written to a hidden folder beside the output folder, which is renamed at the end. A failure at any time leaves
+the output folder as it was.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from ..errors import RecipeError
 
 Content = str | bytes | dict[str, Tensor]  # a text file, any file, or the tensors of a safetensors file
 PROVENANCE = "provenance.json"
-COPIED = "copied"  # in it: the files that were copied from beside the inputs, a sha256 each
+COPIED = "copied"  # its key for the files copied from the inputs' folders, a sha256 each
 OUTPUT_FILES = frozenset(
     {"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", PROVENANCE}
-    | {"fisher.safetensors", "gram.safetensors"}  # statistics, which are of no use without the adapter beside them
+    | {"fisher.safetensors", "gram.safetensors"}  # statistics of this very adapter
 )
-ATTEMPTS = 20  # to get into the target while other processes do the same
+ATTEMPTS = 20  # to rename a folder into place while other processes do the same
 
 
 def json_text(value: Mapping[str, Any]) -> str:
-    """JSON as we write it: indented, keys in their order, ending in a newline."""
+    """Return a mapping as indented JSON with a newline at the end."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_output_folder(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse a target that would destroy something; to be asked before any work is done.
+    """Refuse an output folder whose writing would destroy something. Call it before any work is done.
 
     Args:
-        folder: where the output shall go.
+        folder: of the output.
         force: whether an existing folder may be replaced.
-        inputs: folders that are read; neither they nor a folder around or inside them is a target.
+        inputs: folders that are read; the output may not be one of them, contain one or lie in one.
     Raises: RecipeError.
     """
     try:
@@ -53,13 +53,13 @@ def check_output_folder(folder: Path, force: bool, inputs: Iterable[Path] = ()) 
 
 
 def check_outside_output(folder: Path, kept: Path | None, what: str) -> None:
-    """Refuse a target that something which stays would be in the way of; to be asked before any work is done.
+    """Refuse an output folder that overlaps a file or folder which must survive. Call it before any work is done.
 
     Args:
-        folder: where the output shall go.
-        kept: a file or folder that the work keeps; None for nothing.
-        what: it, as the message names it.
-    Raises: RecipeError where it is the target, holds it or lies in it.
+        folder: of the output.
+        kept: the file or folder that must survive; None for nothing.
+        what: its name in the message.
+    Raises: RecipeError if it is the output folder, contains it or lies in it.
     """
     if kept is None:
         return
@@ -98,7 +98,7 @@ def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path
 
 
 def unexpected_files(folder: Path) -> list[Path]:
-    """What lies in a folder and is none of ours: not of our names, nor as we copied it there."""
+    """Return what lies in a folder and was not written by ties_peft: by its name, or by its digest if it was copied."""
     copied = _copied(folder / PROVENANCE)
     return [
         path
@@ -121,14 +121,14 @@ def _is(path: Path, digest: str) -> bool:
 
 
 def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False, inputs: Iterable[Path] = ()) -> Path:
-    """Write files into a new folder, whole or not at all.
+    """Write files into a new folder, completely or not at all.
 
     Args:
-        folder: the target; its parents are made.
+        folder: the output folder; its parents are made.
         files: content by file name.
         force, inputs: as in `check_output_folder`.
     Returns: the folder.
-    Raises: RecipeError where the target is refused or cannot be written; nothing is left behind.
+    Raises: RecipeError if the folder is refused or cannot be written; nothing is left behind.
     """
     check_output_folder(folder, force, inputs)
     made = _missing_parents(folder)
@@ -159,21 +159,21 @@ def _write(path: Path, content: Content) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:
-    """A safetensors file, with metadata in its metadata.
+    """Write a safetensors file with some entries in its metadata.
 
     Raises: OSError.
     """
     try:
         save_file(tensors, path, metadata={"format": "pt", **metadata})
-    except Exception as error:  # safetensors wraps the file system's errors in its own
+    except Exception as error:  # safetensors wraps errors of the file system in its own
         raise OSError(None, str(error)) from None
     path.chmod(0o666 & ~_umask())
 
 
 def _move_into_place(staged: Path, folder: Path, force: bool) -> None:
-    """Put the staged folder in the target's place, which another process may be filling at the same time.
+    """Rename the finished folder to the output folder, to which other processes may write at the same time.
 
-    Without `force` whoever comes first stays; with it whoever comes last, either of them whole.
+    Without `force` the first process succeeds, with it the last one; the folder is complete either way.
     """
     for _ in range(ATTEMPTS):
         if _rename_into_place(staged, folder):
@@ -190,7 +190,7 @@ def _move_into_place(staged: Path, folder: Path, force: bool) -> None:
 
 
 def _rename_into_place(staged: Path, folder: Path) -> bool:
-    """Rename into place; False where something stands there. An empty folder gives way."""
+    """Rename a folder; return False if the new name is taken by a folder that is not empty."""
     try:
         if os.name == "nt" and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -203,7 +203,7 @@ def _rename_into_place(staged: Path, folder: Path) -> bool:
 
 
 def _replace(staged: Path, folder: Path) -> None:
-    """Let what stands in the target step aside for the staged folder; it comes back if that fails."""
+    """Move the existing output folder away and rename the finished one; move it back if that fails."""
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     old = aside / "old"
     try:
@@ -220,7 +220,7 @@ def _replace(staged: Path, folder: Path) -> None:
 
 
 def _missing_parents(folder: Path) -> list[Path]:
-    """The parents that will have to be made, innermost first."""
+    """Return the parents that do not exist, innermost first."""
     return [parent for parent in folder.parents if not parent.exists()]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.formats.to_peft import ConversionOptions, open_as_peft
+from ..adapters.to_peft import ConversionOptions, open_as_peft
 from .merge import make_recipe, run_plan
 from .merged import Merged
 from .options import Rank

@@ -1,4 +1,4 @@
-"""The types of adapter that can be merged, found by looking into this folder."""
+"""The PEFT types that can be merged, found by looking into this folder."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["ModuleInfo", "PeftType", "WritablePeftType", "find_peft_type", "outp
 
 _PROMPT = "which adds virtual tokens or hidden states to the input and changes no weight, so it has no task vector"
 _ROUTED = "whose effect depends on each input, so it has no one task vector"
-_WHOLE = "which trains the base's own parameters and no update beside them"
-_UNSERVED = "whose task vector PEFT does not tell from its files alone. Merge it into a checkpoint with PEFT instead"
+_WHOLE = "which trains the base's own parameters instead of an update beside them"
+_UNSERVED = "whose task vector cannot be computed from its files alone. Merge it into a checkpoint with PEFT instead"
 WITHOUT_DELTA = {
     **dict.fromkeys(("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING"), _PROMPT),
     **dict.fromkeys(("PREFIX_TUNING", "PROMPT_TUNING"), _PROMPT),
@@ -27,28 +27,28 @@ WITHOUT_DELTA = {
 
 @functools.cache
 def peft_types() -> dict[str, PeftType]:
-    """Every kind by its PEFT type."""
+    """Return every PEFT type by its name in adapter_config.json."""
     found: dict[str, PeftType] = {}
     for entry in pkgutil.iter_modules(__path__):
         if entry.name == "base":
             continue
         module = importlib.import_module(f"{__name__}.{entry.name}")
         own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-        found.update({kind.config_name: kind for c in own if issubclass(c, PeftType) for kind in c.instances()})
+        found.update({one.config_name: one for c in own if issubclass(c, PeftType) for one in c.instances()})
     return dict(sorted(found.items()))
 
 
-def output_type(kind: PeftType) -> WritablePeftType:
-    """The kind that a merge of adapters of this kind is written as."""
-    found = next(other for other in peft_types().values() if other.name == kind.output_name)
+def output_type(peft_type: PeftType) -> WritablePeftType:
+    """Return the PEFT type as which a merge of adapters of this type is written."""
+    found = next(other for other in peft_types().values() if other.name == peft_type.output_name)
     assert isinstance(found, WritablePeftType)
     return found
 
 
 def find_peft_type(peft_type: object, label: str) -> PeftType:
-    """The kind of an adapter by the peft_type of its config.
+    """Return the PEFT type of an adapter by the peft_type in its config.
 
-    Raises: AdapterError naming the type, where it is missing, unknown or not supported yet.
+    Raises: AdapterError if it is missing, unknown or not supported.
     """
     if not isinstance(peft_type, str) or not peft_type:
         raise AdapterError(

@@ -1,6 +1,6 @@
 """AdaLoRA: Δ = s·B·diag(E)·A with s = alpha / (init_r + 0.00001); read only.
 
-PEFT divides by the rank that training started at, also where it was pruned since, plus 1e-5.
+PEFT divides by the rank at the start of the training, even if the module was pruned since, plus 1e-5.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ A, B, E = "lora_A", "lora_B", "lora_E"
 
 
 class AdaLora(PeftType):
-    """LoRA whose ranks are spread over the layers while it trains (Zhang et al., AdaLoRA, ICLR 2023)."""
+    """LoRA that reallocates its ranks among the layers during training (Zhang et al., AdaLoRA, ICLR 2023)."""
 
     name = "adalora"
     title = "AdaLoRA"
@@ -26,12 +26,12 @@ class AdaLora(PeftType):
     def layout(
         self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
     ) -> dict[str, ModuleInfo]:
-        """Triples of lora_A (r, in), lora_E (r, 1) and lora_B (out, r)."""
+        """Return the layers with lora_A (r, in), lora_E (r, 1) and lora_B (out, r)."""
         layers = group_by_layer(tensors, (A, B, E), label)
         return {name: _module(name, parts, config, tensors, label, base) for name, parts in layers.items()}
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> LowRank:
-        """B (with the scaling and E) and A; zeros where every direction was pruned."""
+        """Return the factors B·diag(E)·s and A; zeros if every direction was pruned."""
         first, second, values = (tensors.read(key).to(torch.float32) for key in module.keys)
         if not len(first):
             return LowRank(torch.zeros(module.shape[0], 1), torch.zeros(1, module.shape[1]))

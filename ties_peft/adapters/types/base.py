@@ -1,7 +1,8 @@
-"""PeftType: one type of PEFT adapter, by how its tensors make task vectors and are made from them.
+"""PeftType: how the tensors of one type of PEFT adapter become task vectors, and how task vectors become tensors.
 
-A kind that has a form of its own to be written in is a `WritablePeftType` (LoRA, (IA)³); the others are only
-read, and a merge of them is written as the kind that their `writes` names.
+To add a type, write a file with a subclass of `PeftType` in this folder; `peft_types()` finds it. `name`, `title`,
+`config_name`, `layout` and `read` are enough for a type that is only read: a merge of it is written as LoRA, or as the type
+that `output_name` names. A type that a merge can be written as is a `WritablePeftType` (LoRA, (IA)³).
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ LINEAR, CONV, EMBEDDING, BIAS, EXPERT = "linear", "conv", "embedding", "bias", "
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """One task vector that an adapter's file holds: of a layer's weight, of its bias, or of one expert's weight.
+    """What is known of one task vector of an adapter without reading it: of a layer's weight or bias, or of an expert's weight.
 
     Attributes:
-        name: its path in the base model, without PEFT's prefix. The bias of a layer is `layer.bias`, a
-            parameter of several experts `experts.down_proj[3]`.
+        name: the path in the base model, without PEFT's prefix. The name for a bias is `layer.bias`, that for one expert of a
+            parameter `experts.down_proj[3]`.
         shape: of its task vector: (out, in) for LoRA, (out, in·kernel) for a convolution, (dim, vocabulary)
             for an embedding, (out, 1) for a bias; (k,) for (IA)³.
-        rank: the most that the rank of its task vector can be, read from the tensors; 1 for (IA)³.
-        keys: its tensors' names in the file.
-        scaling: the lora scaling, alpha/r or alpha/√r; 1 where the kind has none.
+        rank: the largest possible rank of the task vector, by the shapes of the tensors; 1 for (IA)³.
+        keys: the names of its tensors in the file.
+        scaling: the lora scaling, alpha/r or alpha/√r; 1 for PEFT types without one.
         on_input: whether an (IA)³ vector multiplies the layer's input (feed-forward) or its output.
-        layer_type: what it is the task vector of: LINEAR, CONV, EMBEDDING, BIAS or EXPERT.
-        layer: the path of PEFT's layer, where the name is not it.
-        kernel_size: the sizes of a convolution's kernel; of (IA)³ on a convolution a 1 for each.
-        expert: (which, of how many), for EXPERT.
-        rank_is_trained: whether `rank` is the r it was trained at, and not merely what its shape allows.
-        base_tensors: the tensors of the base model without which it has no task vector.
-        conv1d: whether the base holds the layer's weight as (in, out), where that matters.
-        details: what else its kind reads it by.
+        layer_type: what the task vector belongs to: LINEAR, CONV, EMBEDDING, BIAS or EXPERT.
+        layer: the path of PEFT's layer; empty if it is the name.
+        kernel_size: of a convolution; for (IA)³ on a convolution a 1 for each dimension.
+        expert: for EXPERT, its index and the number of experts.
+        rank_is_trained: whether `rank` is the r of the training, and not only what the shape allows.
+        base_tensors: the base model's tensors that the task vector depends on.
+        conv1d: whether the base stores the layer's weight as (in, out); only set if the task vector depends on it.
+        details: what else the PEFT type needs to read it.
     """
 
     name: str
@@ -72,20 +73,20 @@ class ModuleInfo:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What must be the same in all adapters that have it."""
+        """What must be equal in all adapters that have this module."""
         return self.shape, self.on_input, self.layer_type, self.kernel_size, self.expert
 
 
 class PeftType(ABC):
-    """A type of adapter. One file in `kinds/` each; the folder is the list.
+    """A type of PEFT adapter.
 
     Attributes:
-        name: as users see it: `lora`, `ia3`.
-        title: as it is written in text: LoRA, (IA)³.
-        config_name: as it stands in adapter_config.json.
-        output_name: the name of the kind that a merge of it is written as; its own, if it has a form of its own.
-        has_rank: whether `rank` means anything for it.
-        indices: whether tensors of whole numbers belong to it: which entries it changes.
+        name: in options: `lora`, `ia3`.
+        title: in text: LoRA, (IA)³.
+        config_name: in adapter_config.json: LORA, IA3.
+        output_name: the `name` of the type that a merge of it is written as.
+        has_rank: whether its task vectors have a rank.
+        has_integer_tensors: whether its files hold integers, the indices of the entries that it changes.
     """
 
     name: str
@@ -97,53 +98,58 @@ class PeftType(ABC):
 
     @classmethod
     def instances(cls) -> list[PeftType]:
-        """The kinds that this class makes: one, but for a class that serves several PEFT types."""
+        """Return the PEFT types of this class: one, except for a class that implements several."""
         return [cls()]
 
     @abstractmethod
     def layout(
         self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
     ) -> dict[str, ModuleInfo]:
-        """The modules in a file, by name. Tensors that belong to none are the adapter's riders.
+        """Return the modules in a file, by name. Tensors that belong to none are the adapter's extra tensors.
 
         Args:
             config, tensors: of the adapter.
-            label: how messages name it.
-            base: its base model's tensors, where they were given.
-        Raises: AdapterError, naming what of the config or of the tensors cannot be merged.
+            label: the adapter's name in messages.
+            base: the base model's tensors, if they were given.
+        Raises: AdapterError naming the setting or the tensors that cannot be merged.
         """
 
     @abstractmethod
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
-        """The task vector of one module, float32."""
+        """Return the task vector of one module, float32."""
 
 
 class WritablePeftType(PeftType):
-    """A kind that a merge can be written as."""
+    """A PEFT type that a merge can be written as."""
 
     @abstractmethod
     def written(self, module: ModuleInfo, rank: int) -> ModuleInfo:
-        """The module as `pack` will have made it: its keys, a lora scaling of 1."""
+        """Return the module as `pack` writes it: its new keys, and a lora scaling of 1."""
 
     @abstractmethod
     def pack(self, module: ModuleInfo, delta: Delta, rank: int) -> dict[str, Tensor]:
-        """The tensors, float32 and by name, that make `delta` again."""
+        """Return the tensors, float32 and by name, whose task vector is `delta`."""
 
     def join(self, modules: Sequence[ModuleInfo], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The file's tensors, made of all that were packed: where several modules share one."""
+        """Return the file's tensors, with those that several modules share joined.
+
+        Args:
+            modules: all that are written.
+            tensors: their packed tensors.
+        """
         return tensors
 
     def fault(self, modules: Sequence[ModuleInfo]) -> str | None:
-        """Why PEFT has no adapter that holds all of these; None where it has."""
+        """Return why one PEFT adapter cannot hold all of these modules; None if it can."""
         return None
 
     @abstractmethod
     def config(self, modules: Sequence[ModuleInfo], rank: int) -> dict[str, Any]:
-        """The keys of adapter_config.json that are this kind's own, as portable as can be."""
+        """Return the entries of adapter_config.json that belong to this type, as few as possible."""
 
 
 def module_path(key: str, suffix: str, label: str) -> str:
-    """The module's path in a tensor's name that ends in `suffix`."""
+    """Return the module's path in a tensor's name that ends in `suffix`."""
     if not key.startswith(PREFIX):
         raise AdapterError(
             f"adapter '{label}': tensor {key!r} does not start with '{PREFIX}', as PEFT's do. "
@@ -153,7 +159,7 @@ def module_path(key: str, suffix: str, label: str) -> str:
 
 
 def group_by_layer(tensors: TensorSource, suffixes: Sequence[str], label: str) -> dict[str, dict[str, str]]:
-    """Each layer's tensors: path → what a tensor's name ends in → its whole name; paths sorted."""
+    """Group the tensors whose names end in one of the suffixes by layer: path → suffix → name; paths sorted."""
     found: dict[str, dict[str, str]] = {}
     for key in tensors.names:
         suffix = next((end for end in suffixes if key.endswith(f".{end}")), None)
@@ -163,7 +169,7 @@ def group_by_layer(tensors: TensorSource, suffixes: Sequence[str], label: str) -
 
 
 def refuse_settings(config: Config, refused: Mapping[str, str], label: str) -> None:
-    """Refuse every config key that is switched on and listed in `refused` (key → what it is)."""
+    """Refuse every setting of the config that is switched on and listed in `refused` (key → what it is)."""
     found = [f"{what} ({key}={config[key]!r})" for key, what in refused.items() if config.get(key) not in _OFF]
     if found:
         raise AdapterError(
@@ -173,9 +179,9 @@ def refuse_settings(config: Config, refused: Mapping[str, str], label: str) -> N
 
 
 def first_match(patterns: Any, name: str, default: Any) -> Any:
-    """The value of the first pattern, in the order of the file, that matches the end of a path at a dot.
+    """Return the value of the first pattern that matches the end of a path, from the start or a dot on.
 
-    It is PEFT's rule for rank_pattern and alpha_pattern: `re.match(rf"(.*\\.)?({key})$", path)`.
+    This is PEFT's rule for rank_pattern and alpha_pattern: `re.match(rf"(.*\\.)?({key})$", path)`.
     """
     for pattern, value in (patterns or {}).items():
         if matches_end(pattern, name):
@@ -184,16 +190,16 @@ def first_match(patterns: Any, name: str, default: Any) -> Any:
 
 
 def config_number(config: Config, key: str, patterns: str, name: str, default: float, where: str) -> float:
-    """A finite number of the config, which a pattern may set for one module.
+    """Return a finite number of the config, which a pattern may set for one module.
 
-    Raises: AdapterError naming the key and what stands there.
+    Raises: AdapterError naming the key and its value.
     """
     try:
         value = float(first_match(config.get(patterns), name, config.get(key, default)))
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(
             f"{where}: its lora scaling cannot be read from {key}={config.get(key)!r}, "
-            f"{patterns}={config.get(patterns)!r} ({error}). Mend adapter_config.json."
+            f"{patterns}={config.get(patterns)!r} ({error}). Correct adapter_config.json."
         ) from None
     if not math.isfinite(value):
         raise AdapterError(f"{where}: {key} is {config.get(key)!r}; expected a finite number.")
@@ -201,7 +207,7 @@ def config_number(config: Config, key: str, patterns: str, name: str, default: f
 
 
 def is_target_module(chosen: Any, path: str) -> bool:
-    """Whether PEFT's target_modules, a list of endings or one regex, name a path."""
+    """Return whether PEFT's target_modules, a list of endings or one regex, include a path."""
     if isinstance(chosen, str):
         try:
             return matches_whole(chosen, path)
@@ -211,28 +217,28 @@ def is_target_module(chosen: Any, path: str) -> bool:
 
 
 def base_shape(base: BaseModel | None, path: str, parameter: str = "weight") -> tuple[int, ...] | None:
-    """The shape of a layer's weight, or other parameter, in the base model; None where that is not known."""
+    """Return the shape of a layer's weight or other parameter in the base model; None if it is not known."""
     found = base.find(f"{path}.{parameter}") if base is not None else None
     return base.info(found).shape if base is not None and found is not None else None
 
 
 def layer_is_conv1d(config: Config, base: BaseModel | None, path: str) -> bool:
-    """Return whether the base holds a layer's weight as (in, out).
+    """Return whether the base stores a layer's weight as (in, out).
 
-    The base's architecture decides, as in PEFT, which corrects fan_in_fan_out by the class of each layer; where the
-    architecture is not known, the adapter's fan_in_fan_out does.
+    The base's architecture decides, as in PEFT, which corrects fan_in_fan_out by the class of each layer. If the architecture
+    is not known, the adapter's fan_in_fan_out decides.
     """
     known = base.is_conv1d(path) if base is not None else None
     return bool(config.get("fan_in_fan_out")) if known is None else known
 
 
 def check_conv1d(config: Config, base: BaseModel | None, path: str, where: str, out: int | None = None) -> bool:
-    """Return what `layer_is_conv1d` does, checked against the sizes that are known.
+    """Return the result of `layer_is_conv1d`, checked against the known sizes.
 
     Args:
-        where: how messages name the layer.
+        where: the layer in messages.
         out: its output size; by default that of its bias in the base.
-    Raises: AdapterError where the adapter's fan_in_fan_out alone tells, and the sizes contradict it.
+    Raises: AdapterError if only the adapter's fan_in_fan_out decides, and the sizes contradict it.
     """
     found, shape = layer_is_conv1d(config, base, path), base_shape(base, path)
     if base is None or shape is None or len(shape) != 2 or base.is_conv1d(path) is not None:
@@ -249,9 +255,9 @@ def check_conv1d(config: Config, base: BaseModel | None, path: str, where: str, 
 
 
 def conv_kernel_size(shape: tuple[int, int], name: str, where: str, base: BaseModel | None) -> tuple[int, ...]:
-    """The kernel of a convolution whose task vector a kind holds flattened; () for a linear layer.
+    """Return the kernel size of a convolution whose task vector is stored flattened; () for a linear layer.
 
-    Raises: AdapterError where the name speaks of a convolution and the base was not given, or does not fit.
+    Raises: AdapterError if the name is that of a convolution and the base was not given, or does not fit.
     """
     known = base_shape(base, name)
     if known is not None:
@@ -263,14 +269,16 @@ def conv_kernel_size(shape: tuple[int, int], name: str, where: str, base: BaseMo
             )
         return known[2:]
     if "conv" in name.rpartition(".")[2].lower():
-        raise AdapterError(f"{where} seems to be a convolution, whose kernel this adapter does not tell. {NEEDS_BASE}")
+        raise AdapterError(
+            f"{where} seems to be a convolution, and the adapter does not store its kernel size. {NEEDS_BASE}"
+        )
     return ()
 
 
 def tucker_kernel_size(
     shape: tuple[int, int], kernel: tuple[int, ...], name: str, where: str, base: BaseModel | None
 ) -> tuple[int, ...]:
-    """The kernel of a convolution whose core tensor has two sizes of it, also where it has but one."""
+    """Return the kernel size of a convolution with a core tensor, which has two kernel sizes even for a 1-d convolution."""
     if base_shape(base, name) is not None:
         return conv_kernel_size(shape, name, where, base)
     if kernel[-1] == 1:
@@ -279,9 +287,11 @@ def tucker_kernel_size(
 
 
 def base_weight(base: BaseModel | None, name: str, what: str) -> Tensor:
-    """A weight of the base model, float64.
+    """Return a weight of the base model, float64.
 
-    Raises: AdapterError where there is none, or it is quantised.
+    Args:
+        what: needs the weight, for the message.
+    Raises: AdapterError if the base has no such weight, or it is quantised.
     """
     if base is None:
         raise AdapterError(f"{what} needs the base model's {name!r}. {NEEDS_BASE}")
@@ -294,5 +304,5 @@ def base_weight(base: BaseModel | None, name: str, what: str) -> Tensor:
     return weight.double()
 
 
-NEEDS_BASE = "Name its base: --base PATH_OR_ID (base=...); just the tensors it needs are read."
+NEEDS_BASE = "Name the base model: --base PATH_OR_ID (base=...); only the tensors that are needed are read."
 _OFF: tuple[Any, ...] = (None, False, "none", "", [], {}, 0)

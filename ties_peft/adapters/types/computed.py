@@ -1,8 +1,8 @@
-"""Kinds whose task vector PEFT itself is asked for: Δ = W′ − W, where W′ is what it merges into the weight W.
+"""PEFT types whose task vector PEFT itself computes: Δ = W′ − W, where W′ is the weight W after PEFT's merge; read only.
 
-PEFT is imported when such an adapter is read, and given a model of one layer, with the base's weight in
-float64 and the adapter's tensors; kinds whose layers share tensors also get a layer of the largest
-sizes, by which those are made. Which types this serves was found by trying all; read only.
+PEFT is imported when such an adapter is read. It gets a model of one layer with the base's weight in float64 and the adapter's
+tensors. A second layer has the largest sizes that occur, because some types share tensors of these sizes among all layers.
+All types of PEFT were tried; those for which this is exact are listed in `SERVED`.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ SERVED = {
     "SUPERTUNING": ("Supertuning", "supertuning_"),
     "OSF": ("OSF", "osf_"),
 }
-INDEXED = ("SHIRA", "SUPERTUNING")  # their files say which entries of a weight they change
-ONE_AT_A_TIME = threading.Lock()  # warnings and random numbers are the whole process's
+INDEXED = ("SHIRA", "SUPERTUNING")  # their files hold the indices of the entries that they change
+LOCK = threading.Lock()  # filters of warnings and the random state belong to the whole process
 LARGEST = "of_the_largest_sizes"
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What a module is computed from, beside its tensors.
+    """What a module is computed from, besides its tensors.
 
     Attributes:
-        config: the adapter's.
-        largest: (out, in) over all its modules.
-        where: how messages name the module.
+        config: of the adapter.
+        largest: the largest (out, in) over all its modules.
+        where: the module in messages.
     """
 
     config: Config
@@ -65,22 +65,28 @@ class Recomputed:
 
 
 class Computed(PeftType):
-    """A type of adapter that PEFT merges into a weight for us."""
+    """A PEFT type that PEFT merges into a weight for us.
 
-    def __init__(self, peft_type: str, title: str, prefix: str) -> None:
-        self.config_name, self.title, self.prefix = peft_type, title, prefix
-        self.name = peft_type.lower()
-        self.has_integer_tensors = peft_type in INDEXED
+    Args:
+        config_name: in adapter_config.json.
+        title: in text.
+        prefix: of the names of its parameters.
+    """
+
+    def __init__(self, config_name: str, title: str, prefix: str) -> None:
+        self.config_name, self.title, self.prefix = config_name, title, prefix
+        self.name = config_name.lower()
+        self.has_integer_tensors = config_name in INDEXED
 
     @classmethod
     def instances(cls) -> list[PeftType]:
-        """One for each type served."""
-        return [cls(peft_type, title, prefix) for peft_type, (title, prefix) in SERVED.items()]
+        """Return one instance for each type in `SERVED`."""
+        return [cls(config_name, title, prefix) for config_name, (title, prefix) in SERVED.items()]
 
     def layout(
         self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
     ) -> dict[str, ModuleInfo]:
-        """The tensors of each layer, and with each those that all share."""
+        """Return the layers, each with its own tensors and those that all layers share."""
         layers: dict[str, list[str]] = {}
         shared: list[str] = []
         for key in tensors.names:
@@ -112,12 +118,12 @@ class Computed(PeftType):
         }
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Dense:
-        """W′ − W, (out, in), computed in float64."""
+        """Return W′ − W, (out, in), computed in float64."""
         known: Recomputed = module.details
         weight = base_weight(base, module.base_tensors[0], f"{self.title} on module {module.name!r}")
         state = {key: tensors.read(key) for key in module.keys}
         try:
-            with ONE_AT_A_TIME, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            with LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
                 torch.manual_seed(0)
                 change = _merged(self.config_name, module, weight, known, state)
@@ -136,7 +142,7 @@ class Computed(PeftType):
 def _shape(
     name: str, label: str, config: Config, base: BaseModel | None
 ) -> tuple[tuple[int, int], tuple[int, ...], bool]:
-    """((out, in), kernel, whether it is a Conv1D) of a layer's weight in the base."""
+    """Return (out, in), the kernel size, and whether it is a Conv1D, of a layer's weight in the base."""
     known = base_shape(base, name)
     if known is None or len(known) not in (2, 3, 4):
         raise AdapterError(
@@ -150,7 +156,7 @@ def _shape(
 def _merged(
     peft_type: str, module: ModuleInfo, weight: Tensor, known: Recomputed, state: Mapping[str, Tensor]
 ) -> Tensor:
-    """W′ − W by PEFT, on a model that has this layer alone."""
+    """Return W′ − W, computed by PEFT on a model with only this layer."""
     import peft
 
     cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
@@ -189,7 +195,7 @@ FILTERS = ("exclude_modules", "inference_mode", "layers_pattern", "layers_to_tra
 
 
 def _layer(weight: Tensor, conv1d: bool) -> nn.Module:
-    """A layer with this weight, and a bias that shows whether it is touched."""
+    """Make a layer with this weight, and a bias by which a change of the bias can be detected."""
     width, out = weight.shape[not conv1d], weight.shape[conv1d]
     layer: Any
     if conv1d:
@@ -209,7 +215,7 @@ def _layer(weight: Tensor, conv1d: bool) -> nn.Module:
 
 
 def _place(root: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put a layer at a dotted path."""
+    """Add a layer to a model at a dotted path."""
     *parents, last = path.split(".")
     for name in parents:
         if name not in dict(root.named_children()):

@@ -1,6 +1,6 @@
-"""(IA)³: a vector l multiplies a layer's output, or its input where the layer is feed-forward.
+"""(IA)³: a vector l multiplies a layer's output, or the input of a feed-forward layer.
 
-Its task vector is l − 1, the distance from doing nothing; a module that an adapter lacks is l = 1.
+Its task vector is l − 1, the difference from the identity; an adapter without the module has l = 1.
 """
 
 from __future__ import annotations
@@ -34,30 +34,31 @@ class IA3(WritablePeftType):
     def layout(
         self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
     ) -> dict[str, ModuleInfo]:
-        """The vectors. Which side they multiply is told by their shape, (k, 1) or (1, k).
+        """Return the layers with their vectors.
 
-        On a convolution it is (1, k, 1…) for both, and feedforward_modules of the config tell.
+        The shape tells whether a vector multiplies the output, (k, 1), or the input, (1, k). On a convolution it is (1, k, 1…)
+        for both, and feedforward_modules of the config decides.
         """
         layers = group_by_layer(tensors, (SUFFIX,), label)
         return {name: _module(name, parts[SUFFIX], config, tensors, label) for name, parts in layers.items()}
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Dense:
-        """l − 1, (k,)."""
+        """Return l − 1, (k,)."""
         return Dense(tensors.read(module.keys[0]).to(torch.float32).reshape(-1) - 1)
 
     def written(self, module: ModuleInfo, rank: int) -> ModuleInfo:
-        """As it is."""
+        """Return the module with its new key."""
         return replace(module, keys=(f"{PREFIX}{module.name}.{SUFFIX}",))
 
     def pack(self, module: ModuleInfo, delta: Delta, rank: int) -> dict[str, Tensor]:
-        """l = 1 + the task vector, as a column (output) or a row (input), or over a convolution's channels."""
+        """Return l = 1 + the task vector: a column for the output, a row for the input or a convolution's channels."""
         vector = 1 + delta.dense()
         row = module.on_input or module.kernel_size
         shape = (1, -1, *module.kernel_size) if row else (-1, 1)
         return {f"{PREFIX}{module.name}.{SUFFIX}": vector.reshape(shape)}
 
     def config(self, modules: Sequence[ModuleInfo], rank: int) -> dict[str, Any]:
-        """The modules by their full paths, and those that are feed-forward."""
+        """Return the full paths of the modules, and those that are feed-forward."""
         return {
             "target_modules": [module.name for module in modules],
             "feedforward_modules": [module.name for module in modules if module.on_input],
@@ -80,7 +81,7 @@ def _module(name: str, key: str, config: Config, tensors: TensorSource, label: s
 
 
 def _feedforward(config: Config, name: str) -> bool:
-    """PEFT's rule: a regex for the whole path, or a list of endings, not bound to a dot."""
+    """Return whether a layer is feed-forward by PEFT's rule: a regex for the whole path, or a list of endings of any length."""
     chosen = config.get("feedforward_modules")
     try:
         if isinstance(chosen, str):

@@ -1,7 +1,7 @@
 """LoHa: Δ = s·(W₁ₐ·W₁ᵦ)∘(W₂ₐ·W₂ᵦ), the entrywise product of two products of rank r, s = alpha/r; read only.
 
-Its rank is up to r²: row by row the products of the columns of W₁ₐ and W₂ₐ make B, those of the rows of
-W₁ᵦ and W₂ᵦ make A. Convolutions may hold a core tensor for each product (Tucker form).
+Its rank is up to r²: the entrywise products of the columns of W₁ₐ and W₂ₐ are the columns of B, those of the rows of W₁ᵦ and
+W₂ᵦ the rows of A. Convolutions may have a core tensor for each product (Tucker form).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class LoHa(PeftType):
     def layout(
         self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
     ) -> dict[str, ModuleInfo]:
-        """Four matrices for each layer, or four and two cores."""
+        """Return the layers with four matrices, or four matrices and two core tensors."""
         layers = group_by_layer(tensors, (*PARTS, *CORES), label)
         return {name: _module(name, parts, config, tensors, label, base) for name, parts in layers.items()}
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
-        """In factors where r² is less than the layer's smaller side, else dense."""
+        """Return factors if r² is less than the layer's smaller side, else a dense matrix."""
         parts = [tensors.read(key).double() for key in module.keys]
         if len(parts) > len(PARTS):
             first, second = _tucker(parts[0], parts[1], parts[4]), _tucker(parts[2], parts[3], parts[5])
@@ -83,7 +83,7 @@ def _module(
 
 
 def _sizes(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int] | None:
-    """(out, in, r), where all the shapes fit each other."""
+    """Return (out, in, r); None if the shapes do not fit each other."""
     if not all(len(shapes.get(end, ())) == 2 for end in PARTS):
         return None
     (a1, b1, a2, b2), core = (shapes[end] for end in PARTS), shapes.get(CORES[0])
@@ -97,10 +97,10 @@ def _sizes(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int] | None:
 
 
 def _pairs(first: Tensor, second: Tensor) -> Tensor:
-    """All products of a row of one with a row of the other, (r², n)."""
+    """Return the entrywise products of each row of one with each row of the other, (r², n)."""
     return (first.unsqueeze(1) * second.unsqueeze(0)).flatten(0, 1)
 
 
 def _tucker(outer: Tensor, inner: Tensor, core: Tensor) -> Tensor:
-    """Σ core[p, q, …]·outer[p, out]·inner[q, in], (out, in, k, k)."""
+    """Return Σ core[p, q, …]·outer[p, out]·inner[q, in], (out, in, k, k)."""
     return torch.einsum("pqkl,po,qi->oikl", core, outer, inner)

@@ -1,7 +1,7 @@
 """LoKr: Δ = s·W₁⊗W₂, a Kronecker product of two small matrices, each whole or of rank r; s = alpha/r; read only.
 
-Its rank is rank(W₁)·rank(W₂): (U₁V₁)⊗(U₂V₂) = (U₁⊗U₂)·(V₁⊗V₂). On a convolution W₂ holds the kernel,
-whole, flattened, or with a core tensor (Tucker form).
+Its rank is rank(W₁)·rank(W₂): (U₁V₁)⊗(U₂V₂) = (U₁⊗U₂)·(V₁⊗V₂). On a convolution W₂ includes the kernel: as it is, flattened,
+or with a core tensor (Tucker form).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class LoKr(PeftType):
     def layout(
         self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
     ) -> dict[str, ModuleInfo]:
-        """Two to five tensors for each layer."""
+        """Return the layers, of two to five tensors each."""
         layers = group_by_layer(tensors, ENDS, label)
         return {name: _module(name, parts, config, tensors, label, base) for name, parts in layers.items()}
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
-        """In factors where they are fewer than the layer's smaller side, else dense."""
+        """Return factors if their rank is less than the layer's smaller side, else a dense matrix."""
         parts = {key.rpartition(".")[2]: tensors.read(key).double() for key in module.keys}
         second = _factors(parts, W2) if CORE not in parts and (W2 not in parts or parts[W2].dim() == 2) else None
         if second is not None and module.rank < min(module.shape):
@@ -81,7 +81,7 @@ def _module(
 
 
 def _size(shapes: dict[str, tuple[int, ...]], which: str) -> tuple[tuple[int, ...], int] | None:
-    """(shape, largest rank) of W₁ or W₂, the kernel's sizes last; None where its tensors do not fit."""
+    """Return the shape of W₁ or W₂, kernel sizes last, and its largest rank; None if its tensors do not fit."""
     whole, left, right = (shapes.get(which + end) for end in ("", "_a", "_b"))
     if whole is not None:
         return (whole, min(whole[:2])) if len(whole) >= 2 else None
@@ -95,7 +95,7 @@ def _size(shapes: dict[str, tuple[int, ...]], which: str) -> tuple[tuple[int, ..
 
 
 def _factors(parts: dict[str, Tensor], which: str) -> tuple[Tensor, Tensor]:
-    """U and V with W = U·V, the identity beside a matrix that is whole."""
+    """Return U and V with W = U·V; one of them is the identity if W is stored as one matrix."""
     if which not in parts:
         return parts[f"{which}_a"], parts[f"{which}_b"]
     whole = parts[which]
@@ -105,7 +105,7 @@ def _factors(parts: dict[str, Tensor], which: str) -> tuple[Tensor, Tensor]:
 
 
 def _product(parts: dict[str, Tensor]) -> Tensor:
-    """W₁⊗W₂ as PEFT multiplies it: in four dimensions channel by channel, in three as `torch.kron` pads W₁."""
+    """Return W₁⊗W₂ as PEFT computes it: W₁ is expanded for a W₂ of four dimensions; for three `torch.kron` pads it."""
     first = parts[W1] if W1 in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
     if CORE in parts:
         second = torch.einsum("ijkl,ip,jr->prkl", parts[CORE], parts["lokr_w2_a"], parts["lokr_w2_b"])

@@ -1,15 +1,15 @@
 """LoRA: Δ = s·B·A, s = alpha/r or, with rsLoRA, alpha/√r; and DoRA: Δ = m∘(W + s·B·A)/‖W + s·B·A‖ − W, by rows.
 
-The rank is read from the tensors, alpha from the config by PEFT's own matching rule. What the layer is
-shows in the tensors' names and shapes:
+The rank is that of the tensors; alpha comes from the config by PEFT's matching rule. The type of a layer follows from the
+names and shapes of its tensors:
 
     Linear, Conv1D     A (r, in), B (out, r); on GPT-2's Conv1D (`fan_in_fan_out`) oriented as on a Linear
     convolution        A (r, in, k…), B (out, r, 1…): Δ is flattened to (out, in·k…)
     Embedding          lora_embedding_A (r, vocabulary), lora_embedding_B (dim, r): Δ is (dim, vocabulary)
-    lora_bias          lora_B.bias (out,): Δ of the bias is s·b, a matrix (out, 1), as if the input ended in a 1
+    lora_bias          lora_B.bias (out,): Δ of the bias is s·b, a matrix (out, 1), as if a 1 were appended to the input
     MultiheadAttention `mha` and `mha.base_layer.out_proj`, which PEFT adapts together
-    target_parameters  A (E·r, in), B (out, r·E), an expert being the slowest index of A and the fastest of
-                       B: a module for each expert; further parameters of a layer lie under `base_layer`
+    target_parameters  A (E·r, in), B (out, r·E); the expert is the slowest index of A and the fastest of B. There is a module
+                       for each expert; further parameters of the same layer are stored under `base_layer`
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 SUFFIXES = (A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, *MAGNITUDES)
 NESTED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
-ORDER = ("gate_up_proj", "down_proj")  # in which models define the parameters of their experts
+ORDER = ("gate_up_proj", "down_proj")  # in which models define the parameters of experts
 
 REFUSED_SETTINGS = {
     "use_bdlora": "BD-LoRA",
@@ -75,7 +75,7 @@ class Lora(WritablePeftType):
     def layout(
         self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
     ) -> dict[str, ModuleInfo]:
-        """Pairs of lora_A and lora_B, their shapes checked, and what stands beside them."""
+        """Return the layers with pairs of lora_A and lora_B, their biases and magnitudes; shapes are checked."""
         refuse_settings(config, REFUSED_SETTINGS, label)
         _refuse_changed_base(config, label)
         layers = group_by_layer(tensors, SUFFIXES, label)
@@ -91,11 +91,11 @@ class Lora(WritablePeftType):
         return {module.name: module for module in sorted(found, key=lambda module: module.name)}
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
-        """B (with the lora scaling) and A; dense for DoRA."""
+        """Return the factors s·B and A; a dense matrix for DoRA."""
         if module.layer_type == BIAS:
             bias = tensors.read(module.keys[0]).to(torch.float32).reshape(-1, 1)
             return LowRank(bias * module.scaling, torch.ones(1, 1), module.scaling)
-        factors = (1.0, module.scaling, 1.0)  # on A, B and a magnitude
+        factors = (1.0, module.scaling, 1.0)  # of A, B and a magnitude
         first, second, *magnitude = (
             _float32(tensors.read(key), factor) for key, factor in zip(module.keys, factors, strict=False)
         )
@@ -107,13 +107,13 @@ class Lora(WritablePeftType):
         return _dora(delta, magnitude[0], module, base) if magnitude else delta
 
     def written(self, module: ModuleInfo, rank: int) -> ModuleInfo:
-        """The module with a lora scaling of 1 and the rank of the output."""
+        """Return the module with a lora scaling of 1 and the rank of the output."""
         return replace(
             module, rank=rank, keys=_keys(module), scaling=1.0, expert=(0, 1), base_tensors=(), rank_is_trained=True
         )
 
     def pack(self, module: ModuleInfo, delta: Delta, rank: int) -> dict[str, Tensor]:
-        """A and B padded with zeros to `rank`, for a lora scaling of 1."""
+        """Return A and B padded with zeros to `rank`, for a lora scaling of 1."""
         if module.layer_type == BIAS:
             return {_keys(module)[0]: delta.dense().reshape(-1)}
         if not isinstance(delta, LowRank):
@@ -125,7 +125,7 @@ class Lora(WritablePeftType):
         return dict(zip(_keys(module), (first, second), strict=True))
 
     def join(self, modules: Sequence[ModuleInfo], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Experts side by side in one tensor; a bias of zeros where other layers have one."""
+        """Stack the experts of a parameter into one tensor; add biases of zeros if some layers have a bias on lora_B."""
         joined = dict(tensors)
         experts: dict[str, dict[str, list[ModuleInfo]]] = {}
         for module in modules:
@@ -142,7 +142,7 @@ class Lora(WritablePeftType):
         return joined
 
     def config(self, modules: Sequence[ModuleInfo], rank: int) -> dict[str, Any]:
-        """One rank, alpha = r, no patterns, the modules by their full paths; more only where it is needed."""
+        """Return one rank, alpha = r, no patterns, and the full paths of the modules; other entries only if needed."""
         paths = {m.path for m in modules if m.layer_type not in (EXPERT, BIAS) and not m.path.endswith(OUT_PROJ)}
         parameters = {f"{m.path}.{_parameter(m)}" for m in modules if m.layer_type == EXPERT}
         return {
@@ -156,7 +156,7 @@ class Lora(WritablePeftType):
         }
 
     def fault(self, modules: Sequence[ModuleInfo]) -> str | None:
-        """PEFT has a bias on lora_B for linear layers and convolutions alone."""
+        """Return why not: PEFT supports a bias on lora_B only for linear layers and convolutions."""
         biased = any(module.layer_type == BIAS for module in modules)
         others = [m for m in modules if m.layer_type in (EMBEDDING, EXPERT) or m.path.endswith(OUT_PROJ)]
         if biased and others:
@@ -168,7 +168,13 @@ class Lora(WritablePeftType):
 
 
 class _Layer:
-    """One of PEFT's layers in a file: its tensors by what their names end in."""
+    """One of PEFT's layers in a file.
+
+    Args:
+        path: in the base model.
+        parts: its tensors' names by their suffixes.
+        config, tensors, label, base: as in `PeftType.layout`.
+    """
 
     def __init__(
         self,
@@ -184,7 +190,7 @@ class _Layer:
         self.where = f"adapter '{label}', module {path!r}"
 
     def modules(self, layers: dict[str, dict[str, str]]) -> Iterator[ModuleInfo]:
-        """Its task vectors."""
+        """Yield its task vectors."""
         form = EMBEDDING if EMBEDDING_A in self.parts or EMBEDDING_B in self.parts else LINEAR
         ends = (EMBEDDING_A, EMBEDDING_B) if form == EMBEDDING else (A, B)
         self.check_pair(ends)
@@ -233,7 +239,7 @@ class _Layer:
         return replace(whole, base_tensors=needs, conv1d=conv1d)
 
     def bias(self, shapes: list[tuple[int, ...]]) -> ModuleInfo:
-        """The task vector of the layer's bias."""
+        """Return the task vector of the layer's bias."""
         if B_BIAS not in self.parts or not self.config.get("lora_bias") or self.config.get("use_dora"):
             seen = "a lora_B.bias" if B_BIAS in self.parts else "no lora_B.bias"
             raise AdapterError(
@@ -246,7 +252,7 @@ class _Layer:
     def experts(
         self, layers: dict[str, dict[str, str]], keys: tuple[str, str], shapes: list[tuple[int, ...]]
     ) -> Iterator[ModuleInfo]:
-        """A module for each expert of one parameter."""
+        """Yield a module for each expert of one parameter."""
         layer, depth = self.path, 0
         while layer.endswith(NESTED):
             layer, depth = layer.removesuffix(NESTED), depth + 1
@@ -257,7 +263,7 @@ class _Layer:
         rank = int(config_number(self.config, "r", "rank_pattern", name, 8, self.where))
         if rank < 1 or shapes[0][0] % rank:
             raise AdapterError(
-                f"{self.where}: lora_A has {shapes[0][0]} rows, which r = {rank} does not divide. Mend adapter_config.json."
+                f"{self.where}: lora_A has {shapes[0][0]} rows, which r = {rank} does not divide. Correct adapter_config.json."
             )
         count = shapes[0][0] // rank
         shape, scaling = (shapes[1][0], shapes[0][1]), self.scaling(name, rank)
@@ -266,12 +272,12 @@ class _Layer:
             yield ModuleInfo(own, shape, rank, keys, scaling, layer_type=EXPERT, layer=layer, expert=(which, count))
 
     def parameters(self, layer: str, nest: int) -> list[str]:
-        """The names of a layer's adapted parameters, the outermost first, which models define last."""
+        """Return the names of a layer's adapted parameters; the outermost comes first, which models define last."""
         listed = self.config["target_parameters"]
         if not isinstance(listed, list) or not all(isinstance(target, str) for target in listed):
             raise AdapterError(
                 f"{self.label}: target_parameters is {listed!r}; expected a list of parameters' names. "
-                "Mend adapter_config.json."
+                "Correct adapter_config.json."
             )
         fitting = [t for t in listed if f"{layer}.{t.rpartition('.')[2]}".endswith(t)]
         dotted = [target for target in fitting if "." in target]
@@ -286,12 +292,12 @@ class _Layer:
         return names
 
     def scaling(self, name: str, rank: int) -> float:
-        """s: alpha by PEFT's matching rule over alpha_pattern, r from the tensors."""
+        """Return s, with alpha by PEFT's matching rule for alpha_pattern, and r from the tensors."""
         alpha = config_number(self.config, "lora_alpha", "alpha_pattern", name, 8, self.where)
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def check_pair(self, ends: tuple[str, str]) -> None:
-        """Both are there."""
+        """Refuse a layer of which one of the two factors is missing."""
         missing = [end for end in ends if end not in self.parts]
         if not missing:
             return
@@ -301,7 +307,7 @@ class _Layer:
         raise AdapterError(f"{self.where}: there is a {seen} but no {lacking}. Save the adapter again, whole.")
 
     def check_shapes(self, shapes: list[tuple[int, ...]], form: str, ends: tuple[str, str]) -> None:
-        """They fit each other, and are of a form that PEFT still has."""
+        """Refuse shapes that do not fit each other, and layers that PEFT no longer supports."""
         first, second = shapes
         names = [end.removesuffix(".weight") for end in ends]
         if form == CONV and len(second) == len(first) and 0 < second[1] < first[0]:
@@ -323,7 +329,7 @@ class _Layer:
 
 
 def _float32(tensor: Tensor, factor: float) -> Tensor:
-    """factor · a tensor in float32, with no copy but the one that this needs: those of many adapters leave holes."""
+    """Return factor · tensor in float32 with at most one copy; more copies of many adapters would fragment the memory."""
     upcast = tensor.to(torch.float32)
     if factor == 1:
         return upcast
@@ -331,7 +337,7 @@ def _float32(tensor: Tensor, factor: float) -> Tensor:
 
 
 def _dora(delta: LowRank, magnitude: Tensor, module: ModuleInfo, base: BaseModel | None) -> Dense:
-    """m∘V/‖V‖ − W with V = W + s·B·A, rows of unit length times m; in float64."""
+    """Return m∘V/‖V‖ − W with V = W + s·B·A and norms by rows, computed in float64."""
     weight = base_weight(base, module.base_tensors[0], f"DoRA on module {module.name!r}").flatten(1)
     if module.layer_type == EMBEDDING or module.conv1d:
         weight = weight.T
@@ -346,7 +352,7 @@ def _dora(delta: LowRank, magnitude: Tensor, module: ModuleInfo, base: BaseModel
 
 
 def _keys(module: ModuleInfo) -> tuple[str, ...]:
-    """The names of a module's packed tensors; those of one expert are joined later."""
+    """Return the names of a module's packed tensors; those of experts are stacked later."""
     if module.layer_type == BIAS:
         return (f"{PREFIX}{module.path}.{B_BIAS}",)
     ends = (EMBEDDING_A, EMBEDDING_B) if module.layer_type == EMBEDDING else (A, B)
@@ -355,7 +361,7 @@ def _keys(module: ModuleInfo) -> tuple[str, ...]:
 
 
 def _parameter(module: ModuleInfo) -> str:
-    """The name of an expert's parameter."""
+    """Return the name of an expert's parameter."""
     return module.name.removeprefix(f"{module.path}.").partition("[")[0]
 
 
@@ -364,7 +370,7 @@ def _order(parameter: str) -> int:
 
 
 def _stacked(path: str, modules: Sequence[ModuleInfo], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A (E·r, in) and B (out, r·E) of one parameter, its experts' own taken out of `tensors`."""
+    """Return A (E·r, in) and B (out, r·E) of one parameter, and remove its experts' tensors from `tensors`."""
     pairs = [tuple(tensors.pop(key) for key in _keys(m)) for m in sorted(modules, key=lambda m: m.expert)]
     first = torch.cat([pair[0] for pair in pairs])
     second = torch.stack([pair[1] for pair in pairs], dim=2).flatten(1)

@@ -1,7 +1,7 @@
-"""VeRA: Δ = diag(b)·B·diag(d)·A, with one pair A, B for all layers, of which each takes a corner; read only.
+"""VeRA: Δ = diag(b)·B·diag(d)·A, with one pair A, B for all layers, of which each uses the first rows or columns; read only.
 
-A layer's input size stands in no tensor of the file, so the base model's shapes are asked. Where the
-projections were not saved they are drawn again, as PEFT draws them, from the key in the config.
+No tensor of the file has a layer's input size, so the base model's shapes are needed. Projections that were not saved are
+drawn again as PEFT draws them, from the key in the config.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Vera(PeftType):
     def layout(
         self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
     ) -> dict[str, ModuleInfo]:
-        """The two diagonals of each layer."""
+        """Return the layers with their two diagonals."""
         layers = group_by_layer(tensors, (B_DIAGONAL, D_DIAGONAL), label)
         if base is None:
             raise AdapterError(
@@ -55,7 +55,7 @@ class Vera(PeftType):
         }
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> LowRank:
-        """diag(b)·B and diag(d)·A, the corners that the layer uses."""
+        """Return diag(b)·B and diag(d)·A, cut to the layer's size."""
         b, d, *shared = (tensors.read(key).to(torch.float32) for key in module.keys)
         first, second = shared or _drawn(module.rank, *module.details)
         out, width = module.shape
@@ -66,7 +66,7 @@ class Vera(PeftType):
         if not saved and (not isinstance(key, int) or isinstance(key, bool)):
             raise AdapterError(
                 f"adapter '{label}': its projections were not saved, and projection_prng_key is {key!r}; "
-                "expected a whole number. Mend adapter_config.json."
+                "expected a whole number. Correct adapter_config.json."
             )
         if saved:
             wide, tall = tensors.info(SHARED_A).shape, tensors.info(SHARED_B).shape
@@ -78,7 +78,7 @@ class Vera(PeftType):
 
 
 def _shape(name: str, parts: dict[str, str], tensors: TensorSource, label: str, base: BaseModel) -> tuple[int, int]:
-    """(out, in) of a layer: out as the diagonal says, in as the base's weight does."""
+    """Return (out, in) of a layer: out from its diagonal, in from the base's weight."""
     where = f"adapter '{label}', module {name!r}"
     if len(parts) < 2:
         raise AdapterError(f"{where}: there is {next(iter(parts))} alone. Save the adapter again, whole.")
@@ -93,7 +93,7 @@ def _shape(name: str, parts: dict[str, str], tensors: TensorSource, label: str, 
 
 
 def _drawn(rank: int, key: int, out: int, width: int) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) as PEFT draws them: uniform, Kaiming's bound √(6/columns)."""
+    """Draw A (r, in) and B (out, r) as PEFT does: uniform in ±√(6/columns), Kaiming's bound."""
     generator = torch.Generator(device="cpu").manual_seed(key)
     drawn = []
     for shape in ((rank, width), (out, rank)):

@@ -1,0 +1,153 @@
+"""Recognise what an adapter's files are if they are not PEFT's, and refuse them with the way to convert them.
+
+A file of weights is recognised by the names of its tensors (see `formats`). `ties-peft convert` turns what can be converted
+exactly into a PEFT adapter, and the refusal shows the command.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import AdapterError
+from .formats import LoraFile, formats, read_file
+from .sources import (
+    ADAPTER_CONFIG,
+    FULL_MODEL_CONFIGS,
+    GGUF,
+    OTHER_WEIGHT_FILES,
+    WEIGHT_FILES,
+    WEIGHT_SUFFIXES,
+    AdapterFiles,
+    adapter_subfolders,
+    list_folder,
+    refuse_gguf,
+)
+
+
+def weights_of(files: AdapterFiles) -> Path | None:
+    """Return the file of weights of an adapter that may not be PEFT's; None if there is none."""
+    if files.weights is not None:
+        return files.weights
+    known = [files.folder / name for name in (*WEIGHT_FILES, *OTHER_WEIGHT_FILES)]
+    others = sorted(files.folder.glob("*.safetensors")) if files.folder.is_dir() else []
+    return next((path for path in (*known, *others) if path.is_file()), None)
+
+
+def recognise(files: AdapterFiles, config: Mapping[str, Any] | None, label: str) -> LoraFile | None:
+    """Return what an adapter's files are if they are not PEFT's; None if they are, or are of no known format.
+
+    Args:
+        files: of the adapter.
+        config: adapter_config.json; None if there is none.
+        label: the adapter's name in messages.
+    """
+    is_peft = config is not None and "peft_type" in config
+    if is_peft and (files.weights is None or files.weights.name in WEIGHT_FILES):
+        return None
+    path = weights_of(files)
+    file = read_file(path, config or {}, label) if path is not None else None
+    return None if file is None or (is_peft and file.format.name == "PEFT") else file
+
+
+def refuse(files: AdapterFiles, config: Mapping[str, Any] | None, label: str) -> None:
+    """Refuse an adapter's files if they are not PEFT's.
+
+    Args:
+        files, config, label: as in `recognise`.
+    Raises: AdapterError saying what they are and what to do.
+    """
+    file = recognise(files, config, label)
+    if file is None and config is not None and "peft_type" in config:
+        return
+    if file is not None and (file.format.name != "PEFT" or config is None):
+        refuse_file(file, config, label)
+    if config is None:
+        _refuse_without_config(files, label)
+    _refuse_config(config, label)
+
+
+def refuse_file(file: LoraFile, config: Mapping[str, Any] | None, label: str) -> NoReturn:
+    """Refuse a file of another format, and say how it becomes a PEFT adapter, if it can.
+
+    Raises: AdapterError.
+    """
+    if not file.is_plain:
+        rest = f"; {len(file.rest)} other tensors, such as {file.rest[0]!r}" if file.rest else ""
+        raise AdapterError(
+            f"adapter '{label}': {file}{rest}, not a PEFT adapter. ties_peft cannot merge or convert it: its updates are no "
+            "plain LoRA. Leave it out, or convert it where it was made."
+        )
+    part = f" --part {' or '.join(sorted(file.parts))}" if len(file.parts) > 1 else ""
+    raise AdapterError(
+        f"adapter '{label}': {file}, {file.format.advice(_convert(label) + part, has_config=config is not None)}"
+    )
+
+
+def _convert(label: str) -> str:
+    return f"ties-peft convert {shlex.quote(label)} --out DIR"
+
+
+def full_model(folder: Path) -> str | None:
+    """Return which full model a folder holds; None if it holds none."""
+    for name in FULL_MODEL_CONFIGS:
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        table = config if isinstance(config, dict) else {}
+        named = [table[key] for key in ("architectures", "_class_name", "model_type") if table.get(key)]
+        what = named[0][0] if named and isinstance(named[0], list) else next(iter(named), name)
+        return f"a full model ({what})"
+    return None
+
+
+def _refuse_without_config(files: AdapterFiles, label: str) -> NoReturn:
+    inside = adapter_subfolders(files.folder)
+    if inside and files.weights is None:
+        names = ", ".join(inside[:20]) + (", …" if len(inside) > 20 else "")
+        example = f"{label}{'/' if files.folder.name == label.rpartition('/')[2] else ':'}{inside[0]}"
+        raise AdapterError(
+            f"adapter '{label}': there is no {ADAPTER_CONFIG} in it, but in {len(inside)} of its sub-folders: {names}. "
+            f"Name one of them, such as {example}."
+        )
+    model = full_model(files.folder)
+    if model is not None:
+        raise AdapterError(
+            f"adapter '{label}' is {model}, not an adapter: there is no {ADAPTER_CONFIG} beside its config. ties_peft "
+            "merges adapters; mergekit merges full models. Name the folder of an adapter that was trained on it."
+        )
+    if files.weights is not None:
+        raise AdapterError(
+            f"adapter '{label}': there is no {ADAPTER_CONFIG} beside {files.weights.name}, and its tensors are no "
+            "LoRA's. Name the folder that PEFT's save_pretrained wrote."
+        )
+    suffixes = {path.suffix for path in files.folder.glob("*")} if files.folder.is_dir() else set()
+    if GGUF in suffixes and not suffixes & set(WEIGHT_SUFFIXES):
+        refuse_gguf(label)
+    seen = f" It holds {list_folder(files.folder)}." if files.folder.is_dir() else ""
+    hint = " None of them is a LoRA of a known format." if suffixes & set(WEIGHT_SUFFIXES) else ""
+    raise AdapterError(
+        f"adapter '{label}': there is no {ADAPTER_CONFIG} in it.{seen}{hint} Name the folder that PEFT's "
+        "save_pretrained wrote."
+    )
+
+
+def _refuse_config(config: Mapping[str, Any], label: str) -> NoReturn:
+    for form in formats():
+        fault = form.config_fault(config, _convert(label))
+        if fault is not None:
+            raise AdapterError(f"adapter '{label}' {fault}")
+    if isinstance(config.get("config"), dict) and {"model_class", "model_name", "model_type"} & config.keys():
+        raise AdapterError(
+            f"adapter '{label}': {ADAPTER_CONFIG} is of the library `adapters` (AdapterHub), not of PEFT; ties_peft cannot "
+            "merge or convert that. Train it with PEFT, or leave it out."
+        )
+    keys = ", ".join(str(key)[:30] for key in sorted(config)[:8]) or "none"
+    raise AdapterError(
+        f"adapter '{label}': {ADAPTER_CONFIG} has no peft_type, so it is not PEFT's (its keys: {keys}). If it is a PEFT "
+        'adapter, write its type into that file, such as "peft_type": "LORA"; otherwise leave it out.'
+    )
