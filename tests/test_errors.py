@@ -156,8 +156,8 @@ def test_dora(make_lora: Make) -> None:
     magnitudes = {f"{PREFIX}{module}.lora_magnitude_vector": torch.ones(size) for module, size in sizes.items()}
     edit(Path("a"), lambda t: t.update(magnitudes))
     assert of_load(name) == (
-        "adapter 'a' is a DoRA, whose task vector depends on the weights it was trained on. Name its base: "
-        "--base PATH_OR_ID (base=...); just the tensors it needs are read."
+        "adapter 'a' is a DoRA, whose task vector depends on the weights it was trained on. Name the base model: "
+        "--base PATH_OR_ID (base=...); only the tensors that are needed are read."
     )
 
 

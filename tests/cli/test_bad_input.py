@@ -164,7 +164,7 @@ AGAIN = "again"
 FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "no such folder": (no_folder, ("no such folder", "Check the path")),
     "a file": (a_file, ("is a file", "adapter_config.json")),
-    "no config": (no_config, ("no adapter_config.json", "lora_alpha stands nowhere else", "--alpha")),
+    "no config": (no_config, ("no adapter_config.json", "which would give lora_alpha", "--alpha")),
     "weights without config": (weights_without_config, ("no adapter_config.json", "ties-peft convert", "--alpha")),
     "not JSON": (raw_config('{"peft_type": None}'), ("not JSON", AGAIN)),
     "empty config": (raw_config(""), ("not JSON", AGAIN)),
