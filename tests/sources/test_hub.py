@@ -116,7 +116,8 @@ def test_a_recipe_finds_the_subfolder_again(hub: Stub) -> None:
 
 def test_the_adapters_inside_a_repository_are_named(hub: Stub) -> None:
     with pytest.raises(
-        AdapterError, match=r"2 of its sub-folders: checkpoint-5, named\. Name one of them, such as org/many:checkpoint-5"
+        AdapterError,
+        match=r"2 of its sub-folders: checkpoint-5, named\. Name one of them, such as org/many:checkpoint-5",
     ):
         Adapter.load("org/many")
 
