@@ -93,8 +93,7 @@ FURTHER = (  # on all six, last
 SEED = 15  # of the subsets
 SUBSETS = 5  # of each size
 WAITING = 2  # merges per process that may wait to be scored: each lies in memory until then
-
-Scores = Mapping[str, Mapping[str, Any]]  # by split and task, as in the log
+ROOM = 4 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -174,9 +173,15 @@ def work(job: Job, adapters: Path, folder: Path) -> dict[str, Any]:
             result, seconds = job.setting.merge("lora", paths)
             merged, facts = result, {"rank": result.report.rank, "seconds": seconds, "energy": result.report.energy}
         merged.save(folder)
-    except ties_peft.TiesPeftError as error:
-        return {"error": str(error)}
+    except Exception as error:  # of whatever kind: it is told, and the other merges go on
+        return {"error": f"{type(error).__name__}: {error}"}
     return facts
+
+
+def memory_folder() -> Path | None:
+    """Return a folder that lies in memory, where there is one with room for the merges that wait."""
+    folder = Path("/dev/shm")
+    return folder if folder.is_dir() and shutil.disk_usage(folder).free > ROOM else None
 
 
 class Log:
@@ -255,8 +260,7 @@ class Log:
         todo = [one for one in jobs() if is_known(one.setting) and self.get(one.name) is None]
         if time.monotonic() >= self.deadline or not todo:
             return
-        memory = Path("/dev/shm")
-        with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
             context = multiprocessing.get_context("spawn")
             pool = concurrent.futures.ProcessPoolExecutor(self.asked.processes, mp_context=context)
             try:
