@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +35,7 @@ from ..task_vectors.tiles import threads_fixed
 from . import BATCH_SIZE, FITS
 from .checkpoint import Checkpoint
 from .distilled import Distilled, DistilReport, TeacherResult
+from .estimate import Estimate, estimate, print_estimate
 from .fitting import Fit, FitOptions, split_rows
 from .start import make_start
 from .student import FACTORS, Student
@@ -66,6 +67,7 @@ def distil(
     state: str | Path | None = None,
     base_model: str | None = None,
     progress: Progress | None = None,
+    on_estimate: Callable[[Estimate], None] | None = None,
 ) -> Distilled:
     """Return one adapter that imitates several, fitted on unlabelled rows or on random tokens.
 
@@ -87,7 +89,8 @@ def distil(
         dtype: of the tensors written; by default that of the adapters, float32 if they differ.
         tasks: one for every adapter, or one for each likewise. A task says how predictions are read (see `Task`); its
             labels are not used. Encoders need a task with `descriptions`. A sequence-classification head and a causal
-            model, whose next tokens are matched, need none.
+            model need none. Of a causal model the next tokens at all positions of a row are matched; the row is the
+            text in the template, and `choices` are not used, which a warning says.
         base: the base model; by default the tasks', else the adapters'.
         bench: a loaded base model to use again.
         kind: `lora` or `ia3`, of the result; by default LoRA if any adapter is one.
@@ -99,6 +102,8 @@ def distil(
         state: a folder in which the state is saved, so that the work can be stopped and resumed.
         base_model: the base's name to write; by default the adapters'.
         progress: called as progress(stage, done, of).
+        on_estimate: called with an `Estimate` of the time and the memory before the long work starts; by default the
+            estimate is printed on standard error if it is 10 seconds or more.
     Returns: the adapter, with its `report` and `recipe`.
     Raises: TiesPeftError before any long work.
     Laws: on the held-out rows the result is never worse than its start, which is returned where nothing better was
@@ -118,11 +123,12 @@ def distil(
         taken = steps or _default_steps(specs, teachers, batch_size)
         options = FitOptions(taken, RATES[student.fit], batch_size, seed, threads)
         checkpoint = Checkpoint(state, _fingerprint(teachers, student, options, written))
-        _run_teachers(teachers, checkpoint, report_progress)
         done = Fit(student, teachers, options)
+        (on_estimate or print_estimate)(estimate(done))
+        _run_teachers(teachers, checkpoint, report_progress)
         done.run(checkpoint, report_progress)
         outcome = _Outcome(done, written)
-        report = outcome.report(start_adapter, origin, time.perf_counter() - started)
+        report = outcome.report(specs, start_adapter, origin, time.perf_counter() - started)
     warn_caller(report.warnings)
     folders = [sources.local_path(spec.adapter.source) for spec in specs if spec.adapter.source is not None]
     return Distilled(
@@ -161,7 +167,7 @@ class _Outcome:
         if self.improved:
             self.tensors, self.after = fitted, measured
 
-    def report(self, start: Merged, origin: str, seconds: float) -> DistilReport:
+    def report(self, specs: Sequence[TeacherSpec], start: Merged, origin: str, seconds: float) -> DistilReport:
         """Return the report; `origin` says how the start was made."""
         done = self.done
         best_step, _ = min(done.history, key=lambda entry: entry[1])
@@ -181,7 +187,7 @@ class _Outcome:
             retries=done.retries,
             history=done.history,
             lessons=self._results(),
-            warnings=self._warnings(),
+            warnings=self._warnings(specs),
             improved=self.improved,
             dtype=str(self.dtype).removeprefix("torch."),
             seconds=seconds,
@@ -199,14 +205,21 @@ class _Outcome:
                 divergence=(first[0], last[0]),
                 agreement=(first[1], last[1]),
                 page=sources.hub_url(teacher.adapter.source),
+                kept_probability=teacher.kept_probability,
             )
             for teacher, (learnt, held), first, last in zip(
                 self.done.teachers, self.parts, self.before, self.after, strict=True
             )
         ]
 
-    def _warnings(self) -> list[str]:
+    def _warnings(self, specs: Sequence[TeacherSpec]) -> list[str]:
         warnings = []
+        choosing = [spec.name for spec in specs if spec.task is not None and spec.task.choices is not None]
+        if choosing:
+            warnings.append(
+                f"the choices of the tasks of {', '.join(choosing)} were not used: of a causal model all next tokens of the "
+                "prompts are matched."
+            )
         if not self.improved:
             warnings.append(
                 "no step made the adapter better on the held-out rows, so the result is the start itself. More rows, or "

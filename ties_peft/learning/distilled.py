@@ -45,6 +45,8 @@ class TeacherResult:
         divergence: KL(teacher ‖ adapter) on the held-out rows in nats, of the start and of the result.
         agreement: the share of predictions there whose likeliest answer is the teacher's, likewise.
         page: its address on the Hub; None for a local adapter.
+        kept_probability: the mean share of its predicted probability that was kept answer by answer; the rest was kept as
+            one sum (see `learning.teachers`).
     """
 
     name: str
@@ -56,6 +58,7 @@ class TeacherResult:
     divergence: tuple[float, float]
     agreement: tuple[float, float]
     page: str | None = None
+    kept_probability: float = 1.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,6 +137,7 @@ class DistilReport(Printed):
 
     def _outcome(self) -> Table:
         before, after = self.divergence
+        kept = sum(line.kept_probability for line in self.lessons) / len(self.lessons)
         rank = "" if self.rank is None else f", rank {self.rank}"
         outcome = (
             f"{before:.4f} → {after:.4f}"
@@ -146,6 +150,7 @@ class DistilReport(Printed):
                 ("fitted", f"{self.fit} of one {self.kind} adapter{rank}"),
                 ("steps", f"{self.steps} of {self.of}; the result is of step {self.kept}"),
                 ("mean KL", outcome),
+                ("kept", f"{kept:.2%} of the teachers' probability, answer by answer"),
                 ("written as", self.dtype),
                 ("licence", self.licence_note),
                 ("time", f"{self.seconds:.1f} s"),

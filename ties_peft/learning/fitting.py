@@ -64,6 +64,8 @@ class Fit:
         options: how.
 
     Attributes:
+        batches: for each step the number of the teacher and its rows.
+        held_out: for each teacher the rows that it is measured on.
         step: how many are done since the last restart.
         rate: in force.
         retries: how often the fit was restarted with a lower rate.
@@ -74,12 +76,18 @@ class Fit:
     def __init__(self, student: Student, teachers: Sequence[Teacher], options: FitOptions) -> None:
         self.student, self.teachers, self.options = student, teachers, options
         parts = split_rows(teachers, options.seed)
-        self._batches = batch_plan(teachers, [learnt for learnt, _ in parts], options)
-        self._held_out = [held for _, held in parts]
+        self.batches = batch_plan(teachers, [learnt for learnt, _ in parts], options)
+        self.held_out = [held for _, held in parts]
+        self._interval = max(5, math.ceil(options.steps / VALIDATIONS))
         self.retries, self.rate = 0, options.rate
         self.best = student.state_dict()
         self.history: list[tuple[int, float]] = []
         self._restart()
+
+    @property
+    def validations(self) -> int:
+        """How often the held-out rows are measured if no step is repeated, without the start."""
+        return math.ceil(self.options.steps / self._interval)
 
     def run(self, checkpoint: Checkpoint, progress: Progress) -> None:
         """Take all steps, or those that are left; the student has the best parameters afterwards.
@@ -89,7 +97,6 @@ class Fit:
             progress: called as progress(stage, done, of).
         """
         steps = self.options.steps
-        interval = max(5, math.ceil(steps / VALIDATIONS))
         with self.student.attached():
             saved = checkpoint.read("fit")
             if saved is None:
@@ -98,7 +105,7 @@ class Fit:
                 self._load_state_dict(saved)
             while self.step < steps and not self._stops_early():
                 self.take_step()
-                if self.step % interval == 0 or self.step == steps:
+                if self.step % self._interval == 0 or self.step == steps:
                     self._validate()
                     checkpoint.write("fit", self._state_dict())
                 progress("distil", self.step, steps)
@@ -106,7 +113,7 @@ class Fit:
 
     def take_step(self) -> None:
         """Take one step of Adam on the mean divergence of one batch."""
-        number, rows = self._batches[self.step]
+        number, rows = self.batches[self.step]
         teacher = self.teachers[number]
         size = teacher.micro_batch(len(rows))
         self._optimiser.zero_grad(set_to_none=False)
@@ -143,7 +150,7 @@ class Fit:
 
     def _divergence(self) -> float:
         """Return the mean over teachers of the mean divergence on the held-out rows of each."""
-        found = [teacher.measure(rows)[0] for teacher, rows in zip(self.teachers, self._held_out, strict=True)]
+        found = [teacher.measure(rows)[0] for teacher, rows in zip(self.teachers, self.held_out, strict=True)]
         return sum(found) / len(found)
 
     def _stops_early(self) -> bool:

@@ -1,9 +1,12 @@
 """Run each adapter once on its rows, keep its predictions, and measure the student against them.
 
 The measure is the Kullback-Leibler divergence KL(teacher ‖ student) of predictions, in nats: over the labels of a
-row, or the mean over the positions of a row of that over the next token. Of next tokens only the teacher's `TOP_K`
-likeliest and the sum of the other probabilities are kept, so that memory stays small. By the data-processing
-inequality the divergence of what is kept is at most that of the whole.
+row, or the mean over the positions of a row of that over the next token.
+
+Of the predictions of next tokens only the teacher's `TOP_K` likeliest and the sum of the other probabilities, the rest,
+are kept. By the data-processing inequality the divergence of what is kept is at most that of the whole. Log-probabilities
+are kept in float16, so they are wrong by at most |log p|/2048, and are normalised when they are used. Token numbers take
+two bytes up to a vocabulary of 65,536, else four.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +27,7 @@ from ..evaluation.scorers import BATCH, Classification, Progress, batches
 from ..task_vectors.random_numbers import stream_key
 
 TOP_K = 128
+SHORT_VOCABULARY = 1 << 16  # of which a token number fits into two bytes
 MAX_LOGITS = 1 << 26  # logits in memory at once
 MIN_TOKENS, MAX_TOKENS = 6, 32  # in a row of random tokens
 
@@ -80,6 +85,16 @@ class Teacher(ABC):
     def compare(self, places: Sequence[int]) -> Comparison:
         """Measure what is applied to the base model against the predictions on some rows."""
 
+    @property
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """The size of the predictions."""
+
+    @property
+    def kept_probability(self) -> float:
+        """The mean share of the teacher's probability that is in the answers kept one by one."""
+        return 1.0
+
     def own_head(self) -> AbstractContextManager[Any]:
         """Apply the head that the teacher is compared with, within a `with` block that includes the backward pass."""
         return nullcontext()
@@ -113,6 +128,12 @@ class LabelTeacher(Teacher):
         task = self.scorer.task
         return f"{task.measure} {task.descriptions} {task.temperature}"
 
+    @property
+    def cache_bytes(self) -> int:
+        """Four bytes for each row and label."""
+        task, head = self.scorer.task, self.bench.model.config.num_labels
+        return 4 * len(self.sequences) * (head if task.descriptions is None else len(task.descriptions))
+
     def predict(self, progress: Progress | None = None) -> dict[str, Tensor]:
         """Return log-probabilities, (rows, labels)."""
         with self.bench.applied(self.adapter):
@@ -143,26 +164,41 @@ class TokenTeacher(Teacher):
 
     @property
     def settings(self) -> str:
-        """How many tokens are kept at each position."""
-        return str(TOP_K)
+        """How many tokens are kept at each position, and how."""
+        return f"{TOP_K} float16"
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of each position the token numbers, and two bytes for each log-probability."""
+        kept, rest = self._kept, self._kept < self._vocabulary
+        each = kept * (2 if self._vocabulary <= SHORT_VOCABULARY else 4) + 2 * (kept + rest)
+        return each * sum(len(ids) for ids in self.sequences)
+
+    @property
+    def kept_probability(self) -> float:
+        """The mean over positions of the probability of the tokens kept one by one."""
+        log_p = torch.cat(self._log_p).float().log_softmax(-1)
+        return float(log_p[:, : self._kept].exp().sum(-1).mean())
 
     def micro_batch(self, size: int) -> int:
         """Return so many rows that their logits are at most `MAX_LOGITS` numbers."""
         longest = max(len(ids) for ids in self.sequences)
-        vocabulary: int = self.bench.model.get_output_embeddings().weight.shape[0]
-        return max(1, min(size, MAX_LOGITS // (longest * vocabulary)))
+        return max(1, min(size, MAX_LOGITS // (longest * self._vocabulary)))
 
     def predict(self, progress: Progress | None = None) -> dict[str, Tensor]:
-        """Return the likeliest tokens at all positions, row after row, (positions, top), and their log-probabilities."""
+        """Return the likeliest tokens at all positions, row after row, (positions, kept), and log-probabilities.
+
+        After those of the tokens stands the rest's, (positions, kept + 1), unless the whole vocabulary is kept.
+        """
         tokens: dict[int, Tensor] = {}
         log_p: dict[int, Tensor] = {}
+        short = torch.int16 if self._vocabulary <= SHORT_VOCABULARY else torch.int32
         with self.bench.applied(self.adapter), torch.no_grad():
             for chosen in batches([len(ids) for ids in self.sequences], self.micro_batch(BATCH)):
                 logits = self._logits(chosen)
                 for row, place in enumerate(chosen):
-                    own = logits[row, : len(self.sequences[place])].log_softmax(-1)
-                    top = own.topk(min(TOP_K, own.shape[-1]))
-                    tokens[place], log_p[place] = top.indices.int().cpu(), top.values.cpu()
+                    top = logits[row, : len(self.sequences[place])].log_softmax(-1).topk(self._kept)
+                    tokens[place], log_p[place] = top.indices.to(short).cpu(), self._with_rest(top.values).half().cpu()
                 if progress is not None:
                     progress(self.name, len(tokens), len(self.sequences))
         order = range(len(self.sequences))
@@ -180,26 +216,36 @@ class TokenTeacher(Teacher):
         divergences, agreements = [], []
         for row, place in enumerate(places):
             tokens = self._tokens[place].to(self.bench.device).long()
-            log_p = self._log_p[place].to(self.bench.device)
+            if self._vocabulary <= SHORT_VOCABULARY:
+                tokens = tokens & (SHORT_VOCABULARY - 1)  # int16 holds numbers from 32,768 up as negative ones
+            log_p = self._log_p[place].to(self.bench.device).float().log_softmax(-1)
             whole = logits[row, : len(tokens)].log_softmax(-1)
-            log_q = whole.gather(1, tokens)
-            divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-            if tokens.shape[1] < whole.shape[1]:
-                rest_p, rest_q = _rest(log_p), _rest(log_q)
-                divergence = divergence + rest_p * (rest_p.log() - rest_q.log())
-            divergences.append(divergence.mean())
+            log_q = self._with_rest(whole.gather(1, tokens))
+            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
             agreements.append((whole.argmax(-1) == tokens[:, 0]).float().mean())
         return Comparison(torch.stack(divergences), torch.stack(agreements))
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        size: int = self.bench.model.get_output_embeddings().weight.shape[0]
+        return size
+
+    @property
+    def _kept(self) -> int:
+        """How many tokens are kept one by one."""
+        return min(TOP_K, self._vocabulary)
+
+    def _with_rest(self, log_p: Tensor) -> Tensor:
+        """Append the log-probability of all tokens that are not kept, at least log 1e-6, unless all are kept."""
+        if self._kept == self._vocabulary:
+            return log_p
+        rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-6)
+        return torch.cat([log_p, rest.log()], -1)
 
     def _logits(self, places: Sequence[int]) -> Tensor:
         inputs = self.bench.pad_batch([self.sequences[place] for place in places])
         logits: Tensor = self.bench.model(**inputs).logits
         return logits.float()
-
-
-def _rest(log_p: Tensor) -> Tensor:
-    """Return 1 − Σ p, but not 0."""
-    return (1 - log_p.exp().sum(-1)).clamp_min(1e-6)
 
 
 def random_rows(
