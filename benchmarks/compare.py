@@ -39,6 +39,7 @@ LORA = [
     Setting("average"),
     Setting("task_arithmetic"),
     Setting("task_arithmetic", scale=ROOT_N),
+    Setting("dual"),
     Setting("flat_tsv"),
     Setting("flat_tsv", rank=32),
     Setting("flat_tsv", rank=16),
@@ -114,6 +115,7 @@ CANDIDATES = {
         Setting("tsv", scale=FOURTH_ROOT_N),
         Setting("flat_tsv"),
         Setting("iso_c"),
+        Setting("dual"),
     ],
     "ia3": [REFERENCE, Setting("task_arithmetic"), Setting("task_arithmetic", scale=ROOT_N), Setting("power_mean")],
 }
@@ -237,7 +239,7 @@ def show(rows: Sequence[Mapping[str, Any]], console: Console, title: str) -> Non
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
-    if key.startswith("difference"):
+    if value is not None and key.startswith("difference"):
         return f"{value:+.1f} ± {row[key.replace('difference', 'error')]:.1f}"
     if isinstance(value, float):
         return f"{value:.{ {'seconds': 2, 'energy': 2, 'loss': 3}.get(key, 1) }f}"
