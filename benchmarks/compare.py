@@ -283,6 +283,7 @@ def parse() -> argparse.Namespace:
     of_lm.add_argument("--device", default="cpu", help="where rows are scored; merges are made on the CPU")
     of_lm.add_argument("--tf32", action="store_true", help="let a GPU multiply with 10 bits of mantissa")
     of_lm.add_argument("--processes", type=int, default=1, help="that merge at the same time (1)")
+    of_lm.add_argument("--methods", nargs="+", help="no other merges are made (default: all)")
     of_lm.add_argument("--seconds", type=float, help="stop after so many; 0 makes the tables of what is in the log")
     return parser.parse_args()
 
@@ -299,6 +300,7 @@ def compare_language_model(asked: argparse.Namespace, console: Console) -> dict[
         asked.processes,
         asked.seconds,
         asked.log,
+        tuple(asked.methods or ()),
     )
     found = language_model.tables(wanted, versions(), lambda text: console.print(text, style="red", markup=False))
     for title, rows in found[asked.split].items():

@@ -108,6 +108,7 @@ class Asked:
         processes: that merge.
         seconds: no new result is waited for after so many; None for no limit.
         log: a file with one JSON object a line; None to keep nothing.
+        methods: that are merged by; empty for all.
     """
 
     data: Path
@@ -119,6 +120,7 @@ class Asked:
     processes: int = 1
     seconds: float | None = None
     log: Path | None = None
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,8 @@ class Log:
         unknown = dict.fromkeys(one.setting.method for one in jobs() if not is_known(one.setting))
         for method in unknown:
             self.tell(f"{method}: this version has no such method; skipped")
-        todo = [one for one in jobs() if is_known(one.setting) and self.get(one.name) is None]
+        wanted = [one for one in jobs() if not self.asked.methods or one.setting.method in self.asked.methods]
+        todo = [one for one in wanted if is_known(one.setting) and self.get(one.name) is None]
         if time.monotonic() >= self.deadline or not todo:
             return
         with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:

@@ -150,8 +150,9 @@ def flat_tsv(deltas: Sequence[Array]) -> Array:
 
 
 def dual(deltas: Sequence[Array], flatten: float | None = None) -> Array:
-    """By eigenvalues of the Gram matrices of rows and columns."""
+    """By eigenvalues of the Gram matrices of rows and columns; an adapter without the module is a matrix of zeros."""
     total, N = sum(np.sum(d**2) for d in deltas), len(deltas)
+    deltas = [delta for delta in deltas if delta.any()]
     n = max(1, min(2 * N, N * total / np.sum(sum(deltas) ** 2)))
     f, a = 1 - 1 / n if flatten is None else flatten, 1 - 1 / n**2
     found = [svd(delta) for delta in deltas]
@@ -300,8 +301,11 @@ def test_equals_its_definition_in_delta_and_in_core(
 ) -> None:
     method, parameters, definition = DEFINITIONS[case]
     weights = WEIGHTS[family] if weighted else None
-    deltas = task_vectors(families[family], weights)
-    wanted = {name: definition([delta for _, delta in found]) for name, found in deltas.items()}
+    deltas = {name: [d for _, d in found] for name, found in task_vectors(families[family], weights).items()}
+    if method == "dual":  # alone to count the adapters that lack the module
+        count = len(families[family])
+        deltas = {name: found + [0 * found[0]] * (count - len(found)) for name, found in deltas.items()}
+    wanted = {name: definition(found) for name, found in deltas.items()}
     for space in ("delta", "core"):
         assert relative_error(merged(families[family], method, space, weights=weights, **parameters), wanted) < 1e-4, (
             space
@@ -497,7 +501,8 @@ def test_one_adapter_comes_back(families: dict[str, list[Path]], method: str, sp
 @pytest.mark.parametrize("method", [*SPECTRAL, "pico"])
 def test_zeros_are_absent_and_weights_are_factors(families: dict[str, list[Path]], zeros: Path, method: str) -> None:
     wanted = merged(families["mixed"], method)
-    assert relative_error(merged([*families["mixed"], zeros], method), wanted) < 1e-5
+    if method != "dual":  # which counts them
+        assert relative_error(merged([*families["mixed"], zeros], method), wanted) < 1e-5
     tripled = merged(families["mixed"], method, weights=[-3.0] * 3)
     assert relative_error({n: delta / -3 for n, delta in tripled.items()}, wanted) < 1e-5
 

@@ -28,11 +28,12 @@ class Dual(Method):
     For a = 1 the outer factors are the dual bases: UᵢᵀτVⱼ is 0 for i ≠ j and diag(S̄ᵢ) for i = j, and of all matrices
     with this property τ is the smallest. What several adapters write into one output direction, such as the label words
     of classifiers, is then not added up. The sum (`task_arithmetic`) is a = 0, `tsv` and `flat_tsv` are a = ½. The norm
-    does not grow with N. Statistics of each module; N counts the adapters that have it. The result has no small
-    directions: leave the rank at `auto`, which keeps all of Σrᵢ.
+    of the result does not grow with N, the number of all adapters: one that lacks the module counts as a τ of zeros,
+    because adapters disturb each other across modules too. The result has no small directions: leave the rank at
+    `auto`, which keeps all of Σrᵢ.
 
-    Law: one adapter, or N equal ones, come back unchanged; a common factor of all weights is a factor of the result; an
-        adapter of zeros equals an absent one; the order does not matter.
+    Law: one adapter, or N equal ones, come back unchanged; a common factor of all weights is a factor of the result;
+        the order does not matter.
     Source: our own. Orthogonalised singular vectors are from Gargiulo et al. (arXiv 2412.00081), flat spectra from
         Marczak et al. (arXiv 2502.04959). Chosen on validation rows of two base models (benchmarks/README.md).
     """
@@ -56,11 +57,11 @@ class Dual(Method):
         if not found:
             return matrices[0]
         total = sum(float(one.S.square().sum()) for one in found)
-        n = _independent(matrices.double().sum(0), total, len(found))
+        n = _independent(matrices.double().sum(0), total, task_vectors.adapters)
         flatten = 1 - 1 / n if self.flatten is None else self.flatten
         together = _dual([_flattened(one, flatten) for one in found], 1 - 1 / n**2)
         size = float(torch.linalg.vector_norm(together))
-        return together * ((min(2.0, n) * total / len(found)) ** 0.5 / size) if size else together
+        return together * ((min(2.0, n) * total / task_vectors.adapters) ** 0.5 / size) if size else together
 
 
 def _independent(added: Tensor, total: float, count: int) -> float:
