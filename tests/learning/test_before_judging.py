@@ -95,7 +95,7 @@ def test_another_base_is_asked_for_by_name(tmp_path: Path, bases: dict[str, Path
 def test_a_row_without_a_token_is_refused(measure: str, form: str, blank: str, bases: dict[str, Path]) -> None:
     """The tokenizer frames nothing, so that a blank text has no tokens."""
     rows = [{"text": "w1", "label": 0}, {"text": blank, "label": 1}]
-    with pytest.raises(RecipeError, match=r"row 2: nothing is there to judge by.*no tokens"):
+    with pytest.raises(RecipeError, match=r"row 2: .*no tokens"):
         ties_peft.evaluate(None, {"measure": measure, **LISTS.get(measure, {}), "rows": rows}, base=bases[form])
 
 
@@ -103,7 +103,7 @@ def test_an_encoder_that_sees_nothing_is_refused(tmp_path: Path) -> None:
     """Without a frame the mean over no tokens is not a number."""
     small = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 44}
     bench = Bench(GPT2Model(GPT2Config(**small)), make_tokenizer(False), "tiny", "encoder")
-    with pytest.raises(RecipeError, match="row 1: nothing is there to judge by"):
+    with pytest.raises(RecipeError, match="row 1: .*no tokens"):
         ties_peft.evaluate(None, {**DESCRIBED, "rows": [{"text": " ", "label": 0}]}, bench=bench)
 
 

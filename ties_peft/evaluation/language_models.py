@@ -1,8 +1,7 @@
 """Score tasks of language models, causal and sequence-to-sequence: rank classification, exact match, loss.
 
-A text and what follows it are tokenized together and told apart by the length of the text alone, so
-that a continuation has the tokens that it has in running text. Probabilities are of the
-continuation's tokens only; nothing looks at what fills up a short row.
+A prompt and its continuation are tokenized together and divided at the length of the prompt alone, so that the
+continuation has the tokens that it has in running text. Only the tokens of the continuation count; padding never does.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .task import Task
 
 
 class Pair(NamedTuple):
-    """What is given, and what is asked for: token ids of both, `given` empty where all is asked for."""
+    """The token ids of a prompt (`given`; may be empty) and of the continuation that is scored (`asked`)."""
 
     given: list[int]
     asked: list[int]
@@ -48,11 +47,11 @@ class Continuation(Scorer):
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """The number of rows."""
         return self._rows
 
     def score(self, progress: Progress | None = None, size: int = BATCH) -> Score:
-        """Accuracy and cross-entropy among the choices; for `loss` the mean over all tokens asked for."""
+        """Return the accuracy and cross-entropy among the choices; for `loss` the mean over all tokens of continuations."""
         totals, counts = self.log_probabilities(progress, size)
         if self.task.choices is None:
             return self.graded([], -float(totals.sum() / counts.sum()), classified=False)
@@ -62,7 +61,7 @@ class Continuation(Scorer):
         return self.graded(right.tolist(), float(losses.mean()))
 
     def log_probabilities(self, progress: Progress | None = None, size: int = BATCH) -> tuple[Tensor, Tensor]:
-        """For each pair: the sum of its tokens' log-probabilities and their number, float64, (pairs,)."""
+        """Return, for each pair, the sum of its tokens' log-probabilities and their number, float64, (pairs,) each."""
         totals = torch.zeros(len(self.pairs), dtype=torch.float64)
         causal = self.bench.form == "causal"
         counts = torch.tensor([len(p.asked) - (causal and not p.given) for p in self.pairs], dtype=torch.float64)
@@ -81,10 +80,8 @@ class Continuation(Scorer):
         logits = self.bench.model(**inputs).logits
         found = []
         for row, pair in enumerate(pairs):
-            start, stop = (
-                max(1, len(pair.given)),
-                len(pair.given) + len(pair.asked),
-            )  # nothing foretells the first token
+            start = max(1, len(pair.given))  # the first token of all is not predicted
+            stop = len(pair.given) + len(pair.asked)
             steps = logits[row, start - 1 : stop - 1].float().log_softmax(-1)
             found.append(steps.gather(1, inputs["input_ids"][row, start:stop].unsqueeze(1)).sum())
         return torch.stack(found)
@@ -113,7 +110,7 @@ class Continuation(Scorer):
             start = min(len(before), len(together)) if target else 0
             front, rest = together[:start], together[start:]
             long.append(len(together) > most)
-            if target:  # and nothing before it would leave its first token out
+            if target:  # without a prompt the first token of the target would not be scored
                 pairs.append(Pair(front[max(0, len(together) - most) :], rest[-most:] if before else []))
             else:
                 pairs.append(Pair([], rest[:most]))
@@ -122,13 +119,13 @@ class Continuation(Scorer):
         return [pair if pair.given or len(pair.asked) > 1 else Pair([], []) for pair in pairs]
 
     def _open(self, ids: list[int]) -> list[int]:
-        """Without the end that some tokenizers write after every text."""
+        """Return token ids without the end token that some tokenizers add to every text."""
         end = getattr(self.bench.tokenizer, "eos_token_id", None)
         return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
 
 
 def _apart(text: str, target: str) -> tuple[str, str]:
-    """A text and the label that follows it, a blank between them where there is none."""
+    """Return a text and the label that follows it, with a blank between them where there is none."""
     together = not target or not text or text[-1].isspace() or target[0].isspace()
     return (text, target) if together else (text, f" {target}")
 
@@ -156,16 +153,16 @@ class Generation(Scorer):
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """The number of rows."""
         return len(self.sequences)
 
     def score(self, progress: Progress | None = None, size: int = BATCH) -> Score:
-        """Share of the rows whose text is the label."""
+        """Return the share of rows whose generated text is the label."""
         written = self.written(progress, size)
         return self.graded([text == answer for text, answer in zip(written, self.answers, strict=True)], None)
 
     def written(self, progress: Progress | None = None, size: int = BATCH) -> list[str]:
-        """What the model writes after each row, cut at `stop` and stripped."""
+        """Return what the model generates for each row, cut at `stop` and stripped."""
         texts = [""] * self.rows
         done, causal = 0, self.bench.form == "causal"
         with torch.no_grad():
@@ -186,10 +183,10 @@ class Generation(Scorer):
 
 
 def _greedy(bench: Bench, inputs: dict[str, Tensor], most: int) -> Tensor:
-    """Token ids, each the likeliest after those before it, up to the end or `most` new ones: (rows, tokens).
+    """Generate greedily, up to the end token or `most` new tokens: token ids, (rows, tokens).
 
-    The base's own generation_config, which may ask for beams, sampling, penalties or a least length, is set aside, but
-    for the tokens that begin, end and fill up a text; `generate` would take from it whatever is not said.
+    Of the base's own generation_config only the special tokens are kept: it may ask for beams, sampling, penalties or a
+    minimum length, and `generate` takes from it what its own arguments do not set.
     """
     from transformers import GenerationConfig
 

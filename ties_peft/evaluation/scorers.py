@@ -1,11 +1,11 @@
-"""Scorer: a task on a bench. Its rows are read, tokenized and checked once; then any number of adapters sit it.
+"""Score adapters on a task: its rows are read, tokenized and checked once, for any number of adapters.
 
     bench = Bench.load("org/base", "encoder")
     scorer = make_scorer(bench, read_task("sst2.yaml"))
     with bench.applied(adapter):
         score = scorer.score()
 
-Batches hold rows of like length, so that little is padded; the results are in the rows' order.
+Batches hold rows of similar length, so that little is padded; the results are in the order of the rows.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Score:
-    """How one adapter did on one task.
+    """The score of one adapter on one task.
 
     Attributes:
         task, measure: what was asked.
-        adapter: who sat it; None for the bare base.
-        rows: how many.
-        accuracy: share of the rows that are right, in [0, 1]; None for measure `loss`.
+        adapter: the name of the adapter; None for the base model alone.
+        rows: the number of rows.
+        accuracy: the share of rows that are right, in [0, 1]; None for measure `loss`.
         loss: mean −log p of the right label (of the right tokens for `loss`), in nats; None for
             `exact_match`.
         right: for each row whether it was right, for paired comparisons; empty for `loss`.
         cut: how many rows were longer than the task's max_tokens or the model allows.
-        blank: how many rows have no text but blanks; they are judged all the same, by what stands around the text.
+        blank: how many rows have a text of blanks alone; they are scored too, by the template around the text.
     """
 
     task: str
@@ -76,18 +76,19 @@ class Score:
         return math.sqrt(share * (1 - share) / count)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the fields as values that JSON can hold."""
         return {**vars(self), "right": [int(right) for right in self.right]}
 
 
 class Scorer(ABC):
-    """A task on a bench.
+    """A task and the loaded model that it is scored with.
 
     Attributes:
-        bench, task: what and where.
+        bench: the loaded model.
+        task: the task.
         labels: the right label of each row, (rows,), int64; empty where the measure has none.
         cut: how many rows were too long.
-        blank: how many rows have no text but blanks.
+        blank: how many rows have a text of blanks alone.
     """
 
     labels: Tensor
@@ -99,11 +100,11 @@ class Scorer(ABC):
     @property
     @abstractmethod
     def rows(self) -> int:
-        """How many there are."""
+        """The number of rows."""
 
     @abstractmethod
     def score(self, progress: Progress | None = None, size: int = BATCH) -> Score:
-        """How the adapter that the bench wears does.
+        """Score the adapter that is active on the model.
 
         Args:
             progress: called as progress(stage, done, of).
@@ -111,32 +112,32 @@ class Scorer(ABC):
         """
 
     def read(self) -> tuple[list[Row], list[str]]:
-        """The task's rows and what the model reads of each; those without a text are counted in `blank`."""
+        """Return the task's rows and the prompt made of each, and count rows of blanks in `blank`."""
         rows = self.task.read()
         texts = texts_of(rows, self.task.text, self.task.where)
         self.blank = sum(not text.strip() for text in texts)
         return rows, self.task.fill_template(texts)
 
     def refuse_empty(self, tokens: Sequence[Sequence[int]], each: int = 1) -> None:
-        """Refuse a row of which the model would see nothing at all.
+        """Raise an error for a row that has no tokens.
 
         Args:
             tokens: of every row, or of every row `each` times.
             each: how often a row is there.
-        Raises: RecipeError naming the first.
+        Raises: RecipeError that names the first such row.
         """
         place = next((place for place, ids in enumerate(tokens) if not ids), None)
         if place is not None:
             raise RecipeError(
-                f"{self.task.where}, row {place // each + 1}: nothing is there to judge by, the text or its label having "
-                "no tokens. Leave the row out."
+                f"{self.task.where}, row {place // each + 1}: its text or its label has no tokens, so that there is "
+                "nothing to score. Leave the row out."
             )
 
     def graded(self, right: Sequence[bool], loss: float | None, classified: bool = True) -> Score:
-        """A score of this task."""
-        worn = self.bench.active_adapter
+        """Return the score of this task for the active adapter."""
+        active = self.bench.active_adapter
         accuracy = sum(right) / len(right) if classified else None
-        name = None if worn is None else worn.label
+        name = None if active is None else active.label
         held = tuple(map(bool, right))
         return Score(self.task.name, self.task.measure, name, self.rows, accuracy, loss, held, self.cut, self.blank)
 
@@ -145,7 +146,7 @@ class Classification(Scorer):
     """Measures `descriptions` and `head`: one forward pass gives a logit for each label.
 
     Args:
-        labelled: whether the rows' labels are read; texts alone serve who wants the predictions.
+        labelled: whether the rows' labels are read; predictions need the texts alone.
         texts: in place of the task's rows.
 
     Attributes:
@@ -173,11 +174,11 @@ class Classification(Scorer):
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """The number of rows."""
         return len(self.sequences)
 
     def logits(self, places: Sequence[int]) -> Tensor:
-        """Logits of some rows, (len(places), labels), float32; differentiable."""
+        """Return the logits of some rows, (len(places), labels), float32; differentiable."""
         inputs = self.bench.pad_batch([self.sequences[place] for place in places])
         if self.head is None:
             found: Tensor = self.bench.model(**inputs).logits
@@ -185,7 +186,7 @@ class Classification(Scorer):
         return self.task.temperature * (self._embed(inputs) @ self.head.T)
 
     def all_logits(self, progress: Progress | None = None, size: int = BATCH) -> Tensor:
-        """Logits of all rows in their order, (rows, labels), on the CPU."""
+        """Return the logits of all rows in order, (rows, labels), on the CPU."""
         parts: list[Tensor] = []
         order: list[int] = []
         with torch.no_grad():
@@ -200,19 +201,19 @@ class Classification(Scorer):
         return result
 
     def score(self, progress: Progress | None = None, size: int = BATCH) -> Score:
-        """Accuracy, and the mean cross-entropy of the right labels."""
+        """Return the accuracy, and the mean cross-entropy of the right labels."""
         logits = self.all_logits(progress, size)
         right = logits.argmax(-1) == self.labels
         return self.graded(right.tolist(), float(cross_entropy(logits.double(), self.labels)))
 
     def _embed(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The mean over real tokens of the last hidden states, of length one: (rows, width)."""
+        """Return the mean of the last hidden states over tokens that are not padding, of norm 1: (rows, width)."""
         hidden = self.bench.model(**inputs).last_hidden_state
         real = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         return normalize(((hidden * real).sum(1) / real.sum(1)).float(), dim=-1)
 
     def _names(self) -> tuple[str, ...] | None:
-        """The head's own names of the labels, in order; a head of another size than `labels` is refused."""
+        """Return the names that the head gives to its labels, in order; raise if their number is not that of `labels`."""
         if self.task.measure != "head":
             return None
         table = self.bench.model.config.id2label
@@ -226,18 +227,18 @@ class Classification(Scorer):
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Places in batches of like length, the longest first, so that a lack of memory shows at once."""
+    """Yield indices of rows in batches of similar length, the longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
 def form_for(task: Task) -> str:
-    """What a bench has to hold for a task; see `Bench.load`."""
+    """Return the form in which a task needs the model loaded; see `Bench.load`."""
     return FORM_OF_MEASURE.get(task.measure, LANGUAGE)
 
 
 def check_form(bench: Bench, task: Task) -> None:
-    """Refuse a task that the bench's model cannot sit.
+    """Raise an error for a task that the loaded model cannot do.
 
     Raises: RecipeError.
     """
