@@ -103,7 +103,7 @@ def test_an_encoder_that_sees_nothing_is_refused(tmp_path: Path) -> None:
     """Without a frame the mean over no tokens is not a number."""
     small = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 44}
     bench = Bench(GPT2Model(GPT2Config(**small)), make_tokenizer(False), "tiny", "encoder")
-    with pytest.raises(RecipeError, match="row 1: .*no tokens"):
+    with pytest.raises(RecipeError, match=r"row 1: .*no tokens"):
         ties_peft.evaluate(None, {**DESCRIBED, "rows": [{"text": " ", "label": 0}]}, bench=bench)
 
 
