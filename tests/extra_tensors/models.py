@@ -1,4 +1,4 @@
-"""Small models and PEFT adapters over them that hold whole layers, for the tests of riders."""
+"""Small models and PEFT adapters over them that hold whole layers, for the tests of extra tensors."""
 
 from __future__ import annotations
 
