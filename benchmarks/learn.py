@@ -33,7 +33,7 @@ import ties_peft
 from ties_peft.evaluation.evaluate import make_scorer
 from ties_peft.evaluation.scorers import Scorer
 from ties_peft.learning.start import DEFAULTS
-from ties_peft.learning.teachers import RANDOM_ROWS
+from ties_peft.learning.teacher_specs import RANDOM_ROWS
 
 RANDOM = "random tokens and words of the labels"
 GAINS = f"{RANDOM}, gains"

@@ -288,7 +288,7 @@ def test_the_output_is_an_input(make_lora: Make) -> None:
 def test_a_recipe_with_an_unknown_key() -> None:
     text = "adapters:\n  - adapter: a\n    parameter: {weight: 1}\n"
     assert message(lambda: Recipe.from_yaml(text, "my.yaml")) == (
-        "my.yaml, line 3: unknown key 'parameter': did you mean 'parameters'? Known: adapter, model, parameters."
+        "my.yaml, line 3: unknown key 'parameter': did you mean 'parameters'? Known: adapter, parameters."
     )
 
 
