@@ -458,7 +458,7 @@ FLAGS = {
     "evaluate": "--bare --base --batch-size --device --harness --harness-path --json --limit --task",
     "distil": (
         "--base --base-name --batch-size --device --dtype --fit --force --json --kind --out --rank --rows --seed --start "
-        "--state --steps --task --threads"
+        "--state --steps --task --threads --weights"
     ),
     "search": (
         "--allow-disjoint --base --budget --controls --densities --device --force --json --judge --method --out --penalty --rank "

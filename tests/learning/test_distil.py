@@ -374,6 +374,9 @@ def test_of_a_large_vocabulary_the_likeliest_are_kept(
         ({"fit": "gain"}, ["unknown fit 'gain'", "gains"]),
         ({"rank": 0}, ["rank is 0"]),
         ({"threads": 0}, ["threads is 0"]),
+        ({"weights": [1]}, ["1 weights for 2 adapters"]),
+        ({"weights": [1, 0]}, ["a weight is 0", "above 0"]),
+        ({"weights": [1, float("nan")]}, ["a weight is nan"]),
         ({"kind": "ia3"}, ["none of the adapters is"]),
         ({"start": {"method": "tys"}}, ["unknown method 'tys'"]),
     ],
@@ -446,6 +449,25 @@ def test_token_numbers_of_a_large_vocabulary_are_kept(vocabulary: int, short: to
         found = teacher.compare([0, 1])
     assert found.divergence.abs().max() < 1e-4
     assert found.agreement.tolist() == [1, 1]
+
+
+def test_weights_say_which_adapter_counts_more(loras: list[Path], bases: dict[str, Path]) -> None:
+    """The heavier is imitated better than with the weights swapped; equal ones change nothing, whatever their size."""
+
+    def once(weights: Any) -> Any:
+        given: dict[str, Any] = {"rows": 40, "tasks": TASK, "base": bases["encoder"], "steps": 40, "rank": 1}
+        return ties_peft.distil(loras, weights=weights, **given)
+
+    first, second = once([20, 1]), once([1, 20])
+    for number, (heavy, light) in enumerate(((first, second), (second, first))):
+        closer, other = (made.report.lessons[number].divergence[1] for made in (heavy, light))
+        assert closer < other
+    report = first.report
+    own = [line.divergence[1] for line in report.lessons]
+    assert report.divergence[1] == pytest.approx((20 * own[0] + own[1]) / 21)
+    assert min(value for _, value in report.history) == pytest.approx(report.divergence[1], rel=1e-3)
+    assert first.recipe["weights"] == (20.0, 1.0)
+    assert once(None).digest == once([3, 3]).digest
 
 
 def test_a_long_estimate_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,13 +52,14 @@ def test_evaluate_prints_a_line_for_each(setting: Path) -> None:
 
 def test_distil_writes_an_adapter(setting: Path) -> None:
     words = ["--task", "toy.yaml", "--steps", "20", "--out"]
-    said = json.loads(run("distil", "a", "b", "--rows", "texts.txt", "--rows", "40", *words, "out", "--json"))
+    said = json.loads(run("distil", "a", "b", "--rows", "texts.txt", "--rows", "40", *words, "out", "--weights", "1,2", "--json"))
     lines = said["report"]["lessons"]
+    assert [line["weight"] for line in lines] == [1, 2]
     assert [(line["origin"], line["rows"] + line["held"]) for line in lines] == [
         ("texts.txt", 30),
         ("random tokens and words of the labels", 40),
     ]
-    again = ties_peft.distil(["a", "b"], rows=["texts.txt", 40], tasks="toy.yaml", steps=20)
+    again = ties_peft.distil(["a", "b"], rows=["texts.txt", 40], tasks="toy.yaml", steps=20, weights=[1, 2])
     assert ties_peft.Adapter.load("out").digest == again.digest
     assert "written to out2" in run("distil", "a", "b", *words, "out2")
     card = (setting / "out" / "README.md").read_text(encoding="utf-8")

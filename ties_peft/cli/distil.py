@@ -43,6 +43,10 @@ Kind = Annotated[
 ]
 Fit = Annotated[str, typer.Option(help=f"What of a LoRA is trained: {' or '.join(FITS)}; of (IA)³ always the vectors.")]
 Steps = Annotated[int | None, typer.Option(help="The largest number of training steps.", show_default="by the rows")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="How much each adapter counts in the fit, such as 1,2.", show_default="all the same"),
+]
 Seed = Annotated[int, typer.Option(help="The seed of batches, held-back rows and random tokens.")]
 Threads = Annotated[
     int,
@@ -80,6 +84,7 @@ def distil(
     kind: Kind = None,
     fit: Fit = FITS[0],
     steps: Steps = None,
+    weights: Weights = None,
     batch_size: Annotated[int, typer.Option(help="The number of rows in a step.")] = BATCH_SIZE,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="The device that the model runs on.")] = "cpu",
@@ -112,6 +117,7 @@ def distil(
             kind=kind,
             fit=fit,
             steps=steps,
+            weights=_numbers(weights),
             batch_size=batch_size,
             state=state,
             base_model=base_name,
@@ -129,6 +135,16 @@ def _rows(given: list[str] | None, count: int) -> Any:
     """Return numbers as numbers and the rest as paths, so that no value is taken for a text."""
     read = None if given is None else [int(value) if value.isdecimal() else Path(value) for value in given]
     return _each(read, count, "--rows")
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    """Return the numbers of a list such as 1,2.5."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--weights is {text!r}; expected a number for each adapter, such as 1,2.") from None
 
 
 def _each(given: list[Any] | None, count: int, flag: str) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..adapters import sources
 from ..adapters.adapter import Adapter
+from ..adapters.numeric import is_number
 from ..errors import RecipeError, unknown, warn_caller
 from ..evaluation.loaded_model import Bench
 from ..evaluation.scorers import Progress
@@ -62,6 +63,7 @@ def distil(
     kind: str | None = None,
     fit: str = FACTORS,
     steps: int | None = None,
+    weights: Sequence[float] | None = None,
     batch_size: int = BATCH_SIZE,
     threads: int = 1,
     state: str | Path | None = None,
@@ -96,6 +98,8 @@ def distil(
         kind: `lora` or `ia3`, of the result; by default LoRA if any adapter is one.
         fit: `factors` (A and B), or `gains`, one number for each direction of the start. (IA)³ fits its vectors.
         steps: at most; by default eight passes over rows of text and two over random ones, 120 to 1200 steps.
+        weights: how much each adapter counts in the fit and on the held-out rows, in their order; only their ratios
+            matter, and all must be above 0. By default all count the same. The start has the weights of its own merge.
         batch_size: rows in a step.
         threads: of an operation of torch on the CPU. The bytes of the result depend on this number, and therefore not
             on the number that torch is set to. More than one can make a large model faster.
@@ -114,6 +118,7 @@ def distil(
     _check_numbers(fit, rank, steps, batch_size, seed, threads)
     report_progress = progress or (lambda stage, done, of: None)
     specs = read_teacher_specs(adapters, rows, tasks)
+    shares = _check_weights(weights, len(specs))
     written = output_dtype(dtype, [spec.adapter for spec in specs])
     loaded = open_bench(specs, base, device, bench)
     with threads_fixed(threads), _frozen_base(loaded):
@@ -121,7 +126,7 @@ def distil(
         teachers = make_teachers(specs, loaded, seed)
         student = Student(start_adapter, loaded, fit, seed)
         taken = steps or _default_steps(specs, teachers, batch_size)
-        options = FitOptions(taken, RATES[student.fit], batch_size, seed, threads)
+        options = FitOptions(taken, RATES[student.fit], batch_size, seed, threads, shares)
         checkpoint = Checkpoint(state, _fingerprint(teachers, student, options, written))
         done = Fit(student, teachers, options)
         (on_estimate or print_estimate)(estimate(done))
@@ -163,7 +168,7 @@ class _Outcome:
         self.before = self.after = self._measure(self.tensors)
         measured = self._measure(fitted)
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in fitted.values())
-        self.improved = finite and sum(d for d, _ in measured) < sum(d for d, _ in self.before)
+        self.improved = finite and self._mean(measured) < self._mean(self.before)
         if self.improved:
             self.tensors, self.after = fitted, measured
 
@@ -206,9 +211,10 @@ class _Outcome:
                 agreement=(first[1], last[1]),
                 page=sources.hub_url(teacher.adapter.source),
                 kept_probability=teacher.kept_probability,
+                weight=weight,
             )
-            for teacher, (learnt, held), first, last in zip(
-                self.done.teachers, self.parts, self.before, self.after, strict=True
+            for teacher, weight, (learnt, held), first, last in zip(
+                self.done.teachers, self.done.options.weights, self.parts, self.before, self.after, strict=True
             )
         ]
 
@@ -232,6 +238,11 @@ class _Outcome:
                 "head of the task at hand."
             )
         return warnings
+
+    def _mean(self, measured: Sequence[tuple[float, float]]) -> float:
+        """Return the weighted mean of the divergences."""
+        shares = self.done.options.shares(len(measured))
+        return sum(share * divergence for share, (divergence, _) in zip(shares, measured, strict=True)) / len(measured)
 
     def _measure(self, tensors: dict[str, Tensor]) -> list[tuple[float, float]]:
         """Return (divergence, agreement) for each teacher, of an adapter as it is written."""
@@ -303,6 +314,19 @@ def _fingerprint(teachers: Sequence[Teacher], student: Student, options: FitOpti
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """Return a weight for each adapter; refuse another number of them, and those that are not above 0."""
+    found = (1.0,) * count if weights is None else tuple(weights)
+    if len(found) != count:
+        raise RecipeError(f"{len(found)} weights for {count} adapters. Give one for each, in their order.")
+    wrong = [weight for weight in found if not is_number(weight) or not 0 < weight < math.inf]
+    if wrong:
+        raise RecipeError(
+            f"a weight is {wrong[0]!r}; expected a number above 0. Leave out adapters that are not to count."
+        )
+    return tuple(map(float, found))
 
 
 def _check_numbers(fit: str, rank: int | None, steps: int | None, batch: int, seed: int, threads: int) -> None:

@@ -45,6 +45,7 @@ class TeacherResult:
         divergence: KL(teacher ‖ adapter) on the held-out rows in nats, of the start and of the result.
         agreement: the share of predictions there whose likeliest answer is the teacher's, likewise.
         page: its address on the Hub; None for a local adapter.
+        weight: how much it counted.
         kept_probability: the mean share of its predicted probability that was kept answer by answer; the rest was kept as
             one sum (see `learning.teachers`).
     """
@@ -59,6 +60,7 @@ class TeacherResult:
     agreement: tuple[float, float]
     page: str | None = None
     kept_probability: float = 1.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,9 +106,10 @@ class DistilReport(Printed):
 
     @property
     def divergence(self) -> tuple[float, float]:
-        """The mean divergence over teachers, of the start and of the result."""
-        before, after = zip(*(line.divergence for line in self.lessons), strict=True)
-        return sum(before) / len(before), sum(after) / len(after)
+        """The weighted mean divergence over teachers, of the start and of the result."""
+        total = sum(line.weight for line in self.lessons)
+        before, after = (sum(line.weight * line.divergence[at] for line in self.lessons) / total for at in (0, 1))
+        return before, after
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain values, except the time, which differs from run to run."""

@@ -46,6 +46,7 @@ class FitOptions:
         batch: rows in a step.
         seed: of the batches, and of the choice of held-out rows.
         threads: of an operation of torch; sums are rounded differently with another number.
+        weights: of each teacher in the loss and in the divergence that decides; only their ratios matter.
     """
 
     steps: int
@@ -53,6 +54,12 @@ class FitOptions:
     batch: int
     seed: int
     threads: int = 1
+    weights: tuple[float, ...] = ()
+
+    def shares(self, count: int) -> list[float]:
+        """Return the weights of `count` teachers, scaled to a mean of 1; all are 1 where none are given."""
+        weights = self.weights or (1.0,) * count
+        return [weight * count / sum(weights) for weight in weights]
 
 
 class Fit:
@@ -78,6 +85,7 @@ class Fit:
         parts = split_rows(teachers, options.seed)
         self.batches = batch_plan(teachers, [learnt for learnt, _ in parts], options)
         self.held_out = [held for _, held in parts]
+        self._shares = options.shares(len(teachers))
         self._interval = max(5, math.ceil(options.steps / VALIDATIONS))
         self.retries, self.rate = 0, options.rate
         self.best = student.state_dict()
@@ -120,7 +128,7 @@ class Fit:
         with teacher.own_head():
             for start in range(0, len(rows), size):
                 loss = teacher.compare(rows[start : start + size]).divergence.sum() / len(rows)
-                loss.backward()  # type: ignore[no-untyped-call]
+                (self._shares[number] * loss).backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
         self._schedule.step()
         self.step += 1
@@ -149,9 +157,9 @@ class Fit:
             self._restart()
 
     def _divergence(self) -> float:
-        """Return the mean over teachers of the mean divergence on the held-out rows of each."""
-        found = [teacher.measure(rows)[0] for teacher, rows in zip(self.teachers, self.held_out, strict=True)]
-        return sum(found) / len(found)
+        """Return the weighted mean over teachers of the mean divergence on the held-out rows of each."""
+        teachers = zip(self.teachers, self.held_out, self._shares, strict=True)
+        return sum(share * teacher.measure(rows)[0] for teacher, rows, share in teachers) / len(self.teachers)
 
     def _stops_early(self) -> bool:
         """Return whether none of the last validations improved on those before."""
