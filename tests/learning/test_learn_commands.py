@@ -52,7 +52,9 @@ def test_evaluate_prints_a_line_for_each(setting: Path) -> None:
 
 def test_distil_writes_an_adapter(setting: Path) -> None:
     words = ["--task", "toy.yaml", "--steps", "20", "--out"]
-    said = json.loads(run("distil", "a", "b", "--rows", "texts.txt", "--rows", "40", *words, "out", "--weights", "1,2", "--json"))
+    said = json.loads(
+        run("distil", "a", "b", "--rows", "texts.txt", "--rows", "40", *words, "out", "--weights", "1,2", "--json")
+    )
     lines = said["report"]["lessons"]
     assert [line["weight"] for line in lines] == [1, 2]
     assert [(line["origin"], line["rows"] + line["held"]) for line in lines] == [

@@ -18,7 +18,7 @@ from ..merging.members import short_names
 from .teachers import LabelTeacher, Teacher, TokenTeacher, random_rows
 
 RANDOM_ROWS = 800
-MIN_ROWS = 5  # rows: one is held back of five
+MIN_ROWS = 5  # rows: one is held out of five
 FORM_OF_TASK_TYPE = {"CAUSAL_LM": LANGUAGE, "SEQ_CLS": "classifier"}  # what a config says that needs no task
 DEFAULT_TASKS = {LANGUAGE: Task("loss", label=None), "classifier": Task("head")}
 
@@ -112,7 +112,7 @@ def _teacher_of(spec: TeacherSpec, bench: Bench, seed: int) -> Teacher:
     if len(sequences) < MIN_ROWS:
         raise RecipeError(
             f"adapter '{spec.name}' has {len(sequences)} rows with a token in them ({spec.origin}); expected "
-            f"{MIN_ROWS} at least, of which one in five is held back. Give more, or none for random tokens."
+            f"{MIN_ROWS} at least, of which one in five is held out. Give more, or none for random tokens."
         )
     if form == LANGUAGE:
         return TokenTeacher(bench, spec.adapter, sequences, spec.name, spec.origin)
