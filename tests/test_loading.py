@@ -18,6 +18,7 @@ import transformers as hf
 from cli.run_command import run
 from peft_types.models import TOKENS, WIDTHS, bert, clip, gpt2, llama, t5, vit, whisper
 from safetensors.torch import load_file, save_file
+from sampling import some
 from torch import Tensor, nn
 
 import ties_peft
@@ -221,7 +222,7 @@ def known(case: Case, state: str, at_hand: bool) -> bool:
     return state == "noted" or case.alone or (at_hand and case.with_base)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some(CASES, 12))
 def test_the_printed_lines_load_the_result(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every architecture, whatever the adapters say of their task, with the base's config at hand and without.
 

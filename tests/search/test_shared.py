@@ -78,7 +78,11 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         running.wait(60)
 
 
-@pytest.fixture(params=["sqlite", "journal", "postgres"])
+def slowly(storage: str) -> Any:
+    return pytest.param(storage, marks=pytest.mark.slow)
+
+
+@pytest.fixture
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "postgres":
         url: str = request.getfixturevalue("postgres")
@@ -107,6 +111,7 @@ def result(process: subprocess.Popen[str]) -> list[Any]:
     return list(json.loads(out))
 
 
+@pytest.mark.parametrize("storage", ["journal", slowly("sqlite"), "postgres"], indirect=True)
 def test_two_processes_share_the_trials(storage: str, folders: list[str], tmp_path: Path) -> None:
     log = tmp_path / "log"
     first, second = (start(storage, log, folders, 0.15, together=2) for _ in range(2))
@@ -136,6 +141,7 @@ def settings(log: Path) -> list[str]:
     return [line.split(" ", 1)[1] for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
+@pytest.mark.parametrize("storage", ["sqlite", slowly("journal"), "postgres"], indirect=True)
 def test_a_killed_process_loses_nothing(storage: str, folders: list[str], tmp_path: Path) -> None:
     log = tmp_path / "log"
     begun = interrupt(start(storage, log, folders, 0.3), signal.SIGKILL, log)

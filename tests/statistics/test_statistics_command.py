@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import tiny_models as tiny
+from cli.run_command import run
 
 Make = Callable[..., Path]
 
@@ -24,19 +23,10 @@ def test_gathers_once_and_says_so(base: Path, make_lora: Make, tmp_path: Path) -
     (tmp_path / "rows.txt").write_text("\n".join(tiny.TEXTS), encoding="utf-8")
     task = tmp_path / "task.yaml"
     task.write_text(json.dumps({**tiny.ENCODER, "rows": "rows.txt"}), encoding="utf-8")
-    code = f"""
-import sys
-from ties_peft import cli
-for flags in (["--json"], [], ["--json", "--again", "--kind", "gram"]):
-    sys.argv = ["ties-peft", "statistics", {str(folder)!r}, "--task", {str(task)!r}, "--base", {str(base)!r}, *flags]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        assert not stop.code
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    first, *told, last = done.stdout.splitlines()
+    asked = ("statistics", folder, "--task", task, "--base", base)
+    done = [run(*asked, *flags) for flags in (["--json"], [], ["--json", "--again", "--kind", "gram"])]
+    assert [(one.code, one.err) for one in done] == [(0, "")] * 3
+    first, *told, last = "".join(one.out for one in done).splitlines()
     made = json.loads(first)["statistics"]
     assert [(one["adapter"], one["file"], one["rows"]) for one in made] == [
         (str(folder), "fisher.safetensors", 6),
@@ -58,10 +48,9 @@ def written(folder: Path, texts: Sequence[str]) -> Path:
 
 def told(folder: Path, base: Path, task: Path, *flags: str) -> str:
     """What the command says on standard error, having succeeded."""
-    words = ["statistics", str(folder), "--task", str(task), "--base", str(base), "--kind", "fisher", *flags]
-    done = subprocess.run([sys.executable, "-m", "ties_peft", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    done = run("statistics", folder, "--task", task, "--base", base, "--kind", "fisher", *flags)
+    assert done.code == 0, done.err
+    return done.err
 
 
 def test_says_when_what_is_there_was_made_of_something_else(base: Path, make_lora: Make, tmp_path: Path) -> None:
