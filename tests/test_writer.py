@@ -257,7 +257,7 @@ def test_the_base_is_the_first_that_is_named(make_lora: Make, tmp_path: Path) ->
     assert written_config(merged, tmp_path)["base_model_name_or_path"] == "org/b"
     assert any("different base models" in warning for warning in merged.report.warnings)
     named = ties_peft.merge([unnamed], base_model="me/mine")
-    assert named.base == "me/mine"
+    assert named.base_name == "me/mine"
 
 
 def test_ranks_are_uniform_and_padded(make_lora: Make, tmp_path: Path) -> None:

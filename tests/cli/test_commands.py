@@ -164,7 +164,7 @@ def test_a_dry_run_writes_nothing(pair: tuple[str, str], here: Path, flags: tupl
 
 
 def test_a_dry_run_warns_of_what_is_known_by_then(pair: tuple[str, str]) -> None:
-    assert "rank 2 is under" in run("merge", *pair, "--dry-run", "--rank", "2").err
+    assert "rank 2 is smaller than the largest rank" in run("merge", *pair, "--dry-run", "--rank", "2").err
 
 
 def test_progress_is_for_terminals_only(pair: tuple[str, str]) -> None:

@@ -40,7 +40,7 @@ def test_a_rank_beyond_what_the_modules_can_have_is_said(
 ) -> None:
     done = run("merge", *folders, "--rank", asked, "--out", tmp_path / "out", "--json")
     assert done.code == 0, done.err
-    text = f"rank {asked} was asked for and {written} is written"
+    text = f"rank {asked} was asked for; {written} is written"
     assert done.err.count(text) == 1
     assert sum(text in warning for warning in json.loads(done.out)["report"]["warnings"]) == 1
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == written

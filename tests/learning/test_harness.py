@@ -120,7 +120,7 @@ def test_what_is_amiss_is_said_before_the_model_is_loaded(
         with pytest.raises(RecipeError, match=words):
             ties_peft.harness(**{"adapters": [adapter], "tasks": ["toy_words"], **given})  # type: ignore[arg-type]
     for words, said in (
-        (["--harness", "toy_words", "--task", "x.yaml"], "two ways"),
+        (["--harness", "toy_words", "--task", "x.yaml"], "--task and --harness"),
         (["--task", "x.yaml", "--limit", "3"], "--limit"),
         ([], "--harness TASK"),
     ):

@@ -72,7 +72,7 @@ class _Loop:
         thresholds: of the trims.
         levels: the order statistics that the method asks for over whole adapters, by (place, module).
         counts: what the method counts for the report on the module at hand.
-        prepared: waits for what `decode` needs of the module at hand, which a thread computes beside the merge.
+        prepared: call it to wait for the thread that prepares `decode` of the current module during its merge.
     """
 
     plan: Plan
@@ -152,7 +152,7 @@ class _Loop:
             TaskVectors(
                 deltas=deltas,
                 weights=[encoding.weights(plan.weight(place, name))[part] for place in places],
-                trim_asked=plan.method.trims(),
+                declared_trim=plan.method.trims(),
                 thresholds=thresholds,
                 part=part,
                 density=plan.own_density,

@@ -2,8 +2,8 @@
 
 Recipes, flags and what a search may set are derived from `Options`. The signatures of `merge`, `Prepared.merge` and
 `add_merged_adapter` are written out, because editors and type checkers read them as they stand, and
-`tests/test_defaults.py` compares them with `Options`. A `TypedDict` in their place (`**options: Unpack[...]`) cannot be:
-`**` takes the parameters of the method, and method, space and weights may be given by position.
+`tests/test_defaults.py` compares them with `Options`. `**options: Unpack[TypedDict]` cannot replace them, because `**` holds
+the parameters of the method, and method, space and weights may be given by position.
 
 Importing this module needs neither torch nor pydantic, so that help, completion and usage errors are quick.
 """
@@ -38,10 +38,10 @@ class Option:
 
     Attributes:
         help: its meaning, as the command line shows it.
-        shown: the default as the command line shows it, where that is not the value itself.
+        shown: text for the default on the command line, if not its value.
         panel: of the help; None for the general one.
         flag: on the command line; by default as its name.
-        table: of a recipe that holds it: `TOP` or `PARAMETERS`; None for what stands with each adapter.
+        table: of a recipe that holds it: `TOP` or `PARAMETERS`; None for an option that is written beside each adapter.
         key: in that table; by default its name.
         accepts: whether a value of its type is one of its values.
         expected: its values, in words.

@@ -278,13 +278,14 @@ def _space_of_arithmetic(space: Space, stages: Stages) -> Space:
     if space.name != "delta" or not any(stage.spectral for stage in stages.all):
         return space
     entrywise = [stage.name for stage in stages.all if stage.entrywise]
+    spectral = [stage.name for stage in stages.all if stage.spectral]
     if not entrywise:
         return find_space("core")()
     advice = "Use one of them alone."
     if all("core" in stage.spaces for stage in stages.all):
         advice = "Use space 'core' (--space core), whose entries are not those of 'delta'."
     raise MethodError(
-        f"'{entrywise[0]}' works on entries and another method on singular vectors. Together they cannot work in space "
+        f"'{entrywise[0]}' works on entries and '{spectral[0]}' on singular vectors. Together they cannot work in space "
         f"'delta'. {advice}"
     )
 
@@ -308,7 +309,8 @@ def _rank(
     """Return the rank of the output, at most what the target loads."""
     alone = not stages.before and not stages.after
     linear = alone and stages.method.linear(len(members)) and all(member.density is None for member in members)
-    compresses = getattr(space, "compress_first", False)  # to the output's rank, so that nothing is cut after the merge
+    # A space that first compresses every adapter to the output's rank has nothing to cut after the merge.
+    compresses = getattr(space, "compress_first", False)
     flat = not compresses and any(stage.has_flat_spectrum() for stage in stages.all)
     adapters = {member.name: member.adapter for member in members}
     rank = output_rank(recipe.rank, adapters, modules, space.lossless_rank or linear, flat, warnings)

@@ -130,7 +130,7 @@ def register(cls: type[Method]) -> type[Method]:
     missing += [] if vars(cls).get("__doc__") else ["a docstring"]
     missing += ["merge"] if inspect.isabstract(cls) else []
     if missing:
-        raise MethodError(f"the method {cls.__name__} lacks {' and '.join(missing)}.")
+        raise MethodError(f"the method class {cls.__name__} lacks {' and '.join(missing)}.")
     if not cls.name.isidentifier():
         raise MethodError(f"the method {cls.__name__} has the name {cls.name!r}; expected letters, digits and _.")
     if cls.name in method_classes() and cls.name not in _REGISTERED:
@@ -245,8 +245,9 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
         where, seen = first["loc"][0], repr(first["input"])
         what = first["msg"][0].lower() + first["msg"][1:]
         meaning = cls.model_fields[str(where)].description
+        said = f" ({meaning})" if meaning else ""
         percent = share_hint(first["input"], first.get("ctx", {}).get("le"))
-        raise MethodError(f"method '{name}', parameter '{where}' is {seen}: {what} ({meaning}).{percent}") from None
+        raise MethodError(f"method '{name}', parameter '{where}' is {seen}: {what}{said}.{percent}") from None
 
 
 def methods() -> tuple[MethodInfo, ...]:

@@ -19,7 +19,7 @@ Try it on tensors, without any adapter:
 >>> TrimmedMean(density=0.5).merge(vectors).dense()
 tensor([1.5000, 1.0000])
 
-Below `@ties_peft.methods.register` it can be used by its name in the running process, as in
+Below `@register` (`from ties_peft.methods import register`) it can be used by its name in the running process, as in
 `ties_peft.merge([...], "trimmed_mean", density=0.5)`; with an entry point of the group `ties_peft.methods` everywhere,
 also on the command line (docs/architecture.md). `merge` is called once for every module, on every path, at every size.
 
@@ -87,7 +87,8 @@ class Method(BaseModel, ABC):
         spaces: in which it can be used.
         kinds: the PEFT types that it can merge: `lora`, and all that become LoRA, and `ia3`.
         source: the paper, with its number on arXiv.
-        entrywise: whether each entry of the result depends on the same entry of the task vectors alone.
+        entrywise: whether each entry of the result depends on the same entry of the task vectors alone, apart from the
+            trims and drops of `TaskVectors`, which do not count.
         spectral: whether it works on singular vectors. In space `delta` it then gets the task vectors in shared
             orthonormal bases, where they are small and the result is the same.
         joint: whether `prepare` must get all adapters at once.
@@ -154,10 +155,10 @@ class Method(BaseModel, ABC):
         return cls.finish is not Method.finish
 
     def trims(self) -> Trim | None:
-        """Return the trim that `merge` asks for; by default from the parameters `density` and `scope`, if it has both.
+        """Return the trim that `merge` will ask for; None if each of its trims is of one module.
 
-        A threshold over the whole adapter has to be known before the first module is merged, so that the trim is
-        declared here. Without `scope` a trim is of one module, and needs no declaration.
+        A threshold over the whole adapter must be known before the first module is merged, so it is declared here. By
+        default it follows from parameters that are called `density` and `scope`, if the method has both and no `rankings`.
         """
         density, scope = getattr(self, "density", None), getattr(self, "scope", None)
         return None if density is None or scope is None or self.rankings() else Trim((density,), scope)

@@ -27,10 +27,13 @@ class Ties(Method):
     counts the entries of all modules of the adapter with scope `adapter`, of one module with scope `module`. Of equal
     magnitudes the first by position are kept: modules by name, then row by row. A sum of exactly 0 elects +.
 
-    The paper's ablations are parameters: no trim is density 1; no election is elect `none`, the mean of the kept values of
-    both signs; no disjoint mean is disjoint `mean_elected`, the sum of the agreeing values divided by Σ|w| over all
-    adapters, as the paper says, or `mean_all`, the same for the values of both signs, as the authors' code computes it. The
-    paper's oracle signs are `sign_from`.
+    The paper's ablations and extension are parameters:
+
+        no trim                density 1
+        no election            elect `none`: the mean of the kept values of both signs
+        no disjoint mean       disjoint `mean_elected`: the sum of the agreeing values over Σ|w| of all adapters, as in the
+                               paper; `mean_all`: the sum of the values of both signs over it, as in the authors' code
+        oracle signs           `sign_from`
 
     Law: one adapter with a positive weight and density 1 comes back unchanged; the order of the
         adapters does not matter; an adapter of zeros equals an absent one; at density 1 with

@@ -95,7 +95,7 @@ class TaskVectors:
     Attributes:
         deltas: w·τ of each adapter that has the module.
         weights: w of each of them.
-        trim_asked: the trim that the method declares (see `Method.trims`), whose cuts `thresholds` provides.
+        declared_trim: what `Method.trims` returns; `thresholds` holds its cuts.
         thresholds: provides these cuts; None if each trim finds its cuts from these vectors alone.
         part: the number of the part in the module.
         density: the method's own density, if it has one.
@@ -119,7 +119,7 @@ class TaskVectors:
 
     deltas: Sequence[Delta]
     weights: Sequence[float]
-    trim_asked: Trim | None = None
+    declared_trim: Trim | None = None
     thresholds: Thresholds | None = None
     part: int = 0
     density: float | None = None
@@ -145,7 +145,7 @@ class TaskVectors:
 
         Args:
             vectors: one for each adapter, of one shape, (out, in) or (k,).
-            weights: of each, 1 by default.
+            weights: w of each, 1 by default; each tensor is multiplied by its own.
         """
         own = [1.0] * len(vectors) if weights is None else list(weights)
         deltas = [Dense(vector.float() * weight) for vector, weight in zip(vectors, own, strict=True)]
@@ -246,7 +246,8 @@ class TaskVectors:
         """Keep the ⌊density·n⌋ entries of largest magnitude of each task vector; set the others to zero.
 
         Args:
-            density: the share that is kept, in (0, 1]; a density set for one adapter or module replaces it.
+            density: the share that is kept, in (0, 1]. A density that the user sets for one adapter or module replaces
+                the method's own, not any other number.
             scope: whether magnitudes are ranked over the whole `adapter` or over each `module`. Over the adapter only
                 the trim that `Method.trims` declares, since its threshold is found in all modules before the first one
                 is merged.
@@ -258,12 +259,12 @@ class TaskVectors:
         return self._trimmed(Trim((gamma, density), scope))
 
     def _trimmed(self, asked: Trim) -> TaskVectors:
-        step = Trimmed(asked, self._find_cuts_of(asked))
+        step = Trimmed(asked, self._cut_finder(asked))
         return replace(self, steps=(*self.steps, step))
 
-    def _find_cuts_of(self, asked: Trim) -> Callable[[], Cuts]:
+    def _cut_finder(self, asked: Trim) -> Callable[[], Cuts]:
         """Return a function that finds the cuts: the declared trim's from `thresholds`, another one's from these vectors."""
-        declared = self.trim_asked is not None and self.trim_asked.densities == asked.densities and not self.steps
+        declared = self.declared_trim == asked and not self.steps
         if self.thresholds is not None and declared:
             thresholds, part = self.thresholds, self.part
             return lambda: thresholds.of(part)
@@ -306,7 +307,7 @@ class TaskVectors:
             signs: from `elect`, of these task vectors.
             by: `mean`, `sum` or `max` (largest magnitude) of the values that agree; `mean_elected` is their sum and
                 `mean_all` the sum of all values, both divided by Σ|w| over all adapters.
-            normalize: divide by Σ|w|; else by the number of adapters.
+            normalize: divide by Σ|w| of those adapters; else by their number.
         Returns: the merged task vector; in factors if it is a weighted sum of all entries.
         """
         rule = MergeRule(signs.by, by, normalize)
@@ -332,7 +333,7 @@ class TaskVectors:
 
     def _merge_rows(self, rule: MergeRule) -> Tensor:
         """Return the disjoint merge of the selected rows, and count conflicts for the report."""
-        below = self._thresholds_of_tile(rule)
+        below = self._limits_of_tile(rule)
         if below is None:
             return self._result(self.sums(rule))
         kernels = self.pool.kernels
@@ -343,11 +344,11 @@ class TaskVectors:
         self.count(*kernels.merge_rows(self.deltas, self.span, below, weights, mean, self.out))
         return self.out
 
-    def _thresholds_of_tile(self, rule: MergeRule) -> list[float] | None:
-        """Return the largest magnitude of each vector that is trimmed away, if the sums can skip it.
+    def _limits_of_tile(self, rule: MergeRule) -> list[float] | None:
+        """Return a limit for each vector: the sums leave out magnitudes up to it, which saves a pass over the vector.
 
-        That saves a pass over each vector. None where the vectors must be trimmed before: by other steps, by position
-        among equal magnitudes, or for `max`.
+        None if the sums cannot do that: there are other steps, only some of the entries that equal the threshold stay, or
+        the rule is `max`.
         """
         step = self.steps[0] if len(self.steps) == 1 else None
         if not isinstance(step, Trimmed) or len(step.trim.densities) > 1 or rule.disjoint == "max":

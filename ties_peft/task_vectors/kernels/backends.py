@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..delta import Delta, LowRank
 
-MIN_ENTRIES = 1 << 26  # entries of all task vectors together from which loading a compiler pays
-MIN_ENTRIES_ON_GPU = 1 << 30  # there; estimated, not measured: a second of compiling, against memory of some TB/s
+MIN_ENTRIES = 1 << 26  # entries of all task vectors together; smaller merges are quicker without a compiler
+MIN_ENTRIES_ON_GPU = 1 << 30  # the same on a GPU, estimated: the first call compiles for some seconds
 Pair = tuple[Tensor, Tensor]  # B (rows, r) and A (r, columns)
-Rows = tuple[int, int]  # from the first to before the second
+Rows = tuple[int, int]  # (start, stop)
 
 
 @dataclass(frozen=True)
