@@ -48,9 +48,8 @@ def merge_modules(
             if following is not None:
                 loop.modules.prefetch(following)
             task_vectors = loop.encode(name)
-            factors = loop.decode(
-                name, [loop.merge(name, part) for part in task_vectors]
-            )  # held no longer: they are dense
+            # The merged parts have no name of their own, which would keep them, dense, while the next module is merged.
+            factors = loop.decode(name, [loop.merge(name, part) for part in task_vectors])
             written[name] = loop.write(plan.modules[name], factors)
             progress("merge", len(written), len(mine))
     every = {name: one for of_process in processes.gather(written) for name, one in of_process.items()}
