@@ -189,9 +189,9 @@ def _timed(paths: list[Path], device: str, space: str, runs: int) -> dict[str, A
 
 STAGES: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "module": measure_module,
-    "against the CPU": compare_with_cpu,
     "tests": run_tests,
     "model": measure_model,
+    "against the CPU": compare_with_cpu,  # last: it takes minutes
 }
 
 
