@@ -35,7 +35,8 @@ class Dual(Method):
     Law: one adapter, or N equal ones, come back unchanged; a common factor of all weights is a factor of the result;
         the order does not matter.
     Source: our own. Orthogonalised singular vectors are from Gargiulo et al. (arXiv 2412.00081), flat spectra from
-        Marczak et al. (arXiv 2502.04959). Chosen on validation rows of two base models (benchmarks/README.md).
+        Marczak et al. (arXiv 2502.04959). Chosen on validation rows of one language model's adapters (benchmarks/README.md);
+        not judged yet on those of an encoder.
     """
 
     name: ClassVar[str] = "dual"
