@@ -16,16 +16,16 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-LANES = 8  # float32 numbers in a vector register
+WIDTH = 8  # float32 numbers in a vector register
 VECTORS = 4  # of those in a panel's row: with two rows as many sums as keep two units busy
-PANEL = LANES * VECTORS  # columns of a panel
+PANEL = WIDTH * VECTORS  # columns of a panel
 
 unpack: Any = cgutils.unpack_tuple
 declare: Any = cgutils.get_or_insert_function
 FLOAT, WORD = ir.FloatType(), ir.IntType(64)
-VECTOR = ir.VectorType(FLOAT, LANES)
-UNDEFINED, ZERO = ir.Constant(VECTOR, ir.Undefined), ir.Constant(VECTOR, [0.0] * LANES)
-FIRST_LANE = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+VECTOR = ir.VectorType(FLOAT, WIDTH)
+UNDEFINED, ZERO = ir.Constant(VECTOR, ir.Undefined), ir.Constant(VECTOR, [0.0] * WIDTH)
+FIRST_NUMBER = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
 
 
 def _multiply_two_rows(typing: Any, B: Any, upper: Any, lower: Any, panel: Any, out: Any) -> Any:
@@ -44,7 +44,7 @@ def _multiply_two_rows(typing: Any, B: Any, upper: Any, lower: Any, panel: Any, 
         addresses = [_vector_at(builder, right, k, number) for number in range(VECTORS)]
         loaded = [builder.load(address, align=4) for address in addresses]
         factors = [_spread(builder, builder.load(builder.gep(row, [k]))) for row in rows]
-        multiply_add = declare(builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fmuladd.v{LANES}f32")
+        multiply_add = declare(builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fmuladd.v{WIDTH}f32")
         pairs = [(factor, values) for factor in factors for values in loaded]
         larger = [builder.call(multiply_add, [*pair, total]) for pair, total in zip(pairs, sums, strict=True)]
         following = builder.add(k, WORD(1))
@@ -67,13 +67,13 @@ def _multiply_two_rows(typing: Any, B: Any, upper: Any, lower: Any, panel: Any, 
 
 def _vector_at(builder: Any, data: Any, row: Any, number: int) -> Any:
     """Return the address of the vector of that number in a panel's row."""
-    place = builder.add(builder.mul(row, WORD(PANEL)), WORD(LANES * number))
+    place = builder.add(builder.mul(row, WORD(PANEL)), WORD(WIDTH * number))
     return builder.bitcast(builder.gep(data, [place]), VECTOR.as_pointer())
 
 
 def _spread(builder: Any, value: Any) -> Any:
-    """Return a vector that holds a number in every lane."""
-    return builder.shuffle_vector(builder.insert_element(UNDEFINED, value, ir.IntType(32)(0)), UNDEFINED, FIRST_LANE)
+    """Return a vector that holds a number in every place."""
+    return builder.shuffle_vector(builder.insert_element(UNDEFINED, value, ir.IntType(32)(0)), UNDEFINED, FIRST_NUMBER)
 
 
 def _pointer(typing: Any, address: Any) -> Any:
