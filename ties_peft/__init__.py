@@ -14,6 +14,8 @@ from .errors import AdapterError, CompatibilityError, MethodError, RecipeError, 
 
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter
+    from .analysis.analysis import Analysis
+    from .analysis.analyze import analyze
     from .evaluation.evaluate import evaluate
     from .evaluation.harness import harness
     from .evaluation.loaded_model import Bench
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterError",
+    "Analysis",
     "Bench",
     "CompatibilityError",
     "Distilled",
@@ -53,6 +56,7 @@ __all__ = [
     "TiesPeftError",
     "TiesPeftWarning",
     "add_merged_adapter",
+    "analyze",
     "convert",
     "distil",
     "evaluate",
@@ -69,6 +73,7 @@ __all__ = [
 # The module of each name that is imported when it is first used; type checkers read the block above instead.
 _MODULES = {
     "Adapter": "adapters.adapter",
+    "Analysis": "analysis.analysis",
     "Bench": "evaluation.loaded_model",
     "Distilled": "learning.distilled",
     "Found": "search.search",
@@ -79,6 +84,7 @@ _MODULES = {
     "Score": "evaluation.scorers",
     "Task": "evaluation.task",
     "add_merged_adapter": "merging.live",
+    "analyze": "analysis.analyze",
     "convert": "merging.convert",
     "distil": "learning.distil",
     "evaluate": "evaluation.evaluate",

@@ -450,6 +450,7 @@ FLAGS = {
         "--rank --recipe --restore-norm --scale --scope --seed --set --space --target --weights"
     ),
     "inspect": "--base --json",
+    "analyze": "--base --density --exact --json --methods --rank",
     "convert": (
         "--alpha --base --base-name --device --dtype --force --heads --json --modules --out --part --rank --target"
     ),

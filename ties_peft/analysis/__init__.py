@@ -1,4 +1,8 @@
-"""Look at adapters before a merge: `inspection` summarises them and checks whether they can be merged.
+"""Look at adapters before a merge, and show what a merge did.
 
-In: adapters. Out: an `Inspection`, printable and as JSON. Uses: `adapters`, `merging`.
+`inspection` summarises adapters and checks whether they can be merged. `analyze` measures how they interfere, `advice` says
+in sentences what follows.
+
+In: adapters, or the report of a merge. Out: an `Inspection` or an `Analysis`, which print and convert to JSON. Uses:
+`adapters`, `task_vectors`, `merging`.
 """

@@ -26,7 +26,17 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Merge many PEFT adapters into one adapter that PeftModel loads.",
 )
-ORDER = ("merge", "inspect", "convert", "push", "methods", "evaluate", "distil", "search")  # as the help lists them
+ORDER = (
+    "merge",
+    "inspect",
+    "analyze",
+    "convert",
+    "push",
+    "methods",
+    "evaluate",
+    "distil",
+    "search",
+)  # as the help lists them
 
 
 def main() -> None:

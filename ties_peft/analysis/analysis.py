@@ -1,0 +1,295 @@
+"""The result of `analyze`: figures of adapters, pairs, modules, depths and methods that print and convert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Column, Table
+from rich.text import Text
+
+from ..merging.tables import Printed, make_facts, make_table, make_text, number_column
+from .advice import Advice, Facts, advise
+from .figures import Measured
+from .method_figures import MethodResult
+from .module_places import Place
+
+SHOWN_PAIRS = 15  # in the printed table; --json and the page have all
+ADAPTER_FIGURES = ("norm", "rank", "effective_rank", "redundancy")
+PAIR_FIGURES = (
+    "cosine",
+    "sign_conflict",
+    "predicted_conflict",
+    "excess_conflict",
+    "kept_overlap",
+    "overlap_in",
+    "overlap_out",
+    "angle_in",
+    "angle_out",
+    "initial_cosine",
+)
+
+
+@dataclass(frozen=True, repr=False)
+class Analysis(Printed):
+    """How some adapters interfere, and what merges of them keep of each.
+
+    `to_dict` and `to_pandas` give the figures.
+
+    Attributes:
+        names: of the adapters, short and unique.
+        sources: the adapters as they were given.
+        kind: the PEFT types.
+        density: of the trim behind `sign_conflict` and `kept_overlap`.
+        counted: the share of the rows whose entries were counted; under 1 these two and `redundancy` are estimates.
+        modules: the modules' names, sorted.
+        shapes: of their task vectors.
+        places: the layer and the kind of each module.
+        measured: the figures of every module.
+        methods: what each method leaves of each adapter.
+        warnings: of the check before a merge, and what was left out here.
+        seconds: that the analysis took.
+    """
+
+    names: list[str]
+    sources: list[str]
+    kind: str
+    density: float
+    counted: float
+    modules: list[str]
+    shapes: list[tuple[int, ...]]
+    places: list[Place]
+    measured: Measured
+    methods: list[MethodResult]
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @cached_property
+    def everywhere(self) -> list[int]:
+        """The numbers of all modules."""
+        return list(range(len(self.modules)))
+
+    @cached_property
+    def adapters(self) -> dict[str, np.ndarray]:
+        """The figures of the whole adapters, (N,) each."""
+        return self.measured.of_adapters(self.everywhere)
+
+    @cached_property
+    def pairs(self) -> dict[str, np.ndarray]:
+        """The figures of all pairs over all modules, (N, N) each."""
+        return self.measured.of_pairs(self.everywhere)
+
+    @cached_property
+    def advice(self) -> list[Advice]:
+        """Sentences, each with its figure and the option that acts on it."""
+        shared = int(self.measured.has.all(1).sum())
+        return advise(
+            Facts(self.names, self.adapters, self.pairs, self.density, shared, len(self.modules), self.methods)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as plain values; None for one that is undefined."""
+        return {
+            "kind": self.kind,
+            "density": self.density,
+            "counted": self.counted,
+            "adapters": [
+                {"name": name, "source": source, **line}
+                for name, source, line in zip(
+                    self.names, self.sources, self._adapter_lines(self.everywhere), strict=True
+                )
+            ],
+            "pairs": self._pair_lines(self.everywhere),
+            "modules": [self._module(number) for number in self.everywhere],
+            "depths": [
+                {
+                    "layer": layer,
+                    "modules": len(at),
+                    "adapters": self._named(self._adapter_lines(at)),
+                    "pairs": self._pair_lines(at),
+                }
+                for layer, at in self.depths()
+            ],
+            "methods": [self._method(result) for result in self.methods],
+            "advice": [advice.to_dict() for advice in self.advice],
+            "warnings": self.warnings,
+        }
+
+    def to_pandas(self) -> dict[str, Any]:
+        """Return the tables `adapters`, `pairs`, `modules` (a row for a pair on a module) and `methods` as DataFrames."""
+        import pandas
+
+        values = self.to_dict()
+        methods = [
+            {"method": m["name"], "energy": m["energy"], **line} for m in values["methods"] for line in m["adapters"]
+        ]
+        modules = [
+            {"module": module["name"], "layer": module["layer"], **line}
+            for module in values["modules"]
+            for line in module["pairs"]
+        ]
+        tables = {"adapters": values["adapters"], "pairs": values["pairs"], "modules": modules, "methods": methods}
+        return {name: pandas.DataFrame(rows) for name, rows in tables.items()}
+
+    def depths(self) -> Iterator[tuple[str, list[int]]]:
+        """Yield each layer with the numbers of its modules, in order; modules outside the layers come last."""
+        groups: dict[str, list[int]] = {}
+        for number, place in sorted(enumerate(self.places), key=lambda item: item[1].order):
+            groups.setdefault(place.layer, []).append(number)
+        yield from groups.items()
+
+    def _adapter_lines(self, at: Sequence[int]) -> list[dict[str, Any]]:
+        figures = self.measured.of_adapters(at)
+        return [
+            {key: _plain(figures[key][i]) for key in ADAPTER_FIGURES} | {"rank": int(figures["rank"][i])}
+            for i in range(len(self.names))
+        ]
+
+    def _named(self, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{"name": name, **line} for name, line in zip(self.names, lines, strict=True)]
+
+    def _pair_lines(self, at: Sequence[int]) -> list[dict[str, Any]]:
+        figures = self.measured.of_pairs(at)
+        together = self.measured.has[at].sum(0) > 0
+        return [
+            {"a": self.names[i], "b": self.names[j], **{key: _plain(figures[key][i, j]) for key in PAIR_FIGURES}}
+            for i in range(len(self.names))
+            for j in range(i + 1, len(self.names))
+            if together[i] and together[j]
+        ]
+
+    def _module(self, number: int) -> dict[str, Any]:
+        has = self.measured.has[number]
+        lines = self._named(self._adapter_lines([number]))
+        return {
+            "name": self.modules[number],
+            "shape": list(self.shapes[number]),
+            "layer": self.places[number].layer,
+            "kind": self.places[number].kind,
+            "adapters": [line for line, there in zip(lines, has, strict=True) if there],
+            "pairs": self._pair_lines([number]),
+            "methods": [
+                {
+                    "name": result.method,
+                    "norm": float(result.norms[number]),
+                    "adapters": [
+                        {
+                            "name": name,
+                            "projection": _plain(result.module_projections[number, i]),
+                            "cosine": _plain(result.module_cosines[number, i]),
+                        }
+                        for i, name in enumerate(self.names)
+                        if has[i]
+                    ],
+                }
+                for result in self.methods
+            ],
+        }
+
+    def _method(self, result: MethodResult) -> dict[str, Any]:
+        return {
+            "name": result.method,
+            "space": result.space,
+            "scale": result.scale,
+            "rank": result.rank,
+            "energy": result.energy,
+            "energy_by_rank": [float(share) for share in result.energies],
+            "adapters": [
+                {"name": name, "projection": p, "cosine": c, "others": o}
+                for name, p, c, o in zip(self.names, result.projection, result.cosine, result.others, strict=True)
+            ],
+        }
+
+    # printing
+
+    def tables(self) -> RenderableType:
+        """Return the adapters, the pairs, the methods and the advice as tables."""
+        parts: list[RenderableType] = [self._adapter_table(), Text(), *self._pair_tables()]
+        parts += [self._method_table(), Text()] if self.methods else []
+        parts.append(make_facts(self._notes()))
+        for advice in self.advice:
+            option = f" [{advice.option}]" if advice.option else ""
+            parts.append(make_text(f"• {advice.text}{option}", "yellow" if advice.severity == "warning" else ""))
+        return Group(*parts)
+
+    def _adapter_table(self) -> Table:
+        figures = self.adapters
+        rows = [
+            (
+                str(i + 1),
+                name,
+                f"{figures['norm'][i]:.3g}",
+                f"{figures['rank'][i]:.0f}",
+                _shown(figures["effective_rank"][i], ".1f"),
+                _shown(figures["redundancy"][i], ".0%"),
+            )
+            for i, name in enumerate(self.names)
+        ]
+        columns = [Column("", no_wrap=True), Column("adapter", overflow="fold")]
+        columns += [number_column(heading) for heading in ("norm", "rank", "effective rank", "in largest 20 %")]
+        return make_table(columns, rows, title=f"{len(self.names)} {self.kind} adapters, {len(self.modules)} modules")
+
+    def _pair_tables(self) -> list[RenderableType]:
+        pairs = [(i, j) for i in range(len(self.names)) for j in range(i + 1, len(self.names))]
+        pairs.sort(key=lambda pair: -np.nan_to_num(self.pairs["cosine"][pair]))
+        shown = pairs[:SHOWN_PAIRS]
+        formats = {
+            "cosine": ".3f",
+            "sign_conflict": ".1%",
+            "predicted_conflict": ".1%",
+            "kept_overlap": ".1%",
+            "overlap_in": ".2f",
+            "overlap_out": ".2f",
+        }
+        headings = ("cosine", "sign conflict", "predicted", "kept by both", "overlap in", "out")
+        rows = [
+            (f"{i + 1} and {j + 1}", *(_shown(self.pairs[key][i, j], form) for key, form in formats.items()))
+            for i, j in shown
+        ]
+        if not rows:
+            return []
+        more = f", the {len(shown)} with the largest cosines" if len(shown) < len(pairs) else ""
+        title = f"{len(pairs)} pair{'s' * (len(pairs) != 1)}{more}"
+        columns = [Column("", no_wrap=True), *(number_column(heading) for heading in headings)]
+        return [make_table(columns, rows, title=title), Text()]
+
+    def _method_table(self) -> Table:
+        numbers = [str(i + 1) for i in range(len(self.names))] if len(self.names) <= 8 else []
+        columns = [Column("method", no_wrap=True), *map(number_column, ("rank", "energy", "least", "mean", *numbers))]
+        rows = []
+        for result in self.methods:
+            known = [value for value in result.projection if value is not None]
+            each = ["–" if value is None else f"{value:.2f}" for value in result.projection] if numbers else []
+            rows.append(
+                (
+                    result.method,
+                    "–" if result.rank is None else str(result.rank),
+                    f"{result.energy:.1%}",
+                    f"{min(known, default=0):.2f}",
+                    f"{sum(known) / max(1, len(known)):.2f}",
+                    *each,
+                )
+            )
+        return make_table(columns, rows, title="projection: the share of each adapter that the merged one holds")
+
+    def _notes(self) -> list[tuple[str, str]]:
+        part = "all entries" if self.counted >= 1 else f"{self.counted:.2%} of the rows of each module, an estimate"
+        return [
+            ("sign conflict", f"of the entries that both keep at density {self.density:g}, counted on {part}"),
+            ("predicted", "the sign conflict of Gaussian entries with the same cosine"),
+            ("overlap", "of the row spaces (in) and of the column spaces (out): 1 is the same space, 0 orthogonal"),
+        ]
+
+
+def _plain(value: float) -> float | None:
+    """Return a figure as a plain number; None where it is undefined."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _shown(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "–"

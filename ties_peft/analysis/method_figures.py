@@ -1,0 +1,123 @@
+"""Merge by several methods and measure what each result holds of every adapter, by module and by rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..merging.measure import retention
+from ..merging.merge import run_plan
+from ..merging.merged import Merged
+from ..merging.plan import Plan, Progress, make_plan
+from ..merging.recipes.recipe import Recipe
+from ..task_vectors.delta import LowRank, inner, inner_with_each
+from ..task_vectors.factorise import decompose
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What one method makes of the adapters, by the merge's own defaults.
+
+    Attributes:
+        method, space, scale, rank: of the merge.
+        energy: the share of the squared norm that the rank keeps.
+        energies: that share for every rank from 1 to `rank`; empty for vectors, which have none.
+        module_energies: the same of each module, (M, rank).
+        projection, cosine, others: of each adapter, see `merging.measure.retention`.
+        module_projections, module_cosines: the same of each module, (M, N); NaN where an adapter lacks the module.
+        norms: of the merged task vector on each module, before truncation, (M,).
+        seconds: that the merge took.
+    """
+
+    method: str
+    space: str
+    scale: float
+    rank: int | None
+    energy: float
+    energies: Array
+    module_energies: Array
+    projection: list[float | None]
+    cosine: list[float | None]
+    others: list[float | None]
+    module_projections: Array
+    module_cosines: Array
+    norms: Array
+    seconds: float
+
+    def rank_for(self, share: float) -> int | None:
+        """Return the smallest rank that keeps a share of the energy; None if that of the result does not."""
+        reached = np.flatnonzero(self.energies >= share)
+        return int(reached[0]) + 1 if len(reached) else None
+
+
+def measure_method(recipe: Recipe, plan: Plan, progress: Progress) -> MethodResult:
+    """Merge by one method and measure the result as it is written.
+
+    Args:
+        recipe: with the method and the rank.
+        plan: of the adapters that are analysed; its members are merged.
+        progress: as in `merge`.
+    """
+    started = time.perf_counter()
+    adapters = [member.adapter for member in plan.members]
+    own = make_plan(recipe, adapters, str(plan.device), checked=True)
+    merged = run_plan(own, recipe, started, None, progress, warns=False)
+    seconds = time.perf_counter() - started
+    report = merged.report
+    norms = np.array([line.norm for line in report.modules])
+    by_rank = _energies_by_rank(merged, list(plan.modules), norms)
+    total = float((norms**2).sum())
+    projections, cosines = _retention_by_module(merged, plan)
+    return MethodResult(
+        method=report.method,
+        space=report.space,
+        scale=report.scale,
+        rank=report.rank,
+        energy=report.energy,
+        energies=np.minimum(1.0, by_rank.sum(0) / total) if total else np.ones(by_rank.shape[1]),
+        module_energies=np.divide(by_rank, norms[:, None] ** 2, out=np.ones_like(by_rank), where=norms[:, None] > 0),
+        projection=[line.projection for line in report.adapters],
+        cosine=[line.cosine for line in report.adapters],
+        others=[line.others for line in report.adapters],
+        module_projections=projections,
+        module_cosines=cosines,
+        norms=norms,
+        seconds=seconds,
+    )
+
+
+def _energies_by_rank(merged: Merged, modules: Sequence[str], norms: Array) -> Array:
+    """Return the sum of the r largest squared singular values of each module for r = 1 … rank, (M, rank)."""
+    rank = merged.report.rank or 0
+    found = np.zeros((len(modules), rank))
+    for number, name in enumerate(modules if rank else ()):
+        delta = merged.read(name)
+        if not isinstance(delta, LowRank) or not norms[number]:
+            continue
+        B, A = delta.B.double(), delta.A.double()
+        sums = decompose(B.T @ B, A @ A.T).S.square().cumsum(0).numpy()
+        found[number, : len(sums)] = sums
+        found[number, len(sums) :] = sums[-1] if len(sums) else 0.0
+    return found
+
+
+def _retention_by_module(merged: Merged, plan: Plan) -> tuple[Array, Array]:
+    """Return the projection and the cosine of each adapter on each module, (M, N)."""
+    shape = (len(plan.modules), len(plan.members))
+    projections, cosines = np.full(shape, np.nan), np.full(shape, np.nan)
+    for number, name in enumerate(plan.modules):
+        result = merged.read(name)
+        square = inner(result, result)
+        deltas = {place: member.adapter.read(name) for place, member in plan.holders(name)}
+        overlaps = inner_with_each(result, deltas.values())
+        for (place, delta), overlap in zip(deltas.items(), overlaps, strict=True):
+            figures = retention(overlap, inner(delta, delta), square)
+            for into, key in ((projections, "projection"), (cosines, "cosine")):
+                into[number, place] = np.nan if figures[key] is None else figures[key]
+    return projections, cosines
