@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .evaluation.harness import harness
     from .evaluation.loaded_model import Bench
-    from .evaluation.scorers import Score
+    from .evaluation.score import Score
     from .evaluation.task import Task
     from .learning.distil import distil
     from .learning.distilled import Distilled
@@ -81,7 +81,7 @@ _MODULES = {
     "Prepared": "merging.prepare",
     "Recipe": "merging.recipes.recipe",
     "Report": "merging.report",
-    "Score": "evaluation.scorers",
+    "Score": "evaluation.score",
     "Task": "evaluation.task",
     "add_merged_adapter": "merging.live",
     "analyze": "analysis.analyze",

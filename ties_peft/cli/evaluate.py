@@ -14,12 +14,25 @@ from ..merging.tables import make_table, make_text, number_column
 from .base import Json, print_json, print_rich, print_warnings, print_warnings_after, progress_bar
 
 if TYPE_CHECKING:
-    from ..evaluation.scorers import Score
+    from ..evaluation.score import Score
 
 BASE_LABEL = "base"
+ACCURACY = "accuracy in percent"
+UNITS = {  # of measures that are no accuracy
+    "loss": "mean −log p per token",
+    "chrf": "chrF from 0 to 100",
+    "bleu": "BLEU from 0 to 100",
+}
 Harness = Annotated[
     list[str] | None,
     typer.Option(help="Names of tasks of lm-evaluation-harness: A,B, or repeated.", show_default=False),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="The precision in which the base is loaded: float32, bfloat16 or float16.",
+        show_default="that of its files",
+    ),
 ]
 Path_ = Annotated[Path | None, typer.Option(help="A folder with the harness's task files.", show_default=False)]
 
@@ -40,6 +53,7 @@ def evaluate(
     bare: Annotated[bool, typer.Option("--bare", help="Also measure the base model without an adapter.")] = False,
     device: Annotated[str, typer.Option(help="The device that the model runs on.")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="The number of rows in a batch.")] = BATCH_SIZE,
+    precision: Precision = None,
     harness: Harness = None,
     harness_path: Path_ = None,
     limit: Annotated[
@@ -67,9 +81,10 @@ def evaluate(
         if harness:
             tasks = [name for one in harness for name in one.split(",") if name]
             given: dict[str, Any] = {"include_path": harness_path, "batch_size": batch_size, "limit": limit}
+            given["dtype"] = precision
             results = by_harness(judged, tasks, base, device, progress=tell, **given)
         else:
-            scores = evaluate_all(judged, task or [], base, device, None, batch_size, tell)
+            scores = evaluate_all(judged, task or [], base, device, None, batch_size, tell, precision)
     if harness:
         _show_harness(labels, results, as_json)
         return
@@ -113,28 +128,34 @@ def _warn_about_rows(line: list[Score]) -> None:
 
 
 def _table(labels: list[str], scores: list[list[Score]]) -> Table:
-    """Return a table with a row for each adapter and a column for each task, and with the mean where all scores are accuracies."""
+    """Return a table with a row for each adapter and a column for each task, and with the mean where all are in percent."""
     tasks = [score.task for score in scores[0]]
     mean = len(tasks) > 1 and all(score.accuracy is not None for score in scores[0])
     rows = []
     for label, line in zip(labels, scores, strict=True):
         cells = [_cell(score) for score in line]
-        cells += [f"{100 * sum(s.accuracy or 0.0 for s in line) / len(line):.1f}"] if mean else []
+        cells += [f"{100 * sum(s.value for s in line) / len(line):.1f}"] if mean else []
         rows.append((label, *cells))
     return make_table(["adapter", *map(number_column, [*tasks, *(["mean"] if mean else [])])], rows)
 
 
 def _cell(score: Score) -> str:
-    return f"{score.loss:.4f}" if score.accuracy is None else f"{100 * score.accuracy:.1f}"
+    return f"{score.loss:.4f}" if score.accuracy is None else f"{100 * score.value:.1f}"
 
 
 def _legend(scores: list[list[Score]]) -> str:
-    """Return what the numbers of the table are, and their standard errors."""
+    """Return what the numbers of the table are, their standard errors, the base's precision and the speed."""
     line = scores[0]
-    rows = ", ".join(f"{score.rows}" for score in line)
-    errors = [100 * score.error for own in scores for score in own if score.error is not None]
-    what = "accuracy in percent" if errors else "mean −log p per token"
-    losses = any(score.accuracy is None for score in line)
-    least, most = (f"{error:.1f}" for error in (min(errors, default=0.0), max(errors, default=0.0)))
-    known = f"; one is known to about ± {least}{f' to {most}' if most != least else ''}" if errors else ""
-    return f"{what}{' (losses: mean −log p per token)' if errors and losses else ''}; rows: {rows}{known}"
+    known = [score.error for own in scores for score in own if score.error and UNITS.get(score.measure) is None]
+    units = list(dict.fromkeys(UNITS.get(score.measure, ACCURACY) for score in line))
+    least, most = (f"{100 * error:.1f}" for error in (min(known, default=0.0), max(known, default=0.0)))
+    parts = [
+        units[0] if len(units) == 1 else ", ".join(f"{s.task}: {UNITS.get(s.measure, ACCURACY)}" for s in line),
+        f"rows: {', '.join(str(score.rows) for score in line)}",
+    ]
+    if known:
+        parts.append(f"an accuracy is known to about ± {least}{f' to {most}' if most != least else ''}")
+    parts.append(f"base in {line[0].dtype}")
+    seconds = sum(score.seconds for own in scores for score in own)
+    parts.append(f"{sum(score.rows for own in scores for score in own) / max(seconds, 1e-9):.3g} rows a second")
+    return "; ".join(parts)

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..adapters.adapter import Adapter
 from ..errors import RecipeError, warn_caller
 from ..merging.values import check_whole
-from .language_models import Continuation, Generation
+from .generation import Generation
+from .language_models import Continuation
 from .loaded_model import Bench
-from .scorers import BATCH, Classification, Progress, Score, Scorer, check_form, form_for
-from .task import Task, TaskSource, read_task
+from .score import Score
+from .scorers import BATCH, Classification, Progress, Scorer, check_form, form_for
+from .task import GENERATED, Task, TaskSource, read_task
 
 
 def evaluate(
@@ -25,6 +29,7 @@ def evaluate(
     bench: Bench | None = None,
     batch_size: int = BATCH,
     progress: Progress | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Score:
     """Return the accuracy or loss of one adapter, or model, on one task.
 
@@ -35,10 +40,12 @@ def evaluate(
         base: the base model's folder or Hub id; by default the task's, else the adapter's.
         device: where the model runs.
         tokenizer: of a loaded model; by default found by the model's name.
-        bench: a loaded base model to use again, in place of `base` and `device`.
+        bench: a loaded base model to use again, in place of `base`, `device` and `dtype`.
         batch_size: rows in a batch.
         progress: called as progress(stage, done, of).
-    Returns: the score; `right` has an entry for each row, for paired comparisons.
+        dtype: the precision in which the base is loaded, float32, bfloat16 or float16; None for what transformers
+            chooses (the files' own since its version 5, float32 before). The score states it.
+    Returns: the score, with what is known of each row; `Score.difference` compares two of them by their rows.
     Raises: TiesPeftError, before the model is run: rows without labels or with labels out of range, an adapter for
         another base, a measure that does not fit the model, a head that is in neither the base's nor the adapter's
         files.
@@ -47,7 +54,7 @@ def evaluate(
     if _is_model(adapter_or_model):
         bench = Bench(adapter_or_model, tokenizer or _tokenizer(adapter_or_model))
         adapter_or_model = None
-    (line,) = evaluate_all([adapter_or_model], [asked], base, device, bench, batch_size, progress)
+    (line,) = evaluate_all([adapter_or_model], [asked], base, device, bench, batch_size, progress, dtype)
     return line[0]
 
 
@@ -59,6 +66,7 @@ def evaluate_all(
     bench: Bench | None = None,
     batch_size: int = BATCH,
     progress: Progress | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> list[list[Score]]:
     """Return a list of scores for each adapter, in order: of every adapter on every task.
 
@@ -69,11 +77,13 @@ def evaluate_all(
     Law: the scores are the same as from one call for each.
     """
     check_whole("batch_size", batch_size, 1)
+    if bench is not None and dtype is not None:
+        raise RecipeError("dtype is for a base that is loaded here; this model is loaded already. Leave dtype out.")
     asked = [read_task(task) for task in tasks]
     opened = [_open(a, base) for a in adapters]
     if not opened or not asked:
         raise RecipeError("there is nothing to evaluate. Give at least one adapter (or the base) and one task.")
-    benches = _load_benches(opened, asked, base, device, bench)
+    benches = [(bench, list(range(len(asked))))] if bench else _load_benches(opened, asked, base, device, dtype)
     for here, members in benches:
         _check(here, opened, [asked[place] for place in members])
     groups = [(here, {place: make_scorer(here, asked[place]) for place in members}) for here, members in benches]
@@ -93,7 +103,7 @@ def make_scorer(bench: Bench, task: Task) -> Scorer:
     check_form(bench, task)
     if task.measure in ("descriptions", "head"):
         return Classification(bench, task)
-    return Generation(bench, task) if task.measure == "exact_match" else Continuation(bench, task)
+    return Generation(bench, task) if task.measure in GENERATED else Continuation(bench, task)
 
 
 def find_base(adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: str | Path | None = None) -> str:
@@ -135,18 +145,20 @@ def _open(adapter: str | Path | Adapter | None, base: str | Path | None) -> Adap
 
 
 def _load_benches(
-    adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: str | Path | None, device: str, bench: Bench | None
+    adapters: Sequence[Adapter | None],
+    tasks: Sequence[Task],
+    base: str | Path | None,
+    device: str,
+    dtype: torch.dtype | str | None,
 ) -> list[tuple[Bench, list[int]]]:
     """Load the base in each form that is needed, and return each with the places of its tasks."""
-    if bench is not None:
-        return [(bench, list(range(len(tasks))))]
     chosen = find_base(adapters, tasks, base)
     for task in tasks:
         task.check_rows()
     places: dict[str, list[int]] = {}
     for place, task in enumerate(tasks):
         places.setdefault(form_for(task), []).append(place)
-    return [(Bench.load(chosen, form, device), members) for form, members in places.items()]
+    return [(Bench.load(chosen, form, device, None, dtype), members) for form, members in places.items()]
 
 
 def _is_model(value: Any) -> bool:

@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..adapters.adapter import Adapter
 from ..errors import RecipeError
 from .evaluate import find_base
@@ -27,6 +29,7 @@ def harness(
     bench: Bench | None = None,
     batch_size: int = BATCH,
     progress: Progress | None = None,
+    dtype: torch.dtype | str | None = None,
     **settings: Any,
 ) -> list[dict[str, dict[str, float]]]:
     """Evaluate adapters on tasks of lm-evaluation-harness, with one loaded base for all of them.
@@ -37,9 +40,10 @@ def harness(
         base: the base model, causal or sequence-to-sequence; by default the adapters'.
         device: where the model runs.
         include_path: a folder with your own task files for the harness.
-        bench: a loaded base to use again; `base` and `device` are then its own.
+        bench: a loaded base to use again; `base`, `device` and `dtype` are then its own.
         batch_size: requests in a batch.
         progress: called as progress(stage, done, of).
+        dtype: the precision in which the base is loaded, as of `evaluate`.
         settings: other arguments of `lm_eval.simple_evaluate`, such as limit or num_fewshot.
     Returns: for each adapter, in order, {task: {"metric,filter": value}} as the harness returns it, without texts.
     Raises: TiesPeftError, before the model is loaded: no harness, no such task, no base; or before it is
@@ -50,7 +54,7 @@ def harness(
     opened = [a if a is None or isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     if not opened:
         raise RecipeError("there is nothing to evaluate. Name at least one adapter, or the base.")
-    loaded = bench or Bench.load(find_base(opened, [], base), LANGUAGE, device)
+    loaded = bench or Bench.load(find_base(opened, [], base), LANGUAGE, device, None, dtype)
     if loaded.form not in ("causal", "seq2seq"):
         raise RecipeError(
             f"lm-evaluation-harness evaluates causal and sequence-to-sequence models; '{loaded.base}' is loaded as {loaded.form}."

@@ -6,6 +6,7 @@ back. So any adapter that ties_peft reads can be evaluated without PEFT, and so 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..adapters.extra_tensors import BASE, TOKENS, ExtraTensor, shape_text
 from ..adapters.types.base import BIAS, EXPERT, ModuleInfo
-from ..errors import CompatibilityError, RecipeError
+from ..errors import CompatibilityError, RecipeError, unknown
+from ..merging.options import DTYPES
 from ..merging.values import check_device
 from .missing_weights import check_missing_weights, find_missing_weights, silenced
 
@@ -60,7 +62,14 @@ class Bench:
         self._supplied_ids: list[int] = []  # ids of the parameters that the active adapter replaces
 
     @classmethod
-    def load(cls, base: str | Path, form: str, device: str = "cpu", token: str | None = None) -> Bench:
+    def load(
+        cls,
+        base: str | Path,
+        form: str,
+        device: str = "cpu",
+        token: str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> Bench:
         """Load a base model and its tokenizer, from a folder or from the Hub.
 
         Args:
@@ -69,13 +78,16 @@ class Bench:
                 depending on the model's config.
             device: where it runs.
             token: for private repositories.
-        Raises: RecipeError where there is no such model, or the device cannot be used.
+            dtype: the precision of the weights; None for what transformers chooses (the files' own since its version 5,
+                float32 before).
+        Raises: RecipeError where there is no such model, or the device or the precision cannot be used.
         Law: a model whose files lack tensors that its output depends on does not run without an adapter that has
             them: `check_complete` and every forward pass raise CompatibilityError.
         """
         import transformers
 
         where = check_device(device)
+        given = _precision(dtype, transformers.__version__)
         label = str(base)
         try:
             with silenced(transformers):
@@ -83,7 +95,7 @@ class Bench:
                     config = transformers.AutoConfig.from_pretrained(base, token=token)
                     form = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
                 loader = getattr(transformers, AUTO_CLASSES[form])
-                model, info = loader.from_pretrained(base, token=token, output_loading_info=True)
+                model, info = loader.from_pretrained(base, token=token, output_loading_info=True, **given)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(base, token=token)
         except Exception as error:  # transformers', the Hub's and the file system's own
             first = (str(error).strip().splitlines() or [""])[0]
@@ -97,6 +109,14 @@ class Bench:
         if bench._missing:
             bench.model.register_forward_pre_hook(lambda *_: bench._check_before_run())
         return bench
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the weights, such as "float32": the dtype of most of the parameters' entries."""
+        entries: Counter[torch.dtype] = Counter()
+        for parameter in self.model.parameters():
+            entries[parameter.dtype] += parameter.numel()
+        return str(entries.most_common(1)[0][0]).removeprefix("torch.")
 
     @property
     def pad_token_id(self) -> int:
@@ -227,7 +247,7 @@ class Bench:
         return (
             f"The model has its layers under other names ({front}…): it was trained on another form of the base, task_type "
             f"{adapter.config.get('task_type')}. The measure decides the form: descriptions loads an encoder, "
-            "head a classifier, choices, exact_match and loss a language model."
+            "head a classifier, all other measures a language model."
         )
 
     def _module_fault(self, module: ModuleInfo) -> str | None:
@@ -332,6 +352,20 @@ class Bench:
         out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **written)
         found: Tensor = out.last_hidden_state if self.form == "encoder" else out.logits
         return found
+
+
+def _precision(dtype: torch.dtype | str | None, version: str) -> dict[str, torch.dtype]:
+    """Return the argument of `from_pretrained` that asks for a precision, by its name in a version of transformers.
+
+    Raises: RecipeError where it is none of those in which a base can be loaded.
+    """
+    if dtype is None:
+        return {}
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise RecipeError(unknown("precision", name, DTYPES))
+    renamed = tuple(int(part) for part in version.split(".")[:2]) >= (4, 56)
+    return {"dtype" if renamed else "torch_dtype": getattr(torch, name)}
 
 
 def form_of(model: Any) -> str:

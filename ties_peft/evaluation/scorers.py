@@ -10,10 +10,10 @@ Batches hold rows of similar length, so that little is padded; the results are i
 
 from __future__ import annotations
 
-import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,60 +24,11 @@ from ..errors import RecipeError
 from . import BATCH_SIZE
 from .loaded_model import FORM_OF_MEASURE, LANGUAGE, Bench
 from .rows import Row, texts_of
+from .score import Score
 from .task import Task
 
 BATCH = BATCH_SIZE
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Score:
-    """The score of one adapter on one task.
-
-    Attributes:
-        task, measure: what was asked.
-        adapter: the name of the adapter; None for the base model alone.
-        rows: the number of rows.
-        accuracy: the share of rows that are right, in [0, 1]; None for measure `loss`.
-        loss: mean −log p of the right label (of the right tokens for `loss`), in nats; None for
-            `exact_match`.
-        right: for each row whether it was right, for paired comparisons; empty for `loss`.
-        cut: how many rows were longer than the task's max_tokens or the model allows.
-        blank: how many rows have a text of blanks alone; they are scored too, by the template around the text.
-    """
-
-    task: str
-    measure: str
-    adapter: str | None
-    rows: int
-    accuracy: float | None
-    loss: float | None
-    right: tuple[bool, ...] = ()
-    cut: int = 0
-    blank: int = 0
-
-    @property
-    def value(self) -> float:
-        """One number to compare by, the larger the better: the accuracy, or −loss where there is none."""
-        return -self.loss if self.accuracy is None and self.loss is not None else float(self.accuracy or 0.0)
-
-    @property
-    def error(self) -> float | None:
-        """The standard error of the accuracy from the number of rows alone, √(p̃(1−p̃)/ñ): above 0 at the edges too.
-
-        ñ = n + 4 and p̃ = (k + 2)/ñ for k of n rows right, two more being counted right and two wrong, because
-        √(p(1−p)/n) is 0 where all rows, or none, are right, even a single one.
-        Source: Agresti and Coull, The American Statistician 52 (1998), 119-126.
-        """
-        if self.accuracy is None:
-            return None
-        count = self.rows + 4
-        share = (self.accuracy * self.rows + 2) / count
-        return math.sqrt(share * (1 - share) / count)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON can hold."""
-        return {**vars(self), "right": [int(right) for right in self.right]}
 
 
 class Scorer(ABC):
@@ -102,7 +53,6 @@ class Scorer(ABC):
     def rows(self) -> int:
         """The number of rows."""
 
-    @abstractmethod
     def score(self, progress: Progress | None = None, size: int = BATCH) -> Score:
         """Score the adapter that is active on the model.
 
@@ -110,6 +60,21 @@ class Scorer(ABC):
             progress: called as progress(stage, done, of).
             size: rows in a batch.
         """
+        started = time.perf_counter()
+        found = self.scored(progress, size)
+        active = self.bench.active_adapter
+        return replace(
+            found,
+            adapter=None if active is None else active.label,
+            cut=self.cut,
+            blank=self.blank,
+            dtype=self.bench.dtype,
+            seconds=time.perf_counter() - started,
+        )
+
+    @abstractmethod
+    def scored(self, progress: Progress | None, size: int) -> Score:
+        """Run the model, and return what the measure gives; `score` adds the rest."""
 
     def read(self) -> tuple[list[Row], list[str]]:
         """Return the task's rows and the prompt made of each, and count rows of blanks in `blank`."""
@@ -133,13 +98,20 @@ class Scorer(ABC):
                 "nothing to score. Leave the row out."
             )
 
-    def graded(self, right: Sequence[bool], loss: float | None, classified: bool = True) -> Score:
-        """Return the score of this task for the active adapter."""
-        active = self.bench.active_adapter
-        accuracy = sum(right) / len(right) if classified else None
-        name = None if active is None else active.label
-        held = tuple(map(bool, right))
-        return Score(self.task.name, self.task.measure, name, self.rows, accuracy, loss, held, self.cut, self.blank)
+    def score_of_labels(self, logits: Tensor) -> Score:
+        """Return the accuracy and the cross-entropy of the right labels.
+
+        Args:
+            logits: of the labels, (rows, labels), on the CPU.
+        """
+        right = tuple((logits.argmax(-1) == self.labels).tolist())
+        losses = cross_entropy(logits.double(), self.labels, reduction="none")
+        return self.made(right, float(losses.mean()), losses=tuple(losses.tolist()))
+
+    def made(self, right: tuple[bool, ...], loss: float | None, **more: Any) -> Score:
+        """Return a score of this task, with further fields of `Score`; the accuracy follows from the rows that are right."""
+        accuracy = sum(right) / len(right) if right else None
+        return Score(self.task.name, self.task.measure, None, self.rows, accuracy, loss, right, **more)
 
 
 class Classification(Scorer):
@@ -200,11 +172,9 @@ class Classification(Scorer):
         result[torch.tensor(order)] = found
         return result
 
-    def score(self, progress: Progress | None = None, size: int = BATCH) -> Score:
+    def scored(self, progress: Progress | None, size: int) -> Score:
         """Return the accuracy, and the mean cross-entropy of the right labels."""
-        logits = self.all_logits(progress, size)
-        right = logits.argmax(-1) == self.labels
-        return self.graded(right.tolist(), float(cross_entropy(logits.double(), self.labels)))
+        return self.score_of_labels(self.all_logits(progress, size))
 
     def _embed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the mean of the last hidden states over tokens that are not padding, of norm 1: (rows, width)."""

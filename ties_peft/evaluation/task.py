@@ -17,6 +17,8 @@ Measures:
     exact_match   likewise; greedy text, cut at `stop`, stripped, equal to the row's label
     loss          likewise; mean −log p per token, of the label after the text, or of the text alone
                   with label: null
+    chrf, bleu    as exact_match, but text that is partly right counts in part, by chrF or BLEU of
+                  sacrebleu (the extra `metrics`); the score has both, and the share of exact matches
 
 The measure may be left out where the keys that are there have a meaning for one alone: descriptions or temperature
 mean `descriptions`, choices or mean mean `choices`, new_tokens or stop mean `exact_match`, labels without any of these
@@ -26,7 +28,7 @@ A label in the rows is a number from 0, or one of `labels` (or of `choices`; wit
 model's own label names). A class of a data set on the Hub is its name; where the task has no `labels`, and
 the name is none of those, it is its number in the set's order of classes, which the descriptions or choices
 then have to be in. With a head that holds only if the head names no classes (LABEL_0, LABEL_1, …), since
-heads and data sets of one task are known to differ in their order. For exact_match and loss it is its name.
+heads and data sets of one task are known to differ in their order. For the other measures it is its name.
 Everything is read strictly: an unknown key names the nearest one and its line.
 """
 
@@ -46,7 +48,8 @@ from ..errors import RecipeError, one_line, unknown
 from ..merging.recipes.yaml_document import STRICT, Document, dump, expecting
 from .rows import FILES, ClassName, Row, read_rows, texts_of
 
-MEASURES = ("descriptions", "head", "choices", "exact_match", "loss")
+MEASURES = ("descriptions", "head", "choices", "exact_match", "loss", "chrf", "bleu")
+GENERATED = ("exact_match", "chrf", "bleu")  # measures of text that the model writes
 REQUIRED_LIST = {"descriptions": "descriptions", "choices": "choices"}  # the list without which a measure is none
 MEASURES_BY_KEY = {  # of the keys that have no meaning for every measure: those for which they have one
     "labels": ("descriptions", "head", "choices"),
@@ -99,7 +102,7 @@ class Task:
         temperature: of `descriptions`.
         mean: whether `choices` are compared by the mean over tokens.
         max_tokens: longer inputs are cut (causal ones at their start), which the score counts.
-        new_tokens: of `exact_match`, at most.
+        new_tokens: of generated text, at most.
         stop: where generated text is cut; None for nowhere.
     """
 

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..adapters.statistics import Statistics
 from ..errors import CompatibilityError, MethodError, RecipeError, unknown, warn_caller
+from ..evaluation.causal_passes import Pair
 from ..evaluation.evaluate import find_base
-from ..evaluation.language_models import Continuation, Pair
+from ..evaluation.language_models import Continuation
 from ..evaluation.loaded_model import Bench, transposed
 from ..evaluation.scorers import Classification, Progress, check_form, form_for
-from ..evaluation.task import Task, TaskSource, read_task
+from ..evaluation.task import GENERATED, Task, TaskSource, read_task
 from ..task_vectors.random_numbers import stream_key, uniform
 from . import STATISTICS
 
@@ -137,9 +138,9 @@ def _choose_labels(labels: str | None, task: Task) -> str:
 
 
 def _check(adapter: Adapter, task: Task, kind: str, save: bool) -> None:
-    if task.measure == "exact_match":
+    if task.measure in GENERATED:
         raise RecipeError(
-            f"task {task.name!r}: measure 'exact_match' has no probabilities. Use measure: loss for the same rows."
+            f"task {task.name!r}: measure {task.measure!r} has no probabilities. Use measure: loss for the same rows."
         )
     if kind == "gram" and any(len(module.shape) != 2 for module in adapter.layout.values()):
         raise MethodError(

@@ -15,7 +15,8 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..errors import RecipeError
 from ..evaluation.evaluate import find_base, make_scorer
-from ..evaluation.language_models import Continuation, Generation
+from ..evaluation.generation import Generation
+from ..evaluation.language_models import Continuation
 from ..evaluation.loaded_model import Bench
 from ..evaluation.scorers import Classification, Scorer, form_for
 from ..evaluation.task import read_task
