@@ -155,8 +155,9 @@ def test_the_legend_speaks_of_every_line() -> None:
     from ties_peft.cli.evaluate import _legend
 
     told = _legend([[score(300, 300)], [score(150, 300, "b")]])
-    assert told == f"accuracy in percent; rows: 300; one is known to about ± {100 * score(300, 300).error:.1f} to 2.9"
-    assert _legend([[score(150, 300)]]).endswith("one is known to about ± 2.9")
+    assert told.startswith("accuracy in percent; rows: 300; ")
+    assert f"about ± {100 * score(300, 300).error:.1f} to 2.9" in told
+    assert _legend([[score(150, 300)]]).endswith("about ± 2.9")
     assert _legend([[score(1, 1)]]).endswith("± 21.9")
     losses = [[Score("t", "loss", None, 3, None, 1.0)]]
     assert _legend(losses) == "mean −log p per token; rows: 3"

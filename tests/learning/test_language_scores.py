@@ -32,7 +32,13 @@ CHOICES = {
     "mixed": [" w1", " w2 w3", " w4 w5 w6"],
 }
 ROWS = [{"text": text, "label": place % 3} for place, text in enumerate(sentences(11, 4))]
-SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": WIDTH, "head_dim": 8}
+SIZES = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "hidden_size": WIDTH,
+    "head_dim": 8,
+}
 
 
 def special(name: str) -> Any:
@@ -77,7 +83,9 @@ def test_losses_of_rows_with_choices_are_those_of_a_loop(form: str, kind: str) -
 @pytest.mark.parametrize("form", ["llama", "gpt2", "gemma2", "granite", "mamba"])
 def test_losses_of_rows_of_text_are_those_of_a_loop(form: str) -> None:
     model = make_model(form) if form in ("llama", "gpt2") else special(form)
-    rows = [{"text": text, "label": " ".join(text.split()[: 1 + place % 4])} for place, text in enumerate(sentences(7, 8))]
+    rows = [
+        {"text": text, "label": " ".join(text.split()[: 1 + place % 4])} for place, text in enumerate(sentences(7, 8))
+    ]
     score = scores_of(model, {"measure": "loss", "rows": rows})
     wanted = [-log_probabilities(model, row["text"], row["label"]) for row in rows]
     assert score.losses == pytest.approx([float(own.sum()) for own in wanted], abs=1e-4)
@@ -88,7 +96,10 @@ def test_losses_of_rows_of_text_are_those_of_a_loop(form: str) -> None:
 def test_an_adapter_has_the_scores_that_peft_gives_it(tmp_path: Path, bases: dict[str, Path]) -> None:
     folder = write_lora(tmp_path / "a", linear_shapes(make_model("llama"), "q_proj", "down_proj", "lm_head"), 3)
     loaded = PeftModel.from_pretrained(make_model("llama"), folder).eval()
-    for task in ({"choices": CHOICES["mixed"], "rows": ROWS}, {"measure": "loss", "label": None, "rows": sentences(5, 2)}):
+    for task in (
+        {"choices": CHOICES["mixed"], "rows": ROWS},
+        {"measure": "loss", "label": None, "rows": sentences(5, 2)},
+    ):
         own = ties_peft.evaluate(folder, task, base=bases["llama"])
         assert own.losses == pytest.approx(scores_of(loaded, task).losses, abs=1e-4)
         assert own.losses != pytest.approx(ties_peft.evaluate(None, task, base=bases["llama"]).losses, abs=1e-3)
@@ -176,7 +187,7 @@ def test_the_error_of_a_difference_of_losses_is_that_of_resampled_rows() -> None
 
 
 def test_scores_of_other_rows_have_no_difference() -> None:
-    with pytest.raises(RecipeError, match="6 rows.*5 rows"):
+    with pytest.raises(RecipeError, match=r"6 rows.*5 rows"):
         accuracies(1, 1, 1, 0, 1, 0).difference(accuracies(1, 1, 1, 0, 1))
 
 
@@ -188,7 +199,8 @@ def chrf(text: str, answer: str) -> float:
     shares = []
     for n in range(1, 7):
         made, wanted = (
-            Counter(one[i : i + n] for i in range(len(one) - n + 1)) for one in (text.replace(" ", ""), answer.replace(" ", ""))
+            Counter(one[i : i + n] for i in range(len(one) - n + 1))
+            for one in (text.replace(" ", ""), answer.replace(" ", ""))
         )
         if made and wanted:
             common = sum((made & wanted).values())
@@ -201,7 +213,11 @@ def test_chrf_and_bleu_of_generated_text(bases: dict[str, Path]) -> None:
     pytest.importorskip("sacrebleu")
     bench = Bench.load(bases["llama"], "language")
     texts = sentences(3, 6)
-    asked: dict[str, Any] = {"measure": "exact_match", "rows": [{"text": t, "label": "w1"} for t in texts], "new_tokens": 6}
+    asked: dict[str, Any] = {
+        "measure": "exact_match",
+        "rows": [{"text": t, "label": "w1"} for t in texts],
+        "new_tokens": 6,
+    }
     written = make_scorer(bench, read_task(asked)).score().texts
     answers = [written[0], " ".join(written[1].split()[:5]) + " w9 w8", "another one"]
     rows = [{"text": text, "label": answer} for text, answer in zip(texts, answers, strict=True)]
@@ -229,11 +245,13 @@ def test_chrf_without_sacrebleu_names_the_extra(bases: dict[str, Path], monkeypa
 
 def test_the_base_is_loaded_in_the_precision_that_is_asked_for(bases: dict[str, Path]) -> None:
     task = {"choices": CHOICES["one token"], "rows": ROWS}
-    exact, coarse = (ties_peft.evaluate(None, task, base=bases["llama"], dtype=dtype) for dtype in ("float32", torch.bfloat16))
+    exact, coarse = (
+        ties_peft.evaluate(None, task, base=bases["llama"], dtype=dtype) for dtype in ("float32", torch.bfloat16)
+    )
     assert (exact.dtype, coarse.dtype) == ("float32", "bfloat16")
     assert exact.losses != coarse.losses
     assert exact.losses == pytest.approx(coarse.losses, abs=0.1)
-    with pytest.raises(RecipeError, match="'float31'.*float32"):
+    with pytest.raises(RecipeError, match=r"'float31'.*float32"):
         ties_peft.evaluate(None, task, base=bases["llama"], dtype="float31")
     with pytest.raises(RecipeError, match="loaded already"):
         ties_peft.evaluate(make_model("llama"), task, tokenizer=make_tokenizer(False), dtype="float32")

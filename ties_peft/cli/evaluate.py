@@ -155,7 +155,7 @@ def _legend(scores: list[list[Score]]) -> str:
     ]
     if known:
         parts.append(f"an accuracy is known to about ± {least}{f' to {most}' if most != least else ''}")
-    parts.append(f"base in {line[0].dtype}")
-    seconds = sum(score.seconds for own in scores for score in own)
-    parts.append(f"{sum(score.rows for own in scores for score in own) / max(seconds, 1e-9):.3g} rows a second")
+    parts += [f"base in {line[0].dtype}"] if line[0].dtype else []
+    if seconds := sum(score.seconds for own in scores for score in own):
+        parts.append(f"{sum(score.rows for own in scores for score in own) / seconds:.3g} rows a second")
     return "; ".join(parts)

@@ -78,7 +78,7 @@ def next_log_probabilities(bench: Bench, prompts: Sequence[list[int]], choices: 
     rows = torch.arange(len(prompts), device=bench.device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=bench.device)
     logits, _ = selected_logits(bench.model, bench.pad_batch(prompts), rows, last, use_cache=False)
-    return logits.float().log_softmax(-1).double().gather(1, torch.tensor(choices, device=bench.device))  # type: ignore[no-any-return]
+    return logits.float().log_softmax(-1).double().gather(1, torch.tensor(choices, device=bench.device))
 
 
 def shared_length(pairs: Sequence[Pair]) -> int:
@@ -107,7 +107,7 @@ def continued_log_probabilities(bench: Bench, rows: Sequence[Sequence[Pair]]) ->
     every = torch.arange(len(rows), device=bench.device)
     _, output = selected_logits(bench.model, prompts, every, torch.full_like(every, kept - 1), use_cache=True)
     cache = getattr(output, "past_key_values", None)
-    if not _can_be_repeated(cache):
+    if cache is None or not _can_be_repeated(cache):
         return None
     cache.batch_repeat_interleave(len(rows[0]))
     pairs = [pair for row in rows for pair in row]
