@@ -16,7 +16,6 @@ from torch import Tensor
 
 import ties_peft
 from ties_peft import Adapter, Recipe, cli
-from ties_peft.adapters.extra_tensors import read_extra_tensors
 from ties_peft.analysis.inspection import inspect
 from ties_peft.merging.merge import merge_recipe
 
@@ -371,7 +370,7 @@ def test_prepare_has_the_policy_too(hold: Hold) -> None:
 )
 def test_what_a_name_says(hold: Hold, path: str, module: str, tensor: str, form: str) -> None:
     adapter = Adapter.load(hold("a", {path: torch.ones(1, 2)}, trainable_token_indices=[4]))
-    (found,) = read_extra_tensors(adapter.extra_keys, adapter.config, adapter.tensors, ["classifier", "score"], "a")
+    (found,) = adapter.extra_tensors(["classifier", "score"])
     assert (found.module, found.tensor, found.role) == (module, tensor, form)
     merged = ties_peft.merge([adapter])
     assert merged.extra_keys == (PREFIX + path.replace("token_adapter.base_layer.", ""),)  # no row is trained there

@@ -20,6 +20,7 @@ from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.tiles import thread_pool, threads_fixed
 from . import recognise, sources, writer
 from .base_model import BaseModel
+from .contents import Contents
 from .extra_tensors import INTEGER_DTYPES, ExtraTensor, check_extra_tensors, read_extra_tensors, whole_layer_names
 from .numeric import is_number
 from .statistics import Statistics, file_name
@@ -53,6 +54,7 @@ class Adapter:
     Attributes:
         config: the contents of adapter_config.json.
         tensors: its tensors, by name.
+        contents: config and tensors, as the PEFT type reads them.
         source: the path or Hub id as the user wrote it, with its revision; None if the adapter was made in memory.
         peft_type: LoRA, (IA)³, ….
         base_model: the base model's tensors, if they were given.
@@ -73,15 +75,16 @@ class Adapter:
         self.base_model = base_model
         self._statistics: dict[str, Statistics] = {}
         self._original: tuple[Adapter, Mapping[str, str]] | None = None  # what `renamed` was called on, and its names
+        self.contents = Contents(config, tensors, self.label, base_model)
         self.peft_type: PeftType = find_peft_type(config.get("peft_type"), self.label)
-        self.layout: dict[str, ModuleInfo] = self.peft_type.layout(config, tensors, self.label, base_model)
+        self.layout: dict[str, ModuleInfo] = self.peft_type.layout(self.contents)
         if not self.layout:
             raise AdapterError(
                 f"adapter '{self.label}' holds no {self.peft_type.title} tensors. Save it again with PEFT's save_pretrained."
             )
         claimed = {key for module in self.layout.values() for key in module.keys}
         self.extra_keys = tuple(key for key in tensors.names if key not in claimed)
-        check_extra_tensors(self.extra_keys, config, tensors, self.label)
+        check_extra_tensors(self.extra_keys, self.contents)
 
     @classmethod
     def load(
@@ -172,7 +175,7 @@ class Adapter:
             starts: from `whole_layer_names` of several adapters; by default of this one alone.
         """
         starts = whole_layer_names([self.config]) if starts is None else starts
-        return read_extra_tensors(self.extra_keys, self.config, self.tensors, starts, self.label)
+        return read_extra_tensors(self.extra_keys, self.contents, starts)
 
     def renamed(self, names: Mapping[str, str]) -> Adapter:
         """Return this adapter with other names for some of its modules.

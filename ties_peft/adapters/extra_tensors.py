@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AdapterError
-from .tensors import TensorSource
-from .types.base import PREFIX
+from .contents import PREFIX, Contents
 
 HEADS = ("classifier", "score", "qa_outputs")  # PEFT adds these to modules_to_save for the task types in HEADED
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -82,29 +81,28 @@ class ExtraTensor:
 TensorsByAdapter = Mapping[int, Mapping[str, ExtraTensor]]
 
 
-def check_extra_tensors(keys: Sequence[str], config: Mapping[str, Any], tensors: TensorSource, label: str) -> None:
+def check_extra_tensors(keys: Sequence[str], contents: Contents) -> None:
     """Refuse parameters of adapters that no PEFT type claims, and names that PEFT does not read.
 
     Args:
-        keys, config, tensors, label: as in `read_extra_tensors`.
+        keys, contents: as in `read_extra_tensors`.
     Raises: AdapterError, also in the cases of `read_extra_tensors`.
     """
-    parts = [(key, next((part for part in ADAPTER_PARAMETERS if f".{part}" in key), None)) for key in keys]
-    what = next((ADAPTER_PARAMETERS[part] for _, part in parts if part is not None), None)
-    if what is not None:
-        found = [key for key, part in parts if part is not None]
+    unclaimed = [(key, what) for key in keys for part, what in ADAPTER_PARAMETERS.items() if f".{part}" in key]
+    if unclaimed:
+        found = list(dict.fromkeys(key for key, _ in unclaimed))
         raise AdapterError(
-            f"adapter '{label}' holds {len(found)} tensor(s) of {what}, which ties_peft cannot merge yet: "
+            f"adapter '{contents.label}' holds {len(found)} tensor(s) of {unclaimed[0][1]}, which ties_peft cannot merge yet: "
             f"{_some(found)}. Leaving them out would change what the adapter does; train or save the adapter "
             "without them, or leave it out."
         )
     unprefixed = [key for key in keys if not key.startswith(PREFIX)]
     if unprefixed:
         raise AdapterError(
-            f"adapter '{label}' holds {len(unprefixed)} tensor(s) whose names do not start with '{PREFIX}', as PEFT's do: "
+            f"adapter '{contents.label}' holds {len(unprefixed)} tensor(s) whose names do not start with '{PREFIX}', as PEFT's do: "
             f"{_some(unprefixed)}. Save the adapter with PEFT, or rename them."
         )
-    read_extra_tensors(keys, config, tensors, whole_layer_names([config]), label)
+    read_extra_tensors(keys, contents, whole_layer_names([contents.config]))
 
 
 def unused_copies(keys: Iterable[str]) -> list[str]:
@@ -119,17 +117,13 @@ def whole_layer_names(configs: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     return (*HEADS, *sorted(named - set(HEADS)))
 
 
-def read_extra_tensors(
-    keys: Sequence[str], config: Mapping[str, Any], tensors: TensorSource, starts: Sequence[str], label: str
-) -> list[ExtraTensor]:
+def read_extra_tensors(keys: Sequence[str], contents: Contents, starts: Sequence[str]) -> list[ExtraTensor]:
     """Find the role of each of an adapter's extra tensors; unused copies are left out.
 
     Args:
         keys: the names of the extra tensors.
-        config: adapter_config.json.
-        tensors: the adapter's tensors.
+        contents: of the adapter.
         starts: from `whole_layer_names`.
-        label: the adapter's name in messages.
     Raises: AdapterError if the config does not say which tokens were trained, or two tensors have the same place.
     """
     unused = set(unused_copies(keys))
@@ -137,28 +131,20 @@ def read_extra_tensors(
     with_weight = {_parent(path) for path in paths.values() if "bias" not in path}  # layers saved with their weight
     found: dict[tuple[str, str], ExtraTensor] = {}
     for key, path in paths.items():
-        extra = _extra_tensor(key, path, with_weight, starts, config, tensors, label)
+        extra = _extra_tensor(key, path, with_weight, starts, contents)
         first = found.setdefault((extra.module, extra.tensor), extra)
         if first is not extra:
             raise AdapterError(
-                f"adapter '{label}' holds two tensors with the same place in the base model, {_some([first.key, key])}. Leave one of them out."
+                f"adapter '{contents.label}' holds two tensors with the same place in the base model, {_some([first.key, key])}. Leave one of them out."
             )
     return list(found.values())
 
 
-def _extra_tensor(
-    key: str,
-    path: str,
-    with_weight: set[str],
-    starts: Sequence[str],
-    config: Mapping[str, Any],
-    tensors: TensorSource,
-    label: str,
-) -> ExtraTensor:
-    shape = tensors.info(key).shape
+def _extra_tensor(key: str, path: str, with_weight: set[str], starts: Sequence[str], contents: Contents) -> ExtraTensor:
+    shape = contents.tensors.info(key).shape
     if path.endswith(ROWS):
         module = path.removesuffix(ROWS)
-        return ExtraTensor(module, ROWS[1:], TOKENS, key, shape, _trained(module, shape, config, label))
+        return ExtraTensor(module, ROWS[1:], TOKENS, key, shape, _trained(module, shape, contents))
     if UNDER in path:
         plain = path.replace(f".{WRAPPER}", "").replace(UNDER, ".")
         role = BIAS if "bias" in plain else BASE
@@ -170,14 +156,14 @@ def _extra_tensor(
     return ExtraTensor(_parent(path) or path, path.rpartition(".")[2], role, key, shape)
 
 
-def _trained(module: str, shape: tuple[int, ...], config: Mapping[str, Any], label: str) -> tuple[int, ...]:
+def _trained(module: str, shape: tuple[int, ...], contents: Contents) -> tuple[int, ...]:
     """Return the ids of the tokens whose rows of an embedding an adapter holds."""
-    given = config.get("trainable_token_indices")
+    given = contents.config.get("trainable_token_indices")
     if isinstance(given, dict):
         given = next((ids for name, ids in given.items() if name and module.endswith(str(name))), None)
     if not isinstance(given, list) or not all(isinstance(i, int) for i in given) or len(given) != (*shape, 0)[0]:
         raise AdapterError(
-            f"adapter '{label}' holds {shape_text(shape)} numbers for trained tokens of {module!r}, and "
+            f"adapter '{contents.label}' holds {shape_text(shape)} numbers for trained tokens of {module!r}, and "
             f"trainable_token_indices in adapter_config.json is {given!r}; expected the id of each row's "
             "token. Correct the config, or save the adapter again."
         )

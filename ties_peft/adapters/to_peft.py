@@ -18,9 +18,9 @@ from ..errors import AdapterError, RecipeError
 from . import recognise, sources
 from .adapter import Adapter, read_config
 from .base_model import PIPELINE, BaseModel
+from .contents import PREFIX
 from .formats import LoraFile, LoraModule
 from .module_names import accepted_names
-from .types.base import PREFIX
 
 CONFIG_KEYS = ("lora_alpha", "alpha_pattern", "use_rslora")  # taken over from a file's own metadata
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from ..adapters.adapter import Adapter
 from ..adapters.base_model import CONV1D_LAYERS, BaseModel
+from ..adapters.contents import PREFIX
 from ..adapters.module_names import match_names, newer_name, tower_prefix, without_tower_prefix
 from ..adapters.statistics import gather_command
 from ..adapters.types import ModuleInfo, output_type
-from ..adapters.types.base import EXPERT, LINEAR, PREFIX
+from ..adapters.types.base import EXPERT, LINEAR
 from ..errors import CompatibilityError, MethodError
 from ..methods import Method, Stages, method_classes
 from ..spaces import Space, find_space

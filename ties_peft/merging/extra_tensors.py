@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
+from ..adapters.contents import PREFIX
 from ..adapters.extra_layers import (
     ROWS,
     ExtraLayer,
@@ -53,7 +54,6 @@ from ..adapters.extra_tensors import (
     unused_copies,
     whole_layer_names,
 )
-from ..adapters.types.base import PREFIX
 from ..errors import CompatibilityError, RecipeError, unknown
 from .extra_task_vectors import OTHERS, ExtraTensorMerge, WeightOf
 from .members import Member

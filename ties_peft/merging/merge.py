@@ -16,7 +16,7 @@ from ..adapters.base_model import BaseModel
 from ..adapters.extra_tensors import is_head
 from ..adapters.targets import check_written
 from ..adapters.tokenizer_files import collect_tokenizer_files
-from ..adapters.types.base import EMBEDDING, LINEAR, layer_is_conv1d
+from ..adapters.types.base import EMBEDDING, LINEAR
 from ..errors import RecipeError, warn_caller
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from .card import shared_licence
@@ -232,4 +232,4 @@ def _adapter_facts(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> Ada
 def _has_conv1d(plan: Plan) -> bool:
     """Return whether a module of the result may be a Conv1D, by the base models and the adapters' configs."""
     adapters = [member.adapter for member in plan.members]
-    return any(layer_is_conv1d(a.config, a.base_model, module.path) for a in adapters for module in a.layout.values())
+    return any(a.contents.is_conv1d(module.path) for a in adapters for module in a.layout.values())

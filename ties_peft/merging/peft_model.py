@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, check_is_list
 from ..adapters.base_model import BaseModel
+from ..adapters.contents import PREFIX, Contents
 from ..adapters.tensors import MemoryTensors
 from ..adapters.types import find_peft_type
-from ..adapters.types.base import PREFIX, refuse_settings
 from ..errors import AdapterError, CompatibilityError, RecipeError, one_line, unknown
 
 WHOLE = {  # they lie outside the adapter's layers, and PEFT has room for those of one adapter at a time
@@ -142,23 +142,24 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
 
     Raises: AdapterError if its files could not be merged either, or if its values are not in memory.
     """
-    refuse_settings(_plain(tuner.peft_config[name].to_dict()), WHOLE, name)
-    tensors = {key: slot.tensor for key, slot in _slots(tuner, name).items()}
-    for key, tensor in tensors.items():
+    config = _plain(tuner.peft_config[name].to_dict())
+    tensors = LiveTensors({key: slot.tensor for key, slot in _slots(tuner, name).items()})
+    Contents(config, tensors, name).refuse_settings(WHOLE)
+    for key, slot in _slots(tuner, name).items():
+        tensor = slot.tensor
         if tensor.device.type == "meta" or hasattr(tensor, "device_mesh"):
             where = "offloaded" if tensor.device.type == "meta" else "sharded"
             raise AdapterError(
                 f"adapter {name!r}: tensor {key!r} is {where}, so its values are not in memory. "
                 "Save the adapters and merge the folders with ties_peft.merge."
             )
-    config = _plain(tuner.peft_config[name].to_dict())
     kind = find_peft_type(config.get("peft_type"), name)
     if kind.output_name != kind.name:
         raise AdapterError(
             f"adapter {name!r} is of type {kind.title}: a merge of it is a LoRA, for which a model of "
             f"{kind.title} layers has no room. Save the adapters and merge the folders with ties_peft.merge."
         )
-    adapter = Adapter(config, LiveTensors(tensors), name, _loaded_base(tuner, name))
+    adapter = Adapter(config, tensors, name, _loaded_base(tuner, name))
     for path, layer in _layers(tuner):
         if name in getattr(layer, "scaling", ()):
             for module in [m for m in adapter.layout.values() if m.keys[0].startswith(f"{PREFIX}{path}.lora_")]:

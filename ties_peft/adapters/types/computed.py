@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ...errors import AdapterError, one_line
 from ...task_vectors.delta import Dense
 from ..base_model import BaseModel
+from ..contents import NEEDS_BASE, PREFIX, Contents, base_weight
 from ..tensors import TensorSource
-from .base import CONV, LINEAR, NEEDS_BASE, PREFIX, Config, ModuleInfo, PeftType, base_shape, base_weight, check_conv1d
+from .base import ModuleInfo, PeftType, form
 
 SERVED = {
     "BOFT": ("BOFT", "boft_"),
@@ -59,7 +60,7 @@ class Recomputed:
         where: the module in messages.
     """
 
-    config: Config
+    config: Mapping[str, Any]
     largest: tuple[int, int]
     where: str
 
@@ -83,23 +84,21 @@ class Computed(PeftType):
         """Return one instance for each type in `SERVED`."""
         return [cls(config_name, title, prefix) for config_name, (title, prefix) in SERVED.items()]
 
-    def layout(
-        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
-    ) -> dict[str, ModuleInfo]:
+    def layout(self, contents: Contents) -> dict[str, ModuleInfo]:
         """Return the layers, each with its own tensors and those that all layers share."""
         layers: dict[str, list[str]] = {}
         shared: list[str] = []
-        for key in tensors.names:
+        for key in contents.tensors.names:
             path, found, _ = key.partition(f".{self.prefix}")
             if found and path.startswith(PREFIX):
                 layers.setdefault(path.removeprefix(PREFIX), []).append(key)
             elif found:
                 shared.append(key)
-        if base is None and layers:
+        if contents.base is None and layers:
             raise AdapterError(
-                f"adapter '{label}' is of type {self.title}, whose task vector PEFT makes from the base's weights. {NEEDS_BASE}"
+                f"adapter '{contents.label}' is of type {self.title}, whose task vector PEFT makes from the base's weights. {NEEDS_BASE}"
             )
-        shapes = {name: _shape(name, label, config, base) for name in sorted(layers)}
+        shapes = {name: _shape(name, contents) for name in sorted(layers)}
         largest = tuple(max((shape[side] for shape, _, _ in shapes.values()), default=0) for side in (0, 1))
         return {
             name: ModuleInfo(
@@ -107,12 +106,12 @@ class Computed(PeftType):
                 (shape[0], shape[1] * math.prod(kernel)),
                 min(shape[0], shape[1] * math.prod(kernel)),
                 (*layers[name], *shared),
-                layer_type=CONV if kernel else LINEAR,
+                layer_type=form(kernel),
                 kernel_size=kernel,
                 rank_is_trained=False,
                 base_tensors=(f"{name}.weight",),
                 conv1d=conv1d,
-                details=Recomputed(config, (largest[0], largest[1]), f"adapter '{label}', module {name!r}"),
+                details=Recomputed(contents.config, (largest[0], largest[1]), contents.where(name)),
             )
             for name, (shape, kernel, conv1d) in shapes.items()
         }
@@ -139,17 +138,14 @@ class Computed(PeftType):
         return Dense(change.flatten(1).float().contiguous())
 
 
-def _shape(
-    name: str, label: str, config: Config, base: BaseModel | None
-) -> tuple[tuple[int, int], tuple[int, ...], bool]:
+def _shape(name: str, contents: Contents) -> tuple[tuple[int, int], tuple[int, ...], bool]:
     """Return (out, in), the kernel size, and whether it is a Conv1D, of a layer's weight in the base."""
-    known = base_shape(base, name)
+    known = contents.base_shape(name)
     if known is None or len(known) not in (2, 3, 4):
         raise AdapterError(
-            f"adapter '{label}', module {name!r}: the base has no weight of that name that is a matrix or a "
-            f"convolution (found {known and list(known)}). Is it the base that the adapter was trained on, unquantised?"
+            f"{contents.where(name)}: the base has no weight of that name that is a matrix or a convolution (found {known and list(known)}). Is it the base that the adapter was trained on, unquantised?"
         )
-    conv1d = len(known) == 2 and check_conv1d(config, base, name, f"adapter '{label}', module {name!r}")
+    conv1d = len(known) == 2 and contents.check_conv1d(name)
     return (known[conv1d], known[not conv1d]), known[2:], conv1d
 
 

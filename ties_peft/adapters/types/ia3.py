@@ -5,19 +5,19 @@ Its task vector is l − 1, the difference from the identity; an adapter without
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import AdapterError
 from ...task_vectors.delta import Delta, Dense
 from ..base_model import BaseModel
+from ..contents import PREFIX, Contents
 from ..name_patterns import matches_whole
 from ..tensors import TensorSource
-from .base import PREFIX, Config, ModuleInfo, WritablePeftType, group_by_layer
+from .base import ModuleInfo, WritablePeftType
 
 SUFFIX = "ia3_l"
 
@@ -29,18 +29,24 @@ class IA3(WritablePeftType):
     output_name = "ia3"
     title = "(IA)³"
     config_name = "IA3"
+    suffixes = (SUFFIX,)
     has_rank = False
 
-    def layout(
-        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
-    ) -> dict[str, ModuleInfo]:
-        """Return the layers with their vectors.
+    def module(self, name: str, parts: Mapping[str, str], contents: Contents) -> ModuleInfo:
+        """Return a layer with its vector.
 
         The shape tells whether a vector multiplies the output, (k, 1), or the input, (1, k). On a convolution it is (1, k, 1…)
         for both, and feedforward_modules of the config decides.
         """
-        layers = group_by_layer(tensors, (SUFFIX,), label)
-        return {name: _module(name, parts[SUFFIX], config, tensors, label) for name, parts in layers.items()}
+        keys = (parts[SUFFIX],)
+        shape = contents.tensors.info(parts[SUFFIX]).shape
+        feedforward = _feedforward(contents.config, name)
+        wide = len(shape) > 2 and shape[0] == 1 and set(shape[2:]) == {1}
+        if not (wide or len(shape) == 2) or 1 not in shape or 0 in shape:
+            raise contents.damaged(name, {SUFFIX: shape}, "[k, 1] or [1, k], or [1, k, 1, 1] on a convolution")
+        if wide:
+            return ModuleInfo(name, (shape[1],), 1, keys, on_input=feedforward, kernel_size=shape[2:])
+        return ModuleInfo(name, (max(shape),), 1, keys, on_input=feedforward if shape == (1, 1) else shape[0] == 1)
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Dense:
         """Return l − 1, (k,)."""
@@ -65,22 +71,7 @@ class IA3(WritablePeftType):
         }
 
 
-def _module(name: str, key: str, config: Config, tensors: TensorSource, label: str) -> ModuleInfo:
-    shape = tensors.info(key).shape
-    where = f"adapter '{label}', module {name!r}"
-    wide = len(shape) > 2 and shape[0] == 1 and set(shape[2:]) == {1}
-    if not (wide or len(shape) == 2) or 1 not in shape or 0 in shape:
-        raise AdapterError(
-            f"{where}: ia3_l is {list(shape)}; expected [k, 1] or [1, k], or [1, k, 1, 1] on a convolution. "
-            "The file is damaged: save the adapter again."
-        )
-    if wide:
-        return ModuleInfo(name, (shape[1],), 1, (key,), on_input=_feedforward(config, name), kernel_size=shape[2:])
-    sided = _feedforward(config, name) if shape == (1, 1) else shape[0] == 1
-    return ModuleInfo(name, (max(shape),), 1, (key,), on_input=sided)
-
-
-def _feedforward(config: Config, name: str) -> bool:
+def _feedforward(config: Mapping[str, Any], name: str) -> bool:
     """Return whether a layer is feed-forward by PEFT's rule: a regex for the whole path, or a list of endings of any length."""
     chosen = config.get("feedforward_modules")
     try:

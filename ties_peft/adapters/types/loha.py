@@ -7,28 +7,23 @@ W₂ᵦ the rows of A. Convolutions may have a core tensor for each product (Tuc
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ...errors import AdapterError
 from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
+from ..contents import Contents
 from ..tensors import TensorSource
-from .base import (
-    CONV,
-    LINEAR,
-    Config,
-    ModuleInfo,
-    PeftType,
-    config_number,
-    conv_kernel_size,
-    group_by_layer,
-    tucker_kernel_size,
-)
+from .base import ModuleInfo, PeftType, form
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 CORES = ("hada_t1", "hada_t2")
+EXPECTED = (
+    "hada_w1_a and hada_w2_a [out, r], hada_w1_b and hada_w2_b [r, in], or [r, out], [r, in] and hada_t1, hada_t2 "
+    "[r, r, k, k]"
+)
 
 
 class LoHa(PeftType):
@@ -37,13 +32,23 @@ class LoHa(PeftType):
     name = "loha"
     title = "LoHa"
     config_name = "LOHA"
+    suffixes = (*PARTS, *CORES)
 
-    def layout(
-        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
-    ) -> dict[str, ModuleInfo]:
-        """Return the layers with four matrices, or four matrices and two core tensors."""
-        layers = group_by_layer(tensors, (*PARTS, *CORES), label)
-        return {name: _module(name, parts, config, tensors, label, base) for name, parts in layers.items()}
+    def module(self, name: str, parts: Mapping[str, str], contents: Contents) -> ModuleInfo:
+        """Return a layer with four matrices, or with four matrices and two core tensors."""
+        shapes = contents.shapes(parts)
+        core, size = shapes.get(CORES[0], ()), _sizes(shapes)
+        if size is None or len(parts) not in (4, 6):
+            raise contents.damaged(name, shapes, EXPECTED)
+        out, width, rank = size
+        scaling = contents.number("alpha", "alpha_pattern", name, 8) / rank
+        shape = out, width * math.prod(core[2:])
+        kernel = contents.tucker_kernel_size(shape, core[2:], name) if core else contents.kernel_size(shape, name)
+        keys = tuple(parts[end] for end in self.suffixes if end in parts)
+        most = min(shape) if core else min(rank * rank, *shape)
+        return ModuleInfo(
+            name, shape, most, keys, scaling, layer_type=form(kernel), kernel_size=kernel, rank_is_trained=False
+        )
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
         """Return factors if r² is less than the layer's smaller side, else a dense matrix."""
@@ -55,31 +60,6 @@ class LoHa(PeftType):
         if module.rank < min(module.shape):
             return LowRank((left * module.scaling).float().contiguous(), right.float().contiguous())
         return Dense(((parts[0] @ parts[1]) * (parts[2] @ parts[3]) * module.scaling).float())
-
-
-def _module(
-    name: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str, base: BaseModel | None
-) -> ModuleInfo:
-    where = f"adapter '{label}', module {name!r}"
-    shapes = {end: tensors.info(key).shape for end, key in parts.items()}
-    core = shapes.get(CORES[0], ())
-    size = _sizes(shapes)
-    if size is None or len(parts) not in (4, 6):
-        seen = ", ".join(f"{end} {list(shape)}" for end, shape in sorted(shapes.items()))
-        raise AdapterError(
-            f"{where}: there is {seen}; expected hada_w1_a and hada_w2_a [out, r], hada_w1_b and hada_w2_b [r, in], "
-            "or [r, out], [r, in] and hada_t1, hada_t2 [r, r, k, k]. The file is damaged: save the adapter again."
-        )
-    out, width, rank = size
-    scaling = config_number(config, "alpha", "alpha_pattern", name, 8, where) / rank
-    shape = out, width * math.prod(core[2:])
-    kernel = (
-        tucker_kernel_size(shape, core[2:], name, where, base) if core else conv_kernel_size(shape, name, where, base)
-    )
-    keys = tuple(parts[end] for end in (*PARTS, *(CORES if core else ())))
-    most = min(rank * rank, *shape) if not core else min(shape)
-    form = CONV if kernel else LINEAR
-    return ModuleInfo(name, shape, most, keys, scaling, layer_type=form, kernel_size=kernel, rank_is_trained=False)
 
 
 def _sizes(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int] | None:

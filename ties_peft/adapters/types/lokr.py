@@ -7,28 +7,19 @@ or with a core tensor (Tucker form).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ...errors import AdapterError
 from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
+from ..contents import Contents
 from ..tensors import TensorSource
-from .base import (
-    CONV,
-    LINEAR,
-    Config,
-    ModuleInfo,
-    PeftType,
-    config_number,
-    conv_kernel_size,
-    group_by_layer,
-    tucker_kernel_size,
-)
+from .base import ModuleInfo, PeftType, form
 
 W1, W2, CORE = "lokr_w1", "lokr_w2", "lokr_t2"
-ENDS = (W1, "lokr_w1_a", "lokr_w1_b", W2, "lokr_w2_a", "lokr_w2_b", CORE)
+EXPECTED = "lokr_w1 or lokr_w1_a and lokr_w1_b, and lokr_w2 or lokr_w2_a and lokr_w2_b, whose shapes fit"
 
 
 class LoKr(PeftType):
@@ -37,13 +28,26 @@ class LoKr(PeftType):
     name = "lokr"
     title = "LoKr"
     config_name = "LOKR"
+    suffixes = (W1, "lokr_w1_a", "lokr_w1_b", W2, "lokr_w2_a", "lokr_w2_b", CORE)
 
-    def layout(
-        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
-    ) -> dict[str, ModuleInfo]:
-        """Return the layers, of two to five tensors each."""
-        layers = group_by_layer(tensors, ENDS, label)
-        return {name: _module(name, parts, config, tensors, label, base) for name, parts in layers.items()}
+    def module(self, name: str, parts: Mapping[str, str], contents: Contents) -> ModuleInfo:
+        """Return a layer with two to five tensors."""
+        shapes = contents.shapes(parts)
+        first, second = _size(shapes, W1), _size(shapes, W2)
+        if first is None or second is None or len(first[0]) != 2 or 0 in first[0] + second[0]:
+            raise contents.damaged(name, shapes, EXPECTED)
+        rank = contents.number("r", "rank_pattern", name, 8)
+        scaling = contents.number("alpha", "alpha_pattern", name, 8) / (rank or 1)
+        (out1, in1), (out2, in2, *size) = first[0], second[0]
+        shape, kernel = (out1 * out2, in1 * in2 * math.prod(size)), tuple(size)
+        if CORE in parts:
+            kernel = contents.tucker_kernel_size(shape, kernel, name)
+        kernel = kernel or contents.kernel_size(shape, name)
+        most = min(shape) if size else min(first[1] * second[1], *shape)
+        keys = tuple(parts[end] for end in self.suffixes if end in parts)
+        return ModuleInfo(
+            name, shape, most, keys, scaling, layer_type=form(kernel), kernel_size=kernel, rank_is_trained=False
+        )
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
         """Return factors if their rank is less than the layer's smaller side, else a dense matrix."""
@@ -54,30 +58,6 @@ class LoKr(PeftType):
             left, right = torch.kron(first[0], second[0]), torch.kron(first[1], second[1])
             return LowRank((left * module.scaling).float(), right.float())
         return Dense((_product(parts) * module.scaling).reshape(module.shape).float())
-
-
-def _module(
-    name: str, parts: dict[str, str], config: Config, tensors: TensorSource, label: str, base: BaseModel | None
-) -> ModuleInfo:
-    where = f"adapter '{label}', module {name!r}"
-    shapes = {end: tensors.info(key).shape for end, key in parts.items()}
-    first, second = _size(shapes, W1), _size(shapes, W2)
-    if first is None or second is None or len(first[0]) != 2 or 0 in first[0] + second[0]:
-        seen = ", ".join(f"{end} {list(shape)}" for end, shape in sorted(shapes.items()))
-        raise AdapterError(
-            f"{where}: there is {seen}; expected lokr_w1 or lokr_w1_a and lokr_w1_b, and lokr_w2 or lokr_w2_a and "
-            "lokr_w2_b, whose shapes fit. The file is damaged: save the adapter again."
-        )
-    rank = config_number(config, "r", "rank_pattern", name, 8, where)
-    alpha = config_number(config, "alpha", "alpha_pattern", name, 8, where)
-    (out1, in1), (out2, in2, *kernel) = first[0], second[0]
-    shape = out1 * out2, in1 * in2 * math.prod(kernel)
-    found = tucker_kernel_size(shape, tuple(kernel), name, where, base) if CORE in parts else tuple(kernel)
-    found = found or conv_kernel_size(shape, name, where, base)
-    most = min(first[1] * second[1], *shape) if not kernel else min(shape)
-    keys = tuple(parts[end] for end in ENDS if end in parts)
-    scaling, form = alpha / (rank or 1), CONV if found else LINEAR
-    return ModuleInfo(name, shape, most, keys, scaling, layer_type=form, kernel_size=found, rank_is_trained=False)
 
 
 def _size(shapes: dict[str, tuple[int, ...]], which: str) -> tuple[tuple[int, ...], int] | None:

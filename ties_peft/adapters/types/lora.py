@@ -25,25 +25,9 @@ from torch import Tensor
 from ...errors import AdapterError
 from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
+from ..contents import NEEDS_BASE, PREFIX, Contents, base_weight
 from ..tensors import TensorSource
-from .base import (
-    BIAS,
-    CONV,
-    EMBEDDING,
-    EXPERT,
-    LINEAR,
-    NEEDS_BASE,
-    PREFIX,
-    Config,
-    ModuleInfo,
-    WritablePeftType,
-    base_weight,
-    check_conv1d,
-    config_number,
-    group_by_layer,
-    is_target_module,
-    refuse_settings,
-)
+from .base import BIAS, CONV, EMBEDDING, EXPERT, LINEAR, ModuleInfo, WritablePeftType, form
 
 A, B, B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
@@ -72,21 +56,15 @@ class Lora(WritablePeftType):
     title = "LoRA"
     config_name = "LORA"
 
-    def layout(
-        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
-    ) -> dict[str, ModuleInfo]:
+    def layout(self, contents: Contents) -> dict[str, ModuleInfo]:
         """Return the layers with pairs of lora_A and lora_B, their biases and magnitudes; shapes are checked."""
-        refuse_settings(config, REFUSED_SETTINGS, label)
-        _refuse_changed_base(config, label)
-        layers = group_by_layer(tensors, SUFFIXES, label)
-        found = [
-            m
-            for path, parts in layers.items()
-            for m in _Layer(path, parts, config, tensors, label, base).modules(layers)
-        ]
-        if base is None and any(module.base_tensors for module in found):
+        contents.refuse_settings(REFUSED_SETTINGS)
+        _refuse_changed_base(contents)
+        layers = contents.layers(SUFFIXES)
+        found = [m for path, parts in layers.items() for m in _Layer(path, parts, contents).modules(layers)]
+        if contents.base is None and any(module.base_tensors for module in found):
             raise AdapterError(
-                f"adapter '{label}' is a DoRA, whose task vector depends on the weights it was trained on. {NEEDS_BASE}"
+                f"adapter '{contents.label}' is a DoRA, whose task vector depends on the weights it was trained on. {NEEDS_BASE}"
             )
         return {module.name: module for module in sorted(found, key=lambda module: module.name)}
 
@@ -173,72 +151,60 @@ class _Layer:
     Args:
         path: in the base model.
         parts: its tensors' names by their suffixes.
-        config, tensors, label, base: as in `PeftType.layout`.
+        contents: of the adapter.
     """
 
-    def __init__(
-        self,
-        path: str,
-        parts: dict[str, str],
-        config: Config,
-        tensors: TensorSource,
-        label: str,
-        base: BaseModel | None,
-    ) -> None:
-        self.path, self.parts, self.config, self.tensors, self.label = path, parts, config, tensors, label
-        self.base = base
-        self.where = f"adapter '{label}', module {path!r}"
+    def __init__(self, path: str, parts: dict[str, str], contents: Contents) -> None:
+        self.path, self.parts, self.contents = path, parts, contents
+        self.config, self.shapes, self.where = contents.config, contents.shapes(parts), contents.where(path)
 
     def modules(self, layers: dict[str, dict[str, str]]) -> Iterator[ModuleInfo]:
         """Yield its task vectors."""
-        form = EMBEDDING if EMBEDDING_A in self.parts or EMBEDDING_B in self.parts else LINEAR
-        ends = (EMBEDDING_A, EMBEDDING_B) if form == EMBEDDING else (A, B)
-        self.check_pair(ends)
-        keys = self.parts[ends[0]], self.parts[ends[1]]
-        shapes = [self.tensors.info(key).shape for key in keys]
-        if form == LINEAR and len(shapes[0]) > 2:
-            form = CONV
-        self.check_shapes(shapes, form, ends)
+        embedding = EMBEDDING_A in self.parts or EMBEDDING_B in self.parts
+        pair = (EMBEDDING_A, EMBEDDING_B) if embedding else (A, B)
+        self.check_pair(pair)
+        first, second = (self.shapes[end] for end in pair)
+        kind = EMBEDDING if embedding else form(first[2:])
+        self.check_shapes(first, second, kind, pair)
+        rank, keys = first[0], (self.parts[pair[0]], self.parts[pair[1]])
         parent = self.path.removesuffix(OUT_PROJ)
-        if parent != self.path:
-            yield self.module(f"{parent}.out_proj", form, keys, shapes, owner=parent)
-        elif self.config.get("target_parameters") and not is_target_module(
-            self.config.get("target_modules"), self.path
-        ):
-            yield from self.experts(layers, keys, shapes)
+        fused = self.config.get("target_parameters") and not self.contents.is_target(self.path)
+        if parent == self.path and fused:
+            yield from self.experts(layers, keys, (second[0], first[1]), rank)
         else:
-            yield self.module(self.path, form, keys, shapes)
-        if B_BIAS in self.parts or (self.config.get("lora_bias") and form in (LINEAR, CONV)):
-            yield self.bias(shapes)
+            shape, scaling = (second[0], math.prod(first[1:])), self.scaling(parent, rank)
+            name = self.path if parent == self.path else f"{parent}.out_proj"
+            plain = ModuleInfo(name, shape, rank, keys, scaling, layer_type=kind, layer=self.path)
+            yield self.with_magnitude(replace(plain, kernel_size=first[2:]))
+        if B_BIAS in self.parts or (self.config.get("lora_bias") and kind in (LINEAR, CONV)):
+            yield self.bias(second[0], rank)
 
-    def module(
-        self, name: str, form: str, keys: tuple[str, str], shapes: list[tuple[int, ...]], owner: str | None = None
-    ) -> ModuleInfo:
-        rank = shapes[0][0]
-        shape = shapes[1][0], math.prod(shapes[0][1:])
-        scaling = self.scaling(owner or name, rank)
-        whole = ModuleInfo(
-            name, shape, rank, keys, scaling, layer_type=form, layer=self.path, kernel_size=shapes[0][2:]
-        )
-        magnitude = next((self.parts[end] for end in MAGNITUDES if end in self.parts), None)
+    def with_magnitude(self, module: ModuleInfo) -> ModuleInfo:
+        """Return the module as it is, or with the magnitudes of DoRA."""
+        magnitude = next((end for end in MAGNITUDES if end in self.parts), None)
         if (magnitude is None) == bool(self.config.get("use_dora")):
             seen = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
             raise AdapterError(
                 f"{self.where}: use_dora is {self.config.get('use_dora')!r}, but there is {seen}. Save the adapter again."
             )
         if magnitude is None:
-            return whole
-        if math.prod(self.tensors.info(magnitude).shape) != shape[0]:
+            return module
+        shape, entries = module.shape, math.prod(self.shapes[magnitude])
+        if entries != shape[0]:
             raise AdapterError(
-                f"{self.where}: its lora_magnitude_vector has {math.prod(self.tensors.info(magnitude).shape)} entries; "
-                f"expected {shape[0]}, one for each output. Save the adapter again."
+                f"{self.where}: its lora_magnitude_vector has {entries} entries; expected {shape[0]}, one for each output. "
+                "Save the adapter again."
             )
-        needs = (f"{self.path}.weight",)
-        conv1d = form == LINEAR and check_conv1d(self.config, self.base, self.path, self.where, shape[0])
-        whole = replace(whole, rank=min(shape), keys=(*keys, magnitude), rank_is_trained=False)
-        return replace(whole, base_tensors=needs, conv1d=conv1d)
+        return replace(
+            module,
+            rank=min(shape),
+            keys=(*module.keys, self.parts[magnitude]),
+            rank_is_trained=False,
+            base_tensors=(f"{self.path}.weight",),
+            conv1d=module.layer_type == LINEAR and self.contents.check_conv1d(self.path, shape[0]),
+        )
 
-    def bias(self, shapes: list[tuple[int, ...]]) -> ModuleInfo:
+    def bias(self, out: int, rank: int) -> ModuleInfo:
         """Return the task vector of the layer's bias."""
         if B_BIAS not in self.parts or not self.config.get("lora_bias") or self.config.get("use_dora"):
             seen = "a lora_B.bias" if B_BIAS in self.parts else "no lora_B.bias"
@@ -246,13 +212,19 @@ class _Layer:
                 f"{self.where}: there is {seen}, lora_bias is {self.config.get('lora_bias')!r} and use_dora "
                 f"{self.config.get('use_dora')!r}; PEFT has a bias with the first alone. Save the adapter again."
             )
-        keys, scaling = (self.parts[B_BIAS],), self.scaling(self.path, shapes[0][0])
-        return ModuleInfo(f"{self.path}.bias", (shapes[1][0], 1), 1, keys, scaling, layer_type=BIAS, layer=self.path)
+        keys, scaling = (self.parts[B_BIAS],), self.scaling(self.path, rank)
+        return ModuleInfo(f"{self.path}.bias", (out, 1), 1, keys, scaling, layer_type=BIAS, layer=self.path)
 
     def experts(
-        self, layers: dict[str, dict[str, str]], keys: tuple[str, str], shapes: list[tuple[int, ...]]
+        self, layers: dict[str, dict[str, str]], keys: tuple[str, ...], shape: tuple[int, int], rows: int
     ) -> Iterator[ModuleInfo]:
-        """Yield a module for each expert of one parameter."""
+        """Yield a module for each expert of one parameter.
+
+        Args:
+            layers: of the file, by path.
+            shape: of one expert's task vector.
+            rows: of lora_A, those of all experts.
+        """
         layer, depth = self.path, 0
         while layer.endswith(NESTED):
             layer, depth = layer.removesuffix(NESTED), depth + 1
@@ -260,13 +232,12 @@ class _Layer:
         while layer + NESTED * nest in layers:
             nest += 1
         name = f"{layer}.{self.parameters(layer, nest)[depth]}"
-        rank = int(config_number(self.config, "r", "rank_pattern", name, 8, self.where))
-        if rank < 1 or shapes[0][0] % rank:
+        rank = int(self.contents.number("r", "rank_pattern", name, 8))
+        if rank < 1 or rows % rank:
             raise AdapterError(
-                f"{self.where}: lora_A has {shapes[0][0]} rows, which r = {rank} does not divide. Correct adapter_config.json."
+                f"{self.where}: lora_A has {rows} rows, which r = {rank} does not divide. Correct adapter_config.json."
             )
-        count = shapes[0][0] // rank
-        shape, scaling = (shapes[1][0], shapes[0][1]), self.scaling(name, rank)
+        count, scaling = rows // rank, self.scaling(name, rank)
         for which in range(count):
             own = f"{name}[{which}]" if count > 1 else name
             yield ModuleInfo(own, shape, rank, keys, scaling, layer_type=EXPERT, layer=layer, expert=(which, count))
@@ -276,7 +247,7 @@ class _Layer:
         listed = self.config["target_parameters"]
         if not isinstance(listed, list) or not all(isinstance(target, str) for target in listed):
             raise AdapterError(
-                f"{self.label}: target_parameters is {listed!r}; expected a list of parameters' names. "
+                f"{self.contents.label}: target_parameters is {listed!r}; expected a list of parameters' names. "
                 "Correct adapter_config.json."
             )
         fitting = [t for t in listed if f"{layer}.{t.rpartition('.')[2]}".endswith(t)]
@@ -293,7 +264,7 @@ class _Layer:
 
     def scaling(self, name: str, rank: int) -> float:
         """Return s, with alpha by PEFT's matching rule for alpha_pattern, and r from the tensors."""
-        alpha = config_number(self.config, "lora_alpha", "alpha_pattern", name, 8, self.where)
+        alpha = self.contents.number("lora_alpha", "alpha_pattern", name, 8)
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def check_pair(self, ends: tuple[str, str]) -> None:
@@ -306,11 +277,10 @@ class _Layer:
         lacking = missing[0].removesuffix(".weight")
         raise AdapterError(f"{self.where}: there is a {seen} but no {lacking}. Save the adapter again, whole.")
 
-    def check_shapes(self, shapes: list[tuple[int, ...]], form: str, ends: tuple[str, str]) -> None:
+    def check_shapes(self, first: tuple[int, ...], second: tuple[int, ...], kind: str, ends: tuple[str, str]) -> None:
         """Refuse shapes that do not fit each other, and layers that PEFT no longer supports."""
-        first, second = shapes
         names = [end.removesuffix(".weight") for end in ends]
-        if form == CONV and len(second) == len(first) and 0 < second[1] < first[0]:
+        if kind == CONV and len(second) == len(first) and 0 < second[1] < first[0]:
             raise AdapterError(
                 f"{self.where} is a grouped convolution ({names[0]} {list(first)}, {names[1]} {list(second)}), whose "
                 "update PEFT itself cannot write as a matrix. Leave the adapter out."
@@ -320,7 +290,7 @@ class _Layer:
                 f"{self.where}: {names[0]} is {list(first)} and {names[1]} {list(second)}, the fused layers of PEFT before "
                 "0.3 (enable_lora), which no later PEFT loads. Convert it with that release, or leave it out."
             )
-        tail = (1,) * (len(first) - 2) if form == CONV else ()
+        tail = (1,) * (len(first) - 2) if kind == CONV else ()
         if len(first) != 2 + len(tail) or second[1:] != (first[0], *tail) or 0 in first + second:
             raise AdapterError(
                 f"{self.where}: {names[0]} is {list(first)} and {names[1]} is {list(second)}; expected [r, in] and "
@@ -377,11 +347,11 @@ def _stacked(path: str, modules: Sequence[ModuleInfo], tensors: dict[str, Tensor
     return {f"{path}.{A}": first, f"{path}.{B}": second}
 
 
-def _refuse_changed_base(config: Config, label: str) -> None:
-    start = config.get("init_lora_weights")
+def _refuse_changed_base(contents: Contents) -> None:
+    start = contents.config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise AdapterError(
-            f"adapter '{label}' was initialised with {start!r}, which changes the base's weights, so its "
+            f"adapter '{contents.label}' was initialised with {start!r}, which changes the base's weights, so its "
             "tensors are not a delta to the plain base. Convert it with PEFT first: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )

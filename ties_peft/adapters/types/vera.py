@@ -7,6 +7,7 @@ drawn again as PEFT draws them, from the key in the config.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch import Tensor
 from ...errors import AdapterError
 from ...task_vectors.delta import LowRank
 from ..base_model import BaseModel
+from ..contents import NEEDS_BASE, Contents
 from ..tensors import TensorSource
-from .base import NEEDS_BASE, Config, ModuleInfo, PeftType, base_shape, group_by_layer
+from .base import ModuleInfo, PeftType
 
 B_DIAGONAL, D_DIAGONAL = "vera_lambda_b", "vera_lambda_d"
 SHARED_A, SHARED_B = "base_model.vera_A", "base_model.vera_B"
@@ -28,28 +30,27 @@ class Vera(PeftType):
     title = "VeRA"
     config_name = "VERA"
 
-    def layout(
-        self, config: Config, tensors: TensorSource, label: str, base: BaseModel | None
-    ) -> dict[str, ModuleInfo]:
+    def layout(self, contents: Contents) -> dict[str, ModuleInfo]:
         """Return the layers with their two diagonals."""
-        layers = group_by_layer(tensors, (B_DIAGONAL, D_DIAGONAL), label)
-        if base is None:
+        layers, tensors = contents.layers((B_DIAGONAL, D_DIAGONAL)), contents.tensors
+        if contents.base is None:
             raise AdapterError(
-                f"adapter '{label}' is a VeRA, whose file does not tell the sizes of the layers it adapts. {NEEDS_BASE}"
+                f"adapter '{contents.label}' is a VeRA, whose file does not tell the sizes of the layers it adapts. {NEEDS_BASE}"
             )
-        shapes = {name: _shape(name, parts, tensors, label, base) for name, parts in layers.items()}
+        shapes = {name: _shape(name, parts, contents) for name, parts in layers.items()}
+        largest = tuple(max((shape[side] for shape in shapes.values()), default=0) for side in (0, 1))
         saved = {SHARED_A, SHARED_B} <= set(tensors.names)
-        largest = tuple(max(shape[side] for shape in shapes.values()) for side in (0, 1)) if shapes else (0, 0)
-        self._check(config, tensors, label, saved, largest)
         shared = (SHARED_A, SHARED_B) if saved else ()
-        seed = (int(config.get("projection_prng_key", 0)), *largest)
+        seed = () if saved else (_projection_key(contents), *largest)
+        if saved:
+            _check_projections(contents, largest)
         return {
             name: ModuleInfo(
                 name,
                 shapes[name],
                 tensors.info(parts[D_DIAGONAL]).shape[0],
                 (parts[B_DIAGONAL], parts[D_DIAGONAL], *shared),
-                details=() if saved else seed,
+                details=seed,
             )
             for name, parts in layers.items()
         }
@@ -61,32 +62,39 @@ class Vera(PeftType):
         out, width = module.shape
         return LowRank(b.unsqueeze(1) * second[:out], (d.unsqueeze(1) * first[:, :width]).contiguous())
 
-    def _check(self, config: Config, tensors: TensorSource, label: str, saved: bool, largest: tuple[int, ...]) -> None:
-        key = config.get("projection_prng_key", 0)
-        if not saved and (not isinstance(key, int) or isinstance(key, bool)):
-            raise AdapterError(
-                f"adapter '{label}': its projections were not saved, and projection_prng_key is {key!r}; "
-                "expected a whole number. Correct adapter_config.json."
-            )
-        if saved:
-            wide, tall = tensors.info(SHARED_A).shape, tensors.info(SHARED_B).shape
-            if len(wide) != 2 or len(tall) != 2 or wide[1] < largest[1] or tall[0] < largest[0]:
-                raise AdapterError(
-                    f"adapter '{label}': vera_A is {list(wide)} and vera_B {list(tall)}, too small for layers of "
-                    f"{largest[0]} × {largest[1]} in the base. Is it the base that the adapter was trained on?"
-                )
+
+def _projection_key(contents: Contents) -> int:
+    """Return the seed of projections that were not saved."""
+    key = contents.config.get("projection_prng_key", 0)
+    if not isinstance(key, int) or isinstance(key, bool):
+        raise AdapterError(
+            f"adapter '{contents.label}': its projections were not saved, and projection_prng_key is {key!r}; "
+            "expected a whole number. Correct adapter_config.json."
+        )
+    return key
 
 
-def _shape(name: str, parts: dict[str, str], tensors: TensorSource, label: str, base: BaseModel) -> tuple[int, int]:
+def _check_projections(contents: Contents, largest: tuple[int, ...]) -> None:
+    """Refuse saved projections that are too small for the layers."""
+    wide, tall = (contents.tensors.info(key).shape for key in (SHARED_A, SHARED_B))
+    if len(wide) != 2 or len(tall) != 2 or wide[1] < largest[1] or tall[0] < largest[0]:
+        raise AdapterError(
+            f"adapter '{contents.label}': vera_A is {list(wide)} and vera_B {list(tall)}, too small for layers of "
+            f"{largest[0]} × {largest[1]} in the base. Is it the base that the adapter was trained on?"
+        )
+
+
+def _shape(name: str, parts: Mapping[str, str], contents: Contents) -> tuple[int, int]:
     """Return (out, in) of a layer: out from its diagonal, in from the base's weight."""
-    where = f"adapter '{label}', module {name!r}"
     if len(parts) < 2:
-        raise AdapterError(f"{where}: there is {next(iter(parts))} alone. Save the adapter again, whole.")
-    out = tensors.info(parts[B_DIAGONAL]).shape[0]
-    known = base_shape(base, name)
+        raise AdapterError(
+            f"{contents.where(name)}: there is {next(iter(parts))} alone. Save the adapter again, whole."
+        )
+    out = contents.tensors.info(parts[B_DIAGONAL]).shape[0]
+    known = contents.base_shape(name)
     if known is None or len(known) != 2 or out not in known:
         raise AdapterError(
-            f"{where}: its vera_lambda_b has {out} entries, the base's weight is {known and list(known)}. "
+            f"{contents.where(name)}: its vera_lambda_b has {out} entries, the base's weight is {known and list(known)}. "
             "Is it the base that the adapter was trained on?"
         )
     return out, known[1] if known[0] == out else known[0]
