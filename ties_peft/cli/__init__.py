@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints. One file in this folder for each command; the folder is the list.
+"""The command line: parses, calls, prints. One file in this folder for each command, with a function of its name.
 
 Each command imports what does its work when it runs, so that help, completion and usage errors need no torch.
 Exit status: 0 on success; 2 on bad input or usage, with one message on standard error; 1 on an
@@ -64,7 +64,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def _register() -> None:
     names = [entry.name for entry in pkgutil.iter_modules(__path__) if entry.name != "base"]
     for name in sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
-        importlib.import_module(f"{__name__}.{name}").register(app)
+        module = importlib.import_module(f"{__name__}.{name}")
+        app.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, name))
 
 
 _register()

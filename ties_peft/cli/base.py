@@ -18,7 +18,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from ..errors import TiesPeftWarning, printable, printable_lines
-from ..merging.options import OPTIONS
+from ..merging.options import OPTIONS, Option
 from ..search import DETAIL
 
 if TYPE_CHECKING:
@@ -60,54 +60,46 @@ def complete_method(incomplete: str) -> list[str]:
 # The options of a merge as flags
 
 
-def merge_option(name: str, panel: str | None = None, unless: str = "") -> Any:
-    """Return typer's description of an option of a merge.
-
-    Args:
-        name: of the option.
-        panel: of the help; None for the general one.
-        unless: a further sentence of its help.
-    """
-    option = OPTIONS[name]
-    known = f" One of {', '.join(space_names())}." if name == "space" else ""
-    values = space_names() if name == "space" else option.values
-    return typer.Option(
-        option.flag,
-        help=option.help + known + unless,
-        show_default=option.shown or False,
-        autocompletion=complete_method if name == "method" else complete_from(values) if values else None,
-        rich_help_panel=panel,
-    )
-
-
-def takes_merge_options(after: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command all options of a merge as flags, in place of its `**options`.
-
-    One that is not given is None, or False: a recipe's value may stand between it and the default.
+def takes_merge_options(
+    after: str, names: Iterable[str] = (), unless: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options of a merge as flags, in place of its `**options`, which receive them as they were typed.
 
     Args:
         after: the parameter of the command behind which they are listed.
+        names: of the options, in the general panel of the help; by default all, in panels of their own. Of all, one that is
+            not given is None, or False: a recipe's value may stand between it and the default.
+        unless: a further sentence of the help of options that a search may set.
     """
+    chosen = tuple(names) or sorted(OPTIONS, key=lambda name: name not in ("method", "space"))
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         own = [one.replace(kind=one.KEYWORD_ONLY) for one in signature.parameters.values() if one.name != "options"]
         place = 1 + [one.name for one in own].index(after)
-        own[place:place] = [_parameter(name) for name in sorted(OPTIONS, key=lambda n: n not in ("method", "space"))]
+        own[place:place] = [_parameter(OPTIONS[name], whole=not names, unless=unless) for name in chosen]
         command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
         return command
 
     return decorate
 
 
-def _parameter(name: str) -> inspect.Parameter:
-    option = OPTIONS[name]
+def _parameter(option: Option, whole: bool, unless: str) -> inspect.Parameter:
+    """Return the parameter of an option; of a `whole` recipe without its default."""
     flag = isinstance(option.default, bool)
     kind = bool if flag else int | None if isinstance(option.default, int) else str | None
-    annotation = Annotated[kind, merge_option(name, option.panel)]  # type: ignore[valid-type]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=False if flag else None, annotation=annotation
+    values = space_names() if option.name == "space" else option.values
+    known = f" One of {', '.join(values)}." if option.name == "space" else ""
+    described = typer.Option(
+        option.flag,
+        help=option.help + known + unless * option.tunable,
+        show_default=option.shown or False,
+        autocompletion=complete_method if option.name == "method" else complete_from(values) if values else None,
+        rich_help_panel=option.panel if whole else None,
     )
+    default = option.default if flag or not whole else None
+    annotation = Annotated[kind, described]  # type: ignore[valid-type]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -251,11 +243,6 @@ def print_messages(kind: str, messages: Iterable[str]) -> None:
 def print_warnings(found: list[str]) -> None:
     """Print warnings on standard error."""
     print_messages("warning", found)
-
-
-def print_notes(found: list[str]) -> None:
-    """Print notes on standard error."""
-    print_messages("note", found)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -47,11 +47,6 @@ Target = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("convert")(convert)
-
-
 def convert(
     adapter: Annotated[str, typer.Argument(help="Folder, file or Hub id, of PEFT, diffusers, kohya, ComfyUI or MLX.")],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],

@@ -68,11 +68,6 @@ BaseName = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("distil")(distil)
-
-
 def distil(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],

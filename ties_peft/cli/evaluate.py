@@ -37,11 +37,6 @@ Precision = Annotated[
 Path_ = Annotated[Path | None, typer.Option(help="A folder with the harness's task files.", show_default=False)]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("evaluate")(evaluate)
-
-
 def evaluate(
     adapters: Annotated[list[str] | None, typer.Argument(help="Folders or Hub ids.", show_default=False)] = None,
     task: Annotated[

@@ -9,11 +9,6 @@ import typer
 from .base import Json, print_json, print_messages, print_rich
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("inspect")(inspect)
-
-
 def inspect(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
     base: Annotated[

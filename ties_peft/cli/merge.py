@@ -15,7 +15,7 @@ from .base import (
     complete_from,
     print_json,
     print_loading,
-    print_notes,
+    print_messages,
     print_rich,
     print_text,
     print_warnings,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..merging.plan import Plan
     from ..merging.recipes.recipe import Recipe
 
-EXAMPLES = """[bold]Examples[/]
+EPILOG = """[bold]Examples[/]
 
 ties-peft merge path/a path/b --density 0.3 --out merged
 
@@ -63,11 +63,6 @@ Settings = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.", rich_help_panel=RESULT)]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("merge", epilog=EXAMPLES)(merge)
 
 
 @takes_merge_options(after="out")
@@ -106,7 +101,7 @@ def _run(recipe: Recipe, out: Path | None, device: str, dry_run: bool, force: bo
     from ..task_vectors.processes import process_group
 
     asked, patterns = recipe.expanded()
-    print_notes(patterns)
+    print_messages("note", patterns)
     if out is not None:
         check_output_folder(out, force, inputs(asked))
     if dry_run:

@@ -21,11 +21,6 @@ MAX_WIDTH = 100  # columns of text that are good to read
 PARAGRAPH_START = re.compile(r"[A-Z][a-z]+: |[-*] ")  # a line that starts a paragraph without a blank line above it
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("methods")(methods)
-
-
 def methods(
     name: Annotated[
         str | None,

@@ -17,11 +17,6 @@ Private = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("push")(push)
-
-
 def push(
     folder: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
     repo: Annotated[str, typer.Argument(help="The repository on the Hub, org/name.", show_default=False)],

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..merging.options import DEVICE, Options, read_flag
+from ..merging.options import DEVICE, read_flag
 from ..search import BUDGET, CONTROLS, PENALTY, TRAINED
-from .base import Json, merge_option, print_json, print_text, print_warnings, print_warnings_after, progress_bar
+from .base import Json, print_json, print_text, print_warnings, print_warnings_after, progress_bar, takes_merge_options
 
 if TYPE_CHECKING:
     from ..search.search import Found
 
-UNLESS = " Fixed, unless --tune names it."
+OPTIONS = ("method", "space", "scale", "rank", "densities", "seed", "allow_disjoint")
 Tune = Annotated[
     list[str] | None,
     typer.Option(
@@ -47,12 +47,6 @@ Judge = Annotated[
         show_default=False,
     ),
 ]
-Method = Annotated[str, merge_option("method", unless=UNLESS)]
-Space = Annotated[str, merge_option("space", unless=UNLESS)]
-Scale = Annotated[str | None, merge_option("scale", unless=UNLESS)]
-Rank = Annotated[str, merge_option("rank", unless=UNLESS)]
-Densities = Annotated[str | None, merge_option("densities")]
-AllowDisjoint = Annotated[bool, merge_option("allow_disjoint")]
 Controls = Annotated[bool, typer.Option("--controls/--no-controls", help=f"Compare with {', '.join(CONTROLS)}.")]
 
 Penalty = Annotated[
@@ -68,40 +62,29 @@ Budget = Annotated[int, typer.Option(help="The number of trials, over all proces
 Trained = Annotated[
     bool, typer.Option("--trained", help="Compare with a new LoRA that is trained on the same rows, too.")
 ]
-Seed = Annotated[int, typer.Option(help="The seed of the trials and of the controls.")]
 Sampler = Annotated[str, typer.Option(help="The sampler: auto, cobyla, tpe or random.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("search")(search)
-
-
+@takes_merge_options("budget", OPTIONS, unless=" Fixed, unless --tune names it.")
 def search(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
     task: Annotated[Path, typer.Option(help="A task file with the few labelled rows.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     tune: Tune = None,
     budget: Budget = BUDGET,
-    method: Method = Options.method,
-    space: Space = Options.space,
-    scale: Scale = None,
-    rank: Rank = str(Options.rank),
     settings: Settings = None,
-    densities: Densities = None,
     penalty: Penalty = PENALTY,
     judge: Judge = None,
     controls: Controls = True,
     trained: Trained = False,
     storage: Storage = None,
     study: StudyName = "search",
-    seed: Seed = Options.seed,
     sampler: Sampler = "auto",
     base: Base = None,
     device: Annotated[str, typer.Option(help="The device that the model runs on.")] = DEVICE,
-    allow_disjoint: AllowDisjoint = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Search for the weights or other options that score best on a few examples.
 
@@ -119,23 +102,17 @@ def search(
             task,
             read_pairs("--tune", tune, "density=[0.1,1.0]") if tune else None,
             budget,
-            method=method,
-            space=space,
-            scale=read_flag("scale", scale),
-            rank=read_flag("rank", rank),
             parameters=parameters,
-            densities=read_flag("densities", densities),
             penalty=penalty,
             judge=judge,
             controls=(*(CONTROLS if controls else ()), *((TRAINED,) if trained else ())),
             storage=place,
             study=study,
-            seed=seed,
             sampler=sampler,
             base=base,
             device=device,
-            allow_disjoint=allow_disjoint,
             progress=tell,
+            **{name: read_flag(name, value) if isinstance(value, str) else value for name, value in options.items()},
         )
     found.adapter.save(out, force)
     _warn_of_base(adapters, task, base)

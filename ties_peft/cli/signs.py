@@ -10,11 +10,6 @@ import typer
 from .base import print_text, print_warnings_after, progress_bar
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("signs")(signs)
-
-
 def signs(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
     task: Annotated[

@@ -12,11 +12,6 @@ from ..learning import STATISTICS
 from .base import Json, print_json, print_text, print_warnings_after, progress_bar
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("statistics")(statistics)
-
-
 def statistics(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
     task: Annotated[
