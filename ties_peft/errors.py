@@ -16,7 +16,7 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 WORD, LINE = 500, 4000  # characters of a word and of a line in a message; longer ones are cut in the middle
 QUOTED = 300  # characters of another library's message
@@ -120,6 +120,21 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Return a text in which all control characters but the ends of lines are escaped."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def some(items: Iterable[object], most: int = 4) -> str:
+    """Return the first items with commas between them, and … if there are more.
+
+    >>> some("abc", 2)
+    'a, b, …'
+    """
+    texts = [str(item) for item in items]
+    return ", ".join(texts[:most]) + (", …" if len(texts) > most else "")
+
+
+def first_rows(rows: Sequence[str], most: int = 8) -> str:
+    """Return the first rows of a table in a message, and how many more there are."""
+    return "\n".join([*rows[:most], *([f"  … and {len(rows) - most} more"] if len(rows) > most else [])])
 
 
 def one_line(error: object) -> str:

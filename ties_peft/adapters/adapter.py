@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, RecipeError, TiesPeftError, one_line, unknown, warn_caller
+from ..errors import AdapterError, RecipeError, TiesPeftError, one_line, some, unknown, warn_caller
 from ..task_vectors.delta import Delta, norm
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.tiles import thread_pool, threads_fixed
@@ -264,7 +264,7 @@ class Adapter:
         if bad:
             raise AdapterError(
                 f"adapter '{self.label}' holds NaN or infinity in {len(bad)} tensor(s): "
-                f"{', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}. Its training diverged: leave it out."
+                f"{some(bad, 3)}. Its training diverged: leave it out."
             )
         if not self.norm() <= LARGEST:
             raise AdapterError(

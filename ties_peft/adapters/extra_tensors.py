@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import AdapterError
+from ..errors import AdapterError, some
 from .contents import PREFIX, Contents
 
 HEADS = ("classifier", "score", "qa_outputs")  # PEFT adds these to modules_to_save for the task types in HEADED
@@ -72,13 +72,8 @@ class ExtraTensor:
     def size(self) -> str:
         """Its name and shape in messages: `weight 2 × 16`."""
         if self.role == TOKENS:
-            ids = ", ".join(map(str, self.rows[:6])) + (", …" if len(self.rows) > 6 else "")
-            return f"rows {shape_text(self.shape)} for the tokens {ids}"
+            return f"rows {shape_text(self.shape)} for the tokens {some(self.rows, 6)}"
         return f"{self.tensor} {shape_text(self.shape)}"
-
-
-# The tensors of one layer by name, for each adapter that holds it, by the adapter's index in the merge.
-TensorsByAdapter = Mapping[int, Mapping[str, ExtraTensor]]
 
 
 def check_extra_tensors(keys: Sequence[str], contents: Contents) -> None:
@@ -93,14 +88,14 @@ def check_extra_tensors(keys: Sequence[str], contents: Contents) -> None:
         found = list(dict.fromkeys(key for key, _ in unclaimed))
         raise AdapterError(
             f"adapter '{contents.label}' holds {len(found)} tensor(s) of {unclaimed[0][1]}, which ties_peft cannot merge yet: "
-            f"{_some(found)}. Leaving them out would change what the adapter does; train or save the adapter "
+            f"{some(map(repr, found))}. Leaving them out would change what the adapter does; train or save the adapter "
             "without them, or leave it out."
         )
     unprefixed = [key for key in keys if not key.startswith(PREFIX)]
     if unprefixed:
         raise AdapterError(
             f"adapter '{contents.label}' holds {len(unprefixed)} tensor(s) whose names do not start with '{PREFIX}', as PEFT's do: "
-            f"{_some(unprefixed)}. Save the adapter with PEFT, or rename them."
+            f"{some(map(repr, unprefixed))}. Save the adapter with PEFT, or rename them."
         )
     read_extra_tensors(keys, contents, whole_layer_names([contents.config]))
 
@@ -135,7 +130,7 @@ def read_extra_tensors(keys: Sequence[str], contents: Contents, starts: Sequence
         first = found.setdefault((extra.module, extra.tensor), extra)
         if first is not extra:
             raise AdapterError(
-                f"adapter '{contents.label}' holds two tensors with the same place in the base model, {_some([first.key, key])}. Leave one of them out."
+                f"adapter '{contents.label}' holds two tensors with the same place in the base model, {some(map(repr, [first.key, key]))}. Leave one of them out."
             )
     return list(found.values())
 
@@ -223,7 +218,3 @@ def _texts(value: Any) -> list[str]:
     """Return a config's list of strings; a single string counts as a list of one, anything else as an empty list."""
     found = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return [entry for entry in found if isinstance(entry, str) and entry]
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(f"{key!r}" for key in keys[:4]) + (", …" if len(keys) > 4 else "")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, some
 from .formats import LoraFile, formats, read_file
 from .sources import (
     ADAPTER_CONFIG,
@@ -108,10 +108,9 @@ def full_model(folder: Path) -> str | None:
 def _refuse_without_config(files: AdapterFiles, label: str) -> NoReturn:
     inside = adapter_subfolders(files.folder)
     if inside and files.weights is None:
-        names = ", ".join(inside[:20]) + (", …" if len(inside) > 20 else "")
         example = f"{label}{'/' if files.folder.name == label.rpartition('/')[2] else ':'}{inside[0]}"
         raise AdapterError(
-            f"adapter '{label}': there is no {ADAPTER_CONFIG} in it, but in {len(inside)} of its sub-folders: {names}. "
+            f"adapter '{label}': there is no {ADAPTER_CONFIG} in it, but in {len(inside)} of its sub-folders: {some(inside, 20)}. "
             f"Name one of them, such as {example}."
         )
     model = full_model(files.folder)

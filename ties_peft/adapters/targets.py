@@ -29,7 +29,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import CompatibilityError, RecipeError, unknown
+from ..errors import CompatibilityError, RecipeError, some, unknown
 from . import LLAMA_CPP, PEFT, TARGETS, VLLM
 from .extra_layers import ExtraLayer
 from .extra_tensors import TOKENS
@@ -223,8 +223,7 @@ def _refuse_settings(target: str, settings: list[str]) -> None:
 
 
 def _cannot_load(target: str, names: list[str], reason: str) -> CompatibilityError:
-    some = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     return CompatibilityError(
-        f"target {target}: {RELEASE[target]} cannot load {len(names)} of what would be written, which {reason}: {some}. "
+        f"target {target}: {RELEASE[target]} cannot load {len(names)} of what would be written, which {reason}: {some(names)}. "
         f"{OTHERWISE}"
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import sources
-from ..errors import RecipeError, printable
+from ..errors import RecipeError, printable, some
 from .loading import Loading
 from .recipes.yaml_document import Document, dump
 from .report import Report, describe_extra_tensors, figure
@@ -149,7 +149,7 @@ def shared_licence(adapters: Sequence[tuple[str, Path | None]]) -> tuple[dict[st
     holders: dict[str, list[str]] = {}
     for name, licence in found:
         holders.setdefault(_licence_text(licence) if licence else "none named", []).append(name)
-    listed = "; ".join(f"{', '.join(own[:4])}{', …' * (len(own) > 4)}: {text}" for text, own in holders.items())
+    listed = "; ".join(f"{some(own)}: {text}" for text, own in holders.items())
     return {}, f"left out, as the adapters' cards differ: {listed}"
 
 

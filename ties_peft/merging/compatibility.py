@@ -13,7 +13,7 @@ from ..adapters.module_names import match_names, newer_name, tower_prefix, witho
 from ..adapters.statistics import gather_command
 from ..adapters.types import ModuleInfo, output_type
 from ..adapters.types.base import EXPERT, LINEAR
-from ..errors import CompatibilityError, MethodError
+from ..errors import CompatibilityError, MethodError, first_rows, some
 from ..methods import Method, Stages, method_classes
 from ..spaces import Space, find_space
 from .members import Member
@@ -72,10 +72,8 @@ def union_of_modules(members: Sequence[Member], signs: Adapter | None) -> dict[s
                 forms = f"{first[module.name]} has {_form(known)}, {name} has {_form(module)}"
                 faults.append(f"  {module.name}: {forms}")
     if faults:
-        more = f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else ""
-        rows = "\n".join(faults[:8])
         raise CompatibilityError(
-            f"the adapters disagree on the shape of {len(faults)} module(s):\n{rows}{more}\n"
+            f"the adapters disagree on the shape of {len(faults)} module(s):\n{first_rows(faults)}\n"
             "They were trained on different base models, so their task vectors cannot be added. Leave some out."
         )
     return dict(sorted(modules.items()))
@@ -258,7 +256,7 @@ def choose_task_type(members: Sequence[Member], loads: Callable[[str], bool], wa
         return TaskType()
     if len(holders) == 1 and len(named) == 1 and loads(named[0]):
         return TaskType(named[0], named)
-    listed = "; ".join(f"{task}: {', '.join(names[:4])}{', …' * (len(names) > 4)}" for task, names in holders.items())
+    listed = "; ".join(f"{task}: {some(names)}" for task, names in holders.items())
     if len(holders) > 1:
         why = f"the adapters differ in it ({listed})"
         advice = "If they were trained on the same class of the base model, nothing is lost; otherwise merge them separately."

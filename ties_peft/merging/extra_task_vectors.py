@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
-from ..adapters.extra_tensors import TOKENS, TensorsByAdapter, shape_text
+from ..adapters.extra_layers import ExtraLayer
+from ..adapters.extra_tensors import TOKENS, shape_text
 from ..adapters.tensors import FLOATING
 from ..errors import MethodError, RecipeError
 from ..methods import Stages
@@ -54,26 +54,22 @@ class ExtraTensorMerge:
     densities: Sequence[Callable[..., float]]
     device: torch.device
 
-    def fault(
-        self, module: str, held: TensorsByAdapter, adapters: Sequence[Adapter], weight_of: WeightOf
-    ) -> str | None:
+    def fault(self, layer: ExtraLayer, weight_of: WeightOf) -> str | None:
         """Return why a layer cannot be merged; None if it can."""
-        extra = [(place, one) for place, own in held.items() for one in own.values()]
-        if any(one.role == TOKENS for _, one in extra):
+        if layer.role == TOKENS:
             return "rows of trained tokens are no whole tensor"
-        if not all(adapters[place].tensors.info(one.key).dtype in FLOATING for place, one in extra):
+        if not layer.all_floating:
             return "whole numbers are no task vector"
-        weights = [weight for place in range(len(adapters)) if (weight := weight_of(place, module)) != 0]
+        weights = [weight for place in range(len(layer.adapters)) if (weight := weight_of(place, layer.module)) != 0]
         fault = self.method.check(weights, "delta") if weights else None
         if fault:
             return f"method '{self.method.name}': {fault}"
         shapes: dict[str, tuple[int, ...]] = {}
-        for _, one in extra:
-            if shapes.setdefault(one.tensor, one.shape) != one.shape:
+        for extra in (one for own in layer.by_adapter.values() for one in own.values()):
+            if shapes.setdefault(extra.tensor, extra.shape) != extra.shape:
                 return "the shapes differ"
-        return next(
-            (fault for name, shape in shapes.items() if (fault := self._beside(f"{module}.{name}", shape))), None
-        )
+        faults = (self._beside(f"{layer.module}.{name}", shape) for name, shape in shapes.items())
+        return next((fault for fault in faults if fault), None)
 
     def _beside(self, tensor: str, shape: tuple[int, ...]) -> str | None:
         """Return what is wrong with the base's own tensor; None if nothing."""
@@ -88,30 +84,28 @@ class ExtraTensorMerge:
             return f"base model '{self.base.label}' has {found!r} in {own.dtype}, no float"
         return None
 
-    def merged(
-        self, module: str, name: str, held: TensorsByAdapter, adapters: Sequence[Adapter], weight_of: WeightOf
-    ) -> Tensor:
+    def merged(self, layer: ExtraLayer, name: str, weight_of: WeightOf) -> Tensor:
         """Return one merged tensor of a layer, in the dtype of the adapters' tensors, float32 if they differ.
 
         Law: a single adapter with weight 1, scale 1 and density 1 keeps its tensor, up to float32's rounding of
             t₀ + (t − t₀); tensors equal to t₀ count as absent.
         """
-        tensor = f"{module}.{name}"
+        tensor, adapters = f"{layer.module}.{name}", layer.adapters
         origin = self.base.require(tensor, "--heads merge").to(self.device, torch.float32)
-        extra = {place: own[name] for place, own in sorted(held.items()) if name in own}
-        weights = [weight_of(place, module) for place in range(len(adapters))]
-        dtypes = {adapters[place].tensors.info(one.key).dtype for place, one in extra.items()}
-        places = [place for place in extra if weights[place] != 0]
+        holders = [place for place in layer.holders if name in layer.by_adapter[place]]
+        weights = [weight_of(place, layer.module) for place in range(len(adapters))]
+        dtypes = {adapters[place].tensors.info(layer.by_adapter[place][name].key).dtype for place in holders}
+        places = [place for place in holders if weights[place] != 0]
         with torch.no_grad(), thread_pool() as pool:
             vectors = []
             for place in places:
-                own = adapters[place].tensors.read(extra[place].key).to(self.device, torch.float32)
+                own = layer.read(place, name).to(self.device, torch.float32)
                 vectors.append((own - origin).mul_(weights[place]).reshape(-1))
             task_vectors = TaskVectors(
                 deltas=[Dense(vector) for vector in vectors],
                 weights=[weights[place] for place in places],
                 density=getattr(self.method, "density", None),
-                densities=self._densities(places, module),
+                densities=self._densities(places, layer.module),
                 total_weight=sum(weights),
                 total_magnitude=sum(map(abs, weights)),
                 adapters=len(adapters),

@@ -21,26 +21,15 @@ task vectors. If the base is at hand, a copy of its own weight under an adapted 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
 from ..adapters.contents import PREFIX
-from ..adapters.extra_layers import (
-    ROWS,
-    ExtraLayer,
-    all_equal,
-    can_average,
-    difference_table,
-    equals_base,
-    holders_text,
-    is_mergeable,
-    layer_role,
-)
+from ..adapters.extra_layers import ExtraLayer
 from ..adapters.extra_tensors import (
     BIAS,
     HEADED,
@@ -54,7 +43,7 @@ from ..adapters.extra_tensors import (
     unused_copies,
     whole_layer_names,
 )
-from ..errors import CompatibilityError, RecipeError, unknown
+from ..errors import CompatibilityError, RecipeError, first_rows, unknown
 from .extra_task_vectors import OTHERS, ExtraTensorMerge, WeightOf
 from .members import Member
 from .options import AVERAGE, DROP, KEEP, MERGE, POLICIES, is_policy
@@ -86,16 +75,6 @@ class ExtraTensors:
         """The layers that are in the result."""
         return [layer for layer in self.layers if layer.used]
 
-    @cached_property
-    def names(self) -> list[str]:
-        """The names of the adapters."""
-        return [member.name for member in self.members]
-
-    @cached_property
-    def adapters(self) -> list[Adapter]:
-        """The adapters."""
-        return [member.adapter for member in self.members]
-
     def lines(self) -> list[ExtraTensorLine]:
         """Return a line of the report for each layer."""
         return [
@@ -104,7 +83,7 @@ class ExtraTensors:
                 form=layer.role,
                 tensors=[tensor.size for tensor in layer.tensors.values()],
                 fate=layer.outcome,
-                adapters=[self.names[place] for place in layer.used or sorted(layer.by_adapter)],
+                adapters=[layer.names[place] for place in layer.used or layer.holders],
             )
             for layer in self.layers
         ]
@@ -164,19 +143,16 @@ class ExtraTensors:
             return f"{PREFIX}{layer.module}{UNDER}{name}"
         return under or next((key for key in keys if UNDER not in key), f"{PREFIX}{layer.module}.{name}")
 
-    def _read(self, layer: ExtraLayer, name: str, place: int) -> Tensor:
-        return self.adapters[place].tensors.read(layer.by_adapter[place][name].key)
-
     def _tensor(self, layer: ExtraLayer, name: str) -> Tensor:
         """Return one tensor of a layer: unchanged, merged, or Σw·t / Σw with one tensor in memory beside the sum."""
         if layer.outcome == "merged" and self.merging is not None:
-            return self.merging.merged(layer.module, name, layer.by_adapter, self.adapters, self.weight_of)
+            return self.merging.merged(layer, name, self.weight_of)
         if layer.outcome != "average":
-            return self._read(layer, name, layer.used[0])
+            return layer.read(layer.used[0], name)
         mean, dtypes = torch.zeros(layer.tensors[name].shape), set()
         total = sum(self.weight_of(place, layer.module) for place in layer.used)
         for place in layer.used:
-            tensor = self._read(layer, name, place)
+            tensor = layer.read(place, name)
             dtypes.add(tensor.dtype)
             mean.add_(tensor.to(torch.float32), alpha=self.weight_of(place, layer.module) / total)
         return mean.to(dtypes.pop()) if len(dtypes) == 1 else mean
@@ -196,21 +172,21 @@ class ExtraTensors:
         if not odd:
             return
         mean = " (they have no average, because their shapes or tensors differ or hold whole numbers)"
-        if all(can_average(layer, self.adapters) for layer in odd):
+        if all(layer.can_average for layer in odd):
             mean = ", or take their weighted mean with average"
         raise CompatibilityError(
-            f"the adapters hold {len(odd)} whole layer(s) that differ:\n{difference_table(odd, self.names)}\n"
-            f"Say which to keep: --heads {self._keep_flags(odd)}; leave them out with drop{mean} (heads=… in Python)."
+            f"the adapters hold {len(odd)} whole layer(s) that differ:\n{_differences(odd)}\n"
+            f"Say which to keep: --heads {_keep_flags(odd)}; leave them out with drop{mean} (heads=… in Python)."
         )
 
     def _check_averages(self) -> None:
         averaged = [layer for layer in self.layers if layer.outcome == "average"]
-        odd = [layer for layer in averaged if not can_average(layer, self.adapters)]
+        odd = [layer for layer in averaged if not layer.can_average]
         if odd:
             raise CompatibilityError(
                 f"heads is 'average', but {len(odd)} whole layer(s) have no mean, because their shapes or tensors differ or "
-                f"hold whole numbers:\n{difference_table(odd, self.names)}\n"
-                f"Keep one adapter's, --heads {self._keep_flags(odd)}, or leave them out, --heads drop."
+                f"hold whole numbers:\n{_differences(odd)}\n"
+                f"Keep one adapter's, --heads {_keep_flags(odd)}, or leave them out, --heads drop."
             )
         for layer in averaged:
             if sum(self.weight_of(place, layer.module) for place in layer.used) == 0:
@@ -220,18 +196,13 @@ class ExtraTensors:
                 )
 
     def _check_mergeable(self, merging: ExtraTensorMerge) -> None:
-        faults = {}
-        for layer in self.layers:
-            if layer.outcome == "merged":
-                fault = merging.fault(layer.module, layer.by_adapter, self.adapters, self.weight_of)
-                if fault:
-                    faults[layer.module] = f"{holders_text(layer, self.names)}; {fault}"
+        merged = [layer for layer in self.layers if layer.outcome == "merged"]
+        faults = [(layer, fault) for layer in merged if (fault := merging.fault(layer, self.weight_of))]
         if faults:
-            rows = "\n".join(f"  {module}: {text}" for module, text in list(faults.items())[:ROWS])
-            more = f"\n  … and {len(faults) - ROWS} more" if len(faults) > ROWS else ""
+            rows = [f"  {layer.module}: {layer.contents()}; {fault}" for layer, fault in faults]
             raise CompatibilityError(
                 f"heads is 'merge', but {len(faults)} whole layer(s) cannot be merged as task vectors:\n"
-                f"{rows}{more}\n{OTHERS[0].upper()}{OTHERS[1:]}."
+                f"{first_rows(rows)}\n{OTHERS[0].upper()}{OTHERS[1:]}."
             )
 
     def _check_not_adapted(self) -> None:
@@ -243,15 +214,21 @@ class ExtraTensors:
             if layer.role == LAYER and inside:
                 others = [member.name for member in self.members if any(map(member.has, inside))]
                 raise CompatibilityError(
-                    f"layer {path!r} is saved whole in {', '.join(self.names[p] for p in layer.used)}, while "
+                    f"layer {path!r} is saved whole in {', '.join(layer.names[p] for p in layer.used)}, while "
                     f"{', '.join(others) or 'another'} adapts {min(inside)!r} or rows of it; one PEFT adapter cannot do "
                     "both. Leave the whole layers out (--heads drop), keep those of another adapter (--heads keep=NAME), "
                     "or leave one adapter out."
                 )
 
-    def _keep_flags(self, layers: Sequence[ExtraLayer]) -> str:
-        places = sorted({place for layer in layers for place in layer.by_adapter})
-        return " or ".join(f"{KEEP}{self.names[place]}" for place in places[:4]) + " or …" * (len(places) > 4)
+
+def _differences(layers: Sequence[ExtraLayer]) -> str:
+    """Return a table with a row for each layer: what each adapter holds of it."""
+    return first_rows([f"  {layer.module}: {layer.difference()}" for layer in layers])
+
+
+def _keep_flags(layers: Sequence[ExtraLayer]) -> str:
+    names = [layers[0].names[place] for place in sorted({place for layer in layers for place in layer.holders})]
+    return " or ".join(f"{KEEP}{name}" for name in names[:4]) + " or …" * (len(names) > 4)
 
 
 def plan_extra_tensors(
@@ -275,9 +252,8 @@ def plan_extra_tensors(
     Raises: RecipeError for an impossible policy; CompatibilityError if the adapters differ and the policy does not
         resolve it.
     """
-    adapters = [member.adapter for member in members]
     chosen = _kept_adapter(policy, [member.name for member in members])
-    layers = tuple(_decide(layer, policy, chosen, adapters, base) for layer in _collect(members, warnings))
+    layers = tuple(_decide(layer, policy, chosen, base) for layer in _collect(members, warnings))
     extra = ExtraTensors(layers, members, weight_of, frozenset(modules), dtype, merging)
     extra.check(policy)
     if chosen is not None and not any(chosen in layer.by_adapter for layer in layers):
@@ -315,29 +291,27 @@ def _collect(members: Sequence[Member], warnings: list[str]) -> list[ExtraLayer]
                 f"{member.name} has {len(unused)} tensor(s) that PEFT does not read, copies of a whole layer or of the "
                 f"untrained one. They are left out: {unused[0]}{', …' if len(unused) > 1 else ''}."
             )
-    return [ExtraLayer(module, layer_role(own, tuple(own)), own) for (module, _), own in sorted(held.items())]
+    adapters, names = [member.adapter for member in members], [member.name for member in members]
+    return [ExtraLayer(module, own, adapters, names) for (module, _), own in sorted(held.items())]
 
 
-def _decide(
-    layer: ExtraLayer, policy: str, chosen: int | None, adapters: Sequence[Adapter], base: BaseModel | None
-) -> ExtraLayer:
+def _decide(layer: ExtraLayer, policy: str, chosen: int | None, base: BaseModel | None) -> ExtraLayer:
     """Return the layer with its outcome; an empty one if the adapters differ and the policy does not resolve it."""
-    holders = tuple(sorted(layer.by_adapter))
-    used, outcome = holders, ""
+    used, outcome = layer.holders, ""
     if policy == DROP:
         used, outcome = (), "left out"
-    elif base is not None and equals_base(layer, adapters, base):
+    elif base is not None and layer.equals_base(base):
         used, outcome = (), "unchanged"
     elif chosen is not None:
-        used, outcome = ((chosen,), "kept") if chosen in holders else ((), "left out")
-    elif policy == MERGE and is_mergeable(layer, adapters):
+        used, outcome = ((chosen,), "kept") if chosen in used else ((), "left out")
+    elif policy == MERGE and layer.is_mergeable:
         outcome = "merged"
-    elif len(holders) == 1:
+    elif len(used) == 1:
         outcome = "only"
-    elif all_equal(layer, adapters):
+    elif layer.all_equal:
         outcome = "identical"
     elif policy in (AVERAGE, MERGE):
         outcome = "average" if policy == AVERAGE else "merged"
     else:
         used = ()
-    return ExtraLayer(layer.module, layer_role(layer.by_adapter, used or holders), layer.by_adapter, used, outcome)
+    return replace(layer, used=used, outcome=outcome)

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..errors import printable
+from ..errors import printable, some
 from .tables import Printed, make_facts, make_table, make_text, number_column
 
 COSINE_WIDTH = 6  # columns of text for one cosine and the blank before it
@@ -110,21 +110,16 @@ def describe_extra_tensors(lines: Sequence[ExtraTensorLine]) -> list[str]:
     """Return what became of the layers stored as a whole, one line for all with the same outcome."""
     groups: dict[tuple[str, str], list[ExtraTensorLine]] = {}
     for line in lines:
-        some = ", ".join(line.adapters[:8]) + (", …" if len(line.adapters) > 8 else "")
-        groups.setdefault((line.fate, some), []).append(line)
-    return [printable(f"{_layers(own)}: {OUTCOMES[fate]} {some}") for (fate, some), own in groups.items()]
+        groups.setdefault((line.fate, some(line.adapters, 8)), []).append(line)
+    return [printable(f"{_layers(own)}: {OUTCOMES[fate]} {names}") for (fate, names), own in groups.items()]
 
 
 def _layers(lines: Sequence[ExtraTensorLine]) -> str:
     """Return the names of some layers and the number of biases."""
     biases = sum(line.form == "bias" for line in lines)
     named = [f"{FORMS.get(line.form, '')}{line.module}" for line in lines if line.form != "bias"]
-    shown = [
-        *named[:4],
-        *(["…"] if len(named) > 4 else []),
-        *([f"{biases} bias{'es' * (biases != 1)}"] if biases else []),
-    ]
-    return ", ".join(shown)
+    counted = f"{biases} bias{'es' * (biases != 1)}" if biases else ""
+    return ", ".join(filter(None, (some(named), counted)))
 
 
 @dataclass(frozen=True, repr=False)
