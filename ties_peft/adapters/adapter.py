@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, RecipeError, TiesPeftError, one_line, some, unknown, warn_caller
+from ..errors import AdapterError, RecipeError, TiesPeftError, some, unknown, warn_caller
 from ..task_vectors.delta import Delta, norm
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.tiles import thread_pool, threads_fixed
@@ -22,6 +22,7 @@ from . import recognise, sources, writer
 from .base_model import BaseModel
 from .contents import Contents
 from .extra_tensors import INTEGER_DTYPES, ExtraTensor, check_extra_tensors, read_extra_tensors, whole_layer_names
+from .json_files import read_object
 from .numeric import is_number
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, SafetensorsFile, TensorSource, open_tensors
@@ -279,11 +280,11 @@ class Adapter:
         A tensor stays in memory until the last module that uses it has been read.
         """
         digest = Digest("\n".join(self._digest_header()))
-        missing = {name: set(module.keys) for name, module in self.layout.items()}
-        users: dict[str, set[str]] = {}
-        for name, module in self.layout.items():
-            for key in module.keys:
-                users.setdefault(key, set()).add(name)
+        users = Counter(key for module in self.layout.values() for key in set(module.keys))
+        place = {key: number for number, key in enumerate(self.tensors.names)}
+        completed: dict[str, list[str]] = {}  # the modules whose last tensor to be read it is
+        for name, module in sorted(self.layout.items()):
+            completed.setdefault(max(module.keys, key=place.__getitem__), []).append(name)
         held: dict[str, Tensor] = {}
         norms: list[float] = []
         bad: dict[str, None] = {}
@@ -293,17 +294,13 @@ class Adapter:
                 digest.add(key, held[key])
                 if key not in users:
                     bad |= dict.fromkeys(_not_finite({key: held.pop(key)}))
-                    continue
-                for name in sorted(users[key]):
-                    missing[name].discard(key)
-                    if missing[name]:
-                        continue
+                for name in completed.get(key, ()):
                     own = {other: held[other] for other in self.layout[name].keys}
                     norms.append(norm(self.peft_type.read(self.layout[name], MemoryTensors(own), self.base_model)))
                     if not math.isfinite(norms[-1]):  # the tensors need a check of their own only then
                         bad |= dict.fromkeys(_not_finite(own))
+                    users.subtract(own)
                     for other in own:
-                        users[other].discard(name)
                         if not users[other]:
                             del held[other]
         return Scan(str(digest), math.hypot(*norms), tuple(bad))
@@ -318,9 +315,9 @@ class Adapter:
         needed = sorted({key for module in self.layout.values() for key in module.base_tensors})
         if needed and self.base_model is not None:
             digest = Digest()
-            selected = self.base_model.select(needed)
-            for name in selected.names:
-                digest.add(name, selected.read(name))
+            for name in needed:
+                if (found := self.base_model.find(name)) is not None:
+                    digest.add(name, self.base_model.read(found))
             lines.append(str(digest))
         return lines
 
@@ -424,15 +421,8 @@ def read_config(folder: Path, label: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        return read_object(path)
+    except ValueError as error:
         raise AdapterError(
-            f"adapter '{label}': {sources.ADAPTER_CONFIG} is not JSON ({one_line(error)}). Correct it, or save the adapter "
-            "again."
+            f"adapter '{label}': {sources.ADAPTER_CONFIG} is {error}. Correct it, or save the adapter again."
         ) from None
-    if not isinstance(config, dict):
-        raise AdapterError(
-            f"adapter '{label}': {sources.ADAPTER_CONFIG} is a {type(config).__name__}; expected an object with the key "
-            "peft_type. Save the adapter again."
-        )
-    return config

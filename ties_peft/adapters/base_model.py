@@ -9,16 +9,16 @@ square weight does not tell which, so the architecture in the checkpoint's confi
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import AdapterError, one_line
+from ..errors import AdapterError
 from . import sources
+from .json_files import read_object
 from .module_names import older_names
 from .tensors import TensorInfo, TensorSource, open_tensors
 
@@ -75,17 +75,9 @@ class BaseModel:
         if self._config is None or not _is_file(self._config):
             return None
         try:
-            found = json.loads(self._config.read_text(encoding="utf-8"))
-        except (ValueError, OSError, RecursionError) as error:
-            raise AdapterError(
-                f"base model '{self.label}': {MODEL_CONFIG} cannot be read ({type(error).__name__}: {one_line(error)}). "
-                "Download it again."
-            ) from None
-        if not isinstance(found, dict):
-            raise AdapterError(
-                f"base model '{self.label}': {MODEL_CONFIG} cannot be read: expected a mapping of settings."
-            )
-        return found
+            return read_object(self._config)
+        except ValueError as error:
+            raise AdapterError(f"base model '{self.label}': {MODEL_CONFIG} cannot be read: it is {error}. Download it again.") from None
 
     def is_conv1d(self, module: str) -> bool | None:
         """Return whether a linear layer is a Conv1D; None if the architecture is not known."""
@@ -133,10 +125,6 @@ class BaseModel:
     def read(self, name: str) -> Tensor:
         """Return one of `names` on the CPU, in its own dtype."""
         return self._files[name].read(name)
-
-    def select(self, tensors: Sequence[str]) -> TensorSource:
-        """Return some of its tensors under the names given, which `find` looks up; those it does not find are left out."""
-        return _SelectedTensors(self, {name: found for name in tensors if (found := self.find(name)) is not None})
 
     def require(self, tensor: str, what: str) -> Tensor:
         """Return a tensor by its name in the model.
@@ -186,23 +174,6 @@ def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
         parts += [value for value in part.values() if isinstance(value, dict)]
 
 
-class _SelectedTensors:
-    """Some tensors of a base model under other names."""
-
-    def __init__(self, base: BaseModel, found: Mapping[str, str]) -> None:
-        self._base, self._found = base, dict(found)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._found))
-
-    def info(self, name: str) -> TensorInfo:
-        return self._base.info(self._found[name])
-
-    def read(self, name: str) -> Tensor:
-        return self._base.read(self._found[name])
-
-
 def _on_hub(source: str, token: str | None) -> Path:
     """Download the checkpoint of a Hub id, and return its folder in the Hub's cache."""
     name, colon, inside = source.partition(":")
@@ -224,12 +195,9 @@ def _whole(path: Path, label: str) -> dict[str, TensorSource]:
 def _shards(index: Path, label: str) -> dict[str, TensorSource]:
     """Return the file of each tensor of a checkpoint in several files, from its index."""
     try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): Path(str(file)).name for name, file in table.items()}
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise AdapterError(
-            f"base model '{label}': {index.name} cannot be read ({type(error).__name__}: {one_line(error)})."
-        ) from None
+        files = {str(name): Path(str(file)).name for name, file in read_object(index)["weight_map"].items()}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise AdapterError(f"base model '{label}': {index.name} cannot be read: {error}. Download it again.") from None
     missing = sorted({file for file in files.values() if not _is_file(index.parent / file)})
     if missing:
         raise AdapterError(

@@ -6,7 +6,6 @@ exactly into a PEFT adapter, and the refusal shows the command.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 
 from ..errors import AdapterError, some
 from .formats import LoraFile, formats, read_file
+from .json_files import read_object
 from .sources import (
     ADAPTER_CONFIG,
     FULL_MODEL_CONFIGS,
@@ -95,11 +95,10 @@ def full_model(folder: Path) -> str | None:
     """Return which full model a folder holds; None if it holds none."""
     for name in FULL_MODEL_CONFIGS:
         try:
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            config = read_object(folder / name)
+        except ValueError:
             continue
-        table = config if isinstance(config, dict) else {}
-        named = [table[key] for key in ("architectures", "_class_name", "model_type") if table.get(key)]
+        named = [config[key] for key in ("architectures", "_class_name", "model_type") if config.get(key)]
         what = named[0][0] if named and isinstance(named[0], list) else next(iter(named), name)
         return f"a full model ({what})"
     return None

@@ -173,7 +173,7 @@ class SafetensorsFile:
         )
 
 
-class PickleFile:
+class PickleFile(MemoryTensors):
     """An `adapter_model.bin`, the format of old releases of PEFT, read by PyTorch's weights-only loader."""
 
     def __init__(self, path: Path, label: str) -> None:
@@ -214,19 +214,6 @@ class PickleFile:
                     f"{list(tensor.shape)}, more numbers than the file holds. It is damaged: get the adapter again."
                 )
         return {str(name): loaded[name].detach() for name in loaded}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of all tensors, sorted."""
-        return tuple(self._tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype."""
-        return MemoryTensors(self._tensors).info(name)
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor."""
-        return self._tensors[name]
 
 
 def open_tensors(path: Path, label: str) -> SafetensorsFile | PickleFile:

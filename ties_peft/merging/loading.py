@@ -16,7 +16,6 @@ If several classes remain, none is named. transformers is not imported.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import sources
+from ..adapters.json_files import read_object
 from ..errors import printable
 
 PLACEHOLDER = "your/base-model"
@@ -297,10 +297,10 @@ def _read(path: Path | None) -> dict[str, Any]:
     try:
         if path is None or path.stat().st_size > CONFIG_LIMIT:
             return {}
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_object(path)
+    except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) and {"architectures", "_class_name"} & set(config) else {}
+    return config if {"architectures", "_class_name"} & set(config) else {}
 
 
 def _first(paths: Sequence[str]) -> str:
