@@ -77,7 +77,9 @@ class BaseModel:
         try:
             return read_object(self._config)
         except ValueError as error:
-            raise AdapterError(f"base model '{self.label}': {MODEL_CONFIG} cannot be read: it is {error}. Download it again.") from None
+            raise AdapterError(
+                f"base model '{self.label}': {MODEL_CONFIG} cannot be read: it is {error}. Download it again."
+            ) from None
 
     def is_conv1d(self, module: str) -> bool | None:
         """Return whether a linear layer is a Conv1D; None if the architecture is not known."""
@@ -197,7 +199,9 @@ def _shards(index: Path, label: str) -> dict[str, TensorSource]:
     try:
         files = {str(name): Path(str(file)).name for name, file in read_object(index)["weight_map"].items()}
     except (ValueError, KeyError, AttributeError) as error:
-        raise AdapterError(f"base model '{label}': {index.name} cannot be read: {error}. Download it again.") from None
+        raise AdapterError(
+            f"base model '{label}': {index.name} cannot be read ({type(error).__name__}: {error}). Download it again."
+        ) from None
     missing = sorted({file for file in files.values() if not _is_file(index.parent / file)})
     if missing:
         raise AdapterError(

@@ -58,7 +58,6 @@ Settings = Annotated[
     typer.Option(
         "--set",
         help="NAME=VALUE, any parameter of the method or the space, in YAML. Repeatable.",
-        show_default=False,
         rich_help_panel=COMBINATION,
     ),
 ]
@@ -67,15 +66,13 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a folder that ties
 
 @takes_merge_options(after="out")
 def merge(
-    adapters: Annotated[
-        list[str] | None, typer.Argument(help="Folders, files, Hub ids, quoted patterns.", show_default=False)
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+    adapters: Annotated[list[str] | None, typer.Argument(help="Folders, files, Hub ids, quoted patterns.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
     density: Density = None,
     scope: Scope = None,
     settings: Settings = None,
     device: Annotated[str, typer.Option(help="The device that computes: cpu, cuda, …")] = DEVICE,
-    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.", show_default=False)] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.")] = False,
     force: Force = False,
     as_json: Json = False,

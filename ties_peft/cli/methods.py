@@ -23,8 +23,7 @@ PARAGRAPH_START = re.compile(r"[A-Z][a-z]+: |[-*] ")  # a line that starts a par
 
 def methods(
     name: Annotated[
-        str | None,
-        typer.Argument(help="A method to explain in full.", show_default=False, autocompletion=complete_method),
+        str | None, typer.Argument(help="A method to explain in full.", autocompletion=complete_method)
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -18,8 +18,8 @@ Private = Annotated[
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="The adapter's folder.", show_default=False)],
-    repo: Annotated[str, typer.Argument(help="The repository on the Hub, org/name.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    repo: Annotated[str, typer.Argument(help="The repository on the Hub, org/name.")],
     private: Private = None,
     revision: Annotated[str | None, typer.Option(help="The branch to write to.", show_default="main")] = None,
     message: Annotated[str, typer.Option(help="The message of the commit.")] = "Upload adapter with ties_peft",

@@ -36,22 +36,17 @@ Storage = Annotated[
     ),
 ]
 Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="NAME=VALUE, a parameter that is fixed, in YAML. Repeatable.", show_default=False),
+    list[str] | None, typer.Option("--set", help="NAME=VALUE, a parameter that is fixed, in YAML. Repeatable.")
 ]
 
 Judge = Annotated[
     Path | None,
-    typer.Option(
-        help="A task file with other rows, on which the result and the controls are measured at the end.",
-        show_default=False,
-    ),
+    typer.Option(help="A task file with other rows, on which the result and the controls are measured at the end."),
 ]
 Controls = Annotated[bool, typer.Option("--controls/--no-controls", help=f"Compare with {', '.join(CONTROLS)}.")]
 
 Penalty = Annotated[
-    float,
-    typer.Option(help="The factor on the mean of |w| that is subtracted from the score where weights are tuned."),
+    float, typer.Option(help="The factor on the mean of |w| that is subtracted from the score where weights are tuned.")
 ]
 StudyName = Annotated[str, typer.Option(help="The name of the search in the storage; a search of that name continues.")]
 Base = Annotated[
@@ -67,9 +62,9 @@ Sampler = Annotated[str, typer.Option(help="The sampler: auto, cobyla, tpe or ra
 
 @takes_merge_options("budget", OPTIONS, unless=" Fixed, unless --tune names it.")
 def search(
-    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
-    task: Annotated[Path, typer.Option(help="A task file with the few labelled rows.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.")],
+    task: Annotated[Path, typer.Option(help="A task file with the few labelled rows.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
     tune: Tune = None,
     budget: Budget = BUDGET,
     settings: Settings = None,

@@ -11,11 +11,9 @@ from .base import print_text, print_warnings_after, progress_bar
 
 
 def signs(
-    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
-    task: Annotated[
-        list[Path], typer.Option(help="A task file with a few labelled rows. Repeatable.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.")],
+    task: Annotated[list[Path], typer.Option(help="A task file with a few labelled rows. Repeatable.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
     base: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the task's or adapters'")
     ] = None,

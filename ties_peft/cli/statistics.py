@@ -13,11 +13,8 @@ from .base import Json, print_json, print_text, print_warnings_after, progress_b
 
 
 def statistics(
-    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
-    task: Annotated[
-        list[Path],
-        typer.Option(help="A task file with rows of text; one for all, or one for each.", show_default=False),
-    ],
+    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.")],
+    task: Annotated[list[Path], typer.Option(help="A task file with rows of text; one for all, or one for each.")],
     kind: Annotated[
         list[str] | None, typer.Option(help=f"{' or '.join(STATISTICS)}. Repeatable.", show_default="all that fit")
     ] = None,
