@@ -30,7 +30,8 @@ from .yaml_document import Document, Location
 MERGEKIT_KEYS = ("base_model", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
 IGNORED = ("tokenizer_source", "tokenizer", "chat_template")  # of the model as a whole
 LAYER_TABLES = ("slices", "modules")  # which layers of which models stand where
-ONLY_MERGEKIT = ("int8_mask", "rescale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise")
+FLAGS = {"filter_wise": False, "nuslerp_flatten": True, "nuslerp_row_wise": False}  # with the value that is followed
+ONLY_MERGEKIT = ("int8_mask", "rescale", *FLAGS)
 SUM = ("weight", "normalize", "rescale", "lambda", "int8_mask")
 
 
@@ -158,18 +159,18 @@ class _Conversion:
     """The conversion of one recipe, in place."""
 
     def __init__(self, document: Document) -> None:
-        self.document = document
+        self.document, self.at = document, document.at
         self.top: dict[str, Any] = document.values
         self.name = str(self.top["merge_method"])
-        self.notes: list[str] = []
+        self.notes: dict[str, None] = {}  # in their order, each once
         if self.name in NO_COUNTERPART:
-            self.refuse(
-                ("merge_method",), f"mergekit's '{self.name}' has no counterpart here: {NO_COUNTERPART[self.name]}"
-            )
+            why = f"mergekit's '{self.name}' has no counterpart here: {NO_COUNTERPART[self.name]}"
+            self.refuse(("merge_method",), why)
         self.rule = METHODS[self.name]
         self.method = self.rule.method
         self.fields = find_method(self.method).model_fields
-        self.top["adapters"] = [self.entry(place, value) for place, value in enumerate(self.top.pop("models"))]
+        self.entries = [self.entry(place, value) for place, value in enumerate(self.top.pop("models"))]
+        self.top["adapters"] = self.entries
         self.shared = self.table(("parameters",), self.top)
 
     def run(self) -> None:
@@ -190,19 +191,13 @@ class _Conversion:
         self.convert_weights()
         self.convert_trim()
         self.convert_scale()
-        self.document.values = {**self.top, "merge_method": self.method, "notes": self.notes}
+        self.document.values = {**self.top, "merge_method": self.method, "notes": list(self.notes)}
 
     @property
     def tables(self) -> list[tuple[Location, dict[str, Any]]]:
         """The tables that hold parameters, each with its location."""
         own = [(("adapters", place, "parameters"), entry["parameters"]) for place, entry in enumerate(self.entries)]
         return [(("parameters",), self.shared), *own]
-
-    @property
-    def entries(self) -> list[dict[str, Any]]:
-        """The adapters."""
-        found: list[dict[str, Any]] = self.top["adapters"]
-        return found
 
     def entry(self, place: int, value: Any) -> dict[str, Any]:
         """Return one of the models as a table whose `model` is a text."""
@@ -262,11 +257,8 @@ class _Conversion:
     def leave_out(self, place: int, name: str) -> None:
         """Leave the base model out of the adapters."""
         if not self.rule.skips_base:
-            self.refuse(
-                ("adapters", place),
-                f"{name!r} is the base model, which counts in mergekit's '{self.name}' and is no adapter. "
-                "Leave it out, and lower the scale instead",
-            )
+            why = f"{name!r} is the base model, which counts in mergekit's '{self.name}' and is no adapter"
+            self.refuse(("adapters", place), f"{why}. Leave it out, and lower the scale instead")
         self.document.drop("adapters", place)
         self.note("adapters", f"{name} is the base model itself, which adds nothing, so it is left out")
 
@@ -302,16 +294,10 @@ class _Conversion:
         """Refuse parameters that are true or false where one of the two has no counterpart here."""
         if self.flag("int8_mask", False):
             self.note("parameters.int8_mask", "it saves memory in mergekit and nothing here, so it is left out")
-        for key, plain in (("filter_wise", False), ("nuslerp_flatten", True), ("nuslerp_row_wise", False)):
-            if self.flag(key, plain) is not plain:
-                self.refuse(
-                    ("parameters", key), f"{key}: {str(not plain).lower()} has no counterpart here. Leave it out"
-                )
-        if "rescale" in self.rule.takes and self.flag("rescale", self.rule.rescale) is not self.rule.rescale:
-            now = str(not self.rule.rescale).lower()
-            self.refuse(
-                ("parameters", "rescale"), f"rescale: {now} has no counterpart in '{self.method}'. Leave it out"
-            )
+        for key, plain in {**FLAGS, "rescale": self.rule.rescale}.items():
+            if key in self.rule.takes and self.flag(key, plain) is not plain:
+                asked = f"{key}: {str(not plain).lower()}"
+                self.refuse(("parameters", key), f"{asked} has no counterpart in '{self.method}'. Leave it out")
 
     def convert_weights(self) -> None:
         """Give the weight for all to each adapter that has none, or whose conditions do not fit."""
@@ -360,19 +346,21 @@ class _Conversion:
             self.note("parameters.scale", "1.0, mergekit's lambda where none is given")
         self.shared.setdefault("scale", 1.0 if scale is None else scale)
 
+    @property
+    def weights(self) -> list[Any]:
+        """The weight of each adapter."""
+        return [entry["parameters"].get("weight", 1.0) for entry in self.entries]
+
     def negative(self) -> bool:
         """Return whether a weight is negative."""
-        own = [entry["parameters"].get("weight", 1.0) for entry in self.entries]
-        return any(number < 0 for weight in own for number in Schedule.read(weight, "weight").numbers())
+        return any(number < 0 for weight in self.weights for number in Schedule.read(weight, "weight").numbers())
 
     def total_weight(self) -> float:
         """Return Σw; refuse weights that vary."""
-        weights = [entry["parameters"].get("weight", 1.0) for entry in self.entries]
-        if not all(is_number(weight) for weight in weights) or sum(weights) == 0:
-            self.refuse(
-                ("parameters", "normalize"), "normalize: true needs weights that are numbers and do not sum to 0"
-            )
-        return float(sum(weights))
+        if not all(map(is_number, self.weights)) or sum(self.weights) == 0:
+            why = "normalize: true needs weights that are numbers and do not sum to 0"
+            self.refuse(("parameters", "normalize"), why)
+        return float(sum(self.weights))
 
     def flag(self, key: str, default: bool) -> bool:
         """Return a parameter that is true or false."""
@@ -391,14 +379,8 @@ class _Conversion:
 
     def note(self, key: str, text: str) -> None:
         """Add a note, unless the recipe has it already."""
-        line = f"{key}: {text}."
-        if line not in self.notes:
-            self.notes.append(line)
+        self.notes[f"{key}: {text}."] = None
 
     def refuse(self, path: Location, why: str) -> NoReturn:
         """Raise an error that names the line."""
         raise RecipeError(f"{self.at(path)}: {why}.")
-
-    def at(self, path: Location) -> str:
-        """Return the file and the line of a key."""
-        return self.document.at(path)
