@@ -16,31 +16,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterError, CompatibilityError
-from .tensors import MemoryTensors, SafetensorsFile, TensorInfo
+from .tensors import MemoryTensors, SafetensorsFile, TensorSource
 from .writer import write_tensors
 
 METADATA_KEY = "ties_peft"  # in the safetensors file: where `Statistics.metadata` is stored as JSON
-
-
-class RowReader(Protocol):
-    """Named tensors that can be read a few rows at a time."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of all tensors, sorted."""
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype."""
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows start…stop of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +39,7 @@ class ModuleStatistics:
         divisor: by which the tensor is divided.
     """
 
-    source: RowReader
+    source: TensorSource
     name: str
     divisor: float = 1.0
 
@@ -80,7 +66,7 @@ class Statistics:
     """
 
     kind: str
-    source: RowReader
+    source: TensorSource
     metadata: Mapping[str, Any]
     norms: dict[tuple[str, ...], float] = field(default_factory=dict, repr=False, compare=False)
 

@@ -56,6 +56,9 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU, in its own dtype."""
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows start…stop of a tensor."""
+
 
 class MemoryTensors:
     """Tensors that are already in memory."""

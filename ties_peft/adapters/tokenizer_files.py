@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 from .sources import TOKENIZER_FILES, stays_inside
@@ -32,7 +31,7 @@ class TokenizerFiles:
     @property
     def digests(self) -> dict[str, str]:
         """The sha256 of each file, in hexadecimal."""
-        return {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
+        return {name: _digest(content) for name, content in self.files.items()}
 
 
 def collect_tokenizer_files(folders: Iterable[tuple[str, Path | None]]) -> TokenizerFiles:
@@ -51,7 +50,7 @@ def collect_tokenizer_files(folders: Iterable[tuple[str, Path | None]]) -> Token
                 strange.append(f"{path.name} of {adapter} leads out of its folder or is too large")
                 continue
             paths[path.name] = path
-            held.setdefault(path.name, {}).setdefault(_digest(path), []).append(adapter)
+            held.setdefault(path.name, {}).setdefault(_digest(path.read_bytes()), []).append(adapter)
     unlike = [f"{name} ({_differs(owners)})" for name, owners in sorted(held.items()) if len(owners) > 1]
     faults = strange + ([f"these differ: {', '.join(unlike)}"] if unlike else [])
     if faults:
@@ -66,14 +65,8 @@ def _beside(folder: Path | None) -> Sequence[Path]:
     return [] if folder is None else [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
-def _digest(path: Path) -> str:
-    state = path.stat()
-    return _digest_of(str(path.resolve()), state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _digest_of(path: str, size: int, changed: int) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _differs(owners: Mapping[str, Sequence[str]]) -> str:

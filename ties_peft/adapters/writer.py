@@ -63,17 +63,21 @@ def check_outside_output(folder: Path, kept: Path | None, what: str) -> None:
     """
     if kept is None:
         return
-    target, place = folder.resolve(), kept.resolve()
-    if place == target or place in target.parents or target in place.parents:
+    if _overlap(folder.resolve(), kept.resolve()):
         raise RecipeError(
             f"{what} {str(kept)!r} is, holds or lies in the output {str(folder)!r}, which "
             "is written whole at the end. Choose another place for one of them."
         )
 
 
+def _overlap(one: Path, other: Path) -> bool:
+    """Return whether two resolved paths are one, or one of them lies in the other."""
+    return one == other or one in other.parents or other in one.parents
+
+
 def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path]) -> None:
     for source in inputs:
-        if target == source or target in source.parents or source in target.parents:
+        if _overlap(target, source):
             raise RecipeError(
                 f"the output '{folder}' is, holds or lies in the input '{source}'. Choose another folder."
             )
@@ -131,7 +135,7 @@ def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False
     Raises: RecipeError if the folder is refused or cannot be written; nothing is left behind.
     """
     check_output_folder(folder, force, inputs)
-    made = _missing_parents(folder)
+    made = [parent for parent in folder.parents if not parent.exists()]  # innermost first
     staged: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -140,11 +144,10 @@ def write_folder(folder: Path, files: Mapping[str, Content], force: bool = False
         for name, content in files.items():
             _write(staged / name, content)
         _move_into_place(staged, folder, force)
-    except OSError as error:
+    except BaseException as error:
         _discard(staged, made)
-        raise RecipeError(f"the output '{folder}' cannot be written: {error.strerror or error}.") from None
-    except BaseException:
-        _discard(staged, made)
+        if isinstance(error, OSError):
+            raise RecipeError(f"the output '{folder}' cannot be written: {error.strerror or error}.") from None
         raise
     return folder
 
@@ -217,11 +220,6 @@ def _replace(staged: Path, folder: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _missing_parents(folder: Path) -> list[Path]:
-    """Return the parents that do not exist, innermost first."""
-    return [parent for parent in folder.parents if not parent.exists()]
 
 
 def _discard(staged: Path | None, made: list[Path]) -> None:

@@ -171,15 +171,11 @@ def common_base(members: Sequence[Member]) -> BaseModel | None:
 
 def unify_module_names(adapters: Sequence[Adapter], warnings: list[str]) -> list[Adapter]:
     """Return the adapters with the same name for the same module, if versions of transformers named it differently."""
-    found = [
-        _renamed(
-            a,
-            {} if a.base_model is None else without_tower_prefix(a.modules, a.base_model.modules),
-            "of the base",
-            warnings,
-        )
-        for a in adapters
-    ]
+    found = []
+    for adapter in adapters:
+        base = adapter.base_model
+        table = {} if base is None else without_tower_prefix(adapter.modules, base.modules)
+        found.append(_renamed(adapter, table, "of the base", warnings))
     tables = match_names([{name: module.signature for name, module in adapter.layout.items()} for adapter in found])
     found = [_renamed(a, table, "of the others", warnings) for a, table in zip(found, tables, strict=True)]
     _warn_prefix(found, warnings)

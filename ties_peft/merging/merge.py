@@ -170,14 +170,11 @@ def run_plan(
     """Do the work of a checked plan; `warns` says whether what the report warns of is also given as warnings."""
     tensors, totals, kept = merge_modules(plan, cache, progress or (lambda stage, done, of: None), processes)
     tensors |= plan.extra_tensors.tensors()
-    tokenizer_files = cache.tokenizer_files if cache is not None else None
-    tokenizer_files = tokenizer_files or collect_tokenizer_files(
-        (member.name, member.adapter.folder) for member in plan.members
-    )
-    if cache is not None:
-        cache.tokenizer_files = tokenizer_files
+    kept_files, folders = cache or MergeCache(), [(member.name, member.adapter.folder) for member in plan.members]
+    tokenizer_files = kept_files.tokenizer_files or collect_tokenizer_files(folders)
+    kept_files.tokenizer_files = tokenizer_files
     plan.warnings.extend([tokenizer_files.remark] if tokenizer_files.remark else [])
-    licence, note = shared_licence([(member.name, member.adapter.folder) for member in plan.members])
+    licence, note = shared_licence(folders)
     report = replace(
         totals.report(kept, time.perf_counter() - started),
         copied=sorted(tokenizer_files.files),

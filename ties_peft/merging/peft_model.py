@@ -6,10 +6,10 @@ are written.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
-from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -208,13 +208,7 @@ class _LoadedBase(BaseModel):
 
 def _plain(value: Any) -> Any:
     """Return a config's value as in JSON: enums as their values, sets as sorted lists."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return json.loads(json.dumps(value, default=lambda one: sorted(one) if isinstance(one, Set) else str(one)))
 
 
 class _ModelState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..adapters.adapter import Adapter
@@ -35,10 +35,11 @@ Evaluate = Callable[[Setting], tuple[float, Mapping[str, Any]]]  # (value, facts
 TrialCallback = Callable[[Trial, list[Trial]], None]  # called with a trial and all complete ones
 
 
+@dataclass(frozen=True)
 class SearchProblem:
     """The adapters of a search, and the value of a setting of the tuned parameters.
 
-    Args:
+    Attributes:
         adapters: to merge.
         tuning: the recipe and its tuned parameters.
         score: the objective, to be maximised.
@@ -46,17 +47,12 @@ class SearchProblem:
         seed: of every random number.
     """
 
-    def __init__(
-        self,
-        adapters: Sequence[Adapter],
-        tuning: Tuning,
-        score: Callable[[Adapter], float],
-        penalty: float,
-        seed: int,
-    ) -> None:
-        self.adapters, self.tuning, self.score = list(adapters), tuning, score
-        self.penalty, self.seed = penalty, seed
-        self._prepared: dict[str, Prepared] = {}
+    adapters: Sequence[Adapter]
+    tuning: Tuning
+    score: Callable[[Adapter], float]
+    penalty: float
+    seed: int
+    _prepared: dict[str, Prepared] = field(default_factory=dict, init=False)  # by space and its parameters
 
     def check(self) -> None:
         """Merge by the last of the first settings, so that adapters that cannot be merged are refused before any trial.
