@@ -60,52 +60,45 @@ def push(
         raise RecipeError(
             f"the repository {str(repo)!r} is no name on the Hub; expected org/name, of letters, digits, -, _ and ."
         )
-    if isinstance(adapter, Adapter):
-        with tempfile.TemporaryDirectory(prefix="ties-peft-") as room:
+    with tempfile.TemporaryDirectory(prefix="ties-peft-") as room:
+        if isinstance(adapter, Adapter):
             folder = writer.write_folder(Path(room) / "adapter", adapter.files())
-            return _send(folder, repo, private, revision, message, create_pr, token)
+        else:
+            folder = _folder(adapter)
+        own = [path for path in sorted(folder.iterdir()) if _is_own(path)]
+        left = tuple(path.name for path in sorted(folder.iterdir()) if path not in own)
+        names = tuple(path.name for path in own)
+        if sources.ADAPTER_CONFIG not in names or not set(names) & set(sources.WEIGHT_FILES):
+            raise RecipeError(
+                f"{str(folder)!r} holds its config or weights only as links to elsewhere, which are not followed. "
+                "Copy them there."
+            )
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        try:
+            api = HfApi(token=token)
+            api.create_repo(repo, private=private, exist_ok=True)
+            operations: list[Any] = [CommitOperationAdd(path.name, _content(path, repo)) for path in own]
+            commit = api.create_commit(
+                repo, operations, commit_message=message, revision=revision, create_pr=create_pr or None
+            )
+        except Exception as error:  # the Hub's client raises its own, the network's and the file system's errors
+            raise RecipeError(
+                f"the Hub did not take {folder.name} as '{repo}' ({sources.error_text(error, token)}). Check the "
+                "name, the network, and that you are logged in (hf auth login) with the right to write there."
+            ) from None
+    if left:
+        warn_caller([f"not sent to {repo}, because they are no files of an adapter: {', '.join(left[:8])}."])
+    return Pushed(repo, str(commit.pr_url or commit.commit_url), names, left)
+
+
+def _folder(adapter: str | Path) -> Path:
+    """Return the folder of an adapter on this machine."""
     path = sources.local_path(str(adapter))
     if path is None or not path.is_dir():
         raise RecipeError(f"{str(adapter)!r} is no folder. Name the folder of the adapter that is to be pushed.")
     Adapter.load(path)  # raises if it is no adapter
-    pushed = _send(path, repo, private, revision, message, create_pr, token)
-    if pushed.left:
-        warn_caller([f"not sent to {repo}, because they are no files of an adapter: {', '.join(pushed.left[:8])}."])
-    return pushed
-
-
-def _send(
-    folder: Path,
-    repo: str,
-    private: bool | None,
-    revision: str | None,
-    message: str,
-    create_pr: bool,
-    token: str | None,
-) -> Pushed:
-    own = [path for path in sorted(folder.iterdir()) if _is_own(path)]
-    left = [path.name for path in sorted(folder.iterdir()) if path not in own]
-    names = {path.name for path in own}
-    if sources.ADAPTER_CONFIG not in names or not names & set(sources.WEIGHT_FILES):
-        raise RecipeError(
-            f"{str(folder)!r} holds its config or weights only as links to elsewhere, which are not followed. "
-            "Copy them there."
-        )
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    try:
-        api = HfApi(token=token)
-        api.create_repo(repo, private=private, exist_ok=True)
-        operations: list[Any] = [CommitOperationAdd(path.name, _content(path, repo)) for path in own]
-        commit = api.create_commit(
-            repo, operations, commit_message=message, revision=revision, create_pr=create_pr or None
-        )
-    except Exception as error:  # the Hub's client raises its own, the network's and the file system's errors
-        raise RecipeError(
-            f"the Hub did not take {folder.name} as '{repo}' ({sources.error_text(error, token)}). Check the "
-            "name, the network, and that you are logged in (hf auth login) with the right to write there."
-        ) from None
-    return Pushed(repo, str(commit.pr_url or commit.commit_url), tuple(path.name for path in own), tuple(left))
+    return path
 
 
 def _content(path: Path, repo: str) -> Path | bytes:

@@ -30,6 +30,7 @@ from ..merging.merged import Merged
 from ..merging.options import DEVICE, Options, Rank
 from ..merging.plan import Progress
 from ..merging.recipes.recipe import Recipe
+from ..merging.values import check_whole
 from . import ADAPTERS, BUDGET, CONTROLS, DETAIL, PENALTY, TRAINED, WEIGHTS
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes
 from .objectives import Objectives
@@ -181,8 +182,7 @@ def search(
 
 
 def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None:
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-        raise RecipeError(f"the budget is {budget!r}; expected a whole number of trials, from 1 up.")
+    check_whole("the budget", budget, 1)
     if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
         raise RecipeError(f"the penalty is {penalty!r}; expected a number, 0 or more.")
     for name in controls:

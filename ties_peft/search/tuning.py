@@ -24,6 +24,7 @@ from ..merging.options import OPTIONS
 from ..merging.recipes.recipe import Recipe
 from ..merging.recipes.scale import EXPECTED, Scale, is_scale
 from ..merging.recipes.settings import find_space, make_settings, parameter_names
+from ..merging.values import check_whole
 from ..methods import find_method
 
 RECIPE_FIELDS = tuple(name for name, option in OPTIONS.items() if option.tunable)
@@ -239,8 +240,7 @@ def _domains(name: str, value: Any, adapters: int) -> dict[str, Domain]:
 
 def _weight_domains(value: Any, adapters: int) -> dict[str, Domain]:
     points = value.get("points", 1) if isinstance(value, Mapping) else 1
-    if not isinstance(points, int) or isinstance(points, bool) or points < 1:
-        raise RecipeError(f"weights, points: {points!r}; expected a whole number from 1 up.")
+    check_whole("weights, points", points, 1)
     domain = _domain(
         "weights", {k: v for k, v in value.items() if k != "points"} if isinstance(value, Mapping) else value
     )

@@ -22,11 +22,10 @@ names the line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, NoReturn, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
@@ -114,7 +113,7 @@ class Recipe(Options):
             notes=tuple(file.notes),
             **{name: getattr(tables[o.table], o.key) for name, o in OPTIONS.items() if o.table is not None},
         )
-        _Checks(document, recipe).run()
+        _check(document, recipe)
         return recipe
 
     @classmethod
@@ -237,10 +236,10 @@ def _weights(document: Document, shared: str | None, own: list[Any]) -> tuple[An
     """Return the weights of the entries, or `norm` in their place."""
     if shared is None or all(weight is None for weight in own):
         return shared or _unless_none([1.0 if weight is None else weight for weight in own], own)
-    raise RecipeError(
-        f"{document.at(('parameters', 'weights'))}: weights: norm weighs every adapter, but some have a `weight:` of their "
-        "own. Keep one of the two."
-    )
+    with document.naming("parameters", "weights"):
+        raise RecipeError(
+            "weights: norm weighs every adapter, but some have a `weight:` of their own. Keep one of the two."
+        )
 
 
 def _unless_none(values: list[Any], given: list[Any] | None = None) -> tuple[Any, ...] | None:
@@ -248,58 +247,41 @@ def _unless_none(values: list[Any], given: list[Any] | None = None) -> tuple[Any
     return None if all(value is None for value in (given or values)) else tuple(values)
 
 
-class _Checks:
-    """What the method and the space of a recipe refuse, with the lines of the document."""
+def _check(document: Document, recipe: Recipe) -> None:
+    """Refuse what the method and the space of a recipe refuse, naming the line."""
+    method, space, parameters = recipe.method, recipe.space, recipe.parameters
+    with document.naming("parameters", "space"):
+        find_space(space)
+    with document.naming("merge_method"):
+        make_settings(method, space, {})
+    known = parameter_names(method, space)
+    for key in parameters:
+        if key not in known:
+            with document.naming("parameters", key):
+                _refuse_parameter(recipe, key, known)
+    densities = recipe.densities or ()
+    try:
+        make_settings(method, space, parameters, densities)
+    except TiesPeftError:
+        for key, value in parameters.items():
+            with document.naming("parameters", key):
+                make_settings(method, space, {key: value})
+        for place, density in enumerate(densities):
+            with document.naming("adapters", place, "parameters", "density"):
+                make_settings(method, space, parameters, [density])
+        with document.naming("parameters"):
+            raise
 
-    def __init__(self, document: Document, recipe: Recipe) -> None:
-        self.at = document.at
-        self.recipe = recipe
 
-    def run(self) -> None:
-        """Refuse what `make_settings` refuses, naming the line."""
-        method, space, parameters = self.recipe.method, self.recipe.space, self.recipe.parameters
-        with self.at_line("parameters", "space"):
-            find_space(space)
-        with self.at_line("merge_method"):
-            make_settings(method, space, {})
-        self.check_names()
-        densities = self.recipe.densities or ()
-        try:
-            make_settings(method, space, parameters, densities)
-        except TiesPeftError as error:
-            for key, value in parameters.items():
-                with self.at_line("parameters", key):
-                    make_settings(method, space, {key: value})
-            for place, density in enumerate(densities):
-                with self.at_line("adapters", place, "parameters", "density"):
-                    make_settings(method, space, parameters, [density])
-            raise type(error)(f"{self.at(('parameters',))}: {error}") from None
-
-    def check_names(self) -> None:
-        """Refuse parameters that neither the method nor the space has."""
-        known = parameter_names(self.recipe.method, self.recipe.space)
-        names = {*_Parameters.model_fields, *(name for name in known if "." not in name)}
-        for key in self.recipe.parameters:
-            where, elsewhere = self.at(("parameters", key)), _misplaced_hint(key, ("parameters",))
-            if key == "densities":
-                elsewhere = (
-                    "Write each adapter's `density:` in `parameters:` of its own entry, and one density for all as "
-                    "`density:` here."
-                )
-            if key not in known and elsewhere is not None:
-                raise RecipeError(f"{where}: {unknown('parameter', key, names, elsewhere)}")
-            if key not in known:
-                raise MethodError(
-                    f"{where}: {unknown_parameter(self.recipe.method, self.recipe.space, key, tuple(names))}"
-                )
-
-    @contextmanager
-    def at_line(self, *path: Any) -> Iterator[None]:
-        """Put the line of a key before the text of an error."""
-        try:
-            yield
-        except TiesPeftError as error:
-            raise type(error)(f"{self.at(path)}: {error}") from None
+def _refuse_parameter(recipe: Recipe, key: str, known: Sequence[str]) -> NoReturn:
+    """Refuse a parameter that neither the method nor the space has."""
+    names = {*_Parameters.model_fields, *(name for name in known if "." not in name)}
+    hint = _misplaced_hint(key, ("parameters",))
+    if key == "densities":
+        hint = "Write each adapter's `density:` in `parameters:` of its own entry, and one density for all as `density:` here."
+    if hint is not None:
+        raise RecipeError(unknown("parameter", key, names, hint))
+    raise MethodError(unknown_parameter(recipe.method, recipe.space, key, tuple(names)))
 
 
 def _repeated(values: Any, counts: Sequence[int]) -> Any:

@@ -6,7 +6,8 @@ YAML 1.2's short exponents are read as numbers: in YAML 1.1, which PyYAML implem
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import yaml
@@ -19,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ...errors import RecipeError, one_line
+from ...errors import RecipeError, TiesPeftError, one_line
 
 MAX_NODES = 100_000  # more than any recipe has; a few lines of aliases to aliases make billions
 Location = tuple[Any, ...]  # the keys and numbers that lead to a value, as pydantic's `loc`
@@ -103,6 +104,14 @@ class Document:
     def at(self, path: Location) -> str:
         """Return the file and the line of a key, or of what holds it."""
         return f"{self.where}, line {self._line(path)}"
+
+    @contextmanager
+    def naming(self, *path: Any) -> Iterator[None]:
+        """Put the file and the line of a key before the text of an error."""
+        try:
+            yield
+        except TiesPeftError as error:
+            raise type(error)(f"{self.at(path)}: {error}") from None
 
     def _line(self, path: Location) -> int:
         while path and path not in self._lines:
