@@ -18,13 +18,7 @@ def matches_end(pattern: str, name: str) -> bool:
     Law: equals `re.match(rf"(.*\\.)?({pattern})$", name)` whenever that returns in time.
     Raises: ValueError for an invalid pattern, or one that takes too long.
     """
-    whole = rf"(.*\.)?({pattern})$"
-    try:
-        if not REPEATS & set(pattern):
-            return re.match(whole, name) is not None
-        return _bounded(whole, name)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"it is not a valid pattern: {error}") from None
+    return _matches("match", pattern, rf"(.*\.)?({pattern})$", name)
 
 
 def matches_whole(pattern: str, name: str) -> bool:
@@ -32,18 +26,17 @@ def matches_whole(pattern: str, name: str) -> bool:
 
     Raises: ValueError for an invalid pattern, or one that takes too long.
     """
+    return _matches("fullmatch", pattern, pattern, name)
+
+
+def _matches(how: str, pattern: str, whole: str, name: str) -> bool:
     try:
-        return _bounded(rf"(?:{pattern})\Z", name) if REPEATS & set(pattern) else bool(re.fullmatch(pattern, name))
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"it is not a valid pattern: {error}") from None
+        if not REPEATS & set(pattern):
+            return getattr(re, how)(whole, name) is not None
+        import regex
 
-
-def _bounded(pattern: str, name: str) -> bool:
-    import regex
-
-    try:
-        return regex.match(pattern, name, timeout=SECONDS) is not None
+        return getattr(regex, how)(whole, name, timeout=SECONDS) is not None
     except TimeoutError:
         raise ValueError(f"the pattern takes more than {SECONDS:g} s to match") from None
-    except regex.error as error:
+    except Exception as error:  # of re or regex, or RecursionError, OverflowError
         raise ValueError(f"it is not a valid pattern: {error}") from None

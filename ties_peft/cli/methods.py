@@ -82,18 +82,12 @@ def _formulas(block: str, width: int) -> str:
 
 
 def _prose(block: str, width: int) -> str:
-    found: list[str] = []
-    for line in block.splitlines():
-        if found and not PARAGRAPH_START.match(line):
-            found[-1] += f" {line.strip()}"
-        else:
-            found.append(line)
-    return "\n".join(
-        textwrap.fill(
-            one, width, subsequent_indent="    " if PARAGRAPH_START.match(one) else "", break_on_hyphens=False
-        )
-        for one in found
-    )
+    found = []
+    for paragraph in re.split(rf"\n(?={PARAGRAPH_START.pattern})", block):
+        indent = "    " if PARAGRAPH_START.match(paragraph) else ""
+        text = " ".join(paragraph.split())
+        found.append(textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False))
+    return "\n".join(found)
 
 
 def _scale(info: MethodInfo) -> str:

@@ -20,9 +20,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..adapters import sources
+from ..adapters.extra_tensors import HEADED
 from ..adapters.json_files import read_object
 from ..errors import printable
 
@@ -34,7 +36,6 @@ TASKS = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 ENDINGS = {  # of a class's name: the Auto class that gives it; a class with another ending is named itself
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -104,13 +105,12 @@ class Loading:
         """Return the lines of Python that load the adapter from a folder; a comment states what is not known."""
         model = f"model = PeftModel.from_pretrained(base, {folder!r})"
         if not self.name:
-            lines = [
-                f"# The class of the base model is not known: {self.why}.",
-                f"# base: {self.base or PLACEHOLDER}, loaded as for the training of the adapters.",
+            return [
+                printable(f"# The class of the base model is not known: {self.why}."),
+                printable(f"# base: {self.base or PLACEHOLDER}, loaded as for the training of the adapters."),
                 "from peft import PeftModel",
                 model,
             ]
-            return [printable(line) for line in lines]
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
         resized = [] if self.vocabulary is None else [f"base.resize_token_embeddings({self.vocabulary})"]
         return [
@@ -124,7 +124,7 @@ class Loading:
 def find_loading(facts: AdapterFacts) -> Loading:
     """Return how an adapter is loaded on its base, as far as the facts tell."""
     config, part = _config(facts)
-    found = _class(facts, config)
+    found = replace(_class(facts, config), base=facts.base)
     if not found.name:
         return found
     if found.library == "diffusers":
@@ -136,33 +136,38 @@ def find_loading(facts: AdapterFacts) -> Loading:
 
 def _class(facts: AdapterFacts, config: Mapping[str, Any]) -> Loading:
     """Return the class by the first source above that names one, or why none does."""
-    base, paths = facts.base, facts.paths
-    architecture = _architecture(config)
+    paths, architecture = facts.paths, _architecture(config)
     mapped = _mapped(facts)
     if mapped is not None:
         return mapped
     if not architecture and _is_diffusers(paths):
-        return _diffusers(facts, config)
+        return _diffusers(paths, config)
     task = facts.tasks[0] if len(set(facts.tasks)) == 1 else None
     headed = task in HEADED or bool(facts.heads)
     if all(BARE.match(path) for path in paths):
         why = "its module paths are those of a model without a head"
-        return Loading(base, "", f"{why}, and its task has one") if headed else Loading(base, "AutoModel", why)
+        return _unknown(f"{why}, and its task has one") if headed else _found("AutoModel", why)
     if headed:
-        return _headed(facts, task, architecture)
-    return _headless(facts, task, architecture, config)
+        return _headed(facts.heads, task, architecture)
+    return _headless(paths, task, architecture, config)
+
+
+def _found(name: str, why: str, library: str = "transformers") -> Loading:
+    return Loading(None, name, why, library)
+
+
+def _unknown(why: str, library: str = "transformers") -> Loading:
+    return Loading(None, "", why, library)
 
 
 def _mapped(facts: AdapterFacts) -> Loading | None:
     """Return the class that PEFT wrote."""
-    noted = set(facts.mappings)
-    if len(noted) != 1:
+    if len(noted := set(facts.mappings)) != 1:
         return None
-    ((name, module),) = noted
+    name, module = noted.pop()
     library = module.partition(".")[0]
-    if library not in ("transformers", "diffusers") or not NAME.fullmatch(name):
-        return None
-    return Loading(facts.base, name, "auto_mapping names it", library)
+    known = library in ("transformers", "diffusers") and NAME.fullmatch(name)
+    return _found(name, "auto_mapping names it", library) if known else None
 
 
 def _is_diffusers(paths: Iterable[str]) -> bool:
@@ -174,72 +179,63 @@ def _usual_part(paths: Iterable[str]) -> str:
     return "unet" if any(UNET.match(path) for path in paths) else "transformer"
 
 
-def _diffusers(facts: AdapterFacts, config: Mapping[str, Any]) -> Loading:
+def _diffusers(paths: Sequence[str], config: Mapping[str, Any]) -> Loading:
     """Return a class of diffusers by the base's config, or a UNet by its paths."""
     name = config.get("_class_name")
     if isinstance(name, str) and NAME.fullmatch(name):
-        return Loading(facts.base, name, "the base's config names it", "diffusers")
-    if any(UNET.match(path) for path in facts.paths):
-        return Loading(facts.base, "UNet2DConditionModel", "module paths", "diffusers")
+        return _found(name, "the base's config names it", "diffusers")
+    if any(UNET.match(path) for path in paths):
+        return _found("UNet2DConditionModel", "module paths", "diffusers")
     why = "its module paths are those of a transformer of diffusers, and only the base's config.json says which"
-    return Loading(facts.base, "", why, "diffusers")
+    return _unknown(why, "diffusers")
 
 
-def _headed(facts: AdapterFacts, task: str | None, architecture: str) -> Loading:
+def _headed(heads: Mapping[str, Mapping[str, Any]], task: str | None, architecture: str) -> Loading:
     """Return a class with a head by the base's config, the task type or the tensors of the head."""
-    base, heads = facts.base, facts.heads
     own = architecture.endswith(("Classification", "QuestionAnswering"))
     if own and (task is None or architecture.endswith(("ForImageClassification", "ForAudioClassification"))):
-        return _by_architecture(base, architecture)
+        return _by_architecture(architecture)
     if task in HEADED:
-        return Loading(base, TASKS[task], f"task_type {task}")
+        return _found(TASKS[task], f"task_type {task}")
     if any(head.endswith("qa_outputs") for head in heads):
-        return Loading(base, TASKS["QUESTION_ANS"], "its head is qa_outputs")
+        return _found(TASKS["QUESTION_ANS"], "its head is qa_outputs")
     inner = [name for tensors in heads.values() for name in tensors]
     if "out_proj.weight" in inner or any(head.endswith("pre_classifier") for head in heads):
-        return Loading(base, TASKS["SEQ_CLS"], "its head has two layers")
+        return _found(TASKS["SEQ_CLS"], "its head has two layers")
     names = ", ".join(heads)
-    return Loading(
-        base, "", f"no task_type says what its head ({names}) is for, and several tasks have a head of that name"
-    )
+    return _unknown(f"no task_type says what its head ({names}) is for, and several tasks have a head of that name")
 
 
-def _headless(facts: AdapterFacts, task: str | None, architecture: str, config: Mapping[str, Any]) -> Loading:
+def _headless(paths: Sequence[str], task: str | None, architecture: str, config: Mapping[str, Any]) -> Loading:
     """Return a class without a task's head by the base's config if the paths fit it, by the paths, or by the task type."""
-    base, paths = facts.base, facts.paths
     causal = all(CAUSAL.match(path) for path in paths)
     bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
-    text_alone = causal and architecture.endswith(
+    multimodal = architecture.endswith(
         "ForConditionalGeneration"
-    )  # a model of text and images, loaded as text
+    )  # a model of text and images, loaded as text if causal
     inside = any(path.startswith(_prefixes(config)) for path in paths)
-    if architecture and not (inside if bare else text_alone):
-        return _by_architecture(base, architecture, config)
+    if architecture and not (inside if bare else causal and multimodal):
+        return _by_architecture(architecture, config)
     if causal:
-        return Loading(base, TASKS["CAUSAL_LM"], "module paths")
+        return _found(TASKS["CAUSAL_LM"], "module paths")
     if any(T5.match(path) for path in paths) and any(path.startswith("decoder.") for path in paths):
-        return Loading(base, TASKS["SEQ_2_SEQ_LM"], "module paths")
+        return _found(TASKS["SEQ_2_SEQ_LM"], "module paths")
     if task in TASKS:
-        return Loading(base, TASKS[task], f"task_type {task}")
-    config_says = (
-        "its base's config.json does not fit its module paths" if config else "its base's config.json is not at hand"
-    )
-    return Loading(
-        base,
-        "",
-        f"no task_type tells it, {config_says}, and models of several classes have such modules ({_first(paths)})",
+        return _found(TASKS[task], f"task_type {task}")
+    said = "does not fit its module paths" if config else "is not at hand"
+    return _unknown(
+        f"no task_type tells it, its base's config.json {said}, and models of several classes have such modules "
+        f"({paths[0] if paths else 'none'})"
     )
 
 
-def _by_architecture(base: str | None, architecture: str, config: Mapping[str, Any] | None = None) -> Loading:
+def _by_architecture(architecture: str, config: Mapping[str, Any] = MappingProxyType({})) -> Loading:
     """Return what loads the class that the base was saved as."""
-    remote = (config or {}).get("auto_map")
+    remote = config.get("auto_map")
     named = remote.items() if isinstance(remote, dict) else ()
     auto = next((str(key) for key, value in named if str(value).endswith(f".{architecture}")), "")
-    name = (
-        auto if NAME.fullmatch(auto) else next((ENDINGS[e] for e in ENDINGS if architecture.endswith(e)), architecture)
-    )
-    return Loading(base, name, f"the base's config names {architecture}")
+    known = next((name for end, name in ENDINGS.items() if architecture.endswith(end)), architecture)
+    return _found(auto if NAME.fullmatch(auto) else known, f"the base's config names {architecture}")
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -301,7 +297,3 @@ def _read(path: Path | None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if {"architectures", "_class_name"} & set(config) else {}
-
-
-def _first(paths: Sequence[str]) -> str:
-    return paths[0] if paths else "none"
