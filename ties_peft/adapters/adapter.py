@@ -299,7 +299,7 @@ class Adapter:
                     norms.append(norm(self.peft_type.read(self.layout[name], MemoryTensors(own), self.base_model)))
                     if not math.isfinite(norms[-1]):  # the tensors need a check of their own only then
                         bad |= dict.fromkeys(_not_finite(own))
-                    users.subtract(own)
+                    users.subtract(own.keys())
                     for other in own:
                         if not users[other]:
                             del held[other]
