@@ -64,7 +64,11 @@ class MemoryTensors:
     """Tensors that are already in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(sorted(tensors.items()))
+        self._sorted = dict(sorted(tensors.items()))
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return self._sorted
 
     @property
     def names(self) -> tuple[str, ...]:
