@@ -48,6 +48,7 @@ SERVED = {
 INDEXED = ("SHIRA", "SUPERTUNING")  # their files hold the indices of the entries that they change
 LOCK = threading.Lock()  # filters of warnings and the random state belong to the whole process
 LARGEST = "of_the_largest_sizes"
+LAYERS: Mapping[int, Any] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}  # by the dimensions of the weight
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,8 @@ def _merged(
     cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
     accepted = inspect.signature(cls).parameters
     given = {key: value for key, value in known.config.items() if key in accepted and key not in FILTERS}
-    layer, largest = (
-        _layer(weight, module.conv1d),
-        _layer(torch.zeros(known.largest[::-1] if module.conv1d else known.largest), module.conv1d),
-    )
+    layer = _layer(weight, module.conv1d)
+    largest = _layer(torch.zeros(known.largest[::-1] if module.conv1d else known.largest), module.conv1d)
     root = nn.Module()
     _place(root, module.name, layer)
     root.add_module(LARGEST, largest)
@@ -198,12 +197,9 @@ def _layer(weight: Tensor, conv1d: bool) -> nn.Module:
         from transformers.pytorch_utils import Conv1D
 
         layer = Conv1D(out, width)  # type: ignore[no-untyped-call]
-    elif weight.dim() == 2:
-        layer = nn.Linear(width, out)
-    elif weight.dim() == 3:
-        layer = nn.Conv1d(width, out, weight.shape[2])
     else:
-        layer = nn.Conv2d(width, out, (weight.shape[2], weight.shape[3]))
+        kernel = [tuple(weight.shape[2:])] if weight.dim() > 2 else []
+        layer = LAYERS[weight.dim()](width, out, *kernel)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = nn.Parameter(torch.linspace(1, 2, out), requires_grad=False)
     found: nn.Module = layer
