@@ -13,7 +13,7 @@ from ...task_vectors.delta import LowRank
 from ..base_model import BaseModel
 from ..contents import Contents
 from ..tensors import TensorSource
-from .base import ModuleInfo, PeftType, form
+from .base import ModuleInfo, PeftType, linear_or_conv
 
 A, B, E = "lora_A", "lora_B", "lora_E"
 
@@ -44,7 +44,9 @@ class AdaLora(PeftType):
         shape = shapes[B][0], shapes[A][1]
         kernel = contents.kernel_size(shape, name)
         keys = (parts[A], parts[B], parts[E])
-        return ModuleInfo(name, shape, max(1, rank), keys, scaling, layer_type=form(kernel), kernel_size=kernel)
+        return ModuleInfo(
+            name, shape, max(1, rank), keys, scaling, layer_type=linear_or_conv(kernel), kernel_size=kernel
+        )
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> LowRank:
         """Return the factors B·diag(E)·s and A; zeros if every direction was pruned."""

@@ -71,7 +71,7 @@ class ModuleInfo:
         return self.shape, self.on_input, self.layer_type, self.kernel_size, self.expert
 
 
-def form(kernel_size: tuple[int, ...]) -> str:
+def linear_or_conv(kernel_size: tuple[int, ...]) -> str:
     """Return the layer type of a convolution's weight; of a linear layer's if there is no kernel."""
     return CONV if kernel_size else LINEAR
 

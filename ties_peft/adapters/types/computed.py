@@ -23,7 +23,7 @@ from ...task_vectors.delta import Dense
 from ..base_model import BaseModel
 from ..contents import NEEDS_BASE, PREFIX, Contents, base_weight
 from ..tensors import TensorSource
-from .base import ModuleInfo, PeftType, form
+from .base import ModuleInfo, PeftType, linear_or_conv
 
 SERVED = {
     "BOFT": ("BOFT", "boft_"),
@@ -107,7 +107,7 @@ class Computed(PeftType):
                 (shape[0], shape[1] * math.prod(kernel)),
                 min(shape[0], shape[1] * math.prod(kernel)),
                 (*layers[name], *shared),
-                layer_type=form(kernel),
+                layer_type=linear_or_conv(kernel),
                 kernel_size=kernel,
                 rank_is_trained=False,
                 base_tensors=(f"{name}.weight",),

@@ -16,7 +16,7 @@ from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
 from ..contents import Contents
 from ..tensors import TensorSource
-from .base import ModuleInfo, PeftType, form
+from .base import ModuleInfo, PeftType, linear_or_conv
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 CORES = ("hada_t1", "hada_t2")
@@ -47,7 +47,14 @@ class LoHa(PeftType):
         keys = tuple(parts[end] for end in self.suffixes if end in parts)
         most = min(shape) if core else min(rank * rank, *shape)
         return ModuleInfo(
-            name, shape, most, keys, scaling, layer_type=form(kernel), kernel_size=kernel, rank_is_trained=False
+            name,
+            shape,
+            most,
+            keys,
+            scaling,
+            layer_type=linear_or_conv(kernel),
+            kernel_size=kernel,
+            rank_is_trained=False,
         )
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:

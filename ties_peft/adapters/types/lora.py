@@ -27,7 +27,7 @@ from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
 from ..contents import NEEDS_BASE, PREFIX, Contents, base_weight
 from ..tensors import TensorSource
-from .base import BIAS, CONV, EMBEDDING, EXPERT, LINEAR, ModuleInfo, WritablePeftType, form
+from .base import BIAS, CONV, EMBEDDING, EXPERT, LINEAR, ModuleInfo, WritablePeftType, linear_or_conv
 
 A, B, B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
@@ -164,7 +164,7 @@ class _Layer:
         pair = (EMBEDDING_A, EMBEDDING_B) if embedding else (A, B)
         self.check_pair(pair)
         first, second = (self.shapes[end] for end in pair)
-        kind = EMBEDDING if embedding else form(first[2:])
+        kind = EMBEDDING if embedding else linear_or_conv(first[2:])
         self.check_shapes(first, second, kind, pair)
         rank, keys = first[0], (self.parts[pair[0]], self.parts[pair[1]])
         parent = self.path.removesuffix(OUT_PROJ)
