@@ -6,18 +6,13 @@ from typing import Annotated
 
 import typer
 
-from .base import Json, complete_method, print_json, print_notes, print_rich, print_warnings, progress_bar
+from .base import Json, complete_method, print_json, print_messages, print_rich, print_warnings, progress_bar
 
-EXAMPLES = """[bold]Examples[/]
+EPILOG = """[bold]Examples[/]
 
 ties-peft analyze path/a path/b path/c
 
 ties-peft analyze path/a path/b --methods ties,iso_c --rank 16"""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("analyze", epilog=EXAMPLES)(analyze)
 
 
 def analyze(
@@ -51,7 +46,7 @@ def analyze(
     from ..merging.options import read_flag
 
     names, notes = expand_patterns(adapters)
-    print_notes(notes)
+    print_messages("note", notes)
     chosen = (
         None if methods is None else [name.strip() for name in methods.split(",") if name.strip() not in ("", "none")]
     )
