@@ -124,20 +124,11 @@ def measure_module(asked: Asked) -> dict[str, Any]:
     """Merge eight rank-16 adapters on one 4096 × 4096 module, in spaces delta and core."""
     import synthetic
 
-    from ties_peft.task_vectors.kernels import backends as fast
-
     side = 128 if asked.small else 4096
     paths = synthetic.write_adapters(asked.folder / "module", 8, {"layers.0.q": (side, side)}, 16)
     found = {}
-    worth = fast.MIN_ENTRIES_ON_GPU
-    for name, space, least in (
-        ("delta, Triton kernels", "delta", 0),
-        ("delta, torch only", "delta", 1 << 62),
-        ("core", "core", worth),
-    ):
-        fast.MIN_ENTRIES_ON_GPU = least
-        found[name] = _timed(paths, asked.device, space, runs=3 if asked.small else 7)
-    fast.MIN_ENTRIES_ON_GPU = worth
+    for space in ("delta", "core"):
+        found[space] = _timed(paths, asked.device, space, runs=3 if asked.small else 7)
     found["delta, on the CPU"] = _timed(paths, "cpu", "delta", runs=1 if asked.small else 3)
     return found
 
@@ -159,7 +150,7 @@ def measure_model(asked: Asked) -> dict[str, Any]:
 
 
 def _timed(paths: list[Path], device: str, space: str, runs: int) -> dict[str, Any]:
-    """Return the seconds of the first merge (with compilation), the median of the others, and the peak memory."""
+    """Return the seconds of the first merge, the median of the others, and the peak memory."""
     import statistics
 
     import synthetic
@@ -206,7 +197,6 @@ def machine(device: str) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "cores": os.cpu_count(),
-        "triton": getattr(_optional("triton"), "__version__", None),
         "numba": getattr(_optional("numba"), "__version__", None),
     }
     if torch.device(device).type == "cuda":
@@ -242,8 +232,6 @@ def faults(name: str, found: dict[str, Any] | str) -> list[str]:
         return [f"tests: {found[what]} {what}" for what in ("failures", "errors", "skipped") if found[what]]
     if name == "against the CPU":
         return [f"{merge}: relative error {error:.2g}" for merge, error in found["over tolerance"].items()]
-    if name == "module" and "triton" not in str(found["delta, Triton kernels"]["loops"]):
-        return ["module: the Triton kernels did not run"]
     return []
 
 

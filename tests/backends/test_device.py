@@ -6,7 +6,9 @@ rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import threading
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import ties_peft
 from ties_peft import Merged
 from ties_peft.adapters.statistics import Statistics
 from ties_peft.methods import method_classes
+from ties_peft.task_vectors.tiles import ThreadPool, threads_fixed
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 Make = Callable[..., Path]
@@ -152,6 +155,30 @@ def test_no_task_vector_comes_back(make_lora: Make, monkeypatch: pytest.MonkeyPa
         here, there, back = both(list(paths), rank=8, space=space)
         assert_same(here, there)
         assert max(back) < 400 * 300 / 8
+
+
+@pytest.mark.parametrize("method", ["ties", "pcb", "dare"])
+def test_memory_does_not_grow_with_the_number_of_threads(
+    make_lora: Make, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """One thread computes the tiles on a device, one after another, and so only its buffers are there."""
+    monkeypatch.setattr("ties_peft.task_vectors.tiles.DEVICE_TILE", 97)
+    for module in ("task_vectors.threshold", "merging.thresholds"):
+        monkeypatch.setattr(f"ties_peft.{module}.SORTED_SIZE", 50)
+    buffers: dict[int, dict[str, int]] = {}
+    scratch = ThreadPool.scratch
+
+    def watched(pool: ThreadPool, name: str, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        if device.type == DEVICE.type:
+            of_thread = buffers.setdefault(threading.get_ident(), {})
+            of_thread[name] = max(of_thread.get(name, 0), math.prod(shape))
+        return scratch(pool, name, shape, device)
+
+    monkeypatch.setattr(ThreadPool, "scratch", watched)
+    with threads_fixed(4):
+        assert_same(*both([make_lora(f"a{n}", seed=n) for n in range(3)], rank=8, method=method)[:2])
+    (largest,) = buffers.values()
+    assert all(numbers <= 5 * 97 for numbers in largest.values())  # five sums of one tile
 
 
 @pytest.mark.parametrize("asked", ["highest", "high"])

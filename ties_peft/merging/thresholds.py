@@ -13,11 +13,12 @@ from itertools import groupby, islice
 from typing import TypeVar
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from ..adapters.types.base import EMBEDDING
 from ..errors import MethodError
 from ..task_vectors.delta import Delta, size
+from ..task_vectors.kernels.backends import Bracket, Counts, count_rows
 from ..task_vectors.processes import ProcessGroup
 from ..task_vectors.threshold import SORTED_SIZE, ThresholdSearch, add_counts
 from ..task_vectors.tiles import TILE, ThreadPool
@@ -32,8 +33,6 @@ BATCH = 64  # adapters whose thresholds are searched together, and task vectors 
 Value = TypeVar("Value")
 PartKey = tuple[int, str, int]  # (member, module, part)
 Cuts = dict[PartKey, list[Cut]]  # one cut for each density
-Brackets = Sequence[tuple[np.float32, np.float32]]
-BracketTile = list[tuple[int, np.ndarray]]  # for each bracket: how many magnitudes exceed it, and those inside
 
 
 @dataclass
@@ -338,43 +337,34 @@ def _draw(key: PartKey, delta: Delta, modules: int) -> tuple[np.ndarray, float]:
     return drawn.abs_().cpu().numpy(), entries / drawn.numel()
 
 
-def _count_inside(delta: Delta, bracket: tuple[np.float32, np.float32], pool: ThreadPool) -> list[int]:
+def _count_inside(delta: Delta, bracket: Bracket, pool: ThreadPool) -> list[int]:
     """Return how many magnitudes lie inside a bracket, in each tile."""
     (tiles,) = _count_in_brackets([(delta, [bracket])], pool)
     return [len(inside) for ((_, inside),) in tiles]
 
 
 def _count_in_brackets(
-    asked: Sequence[tuple[Delta, Brackets]], pool: ThreadPool, few: bool = False
-) -> list[list[BracketTile]]:
+    asked: Sequence[tuple[Delta, Sequence[Bracket]]], pool: ThreadPool, few: bool = False
+) -> list[list[list[Counts]]]:
     """Count the magnitudes above and inside the brackets of each task vector, tile by tile.
 
     Args:
         asked: task vectors, each with its brackets.
         pool: the threads.
         few: whether there are so few entries that other threads do not pay.
+    Returns: for each task vector, for each of its tiles, for each bracket.
     """
 
-    def count(task: tuple[Delta, Brackets, tuple[int, int]]) -> BracketTile:
-        delta, brackets, rows = task
-        device = delta.rows(0, 0).device
+    def count(task: tuple[Delta, Sequence[Bracket], tuple[int, int], torch.device]) -> list[Counts]:
+        delta, brackets, rows, device = task
         shape = (rows[1] - rows[0], *delta.shape[1:])
-        if pool.kernels is not None and pool.kernels.accepts(delta):
-            return [pool.kernels.count_rows(delta, rows, float(low), float(high)) for low, high in brackets]
-        values = delta.rows(*rows, out=pool.scratch("vector", shape, device)).abs_()
-        return [_count(values, low, high) for low, high in brackets]
+        return count_rows(delta, rows, brackets, lambda: pool.scratch("vector", shape, device), pool.kernels)
 
-    grids = [pool.tiles(delta.shape, delta.rows(0, 0).device) for delta, _ in asked]
-    tasks = [(*each, rows) for each, grid in zip(asked, grids, strict=True) for rows in grid]
-    counts = iter(pool.map(count, tasks, few))
-    return [list(islice(counts, len(grid))) for grid in grids]
-
-
-def _count(values: Tensor, low: np.float32, high: np.float32) -> tuple[int, np.ndarray]:
-    """Return (how many exceed `high`, those in [low, high] in order); on the CPU NumPy counts faster than torch."""
-    if values.device.type == "cpu":
-        flat = values.numpy().reshape(-1)
-        above = flat > high
-        return int(np.count_nonzero(above)), flat[(flat >= low) ^ above]
-    larger = values > float(high)
-    return int(larger.sum()), values[(values >= float(low)) ^ larger].cpu().numpy()
+    tasks, tiles = [], []
+    for delta, brackets in asked:
+        device = delta.rows(0, 0).device
+        grid = pool.tiles(delta.shape, device)
+        tasks += [(delta, brackets, rows, device) for rows in grid]
+        tiles.append(len(grid))
+    counts = iter(pool.map(count, tasks, few or any(device.type != "cpu" for *_, device in tasks)))
+    return [list(islice(counts, number)) for number in tiles]

@@ -24,7 +24,7 @@ from ..errors import MethodError
 from .delta import Delta, Dense, LowRank, inner, stack
 from .elect import DisjointRule, ElectRule, MergeRule, SignedSums
 from .factorise import Sum
-from .kernels.backends import Kernels, read_rows
+from .kernels.backends import merge_rows, read_rows
 from .random_numbers import uniform
 from .steps import Cuts, Dropped, Step, Trimmed
 from .tiles import ThreadPool, empty
@@ -336,13 +336,13 @@ class TaskVectors:
         below = self._limits_of_tile(rule)
         if below is None:
             return self._result(self.sums(rule))
-        kernels = self.pool.kernels
-        if kernels is None or self.out is None or not self._can_compile(kernels, rule):
-            return self._result(replace(self, steps=()).sums(rule, below))
-        weights = [abs(weight) if rule.normalize else 1.0 for weight in self.weights]
-        mean = rule.disjoint == "mean"
-        self.count(*kernels.merge_rows(self.deltas, self.span, below, weights, mean, self.out))
-        return self.out
+        if self.out is not None and self.signs is None:
+            weights = [abs(weight) if rule.normalize else 1.0 for weight in self.weights]
+            counts = merge_rows(self.deltas, self.span, below, weights, rule, self.out, self.pool.kernels)
+            if counts is not None:
+                self.count(*counts)
+                return self.out
+        return self._result(replace(self, steps=()).sums(rule, below))
 
     def _limits_of_tile(self, rule: MergeRule) -> list[float] | None:
         """Return a limit for each vector: the sums leave out magnitudes up to it, which saves a pass over the vector.
@@ -355,11 +355,6 @@ class TaskVectors:
             return None
         cuts = [cut for (cut,) in step.cuts]
         return [cut.below for cut in cuts] if cuts and all(cut.keeps_equals(self.tile) for cut in cuts) else None
-
-    def _can_compile(self, kernels: Kernels, rule: MergeRule) -> bool:
-        """Return whether the compiled functions have this election, for these task vectors."""
-        known = rule.elect == "mass" and rule.disjoint in ("mean", "sum") and self.signs is None
-        return known and len(self.shape) == 2 and all(map(kernels.accepts, self.deltas))
 
     def sums(self, rule: MergeRule, below: Sequence[float] = ()) -> SignedSums:
         """Return the sums of the selected rows, over positive and over negative values.
@@ -428,7 +423,7 @@ class TaskVectors:
                 result[start:stop] = merged
             return part.counts
 
-        for counts in self.pool.map(one, range(len(grid))):
+        for counts in self.pool.map(one, range(len(grid)), self.device.type != "cpu"):
             for what, number in counts.items():
                 self.counts[what] = self.counts.get(what, 0) + number
         return Dense(result)

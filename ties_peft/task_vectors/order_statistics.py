@@ -109,7 +109,7 @@ class _RankSearch:
             known = replace(part, levels=[self.levels[group] for group in names])
             grid = self.pool.tiles(part.shape, part.device)
             tiles = [replace(known, rows=rows, tile=number) for number, rows in enumerate(grid)]
-            self.pool.map(lambda each, names=names: tile(each, names), tiles)
+            self.pool.map(lambda each, names=names: tile(each, names), tiles, part.device.type != "cpu")
         every = self.gather(own)
         return {group: torch.stack([part[group] for part in every if group in part]).sum(0) for group in groups}
 

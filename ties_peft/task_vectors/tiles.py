@@ -68,9 +68,17 @@ class ThreadPool:
         """Return the tiles in which these threads work through a shape."""
         return tiles(shape, device, 1 if self.kernels is None else KERNEL_TILES)
 
-    def map(self, work: Callable[..., Result], items: Sequence[object], little: bool = False) -> list[Result]:
-        """Return work(item) for every item, in order; where `little` is to be done, without other threads."""
-        if self._pool is None or len(items) < 2 or little:
+    def map(self, work: Callable[..., Result], items: Sequence[object], one_thread: bool = False) -> list[Result]:
+        """Return work(item) for every item, in order.
+
+        Args:
+            work: called by several threads.
+            items: each goes to the next thread that is free.
+            one_thread: call it in this thread alone: where there is little work, and for tiles on another device, which
+                computes one after the other in any case. Then one tile's buffers are all the memory that is taken there,
+                whatever the number of threads.
+        """
+        if self._pool is None or len(items) < 2 or one_thread:
             return [work(item) for item in items]
         results: list[Any] = [None] * len(items)
         turns = iter(

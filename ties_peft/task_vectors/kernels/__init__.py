@@ -1,5 +1,5 @@
-"""Count and merge the entries of B·A in compiled code, without writing them to memory.
+"""Read, count and merge the entries of task vectors: by torch, or in compiled code that does not write B·A to memory.
 
-`backends` selects what is used, by device and size: numba on a CPU, Triton on a GPU, else none, and torch computes. The
-module that is selected has three functions: `multiply`, `count` and `merge`.
+`backends` has these three functions and decides which code does the work. `numba_kernels` is the compiled code, for
+large merges on a CPU.
 """

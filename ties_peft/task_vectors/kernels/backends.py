@@ -1,44 +1,42 @@
-"""Select the compiled functions that multiply task vectors out and use each entry where it is computed.
+"""Read, count and merge rows of task vectors, by torch or by compiled functions; only this module decides by which.
 
 torch writes the entries of B·A to memory and reads them again for each of the ten or so operations of a trim and an
-election. The compiled functions compute a block that fits into a core's first cache, or into a GPU's registers, and
-count it or merge it there. On two CPU cores torch takes 1.8 times as long as the compiled functions to merge
-eight adapters of rank 16 on one 4096 × 4096 module, and 2.1 times (260 s) on the shape of an 8B model.
+election. The compiled functions compute a block that fits into a core's first cache, and count it or merge it there. On
+two CPU cores torch takes 1.8 times as long as the compiled functions to merge eight adapters of rank 16 on one
+4096 × 4096 module, and 2.1 times (260 s) on the shape of an 8B model.
 
-Results agree with torch's within float32. What is used depends on the size and the device of a merge alone, so that a
-merge has the same bytes whatever was merged before it.
+Results agree with torch's within float32. Which code is used depends on the size and the device of a merge alone, so that
+a merge has the same bytes whatever was merged before it.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..delta import Delta, LowRank
+from ..elect import MergeRule
 
 MIN_ENTRIES = 1 << 26  # entries of all task vectors together; smaller merges are quicker without a compiler
-MIN_ENTRIES_ON_GPU = 1 << 30  # the same on a GPU, estimated: the first call compiles for some seconds
 Pair = tuple[Tensor, Tensor]  # B (rows, r) and A (r, columns)
 Rows = tuple[int, int]  # (start, stop)
+Bracket = tuple[np.float32, np.float32]  # (low, high), both included
+Counts = tuple[int, np.ndarray]  # how many magnitudes exceed a bracket, and those inside it, in any order
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Hold the compiled functions for one sort of device.
+    """Hold the compiled functions.
 
     Attributes:
         name: of the compiler, with its version.
-        device: the sort of device: `cpu` or `cuda`.
         multiply: multiply(B, A, out) writes B·A into `out`.
-        count: count(B, A, low, high) returns how many magnitudes of B·A exceed `high`, and those in [low, high] in any
-            order.
-        merge: merge(factors, below, weights, mean, out); see `merge_rows`.
+        count: count(B, A, low, high) returns the `Counts` of B·A.
+        merge: merge(factors, limits, weights, mean, out); see `merge_rows`.
 
     All three compute an entry by the same operations in the same order, so that an entry counted above a threshold is
     above it in the merge too. Every other reading of such a task vector in the same merge must therefore go through
@@ -46,74 +44,98 @@ class Kernels:
     """
 
     name: str
-    device: str
     multiply: Callable[[Tensor, Tensor, Tensor], None]
-    count: Callable[[Tensor, Tensor, float, float], tuple[int, np.ndarray]]
+    count: Callable[[Tensor, Tensor, float, float], Counts]
     merge: Callable[[Sequence[Pair], Sequence[float], Sequence[float], bool, Tensor], tuple[int, int]]
-
-    def accepts(self, delta: Delta) -> bool:
-        """Return whether a task vector is factored and lies on the device."""
-        return isinstance(delta, LowRank) and delta.rank > 0 and delta.B.device.type == self.device
-
-    def count_rows(self, delta: Delta, rows: Rows, low: float, high: float) -> tuple[int, np.ndarray]:
-        """Return how many magnitudes of some rows exceed `high`, and those in [low, high] in any order."""
-        return self.count(*_factors(delta, rows), low, high)
-
-    def merge_rows(
-        self,
-        deltas: Sequence[Delta],
-        rows: Rows,
-        below: Sequence[float],
-        weights: Sequence[float],
-        mean: bool,
-        out: Tensor,
-    ) -> tuple[int, int]:
-        """Trim some rows of task vectors, elect signs by mass, and write the disjoint merge into `out`.
-
-        It computes what `SignedSums` does.
-
-        Args:
-            deltas: the task vectors.
-            rows: of each of them.
-            below: for each, the largest magnitude that is trimmed away.
-            weights: for each, what it adds to the divisor of the mean where it agrees.
-            mean: the mean of the values that agree, else their sum.
-            out: (rows, columns).
-        Returns: how many entries have kept values of both signs, and how many have several kept values.
-        """
-        return self.merge([_factors(delta, rows) for delta in deltas], below, weights, mean, out)
 
 
 def select_kernels(entries: float, device: str = "cpu") -> Kernels | None:
-    """Return the compiled functions for a sort of device; None if they would not pay or cannot be compiled.
+    """Return the compiled functions; None if they would not pay, do not run on the device, or numba is not installed.
 
     Args:
         entries: of all task vectors of a merge together.
-        device: `cpu` or `cuda`; others have none.
+        device: the sort of device.
     """
-    compilers = {"cpu": ("numba", MIN_ENTRIES), "cuda": ("triton", MIN_ENTRIES_ON_GPU)}
-    compiler, least = compilers.get(device, ("", 0))
-    return None if not compiler or entries < least or find_spec(compiler) is None else load_kernels(compiler, device)
+    return None if device != "cpu" or entries < MIN_ENTRIES or find_spec("numba") is None else load_kernels()
 
 
-def load_kernels(compiler: str, device: str) -> Kernels:
-    """Return the functions that `numba` or `triton` compiles."""
-    version = importlib.import_module(compiler).__version__
-    made: Any = importlib.import_module(f"{__package__}.{compiler}_kernels")
-    return Kernels(f"{compiler} {version}", device, made.multiply, made.count, made.merge)
+def load_kernels() -> Kernels:
+    """Return the functions that numba compiles."""
+    import numba
+
+    from . import numba_kernels as compiled
+
+    return Kernels(f"numba {numba.__version__}", compiled.multiply, compiled.count, compiled.merge)
 
 
 def read_rows(delta: Delta, rows: Rows, out: Tensor, kernels: Kernels | None) -> Tensor:
     """Return some rows of a task vector, written into `out`; the same bits each time within a merge."""
-    if kernels is None or not kernels.accepts(delta):
+    if kernels is None or (factors := _factors(delta, rows)) is None:
         return delta.rows(*rows, out=out)
-    kernels.multiply(*_factors(delta, rows), out)
+    kernels.multiply(*factors, out)
     return out
 
 
-def _factors(delta: Delta, rows: Rows) -> Pair:
-    assert isinstance(delta, LowRank)
+def count_rows(
+    delta: Delta, rows: Rows, brackets: Sequence[Bracket], memory: Callable[[], Tensor], kernels: Kernels | None
+) -> list[Counts]:
+    """Count the magnitudes of some rows of a task vector, for each bracket.
+
+    Args:
+        delta, rows, brackets, kernels: of the task vector.
+        memory: returns memory for the rows; it is called if they have to be written.
+    """
+    if kernels is None or (factors := _factors(delta, rows)) is None:
+        magnitudes = delta.rows(*rows, out=memory()).abs_()
+        return [_count(magnitudes, *bracket) for bracket in brackets]
+    return [kernels.count(*factors, float(low), float(high)) for low, high in brackets]
+
+
+def merge_rows(
+    deltas: Sequence[Delta],
+    rows: Rows,
+    limits: Sequence[float],
+    weights: Sequence[float],
+    rule: MergeRule,
+    out: Tensor,
+    kernels: Kernels | None,
+) -> tuple[int, int] | None:
+    """Trim some rows of task vectors, elect signs, and write the disjoint merge into `out`, as `SignedSums` does.
+
+    Args:
+        deltas: the task vectors.
+        rows: of each of them.
+        limits: for each, the largest magnitude that is trimmed away.
+        weights: for each, what it adds to the divisor of the mean where it agrees.
+        rule: how they are merged.
+        out: (rows, columns).
+        kernels: the compiled functions, if they may be used.
+    Returns: how many entries have kept values of both signs, and how many have several kept values. None if nothing was
+        written, since no compiled function has this merge.
+    """
+    if kernels is None or rule.elect != "mass" or rule.disjoint not in ("mean", "sum"):
+        return None
+    factors = [pair for delta in deltas if (pair := _factors(delta, rows)) is not None]
+    if len(factors) < len(deltas):
+        return None
+    return kernels.merge(factors, limits, weights, rule.disjoint == "mean", out)
+
+
+def _factors(delta: Delta, rows: Rows) -> Pair | None:
+    """Return B and A of some rows, contiguous; None if the task vector is not factored."""
+    if not isinstance(delta, LowRank) or delta.rank == 0:
+        return None
     return delta.B[rows[0] : rows[1]].contiguous(), delta.A.contiguous()
 
 
-__all__ = ["Kernels", "load_kernels", "read_rows", "select_kernels"]
+def _count(magnitudes: Tensor, low: np.float32, high: np.float32) -> Counts:
+    """Count magnitudes that are in memory; on the CPU NumPy counts faster than torch."""
+    if magnitudes.device.type == "cpu":
+        flat = magnitudes.numpy().reshape(-1)
+        above = flat > high
+        return int(np.count_nonzero(above)), flat[(flat >= low) ^ above]
+    larger = magnitudes > float(high)
+    return int(larger.sum()), magnitudes[(magnitudes >= float(low)) ^ larger].cpu().numpy()
+
+
+__all__ = ["Bracket", "Counts", "Kernels", "count_rows", "load_kernels", "merge_rows", "read_rows", "select_kernels"]

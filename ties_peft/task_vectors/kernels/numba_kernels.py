@@ -15,13 +15,14 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.cpython.unsafe.numbers import trailing_zeros
 from torch import Tensor
 
 from ..elect import MIN_DIVISOR
-from .numba_product import PANEL, multiply_two_rows, pointer
+from .numba_product import PANEL, compare, multiply_two_rows, pointer
 
 ROWS = 32  # rows of a block, even
-WORD = 8  # marks of a byte each that are compared with zero at once
+TOGETHER = 4  # task vectors that are added to the sums at once
 LEAST_DIVISOR = np.float32(MIN_DIVISOR)
 
 carray: Any = numba.carray  # type: ignore[attr-defined]
@@ -115,7 +116,6 @@ def _multiply(B: np.ndarray, A: np.ndarray, out: np.ndarray) -> None:
 def _count(B: np.ndarray, A: np.ndarray, low: Any, high: Any, inside: np.ndarray) -> tuple[int, int]:
     """Return how many magnitudes exceed `high` and how many lie in [low, high]; write the latter into `inside`."""
     panel, block = np.empty((len(A), PANEL), np.float32), np.empty((ROWS, PANEL), np.float32)
-    marks = np.empty(ROWS * PANEL, np.uint8)
     above: Any = 0
     found: Any = 0
     for start in range(0, A.shape[1], PANEL):
@@ -123,41 +123,16 @@ def _count(B: np.ndarray, A: np.ndarray, low: Any, high: Any, inside: np.ndarray
         for first in range(0, len(B), ROWS):
             rows = min(ROWS, len(B) - first)
             _multiply_block(B, panel, first, rows, block)
-            values = block.reshape(-1)[: rows * PANEL]
-            above += _count_above(values, high)
-            found += _collect(values, low, high, marks[: rows * PANEL], inside[found:])
+            for row in range(rows):
+                larger, marks = compare(block, row, low, high)
+                above += larger
+                while True:  # one place is written in any case, since whether there is a mark cannot be predicted
+                    inside[found] = abs(block[row, trailing_zeros(marks) % PANEL])
+                    found += np.int64(marks > 0)
+                    marks &= marks - 1
+                    if marks == 0:
+                        break
     return above, found
-
-
-@compiled
-def _count_above(values: np.ndarray, high: Any) -> Any:
-    """Return how many magnitudes exceed `high`; in a loop of its own, since counts and bytes in one loop are slow."""
-    above: Any = np.int32(0)  # of 32 bits, as float32 has
-    for place in range(len(values)):
-        above += np.int32(abs(values[place]) > high)
-    return above
-
-
-@compiled
-def _collect(values: np.ndarray, low: Any, high: Any, marks: np.ndarray, inside: np.ndarray) -> Any:
-    """Write the magnitudes in [low, high] into `inside`, in order; return how many there are.
-
-    Args:
-        values: their number is a multiple of WORD.
-        marks: memory, a byte for each value.
-        inside: has room for one more than there are.
-    """
-    found: Any = 0
-    for place in range(len(values)):
-        size = abs(values[place])
-        marks[place] = np.uint8((size >= low) & (size <= high))
-    words = marks.view(np.uint64)
-    for word in range(len(words)):
-        if words[word]:  # most hold no mark at all
-            for place in range(WORD * word, WORD * (word + 1)):
-                inside[found] = abs(values[place])  # overwritten by the next one if it is not marked
-                found += np.int64(marks[place])
-    return found
 
 
 @compiled
@@ -166,7 +141,9 @@ def _merge(
 ) -> tuple[int, int]:
     """Do what `merge` says, with the addresses of B and A, (N, 2), and the ranks."""
     rows, width = out.shape
-    panels, block = np.empty((ranks.sum(), PANEL), np.float32), np.empty((ROWS, PANEL), np.float32)
+    panels, blocks = np.empty((ranks.sum(), PANEL), np.float32), np.empty((TOGETHER, ROWS, PANEL), np.float32)
+    limits, shares = np.full(len(ranks) + TOGETHER, np.float32(np.inf)), np.zeros(len(ranks) + TOGETHER, np.float32)
+    limits[: len(ranks)], shares[: len(ranks)] = below, weights  # of nothing beyond the last one
     sums, kept = np.empty((4, ROWS * PANEL), np.float32), np.empty(ROWS * PANEL, np.int32)
     merged = np.empty((ROWS, PANEL), np.float32)
     conflicting: Any = 0
@@ -184,9 +161,11 @@ def _merge(
             at = 0
             for member in range(len(ranks)):
                 B = carray(pointer(addresses[member, 0]), (rows, ranks[member]), np.float32)
-                _multiply_block(B, panels[at : at + ranks[member]], first, some, block)
-                _add(block.reshape(-1)[:flat], below[member], weights[member], sums, kept)
+                _multiply_block(B, panels[at : at + ranks[member]], first, some, blocks[member % TOGETHER])
                 at += ranks[member]
+                if member % TOGETHER == TOGETHER - 1 or member == len(ranks) - 1:
+                    group = member // TOGETHER * TOGETHER
+                    _add(blocks.reshape(TOGETHER, -1), flat, limits[group:], shares[group:], sums, kept)
             both, several = _elect(sums, kept, mean, merged.reshape(-1)[:flat])
             conflicting += both
             shared += several
@@ -195,22 +174,41 @@ def _merge(
 
 
 @compiled
-def _add(values: np.ndarray, below: Any, weight: Any, sums: np.ndarray, kept: np.ndarray) -> None:
+def _with(value: Any, below: Any, weight: Any, up: Any, down: Any, plus: Any, minus: Any, kept: Any) -> tuple[Any, ...]:
+    """Return the sums of one entry with a value of one more task vector."""
+    zero, above, under = np.float32(0.0), value > below, value < -below
+    return (
+        up + (value if above else zero),
+        down + (value if under else zero),
+        plus + (weight if above else zero),
+        minus + (weight if under else zero),
+        np.int32(kept + np.int32(above | under)),
+    )
+
+
+@compiled
+def _add(
+    blocks: np.ndarray, places: int, below: np.ndarray, weights: np.ndarray, sums: np.ndarray, kept: np.ndarray
+) -> None:
     """Add what exceeds `below` in magnitude, and its weight, to the sums of its sign, as `SignedSums.add` does.
 
     Args:
+        blocks: (TOGETHER, …), of as many task vectors.
+        below, weights: of each.
         sums: (4, …): of positive values, of negative values, and of their weights.
         kept: how many values were added.
     """
-    zero = np.float32(0.0)
     positive, negative, plus, minus = sums[0], sums[1], sums[2], sums[3]
-    for place in range(len(values)):
-        value = values[place]
-        positive[place] += value if value > below else zero
-        negative[place] += value if value < -below else zero
-        plus[place] += weight if value > below else zero
-        minus[place] += weight if value < -below else zero
-        kept[place] = np.int32(kept[place] + np.int32(abs(value) > below))
+    v1, v2, v3, v4 = blocks[0], blocks[1], blocks[2], blocks[3]
+    t1, t2, t3, t4 = below[0], below[1], below[2], below[3]
+    w1, w2, w3, w4 = weights[0], weights[1], weights[2], weights[3]
+    for place in range(places):  # written out: a loop over the task vectors would store the sums each time
+        entry = positive[place], negative[place], plus[place], minus[place], kept[place]
+        entry = _with(v1[place], t1, w1, *entry)
+        entry = _with(v2[place], t2, w2, *entry)
+        entry = _with(v3[place], t3, w3, *entry)
+        entry = _with(v4[place], t4, w4, *entry)
+        positive[place], negative[place], plus[place], minus[place], kept[place] = entry
 
 
 @compiled

@@ -24,8 +24,8 @@ unpack: Any = cgutils.unpack_tuple
 declare: Any = cgutils.get_or_insert_function
 FLOAT, WORD = ir.FloatType(), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, WIDTH)
-UNDEFINED, ZERO = ir.Constant(VECTOR, ir.Undefined), ir.Constant(VECTOR, [0.0] * WIDTH)
-FIRST_NUMBER = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
+ZERO = ir.Constant(VECTOR, [0.0] * WIDTH)
+ROW, MASK = ir.VectorType(FLOAT, PANEL), ir.IntType(PANEL)  # of a panel; one bit for each of its columns
 
 
 def _multiply_two_rows(typing: Any, B: Any, upper: Any, lower: Any, panel: Any, out: Any) -> Any:
@@ -65,15 +65,39 @@ def _multiply_two_rows(typing: Any, B: Any, upper: Any, lower: Any, panel: Any, 
     return types.none(B, types.int64, types.int64, panel, out), generate
 
 
+def _compare(typing: Any, block: Any, row: Any, low: Any, high: Any) -> Any:
+    """Return how many magnitudes in a row of a block exceed `high`, and one bit for each, set if it is in [low, high]."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.gep(data, [builder.mul(arguments[1], WORD(PANEL))])
+        values = builder.load(builder.bitcast(place, ROW.as_pointer()), align=4)
+        magnitudes = builder.call(
+            declare(builder.module, ir.FunctionType(ROW, [ROW]), f"llvm.fabs.v{PANEL}f32"), [values]
+        )
+        least, most = (_spread(builder, limit, PANEL) for limit in arguments[2:])
+        above = builder.fcmp_ordered(">", magnitudes, most)
+        inside = builder.and_(
+            builder.fcmp_ordered(">=", magnitudes, least), builder.fcmp_ordered("<=", magnitudes, most)
+        )
+        bits = [builder.bitcast(marks, MASK) for marks in (above, inside)]
+        number = builder.call(declare(builder.module, ir.FunctionType(MASK, [MASK]), f"llvm.ctpop.i{PANEL}"), bits[:1])
+        return context.make_tuple(builder, signature.return_type, [number, bits[1]])
+
+    return types.UniTuple(types.uint32, 2)(block, types.int64, low, high), generate
+
+
 def _vector_at(builder: Any, data: Any, row: Any, number: int) -> Any:
     """Return the address of the vector of that number in a panel's row."""
     place = builder.add(builder.mul(row, WORD(PANEL)), WORD(WIDTH * number))
     return builder.bitcast(builder.gep(data, [place]), VECTOR.as_pointer())
 
 
-def _spread(builder: Any, value: Any) -> Any:
+def _spread(builder: Any, value: Any, width: int = WIDTH) -> Any:
     """Return a vector that holds a number in every place."""
-    return builder.shuffle_vector(builder.insert_element(UNDEFINED, value, ir.IntType(32)(0)), UNDEFINED, FIRST_NUMBER)
+    undefined = ir.Constant(ir.VectorType(FLOAT, width), ir.Undefined)
+    first = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
+    return builder.shuffle_vector(builder.insert_element(undefined, value, ir.IntType(32)(0)), undefined, first)
 
 
 def _pointer(typing: Any, address: Any) -> Any:
@@ -86,4 +110,5 @@ def _pointer(typing: Any, address: Any) -> Any:
 
 
 multiply_two_rows: Any = intrinsic(_multiply_two_rows)
+compare: Any = intrinsic(_compare)
 pointer: Any = intrinsic(_pointer)
