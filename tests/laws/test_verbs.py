@@ -11,14 +11,20 @@ from laws.strategies import law, percents, seeds, signed
 from oracles import definition
 from torch import Tensor
 
+from ties_peft.task_vectors.collection import TaskVectors
 from ties_peft.task_vectors.delta import LowRank, Span
-from ties_peft.task_vectors.elect import SignedSums, disjoint_merge, elect
+from ties_peft.task_vectors.elect import SignedSums
 from ties_peft.task_vectors.factorise import OVERSAMPLE, SMALL_SIDE, Factors, compress, factorise, leading_rows
-from ties_peft.task_vectors.trim import kept_count, trim
+from ties_peft.task_vectors.trim import kept_count
 
 elections = st.sampled_from(["mass", "count"])
 disjoints = st.sampled_from(["mean", "sum", "max"])
 integers = st.integers(-4, 4).map(float)
+
+
+def trim(values: Tensor, density: float) -> Tensor:
+    (kept,) = TaskVectors.of([values]).trim(density)
+    return kept
 
 
 @st.composite
@@ -54,21 +60,15 @@ def test_trim_keeps_exactly_as_many_as_asked(seed: int, percent: int) -> None:
 
 @law
 @given(stacks(), elections, disjoints, st.data())
-def test_streamed_is_stacked(stack: Tensor, by: str, disjoint: str, data: st.DataObject) -> None:
+def test_streamed_is_as_defined_in_any_order(stack: Tensor, by: str, disjoint: str, data: st.DataObject) -> None:
     sums = SignedSums(torch.full((5, stack.shape[1]), torch.nan), by, disjoint)
     for place in data.draw(st.permutations(range(len(stack)))):
         sums.add(stack[place].clone())
-    torch.testing.assert_close(sums.result(), disjoint_merge(stack, elect(stack, by), disjoint))
-
-
-@law
-@given(stacks(), elections, disjoints)
-def test_stacked_is_as_defined(stack: Tensor, by: str, disjoint: str) -> None:
     wide = stack.double().numpy()
     signs = definition.elect(wide, by)
-    assert elect(stack, by).tolist() == signs.tolist()
     expected = definition.disjoint_merge(wide, [1.0] * len(wide), signs, disjoint, normalize=True)
-    assert disjoint_merge(stack, elect(stack, by), disjoint).tolist() == pytest.approx(expected)
+    assert sums.result().tolist() == pytest.approx(expected)
+    assert (sums.elected() * 2 - 1).tolist() == signs.tolist()
 
 
 @law

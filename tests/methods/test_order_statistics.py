@@ -17,11 +17,11 @@ from methods.entrywise import defined, distance, merged_vectors
 import ties_peft
 from ties_peft.merging.merge import merge_recipe
 from ties_peft.methods import method_classes, register
-from ties_peft.methods.base import Ranking, TaskVectors
+from ties_peft.methods.base import OrderStatistics, TaskVectors
 from ties_peft.methods.pcb import Pcb
 from ties_peft.task_vectors import order_statistics, tiles
 from ties_peft.task_vectors.delta import Dense
-from ties_peft.task_vectors.order_statistics import find_levels
+from ties_peft.task_vectors.order_statistics import find_order_statistics
 from ties_peft.task_vectors.tiles import ThreadPool
 
 Maker = Callable[..., Path]
@@ -61,31 +61,33 @@ def groups() -> dict[str, list[torch.Tensor]]:
     return {name: drawn(seed) for seed, name in enumerate("abc")}
 
 
-RANKING = Ranking(raw_values, lambda entries, density: RANKS, "adapter")
+WANTED = OrderStatistics(raw_values, lambda entries, density: RANKS, "adapter")
 
 
 @pytest.mark.parametrize("together", [1, 2, 64])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_levels_are_those_of_the_sorted_values(
+def test_order_statistics_are_those_of_the_sorted_values(
     groups: dict[str, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch, threads: int, together: int
 ) -> None:
     monkeypatch.setattr(tiles, "TILE", 13)
     monkeypatch.setattr(order_statistics, "TOGETHER", together)
     pool = ThreadPool(threads)
-    found = find_levels([RANKING], iterate(groups, range(3)), dict.fromkeys(groups, 1.0), pool)
+    found = find_order_statistics([WANTED], iterate(groups, range(3)), dict.fromkeys(groups, 1.0), pool)
     pool.close()
     assert found == {name: ranked(group) for name, group in groups.items()}
 
 
-def test_a_later_ranking_sees_the_levels_of_those_before_it_and_ranks_hang_on_entries_and_density() -> None:
+def test_a_later_ranking_sees_the_order_statistics_of_those_before_it_and_ranks_hang_on_entries_and_density() -> None:
     values = {"x": [torch.tensor([1.0, -3.0, 2.0])], "y": [torch.tensor([5.0, 4.0, -6.0])]}
-    largest = Ranking(raw_values, lambda entries, density: (1,), "adapter")
-    away = Ranking(
-        lambda vectors: (values.sub_(own[0]) for values, own in zip(vectors.stream(), vectors.levels, strict=True)),
+    largest = OrderStatistics(raw_values, lambda entries, density: (1,), "adapter")
+    away = OrderStatistics(
+        lambda vectors: (
+            values.sub_(own[0]) for values, own in zip(vectors.stream(), vectors.order_statistics, strict=True)
+        ),
         lambda entries, density: (round(entries * density),),
         "adapter",
     )
-    found = find_levels([largest, away], iterate(values, [0]), {"x": 1.0, "y": 1 / 3}, ThreadPool(1))
+    found = find_order_statistics([largest, away], iterate(values, [0]), {"x": 1.0, "y": 1 / 3}, ThreadPool(1))
     assert found == {"x": (2.0, -5.0), "y": (5.0, 0.0)}
 
 
@@ -103,7 +105,7 @@ def test_processes_that_share_the_parts_find_the_same(groups: dict[str, list[tor
             return both
 
         mine = iterate(groups, [0, 2] if number == 0 else [1])
-        return find_levels([RANKING], mine, dict.fromkeys(groups, 1.0), ThreadPool(1), gather)
+        return find_order_statistics([WANTED], mine, dict.fromkeys(groups, 1.0), ThreadPool(1), gather)
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(run, range(2)))
@@ -133,7 +135,7 @@ def test_pcbs_density_may_be_set_for_each_adapter(make_lora: Maker) -> None:
 
 
 @pytest.mark.parametrize("scope", ["adapter", "module"])
-def test_a_subclass_of_pcb_with_a_merge_of_its_own_is_given_the_levels_too(
+def test_a_subclass_of_pcb_with_a_merge_of_its_own_is_given_the_order_statistics_too(
     make_lora: Maker, monkeypatch: pytest.MonkeyPatch, scope: str
 ) -> None:
     """It is handed whole modules; the one entry that counts is known by its bits."""

@@ -18,11 +18,11 @@ import ties_peft
 from ties_peft.spaces import find_space
 from ties_peft.spaces.core import CompressedEncoding, CoreEncoding
 from ties_peft.task_vectors import sparsify
+from ties_peft.task_vectors.collection import TaskVectors
 from ties_peft.task_vectors.delta import LowRank
 from ties_peft.task_vectors.singular_values import Spectrum, orthogonalised, spectrum
 from ties_peft.task_vectors.subspace import directions
 from ties_peft.task_vectors.threshold import kth_largest
-from ties_peft.task_vectors.trim import trim
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 Maker = Callable[..., Path]
@@ -57,7 +57,8 @@ def test_the_largest_are_as_many_as_asked_and_the_first_of_equals() -> None:
 
 def test_a_trim_of_many_equal_magnitudes_keeps_the_first() -> None:
     values = torch.tensor([1.0, -1.0]).repeat(500)
-    assert trim(values, 0.3).nonzero().flatten().tolist() == list(range(300))
+    (kept,) = TaskVectors.of([values]).trim(0.3)
+    assert kept.nonzero().flatten().tolist() == list(range(300))
 
 
 def test_a_direction_is_there_by_its_singular_value_not_by_its_square() -> None:

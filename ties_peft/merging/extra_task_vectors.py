@@ -24,7 +24,7 @@ from ..errors import MethodError, RecipeError
 from ..methods import Stages
 from ..methods.base import Method, TaskVectors, merge_to_delta
 from ..task_vectors.delta import Dense
-from ..task_vectors.order_statistics import with_own_levels
+from ..task_vectors.order_statistics import with_order_statistics
 from ..task_vectors.random_numbers import stream_key
 from ..task_vectors.tiles import thread_pool
 from .options import MERGE, POLICIES
@@ -112,8 +112,8 @@ class ExtraTensorMerge:
                 streams=[stream_key(self.seed, tensor, 0, adapters[place].digest) for place in places],
                 pool=pool,
             )
-            if places and self.method.rankings():
-                task_vectors = with_own_levels(self.method.rankings(), task_vectors, pool)
+            if places and self.method.order_statistics():
+                task_vectors = with_order_statistics(self.method.order_statistics(), task_vectors, pool)
             merged = merge_to_delta(self.method, task_vectors).dense() if places else torch.zeros_like(origin)
         whole = origin.add(merged.reshape(origin.shape), alpha=self.scale).cpu()
         return whole.to(getattr(torch, dtypes.pop())) if len(dtypes) == 1 else whole

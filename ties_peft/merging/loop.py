@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ..methods.base import merge_to_delta
 from ..task_vectors.delta import Delta, zero
 from ..task_vectors.factorise import Factors
 from ..task_vectors.kernels.backends import select_kernels
-from ..task_vectors.order_statistics import Group, Levels, find_levels, with_own_levels
+from ..task_vectors.order_statistics import Group, Values, find_order_statistics, with_order_statistics
 from ..task_vectors.processes import ProcessGroup
 from ..task_vectors.tiles import ThreadPool, thread_pool
 from .encoding import EncodedModules, MergeCache
@@ -70,7 +71,7 @@ class _Loop:
         plan, cache, pool, progress, processes, mine: see `merge_modules`.
         modules: the encoded task vectors.
         thresholds: of the trims.
-        levels: the order statistics that the method asks for over whole adapters, by (place, module).
+        order_statistics: those that the method asks for over whole adapters, by (place, module).
         counts: what the method counts for the report on the module at hand.
         prepared: call it to wait for the thread that prepares `decode` of the current module during its merge.
     """
@@ -83,15 +84,14 @@ class _Loop:
     mine: Sequence[str]
     modules: EncodedModules = field(init=False)
     thresholds: TrimThresholds = field(init=False)
-    levels: Levels = field(init=False)
+    order_statistics: Values = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     prepared: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.modules = EncodedModules(self.plan, self.cache)
         self.thresholds = TrimThresholds(self.modules, self.pool, self.progress, self.processes, self.mine)
-        self.levels = {}
-        self.levels = self._levels_over_adapters()
+        self.order_statistics = self._order_statistics_over_adapters()
 
     def encode(self, name: str) -> list[TaskVectors]:
         """Return w·τ of one module in the coordinates of the space, part by part; none if no adapter has it."""
@@ -107,8 +107,8 @@ class _Loop:
 
     def merge(self, name: str, part: TaskVectors) -> Delta:
         """Return what the method makes of one part of a module, changed by the methods that stand after it."""
-        rankings = self.plan.method.rankings()
-        ranked = with_own_levels(rankings, part, self.pool) if rankings and not part.levels else part
+        wanted = self.plan.method.order_statistics()
+        ranked = with_order_statistics(wanted, part, self.pool) if wanted and not part.order_statistics else part
         result = merge_to_delta(self.plan.method, ranked)
         if self.plan.finishes:
             encoding, holders = self.modules.encoding(name), self.plan.holders(name)
@@ -147,17 +147,16 @@ class _Loop:
         plan, encoding, weighted = self.plan, self.modules.encoding(name), self.modules.weighted(name)
         places = list(weighted)
         signs = encoding.parts[len(places)] if len(encoding.parts) > len(places) else None
-        thresholds = self.thresholds.of_module(name)
         return [
             TaskVectors(
                 deltas=deltas,
                 weights=[encoding.weights(plan.weight(place, name))[part] for place in places],
                 declared_trim=plan.method.trims(),
-                thresholds=thresholds,
+                declared_cuts=partial(self.thresholds.cuts, name, part),
                 part=part,
                 density=plan.own_density,
                 densities=[] if plan.own_density is None else [plan.density(p, name, plan.own_density) for p in places],
-                levels=[self.levels[place, name] for place in places] if self.levels else (),
+                order_statistics=[self.order_statistics[p, name] for p in places] if self.order_statistics else (),
                 total_weight=plan.total_weight(name),
                 total_magnitude=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
                 adapters=len(plan.members),
@@ -171,10 +170,10 @@ class _Loop:
             for part, deltas in enumerate(zip(*weighted.values(), strict=True))
         ]
 
-    def _levels_over_adapters(self) -> Levels:
+    def _order_statistics_over_adapters(self) -> Values:
         """Return the order statistics that the method asks for over whole adapters; all modules are read for them."""
-        plan, rankings = self.plan, self.plan.method.rankings()
-        if not rankings or plan.scope != "adapter":
+        plan, wanted = self.plan, self.plan.method.order_statistics()
+        if not wanted or plan.scope != "adapter":
             return {}
         separate = vocabulary_modules(plan)
         density = 1.0 if plan.own_density is None else plan.own_density
@@ -192,8 +191,8 @@ class _Loop:
                 self.progress("rank", done + 1, len(held))
 
         densities: dict[Group, float] = {group: group[2] for group in groups.values()}
-        levels = find_levels(rankings, parts, densities, self.pool, self.processes.gather)
-        return {key: levels[group] for key, group in groups.items()}
+        found = find_order_statistics(wanted, parts, densities, self.pool, self.processes.gather)
+        return {key: found[group] for key, group in groups.items()}
 
 
 def _all_finite(tensor: Tensor) -> bool:

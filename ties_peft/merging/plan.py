@@ -125,7 +125,7 @@ class Plan:
         """Over what the method ranks entries; None if it ranks none."""
         if self.trim is not None:
             return self.trim.scope
-        return next((ranking.scope for ranking in self.method.rankings()), None)
+        return next((one.scope for one in self.method.order_statistics()), None)
 
     @property
     def own_density(self) -> float | None:

@@ -22,7 +22,7 @@ from ..task_vectors.kernels.backends import Bracket, Counts, count_rows
 from ..task_vectors.processes import ProcessGroup
 from ..task_vectors.threshold import SORTED_SIZE, ThresholdSearch, add_counts
 from ..task_vectors.tiles import TILE, ThreadPool
-from ..task_vectors.trim import ALL, KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
+from ..task_vectors.trim import KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 from .encoding import EncodedModules
 from .plan import Plan, Progress
 
@@ -32,7 +32,7 @@ SAMPLE_STEP = 512  # one entry in so many is sampled
 BATCH = 64  # adapters whose thresholds are searched together, and task vectors that the threads share at a time
 Value = TypeVar("Value")
 PartKey = tuple[int, str, int]  # (member, module, part)
-Cuts = dict[PartKey, list[Cut]]  # one cut for each density
+CutsByPart = dict[PartKey, list[Cut]]  # one cut for each density
 
 
 @dataclass
@@ -54,6 +54,7 @@ class RankedEntries:
         densities: shares of the bands of magnitudes, from the largest magnitudes down.
         sizes: the number of entries of each part.
         sample: (magnitudes, how many entries each of them stands for).
+        searches: for the threshold at the lower end of each band.
     """
 
     member: int
@@ -62,6 +63,12 @@ class RankedEntries:
     densities: tuple[float, ...]
     sizes: dict[PartKey, int] = field(default_factory=dict)
     sample: list[tuple[np.ndarray, float]] = field(default_factory=list)
+    searches: list[ThresholdSearch] = field(default_factory=list)
+
+    @property
+    def unfinished(self) -> list[ThresholdSearch]:
+        """The searches that have no threshold yet."""
+        return [search for search in self.searches if search.needed and search.threshold is None]
 
     @property
     def entries(self) -> int:
@@ -96,7 +103,8 @@ class TrimThresholds:
         self.processes, self.mine = processes, set(mine)
         self.by_module = _ranks_by_module(self.plan)
         self._kept = [KeptCount() for _ in self.plan.members]
-        self._cuts: Cuts = {}
+        self._cuts: CutsByPart = {}
+        self._module: str | None = None  # whose cuts these are, if magnitudes are ranked by module
         if self.plan.trim is None or self.by_module:
             return
         by_member = [self._groups(member) for member in range(len(self.plan.members))]
@@ -105,21 +113,17 @@ class TrimThresholds:
             self._find([group for groups in by_member[start : start + step] for group in groups])
             progress("trim", min(start + step, len(by_member)), len(by_member))
 
-    def of_module(self, module: str) -> ModuleThresholds:
-        """Return the cuts of one module; they are found when they are first asked for."""
-        return ModuleThresholds(self, module)
-
-    def cuts(self, module: str) -> Cuts:
-        """Return the cuts of one module for all members that have it."""
-        if self.by_module:
-            self._cuts = {}
+    def cuts(self, module: str, part: int) -> list[tuple[Cut, ...]]:
+        """Return the cuts of one part of a module, for each adapter that has the module."""
+        if self.by_module and module != self._module:
+            self._cuts, self._module = {}, module
             groups = [
                 RankedEntries(member, [module], part, self._densities(member, module))
                 for member, parts in self.modules.weighted(module).items()
                 for part in range(len(parts))
             ]
             self._find(groups)
-        return self._cuts
+        return [tuple(self._cuts[place, module, part]) for place, _ in self.plan.holders(module)]
 
     def kept(self) -> list[KeptCount]:
         """Return for each member how many entries its trim keeps, after all modules were merged."""
@@ -182,27 +186,27 @@ class TrimThresholds:
     def _find(self, groups: Sequence[RankedEntries]) -> None:
         """Find the cuts of all parts of some groups: sample, bracket, count, and count again where a bracket missed."""
         self._sample(groups)
-        searches = []
         for group in groups:
             kept, entries = self._kept[group.member], group.entries
             kept.kept += kept_count(group.densities[-1], entries)
             kept.entries += entries
             ends = band_ends(group.densities, entries)
-            searches += [(group, ThresholdSearch(entries, keep, group.sample)) for keep in ends]
-        needed = [(group, search) for group, search in searches if search.needed]
-        few = sum(group.entries for group, _ in needed) <= TILE
-        self.pool.map(lambda each: each[1].set_bracket(), needed, few)
-        for group, search in needed:
-            magnitudes = self._sorted_magnitudes(group)
-            if magnitudes is not None:
-                search.set_from_sorted(magnitudes)
-        while open_searches := [(group, search) for group, search in needed if search.threshold is None]:
-            self._count_all(open_searches)
-        for group, search in searches:
-            for part, cut in self._cuts_of(group, search).items():
-                self._cuts.setdefault(part, []).append(cut)
+            group.searches = [ThresholdSearch(entries, keep, group.sample) for keep in ends]
+        unfinished = [search for group in groups for search in group.unfinished]
+        few = sum(search.entries for search in unfinished) <= TILE
+        self.pool.map(ThresholdSearch.set_bracket, unfinished, few)
         for group in groups:
-            group.sample = []  # those of hundreds of adapters add up
+            for search in group.unfinished:
+                magnitudes = self._sorted_magnitudes(group)
+                if magnitudes is not None:
+                    search.set_from_sorted(magnitudes)
+        while remaining := [group for group in groups if group.unfinished]:
+            self._count_all(remaining)
+        for group in groups:
+            for search in group.searches:
+                for part, cut in self._group_cuts(group, search).items():
+                    self._cuts.setdefault(part, []).append(cut)
+            group.sample, group.searches = [], []  # those of hundreds of adapters add up
 
     def _sample(self, groups: Sequence[RankedEntries]) -> None:
         """Find the sizes of all parts and sample the large ones."""
@@ -237,26 +241,23 @@ class TrimThresholds:
         values = cache.sorted_magnitudes[key][1]
         return values if values[-1] >= 0 else None  # NaN, which is sorted last, has no place in the order
 
-    def _count_all(self, searches: Sequence[tuple[RankedEntries, ThresholdSearch]]) -> None:
-        """Go through all entries once and count, for each search, those above and inside its bracket."""
-        by_group: dict[int, list[ThresholdSearch]] = {}
-        for group, search in searches:
+    def _count_all(self, groups: Sequence[RankedEntries]) -> None:
+        """Go through all entries once and count, for each unfinished search, those above and inside its bracket."""
+        searches = [(group, search) for group in groups for search in group.unfinished]
+        for _, search in searches:
             search.start_pass()
-            by_group.setdefault(id(group), []).append(search)
-        groups = list({id(group): group for group, _ in searches}.values())
         few = sum(group.entries for group in groups) <= TILE
         for batch in self._batches(groups):
-            asked = [(delta, [search.bracket for search in by_group[id(group)]]) for group, _, delta in batch]
+            asked = [(delta, [search.bracket for search in group.unfinished]) for group, _, delta in batch]
             for (group, part, _), tiles in zip(batch, _count_in_brackets(asked, self.pool, few), strict=True):
-                for number, search in enumerate(by_group[id(group)]):
-                    counts = [tile[number] for tile in tiles]
+                for search, counts in zip(group.unfinished, zip(*tiles, strict=True), strict=True):
                     search.add(sum(above for above, _ in counts), [inside for _, inside in counts], part[1:])
         counted = self._gather([search.counted for _, search in searches])
         for (_, search), of_processes in zip(searches, zip(*counted, strict=True), strict=True):
             search.counted = add_counts(of_processes)
         self.pool.map(_finish, searches, few)
 
-    def _cuts_of(self, group: RankedEntries, search: ThresholdSearch) -> dict[PartKey, Cut]:
+    def _group_cuts(self, group: RankedEntries, search: ThresholdSearch) -> dict[PartKey, Cut]:
         """Return the cut of each part; of the magnitudes equal to the threshold the first by position are kept."""
         if search.threshold is None:
             return dict.fromkeys(group.sizes, KEEP_NONE if search.keep == 0 else KEEP_ALL)
@@ -270,32 +271,9 @@ class TrimThresholds:
         equal = {part: counts for of_process in self._gather(own) for part, counts in of_process.items()}
         cuts, left = {}, search.equal_kept
         for part in sorted(equal):
-            quota, before = [], left
-            for count in equal[part]:
-                quota.append(ALL if count <= left else left)
-                left -= min(count, left)
-            cuts[part] = Cut(search.threshold, tuple(quota), before - left)
+            cuts[part] = Cut.with_first(search.threshold, equal[part], left)
+            left -= cuts[part].equal_kept
         return cuts
-
-
-@dataclass
-class ModuleThresholds:
-    """The cuts of one module, found when they are first asked for.
-
-    Attributes:
-        thresholds: of the merge.
-        module: its name.
-    """
-
-    thresholds: TrimThresholds
-    module: str
-    _cuts: Cuts | None = None
-
-    def of(self, part: int) -> list[tuple[Cut, ...]]:
-        """Return the cuts of one part for each adapter that has the module."""
-        if self._cuts is None:
-            self._cuts = self.thresholds.cuts(self.module)
-        return [tuple(self._cuts[place, self.module, part]) for place, _ in self.thresholds.plan.holders(self.module)]
 
 
 def vocabulary_modules(plan: Plan) -> list[str]:

@@ -58,7 +58,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..task_vectors.collection import Ranking, TaskVectors
+from ..task_vectors.collection import OrderStatistics, TaskVectors
 from ..task_vectors.delta import Delta, Dense, Mapped
 from ..task_vectors.random_numbers import uniform
 from ..task_vectors.trim import Scope, Trim
@@ -77,7 +77,7 @@ class Method(BaseModel, ABC):
     - its λ: `default_scale`, `published_scale`;
     - how it can be computed: `entrywise`, `spectral`, `linear`, `has_flat_spectrum`. They save memory and time or choose
       the rank; without them the result is right, but slower, or cut to the default rank;
-    - what is found over all modules before the first merge: `trims`, `rankings`;
+    - what is found over all modules before the first merge: `trims`, `order_statistics`;
     - its place in a row of methods such as `dare+ties`: `prepare` to stand before another, `finish` to stand after one.
 
     Attributes:
@@ -158,12 +158,12 @@ class Method(BaseModel, ABC):
         """Return the trim that `merge` will ask for; None if each of its trims is of one module.
 
         A threshold over the whole adapter must be known before the first module is merged, so it is declared here. By
-        default it follows from parameters that are called `density` and `scope`, if the method has both and no `rankings`.
+        default it follows from parameters that are called `density` and `scope`, if the method has both and no `order_statistics`.
         """
         density, scope = getattr(self, "density", None), getattr(self, "scope", None)
-        return None if density is None or scope is None or self.rankings() else Trim((density,), scope)
+        return None if density is None or scope is None or self.order_statistics() else Trim((density,), scope)
 
-    def rankings(self) -> Sequence[Ranking]:
+    def order_statistics(self) -> Sequence[OrderStatistics]:
         """Return the order statistics that `merge` needs; each can use the values found for those before it."""
         return ()
 
@@ -220,7 +220,7 @@ def masked(delta: Delta, change: Callable[[Tensor, Tensor], Tensor], stream: int
 __all__ = [
     "Density",
     "Method",
-    "Ranking",
+    "OrderStatistics",
     "Scope",
     "TaskVectors",
     "Trim",

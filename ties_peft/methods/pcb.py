@@ -11,7 +11,7 @@ from torch import Tensor
 from ..task_vectors.delta import Delta
 from ..task_vectors.elect import MIN_DIVISOR
 from ..task_vectors.trim import Scope, count_at_least, kept_count
-from .base import Density, Method, Ranking, TaskVectors
+from .base import Density, Method, OrderStatistics, TaskVectors
 
 
 class Pcb(Method):
@@ -45,11 +45,13 @@ class Pcb(Method):
     clamp: float = Field(0.0001, ge=0, lt=0.5, description="share of magnitudes clamped at either end")
     scope: Scope = Field("adapter", description="rank magnitudes and scores over the whole adapter or each module")
 
-    def rankings(self) -> Sequence[Ranking]:
+    def order_statistics(self) -> Sequence[OrderStatistics]:
         """Return the magnitudes to clamp to, then the smallest score that is kept and the largest."""
         return (
-            Ranking(lambda vectors: (values.abs_() for values in vectors.stream()), self._magnitude_ranks, self.scope),
-            Ranking(lambda vectors: (score for _, score in _with_scores(vectors)), _score_ranks, self.scope),
+            OrderStatistics(
+                lambda vectors: (values.abs_() for values in vectors.stream()), self._magnitude_ranks, self.scope
+            ),
+            OrderStatistics(lambda vectors: (score for _, score in _with_scores(vectors)), _score_ranks, self.scope),
         )
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
@@ -58,11 +60,11 @@ class Pcb(Method):
 
     def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
         mean, divisor = task_vectors.scratch("mean", (2, *task_vectors.shape)).zero_()
-        triples = zip(_with_scores(task_vectors), task_vectors.weights, task_vectors.levels, strict=True)
-        for (values, score), weight, levels in triples:
-            share = _minmax(score, *levels[2:])
+        triples = zip(_with_scores(task_vectors), task_vectors.weights, task_vectors.order_statistics, strict=True)
+        for (values, score), weight, statistics in triples:
+            share = _minmax(score, *statistics[2:])
             divisor.add_(share, alpha=abs(weight))
-            mean.add_(share.mul_(_clamped(values, levels)).mul_(values.sign_()))
+            mean.add_(share.mul_(_clamped(values, statistics)).mul_(values.sign_()))
         merged: Tensor = mean.div_(divisor.clamp_min_(MIN_DIVISOR))
         return merged
 
@@ -81,15 +83,15 @@ def _with_scores(task_vectors: TaskVectors) -> Iterator[tuple[Tensor, Tensor]]:
     total = task_vectors.scratch("total", task_vectors.shape).zero_()
     for values in task_vectors.stream():
         total.add_(values)
-    for values, levels in zip(task_vectors.stream(), task_vectors.levels, strict=True):
-        score = _minmax(_clamped(values, levels), *levels[:2]).square_()
+    for values, statistics in zip(task_vectors.stream(), task_vectors.order_statistics, strict=True):
+        score = _minmax(_clamped(values, statistics), *statistics[:2]).square_()
         score.sub_(1).mul_(task_vectors.adapters).exp_()
         yield values, score.mul_((values * total).tanh_())
 
 
-def _clamped(values: Tensor, levels: Sequence[float]) -> Tensor:
-    """Return the magnitudes, clamped to the levels."""
-    return values.abs().clamp_(*levels[:2])
+def _clamped(values: Tensor, statistics: Sequence[float]) -> Tensor:
+    """Return the magnitudes, clamped to the first two order statistics."""
+    return values.abs().clamp_(*statistics[:2])
 
 
 def _minmax(values: Tensor, low: float, high: float) -> Tensor:

@@ -7,7 +7,7 @@ merged parts to one task vector.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar
 
@@ -27,10 +27,12 @@ class Encoding(ABC):
     Attributes:
         deltas: the task vectors.
         parts: for each of them, in the order given, its parts.
+        lost_energy: the share of the task vectors' energy that the coordinates lack; 0 if they are complete.
     """
 
     deltas: Sequence[Delta]
     parts: Sequence[tuple[Delta, ...]]
+    lost_energy: float = 0.0
 
     @property
     def inputs(self) -> Tensor | None:
@@ -59,11 +61,6 @@ class Encoding(ABC):
         return Span(factored) if few else None
 
     @property
-    def lost_energy(self) -> float:
-        """The share of the task vectors' energy that the coordinates lack; 0 if they are complete."""
-        return 0.0
-
-    @property
     def bytes(self) -> int:
         """The memory that the parts take, in bytes."""
         return sum(_bytes(part) for parts in self.parts for part in parts)
@@ -83,8 +80,12 @@ class Encoding(ABC):
 
     def _factored(self) -> list[LowRank]:
         """Return the task vectors if all of them are factored, else none."""
-        factored = [delta for delta in self.deltas if isinstance(delta, LowRank)]
+        factored = list(self._factors())
         return factored if len(factored) == len(self.deltas) else []
+
+    def _factors(self) -> Iterator[LowRank]:
+        """Iterate over the task vectors that are factored; each is read when its turn comes."""
+        return (delta for delta in self.deltas if isinstance(delta, LowRank))
 
     def weighted(self, place: int, weight: float) -> tuple[Delta, ...]:
         """Return the parts of w·τ."""

@@ -55,7 +55,6 @@ class CoreEncoding(Encoding):
 
     def __init__(self, deltas: Sequence[Delta], balance: bool = True) -> None:
         self.deltas = deltas
-        self._lost_energy = 0.0
         (self._make_explicit_bases if has_many_columns(deltas) else self._make_implicit_bases)(balance)
 
     def _make_implicit_bases(self, balance: bool) -> None:
@@ -90,14 +89,7 @@ class CoreEncoding(Encoding):
         count = sum(X.shape[1] for X, _ in pairs)
         self.parts = [(part,) for part in pack_factors(both, count * (L.shape[1] + R.shape[1]))]
         self.bases, self.left, self.right = ExplicitBases(), L, R.T
-        self._lost_energy = (
-            0.0 if all_left and all_right else lost_energy(self.deltas, (part for (part,) in self.parts))
-        )
-
-    @property
-    def lost_energy(self) -> float:
-        """The share of the task vectors' energy that bases of the leading directions lack."""
-        return self._lost_energy
+        self.lost_energy = 0.0 if all_left and all_right else lost_energy(self.deltas, (part for (part,) in self.parts))
 
     @property
     def bytes(self) -> int:
@@ -117,9 +109,6 @@ class CoreEncoding(Encoding):
         most = min(merged[0].shape)
         small = truncate(merged[0], most if rank is None else min(rank, most), run=run)
         return expand(small, self.bases, self.left, self.right)
-
-    def _factors(self) -> Iterable[LowRank]:
-        return (delta for delta in self.deltas if isinstance(delta, LowRank))
 
 
 def _part(left: Tensor, right: Tensor, most: int) -> Delta:

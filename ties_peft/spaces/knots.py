@@ -41,7 +41,6 @@ class KnotsEncoding(Encoding):
 
     def __init__(self, deltas: Sequence[Delta]) -> None:
         self.deltas = deltas
-        self._lost_energy = 0.0
         (self._make_explicit_bases if has_many_columns(deltas) else self._make_implicit_bases)()
 
     def _make_implicit_bases(self) -> None:
@@ -79,20 +78,12 @@ class KnotsEncoding(Encoding):
         count = sum(len(Y) for _, Y in pairs)
         self.parts = [(part,) for part in pack_factors(both, count * (U.shape[1] + self.deltas[0].shape[1]))]
         self.bases, self.left = ExplicitBases(), U
-        self._lost_energy = 0.0 if everything else lost_energy(self.deltas, (part for (part,) in self.parts))
-
-    @property
-    def lost_energy(self) -> float:
-        """The share of the task vectors' energy that a basis of the leading directions lacks."""
-        return self._lost_energy
+        self.lost_energy = 0.0 if everything else lost_energy(self.deltas, (part for (part,) in self.parts))
 
     @property
     def bytes(self) -> int:
         """The memory that the parts and the basis take, in bytes."""
         return super().bytes + 8 * 3 * self.left.numel()
-
-    def _factors(self) -> Iterable[LowRank]:
-        return (delta for delta in self.deltas if isinstance(delta, LowRank))
 
     def decode(self, merged: Sequence[Delta], rank: int | None, run: Run = map) -> Factors:
         """Return U·R, with the rows R truncated to the rank."""

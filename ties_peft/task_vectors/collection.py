@@ -41,16 +41,9 @@ class Statistic(Protocol):
         """Return all rows."""
 
 
-class Thresholds(Protocol):
-    """Provide the cuts of one module's trims; see `merging.thresholds`."""
-
-    def of(self, part: int) -> Cuts:
-        """Return the cuts of one part of the module, for each of its task vectors."""
-
-
 @dataclass(frozen=True)
-class Ranking:
-    """Ask for order statistics of a value that a method computes for every entry of each adapter.
+class OrderStatistics:
+    """Ask for order statistics, the values at some ranks, of a value that a method computes for every entry of each adapter.
 
     Attributes:
         values: values(task_vectors) yields, for each of them, the value of every selected entry, float32 of any sign;
@@ -65,25 +58,21 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Signs:
+class ElectedSigns:
     """Hold an election; its signs are computed when they are used.
 
     Attributes:
-        of: the task vectors that elect.
+        task_vectors: those that elect.
         by: `mass`, `count`, or `none` where all values agree.
     """
 
-    of: TaskVectors
+    task_vectors: TaskVectors
     by: ElectRule = "mass"
 
-    def at(self, tile: TaskVectors) -> Signs:
-        """Return the election restricted to the rows of a tile."""
-        return replace(self, of=replace(self.of, rows=tile.rows, tile=tile.tile, counts={}))
-
-    def dense(self) -> Tensor:
-        """Return the elected signs, +1 or −1, of the selected rows."""
-        sums = self.of.sums(MergeRule(self.by))
-        return sums.elected(self.of.sign_vector()).mul(2).sub_(1)
+    def in_tile(self, tile: TaskVectors) -> Tensor:
+        """Return the elected signs, +1 or −1, of the rows that are selected in a tile."""
+        electing = replace(self.task_vectors, rows=tile.rows, tile=tile.tile, counts={})
+        return electing.sums(MergeRule(self.by)).elected(electing.sign_vector()).mul(2).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -95,12 +84,12 @@ class TaskVectors:
     Attributes:
         deltas: w·τ of each adapter that has the module.
         weights: w of each of them.
-        declared_trim: what `Method.trims` returns; `thresholds` holds its cuts.
-        thresholds: provides these cuts; None if each trim finds its cuts from these vectors alone.
+        declared_trim: what `Method.trims` returns.
+        declared_cuts: returns the cuts of that trim; None if each trim finds its cuts from these vectors alone.
         part: the number of the part in the module.
         density: the method's own density, if it has one.
         densities: for each, the density that replaces it: the same, or one set for the adapter or module.
-        levels: for each, the values at the ranks that the method asked for (see `Ranking`); empty if it asks for none.
+        order_statistics: for each, the values that the method asked for (see `OrderStatistics`); empty if it asks for none.
         total_weight: Σw over all adapters of the merge, also those that lack the module.
         total_magnitude: Σ|w| over them.
         adapters: how many adapters the merge has, also those that lack the module.
@@ -120,11 +109,11 @@ class TaskVectors:
     deltas: Sequence[Delta]
     weights: Sequence[float]
     declared_trim: Trim | None = None
-    thresholds: Thresholds | None = None
+    declared_cuts: Callable[[], Cuts] | None = None
     part: int = 0
     density: float | None = None
     densities: Sequence[float] = ()
-    levels: Sequence[tuple[float, ...]] = ()
+    order_statistics: Sequence[tuple[float, ...]] = ()
     total_weight: float = 1.0
     total_magnitude: float = 1.0
     adapters: int = 1
@@ -179,12 +168,12 @@ class TaskVectors:
     def _read(self, delta: Delta) -> Tensor:
         """Return the selected rows of one task vector.
 
-        Cuts and levels were found tile by tile, so that all rows are read by the same tiles: the bits must agree.
+        Cuts and order statistics were found tile by tile, so that all rows are read by the same tiles: the bits must agree.
         """
         out = self.scratch("vector", self.shape)
         if self.rows is not None:
             return read_rows(delta, self.rows, out, self.pool.kernels)
-        if not self.levels and not any(isinstance(step, Trimmed) for step in self.steps):
+        if not self.order_statistics and not any(isinstance(step, Trimmed) for step in self.steps):
             return delta.rows(*self.span, out=out)
         for start, stop in self.grid:
             part = out[start:stop]
@@ -263,12 +252,10 @@ class TaskVectors:
         return replace(self, steps=(*self.steps, step))
 
     def _cut_finder(self, asked: Trim) -> Callable[[], Cuts]:
-        """Return a function that finds the cuts: the declared trim's from `thresholds`, another one's from these vectors."""
-        declared = self.declared_trim == asked and not self.steps
-        if self.thresholds is not None and declared:
-            thresholds, part = self.thresholds, self.part
-            return lambda: thresholds.of(part)
-        if asked.scope == "adapter" and self.thresholds is not None:
+        """Return a function that finds the cuts: `declared_cuts` for the declared trim, for another one from these vectors."""
+        if self.declared_cuts is not None and self.declared_trim == asked and not self.steps:
+            return self.declared_cuts
+        if asked.scope == "adapter" and self.declared_cuts is not None:
             raise MethodError(
                 "a trim with scope 'adapter' has to be declared before the merge and comes before any other step. Return "
                 "it from the method's trims(), or use scope 'module'."
@@ -292,15 +279,15 @@ class TaskVectors:
 
     # combine
 
-    def elect(self, by: ElectRule = "mass") -> Signs:
+    def elect(self, by: ElectRule = "mass") -> ElectedSigns:
         """Elect one sign per entry: that of the sum of the values (`mass`) or of their signs (`count`); 0 goes to +.
 
         If the merge was given an adapter that decides the signs, its sign is taken wherever it is not 0. `none` holds
         no election: all values agree.
         """
-        return Signs(self, by)
+        return ElectedSigns(self, by)
 
-    def disjoint_merge(self, signs: Signs, by: DisjointRule = "mean", normalize: bool = True) -> Delta:
+    def disjoint_merge(self, signs: ElectedSigns, by: DisjointRule = "mean", normalize: bool = True) -> Delta:
         """Combine, entry by entry, the values whose sign is the elected one; 0 where there is none.
 
         Args:
@@ -311,9 +298,9 @@ class TaskVectors:
         Returns: the merged task vector; in factors if it is a weighted sum of all entries.
         """
         rule = MergeRule(signs.by, by, normalize)
-        if signs.of is not self:
+        if signs.task_vectors is not self:
             # The signs come first: the sums of both elections take the same scratch memory.
-            return self.by_tiles(lambda tile: tile._result(signs=signs.at(tile).dense(), sums=tile.sums(rule)))
+            return self.by_tiles(lambda tile: tile._result(signs=signs.in_tile(tile), sums=tile.sums(rule)))
         if self.rows is not None:
             return Dense(self._merge_rows(rule))
         if self._is_weighted_sum(rule):
@@ -333,16 +320,16 @@ class TaskVectors:
 
     def _merge_rows(self, rule: MergeRule) -> Tensor:
         """Return the disjoint merge of the selected rows, and count conflicts for the report."""
-        below = self._limits_of_tile(rule)
-        if below is None:
+        limits = self._limits_of_tile(rule)
+        if limits is None:
             return self._result(self.sums(rule))
         if self.out is not None and self.signs is None:
             weights = [abs(weight) if rule.normalize else 1.0 for weight in self.weights]
-            counts = merge_rows(self.deltas, self.span, below, weights, rule, self.out, self.pool.kernels)
+            counts = merge_rows(self.deltas, self.span, limits, weights, rule, self.out, self.pool.kernels)
             if counts is not None:
                 self.count(*counts)
                 return self.out
-        return self._result(replace(self, steps=()).sums(rule, below))
+        return self._result(replace(self, steps=()).sums(rule, limits))
 
     def _limits_of_tile(self, rule: MergeRule) -> list[float] | None:
         """Return a limit for each vector: the sums leave out magnitudes up to it, which saves a pass over the vector.
@@ -354,20 +341,20 @@ class TaskVectors:
         if not isinstance(step, Trimmed) or len(step.trim.densities) > 1 or rule.disjoint == "max":
             return None
         cuts = [cut for (cut,) in step.cuts]
-        return [cut.below for cut in cuts] if cuts and all(cut.keeps_equals(self.tile) for cut in cuts) else None
+        return [cut.limit for cut in cuts] if cuts and all(cut.keeps_equals(self.tile) for cut in cuts) else None
 
-    def sums(self, rule: MergeRule, below: Sequence[float] = ()) -> SignedSums:
+    def sums(self, rule: MergeRule, limits: Sequence[float] = ()) -> SignedSums:
         """Return the sums of the selected rows, over positive and over negative values.
 
         Args:
             rule: how they will be merged.
-            below: for each vector, the largest magnitude that is left out; by default 0.
+            limits: for each vector, the largest magnitude that is left out; by default 0.
         """
         total = self.total_magnitude if rule.normalize else float(self.adapters)
         memory = self.scratch("sums", (5, *self.shape))
         sums = SignedSums(memory, rule.elect, rule.disjoint, rule.normalize, total)
-        for values, weight, least in zip(self.stream(), self.weights, below or [0.0] * len(self), strict=True):
-            sums.add(values, weight, least)
+        for values, weight, limit in zip(self.stream(), self.weights, limits or [0.0] * len(self), strict=True):
+            sums.add(values, weight, limit)
         return sums
 
     def _result(self, sums: SignedSums, signs: Tensor | None = None) -> Tensor:
@@ -443,4 +430,4 @@ class TaskVectors:
         return gram
 
 
-__all__ = ["Ranking", "Signs", "Statistic", "TaskVectors", "Thresholds"]
+__all__ = ["ElectedSigns", "OrderStatistics", "Statistic", "TaskVectors"]

@@ -53,8 +53,7 @@ class SignedSums:
             (of both signs) divide by `total` instead of what agrees.
         normalize: whether the mean divides by Σ|w| of the agreeing entries or by their number.
         total: Σ|w| of all adapters, or their number.
-    Law: beyond rounding, the result does not depend on the order of the additions and equals `disjoint_merge` of the
-        stack.
+    Law: beyond rounding, the result does not depend on the order of the additions.
     """
 
     def __init__(
@@ -72,10 +71,10 @@ class SignedSums:
             None  # Σ|w| of each sign; until a weight is not ±1 it equals the counts
         )
 
-    def add(self, values: Tensor, weight: float = 1.0, below: float = 0.0) -> None:
-        """Add one weighted task vector; what does not exceed `below` in magnitude is left out, as a trim would.
+    def add(self, values: Tensor, weight: float = 1.0, limit: float = 0.0) -> None:
+        """Add one weighted task vector; what does not exceed `limit` in magnitude is left out, as a trim would.
 
-        For `max` the vector must be trimmed already and `below` be 0.
+        For `max` the vector must be trimmed already and `limit` be 0.
         """
         if self.sums is not None:
             torch.maximum(self.positive, values, out=self.positive)
@@ -83,7 +82,7 @@ class SignedSums:
             self.sums += values
         if self.weight_sums is None and abs(weight) != 1 and self.normalize and self.disjoint == "mean":
             self.weight_sums = (self.plus.clone(), self.minus.clone())
-        sides = ((self.plus, self.positive, torch.gt, below), (self.minus, self.negative, torch.lt, -below))
+        sides = ((self.plus, self.positive, torch.gt, limit), (self.minus, self.negative, torch.lt, -limit))
         for side, (count, mass, compare, than) in enumerate(sides):
             compare(values, than, out=self.buffer)  # as 0.0 and 1.0: torch is slow to convert bool to float
             count += self.buffer
@@ -133,35 +132,3 @@ class SignedSums:
         several = (self.plus + self.minus).sub_(1).clamp_(0, 1)
         conflicting, shared = torch.stack([both.sum(), several.sum()]).tolist()  # a device is waited for once
         return int(conflicting), int(shared)
-
-
-def elect(vectors: Tensor, by: Elect = "mass") -> Tensor:
-    """Return the elected sign of every entry, +1 or −1.
-
-    Args:
-        vectors: (N, …), trimmed and weighted.
-        by: `mass`, the sign of the sum; `count`, the sign of the sum of the signs. Zero goes to +.
-
-    >>> elect(torch.tensor([[3.0, 1.0], [-1.0, -1.0], [-1.0, 0.0]]))
-    tensor([1., 1.])
-    """
-    signed = vectors if by == "mass" else vectors.sign()
-    return torch.where(signed.sum(0) >= 0, 1.0, -1.0)
-
-
-def disjoint_merge(vectors: Tensor, signs: Tensor, by: Disjoint = "mean") -> Tensor:
-    """Combine, entry by entry, the values whose sign is the elected one; 0 where there is none.
-
-    Args:
-        vectors: (N, …), trimmed.
-        signs: (…), +1 or −1.
-        by: `mean` divides by how many agree; `sum`; `max` takes the largest magnitude.
-
-    >>> disjoint_merge(torch.tensor([[3.0], [-1.0], [1.0]]), torch.tensor([1.0]))
-    tensor([2.])
-    """
-    agreeing = torch.where(vectors.sign() == signs, vectors, torch.zeros_like(vectors))
-    if by == "max":
-        return agreeing.abs().amax(0) * signs
-    total = agreeing.sum(0)
-    return total if by == "sum" else total / (agreeing != 0).sum(0).clamp_min(1)

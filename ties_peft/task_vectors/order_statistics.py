@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .collection import Ranking, TaskVectors
+from .collection import OrderStatistics, TaskVectors
 from .tiles import ThreadPool
 
 HALF = 16  # bits of a digit
@@ -24,20 +24,20 @@ BINS = 1 << HALF
 TOGETHER = 64  # groups that are counted in one pass, half a megabyte for each rank
 Group = Hashable  # the name of entries that are ranked together
 Parts = Callable[[], Iterable[tuple[TaskVectors, Sequence[Group]]]]
-Levels = dict[Group, tuple[float, ...]]
+Values = dict[Group, tuple[float, ...]]
 
 
-def find_levels(
-    rankings: Sequence[Ranking],
+def find_order_statistics(
+    wanted: Sequence[OrderStatistics],
     parts: Parts,
     densities: Mapping[Group, float],
     pool: ThreadPool,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
-) -> Levels:
-    """Return the values of all ranks of all rankings for every group, in the order in which they are asked for.
+) -> Values:
+    """Return the values at all ranks that are wanted, for every group, in the order in which they are asked for.
 
     Args:
-        rankings: what a method asks for; the values of each one may use the levels of those before it.
+        wanted: what a method asks for; the values of each one may use the order statistics of those before it.
         parts: returns an iterator over the parts of modules that this process has, each with the group of every task
             vector.
         densities: for every group, also of other processes, the share of its entries that the method keeps.
@@ -45,39 +45,41 @@ def find_levels(
         gather: returns what every process found.
     Law: the value of rank k is the k-th of all values of the group, sorted from the largest, to the bit.
     """
-    levels: Levels = dict.fromkeys(densities, ())
-    for ranking in rankings:
-        search = _RankSearch(ranking, parts, levels, pool, gather)
+    values: Values = dict.fromkeys(densities, ())
+    for one in wanted:
+        search = _RankSearch(one, parts, values, pool, gather)
         groups = list(densities)
-        found: Levels = {}
+        found: Values = {}
         for start in range(0, len(groups), TOGETHER):
             found |= search.select({group: densities[group] for group in groups[start : start + TOGETHER]})
-        levels = {group: (*own, *found[group]) for group, own in levels.items()}
-    return levels
+        values = {group: (*own, *found[group]) for group, own in values.items()}
+    return values
 
 
-def with_own_levels(rankings: Sequence[Ranking], part: TaskVectors, pool: ThreadPool) -> TaskVectors:
-    """Return the task vectors of one part with their levels, each ranked among the selected entries."""
+def with_order_statistics(wanted: Sequence[OrderStatistics], part: TaskVectors, pool: ThreadPool) -> TaskVectors:
+    """Return the task vectors of one part with their order statistics, each ranked among the selected entries."""
     groups = range(len(part))
-    levels = find_levels(rankings, lambda: [(part, groups)], dict(enumerate(part.densities or [1.0] * len(part))), pool)
-    return replace(part, levels=[levels[group] for group in groups])
+    values = find_order_statistics(
+        wanted, lambda: [(part, groups)], dict(enumerate(part.densities or [1.0] * len(part))), pool
+    )
+    return replace(part, order_statistics=[values[group] for group in groups])
 
 
 @dataclass(frozen=True)
 class _RankSearch:
-    """Find the values at the ranks of one ranking; the attributes are the arguments of `find_levels`."""
+    """Find the values at the ranks that are wanted; the attributes are the arguments of `find_order_statistics`."""
 
-    ranking: Ranking
+    wanted: OrderStatistics
     parts: Parts
-    levels: Levels
+    values: Values
     pool: ThreadPool
     gather: Callable[[Any], list[Any]]
 
-    def select(self, densities: Mapping[Group, float]) -> Levels:
+    def select(self, densities: Mapping[Group, float]) -> Values:
         """Return the values at the ranks of some groups."""
         sought: dict[Group, list[tuple[int, int]]] = {}
         for group, (counts,) in self._count(densities, lambda group, keys: [_upper(keys)]).items():
-            ranks = self.ranking.ranks(int(counts.sum()), densities[group])
+            ranks = self.wanted.ranks(int(counts.sum()), densities[group])
             sought[group] = [_locate(counts, rank) for rank in ranks]
         lower = self._count(
             densities, lambda group, keys: [keys[_upper(keys) == upper] & (BINS - 1) for upper, _ in sought[group]]
@@ -98,7 +100,7 @@ class _RankSearch:
         lock = threading.Lock()
 
         def tile(task_vectors: TaskVectors, names: Sequence[Group]) -> None:
-            for group, values in zip(names, self.ranking.values(task_vectors), strict=True):
+            for group, values in zip(names, self.wanted.values(task_vectors), strict=True):
                 if group in groups:
                     found = digits(group, _keys(values))
                     counts = torch.stack([torch.bincount(some, minlength=BINS) for some in found]).cpu()
@@ -106,7 +108,7 @@ class _RankSearch:
                         own[group] = own[group].add_(counts) if group in own else counts
 
         for part, names in self.parts():
-            known = replace(part, levels=[self.levels[group] for group in names])
+            known = replace(part, order_statistics=[self.values[group] for group in names])
             grid = self.pool.tiles(part.shape, part.device)
             tiles = [replace(known, rows=rows, tile=number) for number, rows in enumerate(grid)]
             self.pool.map(lambda each, names=names: tile(each, names), tiles, part.device.type != "cpu")

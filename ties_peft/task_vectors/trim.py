@@ -79,14 +79,27 @@ class Cut:
 
     Attributes:
         threshold: the smallest magnitude that is kept; inf keeps nothing, 0 keeps everything.
-        equal_kept: for every tile, how many of the entries that equal the threshold are kept, the first in row-major
+        equal_by_tile: for every tile, how many of the entries that equal the threshold are kept, the first in row-major
             order, or ALL; None if all are kept in every tile.
-        total: how many of them are kept over all tiles.
+        equal_kept: how many of them are kept over all tiles.
     """
 
     threshold: float
-    equal_kept: tuple[int, ...] | None = None
-    total: int = ALL
+    equal_by_tile: tuple[int, ...] | None = None
+    equal_kept: int = ALL
+
+    @classmethod
+    def with_first(cls, threshold: float, equal: Sequence[int], kept: int) -> Cut:
+        """Return the cut that keeps the first `kept` of the entries that equal the threshold, or all if there are fewer.
+
+        Args:
+            equal: how many there are in each tile.
+        """
+        by_tile, left = [], kept
+        for count in equal:
+            by_tile.append(ALL if count <= left else left)
+            left -= min(count, left)
+        return cls(threshold, tuple(by_tile), kept - left)
 
     def apply_(self, values: Tensor, tile: int) -> Tensor:
         """Set the entries of `values`, the tile of that number, below the threshold to zero, in place."""
@@ -94,28 +107,24 @@ class Cut:
             return values.zero_()
         if self.threshold == 0:
             return values
-        if self.equal_kept is not None and self.equal_kept[tile] != ALL:
-            self._drop_surplus(values, self.equal_kept[tile])
+        if self.equal_by_tile is not None and self.equal_by_tile[tile] != ALL:
+            equal = (values.abs() == self.threshold).reshape(-1).nonzero().reshape(-1)
+            values.view(-1)[equal[self.equal_by_tile[tile] :]] = 0.0
         # hardshrink keeps |x| > λ, and with λ just below the threshold |x| ≥ threshold
-        return torch.ops.aten.hardshrink.out(values, self.below, out=values)  # type: ignore[no-any-return]
+        return torch.ops.aten.hardshrink.out(values, self.limit, out=values)  # type: ignore[no-any-return]
 
     @functools.cached_property
-    def below(self) -> float:
+    def limit(self) -> float:
         """The largest magnitude that is set to zero; 0 if none is."""
         return self.threshold if self.threshold in (0, math.inf) else _float_below(self.threshold)
 
     def keeps_equals(self, tile: int) -> bool:
         """Return whether all entries of a tile that equal the threshold are kept."""
-        return self.equal_kept is None or self.equal_kept[tile] == ALL
+        return self.equal_by_tile is None or self.equal_by_tile[tile] == ALL
 
     def untiled(self) -> Cut:
         """Return the same cut for the whole part as one tile."""
-        return self if self.equal_kept is None else Cut(self.threshold, (self.total,), self.total)
-
-    def _drop_surplus(self, values: Tensor, keep: int) -> None:
-        equal = (values.abs() == self.threshold).reshape(-1).nonzero().reshape(-1)
-        flat = values.view(-1)
-        flat[equal[keep:]] = 0.0
+        return self if self.equal_by_tile is None else Cut(self.threshold, (self.equal_kept,), self.equal_kept)
 
 
 KEEP_ALL = Cut(0.0)
@@ -138,30 +147,8 @@ def _find_cut(magnitudes: Tensor, keep: int, grid: Sequence[tuple[int, int]]) ->
     if keep in (0, magnitudes.numel()):
         return KEEP_NONE if keep == 0 else KEEP_ALL
     threshold = kth_largest(magnitudes, keep)
-    total = equal_kept = keep - int((magnitudes > threshold).sum())
-    kept_by_tile = []
-    for start, stop in grid:
-        equal = int((magnitudes[start:stop] == threshold).sum())
-        kept_by_tile.append(ALL if equal <= equal_kept else equal_kept)
-        equal_kept -= min(equal, equal_kept)
-    return Cut(threshold, tuple(kept_by_tile), total)
-
-
-def trim(values: Tensor, density: float) -> Tensor:
-    """Return a copy of `values` with all but the ⌊density·n⌋ entries of largest magnitude set to zero.
-
-    Args:
-        values: any shape, float32.
-        density: the share kept, in [0, 1].
-    Law: exactly ⌊density·n⌋ entries are kept (kept zeros included), each at least as large in
-        magnitude as any that is cut; of equal magnitudes the first in row-major order stay.
-
-    >>> trim(torch.tensor([3.0, -1.0, 1.0, -2.0]), 0.75)
-    tensor([ 3., -1.,  0., -2.])
-    """
-    flat = values.reshape(-1).clone()
-    (cut,) = find_cuts(flat.abs(), (density,), [(0, len(flat))])
-    return cut.apply_(flat, 0).view_as(values)
+    equal = [int((magnitudes[start:stop] == threshold).sum()) for start, stop in grid]
+    return Cut.with_first(threshold, equal, keep - int((magnitudes > threshold).sum()))
 
 
 def _float_below(value: float) -> float:

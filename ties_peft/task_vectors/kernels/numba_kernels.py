@@ -54,13 +54,13 @@ def count(B: Tensor, A: Tensor, low: float, high: float) -> tuple[int, np.ndarra
 
 
 def merge(
-    factors: Sequence[tuple[Tensor, Tensor]], below: Sequence[float], weights: Sequence[float], mean: bool, out: Tensor
+    factors: Sequence[tuple[Tensor, Tensor]], limits: Sequence[float], weights: Sequence[float], mean: bool, out: Tensor
 ) -> tuple[int, int]:
-    """Write the disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `Kernels.merge_rows`.
+    """Write the disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `backends.merge_rows`.
 
     Args:
         factors: B (rows, r) and A (r, columns) of each; r may differ.
-        below: for each, the largest magnitude that is trimmed away.
+        limits: for each, the largest magnitude that is trimmed away.
         weights: for each, what it adds to the divisor of the mean.
         mean: the mean, else the sum.
         out: (rows, columns).
@@ -68,7 +68,9 @@ def merge(
     """
     addresses = np.array([(B.data_ptr(), A.data_ptr()) for B, A in factors], np.int64)
     ranks = np.array([len(A) for _, A in factors], np.int64)
-    made = _merge(addresses, ranks, np.array(below, np.float32), np.array(weights, np.float32), mean, out.numpy())
+    missing = -len(factors) % TOGETHER  # the last ones are added together with nothing: no value exceeds infinity
+    padded = np.array([[*limits, *[np.inf] * missing], [*weights, *[0.0] * missing]], np.float32)
+    made = _merge(addresses, ranks, padded[0], padded[1], mean, out.numpy())
     return int(made[0]), int(made[1])
 
 
@@ -137,13 +139,11 @@ def _count(B: np.ndarray, A: np.ndarray, low: Any, high: Any, inside: np.ndarray
 
 @compiled
 def _merge(
-    addresses: np.ndarray, ranks: np.ndarray, below: np.ndarray, weights: np.ndarray, mean: bool, out: np.ndarray
+    addresses: np.ndarray, ranks: np.ndarray, limits: np.ndarray, weights: np.ndarray, mean: bool, out: np.ndarray
 ) -> tuple[int, int]:
-    """Do what `merge` says, with the addresses of B and A, (N, 2), and the ranks."""
+    """Do what `merge` says, with the addresses of B and A, (N, 2), and the ranks; `limits` and `weights` are padded."""
     rows, width = out.shape
     panels, blocks = np.empty((ranks.sum(), PANEL), np.float32), np.empty((TOGETHER, ROWS, PANEL), np.float32)
-    limits, shares = np.full(len(ranks) + TOGETHER, np.float32(np.inf)), np.zeros(len(ranks) + TOGETHER, np.float32)
-    limits[: len(ranks)], shares[: len(ranks)] = below, weights  # of nothing beyond the last one
     sums, kept = np.empty((4, ROWS * PANEL), np.float32), np.empty(ROWS * PANEL, np.int32)
     merged = np.empty((ROWS, PANEL), np.float32)
     conflicting: Any = 0
@@ -159,13 +159,12 @@ def _merge(
             sums[:] = np.float32(0.0)
             kept[:] = np.int32(0)
             at = 0
-            for member in range(len(ranks)):
-                B = carray(pointer(addresses[member, 0]), (rows, ranks[member]), np.float32)
-                _multiply_block(B, panels[at : at + ranks[member]], first, some, blocks[member % TOGETHER])
-                at += ranks[member]
-                if member % TOGETHER == TOGETHER - 1 or member == len(ranks) - 1:
-                    group = member // TOGETHER * TOGETHER
-                    _add(blocks.reshape(TOGETHER, -1), flat, limits[group:], shares[group:], sums, kept)
+            for group in range(0, len(ranks), TOGETHER):
+                for member in range(group, min(group + TOGETHER, len(ranks))):
+                    B = carray(pointer(addresses[member, 0]), (rows, ranks[member]), np.float32)
+                    _multiply_block(B, panels[at : at + ranks[member]], first, some, blocks[member - group])
+                    at += ranks[member]
+                _add(blocks.reshape(TOGETHER, -1), flat, limits[group:], weights[group:], sums, kept)
             both, several = _elect(sums, kept, mean, merged.reshape(-1)[:flat])
             conflicting += both
             shared += several
@@ -174,40 +173,42 @@ def _merge(
 
 
 @compiled
-def _with(value: Any, below: Any, weight: Any, up: Any, down: Any, plus: Any, minus: Any, kept: Any) -> tuple[Any, ...]:
-    """Return the sums of one entry with a value of one more task vector."""
-    zero, above, under = np.float32(0.0), value > below, value < -below
+def _with(
+    value: Any, limit: Any, weight: Any, positive: Any, negative: Any, plus: Any, minus: Any, kept: Any
+) -> tuple[Any, ...]:
+    """Return the sums of one entry after the value of one more task vector."""
+    zero, over, under = np.float32(0.0), value > limit, value < -limit
     return (
-        up + (value if above else zero),
-        down + (value if under else zero),
-        plus + (weight if above else zero),
+        positive + (value if over else zero),
+        negative + (value if under else zero),
+        plus + (weight if over else zero),
         minus + (weight if under else zero),
-        np.int32(kept + np.int32(above | under)),
+        np.int32(kept + np.int32(over | under)),
     )
 
 
 @compiled
 def _add(
-    blocks: np.ndarray, places: int, below: np.ndarray, weights: np.ndarray, sums: np.ndarray, kept: np.ndarray
+    blocks: np.ndarray, places: int, limits: np.ndarray, weights: np.ndarray, sums: np.ndarray, kept: np.ndarray
 ) -> None:
-    """Add what exceeds `below` in magnitude, and its weight, to the sums of its sign, as `SignedSums.add` does.
+    """Add what exceeds its limit in magnitude, and its weight, to the sums of its sign, as `SignedSums.add` does.
 
     Args:
-        blocks: (TOGETHER, …), of as many task vectors.
-        below, weights: of each.
+        blocks: (TOGETHER, …), values of as many task vectors, of which the first `places` are added.
+        limits, weights: of each.
         sums: (4, …): of positive values, of negative values, and of their weights.
         kept: how many values were added.
     """
     positive, negative, plus, minus = sums[0], sums[1], sums[2], sums[3]
     v1, v2, v3, v4 = blocks[0], blocks[1], blocks[2], blocks[3]
-    t1, t2, t3, t4 = below[0], below[1], below[2], below[3]
+    l1, l2, l3, l4 = limits[0], limits[1], limits[2], limits[3]
     w1, w2, w3, w4 = weights[0], weights[1], weights[2], weights[3]
     for place in range(places):  # written out: a loop over the task vectors would store the sums each time
         entry = positive[place], negative[place], plus[place], minus[place], kept[place]
-        entry = _with(v1[place], t1, w1, *entry)
-        entry = _with(v2[place], t2, w2, *entry)
-        entry = _with(v3[place], t3, w3, *entry)
-        entry = _with(v4[place], t4, w4, *entry)
+        entry = _with(v1[place], l1, w1, *entry)
+        entry = _with(v2[place], l2, w2, *entry)
+        entry = _with(v3[place], l3, w3, *entry)
+        entry = _with(v4[place], l4, w4, *entry)
         positive[place], negative[place], plus[place], minus[place], kept[place] = entry
 
 
