@@ -84,7 +84,7 @@ def measure_module(
         counts: what the method counted.
     """
     plan = modules.plan
-    holders, silent = plan.holders(module.name), plan.silent(module.name)
+    holders, unused = plan.holders(module.name), plan.holders_of_weight_zero(module.name)
     encoding = modules.encoding(module.name) if holders else None
     conflicting, shared = counts.get("conflicting"), counts.get("shared", 0)
     merged = plan.kind.read(plan.kind.written(module, plan.rank or 1), MemoryTensors(written), None)
@@ -94,7 +94,7 @@ def measure_module(
     readers: list[Callable[[], Delta]] = []
     if encoding is not None:
         readers += [partial(encoding.deltas.__getitem__, i) for i in range(len(holders))]
-    readers += [partial(modules.read, place, module.name) for place, _ in silent]
+    readers += [partial(modules.read, place, module.name) for place, _ in unused]
     merged = merged.to(plan.device)
     square, *overlaps = inner_with_each(merged, chain([merged], (read() for read in readers)))
     line = ModuleLine(
@@ -108,7 +108,7 @@ def measure_module(
     )
     return ModuleMeasurement(
         line=line,
-        places=[place for place, _ in (*holders, *silent)],
+        places=[place for place, _ in (*holders, *unused)],
         products=_products(encoding, readers, len(holders), len(plan.members) <= MAX_PAIRED),
         overlaps=overlaps,
         square=square,

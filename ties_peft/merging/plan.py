@@ -164,7 +164,7 @@ class Plan:
         """Return how much work a module is: the entries of its task vectors and of the result."""
         return math.prod(self.modules[module].shape) * (1 + len(self.holders(module)))
 
-    def silent(self, module: str) -> list[tuple[int, Member]]:
+    def holders_of_weight_zero(self, module: str) -> list[tuple[int, Member]]:
         """Return (place, member) of those that have a module but weight 0 on it."""
         return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) == 0]
 
@@ -209,7 +209,7 @@ def make_plan(
     warn_unused_filters(members, modules, warnings)
     _check_weights(stages, space, members, modules)
 
-    arithmetic = _space_of_arithmetic(space, stages)
+    arithmetic = _space_to_compute_in(space, stages)
     _check_ranks(arithmetic, [*(m.adapter for m in members), *([signs] if signs else [])], modules)
     rank = _rank(recipe, stages, arithmetic, members, modules, warnings)
     _check_target(recipe, members, modules, warnings)
@@ -273,7 +273,7 @@ def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modu
                 raise MethodError(f"method '{stage.name}': {fault}.")
 
 
-def _space_of_arithmetic(space: Space, stages: Stages) -> Space:
+def _space_to_compute_in(space: Space, stages: Stages) -> Space:
     """Return the space to compute in: `core` for spectral methods in `delta`; same result, small matrices."""
     if space.name != "delta" or not any(stage.spectral for stage in stages.all):
         return space

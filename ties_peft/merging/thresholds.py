@@ -204,24 +204,24 @@ class TrimThresholds:
             self._count_all(remaining)
         for group in groups:
             for search in group.searches:
-                for part, cut in self._group_cuts(group, search).items():
-                    self._cuts.setdefault(part, []).append(cut)
+                for key, cut in self._group_cuts(group, search).items():
+                    self._cuts.setdefault(key, []).append(cut)
             group.sample, group.searches = [], []  # those of hundreds of adapters add up
 
     def _sample(self, groups: Sequence[RankedEntries]) -> None:
         """Find the sizes of all parts and sample the large ones."""
         for batch in self._batches(groups):
             large = []
-            for group, part, delta in batch:
-                group.sizes[part] = size(delta)
+            for group, key, delta in batch:
+                group.sizes[key] = size(delta)
                 if size(delta) > SORTED_SIZE // (4 * len(group.modules)):  # else the whole group is small
-                    large.append((group, part, delta))
+                    large.append((group, key, delta))
             drawn = self.pool.map(lambda item: _draw(item[1], item[2], len(item[0].modules)), large)
             for (group, _, _), sample in zip(large, drawn, strict=True):
                 group.sample.append(sample)
         found = self._gather([(group.sizes, group.sample) for group in groups])
         for group, of_processes in zip(groups, zip(*found, strict=True), strict=True):
-            group.sizes = {part: count for sizes, _ in of_processes for part, count in sizes.items()}
+            group.sizes = {key: count for sizes, _ in of_processes for key, count in sizes.items()}
             group.sample = [drawn for _, sample in of_processes for drawn in sample]
 
     def _sorted_magnitudes(self, group: RankedEntries) -> np.ndarray | None:
@@ -249,9 +249,9 @@ class TrimThresholds:
         few = sum(group.entries for group in groups) <= TILE
         for batch in self._batches(groups):
             asked = [(delta, [search.bracket for search in group.unfinished]) for group, _, delta in batch]
-            for (group, part, _), tiles in zip(batch, _count_in_brackets(asked, self.pool, few), strict=True):
+            for (group, key, _), tiles in zip(batch, _count_in_brackets(asked, self.pool, few), strict=True):
                 for search, counts in zip(group.unfinished, zip(*tiles, strict=True), strict=True):
-                    search.add(sum(above for above, _ in counts), [inside for _, inside in counts], part[1:])
+                    search.add(sum(above for above, _ in counts), [inside for _, inside in counts], key)
         counted = self._gather([search.counted for _, search in searches])
         for (_, search), of_processes in zip(searches, zip(*counted, strict=True), strict=True):
             search.counted = add_counts(of_processes)
@@ -265,14 +265,14 @@ class TrimThresholds:
             return dict.fromkeys(group.sizes, Cut(search.threshold))
         bracket = (np.float32(search.threshold), np.float32(search.threshold))
         own = {
-            part: search.equals(part[1:]) or _count_inside(delta, bracket, self.pool)
-            for _, part, delta in self._parts([group])
+            key: search.equals(key) or _count_inside(delta, bracket, self.pool)
+            for _, key, delta in self._parts([group])
         }
-        equal = {part: counts for of_process in self._gather(own) for part, counts in of_process.items()}
+        equal = {key: counts for of_process in self._gather(own) for key, counts in of_process.items()}
         cuts, left = {}, search.equal_kept
-        for part in sorted(equal):
-            cuts[part] = Cut.with_first(search.threshold, equal[part], left)
-            left -= cuts[part].equal_kept
+        for key in sorted(equal):
+            cuts[key] = Cut.with_first(search.threshold, equal[key], left)
+            left -= cuts[key].equal_kept
         return cuts
 
 

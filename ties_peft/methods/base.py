@@ -58,8 +58,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..task_vectors.collection import OrderStatistics, TaskVectors
+from ..task_vectors.collection import TaskVectors
 from ..task_vectors.delta import Delta, Dense, Mapped
+from ..task_vectors.order_statistics import OrderStatistics
 from ..task_vectors.random_numbers import uniform
 from ..task_vectors.trim import Scope, Trim
 

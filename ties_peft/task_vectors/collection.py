@@ -12,7 +12,7 @@ compiled kernels are used for large merges (see `kernels.backends`). Neither cha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -39,22 +39,6 @@ class Statistic(Protocol):
 
     def whole(self) -> Tensor:
         """Return all rows."""
-
-
-@dataclass(frozen=True)
-class OrderStatistics:
-    """Ask for order statistics, the values at some ranks, of a value that a method computes for every entry of each adapter.
-
-    Attributes:
-        values: values(task_vectors) yields, for each of them, the value of every selected entry, float32 of any sign;
-            the next one may overwrite it.
-        ranks: ranks(entries, density) returns the ranks that are wanted among so many entries, 1 for the largest.
-        scope: over what the values are ranked.
-    """
-
-    values: Callable[[TaskVectors], Iterable[Tensor]]
-    ranks: Callable[[int, float], Sequence[int]]
-    scope: Scope
 
 
 @dataclass(frozen=True)
@@ -89,7 +73,7 @@ class TaskVectors:
         part: the number of the part in the module.
         density: the method's own density, if it has one.
         densities: for each, the density that replaces it: the same, or one set for the adapter or module.
-        order_statistics: for each, the values that the method asked for (see `OrderStatistics`); empty if it asks for none.
+        order_statistics: for each, the values that the method asked for (see `order_statistics`); empty if it asks for none.
         total_weight: Σw over all adapters of the merge, also those that lack the module.
         total_magnitude: Σ|w| over them.
         adapters: how many adapters the merge has, also those that lack the module.
@@ -430,4 +414,4 @@ class TaskVectors:
         return gram
 
 
-__all__ = ["ElectedSigns", "OrderStatistics", "Statistic", "TaskVectors"]
+__all__ = ["ElectedSigns", "Statistic", "TaskVectors"]

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .collection import OrderStatistics, TaskVectors
+from .collection import TaskVectors
 from .tiles import ThreadPool
+from .trim import Scope
 
 HALF = 16  # bits of a digit
 BINS = 1 << HALF
@@ -25,6 +26,22 @@ TOGETHER = 64  # groups that are counted in one pass, half a megabyte for each r
 Group = Hashable  # the name of entries that are ranked together
 Parts = Callable[[], Iterable[tuple[TaskVectors, Sequence[Group]]]]
 Values = dict[Group, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class OrderStatistics:
+    """Ask for order statistics, the values at some ranks, of a value that a method computes for every entry of each adapter.
+
+    Attributes:
+        values: values(task_vectors) yields, for each of them, the value of every selected entry, float32 of any sign;
+            the next one may overwrite it.
+        ranks: ranks(entries, density) returns the ranks that are wanted among so many entries, 1 for the largest.
+        scope: over what the values are ranked.
+    """
+
+    values: Callable[[TaskVectors], Iterable[Tensor]]
+    ranks: Callable[[int, float], Sequence[int]]
+    scope: Scope
 
 
 def find_order_statistics(

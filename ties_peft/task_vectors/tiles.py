@@ -26,20 +26,6 @@ DEVICE_TILE = 1 << 22  # entries of a tile on another device, where a smaller op
 Result = TypeVar("Result")
 
 
-def tiles(shape: Sequence[int], device: torch.device, factor: int = 1) -> list[tuple[int, int]]:
-    """Return the row ranges (start, stop) of a shape's tiles on a device, in order.
-
-    Args:
-        shape: of the task vector; rows first.
-        device: that holds it.
-        factor: how many times as large as TILE they are on the CPU.
-    """
-    length = shape[0]
-    width = shape[1] if len(shape) > 1 else 1
-    step = max(1, (factor * TILE if device.type == "cpu" else DEVICE_TILE) // max(1, width))
-    return [(start, min(start + step, length)) for start in range(0, length, step)]
-
-
 def empty(shape: Sequence[int], device: torch.device) -> Tensor:
     """Return new float32 memory; on the CPU from NumPy, whose large pages are there ten times as fast."""
     return (
@@ -65,8 +51,11 @@ class ThreadPool:
         self._process = os.getpid()
 
     def tiles(self, shape: Sequence[int], device: torch.device) -> list[tuple[int, int]]:
-        """Return the tiles in which these threads work through a shape."""
-        return tiles(shape, device, 1 if self.kernels is None else KERNEL_TILES)
+        """Return the row ranges (start, stop) of the tiles of a shape on a device, in order."""
+        length, width = shape[0], shape[1] if len(shape) > 1 else 1
+        entries = TILE * (1 if self.kernels is None else KERNEL_TILES) if device.type == "cpu" else DEVICE_TILE
+        step = max(1, entries // max(1, width))
+        return [(start, min(start + step, length)) for start in range(0, length, step)]
 
     def map(self, work: Callable[..., Result], items: Sequence[object], one_thread: bool = False) -> list[Result]:
         """Return work(item) for every item, in order.
