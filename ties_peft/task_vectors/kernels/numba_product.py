@@ -22,6 +22,7 @@ VECTORS = 4  # of those in a panel's row: with two rows as many sums as keep two
 PANEL = WIDTH * VECTORS  # columns of a panel
 
 unpack: Any = cgutils.unpack_tuple
+uniform_tuple: Any = types.UniTuple
 declare: Any = cgutils.get_or_insert_function
 FLOAT, WORD = ir.FloatType(), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, WIDTH)
@@ -85,7 +86,7 @@ def _compare(typing: Any, block: Any, row: Any, low: Any, high: Any) -> Any:
         number = builder.call(declare(builder.module, ir.FunctionType(MASK, [MASK]), f"llvm.ctpop.i{PANEL}"), bits[:1])
         return context.make_tuple(builder, signature.return_type, [number, bits[1]])
 
-    return types.UniTuple(types.uint32, 2)(block, types.int64, low, high), generate
+    return uniform_tuple(types.uint32, 2)(block, types.int64, low, high), generate
 
 
 def _vector_at(builder: Any, data: Any, row: Any, number: int) -> Any:
