@@ -116,7 +116,9 @@ class Cut:
     @functools.cached_property
     def limit(self) -> float:
         """The largest magnitude that is set to zero; 0 if none is."""
-        return self.threshold if self.threshold in (0, math.inf) else _float_below(self.threshold)
+        if self.threshold in (0, math.inf):
+            return self.threshold
+        return torch.nextafter(torch.tensor(self.threshold, dtype=torch.float32), torch.zeros(())).item()
 
     def keeps_equals(self, tile: int) -> bool:
         """Return whether all entries of a tile that equal the threshold are kept."""
@@ -149,9 +151,3 @@ def _find_cut(magnitudes: Tensor, keep: int, grid: Sequence[tuple[int, int]]) ->
     threshold = kth_largest(magnitudes, keep)
     equal = [int((magnitudes[start:stop] == threshold).sum()) for start, stop in grid]
     return Cut.with_first(threshold, equal, keep - int((magnitudes > threshold).sum()))
-
-
-def _float_below(value: float) -> float:
-    """Return the largest float32 below `value`."""
-    single = torch.tensor(value, dtype=torch.float32)
-    return torch.nextafter(single, torch.zeros(())).item()

@@ -173,7 +173,7 @@ def _merge(
 
 
 @compiled
-def _with(
+def _add_value(
     value: Any, limit: Any, weight: Any, positive: Any, negative: Any, plus: Any, minus: Any, kept: Any
 ) -> tuple[Any, ...]:
     """Return the sums of one entry after the value of one more task vector."""
@@ -205,10 +205,10 @@ def _add(
     w1, w2, w3, w4 = weights[0], weights[1], weights[2], weights[3]
     for place in range(places):  # written out: a loop over the task vectors would store the sums each time
         entry = positive[place], negative[place], plus[place], minus[place], kept[place]
-        entry = _with(v1[place], l1, w1, *entry)
-        entry = _with(v2[place], l2, w2, *entry)
-        entry = _with(v3[place], l3, w3, *entry)
-        entry = _with(v4[place], l4, w4, *entry)
+        entry = _add_value(v1[place], l1, w1, *entry)
+        entry = _add_value(v2[place], l2, w2, *entry)
+        entry = _add_value(v3[place], l3, w3, *entry)
+        entry = _add_value(v4[place], l4, w4, *entry)
         positive[place], negative[place], plus[place], minus[place], kept[place] = entry
 
 
