@@ -61,7 +61,7 @@ class CoreEncoding(Encoding):
         held, own = self._factored(), self.span
         assert own is not None  # since they have few columns
         left, right = own.left, own.right
-        pairs = canonical(own) if balance else [_identity(at, left) for at in own.ranges]
+        pairs = canonical(own) if balance else [_identity(delta.rank, left) for delta in held]
         X, Y = (torch.block_diag(*side) for side in zip(*pairs, strict=True))  # type: ignore[no-untyped-call]
         negligible = None if balance else UNBALANCED
         self.left = X @ orthonormal(X.T @ left @ X, negligible)
@@ -75,7 +75,7 @@ class CoreEncoding(Encoding):
         self.bases = own
 
     def _make_explicit_bases(self, balance: bool) -> None:
-        pairs = [canonical_one(d) if balance else _identity(slice(0, d.rank), d.B.double()) for d in self._factors()]
+        pairs = [canonical_one(d) if balance else _identity(d.rank, d.B.double()) for d in self._factors()]
         negligible = None if balance else UNBALANCED
 
         def columns() -> Iterable[Tensor]:
@@ -118,9 +118,9 @@ def _part(left: Tensor, right: Tensor, most: int) -> Delta:
     return LowRank(left.float(), right.float())
 
 
-def _identity(at: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+def _identity(rank: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the identities as X and Y, which leave factors unchanged."""
-    one = torch.eye(at.stop - at.start).to(like)
+    one = torch.eye(rank).to(like)
     return one, one
 
 
