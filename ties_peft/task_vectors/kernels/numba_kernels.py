@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
-from numba.cpython.unsafe.numbers import trailing_zeros
+from numba.cpython.unsafe import numbers
 from torch import Tensor
 
 from ..elect import MIN_DIVISOR
@@ -26,6 +26,7 @@ TOGETHER = 4  # task vectors that are added to the sums at once
 LEAST_DIVISOR = np.float32(MIN_DIVISOR)
 
 carray: Any = numba.carray  # type: ignore[attr-defined]
+trailing_zeros: Any = numbers.trailing_zeros
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
