@@ -159,7 +159,8 @@ class Method(BaseModel, ABC):
         """Return the trim that `merge` will ask for; None if each of its trims is of one module.
 
         A threshold over the whole adapter must be known before the first module is merged, so it is declared here. By
-        default it follows from parameters that are called `density` and `scope`, if the method has both and no `order_statistics`.
+        default it follows from parameters that are called `density` and `scope`, if the method has both and asks for no
+        `order_statistics`.
         """
         density, scope = getattr(self, "density", None), getattr(self, "scope", None)
         return None if density is None or scope is None or self.order_statistics() else Trim((density,), scope)
