@@ -97,7 +97,7 @@ class _Cuts:
 
     def of(self, module: str) -> list[Cut]:
         """Return the cut of each adapter that has the module."""
-        return [cut for (cut,) in self._thresholds.of_module(module).of(0)]
+        return [cut for (cut,) in self._thresholds.cuts(module, 0)]
 
 
 def _measure_module(
