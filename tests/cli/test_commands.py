@@ -456,7 +456,7 @@ FLAGS = {
     ),
     "push": "--create-pr --json --message --private --revision",
     "methods": "--json",
-    "evaluate": "--bare --base --batch-size --device --harness --harness-path --json --limit --task",
+    "evaluate": "--bare --base --batch-size --device --harness --harness-path --json --limit --precision --task",
     "distil": (
         "--base --base-name --batch-size --device --dtype --fit --force --json --kind --out --rank --rows --seed --start "
         "--state --steps --task --threads --weights"
