@@ -211,6 +211,7 @@ class Totals:
             riders=plan.extra_tensors.lines(),
             task_type=plan.task_type.said,
             weights=plan.weighting,
+            chosen=plan.chosen,
             formula=plan.formula,
             seconds=seconds,
             loops=self.kernels.name if self.kernels is not None else "torch",

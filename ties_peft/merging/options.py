@@ -116,8 +116,9 @@ class Options:
         read=_numbers,
     )
     method: str = _option(
-        "ties",
-        "The rule by which they are combined; `ties-peft methods` lists them.",
+        "auto",
+        "The rule by which they are combined; `ties-peft methods` lists them. auto is dual for LoRA, rms_sum for (IA)³, and "
+        "ties where a parameter of TIES is given.",
         table=TOP,
         key="merge_method",
         tunable=True,

@@ -19,6 +19,8 @@ from ..adapters.targets import check_heads, check_modules, fit_rank
 from ..adapters.types import ModuleInfo, WritablePeftType, output_type
 from ..errors import CompatibilityError, MethodError, RecipeError
 from ..methods import Method, Stages, Trim
+from ..methods.auto import Auto
+from ..methods.rms_sum import RmsSum
 from ..spaces import Space, find_space
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.trim import Scope
@@ -44,8 +46,8 @@ from .options import DEVICE, MERGE, NORM
 from .ranks import output_rank
 from .recipes.recipe import Recipe
 from .recipes.scale import Scale
-from .recipes.schedule import Schedule, count_layers
-from .recipes.settings import make_settings
+from .recipes.schedule import count_layers
+from .recipes.settings import Settings, make_settings
 from .values import check_device, check_whole, output_dtype
 
 Progress = Callable[[str, int, int], None]  # progress(stage, done, of)
@@ -73,6 +75,7 @@ class Plan:
         restore_norm: whether a truncated result is scaled to the norm it had.
         weighting: `norm` for equal-norm weights, else `given`.
         warnings: known from names and shapes alone.
+        chosen: why `auto` chose the method; empty if the method was named.
     """
 
     members: tuple[Member, ...]
@@ -93,6 +96,7 @@ class Plan:
     weighting: str = "given"
     formula: str | None = None
     warnings: list[str] = field(default_factory=list)
+    chosen: str = ""
     _weights: dict[str, list[float]] = field(default_factory=dict, init=False, compare=False)  # by module
 
     @property
@@ -192,7 +196,9 @@ def make_plan(
     Raises: RecipeError, MethodError, CompatibilityError or AdapterError.
     """
     warnings = list(recipe.notes)
-    space, stages, densities = _settings(recipe, len(adapters))
+    asked = _settings(recipe, len(adapters))
+    space, densities = asked.space, asked.densities
+    stages, chosen = _choose(asked, adapters)
     signs = _load_signs(stages.method, recipe.base)
     everyone = [*adapters, *([signs] if signs else [])]
     where = check_device(device)
@@ -241,18 +247,28 @@ def make_plan(
         weighting=NORM if recipe.weights == NORM else "given",
         formula=scale.formula,
         warnings=warnings,
+        chosen=chosen,
     )
 
 
-def _settings(recipe: Recipe, count: int) -> tuple[Space, Stages, tuple[Schedule | None, ...]]:
+def _settings(recipe: Recipe, count: int) -> Settings:
     """Return the space, the methods and the adapters' own densities."""
     if count == 0:
         raise RecipeError("no adapters were given. Name at least one folder or Hub id.")
     densities = recipe.densities if recipe.densities is not None else (None,) * count
     if len(densities) != count:
         raise RecipeError(f"{len(densities)} densities for {count} adapters. Give one per adapter, or None.")
-    settings = make_settings(recipe.method, recipe.space, recipe.parameters, densities)
-    return settings.space, settings.stages, settings.densities
+    return make_settings(recipe.method, recipe.space, recipe.parameters, densities)
+
+
+def _choose(asked: Settings, adapters: Sequence[Adapter]) -> tuple[Stages, str]:
+    """Return the methods, with the one that `auto` stands for in its place, and the reason for that."""
+    if not isinstance(asked.stages.method, Auto):
+        return asked.stages, ""
+    own_densities = any(density is not None for density in asked.densities)
+    kind = output_type(adapters[0].peft_type).name
+    method, reason = asked.stages.method.choose(kind, asked.space.name, own_densities)
+    return replace(asked.stages, method=method), reason
 
 
 def _load_signs(method: Method, base: str | None) -> Adapter | None:
@@ -366,6 +382,8 @@ def _extra_tensors(
     base = common_base(members)
     merging = None
     if recipe.heads == MERGE:
+        if recipe.method == Auto.name and "ia3" not in stages.method.kinds:
+            stages = Stages((), RmsSum(), ())  # the choice for vectors, which takes tensors of every shape
         base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)
         densities = [partial(member.density_at, layers=layers) for member in members]
         merging = make_extra_tensor_merge(stages, base, scale, recipe.seed, densities, device)

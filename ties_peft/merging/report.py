@@ -128,6 +128,7 @@ class Report(Printed):
 
     Attributes:
         method, space: of the merge.
+        chosen: why the default, `auto`, chose the method; empty if it was named.
         kind: the PEFT type of the adapters.
         scale: λ.
         formula: gives λ from the number of adapters; None if λ is a number.
@@ -173,6 +174,7 @@ class Report(Printed):
     task_type: str = ""
     licence: dict[str, Any] = field(default_factory=dict)
     licence_note: str = ""
+    chosen: str = ""
 
     @property
     def scale_text(self) -> str:
@@ -218,6 +220,8 @@ class Report(Printed):
 
     def _outcome(self) -> Table:
         rows = [("merged", f"{self.method} in space {self.space}, scale {self.scale_text}")]
+        if self.chosen:
+            rows.append(("method", f"{self.method}, chosen by auto because {self.chosen}"))
         if self.weights == "norm":
             rows.append(("weights", "norm: the mean of the adapters' norms, divided by each one's own"))
         rows.append(("modules", f"{len(self.modules)}, norm {self.norm:.3g}"))

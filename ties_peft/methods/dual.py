@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..task_vectors.singular_values import Spectrum, spectra, spectrum
+from ..task_vectors.singular_values import Spectrum, spectrum, spectrum_of
 from .base import Method, TaskVectors
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -23,7 +23,7 @@ class Dual(Method):
         n = N·Σ‖wᵢ·τᵢ‖² / ‖Σ wᵢ·τᵢ‖²       how many independent task vectors there are: N, or 1 for N equal ones
         a = 1 − 1/n²                        how far shared directions are divided
         S̄ᵢ ∝ Sᵢ^(1−f), ‖S̄ᵢ‖ = ‖Sᵢ‖, f = 1 − 1/n    spectra drawn to their level
-        τ ∝ (U·Uᵀ)⁻ᵃ·U · diag(S̄₁ … S̄_N) · Vᵀ·(V·Vᵀ)⁻ᵃ,   ‖τ‖² = min(2, n)·Σ‖wᵢ·τᵢ‖²/N
+        τ ∝ (U·Uᵀ)⁻ᵃ·U · diag(S̄₁ … S̄_N) · Vᵀ·(V·Vᵀ)⁻ᵃ,   ‖τ‖² = (3 − 2/n)·Σ‖wᵢ·τᵢ‖²/N
 
     For a = 1 the outer factors are the dual bases: UᵢᵀτVⱼ is 0 for i ≠ j and diag(S̄ᵢ) for i = j, and of all matrices
     with this property τ is the smallest. What several adapters write into one output direction, such as the label words
@@ -53,21 +53,21 @@ class Dual(Method):
 
     def merge(self, task_vectors: TaskVectors) -> Tensor:
         """Combine all of them at once, in shared bases."""
-        matrices = task_vectors.matrices()
-        found = spectra(matrices)
-        if not found:
-            return matrices[0]
-        total = sum(float(one.S.square().sum()) for one in found)
-        n = _independent(matrices.double().sum(0), total, task_vectors.adapters)
+        gram = task_vectors.gram()
+        total, added = float(gram.trace()), float(gram.sum())
+        if not total:
+            return torch.zeros(task_vectors.shape)
+        n = _independent(added, total, task_vectors.adapters)
         flatten = 1 - 1 / n if self.flatten is None else self.flatten
+        found = [one for one in map(spectrum_of, task_vectors.deltas) if len(one)]
         together = _dual([_flattened(one, flatten) for one in found], 1 - 1 / n**2)
         size = float(torch.linalg.vector_norm(together))
-        return together * ((min(2.0, n) * total / task_vectors.adapters) ** 0.5 / size) if size else together
+        return together * (((3 - 2 / n) * total / task_vectors.adapters) ** 0.5 / size) if size else together
 
 
-def _independent(added: Tensor, total: float, count: int) -> float:
+def _independent(added: float, total: float, count: int) -> float:
     """Return n = N·Σ‖τᵢ‖²/‖Στᵢ‖², at least 1 and, where task vectors cancel each other, at most 2N."""
-    return max(1.0, count * total / max(float(added.square().sum()), total / 2))
+    return max(1.0, count * total / max(added, total / 2))
 
 
 def _flattened(one: Spectrum, share: float) -> Spectrum:

@@ -73,6 +73,15 @@ def spectra(matrices: Iterable[Tensor]) -> list[Spectrum]:
     return [found for found in map(spectrum, matrices) if len(found)]
 
 
+def spectrum_of(delta: Delta) -> Spectrum:
+    """Return the decomposition of a task vector; that of factors without multiplying them out."""
+    if not isinstance(delta, LowRank):
+        return spectrum(delta.dense())
+    left, right = torch.linalg.qr(delta.B.double()), torch.linalg.qr(delta.A.double().T)
+    inner = spectrum(left.R @ right.R.T)
+    return Spectrum(left.Q @ inner.U, inner.S, inner.Vt @ right.Q.T)
+
+
 def polar(matrix: Tensor) -> Tensor:
     """Return U·Vᵀ of U·S·Vᵀ, the nearest matrix whose columns (or rows, if it is wide) are orthonormal.
 

@@ -1,0 +1,62 @@
+"""The default: a method for the type of the adapters and for what was asked."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+from ..task_vectors.delta import Delta
+from .base import Method, TaskVectors, merge_to_delta
+from .dual import Dual
+from .rms_sum import RmsSum
+from .ties import Ties
+
+
+class Choice(NamedTuple):
+    """The method that `auto` stands for in one merge.
+
+    Attributes:
+        method: with its parameters.
+        reason: why, as the report gives it.
+    """
+
+    method: Method
+    reason: str
+
+
+class Auto(Ties):
+    """Choose the method: `dual` for LoRA, `rms_sum` for (IA)³, `ties` where something of TIES is asked for.
+
+    Its parameters are those of TIES, and each of them selects `ties`; so do a density of one adapter and a space that `dual`
+    lacks. A merge replaces `auto` by what it stands for before any work, and the report names that and the reason. Rank
+    `auto` then is Σrᵢ for LoRA.
+
+    Law: the result is that of the chosen method.
+    Source: our own. On sample adapters of a sentence encoder (LoRA and (IA)³) and of a language model (LoRA) both choices
+        keep more than TIES as published; see benchmarks/README.md.
+    """
+
+    name: ClassVar[str] = "auto"
+    source: ClassVar[str] = "our own"
+
+    def choose(self, kind: str, space: str = "delta", own_densities: bool = False) -> Choice:
+        """Return the method that it stands for.
+
+        Args:
+            kind: the PEFT type that is written, `lora` or `ia3`.
+            space: the coordinates that were asked for.
+            own_densities: whether an adapter has a density of its own.
+        """
+        given = {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+        if given or own_densities:
+            names = ", ".join(given) or "density"
+            return Choice(Ties(**given), f"{names} {'are parameters' if len(given) > 1 else 'is a parameter'} of TIES")
+        if kind == "ia3":
+            return Choice(RmsSum(), "the result is of type (IA)³")
+        if space not in Dual.spaces:
+            return Choice(Ties(), f"'{Dual.name}', its choice for LoRA, is not offered in space '{space}'")
+        return Choice(Dual(), "the result is a LoRA")
+
+    def merge(self, task_vectors: TaskVectors) -> Delta:
+        """Merge by the method that it stands for."""
+        kind = "lora" if len(task_vectors.shape) == 2 else "ia3"
+        return merge_to_delta(self.choose(kind).method, task_vectors)
