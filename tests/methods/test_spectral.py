@@ -164,7 +164,7 @@ def dual(deltas: Sequence[Array], flatten: float | None = None) -> Array:
         return (vectors[:, there] * values[there] ** -a) @ vectors[:, there].T @ stack
 
     made = divided(np.hstack([U for U, _, _ in found])) @ np.diag(S) @ divided(np.hstack([Vt.T for *_, Vt in found])).T
-    return made * np.sqrt(min(2, n) * total / N) / np.linalg.norm(made)
+    return made * np.sqrt((3 - 2 / n) * total / N) / np.linalg.norm(made)
 
 
 def iso_c(deltas: Sequence[Array]) -> Array:

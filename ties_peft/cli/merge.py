@@ -122,6 +122,7 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
         "kind": plan.title,
         "modules": len(plan.modules),
         "method": plan.method.name,
+        **({"chosen": plan.chosen} if plan.chosen else {}),
         "space": plan.space.name,
         "scale": plan.scale,
         "rank": plan.rank,

@@ -43,7 +43,7 @@ from .extra_task_vectors import make_extra_tensor_merge
 from .extra_tensors import ExtraTensors, plan_extra_tensors
 from .members import Member, make_members
 from .options import DEVICE, MERGE, NORM
-from .ranks import output_rank
+from .ranks import output_rank, total_rank
 from .recipes.recipe import Recipe
 from .recipes.scale import Scale
 from .recipes.schedule import count_layers
@@ -198,7 +198,7 @@ def make_plan(
     warnings = list(recipe.notes)
     asked = _settings(recipe, len(adapters))
     space, densities = asked.space, asked.densities
-    stages, chosen = _choose(asked, adapters)
+    stages, chosen = _choose(asked, adapters, recipe.rank)
     signs = _load_signs(stages.method, recipe.base)
     everyone = [*adapters, *([signs] if signs else [])]
     where = check_device(device)
@@ -261,13 +261,15 @@ def _settings(recipe: Recipe, count: int) -> Settings:
     return make_settings(recipe.method, recipe.space, recipe.parameters, densities)
 
 
-def _choose(asked: Settings, adapters: Sequence[Adapter]) -> tuple[Stages, str]:
+def _choose(asked: Settings, adapters: Sequence[Adapter], rank: int | str) -> tuple[Stages, str]:
     """Return the methods, with the one that `auto` stands for in its place, and the reason for that."""
     if not isinstance(asked.stages.method, Auto):
         return asked.stages, ""
     own_densities = any(density is not None for density in asked.densities)
     kind = output_type(adapters[0].peft_type).name
-    method, reason = asked.stages.method.choose(kind, asked.space.name, own_densities)
+    method, reason = asked.stages.method.choose(
+        kind, asked.space.name, own_densities, rank if isinstance(rank, int) else None, total_rank(adapters)
+    )
     return replace(asked.stages, method=method), reason
 
 

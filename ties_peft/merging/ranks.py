@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..adapters.adapter import Adapter
@@ -62,6 +63,14 @@ def output_rank(
             f"({' × '.join(map(str, largest_shape))})."
         )
     return written
+
+
+def total_rank(adapters: Iterable[Adapter]) -> int:
+    """Return the largest Σrᵢ of any module; 0 for PEFT types that have no rank."""
+    totals: Counter[str] = Counter()
+    for adapter in adapters:
+        totals.update({name: module.rank for name, module in adapter.layout.items()})
+    return max(totals.values(), default=0)
 
 
 def _total(

@@ -26,25 +26,32 @@ class Choice(NamedTuple):
 class Auto(Ties):
     """Choose the method: `dual` for LoRA, `rms_sum` for (IA)³, `ties` where something of TIES is asked for.
 
+        LoRA, rank `auto` or at least Σrᵢ     dual, at rank Σrᵢ
+        LoRA, a smaller rank                  dual with flatten 0: a flat spectrum has no small directions to leave out
+        (IA)³                                 rms_sum
+
     Its parameters are those of TIES, and each of them selects `ties`; so do a density of one adapter and a space that `dual`
-    lacks. A merge replaces `auto` by what it stands for before any work, and the report names that and the reason. Rank
-    `auto` then is Σrᵢ for LoRA.
+    lacks. A merge replaces `auto` by what it stands for before any work, and the report names that and the reason.
 
     Law: the result is that of the chosen method.
-    Source: our own. On sample adapters of a sentence encoder (LoRA and (IA)³) and of a language model (LoRA) both choices
-        keep more than TIES as published; see benchmarks/README.md.
+    Source: our own. On the sample adapters of a sentence encoder (LoRA and (IA)³) and of a language model (LoRA) these
+        choices keep more than TIES as published; see benchmarks/README.md.
     """
 
     name: ClassVar[str] = "auto"
     source: ClassVar[str] = "our own"
 
-    def choose(self, kind: str, space: str = "delta", own_densities: bool = False) -> Choice:
+    def choose(
+        self, kind: str, space: str = "delta", own_densities: bool = False, rank: int | None = None, total: int = 0
+    ) -> Choice:
         """Return the method that it stands for.
 
         Args:
             kind: the PEFT type that is written, `lora` or `ia3`.
             space: the coordinates that were asked for.
             own_densities: whether an adapter has a density of its own.
+            rank: of the result, where a number was asked for.
+            total: Σrᵢ.
         """
         given = {name: getattr(self, name) for name in sorted(self.model_fields_set)}
         if given or own_densities:
@@ -54,6 +61,8 @@ class Auto(Ties):
             return Choice(RmsSum(), "the result is of type (IA)³")
         if space not in Dual.spaces:
             return Choice(Ties(), f"'{Dual.name}', its choice for LoRA, is not offered in space '{space}'")
+        if rank is not None and rank < total:
+            return Choice(Dual(flatten=0.0), f"the result is a LoRA; flatten is 0 because rank {rank} is under Σrᵢ = {total}")
         return Choice(Dual(), "the result is a LoRA")
 
     def merge(self, task_vectors: TaskVectors) -> Delta:

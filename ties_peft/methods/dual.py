@@ -48,8 +48,8 @@ class Dual(Method):
     flatten: Share | None = Field(None, description="f, how far each spectrum is flattened; none for 1 − 1/n")
 
     def has_flat_spectrum(self) -> bool:
-        """Return true."""
-        return True
+        """Return whether the spectra are flattened."""
+        return self.flatten != 0
 
     def merge(self, task_vectors: TaskVectors) -> Tensor:
         """Combine all of them at once, in shared bases."""
