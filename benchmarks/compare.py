@@ -39,7 +39,8 @@ LORA = [
     Setting("average"),
     Setting("task_arithmetic"),
     Setting("task_arithmetic", scale=ROOT_N),
-    Setting("dual"),
+    Setting("auto"),
+    *(Setting("auto", rank=rank) for rank in (32, 16)),
     Setting("flat_tsv"),
     Setting("flat_tsv", rank=32),
     Setting("flat_tsv", rank=16),
@@ -92,6 +93,7 @@ LORA = [
 ]
 IA3 = [
     REFERENCE,
+    Setting("auto"),
     Setting("average"),
     Setting("task_arithmetic"),
     Setting("task_arithmetic", scale=ROOT_N),
@@ -115,9 +117,15 @@ CANDIDATES = {
         Setting("tsv", scale=FOURTH_ROOT_N),
         Setting("flat_tsv"),
         Setting("iso_c"),
-        Setting("dual"),
+        Setting("auto"),
     ],
-    "ia3": [REFERENCE, Setting("task_arithmetic"), Setting("task_arithmetic", scale=ROOT_N), Setting("power_mean")],
+    "ia3": [
+        REFERENCE,
+        Setting("task_arithmetic"),
+        Setting("task_arithmetic", scale=ROOT_N),
+        Setting("power_mean"),
+        Setting("auto"),
+    ],
 }
 
 
@@ -167,8 +175,8 @@ def line(label: str, record: Mapping[str, Any], own: Mapping[str, float], agains
     }
 
 
-def whole(bench: Bench, kind: str, console: Console) -> list[dict[str, Any]]:
-    """Every setting on all six adapters, after what merges are measured against."""
+def whole(bench: Bench, kind: str, console: Console, methods: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every setting, or those of some methods, on all six adapters, after what merges are measured against."""
     everyone = dict.fromkeys(minilm.TASKS, 1.0)
     against = bench.merged(kind, everyone, REFERENCE, bench.tasks)
     singles = {task: bench.single(kind, task) for task in minilm.TASKS}
@@ -177,6 +185,8 @@ def whole(bench: Bench, kind: str, console: Console) -> list[dict[str, Any]]:
     references = {"base": bench.base(), "own adapters": together, "multitask-trained": bench.multitask(kind)}
     rows = [line(label, record, own, against) for label, record in references.items()]
     for setting in TABLES[kind]:
+        if methods and setting.method not in methods:
+            continue
         try:
             record = bench.merged(kind, everyone, setting, bench.tasks)
         except ties_peft.TiesPeftError as error:
@@ -275,6 +285,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--subsets", action="store_true", help="encoder: two to six adapters, of like and unlike lengths"
     )
+    parser.add_argument("--methods", nargs="+", help="no other merges are made (default: all)")
     parser.add_argument("--log", type=Path, help="keep every result there, a line each, and do none twice")
     parser.add_argument("--json", type=Path, help="write the table there")
     of_lm = parser.add_argument_group("language model")
@@ -283,7 +294,6 @@ def parse() -> argparse.Namespace:
     of_lm.add_argument("--device", default="cpu", help="where rows are scored; merges are made on the CPU")
     of_lm.add_argument("--tf32", action="store_true", help="let a GPU multiply with 10 bits of mantissa")
     of_lm.add_argument("--processes", type=int, default=1, help="that merge at the same time (1)")
-    of_lm.add_argument("--methods", nargs="+", help="no other merges are made (default: all)")
     of_lm.add_argument("--seconds", type=float, help="stop after so many; 0 makes the tables of what is in the log")
     return parser.parse_args()
 
@@ -318,7 +328,7 @@ def compare_encoder(asked: argparse.Namespace, console: Console) -> dict[str, An
         "versions": versions(),
     }
     for kind in asked.kinds:
-        found[kind] = subsets(bench, kind) if asked.subsets else whole(bench, kind, console)
+        found[kind] = subsets(bench, kind) if asked.subsets else whole(bench, kind, console, asked.methods or ())
         show(found[kind], console, f"{kind}, {asked.rows} {asked.split} rows a task")
     return found
 

@@ -37,7 +37,7 @@ import ties_peft
 REFERENCE = Setting("ties")
 PUBLISHED = (  # judged on subsets of the adapters as well
     REFERENCE,
-    Setting("dual"),
+    Setting("auto"),
     Setting("iso_c"),
     Setting("iso_c", scale=1.3),
     Setting("flat_tsv"),
@@ -73,7 +73,7 @@ FULL = (  # on all six
     Setting("wudi"),
 )
 FURTHER = (  # on all six, last
-    *(Setting(name, rank=rank) for name in ("dual", "iso_c", "flat_tsv") for rank in (16, 8)),
+    *(Setting(name, rank=rank) for name in ("auto", "iso_c", "flat_tsv") for rank in (16, 8)),
     *(Setting("tsv", scale=FOURTH_ROOT_N, rank=rank) for rank in (16, 8)),
     *(Setting("ties", space="core", rank=rank) for rank in (16, 8)),
     Setting("iso_c", scale=0.7),
