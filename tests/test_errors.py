@@ -231,12 +231,12 @@ ASKED: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "fp16"}, "unknown dtype 'fp16': did you mean 'float16'? Known: bfloat16, float16, float32."),
     (
         {"density": 1.5},
-        "method 'ties', parameter 'density' is 1.5: input should be less than or equal to 1 "
+        "method 'auto', parameter 'density' is 1.5: input should be less than or equal to 1 "
         "(share of the entries that the trim keeps, in (0, 1]).",
     ),
     (
         {"scope": "all"},
-        "method 'ties', parameter 'scope' is 'all': input should be 'adapter' or 'module' "
+        "method 'auto', parameter 'scope' is 'all': input should be 'adapter' or 'module' "
         "(rank magnitudes over the whole adapter (the paper) or each module).",
     ),
     (

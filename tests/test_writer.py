@@ -368,7 +368,7 @@ def test_the_card(merged: Merged, tmp_path: Path) -> None:
     front = front_matter(card)
     assert front["base_model"] == "org/base"
     assert front["library_name"] == "peft"
-    assert {"merge", "lora", "ties"} <= set(front["tags"])
+    assert {"merge", "lora", "dual"} <= set(front["tags"])
     for line in merged.report.adapters:
         assert line.digest[:12] in card
     assert "2 LoRA adapters" in card

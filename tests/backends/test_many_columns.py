@@ -261,7 +261,7 @@ def test_ties_of_many_is_the_definition(make_lora: Callable[..., Path], space: s
             bases[name] = np.linalg.svd(np.hstack(own), full_matrices=False)[0], np.eye(shapes[name][1])
     inside = [{n: bases[n][0].T @ v @ bases[n][1] for n, v in vector.items()} for vector in vectors]
     wanted = definition.ties(inside, [1.0] * 6)
-    merged = ties_peft.merge(paths, space=space, rank="max")
+    merged = ties_peft.merge(paths, "ties", space=space, rank="max")
     for name, (left, right) in bases.items():
         whole = left @ wanted[name] @ right.T
         np.testing.assert_allclose(merged.delta(name).numpy(), whole, atol=2e-5 * np.abs(whole).max())
@@ -288,10 +288,10 @@ def test_small_encodings_are_made_once(make_lora: Callable[..., Path], monkeypat
     plain = CoreEncoding.__init__
     monkeypatch.setattr(CoreEncoding, "__init__", lambda self, *given: (made.append(1), plain(self, *given))[1])
     paths = [make_lora(f"a{n}", seed=n) for n in range(3)]
-    ties_peft.merge(paths, space="core", rank=8)
+    ties_peft.merge(paths, "ties", space="core", rank=8)
     assert len(made) == 3  # modules
     monkeypatch.setattr("ties_peft.merging.encoding.KEPT_BYTES", 0)
-    ties_peft.merge(paths, space="core", rank=8)
+    ties_peft.merge(paths, "ties", space="core", rank=8)
     assert len(made) > 6
 
 
@@ -301,12 +301,12 @@ def test_cuts_are_the_same_sought_a_few_adapters_at_a_time(
     make_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, space: str, kept: bool
 ) -> None:
     paths = [make_lora(f"a{n}", seed=n) for n in range(5)]
-    plain = ties_peft.merge(paths, space=space, rank=8)
+    plain = ties_peft.merge(paths, "ties", space=space, rank=8)
     monkeypatch.setattr("ties_peft.merging.thresholds.BATCH", 2)
     if not kept:
         monkeypatch.setattr("ties_peft.merging.encoding.KEPT_BYTES", 0)
     told: list[int] = []
-    again = ties_peft.merge(paths, space=space, rank=8, progress=lambda stage, done, of: told.append(done))
+    again = ties_peft.merge(paths, "ties", space=space, rank=8, progress=lambda stage, done, of: told.append(done))
     assert told[: 3 if kept else 1] == ([2, 4, 5] if kept else [5])
     assert all(torch.equal(plain.delta(name), again.delta(name)) for name in plain.modules)
     assert [line.kept for line in plain.report.adapters] == [line.kept for line in again.report.adapters]

@@ -336,7 +336,7 @@ def test_no_module_in_common_is_refused_unless_allowed(make: Maker) -> None:
 ASKED: dict[str, tuple[tuple[str, ...], type[Exception], tuple[str, ...]]] = {
     "unknown method": (("--method", "tise"), RecipeError, ("method 'tise'", "did you mean 'ties'", "average")),
     "unknown space": (("--space", "dleta"), RecipeError, ("space 'dleta'", "did you mean 'delta'", "factors")),
-    "unknown parameter": (("--set", "densty=0.3"), MethodError, ("ties", "'densty'", "did you mean 'density'")),
+    "unknown parameter": (("--set", "densty=0.3"), MethodError, ("auto", "'densty'", "did you mean 'density'")),
     "lacking": (("--method", "average", "--density", "0.3"), MethodError, ("average", "density")),
     "set without a value": (("--set", "elect"), RecipeError, ("--set", "elect", "NAME=VALUE")),
     "set to no known value": (("--set", "elect=cont"), MethodError, ("elect", "'cont'", "'mass', 'count' or 'none'")),
@@ -398,7 +398,7 @@ def test_rank_on_ia3_is_refused(make: Maker) -> None:
 
 
 def test_factors_is_not_for_ia3(make: Maker) -> None:
-    message = refused(make, make.ia3("a"), "--space", "factors")
+    message = refused(make, make.ia3("a"), "--method", "ties", "--space", "factors")
     assert "factors" in message and "(IA)³" in message and "delta" in message
 
 

@@ -56,8 +56,8 @@ def test_merge_writes_an_adapter_and_says_so(pair: tuple[str, str], here: Path) 
 
 
 def test_the_table_holds_the_facts(pair: tuple[str, str]) -> None:
-    out = run("merge", *pair, "--out", "out").out
-    report = ties_peft.merge(list(pair)).report
+    out = run("merge", *pair, "--method", "ties", "--out", "out").out
+    report = ties_peft.merge(list(pair), "ties").report
     assert "2 LoRA adapters" in out
     for line in report.adapters:
         row = next(row for row in out.splitlines() if f" {line.name} " in row)

@@ -28,7 +28,9 @@ from ties_peft.task_vectors.kernels import backends as fast
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 NAME = "overridden"
-TRIMMING = [name for name, cls in method_classes().items() if cls().trims() is not None]
+MERGING = [name for name, cls in method_classes().items() if not cls.chooses()]  # those that choose another never merge
+TRIMMING = [name for name in MERGING if method_classes()[name]().trims() is not None]
+CELLS = [cell for cell in OFFERED if not cell.cls.chooses()]
 Rule = Callable[[Any, TaskVectors], Tensor | Delta]
 
 
@@ -135,7 +137,7 @@ def _ahead(adapter: Adapter, name: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("cell", "rule"),
     covering(
-        itertools.product(OFFERED, [summed, counted]), lambda case: (case[0].method, (case[0][1:], case[1])), "merge"
+        itertools.product(CELLS, [summed, counted]), lambda case: (case[0].method, (case[0][1:], case[1])), "merge"
     ),
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )
@@ -209,7 +211,7 @@ def test_a_trim_that_was_not_declared(scope: str) -> None:
         assert_close(merged, definition.ties([vectors(a) for a in adapters], weights, 0.5, scope))
 
 
-@pytest.mark.parametrize("name", sorted(method_classes()))
+@pytest.mark.parametrize("name", MERGING)
 def test_one_put_in_the_place_of_a_methods_own_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls = method_classes()[name]
     kind = "lora" if "lora" in cls.kinds else "ia3"
@@ -227,7 +229,7 @@ def test_one_put_in_the_place_of_a_methods_own_runs(name: str, monkeypatch: pyte
     assert_close(after, {module: 2 * before.delta(module).double().numpy() for module in before.modules})
 
 
-@pytest.mark.parametrize("cell", covering(OFFERED, lambda cell: (cell.method, cell[1:]), "adds"), ids=str)
+@pytest.mark.parametrize("cell", covering(CELLS, lambda cell: (cell.method, cell[1:]), "adds"), ids=str)
 def test_one_that_adds_to_the_methods_own(cell: Cell) -> None:
     """It calls the one that it overrides, which finds what it is used to: whole or by rows, trimmed exactly."""
     cls = cell.cls

@@ -276,7 +276,10 @@ def test_the_command_line_and_the_recipe(
 ) -> None:
     folders = [hold(f"a{i}", {HEAD: drawn(i, 5, 7)}, seed=i) for i in range(2)]
     for more in (["--dry-run"], ["--out", "out"]):
-        monkeypatch.setattr("sys.argv", ["ties-peft", "merge", *folders, "--heads", "merge", "--base", "base", *more])
+        monkeypatch.setattr(
+            "sys.argv",
+            ["ties-peft", "merge", *folders, "--method", "ties", "--heads", "merge", "--base", "base", *more],
+        )
         try:
             cli.main()
         except SystemExit as stop:
@@ -290,8 +293,12 @@ def test_the_command_line_and_the_recipe(
 def test_adapters_that_are_open_already(hold: Hold) -> None:
     folder = hold("a", {HEAD: drawn(1, 5, 7)})
     expected = whole(merge([folder]))[HEAD]
-    assert torch.equal(whole(ties_peft.merge([Adapter.load(folder)], base="base", heads="merge"))[HEAD], expected)
-    assert torch.equal(whole(ties_peft.merge([Adapter.load(folder, base="base")], heads="merge"))[HEAD], expected)
+    assert torch.equal(
+        whole(ties_peft.merge([Adapter.load(folder)], "ties", base="base", heads="merge"))[HEAD], expected
+    )
+    assert torch.equal(
+        whole(ties_peft.merge([Adapter.load(folder, base="base")], "ties", heads="merge"))[HEAD], expected
+    )
 
 
 @pytest.mark.parametrize("heads", ["merge", "drop"])
@@ -314,7 +321,7 @@ def test_what_a_base_ties_is_said_to_be_tied(hold: Hold) -> None:
 
 def test_a_prepared_merge_knows_the_base_too(hold: Hold) -> None:
     folders = [hold("a", {HEAD: drawn(1, 5, 7)}), hold("b", {HEAD: drawn(2, 5, 7)}, seed=1)]
-    prepared = ties_peft.prepare(folders, "delta", heads="merge", base="base").merge(density=0.5)
+    prepared = ties_peft.prepare(folders, "delta", heads="merge", base="base").merge("ties", density=0.5)
     plain = merge(folders, density=0.5)
     assert prepared.recipe == plain.recipe and prepared.recipe.base == "base"
     assert prepared.digest == plain.digest

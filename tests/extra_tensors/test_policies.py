@@ -304,7 +304,7 @@ def test_report_card_provenance_recipe(hold: Hold, tmp_path: Path) -> None:
     folders = [hold("a", head(1) | {"layers.0.k.bias": torch.ones(4)}), hold("b", head(2), seed=1)]
     merged = ties_peft.merge(folders, heads="average")
     merged.save("out")
-    assert "whole layers   1 bias: kept, held by a\n" in str(merged.report)
+    assert "1 bias: kept, held by a\n" in str(merged.report)
     assert "score: the weighted mean of a, b\n" in str(merged.report)
     card = Path("out/README.md").read_text()
     assert "\n- 1 bias: kept, held by a\n- score: the weighted mean of a, b\n" in card

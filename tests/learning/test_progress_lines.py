@@ -119,7 +119,7 @@ def half_minutes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["merge", "a", "b", "--out", "out", "--json"], ["trim: 2 of 2", "merge: 4 of 4"]),
+        (["merge", "a", "b", "--method", "ties", "--out", "out", "--json"], ["trim: 2 of 2", "merge: 4 of 4"]),
         (["convert", "a", "--out", "out", "--rank", "1", "--json"], ["merge: 4 of 4"]),
         (["evaluate", "a", "--task", "toy.yaml", "--json"], ["toy: 12 of 12"]),
         (

@@ -92,7 +92,7 @@ def test_a_prepared_merge_and_the_command_line_agree(loras: list[Path], tmp_path
 
 
 def test_an_unknown_parameter_is_refused_with_the_known_ones(loras: list[Path]) -> None:
-    with pytest.raises(ties_peft.MethodError, match="densty.*density"):
+    with pytest.raises(ties_peft.MethodError, match=r"densty.*density"):
         ties_peft.merge(loras, densty=0.3)
 
 

@@ -116,7 +116,9 @@ def test_one_adapter_with_a_weight(folders: Folders, density: float, disjoint: s
 
 
 def test_ties_without_a_word_is_the_papers(folders: Folders) -> None:
-    assert_equal(merge(folders), definition.ties(read(folders), UNIT, density=0.2, scope="adapter", scale=1.0))
+    assert_equal(
+        merge(folders, method="ties"), definition.ties(read(folders), UNIT, density=0.2, scope="adapter", scale=1.0)
+    )
 
 
 @pytest.mark.parametrize("elect", ["mass", "count"])

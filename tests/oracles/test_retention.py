@@ -237,7 +237,7 @@ def rows(report: ties_peft.Report) -> list[list[str]]:
 
 
 def test_the_report_prints_projections(loras: list[Path]) -> None:
-    report = ties_peft.merge(loras).report
+    report = ties_peft.merge(loras, "ties").report
     head, *lines = rows(report)
     place = head.index("projection") + 1  # an adapter's number and its name stand under one heading
     assert [float(line[place]) for line in lines] == [round(own.projection or 0, 3) for own in report.adapters]
@@ -286,7 +286,7 @@ def said(merged: ties_peft.Merged, words: str) -> list[str]:
 
 
 def test_an_adapter_of_which_little_is_left_is_named(make_lora: Make) -> None:
-    merged = ties_peft.merge(of_norms(make_lora, NORMS))
+    merged = ties_peft.merge(of_norms(make_lora, NORMS), "ties")
     assert [line.norm for line in merged.report.adapters] == pytest.approx(list(NORMS.values()), rel=1e-5)
     figures = {line.name: line.projection for line in merged.report.adapters}
     assert figures["c"] is not None and figures["c"] < 0.15

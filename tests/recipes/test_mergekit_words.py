@@ -44,8 +44,9 @@ def test_these_are_theirs(text: str) -> None:
 
 
 def test_nothing_is_converted_in_a_file_of_ours() -> None:
-    assert Recipe.from_yaml(OURS[0]) == Recipe(("a", "b"), base_model="x")
-    assert Recipe.from_yaml(OURS[2]) == Recipe(("a", "b"))
+    assert Recipe.from_yaml(OURS[0]) == Recipe(("a", "b"), method="ties", base_model="x")
+    assert Recipe.from_yaml(OURS[2]) == Recipe(("a", "b"), method="ties")
+    assert Recipe.from_yaml(OURS[1]) == Recipe(("a", "b"))
 
 
 @pytest.mark.parametrize(

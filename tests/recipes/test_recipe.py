@@ -57,7 +57,7 @@ def test_what_is_written_can_be_read_by_eye() -> None:
 
 def test_defaults_are_left_out() -> None:
     assert Recipe(("a",)).to_dict() == {
-        "merge_method": "ties",
+        "merge_method": "auto",
         "adapters": [{"adapter": "a"}],
         "parameters": {"space": "delta", "rank": "auto", "seed": 0},
     }
@@ -73,7 +73,7 @@ adapters:                       # `models:` is accepted as its synonym
 parameters: {scale: 1.0, space: delta, rank: 32}
 dtype: bfloat16
 """
-    expected = Recipe(("org/a", "path/b"), (1.0, 1.0), (0.3, None), scale=1.0, rank=32, dtype="bfloat16")
+    expected = Recipe(("org/a", "path/b"), (1.0, 1.0), (0.3, None), "ties", scale=1.0, rank=32, dtype="bfloat16")
     assert Recipe.from_yaml(text) == expected
     words = text.replace("adapters:", "models:").replace("adapter:", "model:")
     assert Recipe.from_yaml(words) == expected
@@ -101,7 +101,7 @@ REFUSED = [
     ("adapters: [a]\nparamters: {}", 2, ["did you mean 'parameters'?"]),
     ("adapters:\n  - adaptor: a", 2, ["unknown key 'adaptor'", "did you mean 'adapter'?"]),
     ("adapters:\n  - adapter: a\n    parameters: {wieght: 1}", 3, ["did you mean 'weight'?"]),
-    ("adapters: [a]\nparameters:\n  rank: 4\n  densty: 0.3", 4, ["method 'ties'", "did you mean 'density'?"]),
+    ("adapters: [a]\nparameters:\n  rank: 4\n  densty: 0.3", 4, ["method 'auto'", "did you mean 'density'?"]),
     ("adapters: [a]\nparameters:\n  sacle: 2", 3, ["unknown parameter 'sacle'", "did you mean 'scale'?"]),
     ("adapters: [a]\nparameters:\n  space: core\n  balancd: true", 4, ["did you mean 'balanced'?"]),
     ("adapters: [a]\nparameters:\n  balanced: true", 3, ["unknown parameter 'balanced'"]),
@@ -116,7 +116,7 @@ REFUSED = [
     ("adapters:\n- a\n- adapter: b\n  parameters:\n    density: 0", 5, ["density", "0"]),
     ("adapters: [a]\nparameters:\n  scope: moduel", 3, ["scope", "moduel"]),
     ("adapters: [a]\nparameters:\n  sign_from: 3", 3, ["sign_from is 3", "expected an adapter"]),
-    ("adapters: [a]\nparameters:\n  ties.density: 0.3\n  density: 0.3", 2, ["one parameter"]),
+    ("adapters: [a]\nmerge_method: ties\nparameters:\n  ties.density: 0.3\n  density: 0.3", 3, ["one parameter"]),
     ("adapters: [a]\nmerge_method:", 2, ["merge_method is None", "expected text"]),
     ("adapters: [a]\nparameters:\n  rank:", 3, ["rank is None"]),
     ("adapters: [a]\nmerge_method: 3", 2, ["merge_method is 3", "expected text"]),

@@ -18,9 +18,7 @@ from ..adapters.base_model import BaseModel
 from ..adapters.targets import check_heads, check_modules, fit_rank
 from ..adapters.types import ModuleInfo, WritablePeftType, output_type
 from ..errors import CompatibilityError, MethodError, RecipeError
-from ..methods import Method, Stages, Trim
-from ..methods.auto import Auto
-from ..methods.rms_sum import RmsSum
+from ..methods import Method, Stages, Trim, make_method
 from ..spaces import Space, find_space
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.trim import Scope
@@ -46,8 +44,8 @@ from .options import DEVICE, MERGE, NORM
 from .ranks import output_rank, total_rank
 from .recipes.recipe import Recipe
 from .recipes.scale import Scale
-from .recipes.schedule import count_layers
-from .recipes.settings import Settings, make_settings
+from .recipes.schedule import Schedule, count_layers
+from .recipes.settings import make_settings
 from .values import check_device, check_whole, output_dtype
 
 Progress = Callable[[str, int, int], None]  # progress(stage, done, of)
@@ -75,7 +73,7 @@ class Plan:
         restore_norm: whether a truncated result is scaled to the norm it had.
         weighting: `norm` for equal-norm weights, else `given`.
         warnings: known from names and shapes alone.
-        chosen: why `auto` chose the method; empty if the method was named.
+        chosen: why the method that was asked for, `auto`, chose this one; empty if this one was asked for.
     """
 
     members: tuple[Member, ...]
@@ -196,9 +194,7 @@ def make_plan(
     Raises: RecipeError, MethodError, CompatibilityError or AdapterError.
     """
     warnings = list(recipe.notes)
-    asked = _settings(recipe, len(adapters))
-    space, densities = asked.space, asked.densities
-    stages, chosen = _choose(asked, adapters, recipe.rank)
+    space, stages, densities, chosen = _settings(recipe, adapters)
     signs = _load_signs(stages.method, recipe.base)
     everyone = [*adapters, *([signs] if signs else [])]
     where = check_device(device)
@@ -226,7 +222,7 @@ def make_plan(
     value = scale.at(len(members))
     _warn_published_scale(value, stages, len(members), warnings)
     check_whole("the seed", recipe.seed, 0)
-    extra_tensors = _extra_tensors(recipe, stages, value, members, modules, where, warnings)
+    extra_tensors = _extra_tensors(recipe, stages, chosen, value, members, modules, where, warnings)
     warn_orientation(members, warnings)
     return Plan(
         members=members,
@@ -251,26 +247,23 @@ def make_plan(
     )
 
 
-def _settings(recipe: Recipe, count: int) -> Settings:
-    """Return the space, the methods and the adapters' own densities."""
+def _settings(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[Space, Stages, tuple[Schedule | None, ...], str]:
+    """Return the space, the methods, the adapters' own densities, and why a method that chooses chose another."""
+    count = len(adapters)
     if count == 0:
         raise RecipeError("no adapters were given. Name at least one folder or Hub id.")
     densities = recipe.densities if recipe.densities is not None else (None,) * count
     if len(densities) != count:
         raise RecipeError(f"{len(densities)} densities for {count} adapters. Give one per adapter, or None.")
-    return make_settings(recipe.method, recipe.space, recipe.parameters, densities)
-
-
-def _choose(asked: Settings, adapters: Sequence[Adapter], rank: int | str) -> tuple[Stages, str]:
-    """Return the methods, with the one that `auto` stands for in its place, and the reason for that."""
-    if not isinstance(asked.stages.method, Auto):
-        return asked.stages, ""
-    own_densities = any(density is not None for density in asked.densities)
-    kind = output_type(adapters[0].peft_type).name
-    method, reason = asked.stages.method.choose(
-        kind, asked.space.name, own_densities, rank if isinstance(rank, int) else None, total_rank(adapters)
+    made = make_settings(recipe.method, recipe.space, recipe.parameters, densities)
+    choice = made.stages.method.choose(
+        output_type(adapters[0].peft_type).name,
+        made.space.name,
+        any(density is not None for density in made.densities),
+        recipe.rank if isinstance(recipe.rank, int) else None,
+        total_rank(adapters),
     )
-    return replace(asked.stages, method=method), reason
+    return made.space, replace(made.stages, method=choice.method), made.densities, choice.reason
 
 
 def _load_signs(method: Method, base: str | None) -> Adapter | None:
@@ -373,6 +366,7 @@ def _trim(method: Method, space: Space) -> Trim | None:
 def _extra_tensors(
     recipe: Recipe,
     stages: Stages,
+    chosen: str,
     scale: float,
     members: Sequence[Member],
     modules: Iterable[str],
@@ -384,8 +378,9 @@ def _extra_tensors(
     base = common_base(members)
     merging = None
     if recipe.heads == MERGE:
-        if recipe.method == Auto.name and "ia3" not in stages.method.kinds:
-            stages = Stages((), RmsSum(), ())  # the choice for vectors, which takes tensors of every shape
+        if chosen and "ia3" not in stages.method.kinds:
+            vectors = make_method(recipe.method, {}).choose("ia3").method  # which takes tensors of every shape
+            stages = replace(stages, method=vectors)
         base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)
         densities = [partial(member.density_at, layers=layers) for member in members]
         merging = make_extra_tensor_merge(stages, base, scale, recipe.seed, densities, device)

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from ..task_vectors.delta import Delta
-from .base import Method, TaskVectors, merge_to_delta
+from .base import Choice, TaskVectors, merge_to_delta
 from .dual import Dual
 from .rms_sum import RmsSum
 from .ties import Ties
-
-
-class Choice(NamedTuple):
-    """The method that `auto` stands for in one merge.
-
-    Attributes:
-        method: with its parameters.
-        reason: why, as the report gives it.
-    """
-
-    method: Method
-    reason: str
 
 
 class Auto(Ties):
@@ -44,15 +32,9 @@ class Auto(Ties):
     def choose(
         self, kind: str, space: str = "delta", own_densities: bool = False, rank: int | None = None, total: int = 0
     ) -> Choice:
-        """Return the method that it stands for.
-
-        Args:
-            kind: the PEFT type that is written, `lora` or `ia3`.
-            space: the coordinates that were asked for.
-            own_densities: whether an adapter has a density of its own.
-            rank: of the result, where a number was asked for.
-            total: Σrᵢ.
-        """
+        """Return the method that it stands for."""
+        if type(self) is not Auto:  # a subclass has a merge of its own
+            return Choice(self)
         given = {name: getattr(self, name) for name in sorted(self.model_fields_set)}
         if given or own_densities:
             names = ", ".join(given) or "density"
@@ -62,10 +44,12 @@ class Auto(Ties):
         if space not in Dual.spaces:
             return Choice(Ties(), f"'{Dual.name}', its choice for LoRA, is not offered in space '{space}'")
         if rank is not None and rank < total:
-            return Choice(Dual(flatten=0.0), f"the result is a LoRA; flatten is 0 because rank {rank} is under Σrᵢ = {total}")
+            return Choice(
+                Dual(flatten=0.0), f"the result is a LoRA; flatten is 0 because rank {rank} is under Σrᵢ = {total}"
+            )
         return Choice(Dual(), "the result is a LoRA")
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
-        """Merge by the method that it stands for."""
+        """Merge by the method that it stands for, by the shape alone: a merge of adapters calls that method itself."""
         kind = "lora" if len(task_vectors.shape) == 2 else "ia3"
         return merge_to_delta(self.choose(kind).method, task_vectors)

@@ -53,7 +53,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -68,6 +68,18 @@ Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 ABOUT_MERGE = ("entrywise", "spectral", "linear")  # statements about the `merge` of the same class
 
 
+class Choice(NamedTuple):
+    """The method that a merge uses.
+
+    Attributes:
+        method: with its parameters.
+        reason: why another method chose it, as the report gives it; empty if it was asked for.
+    """
+
+    method: Method
+    reason: str = ""
+
+
 class Method(BaseModel, ABC):
     """A rule that combines the task vectors of one module.
 
@@ -79,6 +91,7 @@ class Method(BaseModel, ABC):
     - how it can be computed: `entrywise`, `spectral`, `linear`, `has_flat_spectrum`. They save memory and time or choose
       the rank; without them the result is right, but slower, or cut to the default rank;
     - what is found over all modules before the first merge: `trims`, `order_statistics`;
+    - which other methods it stands for: `choose`;
     - its place in a row of methods such as `dare+ties`: `prepare` to stand before another, `finish` to stand after one.
 
     Attributes:
@@ -124,6 +137,25 @@ class Method(BaseModel, ABC):
     @abstractmethod
     def merge(self, task_vectors: TaskVectors) -> Tensor | Delta:
         """Return the merged task vector of one module, without the scale λ: a tensor of its shape, or factors."""
+
+    def choose(
+        self, kind: str, space: str = "delta", own_densities: bool = False, rank: int | None = None, total: int = 0
+    ) -> Choice:
+        """Return the method that a merge uses in place of this one; by default this one.
+
+        Args:
+            kind: the PEFT type that is written, `lora` or `ia3`.
+            space: the coordinates that were asked for.
+            own_densities: whether an adapter has a density of its own.
+            rank: of the result, where a number was asked for.
+            total: Σrᵢ.
+        """
+        return Choice(self)
+
+    @classmethod
+    def chooses(cls) -> bool:
+        """Return whether it stands for other methods, by `choose`, and is none itself."""
+        return cls.choose is not Method.choose
 
     def prepare(self, deltas: Sequence[Delta], streams: Sequence[int]) -> Sequence[Delta]:
         """Return the task vectors that the next method in the row gets.
@@ -220,6 +252,7 @@ def masked(delta: Delta, change: Callable[[Tensor, Tensor], Tensor], stream: int
 
 
 __all__ = [
+    "Choice",
     "Density",
     "Method",
     "OrderStatistics",
