@@ -1,4 +1,4 @@
-"""The commands of the README that need a task: their files are here, and they run as they stand."""
+"""The commands of the README and of the guides that need a task: their files are here, and they run as they stand."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ SHORT = {
 
 
 def commands() -> Iterator[list[str]]:
-    """The words of every ties-peft command in a shell block of the README, without its comment."""
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL):
+    """The words of every ties-peft command in a shell block of the README and the guides, without its comment."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))]
+    for block in re.findall(r"```bash\n(.*?)```", "\n".join(texts), re.DOTALL):
         yield from (
             words for line in block.splitlines() if (words := shlex.split(line, comments=True))[:1] == ["ties-peft"]
         )

@@ -23,7 +23,7 @@ class Auto(Ties):
 
     Law: the result is that of the chosen method.
     Source: our own. On the sample adapters of a sentence encoder (LoRA and (IA)³) and of a language model (LoRA) these
-        choices keep more than TIES as published; see benchmarks/README.md.
+        choices keep more than TIES as published; see docs/measurements.md.
     """
 
     name: ClassVar[str] = "auto"

@@ -22,7 +22,7 @@ class Dual(Method):
         wᵢ·τᵢ = Uᵢ·Sᵢ·Vᵢᵀ of rank rᵢ,   U = [U₁ … U_N],   V = [V₁ … V_N]
         n = N·Σ‖wᵢ·τᵢ‖² / ‖Σ wᵢ·τᵢ‖²       how many independent task vectors there are: N, or 1 for N equal ones
         a = 1 − 1/n²                        how far shared directions are divided
-        S̄ᵢ ∝ Sᵢ^(1−f), ‖S̄ᵢ‖ = ‖Sᵢ‖, f = 1 − 1/n    spectra drawn to their level
+        S̄ᵢ ∝ Sᵢ^(1−f), ‖S̄ᵢ‖ = ‖Sᵢ‖, f = 1 − 1/n    spectra flattened
         τ ∝ (U·Uᵀ)⁻ᵃ·U · diag(S̄₁ … S̄_N) · Vᵀ·(V·Vᵀ)⁻ᵃ,   ‖τ‖² = (3 − 2/n)·Σ‖wᵢ·τᵢ‖²/N
 
     For a = 1 the outer factors are the dual bases: UᵢᵀτVⱼ is 0 for i ≠ j and diag(S̄ᵢ) for i = j, and of all matrices
@@ -35,8 +35,8 @@ class Dual(Method):
     Law: one adapter, or N equal ones, come back unchanged; a common factor of all weights is a factor of the result;
         the order does not matter.
     Source: our own. Orthogonalised singular vectors are from Gargiulo et al. (arXiv 2412.00081), flat spectra from
-        Marczak et al. (arXiv 2502.04959). Chosen on validation rows of one language model's adapters (benchmarks/README.md);
-        not judged yet on those of an encoder.
+        Marczak et al. (arXiv 2502.04959). Chosen on validation rows of a language model's and an encoder's adapters; both are
+        judged on test rows in docs/measurements.md.
     """
 
     name: ClassVar[str] = "dual"

@@ -20,7 +20,7 @@ class RmsSum(Method):
     Law: N equal adapters come back unchanged; a common factor of all weights is a factor of the result; the order does
         not matter.
     Source: our own. λ = 1/√N is the scale of task arithmetic that was best for (IA)³ on validation rows; see
-        benchmarks/README.md.
+        docs/measurements.md.
     """
 
     name: ClassVar[str] = "rms_sum"

@@ -1,0 +1,50 @@
+"""Draw the README's picture from the stored table: `python benchmarks/figures.py`; needs matplotlib (the extra `notebooks`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "benchmarks" / "results" / "language_model.json"
+PICTURE = ROOT / "docs" / "images" / "language-model.svg"
+BARS = {  # (method, space) in the table: what the picture calls it
+    ("own adapters", ""): "each task's own adapter",
+    ("auto", "delta"): "ties_peft, the default",
+    ("average", "delta"): "average",
+    ("peft_ties", "delta"): "PEFT's ties",
+    ("base", ""): "no adapter",
+    ("ties", "delta"): "TIES on the deltas, as published",
+}
+COLOURS = ["#999999", "#0072b2", "#56b4e9", "#56b4e9", "#999999", "#56b4e9"]  # Okabe and Ito, for all kinds of sight
+
+
+def rows() -> list[dict[str, Any]]:
+    """Return the rows of the picture, on test rows, at rank `auto`: the first of each in the table."""
+    found = json.loads(TABLE.read_text(encoding="utf-8"))["test"]["six"]
+    return [next(row for row in found if (row["method"], row["space"]) == name) for name in BARS]
+
+
+def main() -> None:
+    """Write the picture."""
+    plt.rcParams["svg.hashsalt"] = "ties_peft"  # the same bytes each time
+    shares = rows()
+    figure, axes = plt.subplots(figsize=(8, 2.9), layout="constrained")
+    bars = axes.barh(list(BARS.values()), [row["six"] for row in shares], color=COLOURS)
+    axes.bar_label(bars, [f"{row['six']:.0f}" for row in shares], padding=3)
+    axes.plot([row["worst"] for row in shares], range(len(shares)), "k|", markersize=14, label="worst task")
+    axes.invert_yaxis()
+    axes.set_xlabel("share of what each own adapter reaches, mean of six tasks, percent")
+    axes.set_title("Six LoRAs of SmolLM2-135M-Instruct in one adapter", loc="left")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
