@@ -7,6 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -74,9 +75,11 @@ def _formulas(block: str, width: int) -> str:
     """Return the lines as they are; those that are too long are drawn together and broken, and go on further to the right."""
     lines = []
     for line in block.splitlines():
+        if cell_len(line) <= width:
+            lines.append(line)
+            continue
         indent = " " * (len(line) - len(line.lstrip()))
-        if len(line) > width:
-            line = indent + re.sub(r" {4,}", "   ", line.lstrip())
+        line = indent + re.sub(r" {4,}", "   ", line.lstrip())
         lines += textwrap.wrap(line, width, subsequent_indent=f"{indent}    ", replace_whitespace=False) or [""]
     return "\n".join(lines)
 
