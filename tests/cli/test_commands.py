@@ -458,8 +458,8 @@ FLAGS = {
     "methods": "--json",
     "evaluate": "--bare --base --batch-size --device --harness --harness-path --json --limit --precision --task",
     "distil": (
-        "--base --base-name --batch-size --device --dtype --fit --force --json --kind --out --rank --rows --seed --start "
-        "--state --steps --task --threads --weights"
+        "--answer-tokens --answers --base --base-name --batch-size --count --device --dtype --fit --force --json --keep-base "
+        "--keep-weight --kind --out --rank --rows --seed --start --state --steps --task --threads --weights"
     ),
     "search": (
         "--allow-disjoint --base --budget --controls --densities --device --force --json --judge --method --out --penalty --rank "

@@ -32,7 +32,9 @@ from ties_peft.errors import TiesPeftError
 from ties_peft.evaluation.loaded_model import Bench
 from ties_peft.learning import fitting
 from ties_peft.learning.estimate import Estimate, print_estimate
-from ties_peft.learning.teachers import LabelTeacher, TokenTeacher, random_rows
+from ties_peft.learning.teachers import LabelTeacher
+from ties_peft.learning.token_teachers import TokenTeacher
+from ties_peft.learning.written_rows import random_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.errors.TiesPeftWarning")
 TASK = {"measure": "descriptions", "descriptions": ["w1 w2", "w3 w4", "w5 w6"]}
@@ -126,7 +128,7 @@ def test_half_of_the_random_tokens_are_of_the_descriptions(bases: dict[str, Path
 def test_steps_are_eight_passes_over_texts_and_two_over_random_rows(texts: int, random: int, steps: int) -> None:
     """At 16 rows a step, and from 120 to 1200 of them."""
     given = [(("w1",), texts), (None, random)]
-    specs: list[Any] = [SimpleNamespace(texts=kind) for kind, _ in given]
+    specs: list[Any] = [SimpleNamespace(rows=SimpleNamespace(texts=kind, generated=False)) for kind, _ in given]
     teachers: list[Any] = [SimpleNamespace(sequences=[[1]] * count) for _, count in given]
     assert ties_peft.distil.__globals__["_default_steps"](specs, teachers, 16) == steps
 
@@ -336,7 +338,7 @@ def test_of_a_large_vocabulary_the_likeliest_are_kept(
     tmp_path: Path,
 ) -> None:
     """KL of kept tokens and the rest in one sum: at most the whole one, and by the definition."""
-    monkeypatch.setattr("ties_peft.learning.teachers.TOP_K", 5)
+    monkeypatch.setattr("ties_peft.learning.token_teachers.TOP_K", 5)
     bench = Bench.load(bases["llama"], "language")
     shapes = linear_shapes(bench.model, "q_proj", "up_proj")
     teacher = ties_peft.Adapter.load(write_lora(tmp_path / "t", shapes, 0))
@@ -390,18 +392,6 @@ def test_wrong_input(asked: dict[str, Any], parts: list[str], loras: list[Path],
 def language_teachers(folder: Path, form: str = "llama") -> list[Path]:
     shapes = linear_shapes(make_model(form), "q_proj", "v_proj", "up_proj")
     return [write_lora(folder / f"l{seed}", shapes, seed, task_type="CAUSAL_LM") for seed in range(2)]
-
-
-def test_choices_are_said_to_be_unused(tmp_path: Path, bases: dict[str, Path]) -> None:
-    """A task with choices gives the same bytes as one without, and a warning that names its adapter."""
-    teachers, rows = language_teachers(tmp_path), sentences(10, 0)
-    tasks = [{"measure": "choices", "choices": [" w1", " w2"]}, {"measure": "loss", "label": None}]
-    given: dict[str, Any] = {"rows": [rows, rows], "base": bases["llama"], "steps": 2, "dtype": "float32"}
-    with pytest.warns(ties_peft.TiesPeftWarning, match="choices of the tasks of l0 were not used"):
-        made = ties_peft.distil(teachers, tasks=tasks, **given)
-    plain = ties_peft.distil(teachers, tasks=tasks[1:], **given)
-    assert made.digest == plain.digest
-    assert not any("choices" in warning for warning in plain.report.warnings)
 
 
 def test_what_is_estimated_before_it_starts(

@@ -41,21 +41,21 @@ def test_forms_of_rows_that_mean_the_same(form: str, alone: bool, loras: list[Pa
         "one file": [str(file)],
         "files": [str(file)] * len(given),
     }
-    assert [spec.texts for spec in read_teacher_specs(given, forms[form], TASK)] == [tuple(TEXTS)] * len(given)
+    assert [spec.rows.texts for spec in read_teacher_specs(given, forms[form], TASK)] == [tuple(TEXTS)] * len(given)
 
 
 def test_forms_of_rows_that_differ_from_adapter_to_adapter(loras: list[Path], tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     first, second = read_teacher_specs(loras, [TEXTS[:6], str(tmp_path / "texts.txt")], TASK)
-    assert (first.texts, second.texts) == (tuple(TEXTS[:6]), tuple(TEXTS))
+    assert (first.rows.texts, second.rows.texts) == (tuple(TEXTS[:6]), tuple(TEXTS))
     first, second = read_teacher_specs(loras, [70, tmp_path / "texts.txt"], [TASK])
-    assert (first.texts, first.count, second.texts) == (None, 70, tuple(TEXTS))
-    assert [spec.count for spec in read_teacher_specs(loras, [70], TASK)] == [70, 70]
+    assert (first.rows.texts, first.rows.count, second.rows.texts) == (None, 70, tuple(TEXTS))
+    assert [spec.rows.count for spec in read_teacher_specs(loras, [70], TASK)] == [70, 70]
 
 
 def test_a_text_that_ends_like_a_file_is_a_text_among_texts(loras: list[Path]) -> None:
     texts = [*TEXTS, "the list is in notes.txt", "either/or"]
-    assert [spec.texts for spec in read_teacher_specs(loras, texts, TASK)] == [tuple(texts)] * 2
+    assert [spec.rows.texts for spec in read_teacher_specs(loras, texts, TASK)] == [tuple(texts)] * 2
 
 
 @pytest.mark.parametrize("texts", [["some text", "other text"], ["some text", "notes.txt"]])
@@ -66,7 +66,7 @@ def test_as_many_texts_as_adapters_are_refused(texts: list[str], loras: list[Pat
     spellings = {f"rows=[{texts!r}]": [texts], f"rows={[[text] for text in texts]!r}": [[text] for text in texts]}
     assert all(spelling in str(caught.value) for spelling in spellings)
     for given, expected in zip(spellings.values(), ([texts, texts], [texts[:1], texts[1:]]), strict=True):
-        assert [list(spec.texts or ()) for spec in read_teacher_specs(loras, given, TASK)] == expected
+        assert [list(spec.rows.texts or ()) for spec in read_teacher_specs(loras, given, TASK)] == expected
 
 
 @pytest.mark.parametrize("rows", ["org/set", ["org/set", "org/other"], {"a0": "org/set", "a1": "org/other"}])
@@ -78,7 +78,7 @@ def test_data_sets_on_the_hub_are_rows(rows: Any, loras: list[Path], monkeypatch
         return [{"text": text} for text in TEXTS]
 
     monkeypatch.setattr("ties_peft.learning.teacher_specs.read_rows", read_rows)
-    assert [spec.texts for spec in read_teacher_specs(loras, rows, TASK)] == [tuple(TEXTS)] * 2
+    assert [spec.rows.texts for spec in read_teacher_specs(loras, rows, TASK)] == [tuple(TEXTS)] * 2
     assert asked == (["org/set"] * 2 if isinstance(rows, str) else ["org/set", "org/other"])
 
 

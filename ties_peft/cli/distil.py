@@ -9,18 +9,41 @@ import typer
 
 from ..adapters import sources
 from ..errors import RecipeError
-from ..learning import BATCH_SIZE, FITS
+from ..learning import ANSWER_TOKENS, ANSWERS, BATCH_SIZE, FITS, GENERATED, GENERATED_ROWS
 from .base import Json, print_json, print_loading, print_rich, print_warnings_after, progress_bar
 
 Rows = Annotated[
     list[str] | None,
     typer.Option(
         "--rows",
-        help="Rows of text: a .jsonl, .csv or .txt file, a data set on the Hub (org/name), or a number of rows of random "
-        "tokens. Once for each adapter, or once for all.",
+        help="Rows of text: a .jsonl, .csv or .txt file, a data set on the Hub (org/name), a number of rows of random "
+        f"tokens, or {GENERATED}: each adapter of a causal language model writes its own. Once for each adapter, or once "
+        "for all.",
         show_default="the tasks' rows, else 800 of random tokens",
     ),
 ]
+Count = Annotated[
+    int | None,
+    typer.Option(
+        help=f"The number of rows that each adapter writes, with --rows {GENERATED}.", show_default=str(GENERATED_ROWS)
+    ),
+]
+Answers = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Where the answers to the prompts of a causal language model come from: {', '.join(ANSWERS)}.",
+        show_default="teachers; none for plain text",
+    ),
+]
+AnswerTokens = Annotated[int, typer.Option(help="The largest number of tokens in an answer that an adapter writes.")]
+KeepBase = Annotated[
+    str | None,
+    typer.Option(
+        help="Rows, as --rows takes them, on which the result is to predict what the bare base predicts.",
+        show_default="none",
+    ),
+]
+KeepWeight = Annotated[float, typer.Option(help="How much the rows of --keep-base count, beside the weights.")]
 Tasks = Annotated[
     list[Path] | None,
     typer.Option(
@@ -72,7 +95,12 @@ def distil(
     adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     rows: Rows = None,
+    count: Count = None,
     task: Tasks = None,
+    answers: Answers = None,
+    answer_tokens: AnswerTokens = ANSWER_TOKENS,
+    keep_base: KeepBase = None,
+    keep_weight: KeepWeight = 1.0,
     base: Base = None,
     rank: Rank = None,
     start: Start = None,
@@ -117,6 +145,11 @@ def distil(
             state=state,
             base_model=base_name,
             progress=tell,
+            count=count,
+            answers=answers,
+            answer_tokens=answer_tokens,
+            keep_base=None if keep_base is None else _row_source(keep_base),
+            keep_weight=keep_weight,
         )
     made.save(out, force)
     if as_json:
@@ -127,9 +160,14 @@ def distil(
 
 
 def _rows(given: list[str] | None, count: int) -> Any:
-    """Return numbers as numbers and the rest as paths, so that no value is taken for a text."""
-    read = None if given is None else [int(value) if value.isdecimal() else Path(value) for value in given]
-    return _each(read, count, "--rows")
+    return _each(None if given is None else list(map(_row_source, given)), count, "--rows")
+
+
+def _row_source(value: str) -> Any:
+    """Return a number as a number, and what is no keyword as a path, so that no value is taken for a text."""
+    if value.isdecimal():
+        return int(value)
+    return value if value == GENERATED else Path(value)
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -7,3 +7,7 @@ The choices and defaults stand here, where the command line shows them without i
 STATISTICS = ("fisher", "gram")
 FITS = ("factors", "gains")
 BATCH_SIZE = 16  # rows
+GENERATED = "generated"  # in place of rows: each adapter writes its own
+GENERATED_ROWS = 100  # that each adapter writes
+ANSWERS = ("teachers", "given", "none")  # to prompts: sampled from each adapter, of the rows' labels, none
+ANSWER_TOKENS = 64  # in an answer that an adapter writes, at most

@@ -33,14 +33,22 @@ from ..merging.card import shared_licence
 from ..merging.merged import Merged, versions
 from ..merging.values import check_whole, output_dtype
 from ..task_vectors.tiles import threads_fixed
-from . import BATCH_SIZE, FITS
+from . import ANSWER_TOKENS, ANSWERS, BATCH_SIZE, FITS
 from .checkpoint import Checkpoint
-from .distilled import Distilled, DistilReport, TeacherResult
+from .distilled import BASE_KIND, Distilled, DistilReport, TeacherResult
 from .estimate import Estimate, estimate, print_estimate
 from .fitting import Fit, FitOptions, split_rows
+from .module_outputs import better_start, has_closed_form, run_teachers
 from .start import make_start
 from .student import FACTORS, Student
-from .teacher_specs import TeacherSpec, make_teachers, open_bench, read_teacher_specs
+from .teacher_specs import (
+    Answering,
+    TeacherSpec,
+    make_base_teacher,
+    make_teachers,
+    open_bench,
+    read_teacher_specs,
+)
 from .teachers import Teacher
 
 RATES = {"factors": 0.01, "gains": 0.1, "vectors": 0.05}  # chosen on held-out rows of the sample adapters
@@ -70,16 +78,23 @@ def distil(
     base_model: str | None = None,
     progress: Progress | None = None,
     on_estimate: Callable[[Estimate], None] | None = None,
+    count: int | None = None,
+    answers: str | None = None,
+    answer_tokens: int = ANSWER_TOKENS,
+    keep_base: Sequence[str] | str | Path | int | None = None,
+    keep_weight: float = 1.0,
 ) -> Distilled:
-    """Return one adapter that imitates several, fitted on unlabelled rows or on random tokens.
+    """Return one adapter that imitates several, fitted on unlabelled rows, on rows that they write, or on random tokens.
 
     Args:
         adapters: folders, Hub ids or `Adapter`s for one base model; LoRA and (IA)³ may be mixed.
         start: what the fit begins with: an adapter, or the arguments of a merge as a dict
             ({"method": "ties", "density": 0.2}). By default it is a merge by `tsv` at scale 0.6 and the rank, its norm
-            restored (by `flat_tsv` for gains, by `power_mean` for (IA)³).
+            restored (by `flat_tsv` for gains, by `power_mean` for (IA)³). Of LoRAs of a causal model it is that merge or
+            the closed form of `module_outputs`, whichever has the lower divergence on the held-out rows.
         rows: what the adapters read. One of these is for every adapter: a list of texts; the path of a .jsonl, .csv or
-            .txt file; a data set on the Hub, `org/name`; a number of random-token rows. To give each adapter its own,
+            .txt file; a data set on the Hub, `org/name`; a number of random-token rows; "generated": each adapter of a
+            causal model writes `count` rows itself. To give each adapter its own,
             pass a mapping from adapters (by path, name or the object), or a list in their order:
             `[["text", …], "b.txt", 400]`; a list of one is for all. So `["text", …]` is a list of texts for all, and
             `["a.txt", "b.txt"]` a file for each. A list of as many texts as adapters is refused, because each text
@@ -90,9 +105,10 @@ def distil(
         device: where the model runs.
         dtype: of the tensors written; by default that of the adapters, float32 if they differ.
         tasks: one for every adapter, or one for each likewise. A task says how predictions are read (see `Task`); its
-            labels are not used. Encoders need a task with `descriptions`. A sequence-classification head and a causal
-            model need none. Of a causal model the next tokens at all positions of a row are matched; the row is the
-            text in the template, and `choices` are not used, which a warning says.
+            labels are not used, except as `answers`. Encoders need a task with `descriptions`. A
+            sequence-classification head and a causal model need none. Of a causal model the text in the template is the
+            prompt; one with `label: null` takes its texts as plain text. The distribution over a task's `choices`, where
+            they begin with different tokens, is matched at the first position of the answer.
         base: the base model; by default the tasks', else the adapters'.
         bench: a loaded base model to use again.
         kind: `lora` or `ia3`, of the result; by default LoRA if any adapter is one.
@@ -107,7 +123,16 @@ def distil(
         base_model: the base's name to write; by default the adapters'.
         progress: called as progress(stage, done, of).
         on_estimate: called with an `Estimate` of the time and the memory before the long work starts; by default the
-            estimate is printed on standard error if it is 10 seconds or more.
+            estimate is printed on standard error if it is 10 seconds or more. Rows are written before it.
+        count: of rows that each adapter writes, with rows "generated"; 100 by default.
+        answers: to the prompts of a causal model: "teachers", sampled from each adapter at temperature 1; "given", the
+            labels of the rows; "none". Only the tokens of answers are matched; without answers all tokens of the rows
+            are. By default "teachers", but "none" for plain text and random tokens. For texts without a task, which may
+            be plain text, the tokens of texts and of answers are matched.
+        answer_tokens: in an answer that an adapter writes, at most.
+        keep_base: rows, in one of the forms for every adapter, on which the result is to predict what the bare base
+            predicts; for causal models.
+        keep_weight: how much these count, beside the adapters' weights.
     Returns: the adapter, with its `report` and `recipe`.
     Raises: TiesPeftError before any long work.
     Laws: on the held-out rows the result is never worse than its start, which is returned where nothing better was
@@ -116,32 +141,42 @@ def distil(
     """
     started = time.perf_counter()
     _check_numbers(fit, rank, steps, batch_size, seed, threads)
+    _check_writing(answers, answer_tokens, count)
     report_progress = progress or (lambda stage, done, of: None)
-    specs = read_teacher_specs(adapters, rows, tasks)
+    specs = read_teacher_specs(adapters, rows, tasks, count, answers)
     shares = _check_weights(weights, len(specs))
+    shares += () if keep_base is None else _check_weights([keep_weight], 1)
     written = output_dtype(dtype, [spec.adapter for spec in specs])
     loaded = open_bench(specs, base, device, bench)
     with threads_fixed(threads), _frozen_base(loaded):
-        start_adapter, origin = make_start([t.adapter for t in specs], loaded, start, kind, fit, rank, base_model)
-        teachers = make_teachers(specs, loaded, seed)
-        student = Student(start_adapter, loaded, fit, seed)
+        merged, origin = make_start([spec.adapter for spec in specs], loaded, start, kind, fit, rank, base_model)
+        how = Answering(answers, answer_tokens, seed)
+        teachers = make_teachers(specs, loaded, how)
+        teachers += [] if keep_base is None else [make_base_teacher(keep_base, loaded, how)]
+        student = Student(merged, loaded, fit, seed)
         taken = steps or _default_steps(specs, teachers, batch_size)
         options = FitOptions(taken, RATES[student.fit], batch_size, seed, threads, shares)
         checkpoint = Checkpoint(state, _fingerprint(teachers, student, options, written))
+        _write_rows(teachers, checkpoint, report_progress)
+        closed_form = start is None and has_closed_form(student, teachers)
+        (on_estimate or print_estimate)(estimate(Fit(student, teachers, options), closed_form))
+        if closed_form:
+            student, solved = better_start(student, teachers, options, checkpoint, report_progress)
+            origin = "the closed form of the modules' outputs" if solved else origin
+        else:
+            run_teachers(teachers, checkpoint, report_progress)
         done = Fit(student, teachers, options)
-        (on_estimate or print_estimate)(estimate(done))
-        _run_teachers(teachers, checkpoint, report_progress)
         done.run(checkpoint, report_progress)
         outcome = _Outcome(done, written)
-        report = outcome.report(specs, start_adapter, origin, time.perf_counter() - started)
+        report = outcome.report(specs, merged, origin, time.perf_counter() - started)
     warn_caller(report.warnings)
     folders = [sources.local_path(spec.adapter.source) for spec in specs if spec.adapter.source is not None]
     return Distilled(
-        start_adapter.config,
+        merged.config,
         outcome.tensors,
         report,
-        _recipe(specs, done, start_adapter, written),
-        start_adapter.loading,
+        _recipe(specs, done, merged, written),
+        merged.loading,
         [folder for folder in folders if folder is not None],
     )
 
@@ -176,7 +211,7 @@ class _Outcome:
         """Return the report; `origin` says how the start was made."""
         done = self.done
         best_step, _ = min(done.history, key=lambda entry: entry[1])
-        licence, note = shared_licence([(teacher.name, teacher.adapter.folder) for teacher in done.teachers])
+        licence, note = shared_licence([(spec.name, spec.adapter.folder) for spec in specs])
         return DistilReport(
             kind=start.peft_type.title,
             rank=start.report.rank,
@@ -202,14 +237,14 @@ class _Outcome:
         return [
             TeacherResult(
                 name=teacher.name,
-                digest=teacher.adapter.digest,
-                kind=teacher.adapter.peft_type.title,
+                digest=teacher.adapter_digest,
+                kind=teacher.adapter.peft_type.title if teacher.adapter else BASE_KIND,
                 origin=teacher.origin,
                 rows=len(learnt),
                 held=len(held),
                 divergence=(first[0], last[0]),
                 agreement=(first[1], last[1]),
-                page=sources.hub_url(teacher.adapter.source),
+                page=sources.hub_url(teacher.adapter.source) if teacher.adapter else None,
                 kept_probability=teacher.kept_probability,
                 weight=weight,
             )
@@ -220,18 +255,22 @@ class _Outcome:
 
     def _warnings(self, specs: Sequence[TeacherSpec]) -> list[str]:
         warnings = []
-        choosing = [spec.name for spec in specs if spec.task is not None and spec.task.choices is not None]
+        choosing = [
+            spec.name
+            for spec, teacher in zip(specs, self.done.teachers, strict=False)  # the base may follow the adapters
+            if spec.task is not None and spec.task.choices is not None and not getattr(teacher, "choices", ())
+        ]
         if choosing:
             warnings.append(
-                f"the choices of the tasks of {', '.join(choosing)} were not used: of a causal model all next tokens of the "
-                "prompts are matched."
+                f"the choices of the tasks of {', '.join(choosing)} were not used: they begin with the same token, or no "
+                "answer is judged; the next tokens are matched."
             )
         if not self.improved:
             warnings.append(
                 "no step made the adapter better on the held-out rows, so the result is the start itself. More rows, or "
                 "rows closer to the adapters' tasks, may help."
             )
-        heads = any(teacher.adapter.extra_keys for teacher in self.done.teachers)
+        heads = any(spec.adapter.extra_keys for spec in specs)
         if self.done.student.bench.form == "classifier" and heads:
             warnings.append(
                 "each adapter was imitated with its own head, and the result has no head: load the base model with the "
@@ -256,13 +295,15 @@ def _recipe(specs: Sequence[TeacherSpec], done: Fit, start: Merged, dtype: torch
     entries = [
         {
             "adapter": spec.adapter.source or "in memory",
-            "rows": f"{len(teacher.sequences)}, {spec.origin}",
+            "rows": f"{len(teacher.sequences)}, {spec.rows.origin}",
             **({"task": spec.task.to_dict()} if spec.task is not None else {}),
         }
-        for spec, teacher in zip(specs, done.teachers, strict=True)
+        for spec, teacher in zip(specs, done.teachers, strict=False)  # the base may follow the adapters
     ]
+    kept = done.teachers[len(specs) :]
     return {
         "adapters": entries,
+        **({"keep_base": f"{len(kept[0].sequences)}, {kept[0].origin}"} if kept else {}),
         "start": start.recipe.to_dict(),
         "base": done.student.bench.base,
         "fit": done.student.fit,
@@ -283,20 +324,21 @@ def _frozen_base(bench: Bench) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _run_teachers(teachers: Sequence[Teacher], checkpoint: Checkpoint, progress: Progress) -> None:
-    """Run every teacher once, or read the predictions that an earlier run saved."""
+def _write_rows(teachers: Sequence[Teacher], checkpoint: Checkpoint, progress: Progress) -> None:
+    """Let every teacher write what its rows lack, or read what an earlier run saved."""
     for number, teacher in enumerate(teachers):
-        predictions = checkpoint.read(f"teacher {number}")
-        if predictions is None:
-            predictions = teacher.predict()
-            checkpoint.write(f"teacher {number}", predictions)
-        teacher.set_predictions(predictions)
-        progress("teachers", number + 1, len(teachers))
+        written = checkpoint.read(f"rows {number}")
+        if written is None:
+            written = teacher.write(progress)
+            if written:
+                checkpoint.write(f"rows {number}", written)
+        teacher.set_written(written)
 
 
 def _default_steps(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher], batch: int) -> int:
     """Return the steps of some passes over the rows, at least `MIN_STEPS` and at most `MAX_STEPS`."""
-    passes = [RANDOM_PASSES if spec.texts is None else PASSES for spec in specs]
+    passes = [RANDOM_PASSES if spec.rows.texts is None and not spec.rows.generated else PASSES for spec in specs]
+    passes += [PASSES] * (len(teachers) - len(specs))  # of the base, where it is kept
     rows = sum(often * len(teacher.sequences) for often, teacher in zip(passes, teachers, strict=True))
     return min(MAX_STEPS, max(MIN_STEPS, math.ceil(rows / batch)))
 
@@ -327,6 +369,15 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, 
             f"a weight is {wrong[0]!r}; expected a number above 0. Leave out adapters that are not to count."
         )
     return tuple(map(float, found))
+
+
+def _check_writing(answers: str | None, tokens: int, count: int | None) -> None:
+    """Refuse an unknown kind of answers and numbers out of range."""
+    if answers is not None and answers not in ANSWERS:
+        raise RecipeError(unknown("kind of answers", str(answers), ANSWERS))
+    check_whole("answer_tokens", tokens, 1)
+    if count is not None:
+        check_whole("count", count, 1)
 
 
 def _check_numbers(fit: str, rank: int | None, steps: int | None, batch: int, seed: int, threads: int) -> None:

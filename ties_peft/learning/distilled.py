@@ -32,6 +32,8 @@ from ..merging.merged import versions
 from ..merging.recipes.yaml_document import dump
 from ..merging.tables import Printed, make_facts, make_table, number_column
 
+BASE_KIND = "model"  # in place of a PEFT type, of the base model that is kept
+
 
 @dataclass(frozen=True)
 class TeacherResult:
@@ -39,7 +41,7 @@ class TeacherResult:
 
     Attributes:
         name, digest: of the adapter.
-        kind: its PEFT type, LoRA or (IA)³.
+        kind: its PEFT type, LoRA or (IA)³; `BASE_KIND` for the base model.
         origin: where its rows come from.
         rows, held: the number of rows to learn from, and of held-out rows.
         divergence: KL(teacher ‖ adapter) on the held-out rows in nats, of the start and of the result.
@@ -111,6 +113,11 @@ class DistilReport(Printed):
         before, after = (sum(line.weight * line.divergence[at] for line in self.lessons) / total for at in (0, 1))
         return before, after
 
+    @property
+    def adapters(self) -> int:
+        """The number of adapters imitated, without the base."""
+        return sum(line.kind != BASE_KIND for line in self.lessons)
+
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain values, except the time, which differs from run to run."""
         values = asdict(self)
@@ -135,7 +142,7 @@ class DistilReport(Printed):
             )
             for line in self.lessons
         ]
-        title = f"imitates {len(self.lessons)} adapters, measured on held-out rows"
+        title = f"imitates {self.adapters} adapters, measured on held-out rows"
         return make_table(["adapter", "kind", *map(number_column, numbers), "from"], rows, title)
 
     def _outcome(self) -> Table:
@@ -231,7 +238,7 @@ def _card(report: DistilReport, recipe: Mapping[str, Any], loading: Loading) -> 
         ["merge", "ties_peft", "distil", TYPE_TAGS.get(report.kind, "peft")],
         report.licence,
         [
-            f"# One {report.kind} adapter that imitates {len(report.lessons)}",
+            f"# One {report.kind} adapter that imitates {report.adapters}",
             f"Made by {PROJECT}: a merge{rank} whose {report.fit} were then fitted to the predictions of the source adapters, "
             "without labels. On held-out rows, the table gives KL(adapter ‖ this one) in nats and how often the likeliest "
             "prediction is the same.",

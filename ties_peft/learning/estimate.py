@@ -11,7 +11,7 @@ import torch
 
 from ..evaluation.scorers import BATCH
 from .fitting import Fit
-from .student import Student
+from .module_outputs import ModuleInputs
 from .teachers import Teacher
 
 PRINTED_FROM = 10.0  # seconds; shorter work is not announced
@@ -46,27 +46,32 @@ class Estimate:
         )
 
 
-def estimate(fit: Fit) -> Estimate:
-    """Measure one step on the largest batch of a fit, and return what all of the work will take.
+def estimate(fit: Fit, closed_form: bool = False) -> Estimate:
+    """Measure one step on the largest part of a batch of a fit, and return what all of the work will take.
+
+    With a closed form (see `module_outputs`) Gram matrices are held and the start is measured twice more; to add a token
+    to them takes about as long as to pass it through the model.
 
     The parameters stay as they are; the gradients that the step leaves are set to 0 by the fit.
     """
-    trained = [_padded(fit.teachers[number], rows) for number, rows in fit.batches]
+    trained = [_padded(fit.teachers[number], rows, len(rows)) for number, rows in fit.batches]
     held = sum(_padded(teacher, rows) for teacher, rows in zip(fit.teachers, fit.held_out, strict=True))
     taught = sum(_padded(teacher, range(len(teacher.sequences))) for teacher in fit.teachers)
     # the start, each validation, and at the end the start and the result as they are written
-    measured = (1 + fit.validations + 2) * held
+    measured = (1 + fit.validations + 2 + 2 * closed_form) * held
     forward_seconds, step_seconds = _measure_step(fit)
     cache = sum(teacher.cache_bytes for teacher in fit.teachers)
     parameters = sum(p.numel() * p.element_size() for p in fit.student.parameters.values())
-    peak = _peak_memory(fit.student.bench.device)
+    bench = fit.student.bench
+    grams = ModuleInputs.bytes_needed(bench, fit.student.start.modules) if closed_form else 0
+    peak = _peak_memory(bench.device)
     return Estimate(
         steps=fit.options.steps,
         forward_tokens=taught + measured,
         trained_tokens=sum(trained),
         cache_bytes=cache,
-        seconds=(taught + measured) * forward_seconds + sum(trained) * step_seconds,
-        memory=None if peak is None else peak + cache + ADAM_COPIES * parameters,
+        seconds=(taught * (1 + closed_form) + measured) * forward_seconds + sum(trained) * step_seconds,
+        memory=None if peak is None else peak + cache + max(grams, ADAM_COPIES * parameters),
     )
 
 
@@ -77,36 +82,30 @@ def print_estimate(found: Estimate) -> None:
 
 
 def _measure_step(fit: Fit) -> tuple[float, float]:
-    """Return the seconds per token of a forward pass, and of a forward and a backward pass, on the largest batch."""
-    teacher, rows = max(
-        ((fit.teachers[number], rows[: fit.teachers[number].micro_batch(len(rows))]) for number, rows in fit.batches),
-        key=lambda batch: _padded(*batch),
-    )
-    bench = fit.student.bench
-    inputs = bench.pad_batch([teacher.sequences[row] for row in rows])
+    """Return the seconds per token of a forward pass, and of a forward and a backward pass, on the largest part of a batch."""
+    parts = [
+        (fit.teachers[number], part) for number, rows in fit.batches for part in _parts(fit.teachers[number], rows)
+    ]
+    teacher, rows = max(parts, key=lambda part: _padded(part[0], part[1], len(part[1])))
+    device = fit.student.bench.device
     with fit.student.attached(), teacher.own_head(), torch.enable_grad():
-        _run(fit.student, inputs)  # the first pass allocates memory
-        started = _now(bench.device)
-        output = _run(fit.student, inputs)
-        forward = _now(bench.device)
+        teacher.outputs(rows)  # the first pass allocates memory
+        started = _now(device)
+        output = teacher.outputs(rows)
+        forward = _now(device)
         output.float().log_softmax(-1).mean().backward()  # type: ignore[no-untyped-call]
-        done = _now(bench.device)
-    tokens = inputs["input_ids"].numel()
+        done = _now(device)
+    tokens = _padded(teacher, rows, len(rows))
     return (forward - started) / tokens, (done - started) / tokens
 
 
-def _run(student: Student, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the output of the model with the student attached."""
-    found = student.bench.model(**inputs)
-    output: torch.Tensor = found.last_hidden_state if student.bench.form == "encoder" else found.logits
-    return output
+def _parts(teacher: Teacher, rows: Sequence[int]) -> list[list[int]]:
+    return teacher.parts(rows, len(rows))
 
 
-def _padded(teacher: Teacher, rows: Sequence[int]) -> int:
-    """Return the tokens of some rows, as many as the longest for each row in the batches of the teacher's size."""
-    lengths = sorted((len(teacher.sequences[row]) for row in rows), reverse=True)
-    size = teacher.micro_batch(BATCH)
-    return sum(lengths[start] * len(lengths[start : start + size]) for start in range(0, len(lengths), size))
+def _padded(teacher: Teacher, rows: Sequence[int], size: int = BATCH) -> int:
+    """Return the tokens of some rows, as many as the longest for each row in the parts that are run at once."""
+    return sum(len(part) * max(len(teacher.sequences[row]) for row in part) for part in teacher.parts(rows, size))
 
 
 def _now(device: torch.device) -> float:

@@ -105,33 +105,37 @@ class Fit:
             progress: called as progress(stage, done, of).
         """
         steps = self.options.steps
-        with self.student.attached():
-            saved = checkpoint.read("fit")
-            if saved is None:
-                self.history.append((0, self._divergence()))
-            else:
-                self._load_state_dict(saved)
-            while self.step < steps and not self._stops_early():
-                self.take_step()
-                if self.step % self._interval == 0 or self.step == steps:
-                    self._validate()
-                    checkpoint.write("fit", self._state_dict())
-                progress("distil", self.step, steps)
+        saved = checkpoint.read("fit")
+        if saved is None:
+            self.history.append((0, self.divergence()))
+        else:
+            self._load_state_dict(saved)
+        while self.step < steps and not self._stops_early():
+            self.take_step()
+            if self.step % self._interval == 0 or self.step == steps:
+                self._validate()
+                checkpoint.write("fit", self._state_dict())
+            progress("distil", self.step, steps)
         self.student.load_state_dict(self.best)
 
     def take_step(self) -> None:
         """Take one step of Adam on the mean divergence of one batch."""
         number, rows = self.batches[self.step]
         teacher = self.teachers[number]
-        size = teacher.micro_batch(len(rows))
         self._optimiser.zero_grad(set_to_none=False)
-        with teacher.own_head():
-            for start in range(0, len(rows), size):
-                loss = teacher.compare(rows[start : start + size]).divergence.sum() / len(rows)
+        with self.student.attached(), teacher.own_head():
+            for part in teacher.parts(rows, len(rows)):
+                loss = teacher.compare(part).divergence.sum() / len(rows)
                 (self._shares[number] * loss).backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
         self._schedule.step()
         self.step += 1
+
+    def divergence(self) -> float:
+        """Return the weighted mean over teachers of the mean divergence on the held-out rows of each."""
+        with self.student.attached():
+            teachers = zip(self.teachers, self.held_out, self._shares, strict=True)
+            return sum(share * teacher.measure(rows)[0] for teacher, rows, share in teachers) / len(self.teachers)
 
     def _restart(self) -> None:
         """Begin anew with the best parameters at the current rate, which warms up and then falls to 0 by a cosine."""
@@ -147,7 +151,7 @@ class Fit:
 
     def _validate(self) -> None:
         """Measure the held-out rows; store the parameters if they are the best, or restart with a lower rate."""
-        now = self._divergence()
+        now = self.divergence()
         lowest = min(value for _, value in self.history)
         self.history.append((self.step, now))
         if now < lowest:
@@ -155,11 +159,6 @@ class Fit:
         elif not now <= DIVERGED * self.history[0][1] and self.retries < MAX_RETRIES:
             self.retries, self.rate = self.retries + 1, self.rate / 4
             self._restart()
-
-    def _divergence(self) -> float:
-        """Return the weighted mean over teachers of the mean divergence on the held-out rows of each."""
-        teachers = zip(self.teachers, self.held_out, self._shares, strict=True)
-        return sum(share * teacher.measure(rows)[0] for teacher, rows, share in teachers) / len(self.teachers)
 
     def _stops_early(self) -> bool:
         """Return whether none of the last validations improved on those before."""

@@ -45,7 +45,7 @@ class Student:
     """
 
     def __init__(self, start: Adapter, bench: Bench, fit: str = FACTORS, seed: int = 0) -> None:
-        self.start, self.bench = start, bench
+        self.start, self.bench, self.seed = start, bench, seed
         self.fit = fit if start.peft_type.has_rank else VECTORS
         self._fixed_factors: dict[str, tuple[Tensor, Tensor]] = {}
         _check_layers(start, bench)
@@ -87,12 +87,20 @@ class Student:
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the tensors of the adapter as its file holds them, on the CPU."""
+        with torch.no_grad():
+            return self._packed({name: self._delta(name) for name in self.start.modules}, dtype)
+
+    def begun_with(self, deltas: Mapping[str, LowRank]) -> Student:
+        """Return a student of the same modules and rank that begins with other task vectors."""
+        start = Adapter.from_tensors(self.start.config, self._packed(deltas, torch.float32))
+        return Student(start, self.bench, self.fit, self.seed)
+
+    def _packed(self, deltas: Mapping[str, LowRank | Dense], dtype: torch.dtype) -> dict[str, Tensor]:
         kind = output_type(self.start.peft_type)
         packed: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name in self.start.modules:
-                module = self.start.module(name)
-                packed |= kind.pack(module, self._delta(name), module.rank)
+        for name, delta in deltas.items():
+            module = self.start.module(name)
+            packed |= kind.pack(module, delta, module.rank)
         packed |= {name: self.start.tensors.read(name) for name in self.start.extra_keys}
         return {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in packed.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +11,67 @@ from ..adapters.adapter import Adapter, check_is_list
 from ..errors import RecipeError, unknown
 from ..evaluation.evaluate import find_base
 from ..evaluation.loaded_model import LANGUAGE, Bench
-from ..evaluation.rows import FILES, is_row_source, read_rows, texts_of
+from ..evaluation.rows import FILES, Row, is_row_source, read_rows, texts_of
 from ..evaluation.scorers import Classification, check_form, form_for
-from ..evaluation.task import Task, is_task, read_task
+from ..evaluation.task import SLOT, Task, is_task, read_task
 from ..merging.members import short_names
-from .teachers import LabelTeacher, Teacher, TokenTeacher, random_rows
+from . import ANSWERS, GENERATED, GENERATED_ROWS
+from .teachers import BASE, LabelTeacher, Teacher
+from .token_teachers import TokenTeacher
+from .written_rows import AnswerWriter, RowWriter, Writer, random_rows, row_beginning
 
 RANDOM_ROWS = 800
+TEXT_TOKENS = 48  # of a row that an adapter writes, at most, besides its answer
+OWN, GIVEN, NONE = ANSWERS
 MIN_ROWS = 5  # rows: one is held out of five
 FORM_OF_TASK_TYPE = {"CAUSAL_LM": LANGUAGE, "SEQ_CLS": "classifier"}  # what a config says that needs no task
 DEFAULT_TASKS = {LANGUAGE: Task("loss", label=None), "classifier": Task("head")}
 
 
 @dataclass(frozen=True)
-class TeacherSpec:
-    """What the user asked for one adapter to imitate.
+class RowSpec:
+    """The rows that the user asked for.
 
     Attributes:
-        adapter: the one to imitate.
-        name: short and unique, for tables.
+        name: of the adapter, short and unique, for tables.
         task: how its predictions are read; None where that follows from the model.
-        texts: what it reads; None for random tokens.
-        count: how many rows of random tokens.
+        texts: what it reads; None for random tokens and for rows that it writes itself.
+        count: how many rows of random tokens, or that it writes.
         origin: where the rows come from.
+        targets: the answer to each text, where they are given.
+        generated: whether it writes its rows itself.
     """
 
-    adapter: Adapter
     name: str
     task: Task | None
     texts: tuple[str, ...] | None
     count: int
     origin: str
+    targets: tuple[str, ...] | None = None
+    generated: bool = False
 
 
-def read_teacher_specs(adapters: Sequence[Any], rows: Any = None, tasks: Any = None) -> list[TeacherSpec]:
+@dataclass(frozen=True)
+class TeacherSpec:
+    """One adapter to imitate, and its rows."""
+
+    adapter: Adapter
+    rows: RowSpec
+
+    @property
+    def name(self) -> str:
+        """The adapter's, short and unique, for tables."""
+        return self.rows.name
+
+    @property
+    def task(self) -> Task | None:
+        """How its predictions are read; None where that follows from the model."""
+        return self.rows.task
+
+
+def read_teacher_specs(
+    adapters: Sequence[Any], rows: Any = None, tasks: Any = None, count: int | None = None, answers: str | None = None
+) -> list[TeacherSpec]:
     """Open the adapters and find the task and the texts of each; see `distil`.
 
     Raises: RecipeError naming a task or rows that belong to no adapter, or an adapter without them.
@@ -59,7 +86,9 @@ def read_teacher_specs(adapters: Sequence[Any], rows: Any = None, tasks: Any = N
     ]
     tasks_of = [None if task is None else read_task(task) for task in _for_each("tasks", tasks, keys, names)]
     given = _for_each("rows", rows, keys, names)
-    return [_teacher(*one) for one in zip(opened, names, tasks_of, given, strict=True)]
+    every = zip(names, tasks_of, given, strict=True)
+    asked = [_row_spec(*one, count or GENERATED_ROWS, answers == GIVEN) for one in every]
+    return [TeacherSpec(*one) for one in zip(opened, asked, strict=True)]
 
 
 def open_bench(specs: Sequence[TeacherSpec], base: str | Path | None, device: str, bench: Bench | None) -> Bench:
@@ -93,54 +122,163 @@ def open_bench(specs: Sequence[TeacherSpec], base: str | Path | None, device: st
     return bench
 
 
-def make_teachers(specs: Sequence[TeacherSpec], bench: Bench, seed: int) -> list[Teacher]:
+@dataclass(frozen=True)
+class Answering:
+    """How answers to prompts come about; see `distil`.
+
+    Attributes:
+        answers: one of `ANSWERS`; None for what suits each adapter's rows.
+        tokens: in an answer, at most.
+        seed: of the sampling and of random tokens.
+    """
+
+    answers: str | None
+    tokens: int
+    seed: int
+
+
+def make_teachers(specs: Sequence[TeacherSpec], bench: Bench, how: Answering) -> list[Teacher]:
     """Tokenize the rows of each adapter; no adapter is run yet.
 
-    Raises: RecipeError where there are too few rows.
+    Raises: RecipeError where there are too few rows, or rows are to be written by a model that cannot.
     """
-    return [_teacher_of(spec, bench, seed) for spec in specs]
+    return [_teacher(spec.adapter, spec.rows, bench, how) for spec in specs]
 
 
-def _teacher_of(spec: TeacherSpec, bench: Bench, seed: int) -> Teacher:
+def make_base_teacher(rows: Any, bench: Bench, how: Answering) -> Teacher:
+    """Return the base model as a teacher, on text of its own (`keep_base`); all positions are judged.
+
+    Raises: RecipeError where the model is no causal one, or the rows cannot be used.
+    """
+    if bench.form != "causal":
+        raise RecipeError(f"keep_base needs a causal language model; '{bench.base}' is loaded as {bench.form}.")
+    asked = _row_spec(BASE, None, rows, GENERATED_ROWS, False)
+    return _teacher(None, asked, bench, replace(how, answers=NONE))
+
+
+def _teacher(adapter: Adapter | None, spec: RowSpec, bench: Bench, how: Answering) -> Teacher:
     form = LANGUAGE if bench.form == "causal" else bench.form
     task = spec.task or DEFAULT_TASKS[form]
-    if spec.texts is None:
-        sequences = random_rows(bench, spec.count, seed, spec.adapter.digest, task.descriptions)
+    if form != LANGUAGE:
+        _check_no_writing(spec, bench, how)
+    writer = _writer(spec, task, bench, how) if form == LANGUAGE else None
+    starts: list[int] | None = None
+    if spec.generated:
+        sequences = [row_beginning(bench, task.template.partition(SLOT)[0])] * spec.count
+    elif spec.texts is None:
+        digest = BASE if adapter is None else adapter.digest
+        sequences = random_rows(bench, spec.count, how.seed, digest, task.descriptions)
     else:
-        found, _ = bench.token_ids(task.fill_template(list(spec.texts)), task.max_tokens)
-        sequences = [ids for ids in found if ids]
-    if len(sequences) < MIN_ROWS:
+        texts = task.fill_template(list(spec.texts))
+        texts = [text.rstrip() for text in texts] if writer or spec.targets else texts  # as `evaluate` reads prompts
+        sequences, _ = bench.token_ids(texts, task.max_tokens)
+        if spec.targets is not None:
+            sequences, starts = _with_targets(bench, texts, spec.targets, task.max_tokens)
+    kept = [place for place, ids in enumerate(sequences) if ids]
+    if len(kept) < MIN_ROWS:
         raise RecipeError(
-            f"adapter '{spec.name}' has {len(sequences)} rows with a token in them ({spec.origin}); expected "
+            f"adapter '{spec.name}' has {len(kept)} rows with a token in them ({spec.origin}); expected "
             f"{MIN_ROWS} at least, of which one in five is held out. Give more, or none for random tokens."
         )
-    if form == LANGUAGE:
-        return TokenTeacher(bench, spec.adapter, sequences, spec.name, spec.origin)
-    scorer = Classification(bench, task, labelled=False, sequences=sequences)
-    return LabelTeacher(scorer, spec.adapter, spec.name, spec.origin)
+    sequences = [sequences[place] for place in kept]
+    if form != LANGUAGE:
+        assert adapter is not None
+        scorer = Classification(bench, task, labelled=False, sequences=sequences)
+        return LabelTeacher(scorer, adapter, spec.name, spec.origin)
+    starts = None if starts is None else [starts[place] for place in kept]
+    choices = choice_tokens(bench, task) if starts or (writer and writer.prompted) else ()
+    return TokenTeacher(bench, adapter, sequences, spec.name, spec.origin, writer, choices, starts)
 
 
-def _teacher(adapter: Adapter, name: str, task: Task | None, rows: Any) -> TeacherSpec:
+def _check_no_writing(spec: RowSpec, bench: Bench, how: Answering) -> None:
+    """Refuse answers and written rows where the model is no causal one."""
+    if spec.generated or how.answers is not None:
+        asked = f"rows '{GENERATED}'" if spec.generated else f"answers '{how.answers}'"
+        raise RecipeError(
+            f"{asked}: only a causal language model can write; '{bench.base}' is loaded as {bench.form}. Give texts, or a "
+            "number of rows of random tokens."
+        )
+
+
+def _writer(spec: RowSpec, task: Task, bench: Bench, how: Answering) -> Writer | None:
+    """Return what an adapter is asked to write; None for nothing."""
+    if spec.generated:
+        tail = task.template.partition(SLOT)[2].rstrip()
+        after = tuple(bench.all_token_ids([tail], special=False)[0]) if tail else ()
+        stop = tuple(bench.all_token_ids(["\n"], special=False)[0][-1:]) if tail else ()
+        return RowWriter(TEXT_TOKENS, how.tokens, after, stop, how.seed)
+    if spec.texts is None or (task.label is None and spec.task is not None) or how.answers in (GIVEN, NONE):
+        return None
+    return AnswerWriter(how.tokens, how.seed, spec.task is None)
+
+
+def _with_targets(
+    bench: Bench, texts: Sequence[str], targets: Sequence[str], most: int
+) -> tuple[list[list[int]], list[int]]:
+    """Return prompts with the given answers as token ids, and where the answers begin; both are tokenized together."""
+    pairs = [tokenized(bench, text, target) for text, target in zip(texts, targets, strict=True)]
+    prompts = [prompt[-most:] for prompt, _ in pairs]
+    return [[*prompt, *answer] for prompt, (_, answer) in zip(prompts, pairs, strict=True)], list(map(len, prompts))
+
+
+def tokenized(bench: Bench, text: str, target: str) -> tuple[list[int], list[int]]:
+    """Return token ids of a prompt and of what follows it, as they are in running text."""
+    joint = text + (target if target[:1].isspace() or not target else f" {target}")
+    whole, alone = bench.all_token_ids([joint, text])
+    return whole[: len(alone)], whole[len(alone) :]
+
+
+def choice_tokens(bench: Bench, task: Task) -> tuple[int, ...]:
+    """Return the first token of each choice of a task; empty where it has none, or where two begin with the same one."""
+    if task.choices is None:
+        return ()
+    prompt = task.template.replace(SLOT, "a").rstrip()
+    firsts = tuple((tokenized(bench, prompt, choice)[1] or [-1])[0] for choice in task.choices)
+    return firsts if len(set(firsts)) == len(firsts) and -1 not in firsts else ()
+
+
+def _row_spec(name: str, task: Task | None, rows: Any, count: int, labelled: bool) -> RowSpec:
+    """Return one adapter's rows, `count` of them where it writes them, with their labels where these are the answers."""
+    described = task is not None and task.descriptions is not None
+    if rows == GENERATED:
+        return RowSpec(name, task, None, count, "written by the adapter", None, True)
     if rows is None and task is not None and task.rows is not None:
-        texts = texts_of(task.read(), task.text, task.where)
         origin = task.rows if isinstance(task.rows, str) else "the task's rows"
-        return TeacherSpec(adapter, name, task, tuple(texts), 0, origin)
+        return _from_rows(name, task, task.read(), origin, task.where, labelled)
     if rows is None or (isinstance(rows, int) and not isinstance(rows, bool)):
-        count = RANDOM_ROWS if rows is None else rows
-        described = task is not None and task.descriptions is not None
+        number = RANDOM_ROWS if rows is None else rows
         origin = "random tokens and words of the labels" if described else "random tokens"
-        return TeacherSpec(adapter, name, task, None, count, origin)
+        return RowSpec(name, task, None, number, origin)
     if isinstance(rows, (str, Path)):
         field = "text" if task is None else task.text
-        limit = None if task is None else task.limit
-        texts = texts_of(read_rows(rows, limit=limit, text=field), field, f"rows {str(rows)!r}")
-        return TeacherSpec(adapter, name, task, tuple(texts), 0, str(rows))
+        read = read_rows(rows, limit=None if task is None else task.limit, text=field)
+        return _from_rows(name, task, read, str(rows), f"rows {str(rows)!r}", labelled)
     if isinstance(rows, Sequence) and all(isinstance(text, str) for text in rows):
-        return TeacherSpec(adapter, name, task, tuple(rows), 0, "texts given")
+        if labelled:
+            raise RecipeError(
+                f"answers '{GIVEN}': the rows of '{name}' are texts without labels. Give a file with both, and a task that "
+                f"names their keys; or answers='{NONE}' for texts that end with their answers."
+            )
+        return RowSpec(name, task, tuple(rows), 0, "texts given")
     raise RecipeError(
         f"rows of '{name}' are {rows!r}; expected a list of texts, the path of a .jsonl, .csv or .txt file, "
-        "a data set on the Hub, or a number of random-token rows."
+        f"a data set on the Hub, a number of random-token rows, or '{GENERATED}'."
     )
+
+
+def _from_rows(name: str, task: Task | None, rows: list[Row], origin: str, where: str, labelled: bool) -> RowSpec:
+    """Return the texts of rows that were read, and their answers if they count."""
+    texts = texts_of(rows, "text" if task is None else task.text, where)
+    targets = None
+    if labelled and (task is None or task.label is None):
+        raise RecipeError(
+            f"answers '{GIVEN}': the task of '{name}' names no label. Give one with the key (label: KEY)."
+        )
+    if labelled and task is not None and task.choices is not None:
+        targets = tuple(task.choices[number] for number in task.label_numbers(rows))
+    elif labelled and task is not None:
+        targets = tuple(task.target_texts(rows))
+    return RowSpec(name, task, tuple(texts), 0, origin, targets)
 
 
 def _for_each(what: str, given: Any, keys: Sequence[set[Any]], names: Sequence[str]) -> list[Any]:

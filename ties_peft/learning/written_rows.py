@@ -1,0 +1,264 @@
+"""Make rows that no user gave: random tokens, answers to prompts, and whole rows that an adapter writes itself.
+
+What a causal model writes is sampled at temperature 1. Every draw depends on the seed, the adapter, the row and the step, so
+the same call writes the same rows whatever the batches are. The sampling is that of Gumbel: the largest of log p + g, g
+independent of the standard Gumbel distribution, has the distribution p (Gumbel, Statistical Theory of Extreme Values, 1954).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluation.loaded_model import Bench
+from ..evaluation.scorers import Progress, batches
+from ..task_vectors.random_numbers import stream_key, uniform
+
+MIN_TOKENS, MAX_TOKENS = 6, 32  # in a row of random tokens
+WRITTEN_AT_ONCE = 32  # rows
+PLACEHOLDER = "§"  # stands for the user's text while the chat template is looked at
+
+
+@dataclass(frozen=True)
+class Written:
+    """Rows with what was written.
+
+    Attributes:
+        sequences: token ids of each row.
+        starts: where the answer of each begins, counted in tokens.
+    """
+
+    sequences: list[list[int]]
+    starts: list[int]
+
+
+class Writer(ABC):
+    """What an adapter is asked to write; its fields say all that the rows depend on."""
+
+    @property
+    @abstractmethod
+    def prompted(self) -> bool:
+        """Whether it writes an answer to a prompt, and the answer alone is judged."""
+
+    @abstractmethod
+    def write(self, bench: Bench, given: Sequence[Sequence[int]], digest: str, progress: Progress | None) -> Written:
+        """Write with what is applied to the model.
+
+        Args:
+            bench: the model.
+            given: token ids of the beginning of each row.
+            digest: of the adapter.
+            progress: called as progress(stage, done, of).
+        """
+
+
+@dataclass(frozen=True)
+class AnswerWriter(Writer):
+    """Let an adapter answer prompts.
+
+    Attributes:
+        tokens: in an answer, at most.
+        seed: of the sampling.
+        whole: whether the positions of the prompt are judged as well, where it may be plain text.
+    """
+
+    tokens: int
+    seed: int
+    whole: bool = False
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the answer alone is judged."""
+        return not self.whole
+
+    def write(self, bench: Bench, given: Sequence[Sequence[int]], digest: str, progress: Progress | None) -> Written:
+        """Append an answer to each prompt.
+
+        An answer has at most half of the model's positions; prompts too long for it lose their first tokens.
+        """
+        most = min(self.tokens, max(1, bench.max_length // 2))
+        prompts = [list(ids[-max(1, bench.max_length - most) :]) for ids in given]
+        answers = sample(bench, prompts, most, stream_key(self.seed, "answers", 0, digest), progress)
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        return Written(rows, [1 if self.whole else len(prompt) for prompt in prompts])
+
+
+@dataclass(frozen=True)
+class RowWriter(Writer):
+    """Let an adapter write whole rows: a text, the end of the template, and an answer.
+
+    Attributes:
+        text_tokens: of a text, at most.
+        answer_tokens: of an answer, at most.
+        tail: token ids of the template after the text; empty where there is none: then text and answer are one.
+        stop: token ids one of which ends a text.
+        seed: of the sampling.
+    """
+
+    text_tokens: int
+    answer_tokens: int
+    tail: tuple[int, ...]
+    stop: tuple[int, ...]
+    seed: int
+
+    @property
+    def prompted(self) -> bool:
+        """Whether there is a template, of which the answer is judged."""
+        return bool(self.tail)
+
+    def write(self, bench: Bench, given: Sequence[Sequence[int]], digest: str, progress: Progress | None) -> Written:
+        """Continue each beginning; with a template only the answer is judged, without one all that was written."""
+        key = stream_key(self.seed, "rows", 0, digest)
+        texts = sample(bench, given, self.text_tokens, key, progress, self.stop)
+        rows = [[*start, *text] for start, text in zip(given, texts, strict=True)]
+        if not self.tail:
+            return Written(rows, [len(start) for start in given])
+        ended = set(self.stop) | end_tokens(bench)
+        prompts = [[*(row[:-1] if row[-1] in ended else row), *self.tail] for row in rows]
+        return AnswerWriter(self.answer_tokens, self.seed).write(bench, prompts, digest, progress)
+
+
+def sample(
+    bench: Bench,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    key: int,
+    progress: Progress | None = None,
+    stop: Sequence[int] = (),
+) -> list[list[int]]:
+    """Return what the model writes after each prompt at temperature 1, the token that ends it included.
+
+    Args:
+        prompts: token ids.
+        most: tokens of each, at most.
+        key: of the random numbers.
+        stop: tokens that end a row, besides the model's own end tokens.
+    """
+    from transformers import LogitsProcessorList
+
+    found: list[list[int]] = [[] for _ in prompts]
+    ends, done = sorted({*stop, *end_tokens(bench)}), 0
+    for places in batches([len(ids) for ids in prompts], WRITTEN_AT_ONCE):
+        inputs = bench.pad_batch([prompts[place] for place in places], left=True)
+        width = inputs["input_ids"].shape[1]
+        noise = _GumbelNoise([_row_key(key, place) for place in places], width)
+        made = _generate(bench, inputs, most, ends, LogitsProcessorList([noise]))[:, width:].tolist()
+        for place, ids in zip(places, made, strict=True):
+            stops = [at for at, token in enumerate(ids) if token in ends]
+            found[place] = ids[: stops[0] + 1] if stops else ids
+        done += len(places)
+        if progress is not None:
+            progress("writing", done, len(prompts))
+    return found
+
+
+class _GumbelNoise:
+    """Add independent Gumbel noise to log-probabilities, so that the largest sum is a sample."""
+
+    def __init__(self, keys: Sequence[int], width: int) -> None:
+        self._keys, self._width = keys, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        size, step = scores.shape[-1], input_ids.shape[1] - self._width
+        drawn = torch.stack([uniform(key, step * size, (size,)) for key in self._keys]).to(scores.device)
+        middle = drawn.double() + 2.0**-25  # of the interval that each of the 2^24 values stands for, so never 0 or 1
+        return scores.double() - (-middle.log()).log()
+
+
+def _row_key(key: int, place: int) -> int:
+    return stream_key(0, f"row {place}", 0, str(key))
+
+
+def _generate(bench: Bench, inputs: dict[str, Tensor], most: int, ends: list[int], processors: Any) -> Tensor:
+    """Return token ids, (rows, tokens): the inputs, and the tokens of the largest processed score at each step.
+
+    Of the base's own generation_config nothing is taken, since `generate` would apply its penalties and limits.
+    """
+    from transformers import GenerationConfig
+
+    model = bench.model.get_base_model() if hasattr(bench.model, "get_base_model") else bench.model
+    own = model.generation_config
+    plain = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=bench.pad_token_id, eos_token_id=ends or None
+    )
+    try:
+        model.generation_config = plain
+        made: Tensor = bench.model.generate(**inputs, generation_config=plain, logits_processor=processors)
+    finally:
+        model.generation_config = own
+    return made
+
+
+def end_tokens(bench: Bench) -> set[int]:
+    """Return the tokens that end what the model writes, by its tokenizer and its generation_config."""
+    sources = (bench.tokenizer, getattr(bench.model, "generation_config", None), bench.model.config)
+    found: set[int] = set()
+    for source in sources:
+        ends = getattr(source, "eos_token_id", None)
+        found |= {ends} if isinstance(ends, int) else set(ends or ())
+    return found
+
+
+def row_beginning(bench: Bench, template_head: str) -> list[int]:
+    """Return token ids from which a row is written: the template's text before its slot, else how a user's turn begins.
+
+    Without a template and without a chat template it is the special token that begins or ends a text.
+    """
+    if template_head.strip():
+        return bench.all_token_ids([template_head.rstrip()])[0]
+    tokenizer = bench.tokenizer
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": PLACEHOLDER}]
+        text: str = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=False)
+        return bench.all_token_ids([text.partition(PLACEHOLDER)[0]], special=False)[0]
+    first = getattr(tokenizer, "bos_token_id", None)
+    return [first if isinstance(first, int) else bench.pad_token_id]
+
+
+def random_rows(
+    bench: Bench, count: int, seed: int, digest: str, described: Sequence[str] | None = None
+) -> list[list[int]]:
+    """Return rows of random tokens, all equally likely, between the special tokens that begin and end a text.
+
+    Where there are descriptions of the labels, half of the tokens, at random positions, are drawn from them. This
+    makes the rows more similar to the task's.
+
+    Args:
+        bench: its tokenizer's vocabulary is used, without special tokens.
+        count: how many rows, each of MIN_TOKENS to MAX_TOKENS tokens apart from special ones.
+        seed, digest: what the draw depends on; the digest is the adapter's.
+        described: a text for each label.
+    """
+    tokenizer = bench.tokenizer
+    special = set(tokenizer.all_special_ids)
+    rows_held = bench.model.get_input_embeddings().weight.shape[0]
+    usable = torch.tensor([token for token in range(min(len(tokenizer), rows_held)) if token not in special])
+    generator = torch.Generator().manual_seed(stream_key(seed, "random tokens", 0, digest) % (1 << 63))
+    front, back = _special_tokens_around(bench)
+    most = max(1, min(MAX_TOKENS, bench.max_length - len(front) - len(back)))
+    lengths = torch.randint(min(MIN_TOKENS, most), most + 1, (count,), generator=generator).tolist()
+    drawn = [usable[torch.randint(len(usable), (length,), generator=generator)].tolist() for length in lengths]
+    words = torch.tensor([token for ids in bench.all_token_ids(described or (), special=False) for token in ids])
+    if len(words):
+        drawn = [_mix_in(ids, words, generator) for ids in drawn]
+    return [[*front, *ids, *back] for ids in drawn]
+
+
+def _mix_in(ids: list[int], words: Tensor, generator: torch.Generator) -> list[int]:
+    """Return a row with half of its tokens replaced by draws from others, by their frequency there."""
+    chosen = torch.rand(len(ids), generator=generator) < 0.5
+    others = words[torch.randint(len(words), (len(ids),), generator=generator)]
+    return torch.where(chosen, others, torch.tensor(ids)).tolist()
+
+
+def _special_tokens_around(bench: Bench) -> tuple[list[int], list[int]]:
+    """Return the special tokens before and after a text."""
+    (whole,), (plain,) = bench.all_token_ids(["a"]), bench.all_token_ids(["a"], special=False)
+    fits = (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain)
+    start = next(fits, 0)
+    return whole[:start], whole[start + len(plain) :]
