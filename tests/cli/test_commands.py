@@ -459,7 +459,7 @@ FLAGS = {
     "evaluate": "--bare --base --batch-size --device --harness --harness-path --json --limit --precision --task",
     "distil": (
         "--answer-tokens --answers --base --base-name --batch-size --count --device --dtype --fit --force --json --keep-base "
-        "--keep-weight --kind --out --rank --rows --seed --start --state --steps --task --threads --weights"
+        "--keep-weight --kind --out --precision --rank --rows --seed --start --state --steps --task --threads --weights"
     ),
     "search": (
         "--allow-disjoint --base --budget --controls --densities --device --force --json --judge --method --out --penalty --rank "

@@ -131,6 +131,7 @@ def test_steps_are_eight_passes_over_texts_and_two_over_random_rows(texts: int, 
     specs: list[Any] = [SimpleNamespace(rows=SimpleNamespace(texts=kind, generated=False)) for kind, _ in given]
     teachers: list[Any] = [SimpleNamespace(sequences=[[1]] * count) for _, count in given]
     assert ties_peft.distil.__globals__["_default_steps"](specs, teachers, 16) == steps
+    assert ties_peft.distil.__globals__["_default_steps"](specs, teachers, 16, 0.5) == steps / 2
 
 
 def test_the_same_bytes_twice_and_when_stopped(

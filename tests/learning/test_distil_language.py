@@ -201,6 +201,15 @@ def test_the_base_is_kept_on_text_of_its_own(bases: dict[str, Path], loras: list
     assert heavy.recipe["weights"] == (1.0, 1.0, 10.0)
 
 
+def test_the_base_runs_in_the_precision_asked_for(bases: dict[str, Path], loras: list[Path]) -> None:
+    """What is fitted and written stays float32; the divergences differ by rounding."""
+    given: dict[str, Any] = {"rows": sentences(20, 0), "base": bases["llama"], "steps": 20, "answers": "none"}
+    half, whole = (ties_peft.distil(loras, **given, precision=one) for one in ("bfloat16", "float32"))
+    assert half.digest != whole.digest
+    assert half.report.dtype == whole.report.dtype == "float32"
+    assert half.report.divergence == pytest.approx(whole.report.divergence, rel=0.2)
+
+
 def test_texts_without_a_task_are_matched_with_what_follows(bench: Bench, loras: list[Path]) -> None:
     """They may be plain text or prompts: all positions are judged, and an answer is written."""
     from ties_peft.learning.teacher_specs import Answering, make_teachers, read_teacher_specs

@@ -43,6 +43,13 @@ KeepBase = Annotated[
         show_default="none",
     ),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="The precision in which the base is loaded: float32, bfloat16 or float16.",
+        show_default="what transformers chooses",
+    ),
+]
 KeepWeight = Annotated[float, typer.Option(help="How much the rows of --keep-base count, beside the weights.")]
 Tasks = Annotated[
     list[Path] | None,
@@ -111,6 +118,7 @@ def distil(
     batch_size: Annotated[int, typer.Option(help="The number of rows in a step.")] = BATCH_SIZE,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="The device that the model runs on.")] = "cpu",
+    precision: Precision = None,
     threads: Threads = 1,
     dtype: Dtype = None,
     base_name: BaseName = None,
@@ -150,6 +158,7 @@ def distil(
             answer_tokens=answer_tokens,
             keep_base=None if keep_base is None else _row_source(keep_base),
             keep_weight=keep_weight,
+            precision=precision,
         )
     made.save(out, force)
     if as_json:

@@ -54,6 +54,7 @@ from .teachers import Teacher
 RATES = {"factors": 0.01, "gains": 0.1, "vectors": 0.05}  # chosen on held-out rows of the sample adapters
 PASSES, RANDOM_PASSES = 8, 2  # over rows of text, and over random ones, which never run out
 MIN_STEPS, MAX_STEPS = 120, 1200
+CLOSED_FORM_SHARE = 0.5  # of the steps, where the fit may begin with the closed form, which needs fewer
 
 
 def distil(
@@ -83,6 +84,7 @@ def distil(
     answer_tokens: int = ANSWER_TOKENS,
     keep_base: Sequence[str] | str | Path | int | None = None,
     keep_weight: float = 1.0,
+    precision: torch.dtype | str | None = None,
 ) -> Distilled:
     """Return one adapter that imitates several, fitted on unlabelled rows, on rows that they write, or on random tokens.
 
@@ -91,7 +93,8 @@ def distil(
         start: what the fit begins with: an adapter, or the arguments of a merge as a dict
             ({"method": "ties", "density": 0.2}). By default it is a merge by `tsv` at scale 0.6 and the rank, its norm
             restored (by `flat_tsv` for gains, by `power_mean` for (IA)³). Of LoRAs of a causal model it is that merge or
-            the closed form of `module_outputs`, whichever has the lower divergence on the held-out rows.
+            the closed form of `module_outputs`, whichever has the lower divergence on the held-out rows; the latter
+            only where the Gram matrices of the modules' inputs take at most 2 GiB.
         rows: what the adapters read. One of these is for every adapter: a list of texts; the path of a .jsonl, .csv or
             .txt file; a data set on the Hub, `org/name`; a number of random-token rows; "generated": each adapter of a
             causal model writes `count` rows itself. To give each adapter its own,
@@ -113,7 +116,8 @@ def distil(
         bench: a loaded base model to use again.
         kind: `lora` or `ia3`, of the result; by default LoRA if any adapter is one.
         fit: `factors` (A and B), or `gains`, one number for each direction of the start. (IA)³ fits its vectors.
-        steps: at most; by default eight passes over rows of text and two over random ones, 120 to 1200 steps.
+        steps: at most; by default eight passes over rows of text and two over random ones, 120 to 1200 steps, and half
+            of that for LoRAs of a causal model, whose start is nearer to them.
         weights: how much each adapter counts in the fit and on the held-out rows, in their order; only their ratios
             matter, and all must be above 0. By default all count the same. The start has the weights of its own merge.
         batch_size: rows in a step.
@@ -133,6 +137,8 @@ def distil(
         keep_base: rows, in one of the forms for every adapter, on which the result is to predict what the bare base
             predicts; for causal models.
         keep_weight: how much these count, beside the adapters' weights.
+        precision: in which the base is loaded, float32, bfloat16 or float16; by default what transformers chooses. What
+            is fitted is float32. A CPU without instructions for bfloat16 is slower in it than in float32.
     Returns: the adapter, with its `report` and `recipe`.
     Raises: TiesPeftError before any long work.
     Laws: on the held-out rows the result is never worse than its start, which is returned where nothing better was
@@ -147,18 +153,18 @@ def distil(
     shares = _check_weights(weights, len(specs))
     shares += () if keep_base is None else _check_weights([keep_weight], 1)
     written = output_dtype(dtype, [spec.adapter for spec in specs])
-    loaded = open_bench(specs, base, device, bench)
+    loaded = open_bench(specs, base, device, bench, precision)
     with threads_fixed(threads), _frozen_base(loaded):
         merged, origin = make_start([spec.adapter for spec in specs], loaded, start, kind, fit, rank, base_model)
         how = Answering(answers, answer_tokens, seed)
         teachers = make_teachers(specs, loaded, how)
         teachers += [] if keep_base is None else [make_base_teacher(keep_base, loaded, how)]
         student = Student(merged, loaded, fit, seed)
-        taken = steps or _default_steps(specs, teachers, batch_size)
+        closed_form = start is None and has_closed_form(student, teachers)
+        taken = steps or _default_steps(specs, teachers, batch_size, CLOSED_FORM_SHARE if closed_form else 1.0)
         options = FitOptions(taken, RATES[student.fit], batch_size, seed, threads, shares)
         checkpoint = Checkpoint(state, _fingerprint(teachers, student, options, written))
         _write_rows(teachers, checkpoint, report_progress)
-        closed_form = start is None and has_closed_form(student, teachers)
         (on_estimate or print_estimate)(estimate(Fit(student, teachers, options), closed_form))
         if closed_form:
             student, solved = better_start(student, teachers, options, checkpoint, report_progress)
@@ -335,12 +341,12 @@ def _write_rows(teachers: Sequence[Teacher], checkpoint: Checkpoint, progress: P
         teacher.set_written(written)
 
 
-def _default_steps(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher], batch: int) -> int:
-    """Return the steps of some passes over the rows, at least `MIN_STEPS` and at most `MAX_STEPS`."""
+def _default_steps(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher], batch: int, share: float = 1.0) -> int:
+    """Return the steps of some passes over the rows, at least `MIN_STEPS` and at most `MAX_STEPS`, or a share of that."""
     passes = [RANDOM_PASSES if spec.rows.texts is None and not spec.rows.generated else PASSES for spec in specs]
     passes += [PASSES] * (len(teachers) - len(specs))  # of the base, where it is kept
     rows = sum(often * len(teacher.sequences) for often, teacher in zip(passes, teachers, strict=True))
-    return min(MAX_STEPS, max(MIN_STEPS, math.ceil(rows / batch)))
+    return math.ceil(share * min(MAX_STEPS, max(MIN_STEPS, math.ceil(rows / batch))))
 
 
 def _fingerprint(teachers: Sequence[Teacher], student: Student, options: FitOptions, dtype: torch.dtype) -> str:

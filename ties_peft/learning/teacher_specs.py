@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..adapters.adapter import Adapter, check_is_list
 from ..errors import RecipeError, unknown
 from ..evaluation.evaluate import find_base
@@ -91,7 +93,13 @@ def read_teacher_specs(
     return [TeacherSpec(*one) for one in zip(opened, asked, strict=True)]
 
 
-def open_bench(specs: Sequence[TeacherSpec], base: str | Path | None, device: str, bench: Bench | None) -> Bench:
+def open_bench(
+    specs: Sequence[TeacherSpec],
+    base: str | Path | None,
+    device: str,
+    bench: Bench | None,
+    precision: torch.dtype | str | None = None,
+) -> Bench:
     """Load the base model in the form that the tasks need, and check that every adapter and task fits it.
 
     Raises: RecipeError where the form is not known, differs between tasks, or cannot be imitated.
@@ -105,7 +113,7 @@ def open_bench(specs: Sequence[TeacherSpec], base: str | Path | None, device: st
             )
         tasks = [spec.task for spec in specs if spec.task is not None]
         chosen = find_base([spec.adapter for spec in specs], tasks, base)
-        bench = Bench.load(chosen, forms.pop(), device)
+        bench = Bench.load(chosen, forms.pop(), device, dtype=precision)
     if bench.form == "seq2seq":
         raise RecipeError(
             f"'{bench.base}' is a sequence-to-sequence model, whose predictions distil cannot imitate yet; it does so "

@@ -12,7 +12,6 @@ positions that are judged go through the output matrix.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..evaluation.causal_passes import selected_logits
 from ..evaluation.loaded_model import Bench
 from ..evaluation.scorers import BATCH, Progress
 from .teachers import Comparison, Teacher
@@ -158,11 +158,10 @@ class TokenTeacher(Teacher):
     def outputs(self, places: Sequence[int]) -> Tensor:
         """Return the logits at the judged positions of some rows, (positions, vocabulary), row after row, float32."""
         inputs = self.bench.pad_batch([self.sequences[place] for place in places])
-        width = inputs["input_ids"].shape[1]
-        flat = [row * width + at for row, place in enumerate(places) for at in self._judged(place)]
-        with _only_positions(self.bench, flat):
-            logits: Tensor = self.bench.model(**inputs, use_cache=False).logits
-        return logits.reshape(len(flat), -1).float()
+        judged = [(row, at) for row, place in enumerate(places) for at in self._judged(place)]
+        rows, positions = torch.tensor(judged, device=self.bench.device).unbind(1)
+        logits, _ = selected_logits(self.bench.model, inputs, rows, positions, use_cache=False)
+        return logits.float()
 
     def _logits_of_rows(self, places: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield each row with its logits, (judged positions, vocabulary)."""
@@ -197,18 +196,3 @@ class TokenTeacher(Teacher):
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return KL(p ‖ q) over the last dimension."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-@contextmanager
-def _only_positions(bench: Bench, flat: list[int]) -> Iterator[None]:
-    """Let only some positions of the flattened batch through the output matrix, within a `with` block."""
-    places = torch.tensor(flat, device=bench.device)
-
-    def select(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].flatten(0, -2)[places].unsqueeze(0), *inputs[1:])
-
-    handle = bench.model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
