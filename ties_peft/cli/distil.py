@@ -127,12 +127,9 @@ def distil(
     as_json: Json = False,
 ) -> None:
     """Merge adapters, then train the result to imitate them on rows without labels."""
-    from ..adapters.writer import check_output_folder, check_outside_output
     from ..learning.distil import distil as distil_adapters
 
-    read = [path for path in map(sources.local_path, adapters) if path is not None]
-    check_output_folder(out, force, read)
-    check_outside_output(out, state, "the state (--state)")
+    _check_folders(adapters, out, force, state)
     with print_warnings_after(), progress_bar() as tell:
         made = distil_adapters(
             adapters,
@@ -161,6 +158,20 @@ def distil(
             precision=precision,
         )
     made.save(out, force)
+    _show(made, out, as_json)
+
+
+def _check_folders(adapters: list[str], out: Path, force: bool, state: Path | None) -> None:
+    """Refuse a folder that cannot be written, or that holds an adapter or the state, before any work."""
+    from ..adapters.writer import check_output_folder, check_outside_output
+
+    read = [path for path in map(sources.local_path, adapters) if path is not None]
+    check_output_folder(out, force, read)
+    check_outside_output(out, state, "the state (--state)")
+
+
+def _show(made: Any, out: Path, as_json: bool) -> None:
+    """Print the report of what was made."""
     if as_json:
         print_json({"out": str(out), "distil": made.recipe, "report": made.report.to_dict()})
         return

@@ -146,12 +146,10 @@ def distil(
         resumed or not, and whatever number of threads torch is set to; afterwards torch has that number again.
     """
     started = time.perf_counter()
-    _check_numbers(fit, rank, steps, batch_size, seed, threads)
-    _check_writing(answers, answer_tokens, count)
+    _check_numbers(fit, rank, steps, batch_size, seed, threads, answers, answer_tokens, count)
     report_progress = progress or (lambda stage, done, of: None)
     specs = read_teacher_specs(adapters, rows, tasks, count, answers)
-    shares = _check_weights(weights, len(specs))
-    shares += () if keep_base is None else _check_weights([keep_weight], 1)
+    shares = _check_weights(weights, len(specs)) + (() if keep_base is None else _check_weights([keep_weight], 1))
     written = output_dtype(dtype, [spec.adapter for spec in specs])
     loaded = open_bench(specs, base, device, bench, precision)
     with threads_fixed(threads), _frozen_base(loaded):
@@ -164,15 +162,8 @@ def distil(
         taken = steps or _default_steps(specs, teachers, batch_size, CLOSED_FORM_SHARE if closed_form else 1.0)
         options = FitOptions(taken, RATES[student.fit], batch_size, seed, threads, shares)
         checkpoint = Checkpoint(state, _fingerprint(teachers, student, options, written))
-        _write_rows(teachers, checkpoint, report_progress)
-        (on_estimate or print_estimate)(estimate(Fit(student, teachers, options), closed_form))
-        if closed_form:
-            student, solved = better_start(student, teachers, options, checkpoint, report_progress)
-            origin = "the closed form of the modules' outputs" if solved else origin
-        else:
-            run_teachers(teachers, checkpoint, report_progress)
-        done = Fit(student, teachers, options)
-        done.run(checkpoint, report_progress)
+        done, solved = _imitate(student, teachers, options, checkpoint, closed_form, on_estimate, report_progress)
+        origin = "the closed form of the modules' outputs" if solved else origin
         outcome = _Outcome(done, written)
         report = outcome.report(specs, merged, origin, time.perf_counter() - started)
     warn_caller(report.warnings)
@@ -185,6 +176,28 @@ def distil(
         merged.loading,
         [folder for folder in folders if folder is not None],
     )
+
+
+def _imitate(
+    student: Student,
+    teachers: Sequence[Teacher],
+    options: FitOptions,
+    checkpoint: Checkpoint,
+    closed_form: bool,
+    on_estimate: Callable[[Estimate], None] | None,
+    progress: Progress,
+) -> tuple[Fit, bool]:
+    """Let the teachers write and predict, and fit the student; return the fit, and whether it began with the closed form."""
+    _write_rows(teachers, checkpoint, progress)
+    (on_estimate or print_estimate)(estimate(Fit(student, teachers, options), closed_form))
+    solved = False
+    if closed_form:
+        student, solved = better_start(student, teachers, options, checkpoint, progress)
+    else:
+        run_teachers(teachers, checkpoint, progress)
+    done = Fit(student, teachers, options)
+    done.run(checkpoint, progress)
+    return done, solved
 
 
 class _Outcome:
@@ -377,22 +390,29 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, 
     return tuple(map(float, found))
 
 
-def _check_writing(answers: str | None, tokens: int, count: int | None) -> None:
-    """Refuse an unknown kind of answers and numbers out of range."""
-    if answers is not None and answers not in ANSWERS:
-        raise RecipeError(unknown("kind of answers", str(answers), ANSWERS))
-    check_whole("answer_tokens", tokens, 1)
-    if count is not None:
-        check_whole("count", count, 1)
-
-
-def _check_numbers(fit: str, rank: int | None, steps: int | None, batch: int, seed: int, threads: int) -> None:
-    """Refuse an unknown fit and numbers out of range."""
+def _check_numbers(
+    fit: str,
+    rank: int | None,
+    steps: int | None,
+    batch: int,
+    seed: int,
+    threads: int,
+    answers: str | None,
+    answer_tokens: int,
+    count: int | None,
+) -> None:
+    """Refuse an unknown fit or kind of answers, and numbers out of range."""
     if fit not in FITS:
         raise RecipeError(unknown("fit", str(fit), FITS))
-    check_whole("batch_size", batch, 1)
-    check_whole("seed", seed, 0)
-    check_whole("threads", threads, 1)
-    for name, value in (("rank", rank), ("steps", steps)):
-        if value is not None:
-            check_whole(name, value, 1)
+    if answers is not None and answers not in ANSWERS:
+        raise RecipeError(unknown("kind of answers", str(answers), ANSWERS))
+    for name, value, least in (
+        ("batch_size", batch, 1),
+        ("seed", seed, 0),
+        ("threads", threads, 1),
+        ("answer_tokens", answer_tokens, 1),
+    ):
+        check_whole(name, value, least)
+    for name, optional in (("rank", rank), ("steps", steps), ("count", count)):
+        if optional is not None:
+            check_whole(name, optional, 1)
