@@ -28,7 +28,7 @@ from .written_rows import Writer
 TOP_K = 128
 SHORT_VOCABULARY = 1 << 16  # of which a token number fits into two bytes
 MAX_LOGITS = 1 << 26  # in memory at once
-PART_TOKENS = {"cpu": 512, "cuda": 16384}  # run at once, padding included: they bound the memory for gradients
+PART_TOKENS = {"cpu": 256, "cuda": 16384}  # run at once, padding included: they bound the memory for gradients
 
 
 class TokenTeacher(Teacher):
