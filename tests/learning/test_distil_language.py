@@ -117,7 +117,6 @@ def test_the_closed_form_is_the_best_of_its_rank(
     rank: int, bench: Bench, loras: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a minimiser of its own: in the coordinates of G^(1/2) the best Δ of a rank is a truncated SVD."""
-    monkeypatch.setattr(module_outputs, "KEPT", 0.8)
     monkeypatch.setattr(module_outputs, "RIDGE", 1e-2)
     adapters = [ties_peft.Adapter.load(path) for path in loras]
     rows = [[[5, 6, 7, 8], [9, 10]], [[11, 12, 13], [14, 15, 16, 17, 18]]]
@@ -140,7 +139,7 @@ def test_the_closed_form_is_the_best_of_its_rank(
 
 
 def gram(adapter: Path, name: str, rows: list[list[int]]) -> Tensor:
-    """The mean of x·xᵀ, a fifth of its entries off the diagonal taken away, by PEFT and one row at a time."""
+    """The mean of x·xᵀ, by PEFT and one row at a time."""
     model = PeftModel.from_pretrained(make_model("llama"), adapter).eval()
     seen: list[Tensor] = []
     layer = model.get_submodule(f"base_model.model.{name}")
@@ -149,8 +148,7 @@ def gram(adapter: Path, name: str, rows: list[list[int]]) -> Tensor:
         for ids in rows:
             model(torch.tensor([ids]))
     x = torch.cat(seen)
-    whole = x.T @ x / len(x)
-    return 0.8 * whole + 0.2 * whole.diagonal().diag()
+    return x.T @ x / len(x)
 
 
 def test_one_adapter_is_its_own_closed_form(bases: dict[str, Path], loras: list[Path]) -> None:
@@ -160,7 +158,7 @@ def test_one_adapter_is_its_own_closed_form(bases: dict[str, Path], loras: list[
         loras[:1], rows=texts, tasks={"measure": "loss", "label": None}, base=bases["llama"], steps=1
     )
     assert made.report.start == "the closed form of the modules' outputs"
-    assert made.report.divergence[0] < 1e-3
+    assert made.report.divergence[0] < 1e-2
 
 
 @pytest.mark.parametrize("rows", ["prompts", "generated", "given"])
