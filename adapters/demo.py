@@ -2,28 +2,30 @@
 
     python adapters/demo.py [--out demo-out] [--data DIR | hub] [--rows 300]
 
-First the six LoRA and then the six (IA)³ adapters are merged with the defaults, saved, loaded with
-`PeftModel.from_pretrained` on the real base, and their forward pass is compared with a copy of the
-base to whose weights the merged task vectors were added by hand. Then, where labelled rows are at
-hand, every way of combining the adapters is judged on all six tasks.
+First the six LoRA and then the six (IA)³ adapters of a sentence encoder are merged with the defaults, saved, loaded with
+`PeftModel.from_pretrained` on the real base, and their forward pass is compared with a copy of the base to whose weights
+the merged task vectors were added by hand. Then these LoRAs and six of a language model are merged in three ways and scored on
+rows that lie in the repository. With --data the encoder's adapters are judged on all six tasks as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import io
 import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import minilm
+import smollm2
 import torch
 from peft import PeftModel
 from rich.console import Console
@@ -31,11 +33,16 @@ from rich.markup import escape
 from rich.table import Table
 
 import ties_peft
+from ties_peft.evaluation.loaded_model import Bench as LoadedModel
+from ties_peft.evaluation.task import Task, read_task
 
 HERE = Path(__file__).resolve().parent
-DATA = HERE.parent.parent / "shared" / "data"  # a folder beside the repository, used where it exists
 KINDS = {"lora": "LoRA", "ia3": "(IA)³"}
-RIVALS = ("average", "task_arithmetic")  # judged beside the default, TIES
+METHODS = {"average": "average", "ties": "TIES", "auto": "auto, the default"}
+JUDGED = ("snips_json", "disfl_qa")  # of the language model, with rows beside its adapters
+OWN = "own adapter of each task"
+ROWS = 50  # of each task
+BAR = 24  # columns of a bar of 100 percent
 TOLERANCE = 1e-4
 PROBES = (
     "a gripping film from the first minute to the last",
@@ -52,14 +59,9 @@ def main() -> int:
     console.rule("merge, save, load with PEFT, compare", align="left")
     base, tokenizer = load_base()
     faithful = [merge_and_check(kind, base, tokenizer, asked.out) for kind in KINDS]
-    data = asked.data or (DATA if DATA.is_dir() else None)
-    if data is None:
-        console.print(
-            "No labelled rows here, so no accuracies: give --data hub, or --data DIR with a folder for each task.",
-            soft_wrap=True,
-        )
-    else:
-        judge_all(base, tokenizer, data, asked.rows, asked.out)
+    judge_samples(base, tokenizer, asked.out)
+    if asked.data is not None:
+        judge_all(base, tokenizer, asked.data, asked.rows, asked.out)
     console.print(f"\n{time.perf_counter() - started:.0f} s in all; the merged adapters are in {asked.out}")
     return 0 if all(faithful) else 1
 
@@ -68,7 +70,7 @@ def arguments() -> argparse.Namespace:
     """What was asked for on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (demo-out)")
-    parser.add_argument("--data", help="folder with one sub-folder a task, or 'hub'; ../shared/data if it is there")
+    parser.add_argument("--data", help="folder with one sub-folder a task, or 'hub': judge the encoder's adapters too")
     parser.add_argument("--rows", type=int, default=300, help="test rows judged in each task (300)")
     asked = parser.parse_args()
     if asked.rows < 1:
@@ -153,6 +155,67 @@ def with_deltas(base: Any, merged: ties_peft.Adapter) -> Any:
     return model
 
 
+def judge_samples(base: Any, tokenizer: Any, out: Path) -> None:
+    """Print how much of its own adapter's skill each merge keeps, on rows that lie in the repository."""
+    console.rule(f"six adapters in one, {ROWS} test rows of each of {len(JUDGED) + 1} tasks", align="left")
+    folders = {task: HERE / "lora" / task for task in minilm.TASKS}
+    task = replace(read_task(HERE.parent / "examples" / "tasks" / "banking77.yaml"), limit=ROWS)
+    shares = kept(LoadedModel(base, tokenizer), folders, {"banking77": task}, out / "lora")
+    try:
+        with console.status("loading the language model"), redirect_stderr(io.StringIO()):  # a bar of its own
+            model = LoadedModel(*smollm2.load_base())
+    except OSError as error:
+        console.print(f"The base {smollm2.BASE} cannot be had, so its adapters are not scored: {escape(str(error))}")
+    else:
+        folders = {task: smollm2.FOLDER / task for task in smollm2.TASKS}
+        tasks = {name: read_task(smollm2.FOLDER / "tasks" / f"{name}.yaml") for name in JUDGED}
+        shares |= kept(model, folders, {name: replace(one, limit=ROWS) for name, one in tasks.items()}, out / "smollm2")
+    console.print(bars(shares))
+    console.print(
+        "Each task's own adapter is 100. banking77 (an encoder): accuracy. The others (a language model): how much of the loss that "
+        "the own adapter takes from the base the merged one takes too; below 0 it is worse than the base.",
+        style="dim",
+    )
+
+
+def kept(
+    model: LoadedModel, folders: Mapping[str, Path], tasks: Mapping[str, Task], out: Path
+) -> dict[str, dict[str, float]]:
+    """Return by task, for the base and each way of merging, the share of the own adapter's skill, in percent."""
+
+    def values(adapter: Any, names: Iterable[str]) -> dict[str, float]:
+        scores = {name: ties_peft.evaluate(adapter, tasks[name], bench=model) for name in names}
+        return {name: -(s.loss or 0.0) if s.accuracy is None else s.accuracy for name, s in scores.items()}
+
+    with console.status("scoring the base and the own adapters"):
+        base = values(None, tasks)
+        own = {name: values(folders[name], [name])[name] for name in tasks}
+    zero = {name: base[name] if tasks[name].measure == "loss" else 0.0 for name in tasks}
+    found = {"base": base}
+    for method, title in METHODS.items():
+        with console.status(f"merging and scoring: {title}"):
+            merged = ties_peft.merge([os.path.relpath(folder) for folder in folders.values()], method=method)
+            found[title] = values(merged.save(out.with_name(f"{out.name}-{method}"), force=True), tasks)
+    found[OWN] = own
+    return {
+        name: {title: 100 * (one[name] - zero[name]) / (own[name] - zero[name]) for title, one in found.items()}
+        for name in tasks
+    }
+
+
+def bars(shares: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return a table with a row for each thing that was scored, a column a task, and a bar for the mean."""
+    result = Table(box=None, pad_edge=False)
+    for heading in ("", *shares, "mean"):
+        result.add_column(heading, justify="right" if heading else "left")
+    result.add_column("")
+    for title in ("base", *METHODS.values(), OWN):
+        row = [share[title] for share in shares.values()]
+        mean = sum(row) / len(row)
+        result.add_row(title, *(f"{one:.0f}" for one in (*row, mean)), "█" * max(0, round(mean * BAR / 100)))
+    return result
+
+
 @dataclass(frozen=True)
 class Bench:
     """The base, its frozen heads, and the rows that everything is judged on."""
@@ -191,7 +254,10 @@ def judge_all(base: Any, tokenizer: Any, data: Path | str, rows: int, out: Path)
     for kind in KINDS:
         scores = {"base": untouched, **judge_kind(kind, bench, out)}
         console.print(table(f"{KINDS[kind]} adapters", scores))
-        console.print(f"a mean is known to about ± {bench.error(scores['TIES']):.1f} from so many rows\n", style="dim")
+        console.print(
+            f"a mean is known to about ± {bench.error(scores[OWN]):.1f} from so many rows\n",
+            style="dim",
+        )
     if data == minilm.HUB:
         console.print(f"{' and '.join(minilm.SEEN_ON_HUB)}: some of the Hub's rows were trained on.", style="dim")
 
@@ -201,11 +267,10 @@ def judge_kind(kind: str, bench: Bench, out: Path) -> dict[str, dict[str, float]
     scores = {}
     with console.status(f"judging {KINDS[kind]}"):
         own = [bench.judge_folder(HERE / kind / task, task) for task in minilm.TASKS]
-        scores["own adapter of each task"] = {task: value for one in own for task, value in one.items()}
-        for method in RIVALS:
+        scores[OWN] = {task: value for one in own for task, value in one.items()}
+        for method, title in METHODS.items():
             folder = ties_peft.merge(samples(kind), method=method).save(out / f"{kind}-{method}", force=True)
-            scores[method.replace("_", " ")] = bench.judge_folder(folder)
-        scores["TIES"] = bench.judge_folder(out / kind)
+            scores[title] = bench.judge_folder(folder)
         scores["trained on all tasks"] = bench.judge_folder(HERE / "multitask" / kind)
     return scores
 
@@ -219,7 +284,7 @@ def table(title: str, scores: dict[str, dict[str, float]]) -> Table:
     for name, row in scores.items():
         mean = sum(row.values()) / len(row)
         cells = [f"{row[task]:.1f}" for task in minilm.TASKS]
-        result.add_row(escape(name), *cells, f"{mean:.1f}", style="bold" if name == "TIES" else None)
+        result.add_row(escape(name), *cells, f"{mean:.1f}", style="bold" if name in METHODS.values() else None)
     return result
 
 
