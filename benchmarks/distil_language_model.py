@@ -31,7 +31,7 @@ import smollm2  # isort: skip
 
 import ties_peft
 
-PROMPTS = "prompts"
+PROMPTS, GENERATED, RANDOM = "prompts", "generated", "random"
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,10 @@ def work(case: Case, data: Path, base: str, out: Path) -> dict[str, Any]:
     """Distil, in a process of its own; return seconds, peak memory in GB and what the report says."""
     torch.manual_seed(0)
     given: Any = case.source
+    given: Any = {RANDOM: case.count}.get(case.source, case.source)
     if case.source == PROMPTS:
         given = [read_prompts(data, task, case.count) for task in smollm2.TASKS]
-    elif case.source == "random":
-        given = case.count
-    else:
-        given = case.source
-    extra = dict(case.extra) | ({} if case.source in (PROMPTS, "random") else {"count": case.count})
+    extra = dict(case.extra) | ({"count": case.count} if case.source == GENERATED else {})
     estimates: list[Any] = []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, processor = time.perf_counter(), time.process_time()
@@ -184,7 +181,7 @@ def main() -> None:
     extra = tuple(sorted((name, yaml.safe_load(value)) for name, _, value in (one.partition("=") for one in asked.set)))
     cases = [
         Case(source, count, extra)
-        for source, counts in ((PROMPTS, asked.prompts), ("generated", asked.generated), ("random", asked.random))
+        for source, counts in ((PROMPTS, asked.prompts), (GENERATED, asked.generated), (RANDOM, asked.random))
         for count in counts
     ]
     log, table = Log(asked.log, asked.rows), None
