@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,24 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..merging.tables import Printed, make_facts, make_table, make_text, number_column
-from .advice import Advice, Facts, advise
+from . import page
+from .advice import WARNING, Advice, Facts, advise
 from .figures import Measured
 from .method_figures import MethodResult
 from .module_places import Place
+from .page import (
+    PERCENT,
+    check_page_file,
+    commands,
+    curve,
+    figure_kinds,
+    make_page,
+    module_rows,
+    module_set,
+    retention_bars,
+    table_columns,
+    write_page,
+)
 
 SHOWN_PAIRS = 15  # in the printed table; --json and the page have all
 ADAPTER_FIGURES = ("norm", "rank", "effective_rank", "redundancy")
@@ -39,7 +55,7 @@ PAIR_FIGURES = (
 class Analysis(Printed):
     """How some adapters interfere, and what merges of them keep of each.
 
-    `to_dict` and `to_pandas` give the figures.
+    `to_dict` and `to_pandas` give the figures, and `to_html` writes a page that shows them.
 
     Attributes:
         names: of the adapters, short and unique.
@@ -136,6 +152,16 @@ class Analysis(Printed):
         tables = {"adapters": values["adapters"], "pairs": values["pairs"], "modules": modules, "methods": methods}
         return {name: pandas.DataFrame(rows) for name, rows in tables.items()}
 
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page with the figures, which needs no network.
+
+        Raises: RecipeError where the file cannot be written, or holds something else.
+        """
+        written = Path(path)
+        check_page_file(written)
+        write_page(written, make_page("An analysis of adapters", self._page_data()))
+        return written
+
     def depths(self) -> Iterator[tuple[str, list[int]]]:
         """Yield each layer with the numbers of its modules, in order; modules outside the layers come last."""
         groups: dict[str, list[int]] = {}
@@ -205,6 +231,83 @@ class Analysis(Printed):
             ],
         }
 
+    # the page
+
+    def _page_data(self) -> dict[str, Any]:
+        """Return what the page shows."""
+        figures, names = self.adapters, self.names
+        keys = ("norm", "rank", "effective_rank", "redundancy")
+        lines = [[name, *(_plain(figures[key][i]) for key in keys)] for i, name in enumerate(names)]
+        columns = [("adapter", None), ("norm", None), ("rank", "whole"), ("effective rank", None)]
+        pairs = list(combinations(range(len(names)), 2))
+        rows = [
+            {"method": result.method, "adapter": i, "projection": p, "cosine": c, "others": o}
+            for result in self.methods
+            for i, (p, c, o) in enumerate(zip(result.projection, result.cosine, result.others, strict=True))
+        ]
+        return {
+            "names": names,
+            "facts": [
+                f"{len(names)} {self.kind} adapters with {len(self.modules)} modules. What an adapter keeps is the "
+                f"{self.density:.0%} of its entries of largest magnitude, counted on {self._counted()}."
+            ],
+            "advice": [
+                *(advice.to_dict() for advice in self.advice),
+                *({"text": text, "option": None, "severity": WARNING} for text in self.warnings),
+            ],
+            "adapters": {"columns": table_columns([*columns, ("in largest 20 %", PERCENT)]), "rows": lines},
+            "pairs": {
+                "figures": figure_kinds([kind for kind in page.PAIR_FIGURES if np.isfinite(self.pairs[kind[0]]).any()]),
+                "values": {
+                    kind[0]: [[i, j, _plain(round(self.pairs[kind[0]][i, j], 4))] for i, j in pairs]
+                    for kind in page.PAIR_FIGURES
+                },
+            },
+            "places": module_rows(self.modules, self.shapes),
+            "modules": self._module_sets(pairs),
+            "retention": retention_bars(rows),
+            "curves": [curve(result.method, result.energies) for result in self.methods if len(result.energies)],
+            "commands": commands(self.sources, [(result.method, result.rank) for result in self.methods]),
+        }
+
+    def _module_sets(self, pairs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+        """Return the figures of every module: of pairs, of adapters, and of what the methods leave of these."""
+        of_pairs = [self.measured.of_pairs([number]) for number in self.everywhere]
+        of_adapters = [self.measured.of_adapters([number]) for number in self.everywhere]
+        has, names, count = self.measured.has, self.names, len(self.modules)
+        left = [(result, i) for result in self.methods for i in range(len(names))]
+
+        def of_result(key: str, series: int, module: int) -> float:
+            result, i = left[series]
+            return float((result.module_projections if key == "projection" else result.module_cosines)[module, i])
+
+        return [
+            module_set(
+                "Modules by layer: pairs of adapters",
+                "Pair",
+                [f"{names[i]} and {names[j]}" for i, j in pairs],
+                page.PAIR_FIGURES,
+                lambda key, series, module: of_pairs[module][key][pairs[series]],
+                count,
+            ),
+            module_set(
+                "Modules by layer: adapters",
+                "Adapter",
+                names,
+                page.ADAPTER_FIGURES,
+                lambda key, series, module: of_adapters[module][key][series] if has[module, series] else None,
+                count,
+            ),
+            module_set(
+                "Modules by layer: what is left of each adapter",
+                "Method and adapter",
+                [f"{result.method}: {names[i]}" for result, i in left],
+                page.LEFT_FIGURES,
+                of_result,
+                count,
+            ),
+        ]
+
     # printing
 
     def tables(self) -> RenderableType:
@@ -214,7 +317,7 @@ class Analysis(Printed):
         parts.append(make_facts(self._notes()))
         for advice in self.advice:
             option = f" [{advice.option}]" if advice.option else ""
-            parts.append(make_text(f"• {advice.text}{option}", "yellow" if advice.severity == "warning" else ""))
+            parts.append(make_text(f"• {advice.text}{option}", "yellow" if advice.severity == WARNING else ""))
         return Group(*parts)
 
     def _adapter_table(self) -> Table:
@@ -277,10 +380,15 @@ class Analysis(Printed):
             )
         return make_table(columns, rows, title="projection: the share of each adapter that the merged one holds")
 
+    def _counted(self) -> str:
+        return "all entries" if self.counted >= 1 else f"{self.counted:.2%} of the rows of each module, an estimate"
+
     def _notes(self) -> list[tuple[str, str]]:
-        part = "all entries" if self.counted >= 1 else f"{self.counted:.2%} of the rows of each module, an estimate"
         return [
-            ("sign conflict", f"of the entries that both keep at density {self.density:g}, counted on {part}"),
+            (
+                "sign conflict",
+                f"of the entries that both keep at density {self.density:g}, counted on {self._counted()}",
+            ),
             ("predicted", "the sign conflict of Gaussian entries with the same cosine"),
             ("overlap", "of the row spaces (in) and of the column spaces (out): 1 is the same space, 0 orthogonal"),
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +70,7 @@ def measure_method(recipe: Recipe, plan: Plan, progress: Progress) -> MethodResu
     seconds = time.perf_counter() - started
     report = merged.report
     norms = np.array([line.norm for line in report.modules])
-    by_rank = _energies_by_rank(merged, list(plan.modules), norms)
-    total = float((norms**2).sum())
+    by_rank = _energies_by_rank(merged)
     projections, cosines = _retention_by_module(merged, plan)
     return MethodResult(
         method=report.method,
@@ -80,7 +78,7 @@ def measure_method(recipe: Recipe, plan: Plan, progress: Progress) -> MethodResu
         scale=report.scale,
         rank=report.rank,
         energy=report.energy,
-        energies=np.minimum(1.0, by_rank.sum(0) / total) if total else np.ones(by_rank.shape[1]),
+        energies=_shares(by_rank.sum(0), float((norms**2).sum())),
         module_energies=np.divide(by_rank, norms[:, None] ** 2, out=np.ones_like(by_rank), where=norms[:, None] > 0),
         projection=[line.projection for line in report.adapters],
         cosine=[line.cosine for line in report.adapters],
@@ -92,13 +90,23 @@ def measure_method(recipe: Recipe, plan: Plan, progress: Progress) -> MethodResu
     )
 
 
-def _energies_by_rank(merged: Merged, modules: Sequence[str], norms: Array) -> Array:
+def whole_energies(merged: Merged) -> Array:
+    """Return the share of the energy of a merge that each rank from 1 to the result's keeps, over all modules."""
+    return _shares(_energies_by_rank(merged).sum(0), sum(line.norm**2 for line in merged.report.modules))
+
+
+def _shares(sums: Array, total: float) -> Array:
+    shares: Array = np.minimum(1.0, sums / total) if total else np.ones(len(sums))
+    return shares
+
+
+def _energies_by_rank(merged: Merged) -> Array:
     """Return the sum of the r largest squared singular values of each module for r = 1 … rank, (M, rank)."""
-    rank = merged.report.rank or 0
-    found = np.zeros((len(modules), rank))
-    for number, name in enumerate(modules if rank else ()):
-        delta = merged.read(name)
-        if not isinstance(delta, LowRank) or not norms[number]:
+    rank, lines = merged.report.rank or 0, merged.report.modules
+    found = np.zeros((len(lines), rank))
+    for number, line in enumerate(lines if rank else ()):
+        delta = merged.read(line.name)
+        if not isinstance(delta, LowRank) or not line.norm:
             continue
         B, A = delta.B.double(), delta.A.double()
         sums = decompose(B.T @ B, A @ A.T).S.square().cumsum(0).numpy()

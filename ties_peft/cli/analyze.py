@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .base import Json, complete_method, print_json, print_messages, print_rich, print_warnings, progress_bar
+from .base import (
+    Json,
+    complete_method,
+    print_json,
+    print_messages,
+    print_rich,
+    print_text,
+    print_warnings,
+    progress_bar,
+)
 
 EPILOG = """[bold]Examples[/]
 
 ties-peft analyze path/a path/b path/c
 
-ties-peft analyze path/a path/b --methods ties,iso_c --rank 16"""
+ties-peft analyze path/a path/b --methods ties,iso_c --rank 16 --out report.html"""
 
 
 def analyze(
@@ -38,13 +48,19 @@ def analyze(
         str | None,
         typer.Option(help="Folder or Hub id of the base model, for adapters whose task vectors depend on its weights."),
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file to write: one page that needs no network.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show how adapters interfere, and what each method would keep of them."""
     from ..adapters.sources import expand_patterns
     from ..analysis.analyze import analyze as run
+    from ..analysis.page import check_page_file
     from ..merging.options import read_flag
 
+    if out is not None:
+        check_page_file(out)
     names, notes = expand_patterns(adapters)
     print_messages("note", notes)
     chosen = (
@@ -55,7 +71,11 @@ def analyze(
             names, density, read_flag("rank", rank), chosen, exact=True if exact else None, base=base, progress=tell
         )
     print_warnings(found.warnings)
+    if out is not None:
+        found.to_html(out)
     if as_json:
         print_json(found.to_dict())
         return
     print_rich(found.tables())
+    if out is not None:
+        print_text(f"\nwritten to {out}; open it in a browser")

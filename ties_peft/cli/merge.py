@@ -61,6 +61,14 @@ Settings = Annotated[
         rich_help_panel=COMBINATION,
     ),
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        help="An HTML file to write: the report as one page that needs no network.",
+        show_default=False,
+        rich_help_panel=RESULT,
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.", rich_help_panel=RESULT)]
 
 
@@ -74,6 +82,7 @@ def merge(
     device: Annotated[str, typer.Option(help="The device that computes: cpu, cuda, …")] = DEVICE,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.")] = False,
+    report: Report = None,
     force: Force = False,
     as_json: Json = False,
     **options: Any,
@@ -86,12 +95,15 @@ def merge(
     from ..merging.recipes.overrides import overridden
 
     asked = overridden(recipe, adapters, options, {"density": density, "scope": scope}, settings)
-    _run(asked, out, device, dry_run, force, as_json)
+    _run(asked, out, device, report, dry_run, force, as_json)
 
 
-def _run(recipe: Recipe, out: Path | None, device: str, dry_run: bool, force: bool, as_json: bool) -> None:
+def _run(
+    recipe: Recipe, out: Path | None, device: str, report: Path | None, dry_run: bool, force: bool, as_json: bool
+) -> None:
     """Merge as a recipe says, or only check it."""
     from ..adapters.writer import check_output_folder
+    from ..analysis.page import check_page_file
     from ..merging.merge import merge_recipe, open_recipe
     from ..merging.merged import inputs
     from ..merging.plan import make_plan
@@ -101,6 +113,8 @@ def _run(recipe: Recipe, out: Path | None, device: str, dry_run: bool, force: bo
     print_messages("note", patterns)
     if out is not None:
         check_output_folder(out, force, inputs(asked))
+    if report is not None:
+        check_page_file(report)
     if dry_run:
         plan = make_plan(asked, open_recipe(asked), device)
         _show_plan(plan, asked, as_json)
@@ -110,7 +124,17 @@ def _run(recipe: Recipe, out: Path | None, device: str, dry_run: bool, force: bo
         merged = merge_recipe(asked, device=device, progress=tell, processes=processes)
     if processes.is_main:
         merged.save(out, force)
+        _write_report(merged, out, report)
         _show_merged(merged, out, as_json)
+
+
+def _write_report(merged: Merged, out: Path, report: Path | None) -> None:
+    """Write the report as a page, if that was asked for."""
+    from ..analysis.merge_page import merge_page
+    from ..analysis.page import write_page
+
+    if report is not None:
+        write_page(report, merge_page(merged, out))
 
 
 def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
