@@ -145,8 +145,8 @@ def _little_left(facts: Facts) -> Iterator[Advice]:
             f"--method {best.method}" if better else "--weights norm" if len(places) < len(facts.names) else "--scale"
         )
         yield Advice(
-            f"{result.method} leaves little of {facts.listed(places)} (projection {worst:.2f}; under {LOW_PROJECTION} an "
-            f"adapter has likely lost half of what it had learnt).{instead}",
+            f"{result.method} leaves little of {facts.listed(places)} (projection {worst:.2f}; under {LOW_PROJECTION} "
+            f"the adapters of a sentence encoder had mostly lost half of what they had learnt).{instead}",
             option,
             WARNING,
         )

@@ -390,6 +390,7 @@ class Analysis(Printed):
                 f"of the entries that both keep at density {self.density:g}, counted on {self._counted()}",
             ),
             ("predicted", "the sign conflict of Gaussian entries with the same cosine"),
+            ("projection", "no prediction of accuracy on a language model (benchmarks/prediction.py): measure that"),
             ("overlap", "of the row spaces (in) and of the column spaces (out): 1 is the same space, 0 orthogonal"),
         ]
 

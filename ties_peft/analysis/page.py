@@ -30,7 +30,8 @@ RETENTION = (
         "key": "projection",
         "label": "projection",
         "meaning": "The share of the adapter's task vector that the merged one holds: 1 is all of it, 0 nothing. The dashed "
-        f"line is {LOW_PROJECTION}: under it an adapter has likely lost half of what it had learnt.",
+        f"line is {LOW_PROJECTION}: under it the adapters of a sentence encoder had mostly lost half of what they had learnt. On "
+        "a language model the figures did not tell what accuracy was kept (benchmarks/prediction.py): measure it.",
     },
     {"key": "cosine", "label": "cosine", "meaning": "The cosine between the adapter's task vector and the merged one."},
     {
