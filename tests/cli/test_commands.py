@@ -447,7 +447,7 @@ def test_a_narrow_console_is_no_fault(pair: tuple[str, str], encoding: str, comm
 FLAGS = {
     "merge": (
         "--allow-disjoint --base --base-name --densities --density --device --dry-run --dtype --force --heads --json --method --out "
-        "--rank --recipe --report --restore-norm --scale --scope --seed --set --space --target --weights"
+        "--rank --recipe --report --restore-norm --scale --scope --seed --set --space --target --weights --weights-for"
     ),
     "inspect": "--base --json",
     "analyze": "--base --density --exact --json --methods --out --rank",

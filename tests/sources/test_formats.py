@@ -184,13 +184,19 @@ def test_kohya_stores_linear_layers_as_convolutions_at_times(tmp_path: Path) -> 
 
 
 def test_kohya_is_not_guessed(tmp_path: Path) -> None:
-    path = write(tmp_path / "style.safetensors", kohya(factors(dict.fromkeys(MODULES, 2))))
+    """Names of a model that no table knows: dots and underscores cannot be told apart."""
+    drawn = factors(dict.fromkeys(MODULES, 2))
+    names = ("blocks.0.mixer_in", "blocks.0.mixer_out", "mid_mixer.to_v")
+    pairs = dict(zip(names, drawn.values(), strict=True))
+    path = write(tmp_path / "style.safetensors", kohya(pairs))
     with pytest.raises(AdapterError, match=r"underscores for dots.*--base.*--modules"):
         ties_peft.convert(path)
-    (tmp_path / "names").write_text("\n".join([*MODULES, "mid.block.attn2.to_v"]))
-    with pytest.raises(AdapterError, match=r"may be any of mid\.block\.attn2\.to_v, mid_block\.attn2\.to_v"):
+    (tmp_path / "names").write_text("\n".join(names))
+    agrees(ties_peft.convert(path, modules=tmp_path / "names"), {n: delta(pair, 1) for n, pair in pairs.items()})
+    (tmp_path / "names").write_text("\n".join([*names, "mid.mixer.to_v"]))
+    with pytest.raises(AdapterError, match=r"may be any of mid\.mixer\.to_v, mid_mixer\.to_v"):
         ties_peft.convert(path, modules=tmp_path / "names")
-    (tmp_path / "names").write_text(MODULES[0])
+    (tmp_path / "names").write_text(names[0])
     with pytest.raises(AdapterError, match="2 of its 3 modules are not in the base"):
         ties_peft.convert(path, modules=tmp_path / "names")
     with pytest.raises(RecipeError, match="cannot be read"):
@@ -264,17 +270,7 @@ def put(folder: Path, tensors: Tensors, name: str = "lora.safetensors", config: 
 
 PAIRS = factors(dict.fromkeys(MODULES, 2))
 REFUSED: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
-    "diffusers": (
-        lambda at: put(at, newest(PAIRS), "pytorch_lora_weights.safetensors"),
-        ("pytorch_lora_weights.safetensors", "diffusers", "unet: 3 modules", "ties-peft convert", "merge that"),
-    ),
-    "kohya": (lambda at: put(at, kohya(PAIRS)), ("kohya", "ties-peft convert", "--base FILE", "underscores")),
-    "kohya by its file": (lambda at: put(at, kohya(PAIRS)) / "lora.safetensors", ("kohya", "ties-peft convert")),
-    "two parts": (
-        lambda at: put(at, {**newest(PAIRS), **newest(PAIRS, "text_encoder.")}),
-        ("text_encoder: 3, unet: 3", "--part text_encoder or unet"),
-    ),
-    "LyCORIS": (lambda at: put(at, {"lora_unet_a.hada_w1_a": torch.ones(2, 2)}), ("LyCORIS", "Leave it out")),
+    "LyCORIS": (lambda at: put(at, {"lora_unet_a.diff": torch.ones(2, 2)}), ("LyCORIS", "Leave it out")),
     "kohya with DoRA": (
         lambda at: put(at, {**kohya(PAIRS), "lora_unet_a.dora_scale": torch.ones(2)}),
         ("no plain LoRA", "Leave it out"),
@@ -316,17 +312,16 @@ def test_it_is_refused_by_name(tmp_path: Path, make_lora: Make, name: str) -> No
 
 def test_inspect_tells_in_json_what_is_refused(tmp_path: Path, make_lora: Make) -> None:
     """Facts by key of each source that cannot be merged as it is, beside the sentence that says why."""
-    names = ("two parts", "MLX", "LyCORIS", "somebody's own", "nothing known")
+    names = ("MLX", "LyCORIS", "somebody's own", "nothing known")
     places = [REFUSED[name][0](tmp_path / name) for name in names]
     prompt = config_alone(tmp_path / "prompt", {"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "org/base"})
     found = json.loads(run("inspect", make_lora("a"), make_lora("b", seed=1), *places, prompt, "nowhere", "--json").out)
-    two, mlx_, lycoris, own, unknown, prompts, nowhere = found["refused"]
-    assert (two["what"], two["parts"]) == ("a LoRA of diffusers", {"text_encoder": 3, "unet": 3})
-    held = {**newest(PAIRS), **newest(PAIRS, "text_encoder.")}
-    assert (two["file"], two["tensors"], two["dtypes"]) == ("lora.safetensors", len(held), ["float32"])
-    assert two["numbers"] == sum(tensor.numel() for tensor in held.values())
+    mlx_, lycoris, own, unknown, prompts, nowhere = found["refused"]
+    held = mlx(PAIRS)
+    assert (mlx_["file"], mlx_["tensors"], mlx_["dtypes"]) == ("adapters.safetensors", len(held), ["float32"])
+    assert mlx_["numbers"] == sum(tensor.numel() for tensor in held.values())
     assert (mlx_["what"], mlx_["parts"], mlx_["converts"]) == ("an adapter of MLX-LM", {"": 3}, True)
-    assert (lycoris["what"], lycoris["converts"]) == ("a LyCORIS adapter of type LoHa", False)
+    assert (lycoris["what"], lycoris["converts"]) == ("a LyCORIS adapter of type full differences", False)
     assert (own["what"], own["file"], own["tensors"]) == ("of a config that is not PEFT's", None, None)
     assert (unknown["what"], unknown["tensors"]) == ("not an adapter of a known format", 1)
     assert (prompts["peft_type"], prompts["base"]) == ("PROMPT_TUNING", "org/base")
@@ -341,35 +336,35 @@ def test_inspect_shows_what_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     pointer = write(tmp_path / "lfs" / "adapter_model.safetensors", {}, config={"peft_type": "LORA"})
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
     monkeypatch.chdir(tmp_path)
-    REFUSED["two parts"][0](tmp_path / "two")
-    out = run("inspect", "lfs", "two").out
+    REFUSED["MLX"][0](tmp_path / "mlx")
+    out = run("inspect", "lfs", "mlx").out
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[:3] == [
         "lfs",
         "refused a PEFT adapter of type LORA",
         "file adapter_model.safetensors, which cannot be read",
     ]
-    assert lines[-4:] == [
-        "refused a LoRA of diffusers",
-        "file lora.safetensors, 12 tensors, 232 numbers in float32",
-        "modules text_encoder: 3",
-        "unet: 3",
+    assert lines[-3:] == [
+        "refused an adapter of MLX-LM",
+        "file adapters.safetensors, 6 tensors, 116 numbers in float32",
+        "modules 3",
     ]
 
 
 def test_the_command_that_a_refusal_names_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    put(tmp_path / "a style", newest(PAIRS))
+    config = {"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}}
+    put(tmp_path / "a style", mlx(PAIRS), "adapters.safetensors", config)
     said = run("inspect", "a style").err
     command = said.partition("`ties-peft ")[2].partition("`")[0]
     assert command == "convert 'a style' --out DIR"
-    done = run("convert", "a style", "--out", "DIR", "--base-name", "org/unet")
+    done = run("convert", "a style", "--out", "DIR", "--base-name", "org/model")
     assert done.code == 0
-    assert "warning: lora.safetensors was a LoRA of diffusers, 3 modules of unet; scaling 1" in done.err
+    assert "warning: adapters.safetensors was an adapter of MLX-LM, 3 modules; scaling 2 from its config" in done.err
     made = Adapter.load("DIR")
-    assert made.base_name == "org/unet"
-    agrees(made, {name: delta(pair, 1) for name, pair in PAIRS.items()})
-    assert json.loads((tmp_path / "DIR/provenance.json").read_text())["report"]["warnings"][0].startswith("lora.")
+    assert made.base_name == "org/model"
+    agrees(made, {name: delta(pair, 2) for name, pair in PAIRS.items()})
+    assert json.loads((tmp_path / "DIR/provenance.json").read_text())["report"]["warnings"][0].startswith("adapters.")
 
 
 def test_hints_for_what_is_peft_are_refused(make_lora: Make) -> None:

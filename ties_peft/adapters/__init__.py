@@ -5,5 +5,6 @@ at all. Uses: `task_vectors`. `types` has one file for each PEFT type, `formats`
 The names of the targets (see `targets`) stand here, where the command line shows them without importing torch.
 """
 
-PEFT, VLLM, LLAMA_CPP = "peft", "vllm", "llama.cpp"
-TARGETS = (PEFT, VLLM, LLAMA_CPP)
+PEFT, VLLM, LLAMA_CPP, DIFFUSERS, KOHYA = "peft", "vllm", "llama.cpp", "diffusers", "kohya"
+IMAGE_TARGETS = (DIFFUSERS, KOHYA)  # formats of LoRAs of image models
+TARGETS = (PEFT, VLLM, LLAMA_CPP, *IMAGE_TARGETS)

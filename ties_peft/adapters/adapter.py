@@ -14,18 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError, RecipeError, TiesPeftError, some, unknown, warn_caller
+from ..errors import AdapterError, CompatibilityError, RecipeError, TiesPeftError, some, unknown, warn_caller
 from ..task_vectors.delta import Delta, norm
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.tiles import thread_pool, threads_fixed
 from . import recognise, sources, writer
 from .base_model import BaseModel
+from .base_names import ConversionOptions
 from .contents import Contents
 from .extra_tensors import INTEGER_DTYPES, ExtraTensor, check_extra_tensors, read_extra_tensors, whole_layer_names
 from .json_files import read_object
 from .numeric import is_number
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, SafetensorsFile, TensorSource, open_tensors
+from .to_peft import Origin, read_as_peft
 from .types import ModuleInfo, PeftType, find_peft_type
 
 INDEX_DTYPES = ("I32", "I64", "int32", "int64")
@@ -61,6 +63,7 @@ class Adapter:
         base_model: the base model's tensors, if they were given.
         layout: its modules by name.
         extra_keys: the names of the tensors that belong to no module, sorted: heads, biases, embeddings.
+        origin: what is known of the file if it is of another format; None for PEFT's.
     """
 
     def __init__(
@@ -69,11 +72,13 @@ class Adapter:
         tensors: TensorSource,
         source: str | None = None,
         base_model: BaseModel | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.config = config
         self.tensors = tensors
         self.source = source
         self.base_model = base_model
+        self.origin = origin
         self._statistics: dict[str, Statistics] = {}
         self._original: tuple[Adapter, Mapping[str, str]] | None = None  # what `renamed` was called on, and its names
         self.contents = Contents(config, tensors, self.label, base_model)
@@ -100,7 +105,8 @@ class Adapter:
 
         Args:
             source: a folder that holds adapter_config.json, a file of weights beside one, or a Hub id:
-                `org/name`, `org/name@revision`, `org/name@revision:subfolder`.
+                `org/name`, `org/name@revision`, `org/name@revision:subfolder`; or a LoRA of an image model, in the format
+                of diffusers, kohya or ComfyUI, whose modules are then named with their part of the pipeline (`unet.…`).
             revision: a branch, tag or commit on the Hub.
             subfolder: the folder inside `source` that holds the adapter.
             token: for private repositories; by default the one that `hf auth login` stored.
@@ -116,11 +122,15 @@ class Adapter:
             )
         files = sources.find_files(label, token)
         config = read_config(files.folder, label)
-        recognise.refuse(files, config, label)
+        base_model = base if base is None or isinstance(base, BaseModel) else BaseModel.load(base, token)
+        file = recognise.recognise(files, config, label)
+        if file is not None and file.format.is_image and file.is_plain:
+            converted = read_as_peft(file, config, ConversionOptions(base=base_model), label, whole=True)
+            return cls(converted.config, converted.tensors, label, base_model, converted.origin)
+        recognise.refuse(files, config, label, file)
         assert config is not None  # `refuse` raised otherwise
         find_peft_type(config.get("peft_type"), label)  # an unsupported type is reported before missing weights
         weights = files.weights or sources.find_weights(files.folder, label)
-        base_model = base if base is None or isinstance(base, BaseModel) else BaseModel.load(base, token)
         return cls(config, open_tensors(weights, label), label, base_model)
 
     @classmethod
@@ -178,15 +188,17 @@ class Adapter:
         starts = whole_layer_names([self.config]) if starts is None else starts
         return read_extra_tensors(self.extra_keys, self.contents, starts)
 
-    def renamed(self, names: Mapping[str, str]) -> Adapter:
+    def renamed(self, names: Mapping[str, str], origin: Origin | None = None) -> Adapter:
         """Return this adapter with other names for some of its modules.
 
         The new names are used for what is written; the base model's tensors are still looked up by the old ones.
 
         Args:
             names: old name → new name.
+            origin: in place of its own, if one is given.
         """
         other = copy.copy(self)
+        other.origin = origin or self.origin
         other._original = (self, names)
         other.layout = {}
         for name, module in self.layout.items():
@@ -322,7 +334,15 @@ class Adapter:
         return lines
 
     def files(self) -> dict[str, writer.Content]:
-        """Return the contents of the files of a folder that holds this adapter, by file name."""
+        """Return the contents of the files of a folder that holds this adapter, by file name.
+
+        Raises: CompatibilityError for a LoRA of a pipeline's parts, which no folder of PEFT can hold.
+        """
+        if self.origin is not None and self.origin.parts:
+            raise CompatibilityError(
+                f"adapter '{self.label}' is a LoRA of an image model's {', '.join(self.origin.parts)}, and a folder of PEFT is "
+                "for one model. Write it with ties_peft.convert(…, target='diffusers') or 'kohya', or one part of it with part=."
+            )
         tensors = {name: self.tensors.read(name) for name in self.tensors.names}
         return {sources.ADAPTER_CONFIG: writer.json_text(self.config), sources.WEIGHT_FILES[0]: tensors}
 

@@ -25,7 +25,7 @@ from .tensors import TensorInfo, TensorSource, open_tensors
 PIPELINE = "diffusion_pytorch_model.safetensors"  # the weights of a part of a pipeline of diffusers
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json", f"{PIPELINE}.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", PIPELINE)
-MODEL_CONFIG = "config.json"
+MODEL_CONFIG, PIPELINE_INDEX = "config.json", "model_index.json"
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")  # all layers of these names in those models
 
@@ -48,6 +48,8 @@ class BaseModel:
     def load(cls, source: str | Path, token: str | None = None) -> BaseModel:
         """Open a checkpoint: a folder, one safetensors file, or a Hub id such as `org/name@revision:subfolder`.
 
+        The tensors of a pipeline of diffusers, a folder with model_index.json, have their part before their names.
+
         Raises: AdapterError if there is no checkpoint, or it cannot be read.
         """
         label = str(source)
@@ -55,16 +57,15 @@ class BaseModel:
         if path is not None and path.is_file():
             return cls(_whole(path, label), label, path.parent / MODEL_CONFIG)
         folder = path or _on_hub(str(source), token)
-        index = next((folder / name for name in INDEX if (folder / name).is_file()), None)
-        if index is not None:
-            return cls(_shards(index, label), label, folder / MODEL_CONFIG)
-        single = next((folder / name for name in SINGLE if (folder / name).is_file()), None)
-        if single is None:
+        files = _checkpoint(folder, label)
+        if files is None and (folder / PIPELINE_INDEX).is_file():
+            files = _pipeline(folder, label)
+        if files is None:
             raise AdapterError(
                 f"base model '{label}': there is no {', '.join(SINGLE[:-1])} or {SINGLE[-1]} in it. Name the folder that "
                 "save_pretrained wrote, or its id on the Hub."
             )
-        return cls(_whole(single, label), label, folder / MODEL_CONFIG)
+        return cls(files, label, folder / MODEL_CONFIG)
 
     @cached_property
     def config(self) -> Mapping[str, Any] | None:
@@ -187,6 +188,22 @@ def _on_hub(source: str, token: str | None) -> Path:
     within = f"{inside.rstrip('/')}/" if inside else ""
     wanted = [f"{within}{file}" for file in (*INDEX, *SINGLE, "*.safetensors")]
     return sources.download(name, wanted, token, "base model", optional=[f"{within}{MODEL_CONFIG}"]) / inside
+
+
+def _checkpoint(folder: Path, label: str) -> dict[str, TensorSource] | None:
+    """Return the file of each tensor of a model in a folder; None if there is none."""
+    index = next((folder / name for name in INDEX if (folder / name).is_file()), None)
+    if index is not None:
+        return _shards(index, label)
+    single = next((folder / name for name in SINGLE if (folder / name).is_file()), None)
+    return None if single is None else _whole(single, label)
+
+
+def _pipeline(folder: Path, label: str) -> dict[str, TensorSource] | None:
+    """Return the file of each tensor of a pipeline's parts, whose names follow that of their part."""
+    parts = {inside.name: _checkpoint(inside, label) for inside in sorted(folder.iterdir()) if inside.is_dir()}
+    found = {f"{part}.{name}": file for part, files in parts.items() for name, file in (files or {}).items()}
+    return found or None
 
 
 def _whole(path: Path, label: str) -> dict[str, TensorSource]:

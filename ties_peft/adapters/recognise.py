@@ -44,23 +44,36 @@ def recognise(files: AdapterFiles, config: Mapping[str, Any] | None, label: str)
         files: of the adapter.
         config: adapter_config.json; None if there is none.
         label: the adapter's name in messages.
+    Raises: AdapterError if the file cannot be read, or a folder holds several LoRAs of image models.
     """
     is_peft = config is not None and "peft_type" in config
     if is_peft and (files.weights is None or files.weights.name in WEIGHT_FILES):
         return None
     path = weights_of(files)
     file = read_file(path, config or {}, label) if path is not None else None
+    if file is not None and file.format.is_image and files.weights is None:
+        _refuse_several(files.folder, file.path, label)
     return None if file is None or (is_peft and file.format.name == "PEFT") else file
 
 
-def refuse(files: AdapterFiles, config: Mapping[str, Any] | None, label: str) -> None:
+def _refuse_several(folder: Path, chosen: Path, label: str) -> None:
+    """Refuse a folder of several files of weights of which none has a known name."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if chosen.name not in (*WEIGHT_FILES, *OTHER_WEIGHT_FILES) and len(names) > 1:
+        raise AdapterError(
+            f"adapter '{label}': the folder holds {len(names)} files of weights: {', '.join(names[:6])}"
+            f"{', …' if len(names) > 6 else ''}. Name one of them, or all: '{label.rstrip('/')}/*.safetensors'."
+        )
+
+
+def refuse(files: AdapterFiles, config: Mapping[str, Any] | None, label: str, file: LoraFile | None) -> None:
     """Refuse an adapter's files if they are not PEFT's.
 
     Args:
         files, config, label: as in `recognise`.
+        file: what `recognise` returned.
     Raises: AdapterError saying what they are and what to do.
     """
-    file = recognise(files, config, label)
     if file is None and config is not None and "peft_type" in config:
         return
     if file is not None and (file.format.name != "PEFT" or config is None):

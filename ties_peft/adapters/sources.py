@@ -4,7 +4,8 @@
     folder:name                      the adapter in its sub-folder `name`; folder/name is the same
     folder/adapter_model.bin         a file of weights, with adapter_config.json beside it
     org/name[@revision][:subfolder]  on the Hub; the subfolder may end in a file of weights
-    'runs/*/lora'                    a pattern: all adapters that match it, sorted
+    style.safetensors                a LoRA of an image model, without a config
+    'runs/*/lora'                    a pattern: all adapters that match it, sorted; 'loras/*.safetensors' all such files
 
 This machine is searched first. A Hub id is a name and not a path: no part of it may be `..`, and its files are searched only
 in the Hub's cache.
@@ -198,8 +199,9 @@ def is_inside(subfolder: str) -> bool:
 
 def holds_adapter(path: Path) -> bool:
     """Return whether a path is an adapter's folder, or a file of weights beside an adapter_config.json."""
-    folder = path if path.is_dir() else path.parent
-    return (folder / ADAPTER_CONFIG).is_file() and (path.is_dir() or path.suffix in WEIGHT_SUFFIXES)
+    if path.is_dir():
+        return any((path / name).is_file() for name in (ADAPTER_CONFIG, OTHER_WEIGHT_FILES[0]))
+    return (path.parent / ADAPTER_CONFIG).is_file() and path.suffix in WEIGHT_SUFFIXES
 
 
 def adapter_subfolders(folder: Path) -> list[str]:
@@ -223,7 +225,8 @@ def expand_pattern(source: str) -> tuple[list[str], list[str]]:
     if local_path(source) is not None or not WILDCARDS.search(source):
         return [source], []
     fitting = sorted(glob.glob(str(Path(source).expanduser()), recursive=True))  # noqa: PTH207  (it may be absolute)
-    adapters = [name for name in fitting if holds_adapter(Path(name))]
+    files = source.endswith(WEIGHT_SUFFIXES)
+    adapters = [name for name in fitting if holds_adapter(Path(name)) or (files and Path(name).is_file())]
     rest = [name for name in fitting if name not in set(adapters)]
     if not adapters:
         seen = f"{len(rest)} other file(s) and folders, such as {rest[0]}" if rest else "nothing"

@@ -17,6 +17,8 @@
       scaling  lora_alpha over each tensor's own rank: rank_pattern is followed, rsLoRA and alpha_pattern are not
       base     its config.json is looked up by the base model's name
 
+    diffusers, kohya   LoRAs of image models, whose modules `merging.pipeline` checks; no whole layers
+
 A merge writes one rank, alpha = r and no patterns, so only the rank may have to change. Everything else that a target
 cannot load is refused, before any work if it is known then.
 
@@ -30,12 +32,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import CompatibilityError, RecipeError, some, unknown
-from . import LLAMA_CPP, PEFT, TARGETS, VLLM
+from . import IMAGE_TARGETS, LLAMA_CPP, PEFT, TARGETS, VLLM
 from .extra_layers import ExtraLayer
 from .extra_tensors import TOKENS
 from .types.base import BIAS, EXPERT, ModuleInfo
 
-RELEASE = {VLLM: "vLLM 0.33.0", LLAMA_CPP: "llama.cpp"}  # whose rules these are
+RELEASE = {VLLM: "vLLM 0.33.0", LLAMA_CPP: "llama.cpp", **{one: f"the format of {one}" for one in IMAGE_TARGETS}}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 VLLM_DEFAULT = 16  # its default
 VLLM_HEADS = ("score", "classifier")
@@ -73,7 +75,7 @@ def fit_rank(target: str | None, rank: int | None, asked: int | str, title: str,
             f"target {target}: it loads only LoRA, and these adapters are {title}. Merge them for --target peft, and apply "
             "the result to the base model there (PeftModel.merge_and_unload)."
         )
-    if target == LLAMA_CPP or rank <= VLLM_DEFAULT:
+    if target == LLAMA_CPP or target in IMAGE_TARGETS or rank <= VLLM_DEFAULT:
         return rank
     largest = VLLM_RANKS[-1]
     if rank > largest and isinstance(asked, int):
@@ -104,8 +106,9 @@ def check_modules(
         warnings: extended by what else the target needs.
     Raises: CompatibilityError naming the modules.
     """
-    if target is None or target == PEFT:
+    if target in (None, PEFT, *IMAGE_TARGETS):
         return
+    assert target is not None
     _refuse_settings(target, ["layer_replication"] if replicates else [])
     fused = _fused_experts(modules) if target == VLLM else frozenset()
     reasons = {name: reason for name, module in modules.items() if (reason := _reason(module, fused)) is not None}
@@ -190,8 +193,9 @@ def check_written(target: str | None, config: Mapping[str, Any], names: Iterable
         names: of the tensors.
     Raises: CompatibilityError naming the setting or the tensors.
     """
-    if target is None or target == PEFT:
+    if target in (None, PEFT, *IMAGE_TARGETS):
         return
+    assert target is not None
     keys = list(names)
     settings = [key for key in SETTINGS[target] if config.get(key)]
     settings += ["bias"] if config.get("bias") not in (None, "none") else []

@@ -148,6 +148,16 @@ class SafetensorsFile:
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
             raise self._damaged(error) from None
 
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The entries of the file's metadata."""
+        assert self._index is not None  # the header has been checked
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                return dict(file.metadata() or {})
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise self._damaged(error) from None
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows start…stop of a tensor without reading its other rows."""
         try:

@@ -1,129 +1,214 @@
-"""Convert a LoRA of diffusers, kohya, ComfyUI or MLX to the PEFT adapter that computes exactly the same.
+"""Read a LoRA of diffusers, kohya, ComfyUI or MLX as the PEFT adapter that computes exactly the same.
 
-How names, factors and scalings of each format are read is in `formats`. What cannot be converted exactly is refused.
+How names, factors and scalings of each format are read is in `formats`, which modules an image model's names stand for in
+`placement`. Only names and shapes are read; the tensors are views (`converted`). What cannot be converted exactly is refused.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import AdapterError, RecipeError
-from . import recognise, sources
-from .adapter import Adapter, read_config
-from .base_model import PIPELINE, BaseModel
-from .contents import PREFIX
+from .base_model import BaseModel
+from .base_names import CHECKPOINT_PREFIXES, BaseNames, ConversionOptions
+from .contents import PREFIX, Contents
+from .converted import ConvertedTensors, Span, View, split_rows
 from .formats import LoraFile, LoraModule
-from .module_names import accepted_names
+from .formats.base import DORA, LOHA, LOKR
+from .image_models import CONVOLUTIONS, POINTWISE, Layer, Shape
+from .placement import Placed, place
+from .tensors import SafetensorsFile, TensorSource
 
-CONFIG_KEYS = ("lora_alpha", "alpha_pattern", "use_rslora")  # taken over from a file's own metadata
+PEFT_TYPES = {LOHA: "LOHA", LOKR: "LOKR"}
+INCOMPLETE = "The file is incomplete: get it again."
 
 
 @dataclass(frozen=True)
-class ConversionOptions:
-    """What a file of another format does not say itself.
+class Origin:
+    """What is known of an adapter that was read from a file of another format.
 
     Attributes:
-        part: of a pipeline, such as `unet`.
-        base: the base model's weights, for its modules' names: a folder, a file or a Hub id.
-        modules: a text file with those names, one per line, instead of the base. It may be given for an adapter of PEFT's
-            too: modules that a release of transformers renamed are then written under these names.
-        alpha: lora_alpha of all modules.
-        base_model: the base's name to write.
+        title: what the file is, in words.
+        architecture: of the image model; empty if it is unknown.
+        parts: of a pipeline that it adapts, sorted; each module's name begins with one of them. Empty if it has none.
+        description: how it was read.
+        assumptions: what the file does not say and was assumed.
+        metadata: of the file: the training's settings and trigger words.
     """
 
-    part: str | None = None
-    base: str | None = None
-    modules: Path | None = None
-    alpha: float | None = None
-    base_model: str | None = None
+    title: str
+    architecture: str = ""
+    parts: tuple[str, ...] = ()
+    description: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def open_as_peft(source: str, options: ConversionOptions) -> tuple[Adapter, list[str]]:
-    """Open an adapter of any known format; return it as PEFT's, and remarks on what was converted.
+@dataclass(frozen=True)
+class Converted:
+    """An adapter of another format in PEFT's terms.
 
-    Raises: AdapterError if it is no adapter, or cannot be converted exactly; RecipeError for options that do not apply to it.
+    Attributes:
+        config: of PEFT.
+        tensors: by PEFT's names.
+        origin: the file that it was read from.
     """
-    files = sources.find_files(source)
-    config = read_config(files.folder, source)
-    file = recognise.recognise(files, config, source)
-    if file is None or (file.format.name == "PEFT" and config is not None):
-        given = [f"--{name}" for name in ("part", "alpha") if getattr(options, name) is not None]
-        if given:
-            raise RecipeError(f"{', '.join(given)} is for files that are not PEFT's, and '{source}' is. Leave it out.")
-        return _rename_modules(Adapter.load(source, base=options.base), options, source)
-    if not file.is_plain:
-        recognise.refuse_file(file, config, source)
-    return _Conversion(file, config or {}, options, source).run()
+
+    config: dict[str, Any]
+    tensors: TensorSource
+    origin: Origin
 
 
-class _Conversion:
-    """The conversion of one file.
+def read_as_peft(
+    file: LoraFile, config: Mapping[str, Any] | None, options: ConversionOptions, label: str, whole: bool
+) -> Converted:
+    """Read a plain LoRA of another format.
 
     Args:
         file: a plain LoRA.
-        config: adapter_config.json beside it; empty if there is none.
+        config: adapter_config.json beside it, if there is one.
         options: of the user.
         label: the adapter's name in messages.
+        whole: whether all parts of an image model are read, each a prefix of its modules' names; else one part without.
+    Raises: AdapterError if it cannot be converted exactly; RecipeError for options that do not apply to it.
     """
+    return _Conversion(file, config or {}, options, label, whole).run()
 
-    def __init__(self, file: LoraFile, config: Mapping[str, Any], options: ConversionOptions, label: str) -> None:
-        self.file, self.config, self.options, self.label = file, config, options, label
+
+class _Conversion:
+    """The conversion of one file; its attributes are the arguments of `read_as_peft`."""
+
+    def __init__(
+        self, file: LoraFile, config: Mapping[str, Any], options: ConversionOptions, label: str, whole: bool
+    ) -> None:
+        self.file, self.config, self.options, self.label, self.whole = file, config, options, label, whole
         self.format = file.format
-        self.base = None if options.base is None else BaseModel.load(options.base)
+        self.base = BaseModel.load(options.base) if isinstance(options.base, str) else options.base
+        self.views: dict[str, View] = {}
+        self.alphas: dict[str, float | None] = {}
+        self.ranks: dict[str, int] = {}
 
-    def run(self) -> tuple[Adapter, list[str]]:
-        """Return the adapter, and remarks on what was done."""
-        modules, remarks = self.choose_part()
-        names, renamed = self.find_names([module.module for module in modules])
-        part = modules[0].part
-        tensors: dict[str, Tensor] = {}
-        ranks: dict[str, int] = {}
-        alphas: dict[str, float | None] = {}
-        for module, name in zip(modules, names, strict=True):
-            A, B, alphas[name] = self.read(module)
-            A, B = self.fit_to_base(A, B, name)
-            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
-            ranks[name] = A.shape[0]
-        scaling, remark = self.scaling(part, ranks, alphas)
+    def run(self) -> Converted:
+        """Return the adapter."""
+        architecture, placed = self.places()
+        placed, remarks = self.choose_part(placed)
+        renamed: list[str] = []
+        names = BaseNames(self.file, self.options, self.base, self.label, self.whole)
+        for part in sorted({one.part for one in placed}):
+            found, said = names.find(part, [one for one in placed if one.part == part])
+            renamed += said
+            for one, layer in found:
+                self.add(one.module, f"{part}." if self.whole else "", layer)
+        parts = tuple(sorted({one.part for one in placed}))
+        scaling, remark, assumed = self.scaling(parts)
+        written = sorted(self.alphas)
         config = {
-            "peft_type": "LORA",
+            "peft_type": PEFT_TYPES.get(self.file.kind, "LORA"),
+            **({"use_dora": True} if self.file.kind == DORA else {}),
             "base_model_name_or_path": self.base_name(),
-            "target_modules": names,
-            **({"fan_in_fan_out": True} if self.base is not None and any(map(self.base.is_conv1d, names)) else {}),
+            "target_modules": written,
+            **({"fan_in_fan_out": True} if self.base is not None and any(map(self.base.is_conv1d, written)) else {}),
+            **({"r": 1, "alpha": scaling.pop("lora_alpha")} if self.file.kind in PEFT_TYPES else {}),
             **scaling,
         }
-        what = f"{self.file.path.name} was {self.file.title}, {len(names)} modules{f' of {part}' if part else ''}"
-        return Adapter.from_tensors(config, tensors, self.label), [f"{what}; {remark}.", *renamed, *remarks]
+        of = f" of {', '.join(parts)}" if any(parts) else ""
+        what = f"{self.file.path.name} was {self.file.title}, {len(written)} modules{of}; {remark}."
+        origin = Origin(
+            self.file.title,
+            architecture,
+            parts if self.whole else (),
+            (what, *renamed, *remarks),
+            (f"{self.label}: {remark}.",) if assumed else (),
+            self.metadata(),
+        )
+        return Converted(config, ConvertedTensors(self.file.tensors, self.views, self.file.path), origin)
+
+    def metadata(self) -> Mapping[str, str]:
+        """Return the metadata of the file."""
+        return self.file.tensors.metadata if isinstance(self.file.tensors, SafetensorsFile) else {}
 
     def base_name(self) -> str | None:
         """Return the base model's name to write."""
         own = self.config.get("model")  # MLX-LM stores it there
         return self.options.base_model or (own if isinstance(own, str) else None)
 
-    def choose_part(self) -> tuple[list[LoraModule], list[str]]:
-        """Return the modules of the part that was asked for, and a remark on the others."""
-        modules, asked = list(self.file.modules), self.options.part
-        if self.format.part_is_prefix and asked:
-            modules = [_without_prefix(module, asked) for module in modules]
-        parts = Counter(module.part for module in modules)
+    def places(self) -> tuple[str, list[Placed]]:
+        """Return the architecture and the place of each module."""
+        for module in self.file.modules:
+            self.check_module(module)
+        if self.format.is_image:
+            shapes = {module: self.shape(module) for module in self.file.modules}
+            names = [] if self.base is None else self.base.modules
+            native = any(name.startswith(CHECKPOINT_PREFIXES) for name in names)
+            architecture, placed = place(self.file.modules, shapes, not self.format.has_base_names, native)
+            return architecture, [one if one.part else replace(one, part=self.part_of_all()) for one in placed]
+        modules = self.file.modules
+        if self.format.part_is_prefix and self.options.part:
+            modules = tuple(_without_prefix(module, self.options.part) for module in modules)
+        return "", [Placed(m, m.part, Layer(m.module, (m.module,))) for m in modules]
+
+    def part_of_all(self) -> str:
+        """Return the part of the modules of a file that does not tell it."""
+        if self.options.part is None and self.whole:
+            raise AdapterError(
+                f"adapter '{self.label}': the names in {self.file.path.name}, such as {self.file.modules[0].module!r}, do not "
+                "tell to which part of a pipeline they belong (unet, transformer, text_encoder, …). Name it: "
+                f"ties-peft convert {self.label} --part PART --target diffusers."
+            )
+        return self.options.part or ""
+
+    def where(self, module: LoraModule) -> str:
+        """Return a module's name in messages."""
+        return f"adapter '{self.label}', module {module.module!r}"
+
+    def check_module(self, module: LoraModule) -> None:
+        """Refuse a module whose tensors are missing or do not fit each other."""
+        where, tensors = self.where(module), self.file.tensors
+        if module.kind in PEFT_TYPES:
+            return
+        for side, word in (("A", "down (lora_A)"), ("B", "up (lora_B)")):
+            if side not in module.keys:
+                raise AdapterError(f"{where}: there is no {word} tensor. {INCOMPLETE}")
+        A, B = (tensors.info(module.keys[side]).shape for side in ("A", "B"))
+        fault = self.format.factors_fault(A, B, module.module)
+        if fault is not None:
+            raise AdapterError(f"{where} {fault}")
+        A, B = (A[::-1], B[::-1]) if self.format.transposed else (A, B)
+        if len(A) < 2 or len(B) < 2 or A[0] != B[1] or 0 in (*A, *B):
+            raise AdapterError(
+                f"{where}: the tensors are {list(A)} and {list(B)}; expected [r, in] and [out, r] with the same "
+                "r. The file is damaged: get it again."
+            )
+
+    def shape(self, module: LoraModule) -> Shape:
+        """Return (out, in) of a module."""
+        if module.kind in PEFT_TYPES:
+            return lycoris_shape({side: self.file.tensors.info(key).shape for side, key in module.keys.items()})
+        A, B = (View.of(self.file.tensors, module.keys[side], self.format.transposed).shape for side in ("A", "B"))
+        return B[0], A[1]
+
+    def choose_part(self, placed: list[Placed]) -> tuple[list[Placed], list[str]]:
+        """Return the modules of the part that was asked for, and a remark on the others; all if none was asked for."""
+        asked = self.options.part
+        parts = Counter(one.part for one in placed)
         if asked is not None and asked not in parts:
             raise AdapterError(self._no_part(asked, parts))
-        if asked is None and len(parts) > 1:
+        if asked is None and (len(parts) < 2 or self.whole):
+            return placed, []
+        if asked is None:
             raise AdapterError(
                 f"adapter '{self.label}': {self.file.path.name} holds adapters for {len(parts)} part(s): "
-                f"{_list_parts(parts)}; each becomes an adapter of its own. Say which: --part {max(parts)}."
+                f"{_list_parts(parts)}; each becomes an adapter of its own. Say which: --part {max(parts)}. "
+                "Or write all of them in one file: --target diffusers or --target kohya."
             )
-        part = asked or next(iter(parts))
-        others = [f"{name or 'no part'} ({count} modules)" for name, count in sorted(parts.items()) if name != part]
+        others = [f"{name or 'no part'} ({count} modules)" for name, count in sorted(parts.items()) if name != asked]
         remarks = [f"not converted, being adapters of their own: {', '.join(others)} (--part)."] if others else []
-        return [module for module in modules if module.part == part], remarks
+        return [one for one in placed if one.part == asked], remarks
 
     def _no_part(self, part: str, parts: Counter[str]) -> str:
         known = Counter({name: count for name, count in parts.items() if name})
@@ -136,79 +221,108 @@ class _Conversion:
         )
         return f"adapter '{self.label}': {self.file.path.name} has no part {part!r}. {has}."
 
-    def find_names(self, own: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Return the paths in the base model of modules, and a remark on those that the file names differently."""
-        known = _base_names(self.options, self.base)
-        if known is None and self.format.has_base_names:
-            return list(own), []
-        if known is None:
+    def add(self, module: LoraModule, prefix: str, layer: Layer) -> None:
+        """Add the views of a module's tensors, for each module of the base that it stands for."""
+        if module.kind in PEFT_TYPES:
+            self._add_lycoris(module, prefix, layer)
+            return
+        A, B = (View.of(self.file.tensors, module.keys[side], self.format.transposed) for side in ("A", "B"))
+        alpha = self._alpha(module)
+        if len(layer.modules) == 1:
+            self._add_pair(prefix, layer.modules[0], A, replace(B, swapped=layer.swapped), alpha)
+            self._add_magnitude(module, prefix, layer.modules[0], None)
+            return
+        if len(A.shape) > 2 and {*A.shape[2:], *B.shape[2:]} == {1}:
+            A, B = A.reshaped(A.shape[:2]), B.reshaped(B.shape[:2])
+        heights = layer.heights(B.shape[0], A.shape[1])
+        if min(heights) < 1 or len(A.shape) > 2:
             raise AdapterError(
-                f"adapter '{self.label}': the names of {self.format.name} have underscores for dots ({own[0]!r}), so the "
-                "names of the base's modules are needed to tell them apart. Name the base's weights with --base (for a "
-                f"pipeline, those of its part, such as unet/{PIPELINE}), or a text file of the names with --modules."
+                f"{self.where(module)}: it holds {B.shape[0]} rows for {', '.join(layer.modules)}, which do not fit. Is it of "
+                "another model?"
             )
-        table = self._spellings(known)
-        missing = [name for name in own if name not in table]
-        if missing:
-            raise AdapterError(_not_in_base(self.label, missing, len(own), known))
-        ambiguous = {name: sorted(table[name]) for name in own if len(table[name]) > 1}
-        if ambiguous:
-            module, names = next(iter(ambiguous.items()))
+        spans = split_rows(self.file.tensors.read(B.key).flatten(1), heights)
+        for name, span in zip(layer.modules, spans, strict=True):
+            if span is not None:
+                rows, columns = span
+                share = None if alpha is None else alpha * (columns[1] - columns[0]) / A.shape[0]
+                self._add_pair(prefix, name, A.part(columns, None), B.part(rows, columns), share)
+                self._add_magnitude(module, prefix, name, rows)
+
+    def _add_magnitude(self, module: LoraModule, prefix: str, name: str, rows: Span | None) -> None:
+        """Add the view of a DoRA's magnitudes, one for each row, as PEFT has them."""
+        if module.kind != DORA:
+            return
+        view, out = View.of(self.file.tensors, module.keys["magnitude"]), self.shape(module)[0]
+        if view.shape[:1] != (out,) or math.prod(view.shape) != out:
             raise AdapterError(
-                f"adapter '{self.label}': {module!r} may be any of {', '.join(names)} ({len(ambiguous)} such "
-                "name(s)). List only the right ones with --modules."
+                f"{self.where(module)}: its dora_scale is {list(view.shape)}, expected {[out, 1]}, one number for each output. "
+                "PEFT's DoRA has no other. Leave it out."
             )
-        found = [min(table[name]) for name in own]
-        renamed = {name: new for name, new in zip(own, found, strict=True) if self.format.spelled(new) != name}
-        return found, _renaming_remark(renamed)
+        part = view.reshaped((out, 1)).part(rows, None)
+        self.views[f"{PREFIX}{prefix}{name}.lora_magnitude_vector"] = part.reshaped(part.shape[:1])
 
-    def _spellings(self, known: Sequence[str]) -> dict[str, set[str]]:
-        """Return the names to write by their spelling in the file; the base's own names come before other spellings."""
-        exact: dict[str, set[str]] = {}
-        for name in known:
-            exact.setdefault(self.format.spelled(name), set()).add(name)
-        others: dict[str, set[str]] = {}
-        for spelling, name in accepted_names(known, exactly=self.base is None).items():
-            others.setdefault(self.format.spelled(spelling), set()).add(name)
-        return others | exact
-
-    def read(self, module: LoraModule) -> tuple[Tensor, Tensor, float | None]:
-        """Return A, B, and alpha if the file has it, of one module."""
-        where = f"adapter '{self.label}', module {module.module!r}"
-        for side, word in (("A", "down (lora_A)"), ("B", "up (lora_B)")):
-            if side not in module.keys:
-                raise AdapterError(f"{where}: there is no {word} tensor. The file is incomplete: get it again.")
-        A, B = (self.file.tensors.read(module.keys[side]) for side in ("A", "B"))
-        A, B = self.format.factors(A, B, module.module, where)
-        if A.ndim < 2 or B.ndim < 2 or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
+    def _add_lycoris(self, module: LoraModule, prefix: str, layer: Layer) -> None:
+        """Add the views of the factors of a LoHa or a LoKr."""
+        views = {side: View.of(self.file.tensors, key) for side, key in module.keys.items() if side != "alpha"}
+        shared = [side for side in views if side in ("hada_w1_a", "hada_w2_a")]
+        if (len(layer.modules) > 1 and (module.kind == LOKR or "hada_t1" in views)) or layer.swapped:
             raise AdapterError(
-                f"{where}: the tensors are {list(A.shape)} and {list(B.shape)}; expected [r, in] and [out, r] with the same "
-                "r. The file is damaged: get it again."
+                f"{self.where(module)}: it is a {module.kind} of a layer that diffusers holds as {', '.join(layer.modules)}. Its "
+                "factors cannot be taken apart. Leave it out."
             )
-        return A, B, self._alpha(module, where)
+        kernel = any(len(view.shape) > 2 for view in views.values())
+        if self.base is None and not kernel and layer.modules[0].rpartition(".")[2] in CONVOLUTIONS:
+            raise AdapterError(
+                f"{self.where(module)}: whether it is a convolution, and of which size, only the base tells. Name it with --base."
+            )
+        alpha = self._alpha(module)
+        rank = next((views[side].shape[0] for side in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b") if side in views), None)
+        if module.kind == LOKR:  # PEFT divides by r even where no factor has a rank
+            alpha, rank = 1.0 if rank is None or alpha is None else alpha / rank, 1
+        out, width = self.shape(module)
+        end = 0
+        for name, height in zip(layer.modules, layer.heights(out, width), strict=True):
+            start, end = end, end + height
+            for side, view in views.items():
+                cut = view.part((start, end), None) if side in shared and len(layer.modules) > 1 else view
+                self.views[f"{PREFIX}{prefix}{name}.{side}"] = cut
+            self.alphas[f"{prefix}{name}"], self.ranks[f"{prefix}{name}"] = alpha, rank or 1
 
-    def _alpha(self, module: LoraModule, where: str) -> float | None:
+    def _add_pair(self, prefix: str, name: str, A: View, B: View, alpha: float | None) -> None:
+        A, B = self._fit_dimensions(A, B, prefix, name)
+        path = f"{prefix}{name}"
+        if path in self.alphas:
+            raise AdapterError(
+                f"adapter '{self.label}': two modules of the file are {path!r}. Remove one of them from it."
+            )
+        self.views[f"{PREFIX}{path}.lora_A.weight"], self.views[f"{PREFIX}{path}.lora_B.weight"] = A, B
+        self.alphas[path], self.ranks[path] = alpha, A.shape[0]
+
+    def _alpha(self, module: LoraModule) -> float | None:
         if "alpha" not in module.keys:
             return None
-        tensor = self.file.tensors.read(module.keys["alpha"])
-        value = float(tensor.item()) if tensor.numel() == 1 else math.nan
+        key = module.keys["alpha"]
+        one = math.prod(self.file.tensors.info(key).shape) == 1
+        value = float(self.file.tensors.read(key).item()) if one else math.nan
         if not math.isfinite(value):
+            seen = value if one else f"of shape {list(self.file.tensors.info(key).shape)}"
             raise AdapterError(
-                f"{where}: alpha is {tensor.tolist()}; expected one finite number. The file is damaged: get it again."
+                f"{self.where(module)}: alpha is {seen}; expected one finite number. The file is damaged: get it again."
             )
         return value
 
-    def fit_to_base(self, A: Tensor, B: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Return A and B with as many dimensions as the base's weight, their sizes checked against it."""
-        found = None if self.base is None else self.base.find(f"{name}.weight")
-        if self.base is None or found is None:  # a newer name may stand for several modules of an older checkpoint
+    def _fit_dimensions(self, A: View, B: View, prefix: str, name: str) -> tuple[View, View]:
+        """Return A and B with as many dimensions as the layer's weight has, which trainers may store as a convolution."""
+        shape = self._base_shape(prefix, name)
+        pointwise = all(size == 1 for size in (*A.shape[2:], *B.shape[2:], *(shape or ())[2:]))
+        if shape is None:
+            linear = name.rpartition(".")[2] not in CONVOLUTIONS and name != POINTWISE
+            if self.format.is_image and pointwise and linear and len(A.shape) > 2:
+                return A.reshaped(A.shape[:2]), B.reshaped(B.shape[:2])
             return A, B
-        shape = self.base.info(found).shape
-        shape = shape[::-1] if self.base.is_conv1d(name) else shape
-        pointwise = all(size == 1 for size in (*A.shape[2:], *B.shape[2:], *shape[2:]))
-        if pointwise and A.ndim != len(shape):
+        if pointwise and len(A.shape) != len(shape):
             ones = (1,) * (len(shape) - 2)
-            A, B = A.reshape(*A.shape[:2], *ones), B.reshape(*B.shape[:2], *ones)
+            A, B = A.reshaped((*A.shape[:2], *ones)), B.reshaped((*B.shape[:2], *ones))
         if (B.shape[0], *A.shape[1:]) != shape:
             raise AdapterError(
                 f"adapter '{self.label}', module {name!r}: it changes a weight of {[B.shape[0], *A.shape[1:]]}, the "
@@ -216,35 +330,78 @@ class _Conversion:
             )
         return A, B
 
-    def scaling(
-        self, part: str, ranks: Mapping[str, int], alphas: Mapping[str, float | None]
-    ) -> tuple[dict[str, Any], str]:
-        """Return the config's keys that give every module its lora scaling, and where they are from."""
+    def _base_shape(self, prefix: str, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a module's weight in the base; None if it is not there under this name."""
+        if self.base is None:
+            return None
+        found = self.base.find(f"{prefix}{name}.weight")
+        if found is None:  # a newer name may stand for several modules of an older checkpoint
+            return None
+        shape = self.base.info(found).shape
+        return shape[::-1] if self.base.is_conv1d(name) else shape
+
+    def scaling(self, parts: Sequence[str]) -> tuple[dict[str, Any], str, bool]:
+        """Return the config's keys that give every module its lora scaling, where they are from, and whether they are assumed."""
         asked, label = self.options.alpha, self.label
-        own = {name: alpha for name, alpha in alphas.items() if alpha is not None}
-        metadata = self.format.metadata(self.file.path, part)
-        if (own or metadata) and asked is not None:
+        ranks = self.ranks
+        own = {name: alpha for name, alpha in self.alphas.items() if alpha is not None}
+        noted = {part: self.format.metadata(self.metadata(), part) for part in parts}
+        if (own or any(noted.values())) and asked is not None:
             raise RecipeError(f"--alpha is {asked:g}, but '{label}' states its alpha itself. Leave it out.")
-        if metadata.get("use_dora"):
+        if self.file.kind != DORA and any(found.get("use_dora") for found in noted.values()):
             raise AdapterError(f"adapter '{label}' is a DoRA by its metadata, which is no plain LoRA. Leave it out.")
         if own:
             each = {name: own.get(name, float(rank)) for name, rank in ranks.items()}
             lacking = len(ranks) - len(own)
-            return _by_module(each), "alpha from the file" + (f", scaling 1 for {lacking} without" if lacking else "")
-        if "lora_alpha" in metadata:
-            return {key: metadata[key] for key in CONFIG_KEYS if key in metadata}, "alpha from the file's metadata"
+            return (
+                by_module(each),
+                "alpha from the file" + (f", scaling 1 for {lacking} without" if lacking else ""),
+                lacking > 0,
+            )
+        if parts and all("lora_alpha" in found for found in noted.values()):
+            return by_module(self._noted_alphas(noted, ranks)), "alpha from the file's metadata", False
         if asked is not None:
-            return {"lora_alpha": asked}, f"alpha {asked:g} as given"
+            return {"lora_alpha": asked}, f"alpha {asked:g} as given", False
         scale = self.format.config_scale(self.config, label)
         if scale is not None:
-            return _by_module({name: scale * r for name, r in ranks.items()}), f"scaling {scale:g} from its config"
+            return (
+                by_module({name: scale * r for name, r in ranks.items()}),
+                f"scaling {scale:g} from its config",
+                False,
+            )
         reason = self.format.needs_alpha(list(ranks.values()))
         if reason is not None:
             raise AdapterError(
                 f"adapter '{label}': the file gives no alpha (ranks {', '.join(map(str, sorted(set(ranks.values()))))}), "
-                f"and {reason}. Give the lora_alpha of its training: --alpha NUMBER."
+                f"and {reason}. Give the lora_alpha of its training, in `ties-peft convert`: --alpha NUMBER."
             )
-        return _by_module({name: float(rank) for name, rank in ranks.items()}), self.format.without_alpha
+        return by_module({name: float(rank) for name, rank in ranks.items()}), self.format.without_alpha, True
+
+    def _noted_alphas(self, noted: Mapping[str, Mapping[str, Any]], ranks: Mapping[str, int]) -> dict[str, float]:
+        """Return the alpha of each module by the configs in the file's metadata, with which alpha/r is its scaling."""
+        alphas = {}
+        for path, rank in ranks.items():
+            part = path.partition(".")[0] if self.whole else next(iter(noted))
+            name = path.removeprefix(f"{part}.") if self.whole else path
+            metadata = Contents(noted[part], self.file.tensors, self.label)
+            alpha = metadata.number("lora_alpha", "alpha_pattern", name, 8)
+            alphas[path] = alpha * math.sqrt(rank) if noted[part].get("use_rslora") else alpha
+        return alphas
+
+
+def lycoris_shape(shapes: Mapping[str, Sequence[int]]) -> Shape:
+    """Return (out, in) of a LoHa or a LoKr by the shapes of its factors; a kernel counts as columns. (1, 1) if some lack."""
+    if "hada_w1_a" in shapes and "hada_w1_b" in shapes:
+        return shapes["hada_w1_a"][-1 if "hada_t1" in shapes else 0], shapes["hada_w1_b"][-1]
+    sides = {}
+    for which in ("lokr_w1", "lokr_w2"):
+        whole, left, right = (shapes.get(which + end) for end in ("", "_a", "_b"))
+        if whole is None and (left is None or right is None):
+            return 1, 1
+        core = which == "lokr_w2" and "lokr_t2" in shapes
+        sides[which] = whole[:2] if whole is not None else (left[-1 if core else 0], right[-1])  # type: ignore[index]
+    (out, width), (out2, width2) = sides.values()
+    return out * out2, width * width2
 
 
 def _without_prefix(module: LoraModule, part: str) -> LoraModule:
@@ -258,58 +415,12 @@ def _list_parts(parts: Mapping[str, int]) -> str:
     return ", ".join(f"{name or 'no name'} ({count} modules)" for name, count in sorted(parts.items()))
 
 
-def _by_module(alphas: Mapping[str, float]) -> dict[str, Any]:
-    """Return lora_alpha, and a pattern for every module that has another alpha."""
+def by_module(alphas: Mapping[str, float]) -> dict[str, Any]:
+    """Return lora_alpha, and a pattern for the modules of each other alpha."""
     (common, _), *_ = Counter(alphas.values()).most_common(1)
-    patterns = {f"^{_escaped(name)}": alpha for name, alpha in sorted(alphas.items()) if alpha != common}
+    groups: dict[float, list[str]] = {}
+    for name, alpha in sorted(alphas.items()):
+        if alpha != common:
+            groups.setdefault(alpha, []).append(re.escape(name))
+    patterns = {f"^({'|'.join(names)})": alpha for alpha, names in groups.items()}
     return {"lora_alpha": common, **({"alpha_pattern": patterns} if patterns else {})}
-
-
-def _escaped(name: str) -> str:
-    return name.replace("\\", "\\\\").replace(".", "\\.")
-
-
-def _rename_modules(adapter: Adapter, options: ConversionOptions, label: str) -> tuple[Adapter, list[str]]:
-    """Return an adapter of PEFT's under the names that --modules lists, if it was given, and a remark on new names."""
-    if options.modules is None:
-        return adapter, []
-    known = _base_names(options, None) or []
-    names = accepted_names(known, exactly=True)
-    paths = {name: m.path if name.startswith(m.path) else name for name, m in adapter.layout.items()}
-    missing = [path for path in paths.values() if path not in names]
-    if missing:
-        raise AdapterError(_not_in_base(label, missing, len(adapter.layout), known))
-    renamed = {path: names[path] for path in paths.values() if names[path] != path}
-    inside = {name: renamed[path] + name[len(path) :] for name, path in paths.items() if path in renamed}
-    return (adapter.renamed(renamed | inside) if renamed else adapter), _renaming_remark(renamed)
-
-
-def _renaming_remark(names: Mapping[str, str]) -> list[str]:
-    """Return a remark on modules that are written under other names, given old name → new; none for none."""
-    if not names:
-        return []
-    old = min(names)
-    return [f"{len(names)} modules are written under the base's names: {old!r} as {names[old]!r}."]
-
-
-def _base_names(options: ConversionOptions, base: BaseModel | None) -> list[str] | None:
-    """Return the names of the base model's modules; None if neither the base nor a list of names was given."""
-    if base is not None:
-        return base.modules
-    if options.modules is None:
-        return None
-    try:
-        lines = options.modules.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"--modules {str(options.modules)!r} cannot be read: {error}. Expected a text file with one module name per line."
-        ) from None
-    return sorted({line.strip() for line in lines if line.strip()})
-
-
-def _not_in_base(label: str, missing: Sequence[str], count: int, known: Sequence[str]) -> str:
-    return (
-        f"adapter '{label}': {len(missing)} of its {count} modules are not in the base, such as {missing[0]!r}; the base has "
-        f"{len(known)}, such as '{known[0] if known else 'none'}'. Is it the base, and the part of it, that the adapter was "
-        "trained on, with the same module names?"
-    )

@@ -21,12 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import RecipeError
+from .image_files import DIFFUSERS_FILE, KOHYA_FILE, TensorFile
 
-Content = str | bytes | dict[str, Tensor]  # a text file, any file, or the tensors of a safetensors file
+Content = str | bytes | dict[str, Tensor] | TensorFile  # a text file, any file, or the contents of a safetensors file
 PROVENANCE = "provenance.json"
 COPIED = "copied"  # its key for the files copied from the inputs' folders, a sha256 each
 OUTPUT_FILES = frozenset(
     {"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", PROVENANCE}
+    | {DIFFUSERS_FILE, KOHYA_FILE}
     | {"fisher.safetensors", "gram.safetensors"}  # statistics of this very adapter
 )
 ATTEMPTS = 20  # to rename a folder into place while other processes do the same
@@ -157,6 +159,8 @@ def _write(path: Path, content: Content) -> None:
         path.write_text(content, encoding="utf-8")
     elif isinstance(content, bytes):
         path.write_bytes(content)
+    elif isinstance(content, TensorFile):
+        write_tensors(path, content.tensors, content.metadata)
     else:
         write_tensors(path, content)
 

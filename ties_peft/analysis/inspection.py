@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -21,6 +21,7 @@ from ..adapters.tokenizer_files import collect_tokenizer_files
 from ..adapters.unsupported import UnsupportedAdapter, describe_unsupported
 from ..errors import TiesPeftError
 from ..merging.members import unequal_norms
+from ..merging.pipeline import describe_metadata
 from ..merging.plan import Plan, make_plan
 from ..merging.recipes.recipe import Recipe
 from ..merging.tables import make_facts, make_text
@@ -42,6 +43,9 @@ class AdapterSummary:
         largest: the module with the task vector of largest norm.
         riders: its extra tensors: heads, embeddings, biases.
         unusual: what distinguishes it from most adapters.
+        model: the architecture of the image model that it is a LoRA of; empty if it is of none, or unknown.
+        parts: of the pipeline that it adapts; empty if it is of no image model.
+        training: what the file's metadata says of its training: trigger words, frequent tags, rank, ….
     """
 
     source: str
@@ -57,6 +61,9 @@ class AdapterSummary:
     largest: str
     riders: tuple[str, ...]
     unusual: tuple[str, ...]
+    model: str = ""
+    parts: tuple[str, ...] = ()
+    training: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -226,6 +233,9 @@ def _summarize(adapter: Adapter) -> AdapterSummary:
         largest=max(norms, key=norms.__getitem__),
         riders=tuple(describe_extra_tensors(adapter.extra_tensors(), len(unused_copies(adapter.extra_keys)))),
         unusual=_unusual(adapter, norms),
+        model=adapter.origin.architecture if adapter.origin else "",
+        parts=adapter.origin.parts if adapter.origin else (),
+        training=describe_metadata(adapter.origin.metadata) if adapter.origin else {},
     )
 
 
@@ -287,7 +297,10 @@ def _summary_table(summary: AdapterSummary) -> RenderableType:
         ("modules", f"{summary.modules}, {summary.numbers:,} numbers in {summary.dtype}"),
         ("norm", f"{summary.norm:.4g}" + (f", most of it in {summary.largest}" if summary.norm else "")),
     ]
+    rows += [("model", f"{summary.model or 'unknown'}: {', '.join(summary.parts)}")] if summary.parts else []
     rows += [("" if number else "whole layers", text) for number, text in enumerate(summary.riders)]
+    training = [f"{what}: {text}" for what, text in summary.training.items()]
+    rows += [("" if number else "training", text) for number, text in enumerate(training)]
     rows += [("unusual", "; ".join(summary.unusual))] if summary.unusual else []
     return Group(make_text(summary.source, "bold"), make_facts(rows))
 

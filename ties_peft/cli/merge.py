@@ -25,6 +25,7 @@ from .base import (
 
 if TYPE_CHECKING:
     from ..merging.merged import Merged
+    from ..merging.pipeline import Pipeline
     from ..merging.plan import Plan
     from ..merging.recipes.recipe import Recipe
 
@@ -67,6 +68,13 @@ Report = Annotated[
         help="An HTML file to write: the report as one page that needs no network.",
         show_default=False,
         rich_help_panel=RESULT,
+PartWeights = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PART=WEIGHT",
+        help="Other weights on a part of an image model: text_encoder=0.5 for all adapters, text_encoder=1,0 for each. Repeatable.",
+        show_default=False,
+        rich_help_panel=COMBINATION,
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.", rich_help_panel=RESULT)]
@@ -79,6 +87,7 @@ def merge(
     density: Density = None,
     scope: Scope = None,
     settings: Settings = None,
+    weights_for: PartWeights = None,
     device: Annotated[str, typer.Option(help="The device that computes: cpu, cuda, …")] = DEVICE,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.")] = False,
@@ -92,9 +101,10 @@ def merge(
         raise RecipeError("no output was named. Say where to write: --out FOLDER.")
     if not adapters and recipe is None:
         raise RecipeError("no adapters were given. Name at least one folder or Hub id.")
-    from ..merging.recipes.overrides import overridden
+    from ..merging.recipes.overrides import overridden, with_part_weights
 
     asked = overridden(recipe, adapters, options, {"density": density, "scope": scope}, settings)
+    asked = with_part_weights(asked, weights_for)
     _run(asked, out, device, report, dry_run, force, as_json)
 
 
@@ -152,6 +162,7 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
         "rank": plan.rank,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "heads": describe_extra_tensors(plan.extra_tensors.lines()),
+        **({} if plan.pipeline is None else _pipeline_facts(plan.pipeline)),
     }
     if as_json:
         print_json({"dry_run": True, "recipe": asked.to_dict(), "plan": facts})
@@ -159,6 +170,10 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
     for key, value in facts.items():
         print_text(f"{key:<9} {_shown(value)}")
     print_text("every check passed; nothing was written")
+
+
+def _pipeline_facts(pipeline: Pipeline) -> dict[str, object]:
+    return {"target": pipeline.target, "model": pipeline.architecture or "unknown", "parts": list(pipeline.parts)}
 
 
 def _shown(value: object) -> object:

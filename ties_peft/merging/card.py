@@ -7,10 +7,11 @@ those on the Hub are linked.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..adapters import sources
@@ -31,13 +32,19 @@ FIGURES = (
 )
 
 
-def merge_card(report: Report, recipe: Mapping[str, Any], loading: Loading) -> str:
+def merge_card(
+    report: Report,
+    recipe: Mapping[str, Any],
+    loading: Loading,
+    trainings: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> str:
     """Return the card of a merge.
 
     Args:
         report: of the merge.
         recipe: as plain values.
         loading: how the result is loaded on its base.
+        trainings: what the files of LoRAs of image models say of their training, by input.
     """
     energy = "" if report.rank is None else f" Its rank, {report.rank}, keeps {report.energy:.1%} of the merged energy."
     rows = [
@@ -68,9 +75,23 @@ def merge_card(report: Report, recipe: Mapping[str, Any], loading: Loading) -> s
             loading_block(loading),
             "The recipe; with the same inputs it gives the same bytes again:",
             code_block(dump(public(recipe)), "yaml"),
+            markdown_list("What the files of the inputs say of their training:", list(_trainings(trainings, paths))),
             markdown_list("Warnings of the merge:", [public_text(warning, paths) for warning in report.warnings]),
         ],
     )
+
+
+def _trainings(trainings: Mapping[str, Mapping[str, str]], paths: Any) -> Iterator[str]:
+    """Yield a line for each input; its texts come from strangers and are written as code."""
+    for name, facts in trainings.items():
+        texts = (f"{what}: {code_span(public_text(text, paths))}" for what, text in facts.items())
+        yield f"{adapter_link(_public_name(name), None)}: {', '.join(texts)}"
+
+
+def code_span(text: str) -> str:
+    """Return a text as code within a line, which no text in it can end."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def model_card(loading: Loading, tags: Sequence[str], licence: Mapping[str, Any], sections: Sequence[str]) -> str:
@@ -81,7 +102,8 @@ def model_card(loading: Loading, tags: Sequence[str], licence: Mapping[str, Any]
     from huggingface_hub import ModelCard, ModelCardData
 
     base = loading.base if loading.base and sources.is_hub_name(loading.base) else None
-    data = ModelCardData(base_model=base, library_name="peft", tags=list(tags), **licence)
+    library = "diffusers" if loading.library == "diffusers" and loading.name == "DiffusionPipeline" else "peft"
+    data = ModelCardData(base_model=base, library_name=library, tags=list(tags), **licence)
     body = "\n\n".join(section for section in sections if section)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import torch
 
+from ..adapters import IMAGE_TARGETS
 from ..adapters.adapter import Adapter
-from ..adapters.to_peft import ConversionOptions, open_as_peft
+from ..adapters.base_names import ConversionOptions
+from ..adapters.contents import PREFIX
+from ..adapters.conversion import open_as_peft
+from ..adapters.to_peft import by_module
+from ..adapters.types.base import CONV, LINEAR
 from .merge import make_recipe, run_plan
 from .merged import Merged
 from .options import Rank
+from .pipeline import named_part, stored_alpha
 from .plan import Progress, make_plan
 
 
@@ -37,9 +43,11 @@ def convert(
         adapter: a folder, a file, a Hub id or an `Adapter`; a LoRA of diffusers, kohya, ComfyUI or MLX too.
         rank: of the output: a whole number, `max` or `auto`; by default the full rank, so that nothing is lost.
         dtype: of the tensors written; by default the adapter's own.
-        target: the program that shall load it: `peft`, `vllm` or `llama.cpp` (see `targets`).
+        target: the program that shall load it: `peft`, `vllm`, `llama.cpp` (see `targets`), or for LoRAs of image models
+            `diffusers` or `kohya`, whose one file holds all parts.
         device: where to compute.
-        part: which part of a pipeline's LoRA: `unet`, `text_encoder`, …
+        part: which part of a pipeline's LoRA: `unet`, `text_encoder`, …; for a PEFT adapter that is written for an image
+            target, the part that it is of.
         base: the base's weights: needed for an adapter whose task vectors depend on them (DoRA) and to recognise the
             modules of a kohya file; for other files the modules are checked against it.
         modules: a text file of module names, used instead of the base. A PEFT adapter is written under these names if
@@ -52,12 +60,16 @@ def convert(
     Returns: the adapter, in memory, with a report of what the rank and the dtype lost.
     Raises: TiesPeftError.
     Law: apart from the loss that the report states, it computes the same function. It is the average of one adapter.
+        Between the formats of image models and PEFT's, with neither a rank nor a dtype, the tensors stay the same bits.
     """
     started = time.perf_counter()
     hints = ConversionOptions(
         part, None if base is None else str(base), None if modules is None else Path(modules), alpha, base_model
     )
-    opened, remarks = (adapter, []) if isinstance(adapter, Adapter) else open_as_peft(str(adapter), hints)
+    whole = target in IMAGE_TARGETS
+    opened, remarks = (adapter, []) if isinstance(adapter, Adapter) else open_as_peft(str(adapter), hints, whole)
+    if whole and part is not None and opened.origin is None:
+        opened = named_part(opened, part)
     recipe = make_recipe(
         [opened],
         method="average",
@@ -69,4 +81,38 @@ def convert(
         heads=heads,
     )
     plan = make_plan(recipe, [opened], device)
-    return run_plan(replace(plan, warnings=[*remarks, *plan.warnings]), recipe, started, None, progress)
+    origin = opened.origin
+    remarks = [*remarks, *(origin.description if origin is not None else ())]
+    assumed = origin.assumptions if origin is not None else ()
+    warnings = [*remarks, *(warning for warning in plan.warnings if warning not in assumed)]
+    made = run_plan(replace(plan, warnings=warnings), recipe, started, None, progress)
+    return as_stored(made, plan.members[0].adapter, rank is None and dtype is None)
+
+
+def as_stored(made: Merged, adapter: Adapter, unchanged: bool) -> Merged:
+    """Return a conversion from or to a format of image models with the adapter's own factors, bit for bit.
+
+    Args:
+        made: the conversion.
+        adapter: that was converted, under the names of the result.
+        unchanged: whether neither another rank nor another dtype was asked for.
+    Returns: `made` itself where its factors are computed: for another rank or dtype, for other types than LoRA, and for
+        PEFT's format, which is written with one rank and one alpha, where the modules have several.
+    """
+    plain = all(one.layer_type in (LINEAR, CONV) and not one.base_tensors for one in adapter.layout.values())
+    if not unchanged or adapter.peft_type.name != "lora" or not plain or (adapter.origin is None and not made.pipeline):
+        return made
+    alphas = {name: stored_alpha(module) for name, module in adapter.layout.items()}
+    if made.pipeline is None and (len(adapter.ranks) > 1 or len(set(alphas.values())) > 1):
+        return made
+    tensors = {
+        f"{PREFIX}{name}.lora_{side}.weight": adapter.tensors.read(key)
+        for name, module in adapter.layout.items()
+        for side, key in zip("AB", module.keys, strict=True)
+    }
+    rank = max(adapter.ranks)
+    config = {**made.config, "r": rank, **by_module(alphas)}
+    report = replace(made.report, rank=rank, rounding=0.0)
+    return Merged(
+        config, tensors, report, made.recipe, made.loading, made.tokenizer_files, made.pipeline, compress=False
+    )

@@ -178,7 +178,7 @@ class _Loop:
         separate = vocabulary_modules(plan)
         density = 1.0 if plan.own_density is None else plan.own_density
         groups = {
-            (place, name): (place, name if name in separate else "", plan.density(place, name, density))
+            (place, name): (place, name if name in separate else plan.part(name), plan.density(place, name, density))
             for name in plan.modules
             for place, _ in plan.holders(name)
         }

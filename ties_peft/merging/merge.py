@@ -25,6 +25,7 @@ from .loading import VOCABULARY, AdapterFacts, find_loading
 from .loop import merge_modules
 from .merged import Merged
 from .options import DEVICE, Options, Rank, Weights, options_in
+from .pipeline import pipeline_loading
 from .plan import Plan, Progress, make_plan
 from .recipes.recipe import IN_MEMORY, Recipe
 from .recipes.schedule import plain_schedule
@@ -170,8 +171,12 @@ def run_plan(
     """Do the work of a checked plan; `warns` says whether what the report warns of is also given as warnings."""
     tensors, totals, kept = merge_modules(plan, cache, progress or (lambda stage, done, of: None), processes)
     tensors |= plan.extra_tensors.tensors()
-    kept_files, folders = cache or MergeCache(), [(member.name, member.adapter.folder) for member in plan.members]
-    tokenizer_files = kept_files.tokenizer_files or collect_tokenizer_files(folders)
+    folders = [(member.name, member.adapter.folder) for member in plan.members]
+    kept_files, beside = (
+        cache or MergeCache(),
+        [] if plan.pipeline is not None else folders,
+    )  # image models have no tokenizer
+    tokenizer_files = kept_files.tokenizer_files or collect_tokenizer_files(beside)
     kept_files.tokenizer_files = tokenizer_files
     plan.warnings.extend([tokenizer_files.remark] if tokenizer_files.remark else [])
     licence, note = shared_licence(folders)
@@ -183,6 +188,8 @@ def run_plan(
     )
     warn_caller(report.warnings if warns else ())
     config = _config(plan, recipe)
+    if plan.pipeline is not None:
+        return Merged(config, tensors, report, recipe, pipeline_loading(plan.pipeline, config), None, plan.pipeline)
     check_written(recipe.target, config, tensors)
     loading = find_loading(_adapter_facts(plan, recipe, config))
     return Merged(config, tensors, report, recipe, loading, tokenizer_files)

@@ -12,9 +12,11 @@ from torch import Tensor
 from ..adapters import sources, writer
 from ..adapters.adapter import Adapter
 from ..adapters.tensors import MemoryTensors
+from ..adapters.to_peft import Origin
 from ..adapters.tokenizer_files import TokenizerFiles
 from .card import merge_card
 from .loading import Loading
+from .pipeline import Pipeline, weights_file
 from .recipes.recipe import Recipe, yaml_value
 from .report import Report
 
@@ -27,6 +29,8 @@ class Merged(Adapter):
         recipe: what was asked for, with YAML round trip.
         loading: the class of the base model, and the lines of Python that load the adapter on it.
         tokenizer_files: that are saved with it.
+        pipeline: the image model that it is a LoRA of; None for an adapter in PEFT's format. Its modules' names begin with
+            their part, and `save` writes one file for all parts.
     """
 
     def __init__(
@@ -37,12 +41,16 @@ class Merged(Adapter):
         recipe: Recipe,
         loading: Loading,
         tokenizer_files: TokenizerFiles | None = None,
+        pipeline: Pipeline | None = None,
+        compress: bool = True,
     ) -> None:
-        super().__init__(config, MemoryTensors(tensors))
+        origin = None if pipeline is None else Origin("a merge", pipeline.architecture, pipeline.parts)
+        super().__init__(config, MemoryTensors(tensors), origin=origin)
         self.report = report
         self.recipe = recipe
         self.loading = loading
         self.tokenizer_files = tokenizer_files or TokenizerFiles()
+        self.pipeline, self._compress = pipeline, compress
 
     def files(self) -> dict[str, writer.Content]:
         """Return all files by name: config, weights, card, recipe, provenance and tokenizer files."""
@@ -53,16 +61,24 @@ class Merged(Adapter):
             "report": self.report.to_dict(),
             writer.COPIED: self.tokenizer_files.digests,
         }
+        if self.pipeline is None:
+            weights = super().files()
+        else:
+            weights = dict([weights_file(self.pipeline, self, self._compress)])
+        trainings = {} if self.pipeline is None else self.pipeline.trainings()
         return {
             **self.tokenizer_files.files,
-            **super().files(),
-            "README.md": merge_card(self.report, self.recipe.to_dict(), self.loading),
+            **weights,
+            "README.md": merge_card(self.report, self.recipe.to_dict(), self.loading, trainings),
             "recipe.yaml": recipe,
             writer.PROVENANCE: writer.json_text(provenance),
         }
 
     def save(self, folder: str | Path, force: bool = False) -> Path:
         """Write a folder that `PeftModel.from_pretrained` loads; it appears completely or not at all.
+
+        A LoRA of an image model is written as one file for all of its parts: `pytorch_lora_weights.safetensors`, which
+        diffusers' `load_lora_weights` loads, or with target `kohya` `lora.safetensors`.
 
         Args:
             folder: must not exist, or be empty.

@@ -41,6 +41,7 @@ from .extra_task_vectors import make_extra_tensor_merge
 from .extra_tensors import ExtraTensors, plan_extra_tensors
 from .members import Member, make_members
 from .options import DEVICE, MERGE, NORM
+from .pipeline import Pipeline, check_pipeline, settle_pipeline, without_silent_parts
 from .ranks import output_rank, total_rank
 from .recipes.recipe import Recipe
 from .recipes.scale import Scale
@@ -72,6 +73,7 @@ class Plan:
         signs: the adapter that decides the signs, if one was given.
         restore_norm: whether a truncated result is scaled to the norm it had.
         weighting: `norm` for equal-norm weights, else `given`.
+        pipeline: of image models, if the result is a LoRA of one.
         warnings: known from names and shapes alone.
         chosen: why the method that was asked for, `auto`, chose this one; empty if this one was asked for.
     """
@@ -93,6 +95,7 @@ class Plan:
     restore_norm: bool = False
     weighting: str = "given"
     formula: str | None = None
+    pipeline: Pipeline | None = None
     warnings: list[str] = field(default_factory=list)
     chosen: str = ""
     _weights: dict[str, list[float]] = field(default_factory=dict, init=False, compare=False)  # by module
@@ -138,6 +141,10 @@ class Plan:
     def layers(self) -> int:
         """How many layers the module names count."""
         return count_layers(self.modules)
+
+    def part(self, module: str) -> str:
+        """Return the part of a pipeline that a module belongs to, which is ranked by itself; empty if there are no parts."""
+        return "" if self.pipeline is None else module.partition(".")[0]
 
     def weight(self, place: int, module: str) -> float:
         """Return w of one adapter on one module."""
@@ -201,10 +208,12 @@ def make_plan(
     check_types(everyone, space, stages)
     check_adapters([*(() if checked else adapters), *([signs] if signs else [])], processes)
 
+    recipe, adapters, pipeline = _with_pipeline(recipe, adapters, warnings)
     members = make_members(recipe, unify_module_names(adapters, warnings), densities, warnings)
     check_statistics(stages.method, members)
     dtype = output_dtype(recipe.dtype, [member.adapter for member in members])
     modules = union_of_modules(members, signs)
+    pipeline, modules = _with_modules(pipeline, members, modules)
     if not recipe.allow_disjoint:
         check_shared_modules(members)
     check_one_config(members, modules)
@@ -221,7 +230,6 @@ def make_plan(
     scale = _scale(recipe.scale, stages)
     value = scale.at(len(members))
     _warn_published_scale(value, stages, len(members), warnings)
-    check_whole("the seed", recipe.seed, 0)
     extra_tensors = _extra_tensors(recipe, stages, chosen, value, members, modules, where, warnings)
     warn_orientation(members, warnings)
     return Plan(
@@ -242,6 +250,7 @@ def make_plan(
         restore_norm=bool(recipe.restore_norm),
         weighting=NORM if recipe.weights == NORM else "given",
         formula=scale.formula,
+        pipeline=pipeline,
         warnings=warnings,
         chosen=chosen,
     )
@@ -249,6 +258,7 @@ def make_plan(
 
 def _settings(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[Space, Stages, tuple[Schedule | None, ...], str]:
     """Return the space, the methods, the adapters' own densities, and why a method that chooses chose another."""
+    check_whole("the seed", recipe.seed, 0)
     count = len(adapters)
     if count == 0:
         raise RecipeError("no adapters were given. Name at least one folder or Hub id.")
@@ -282,6 +292,28 @@ def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modu
             fault = stage.check([weight for weight in weights if weight != 0], space.name)
             if fault:
                 raise MethodError(f"method '{stage.name}': {fault}.")
+
+
+def _with_pipeline(
+    recipe: Recipe, adapters: Sequence[Adapter], warnings: list[str]
+) -> tuple[Recipe, list[Adapter], Pipeline | None]:
+    """Return the recipe with the target, the adapters and the pipeline of a merge of LoRAs of image models."""
+    warnings += [remark for one in adapters if one.origin is not None for remark in one.origin.assumptions]
+    found, pipeline = settle_pipeline(recipe.target, adapters, recipe.base_model, warnings)
+    return (recipe if pipeline is None else replace(recipe, target=pipeline.target)), found, pipeline
+
+
+def _with_modules(
+    pipeline: Pipeline | None, members: Sequence[Member], modules: dict[str, ModuleInfo]
+) -> tuple[Pipeline | None, dict[str, ModuleInfo]]:
+    """Return the pipeline and the modules that its target is written with; without a pipeline all modules."""
+    if pipeline is None:
+        return None, modules
+    layers = count_layers(modules)
+    weighs = {name: any(m.has(name) and m.weight.at(name, layers) != 0 for m in members) for name in modules}
+    pipeline, left = without_silent_parts(pipeline, modules, weighs)
+    check_pipeline(pipeline, left)
+    return pipeline, left
 
 
 def _space_to_compute_in(space: Space, stages: Stages) -> Space:

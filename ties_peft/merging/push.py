@@ -9,6 +9,7 @@ from typing import Any
 
 from ..adapters import sources, writer
 from ..adapters.adapter import Adapter
+from ..adapters.image_files import DIFFUSERS_FILE, KOHYA_FILE
 from ..errors import RecipeError, warn_caller
 from .card import PLACEHOLDER_FOLDER
 
@@ -68,7 +69,8 @@ def push(
         own = [path for path in sorted(folder.iterdir()) if _is_own(path)]
         left = tuple(path.name for path in sorted(folder.iterdir()) if path not in own)
         names = tuple(path.name for path in own)
-        if sources.ADAPTER_CONFIG not in names or not set(names) & set(sources.WEIGHT_FILES):
+        image = {DIFFUSERS_FILE, KOHYA_FILE} & set(names)
+        if not image and (sources.ADAPTER_CONFIG not in names or not set(names) & set(sources.WEIGHT_FILES)):
             raise RecipeError(
                 f"{str(folder)!r} holds its config or weights only as links to elsewhere, which are not followed. "
                 "Copy them there."

@@ -146,11 +146,11 @@ class TrimThresholds:
     def _groups(self, member: int) -> list[RankedEntries]:
         """Return the sets of one adapter's entries that are ranked together over its modules."""
         separate = vocabulary_modules(self.plan)
-        groups: dict[tuple[str | None, tuple[float, ...]], RankedEntries] = {}
+        groups: dict[tuple[str, tuple[float, ...]], RankedEntries] = {}
         for module in self.plan.members[member].adapter.modules:
             if self.plan.weight(member, module) != 0:
                 densities = self._densities(member, module)
-                key = (module if module in separate else None, densities)
+                key = (module if module in separate else self.plan.part(module), densities)
                 groups.setdefault(key, RankedEntries(member, [], None, densities)).modules.append(module)
         return list(groups.values())
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import AdapterError
 from ..tensors import open_tensors
-from .base import Format, LoraFile, LoraModule
+from .base import PLAIN, Format, LoraFile, LoraModule
 
 __all__ = ["Format", "LoraFile", "LoraModule", "formats", "read_file"]
 
@@ -56,4 +56,6 @@ def read_file(path: Path, config: Mapping[str, Any], label: str) -> LoraFile | N
             )
         module.keys[side] = key
     found = tuple(modules[place] for place in sorted(modules))
-    return LoraFile(form, path, tensors, found, tuple(rest), form.variant(rest, config))
+    kinds = sorted({module.kind for module in found})
+    variant = form.variant(rest, config) or (", ".join(kinds) if len(kinds) > 1 else "")
+    return LoraFile(form, path, tensors, found, tuple(rest), variant, kinds[0] if len(kinds) == 1 else PLAIN)

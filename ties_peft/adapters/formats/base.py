@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from ..tensors import TensorSource
 
 SIDES = {"lora_A": "A", "lora_B": "B", "down": "A", "up": "B", "lora_a": "A", "lora_b": "B"}
 SIDES |= {"lora_down": "A", "lora_up": "B"}
+
+
+PLAIN, DORA, LOHA, LOKR = "LoRA", "DoRA", "LoHa", "LoKr"  # kinds of modules
 
 
 class ParsedName(NamedTuple):
@@ -27,7 +28,7 @@ class ParsedName(NamedTuple):
     Attributes:
         part: of a pipeline, such as `unet`; empty if the format has no parts.
         module: the module's path as the file spells it.
-        side: A, (r, in); B, (out, r); or alpha.
+        side: A, (r, in); B, (out, r); alpha; or another factor, as in `LoraModule`.
     """
 
     part: str
@@ -44,6 +45,8 @@ class Format(ABC):
         order: formats with a lower number are tried first.
         has_base_names: whether the module names in the file are those of the base model.
         part_is_prefix: whether a part of a pipeline shows only as the beginning of the module names.
+        is_image: whether it is for image models, whose names `image_models` knows; such files are merged as they are.
+        transposed: whether the factors are stored transposed.
         without_alpha: what is said of a file without alpha, whose scaling alpha/r is taken as 1.
     """
 
@@ -52,6 +55,8 @@ class Format(ABC):
     order: int
     has_base_names: bool = True
     part_is_prefix: bool = False
+    is_image: bool = False
+    transposed: bool = False
     without_alpha: str = "scaling 1, as the file gives no alpha"
 
     @abstractmethod
@@ -93,17 +98,22 @@ class Format(ABC):
         """Return how the file spells a module of the base model."""
         return module
 
-    def factors(self, A: Tensor, B: Tensor, module: str, where: str) -> tuple[Tensor, Tensor]:
-        """Return A, (r, in), and B, (out, r), from the two tensors of a module.
+    def factors_fault(self, A: Sequence[int], B: Sequence[int], module: str) -> str | None:
+        """Return why the factors of a module cannot be converted exactly, and what to do; None if they can.
 
         Args:
-            where: the module in messages.
-        Raises: AdapterError if they cannot be converted exactly.
+            A, B: their shapes in the file.
+            module: as the file spells it.
         """
-        return A, B
+        return None
 
-    def metadata(self, path: Path, part: str) -> dict[str, Any]:
-        """Return the entries of PEFT's config that the file itself holds for one part; empty if there are none."""
+    def metadata(self, entries: Mapping[str, str], part: str) -> dict[str, Any]:
+        """Return the entries of PEFT's config that the file itself holds for one part; empty if there are none.
+
+        Args:
+            entries: of the file's metadata.
+            part: of a pipeline.
+        """
         return {}
 
     def config_scale(self, config: Mapping[str, Any], label: str) -> float | None:
@@ -118,18 +128,25 @@ class Format(ABC):
         return None
 
 
-@dataclass
+@dataclass(eq=False)
 class LoraModule:
-    """One adapted module of a file.
+    """One adapted module of a file; two are equal only if they are the same object.
 
     Attributes:
         part, module: as in `ParsedName`.
-        keys: the names of its tensors by their side: A, B, alpha.
+        keys: the names of its tensors by their side: A, B, alpha, magnitude; for LoHa and LoKr as LyCORIS names them.
     """
 
     part: str
     module: str
     keys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """LoRA, DoRA, LoHa or LoKr."""
+        starts = {side.partition("_")[0] for side in self.keys}
+        found = {"hada": "LoHa", "lokr": "LoKr", "magnitude": "DoRA"}
+        return ", ".join(name for start, name in found.items() if start in starts) or PLAIN
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,8 @@ class LoraFile:
         tensors: its tensors.
         modules: its modules.
         rest: the names of the tensors that belong to none.
-        variant: what the adapter is if it is no plain LoRA: DoRA, LoHa, ….
+        variant: what the adapter is if it cannot be converted: GLoRA, several kinds of modules, ….
+        kind: of its modules.
     """
 
     format: Format
@@ -151,16 +169,18 @@ class LoraFile:
     modules: tuple[LoraModule, ...]
     rest: tuple[str, ...]
     variant: str = ""
+    kind: str = PLAIN
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a plain LoRA and nothing else, so that it can be converted."""
+        """Whether all of its tensors are of one kind that PEFT has too, so that it can be converted."""
         return not self.variant and not self.rest
 
     @property
     def title(self) -> str:
         """What it is, in words."""
-        return self.format.title + (f" of type {self.variant}" if self.variant else "")
+        what = self.variant or (self.kind if self.kind != PLAIN else "")
+        return self.format.title + (f" of type {what}" if what else "")
 
     @property
     def parts(self) -> Counter[str]:

@@ -25,6 +25,7 @@ class ComfyUI(Format):
     name = "ComfyUI"
     title = "a LoRA with ComfyUI's names"
     order = 40
+    is_image = True
     without_alpha = "alpha = rank (scaling 1), as ComfyUI takes a file that gives no alpha"
 
     def matches(self, names: Sequence[str], path: Path) -> bool:

@@ -1,6 +1,7 @@
 """Diffusers: LoRAs of its pipelines, in the names of all its releases.
 
     unet.….attn1.to_k.lora.down.weight, ….attn1.processor.to_k_lora.down.weight, unet.….lora_A.weight
+    transformer_blocks.….lora_down.weight, as some trainers of diffusers' transformers write
 
 Newer releases store PEFT's config in the file's metadata. Without it alpha is read from the file; a file without alpha has
 scaling 1. Source: diffusers/utils/state_dict_utils.py, peft_utils.py and loaders/lora_base.py.
@@ -10,11 +11,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from ..sources import OTHER_WEIGHT_FILES
 from .base import SIDES, Format, ParsedName
@@ -22,7 +21,7 @@ from .base import SIDES, Format, ParsedName
 PARTS = r"unet|text_encoder(?:_\d)?|transformer(?:_\d)?|prior|controlnet"
 NAME = re.compile(
     rf"(?:(?P<part>{PARTS})\.)?(?P<module>.+?)\.(?:(?:lora|lora_linear_layer)\.(?P<side>down|up)\.weight"
-    r"|(?P<peft>lora_A|lora_B)\.weight|(?P<alpha>alpha))"
+    r"|(?P<peft>lora_A|lora_B)(?:\.default)?\.weight|(?P<kohya>lora_down|lora_up)\.weight|(?P<alpha>alpha))"
 )
 PROCESSOR = re.compile(  # of the first releases
     rf"(?:(?P<part>{PARTS})\.)?(?P<module>.+?)\.(?P<to>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight"
@@ -34,6 +33,8 @@ UNAMBIGUOUS = (  # beginnings of names that PEFT does not write
     "text_encoder",
     "transformer.transformer_blocks.",
     "transformer.single_transformer_blocks.",
+    "transformer_blocks.",
+    "single_transformer_blocks.",
     "prior.",
 )
 METADATA = "lora_adapter_metadata"  # the key of PEFT's config in the file's metadata
@@ -45,6 +46,7 @@ class Diffusers(Format):
     name = "diffusers"
     title = "a LoRA of diffusers"
     order = 50
+    is_image = True
 
     def matches(self, names: Sequence[str], path: Path) -> bool:
         """Return whether some names are diffusers' own, or look like PEFT's in a file or a part of diffusers."""
@@ -63,17 +65,14 @@ class Diffusers(Format):
         found = NAME.fullmatch(key)
         if found is None:
             return None
-        side = "alpha" if found["alpha"] else SIDES[found["side"] or found["peft"]]
+        side = "alpha" if found["alpha"] else SIDES[found["side"] or found["peft"] or found["kohya"]]
         return ParsedName(found["part"] or "", found["module"].replace(".processor.", "."), side)
 
-    def metadata(self, path: Path, part: str) -> dict[str, Any]:
+    def metadata(self, entries: Mapping[str, str], part: str) -> dict[str, Any]:
         """Return PEFT's config of one part from the file's metadata."""
-        if path.suffix != ".safetensors":
-            return {}
         try:
-            with safe_open(path, framework="pt") as file:
-                config = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-        except (SafetensorError, OSError, ValueError, RecursionError):
+            config = json.loads(entries.get(METADATA, "{}"))
+        except (ValueError, RecursionError):
             return {}
         items = config.items() if isinstance(config, dict) else ()
         return {key.removeprefix(f"{part}."): value for key, value in items if key.startswith(f"{part}.") or not part}

@@ -23,6 +23,10 @@ LYCORIS = re.compile(
     r"(?:lora|lycoris)_.+\.(hada_|lokr_|lora_mid|dora_scale|oft_|glora_|diff|a1\.|w_norm)"
     r"|(?!base_model\.model\.).+\.(hada_(?=w\d_[ab]|t\d)|lokr_(?=w\d|t2)|lora_mid(?=\.weight)|dora_scale|diff(?=_b$|$))"
 )
+LYCORIS_NAME = re.compile(
+    r"(?:lora|lycoris)_(?:(?P<part>unet|te\d?|transformer)_)?(?P<module>.+)\."
+    r"(?:lora_(?P<side>down|up)\.weight|(?P<other>alpha|dora_scale|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2))"
+)
 VARIANTS = {  # of LyCORIS, by a part of the tensors' names
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -42,6 +46,7 @@ class Kohya(Format):
     name = "kohya"
     title = "a LoRA of kohya's trainers"
     order = 20
+    is_image = True
     has_base_names = False
 
     def matches(self, names: Sequence[str], path: Path) -> bool:
@@ -66,7 +71,7 @@ class Kohya(Format):
 
 
 class Lycoris(Kohya):
-    """LyCORIS: LoHa, LoKr and other types under kohya's names; they are recognised, but not converted."""
+    """LyCORIS: LoHa, LoKr, DoRA and other types under kohya's names; only these three are read."""
 
     name = "LyCORIS"
     title = "a LyCORIS adapter"
@@ -75,6 +80,16 @@ class Lycoris(Kohya):
     def matches(self, names: Sequence[str], path: Path) -> bool:
         """Return whether any name belongs to one of LyCORIS's types."""
         return any(LYCORIS.match(name) for name in names)
+
+    def parse(self, key: str) -> ParsedName | None:
+        """Take a tensor's name apart."""
+        found = LYCORIS_NAME.fullmatch(key)
+        if found is None:
+            return None
+        side = (
+            SIDES[found["side"]] if found["side"] else {"dora_scale": "magnitude"}.get(found["other"], found["other"])
+        )
+        return ParsedName(found["part"] or "", found["module"], side)
 
     def variant(self, rest: Sequence[str], config: Mapping[str, Any]) -> str:
         """Return the types that occur."""

@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ...errors import AdapterError
 from ..sources import ADAPTER_CONFIG
 from .base import SIDES, Format, ParsedName
@@ -31,6 +29,7 @@ class Mlx(Format):
     name = "MLX"
     title = "an adapter of MLX-LM"
     order = 30
+    transposed = True
 
     def matches(self, names: Sequence[str], path: Path) -> bool:
         """Return whether any name is MLX's."""
@@ -69,15 +68,13 @@ class Mlx(Format):
             f"With them, `{command}` turns it into a PEFT adapter."
         )
 
-    def factors(self, A: Tensor, B: Tensor, module: str, where: str) -> tuple[Tensor, Tensor]:
-        """Return the transposed tensors of a linear layer."""
-        if A.ndim != 2 or B.ndim != 2:
-            raise AdapterError(
-                f"{where} belongs to experts ({list(A.shape)}), which cannot be converted exactly. Leave it out."
-            )
+    def factors_fault(self, A: Sequence[int], B: Sequence[int], module: str) -> str | None:
+        """Return why not, for experts and embeddings."""
+        if len(A) != 2 or len(B) != 2:
+            return f"belongs to experts ({list(A)}), which cannot be converted exactly. Leave it out."
         if module.rsplit(".", 1)[-1] in EMBEDDINGS:
-            raise AdapterError(f"{where} is an embedding, which cannot be converted. Train the adapter without it.")
-        return A.T.contiguous(), B.T.contiguous()
+            return "is an embedding, which cannot be converted. Train the adapter without it."
+        return None
 
     def config_scale(self, config: Mapping[str, Any], label: str) -> float | None:
         """Return the lora scaling of MLX-LM's config."""

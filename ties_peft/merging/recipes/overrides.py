@@ -10,6 +10,7 @@ from typing import Any
 from ...errors import RecipeError
 from ..options import NORM, read_flag
 from .recipe import Recipe
+from .schedule import conditions_of, listed_schedule
 from .settings import parameter_names, recipe_parameters
 from .yaml_document import parse
 
@@ -49,6 +50,44 @@ def overridden(
         densities=densities,
         notes=_notes(recipe, {*given, *own, *(["adapters"] if adapters else [])}),
     )
+
+
+def with_part_weights(recipe: Recipe, settings: Sequence[str] | None) -> Recipe:
+    """Return a recipe with other weights on some parts of a pipeline.
+
+    Args:
+        recipe: of LoRAs of image models.
+        settings: PART=WEIGHT, or one weight per adapter: PART=1,0.5.
+    Raises: RecipeError if they cannot be read, or the recipe weights by norms.
+    """
+    if not settings:
+        return recipe
+    if isinstance(recipe.weights, str):
+        raise RecipeError(f"--weights-for cannot be combined with weights {recipe.weights}. Leave one of them out.")
+    count = len(recipe.adapters)
+    conditions: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    for part, value in read_pairs("--weights-for", settings, "text_encoder=0.5").items():
+        numbers = _part_weights(part, value, count)
+        for own, number in zip(conditions, numbers, strict=True):
+            own.append({"filter": f"{part}.", "value": number})
+    whole = recipe.weights or (1.0,) * count
+    weights = [[*own, *conditions_of(listed_schedule(weight))] for own, weight in zip(conditions, whole, strict=True)]
+    return replace(recipe, weights=tuple(weights))
+
+
+def _part_weights(part: str, value: Any, count: int) -> list[float]:
+    """Return the weight of each adapter on one part."""
+    try:
+        numbers = [float(number) for number in str(value).split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        return numbers * count
+    if len(numbers) != count:
+        raise RecipeError(
+            f"--weights-for {part}={value}: expected one number, or one per adapter ({count}) with commas between."
+        )
+    return numbers
 
 
 def read_pairs(flag: str, settings: Sequence[str] | None, example: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Schedule:
 
     def with_default(self, value: Any) -> Schedule:
         """Return this schedule with `value` where none of its filters fits."""
-        return Schedule([*self.value, *_conditions(value)]) if _is_conditions(self.value) else self
+        return Schedule([*self.value, *conditions_of(value)]) if _is_conditions(self.value) else self
 
     def mapped(self, change: Callable[[float], float]) -> Schedule:
         """Return this schedule with every number changed. `change` must be linear where a gradient is interpolated."""
@@ -80,12 +80,12 @@ class Schedule:
 
     def numbers(self) -> list[float]:
         """Return all its numbers."""
-        return [float(n) for c in _conditions(self.value) for n in _listed(c["value"])]
+        return [float(n) for c in conditions_of(self.value) for n in _listed(c["value"])]
 
     @property
     def filters(self) -> list[str]:
         """The parts of names that it asks for."""
-        return [str(c["filter"]) for c in _conditions(self.value) if c.get("filter") not in EVERYWHERE]
+        return [str(c["filter"]) for c in conditions_of(self.value) if c.get("filter") not in EVERYWHERE]
 
     @property
     def constant(self) -> bool:
@@ -172,7 +172,8 @@ def _is_condition(value: Any) -> bool:
     return _is_value(value.get("value")) and isinstance(value.get("filter"), (str, int, type(None)))
 
 
-def _conditions(value: Any) -> list[dict[str, Any]]:
+def conditions_of(value: Any) -> list[dict[str, Any]]:
+    """Return a schedule, in the form of a recipe, as a list of conditions."""
     return value if _is_conditions(value) else [{"value": value}]
 
 

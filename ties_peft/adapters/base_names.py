@@ -1,0 +1,159 @@
+"""Base names: find the modules of a file of another format among the names of the base model's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import AdapterError, RecipeError
+from .base_model import PIPELINE, BaseModel
+from .formats import LoraFile
+from .image_models import NATIVE, Layer, part_of
+from .module_names import accepted_names
+from .placement import Placed
+
+CHECKPOINT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of a model's own code, in one file
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """What a file of another format does not say itself.
+
+    Attributes:
+        part: of a pipeline, such as `unet`.
+        base: the base model's weights, for its modules' names: a folder, a file or a Hub id.
+        modules: a text file with those names, one per line, instead of the base. It may be given for an adapter of PEFT's
+            too: modules that a release of transformers renamed are then written under these names.
+        alpha: lora_alpha of all modules.
+        base_model: the base's name to write.
+    """
+
+    part: str | None = None
+    base: str | BaseModel | None = None
+    modules: Path | None = None
+    alpha: float | None = None
+    base_model: str | None = None
+
+
+class BaseNames:
+    """The names of the base model's modules, as far as they are known.
+
+    Args:
+        file: whose modules are looked up.
+        options: of the user.
+        base: the base model; None if it was not given.
+        label: the adapter's name in messages.
+        whole: whether all parts of the file are read.
+    """
+
+    def __init__(
+        self, file: LoraFile, options: ConversionOptions, base: BaseModel | None, label: str, whole: bool
+    ) -> None:
+        self.file, self.options, self.base, self.label, self.whole = file, options, base, label, whole
+        self.format = file.format
+
+    def find(self, part: str, placed: Sequence[Placed]) -> tuple[list[tuple[Placed, Layer]], list[str]]:
+        """Return the layer of each module of one part, and a remark on those that the base names differently."""
+        known = self.known(part)
+        own = [(one, one.layer) for one in placed if one.layer is not None]
+        if known is None and len(own) == len(placed):
+            return own, []
+        if known is None:
+            lacking = [one.module.module for one in placed if one.layer is None]
+            raise AdapterError(
+                f"adapter '{self.label}': the names of {self.format.name} have underscores for dots ({lacking[0]!r}), and "
+                f"{len(lacking)} of {len(placed)} are of no model whose names are known here (Stable Diffusion, SDXL, SD3, "
+                "Flux), so the names of the base's modules are needed to tell them apart. Name the base's weights with "
+                f"--base (for a pipeline, those of its part, such as unet/{PIPELINE}), or, in `ties-peft convert`, a text "
+                "file of the names with --modules."
+            )
+        if len(own) == len(placed) and any(layer.name in known for _, layer in own):
+            known = [*known, *(name for _, layer in own for name in layer.modules if layer.name in known)]
+        names = [one.layer.modules if one.layer is not None else (one.module.module,) for one in placed]
+        table = self._spellings(known, any(one.layer is None for one in placed))
+        self._check_known([name for own in names for name in own], table, known)
+        found = [tuple(min(table[name]) for name in own) for own in names]
+        layers = [
+            (one, replace(one.layer or Layer(own[0], own), modules=new))
+            for one, own, new in zip(placed, names, found, strict=True)
+        ]
+        pairs = {
+            old: new for own, all_new in zip(names, found, strict=True) for old, new in zip(own, all_new, strict=True)
+        }
+        renamed = {old: new for old, new in pairs.items() if old not in (new, self.format.spelled(new))}
+        return layers, renaming_remark(renamed)
+
+    def known(self, part: str) -> list[str] | None:
+        """Return the names of the modules of one part of the base; None if nothing names them."""
+        known = base_names(self.options, self.base)
+        if known is None:
+            return None
+        inside = [name.removeprefix(f"{part}.") for name in known if name.startswith(f"{part}.")] if part else []
+        if inside:
+            return inside
+        if self.whole and len({module.part for module in self.file.modules}) > 1 and part_of(known) not in (None, part):
+            return None  # the base is another part of the pipeline
+        for prefix in CHECKPOINT_PREFIXES:
+            native = [name.removeprefix(prefix) for name in known if name.startswith(prefix)]
+            if native:
+                return native if part in ("unet", "transformer", NATIVE) else None
+        return known
+
+    def _check_known(self, own: Sequence[str], table: Mapping[str, set[str]], known: Sequence[str]) -> None:
+        missing = [name for name in own if name not in table]
+        if missing:
+            raise AdapterError(not_in_base(self.label, missing, len(own), known))
+        ambiguous = {name: sorted(table[name]) for name in own if len(table[name]) > 1}
+        if ambiguous:
+            module, names = next(iter(ambiguous.items()))
+            raise AdapterError(
+                f"adapter '{self.label}': {module!r} may be any of {', '.join(names)} ({len(ambiguous)} such "
+                "name(s)). List only the right ones with --modules."
+            )
+
+    def _spellings(self, known: Sequence[str], joined: bool) -> dict[str, set[str]]:
+        """Return the names to write by their spelling in the file; the base's own names come before other spellings."""
+        spelled = self.format.spelled if joined else str
+        exact: dict[str, set[str]] = {}
+        for name in known:
+            exact.setdefault(spelled(name), set()).add(name)
+        others: dict[str, set[str]] = {}
+        for spelling, name in accepted_names(known, exactly=self.base is None).items():
+            others.setdefault(spelled(spelling), set()).add(name)
+        return others | exact
+
+
+def base_names(options: ConversionOptions, base: BaseModel | None) -> list[str] | None:
+    """Return the names of the base model's modules; None if neither the base nor a list of names was given.
+
+    Raises: RecipeError if the list cannot be read.
+    """
+    if base is not None:
+        return base.modules
+    if options.modules is None:
+        return None
+    try:
+        lines = options.modules.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"--modules {str(options.modules)!r} cannot be read: {error}. Expected a text file with one module name per line."
+        ) from None
+    return sorted({line.strip() for line in lines if line.strip()})
+
+
+def renaming_remark(names: Mapping[str, str]) -> list[str]:
+    """Return a remark on modules that are written under other names, given old name → new; none for none."""
+    if not names:
+        return []
+    old = min(names)
+    return [f"{len(names)} modules are written under the base's names: {old!r} as {names[old]!r}."]
+
+
+def not_in_base(label: str, missing: Sequence[str], count: int, known: Sequence[str]) -> str:
+    """Return the message on modules that the base does not have."""
+    return (
+        f"adapter '{label}': {len(missing)} of its {count} modules are not in the base, such as {missing[0]!r}; the base has "
+        f"{len(known)}, such as '{known[0] if known else 'none'}'. Is it the base, and the part of it, that the adapter was "
+        "trained on, with the same module names?"
+    )

@@ -1,0 +1,113 @@
+"""Tensors of another format under PEFT's names: views of a file's tensors, read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .tensors import TensorInfo, TensorSource
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor of a file, or a part of it, in the form of PEFT.
+
+    Attributes:
+        key: its name in the file.
+        shape, dtype: of the result.
+        transposed: whether the file has it transposed.
+        rows, columns: the part of it; None for all.
+        swapped: whether the halves of its rows are exchanged.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    transposed: bool = False
+    rows: Span | None = None
+    columns: Span | None = None
+    swapped: bool = False
+
+    @classmethod
+    def of(cls, tensors: TensorSource, key: str, transposed: bool = False) -> View:
+        """Return a view of a whole tensor."""
+        info = tensors.info(key)
+        return cls(key, info.shape[::-1] if transposed else info.shape, info.dtype, transposed)
+
+    def part(self, rows: Span | None, columns: Span | None) -> View:
+        """Return a view of some rows and columns; None for all."""
+        height = self.shape[0] if rows is None else rows[1] - rows[0]
+        width = self.shape[1] if columns is None else columns[1] - columns[0]
+        return replace(self, shape=(height, width, *self.shape[2:]), rows=rows, columns=columns)
+
+    def reshaped(self, shape: tuple[int, ...]) -> View:
+        """Return a view with another shape, of the same numbers in the same order."""
+        return replace(self, shape=shape)
+
+    def read(self, tensors: TensorSource) -> Tensor:
+        """Return the tensor."""
+        found = tensors.read(self.key)
+        found = found.T if self.transposed else found
+        found = found if self.rows is None else found[slice(*self.rows)]
+        found = found if self.columns is None else found[:, slice(*self.columns)]
+        if self.swapped:
+            found = torch.cat(found.chunk(2)[::-1])
+        return found.reshape(self.shape).contiguous()
+
+
+@dataclass(frozen=True)
+class ConvertedTensors:
+    """Views of one file's tensors by the names that PEFT gives them.
+
+    Attributes:
+        source: the file's tensors.
+        views: by name.
+        path: of the file.
+    """
+
+    source: TensorSource
+    views: Mapping[str, View]
+    path: Path | None = None
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(sorted(self.views)))
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype."""
+        view = self.views[name]
+        return TensorInfo(view.shape, view.dtype)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor on the CPU, in its own dtype."""
+        return self.views[name].read(self.source)
+
+
+def split_rows(B: Tensor, heights: Sequence[int]) -> list[tuple[Span, Span] | None]:
+    """Return the rows and columns of B, (out, r), that belong to each of the layers stacked in it.
+
+    A LoRA of the whole layer has all columns in every part. One that was made of a LoRA for each part has blocks: then each
+    part has columns of its own, and a part without a LoRA has zeros. None is returned for such a part.
+    """
+    ends = [sum(heights[: place + 1]) for place in range(len(heights))]
+    rows = [(end - height, end) for end, height in zip(ends, heights, strict=True)]
+    used = [(B[start:end].flatten(1) != 0).any(0).nonzero().flatten().tolist() for start, end in rows]
+    present = [own for own in used if own]
+    if not present:
+        return [(own, (0, B.shape[1])) for own in rows]
+    width, left = divmod(B.shape[1], len(present))
+    blocks = [(place * width, (place + 1) * width) for place in range(len(present))]
+    if left or not all(a <= own[0] and own[-1] < b for own, (a, b) in zip(present, blocks, strict=True)):
+        firsts = [own[0] for own in present]
+        apart = all(own[-1] < first for own, first in zip(present, firsts[1:], strict=False))
+        blocks = list(zip([0, *firsts[1:]], [*firsts[1:], B.shape[1]], strict=True)) if apart else []
+    if not blocks:
+        blocks = [(0, B.shape[1])] * len(present)
+    columns = iter(blocks)
+    return [(own, next(columns)) if has else None for own, has in zip(rows, used, strict=True)]

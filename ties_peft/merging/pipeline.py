@@ -1,0 +1,339 @@
+"""Merges of LoRAs of image models: which parts of a pipeline they adapt, which target they are written for, and its files.
+
+Every module's name begins with its part (`unet.…`, `text_encoder.…`), so that one merge holds all parts. With scope `adapter`
+each part is ranked by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..adapters import DIFFUSERS, IMAGE_TARGETS, KOHYA, PEFT
+from ..adapters.adapter import Adapter
+from ..adapters.image_files import (
+    DIFFUSERS_FILE,
+    KOHYA_FILE,
+    TEXT_PREFIXES,
+    TOWER,
+    Lora,
+    TensorFile,
+    diffusers_file,
+    kohya_file,
+)
+from ..adapters.image_models import LOADED, NATIVE, SD, TEXT_ENCODERS, architecture_of, layers_of, part_of
+from ..adapters.placement import BARE_TEXT
+from ..adapters.to_peft import Origin
+from ..adapters.types import ModuleInfo
+from ..adapters.types.base import CONV, LINEAR
+from ..errors import CompatibilityError, printable
+from .loading import Loading
+
+OTHER_PARTS = ("unet", "transformer", "transformer_2", *TEXT_ENCODERS[:2])  # that diffusers loads for other models
+SHARED_KEYS = (  # of a file's metadata, kept where all inputs agree
+    "ss_base_model_version",
+    "ss_v2",
+    "modelspec.architecture",
+    "modelspec.prediction_type",
+    "modelspec.resolution",
+)
+TRIGGERS = "modelspec.trigger_phrase"
+LONGEST_TEXT, MOST_TAGS = 300, 10  # of a file's metadata, as shown
+SHOWN_KEYS = {  # of a file's metadata: how the card and `inspect` call them
+    TRIGGERS: "trigger words",
+    "ss_output_name": "name",
+    "modelspec.title": "title",
+    "ss_sd_model_name": "trained on",
+    "ss_base_model_version": "base version",
+    "modelspec.architecture": "architecture",
+    "ss_network_module": "network",
+    "ss_network_dim": "rank",
+    "ss_network_alpha": "alpha",
+    "ss_num_train_images": "images",
+    "ss_epoch": "epochs",
+    "ss_steps": "steps",
+    "ss_learning_rate": "learning rate",
+    "ss_clip_skip": "clip skip",
+    "modelspec.author": "author",
+    "modelspec.license": "licence",
+}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The image model of a merge.
+
+    Attributes:
+        target: of `IMAGE_TARGETS`.
+        architecture: as in `image_models`; empty if it is unknown.
+        parts: that are adapted, sorted.
+        metadata: of the inputs' files, by the name of the input.
+    """
+
+    target: str
+    architecture: str
+    parts: tuple[str, ...]
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def trainings(self) -> dict[str, dict[str, str]]:
+        """Return what the files of the inputs say of their training, by the name of the input."""
+        found = {name: describe_metadata(own) for name, own in self.metadata.items()}
+        return {name: facts for name, facts in found.items() if facts}
+
+
+def settle_pipeline(
+    target: str | None, adapters: Sequence[Adapter], base: str | None, warnings: list[str]
+) -> tuple[list[Adapter], Pipeline | None]:
+    """Return the adapters with their parts in their modules' names, and the pipeline; None if the result is PEFT's.
+
+    Args:
+        target: that was asked for; by default diffusers, if an adapter is a file of an image model.
+        adapters: of the merge.
+        base: the base model's name.
+        warnings: extended by what was assumed.
+    Raises: CompatibilityError where the target cannot hold the parts, or an adapter's part is not known.
+    """
+    own = {part for adapter in adapters if adapter.origin for part in adapter.origin.parts}
+    if not own and target not in IMAGE_TARGETS:
+        return list(adapters), None
+    if target is not None and target not in (PEFT, *IMAGE_TARGETS):
+        raise CompatibilityError(
+            f"target {target}: the adapters are LoRAs of an image model ({', '.join(sorted(own))}), which it does not load. "
+            f"Choose one of {', '.join((*IMAGE_TARGETS, PEFT))}."
+        )
+    if target == PEFT:
+        return _without_part(adapters, own), None
+    found = [_with_part(adapter) for adapter in adapters]
+    modules = {name: info.shape[1] for adapter in found for name, info in adapter.layout.items()}
+    parts = tuple(sorted({name.partition(".")[0] for name in modules}))
+    if target is None:
+        warnings.append(
+            f"the result is written for diffusers ({DIFFUSERS_FILE}). For A1111, Forge, ComfyUI or kohya's trainers choose "
+            "--target kohya."
+        )
+    return found, Pipeline(
+        target or DIFFUSERS, _architecture(adapters, modules, parts, base), parts, _metadata(adapters)
+    )
+
+
+def _metadata(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, str]]:
+    return {adapter.label: adapter.origin.metadata for adapter in adapters if adapter.origin}
+
+
+def _without_part(adapters: Sequence[Adapter], parts: set[str]) -> list[Adapter]:
+    """Return the adapters of one part under the names of modules inside it."""
+    if len(parts) > 1:
+        raise CompatibilityError(
+            f"target peft: the adapters adapt {', '.join(sorted(parts))}, and a folder of PEFT is for one model. Write all "
+            "parts with --target diffusers or --target kohya, or convert one of them: ties-peft convert FILE --part PART."
+        )
+    prefix = f"{next(iter(parts))}."
+    return [
+        adapter.renamed({name: name.removeprefix(prefix) for name in adapter.modules}) if adapter.origin else adapter
+        for adapter in adapters
+    ]
+
+
+def _with_part(adapter: Adapter) -> Adapter:
+    """Return an adapter with its part before the names of its modules."""
+    if adapter.origin is not None and adapter.origin.parts:
+        return adapter
+    part = part_of(adapter.modules)
+    if part is None:
+        raise CompatibilityError(
+            f"adapter '{adapter.label}': its modules, such as {adapter.modules[0]!r}, do not tell to which part of a pipeline "
+            "they belong (unet, transformer, text_encoder, …). Name it: ties-peft convert ADAPTER --part PART --target diffusers."
+        )
+    return named_part(adapter, part)
+
+
+def named_part(adapter: Adapter, part: str) -> Adapter:
+    """Return an adapter of PEFT's with a part before the names of its modules."""
+    names = {*adapter.modules, *(module.path for module in adapter.layout.values())}
+    tower = {name: TOWER if part in TEXT_ENCODERS and name.startswith(BARE_TEXT) else "" for name in names}
+    return adapter.renamed(
+        {name: f"{part}.{tower[name]}{name}" for name in names}, Origin("an adapter of PEFT", parts=(part,))
+    )
+
+
+def _architecture(
+    adapters: Sequence[Adapter], modules: Mapping[str, int], parts: Sequence[str], base: str | None
+) -> str:
+    """Return the architecture that the files tell, or the names of all modules together."""
+    told = {adapter.origin.architecture for adapter in adapters if adapter.origin and adapter.origin.architecture}
+    if len(told) == 1 and told != {SD}:
+        return told.pop()
+    denoiser = [name for name in modules if name.partition(".")[0] not in TEXT_ENCODERS]
+    widths = {name.partition(".")[2]: modules[name] for name in denoiser}
+    named = next((a.base_name for a in adapters if a.base_name), None)
+    return architecture_of(widths, parts, base or named)
+
+
+def check_pipeline(pipeline: Pipeline, modules: Mapping[str, ModuleInfo]) -> None:
+    """Refuse modules that the target cannot hold.
+
+    Args:
+        pipeline: of the merge.
+        modules: that would be written, by name.
+    Raises: CompatibilityError naming them and the way out.
+    """
+    other = [name for name, module in modules.items() if module.layer_type not in (LINEAR, CONV)]
+    if other:
+        raise _refusal(
+            pipeline, other, "are embeddings, experts or biases; the format holds linear layers and convolutions"
+        )
+    by_part: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, module in modules.items():
+        part, _, path = name.partition(".")
+        shape = (module.shape[0], module.shape[1])
+        by_part.setdefault(part, {})[path] = shape
+    for part, own in by_part.items():
+        names = [f"{part}.{path}" for path in own]
+        known = pipeline.architecture or "a model of unknown architecture"
+        if pipeline.target == DIFFUSERS and part not in LOADED.get(pipeline.architecture, OTHER_PARTS):
+            raise _refusal(
+                pipeline,
+                names,
+                f"belong to {part!r}, of which load_lora_weights of {known} loads no LoRA. {_drop(part)}",
+            )
+        if pipeline.target == KOHYA:
+            _check_kohya(pipeline, part, own)
+
+
+def _check_kohya(pipeline: Pipeline, part: str, modules: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse modules that have no name in kohya's format."""
+    if part == NATIVE or part in TEXT_ENCODERS[: len(TEXT_PREFIXES[pipeline.architecture or SD])]:
+        return
+    if pipeline.architecture and part in LOADED[pipeline.architecture] and part not in TEXT_ENCODERS:
+        lacking = [
+            f"{part}.{name}"
+            for name, shape in modules.items()
+            if layers_of(pipeline.architecture, {name: shape}) is None
+        ]
+        if not lacking:
+            return
+        raise _refusal(pipeline, lacking, f"have no name in kohya's files of {pipeline.architecture}")
+    raise _refusal(
+        pipeline,
+        [f"{part}.{name}" for name in modules],
+        "are of no model whose names in kohya's files are known here (Stable Diffusion, SDXL, SD3, Flux). If they are of one "
+        "of these, name the base with --base-name; otherwise choose --target diffusers",
+    )
+
+
+def _drop(part: str) -> str:
+    return f"Leave that part out (--weights-for {part}=0) or choose --target kohya"
+
+
+def _refusal(pipeline: Pipeline, names: Sequence[str], reason: str) -> CompatibilityError:
+    some = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return CompatibilityError(f"target {pipeline.target}: {len(names)} modules ({some}) {reason}.")
+
+
+def loras_of(adapter: Adapter) -> list[Lora]:
+    """Return the LoRA of each module of an adapter whose modules' names begin with their parts, as it is stored."""
+    loras = []
+    for name, module in adapter.layout.items():
+        part, _, path = name.partition(".")
+        A, B = (adapter.tensors.read(key) for key in module.keys)
+        loras.append(Lora(part, path, A, B, stored_alpha(module)))
+    return loras
+
+
+def stored_alpha(module: ModuleInfo) -> float:
+    """Return the alpha with which alpha/r is a module's scaling."""
+    return float(f"{module.scaling * module.rank:.12g}")  # alpha/r · r may differ from alpha in the last bit
+
+
+def weights_file(pipeline: Pipeline, adapter: Adapter, compress: bool) -> tuple[str, TensorFile]:
+    """Return the name and the contents of the file of weights of a result.
+
+    Args:
+        pipeline: of the merge.
+        adapter: the result.
+        compress: whether layers that hold several modules are written at the rank of their values.
+    """
+    loras = loras_of(adapter)
+    shared = shared_metadata(list(pipeline.metadata.values()))
+    if pipeline.target == DIFFUSERS:
+        return DIFFUSERS_FILE, diffusers_file(loras)
+    return KOHYA_FILE, kohya_file(pipeline.architecture, loras, compress, shared)
+
+
+def shared_metadata(inputs: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the metadata to write: what all inputs agree on, and the trigger words of all."""
+    found = {key: {own.get(key) for own in inputs} for key in SHARED_KEYS}
+    same = {key: values.pop() for key, values in found.items() if len(values) == 1}
+    triggers = list(dict.fromkeys(own[TRIGGERS] for own in inputs if own.get(TRIGGERS)))
+    kept = {key: value for key, value in same.items() if value}
+    return kept | ({TRIGGERS: ", ".join(triggers)[:LONGEST_TEXT]} if triggers else {})
+
+
+def describe_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return what a file's metadata says of its training, short and printable: what → text."""
+    shown = {
+        what: printable(metadata[key])[:LONGEST_TEXT]
+        for key, what in SHOWN_KEYS.items()
+        if metadata.get(key) not in (None, "", "None")
+    }
+    tags = frequent_tags(metadata)
+    return shown | ({"frequent tags": ", ".join(tags)} if tags else {})
+
+
+def frequent_tags(metadata: Mapping[str, str]) -> list[str]:
+    """Return the tags that occur most often in the captions of a training, by kohya's ss_tag_frequency."""
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        counts: Counter[str] = Counter()
+        for folder in folders.values():
+            counts.update({str(tag).strip(): int(count) for tag, count in folder.items()})
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return []
+    return [printable(tag)[:60] for tag, _ in counts.most_common(MOST_TAGS) if tag]
+
+
+@dataclass(frozen=True)
+class PipelineLoading(Loading):
+    """How a LoRA of an image model is loaded into a pipeline of diffusers.
+
+    Attributes:
+        file: of weights.
+    """
+
+    file: str = DIFFUSERS_FILE
+
+    def lines(self, folder: str) -> list[str]:
+        """Return the lines of Python that load the LoRA from a folder."""
+        lines = [
+            "from diffusers import DiffusionPipeline",
+            f"pipe = DiffusionPipeline.from_pretrained({self.base or 'your/base-model'!r})",
+            f"pipe.load_lora_weights({folder!r}, weight_name={self.file!r})",
+        ]
+        if self.file == KOHYA_FILE:
+            lines.append(f"# ComfyUI: copy {self.file} to models/loras; A1111 and Forge: to models/Lora")
+        return [printable(line) for line in lines]
+
+
+def pipeline_loading(pipeline: Pipeline, config: Mapping[str, Any]) -> Loading:
+    """Return how the result of a merge is loaded."""
+    file = DIFFUSERS_FILE if pipeline.target == DIFFUSERS else KOHYA_FILE
+    base = config.get("base_model_name_or_path")
+    return PipelineLoading(base, "DiffusionPipeline", "it is a LoRA of an image model", "diffusers", file=file)
+
+
+def without_silent_parts(
+    pipeline: Pipeline, modules: dict[str, ModuleInfo], weighs: Mapping[str, bool]
+) -> tuple[Pipeline, dict[str, ModuleInfo]]:
+    """Return the pipeline and the modules without the parts on which every weight is 0.
+
+    Args:
+        pipeline: of the merge.
+        modules: of the result.
+        weighs: for each module, whether any adapter has a weight other than 0 on it.
+    """
+    kept = sorted({name.partition(".")[0] for name in modules if weighs[name]})
+    left = {name: module for name, module in modules.items() if name.partition(".")[0] in kept}
+    return replace(pipeline, parts=tuple(kept)), left
