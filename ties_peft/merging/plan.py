@@ -203,9 +203,8 @@ def make_plan(
     warnings = list(recipe.notes)
     space, stages, densities, chosen = _settings(recipe, adapters)
     signs = _load_signs(stages.method, recipe.base)
-    everyone = [*adapters, *([signs] if signs else [])]
     where = check_device(device)
-    check_types(everyone, space, stages)
+    check_types([*adapters, *([signs] if signs else [])], space, stages)
     check_adapters([*(() if checked else adapters), *([signs] if signs else [])], processes)
 
     recipe, adapters, pipeline = _with_pipeline(recipe, adapters, warnings)
