@@ -177,6 +177,23 @@ def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
         parts += [value for value in part.values() if isinstance(value, dict)]
 
 
+class _PartTensors:
+    """The tensors of a part of a pipeline, whose names begin with the part."""
+
+    def __init__(self, source: TensorSource, prefix: str) -> None:
+        self._source, self._prefix = source, prefix
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._prefix + name for name in self._source.names)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._source.info(name.removeprefix(self._prefix))
+
+    def read(self, name: str) -> Tensor:
+        return self._source.read(name.removeprefix(self._prefix))
+
+
 def _on_hub(source: str, token: str | None) -> Path:
     """Download the checkpoint of a Hub id, and return its folder in the Hub's cache."""
     name, colon, inside = source.partition(":")
@@ -201,8 +218,11 @@ def _checkpoint(folder: Path, label: str) -> dict[str, TensorSource] | None:
 
 def _pipeline(folder: Path, label: str) -> dict[str, TensorSource] | None:
     """Return the file of each tensor of a pipeline's parts, whose names follow that of their part."""
-    parts = {inside.name: _checkpoint(inside, label) for inside in sorted(folder.iterdir()) if inside.is_dir()}
-    found = {f"{part}.{name}": file for part, files in parts.items() for name, file in (files or {}).items()}
+    found: dict[str, TensorSource] = {}
+    for inside in sorted(folder.iterdir()):
+        files = _checkpoint(inside, label) if inside.is_dir() else None
+        for name, file in (files or {}).items():
+            found[f"{inside.name}.{name}"] = _PartTensors(file, f"{inside.name}.")
     return found or None
 
 
