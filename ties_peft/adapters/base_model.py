@@ -193,6 +193,9 @@ class _PartTensors:
     def read(self, name: str) -> Tensor:
         return self._source.read(name.removeprefix(self._prefix))
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._source.rows(name.removeprefix(self._prefix), start, stop)
+
 
 def _on_hub(source: str, token: str | None) -> Path:
     """Download the checkpoint of a Hub id, and return its folder in the Hub's cache."""
