@@ -68,12 +68,13 @@ Report = Annotated[
         help="An HTML file to write: the report as one page that needs no network.",
         show_default=False,
         rich_help_panel=RESULT,
+    ),
+]
 PartWeights = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PART=WEIGHT",
         help="Other weights on a part of an image model: text_encoder=0.5 for all adapters, text_encoder=1,0 for each. Repeatable.",
-        show_default=False,
         rich_help_panel=COMBINATION,
     ),
 ]
