@@ -215,10 +215,8 @@ FILES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "GGUF": (lambda at: gguf(at) / "lora-q8_0.gguf", ("GGUF", "cannot be read")),
     "a folder of GGUF": (gguf, ("GGUF", "cannot be read")),
     "GGUF of the Hub": (lambda at: Path("org/name:lora.gguf"), ("GGUF", "cannot be read")),
-    "LyCORIS LoHa": (foreign({"lora_unet_a_to_q.hada_w1_a": (2, 2)}), ("LyCORIS", "LoHa")),
     "LyCORIS LoKr, with dots": (foreign({"diffusion_model.a.to_q.lokr_w1": (2, 2)}), ("LyCORIS", "LoKr")),
     "LyCORIS Tucker": (foreign({**KOHYA, "lora_unet_a_to_q.lora_mid.weight": (2, 2)}), ("LyCORIS", "LoCon")),
-    "kohya's DoRA": (foreign({**KOHYA, "lora_unet_a_to_q.dora_scale": (4,)}), ("LyCORIS", "DoRA")),
     "MLX DoRA": (
         foreign({**MLX, "model.layers.0.q_proj.m": (4,)}, DORA, "adapters.safetensors"),
         ("MLX-LM", "DoRA"),

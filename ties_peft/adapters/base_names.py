@@ -13,6 +13,7 @@ from .image_models import NATIVE, Layer, part_of
 from .module_names import accepted_names
 from .placement import Placed
 
+TEXT_TOWER = "text_model."  # which newer names of a text encoder's modules lack
 CHECKPOINT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of a model's own code, in one file
 
 
@@ -73,7 +74,10 @@ class BaseNames:
         names = [one.layer.modules if one.layer is not None else (one.module.module,) for one in placed]
         table = self._spellings(known, any(one.layer is None for one in placed))
         self._check_known([name for own in names for name in own], table, known)
-        found = [tuple(min(table[name]) for name in own) for own in names]
+        found = [
+            self._as_in_file(one, own, tuple(min(table[name]) for name in own))
+            for one, own in zip(placed, names, strict=True)
+        ]
         layers = [
             (one, replace(one.layer or Layer(own[0], own), modules=new))
             for one, own, new in zip(placed, names, found, strict=True)
@@ -99,6 +103,11 @@ class BaseNames:
             if native:
                 return native if part in ("unet", "transformer", NATIVE) else None
         return known
+
+    def _as_in_file(self, one: Placed, own: tuple[str, ...], found: tuple[str, ...]) -> tuple[str, ...]:
+        """Return a module's names in the base, or its newer name in a single file: checkpoints keep the older ones."""
+        newer = one.module.module
+        return (newer,) if not self.whole and found == own == (f"{TEXT_TOWER}{newer}",) else found
 
     def _check_known(self, own: Sequence[str], table: Mapping[str, set[str]], known: Sequence[str]) -> None:
         missing = [name for name in own if name not in table]
