@@ -58,7 +58,6 @@ def read_prompts(data: Path, task: str, count: int) -> list[str]:
 def work(case: Case, data: Path, base: str, out: Path) -> dict[str, Any]:
     """Distil, in a process of its own; return seconds, peak memory in GB and what the report says."""
     torch.manual_seed(0)
-    given: Any = case.source
     given: Any = {RANDOM: case.count}.get(case.source, case.source)
     if case.source == PROMPTS:
         given = [read_prompts(data, task, case.count) for task in smollm2.TASKS]
