@@ -122,7 +122,10 @@ def options(loras: list[Path], vectors: list[Path], mixed: list[Path]) -> Iterat
     for given in asked:
         for space in ("delta", "core", "knots"):
             name = str(given).replace(str(loras[0]), "the first")  # a temporary folder has another name each time
-            yield f"{name} {space}", lambda g=given, s=space: ties_peft.merge(loras, **{"space": s, **g})
+            yield (
+                f"{name} {space}",
+                lambda g=given, s=space: ties_peft.merge(loras, **{"method": "ties", "space": s, **g}),
+            )
     yield "factors", lambda: ties_peft.merge(mixed[:2], space="factors", scope="module", density=0.4)
     yield "mixed", lambda: ties_peft.merge(mixed, density=0.4)
     yield "vectors", lambda: ties_peft.merge(vectors, density=0.4, weights=[1, 2, 0.5])
@@ -149,7 +152,10 @@ def large(folder: Path) -> Iterator[Case]:
             {"space": "core"},
             {"space": "knots"},
         ):
-            yield f"large {name} {asked}", lambda p=paths, a=asked: ties_peft.merge(p, rank=8, **a)
+            yield (
+                f"large {name} {asked}",
+                lambda p=paths, a=asked: ties_peft.merge(p, rank=8, **{"method": "ties", **a}),
+            )
 
 
 def samples() -> Iterator[Case]:
