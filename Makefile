@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 READY := $(VENV)/.ready
 
-.PHONY: gpu-check demo test check format test-slow test-postgres fuzz bench clean
+.PHONY: docs gpu-check demo test check format test-slow test-postgres fuzz bench clean
 
 demo: $(READY)  ## merge the sample adapters and judge the result
 	$(BIN)/python adapters/demo.py $(ARGS)
@@ -35,6 +35,10 @@ test-postgres: $(READY)  ## searches on a PostgreSQL server, installed from Debi
 
 bench: $(READY)  ## speed and memory against PEFT
 	$(BIN)/python benchmarks/one_module.py
+
+docs: $(READY)  ## the documentation site, in build/docs; a warning is an error
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 gpu-check:  ## tests, results and speed on a GPU; makes no environment: PYTHON=… names the interpreter
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(ARGS)
