@@ -19,6 +19,7 @@ from .merged import Merged
 from .options import DEVICE, Options, Rank, Weights, options_in
 from .plan import Plan, make_plan
 from .recipes.recipe import Recipe
+from .sweep import Sweep, sweep
 
 FIXED = ("space", "allow_disjoint", "heads", "base")  # the options that `prepare` takes for every merge
 
@@ -66,6 +67,23 @@ class Prepared:
         recipe = make_recipe(self.adapters, **fixed, **asked)
         plan = make_plan(recipe, self.adapters, self.device, checked=True)
         return run_plan(plan, recipe, started, self._cache if self._can_reuse(plan) else None, warns=self.warns)
+
+    def sweep(
+        self,
+        methods: Sequence[str] = (Options.method,),
+        densities: Sequence[float | None] = (None,),
+        ranks: Sequence[Rank] = (Options.rank,),
+    ) -> Sweep:
+        """Merge by every method, density and rank, and return a table of what each result keeps.
+
+        Args:
+            methods: as `merge` takes them.
+            densities: each for the methods that have one; None for the method's own.
+            ranks: as `merge` takes them.
+        Returns: rows with energy, norm and each adapter's projection; no merged adapter is kept.
+        Raises: as `merge`.
+        """
+        return sweep(self.merge, methods, densities, ranks)
 
     def _can_reuse(self, plan: Plan) -> bool:
         """Return whether the encodings in memory are those of this merge: a weight of 0 takes an adapter out of the bases.

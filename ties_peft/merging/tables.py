@@ -69,5 +69,11 @@ class Printed:
         Console(file=file, width=self.WIDTH, color_system=None, force_jupyter=False, force_terminal=False).print(self)
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
+    def _repr_html_(self) -> str:
+        """Return the tables as HTML, for a notebook's cell; names are escaped."""
+        console = Console(record=True, width=self.WIDTH, file=io.StringIO(), force_jupyter=False, force_terminal=False)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
+
     def __repr__(self) -> str:
         return str(self)  # the last line of a notebook's cell shows the tables, not the fields
