@@ -37,13 +37,17 @@ def test_a_sweep_is_the_reports_of_its_merges(make_lora: Make) -> None:
 
 
 def test_a_sweep_becomes_a_data_frame_or_says_what_it_needs(make_lora: Make) -> None:
-    found = ties_peft.prepare([make_lora("a"), make_lora("b", seed=1)]).sweep(["average"])
+    found = ties_peft.prepare([make_lora("a"), make_lora("norm", seed=1)]).sweep(["average"])
+    (row,) = found.flat_rows()
+    figures = ["method", "density", "rank", "used", "written_rank", "energy", "norm"]
+    assert list(row) == [*figures, "projection of a", "projection of norm"]
+    assert row["projection of norm"] == found.rows[0].projections["norm"] != row["norm"]
     if importlib.util.find_spec("pandas") is None:
         with pytest.raises(ties_peft.RecipeError, match="pip install pandas"):
             found.to_pandas()
     else:
         frame = found.to_pandas()
-        assert list(frame.columns)[-2:] == ["a", "b"] and len(frame) == 1
+        assert list(frame.columns) == list(row) and len(frame) == 1
 
 
 def test_a_notebook_shows_a_report_with_names_escaped(make_lora: Make) -> None:

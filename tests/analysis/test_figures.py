@@ -137,12 +137,13 @@ def test_methods_leave_what_the_result_as_written_holds(
     kind: str, loras: list[Path], make_ia3: Make, tmp_path: Path
 ) -> None:
     folders = loras if kind == "lora" else [make_ia3(name, seed=seed) for seed, name in enumerate("abc")]
-    methods = ["ties", "task_arithmetic", *(["iso_c"] if kind == "lora" else ["average"])]
+    methods = ["ties", "task_arithmetic", "auto", *(["iso_c"] if kind == "lora" else ["average"])]
     found = ties_peft.analyze(folders, rank=3 if kind == "lora" else "auto", methods=methods).to_dict()
     vectors = [definition.read(folder) for folder in folders]
     for line in found["methods"]:
         rank = {"rank": 3} if kind == "lora" else {}
         merged = ties_peft.merge(folders, line["name"], **rank)
+        assert line["chosen"] == merged.report.method
         merged.save(tmp_path / line["name"])
         result = definition.read(tmp_path / line["name"])
         for own, vector in zip(line["adapters"], vectors, strict=True):

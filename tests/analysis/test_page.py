@@ -239,6 +239,7 @@ def test_a_page_of_twenty_adapters_of_an_8b_model_is_small(tmp_path: Path) -> No
         MethodResult(
             *(
                 method,
+                method,
                 "delta",
                 1.0,
                 ranks,

@@ -220,6 +220,7 @@ class Analysis(Printed):
     def _method(self, result: MethodResult) -> dict[str, Any]:
         return {
             "name": result.method,
+            "chosen": result.used,
             "space": result.space,
             "scale": result.scale,
             "rank": result.rank,

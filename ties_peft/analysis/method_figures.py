@@ -24,7 +24,9 @@ class MethodResult:
     """What one method makes of the adapters, by the merge's own defaults.
 
     Attributes:
-        method, space, scale, rank: of the merge.
+        method: as asked.
+        used: the method that merged, which differs from `method` where that chooses another.
+        space, scale, rank: of the merge.
         energy: the share of the squared norm that the rank keeps.
         energies: that share for every rank from 1 to `rank`; empty for vectors, which have none.
         module_energies: the same of each module, (M, rank).
@@ -35,6 +37,7 @@ class MethodResult:
     """
 
     method: str
+    used: str
     space: str
     scale: float
     rank: int | None
@@ -73,7 +76,8 @@ def measure_method(recipe: Recipe, plan: Plan, progress: Progress) -> MethodResu
     by_rank = _energies_by_rank(merged)
     projections, cosines = _retention_by_module(merged, plan)
     return MethodResult(
-        method=report.method,
+        method=recipe.method,
+        used=report.method,
         space=report.space,
         scale=report.scale,
         rank=report.rank,

@@ -77,6 +77,14 @@ class Sweep(Printed):
         """Return the rows as plain values."""
         return [asdict(row) for row in self.rows]
 
+    def flat_rows(self) -> list[dict[str, Any]]:
+        """Return the rows with one value a key: `projection of NAME` for each adapter."""
+        return [
+            {key: value for key, value in row.items() if key != "projections"}
+            | {f"projection of {name}": value for name, value in row["projections"].items()}
+            for row in self.to_dict()
+        ]
+
     def to_pandas(self) -> Any:
         """Return a DataFrame, a column for each figure and for each adapter's projection.
 
@@ -88,8 +96,7 @@ class Sweep(Printed):
             raise RecipeError(
                 "to_pandas needs the package 'pandas', which is not installed: pip install pandas."
             ) from error
-        rows = [{**values, **values.pop("projections")} for values in self.to_dict()]
-        return pandas.DataFrame(rows)
+        return pandas.DataFrame(self.flat_rows())
 
 
 def sweep(
