@@ -162,12 +162,14 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
         "scale": plan.scale,
         "rank": plan.rank,
         "dtype": str(plan.dtype).removeprefix("torch."),
+        "bytes": plan.bytes,
         "heads": describe_extra_tensors(plan.extra_tensors.lines()),
         **({} if plan.pipeline is None else _pipeline_facts(plan.pipeline)),
     }
     if as_json:
         print_json({"dry_run": True, "recipe": asked.to_dict(), "plan": facts})
         return
+    facts["bytes"] = f"{plan.bytes:,} of tensors"
     for key, value in facts.items():
         print_text(f"{key:<9} {_shown(value)}")
     print_text("every check passed; nothing was written")

@@ -177,6 +177,13 @@ class Plan:
         """Return (place, member) of those that have a module but weight 0 on it."""
         return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) == 0]
 
+    @property
+    def bytes(self) -> int:
+        """The size of the tensors of the modules that will be written, without whole layers."""
+        shapes = [module.shape for module in self.modules.values()]
+        entries = [(s[0] + math.prod(s[1:])) * self.rank if self.rank else math.prod(s) for s in shapes]
+        return sum(entries) * self.dtype.itemsize
+
     def holders(self, module: str) -> list[tuple[int, Member]]:
         """Return (place, member) of those that have a module and a weight other than 0 on it."""
         return [(i, m) for i, m in enumerate(self.members) if m.has(module) and self.weight(i, module) != 0]
