@@ -25,6 +25,7 @@ from typing import Any
 import language_model
 import torch
 from cases import FOURTH_ROOT_N, ROOT_N, Bench, Set, Setting, unpack
+from causal import SPLITS
 from judge import ROOT, minilm, paired
 from rich.console import Console
 from rich.table import Table
@@ -294,6 +295,7 @@ def parse() -> argparse.Namespace:
     of_lm.add_argument("--device", default="cpu", help="where rows are scored; merges are made on the CPU")
     of_lm.add_argument("--tf32", action="store_true", help="let a GPU multiply with 10 bits of mantissa")
     of_lm.add_argument("--processes", type=int, default=1, help="that merge at the same time (1)")
+    of_lm.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS, help="whose rows are scored (both)")
     of_lm.add_argument("--seconds", type=float, help="stop after so many; 0 makes the tables of what is in the log")
     return parser.parse_args()
 
@@ -311,6 +313,7 @@ def compare_language_model(asked: argparse.Namespace, console: Console) -> dict[
         asked.seconds,
         asked.log,
         tuple(asked.methods or ()),
+        tuple(asked.splits),
     )
     found = language_model.tables(wanted, versions(), lambda text: console.print(text, style="red", markup=False))
     for title, rows in found[asked.split].items():

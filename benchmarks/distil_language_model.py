@@ -91,15 +91,16 @@ def work(case: Case, data: Path, base: str, out: Path) -> dict[str, Any]:
 
 
 class Log:
-    """What is known: scores and facts, one line each, in a file or in memory alone."""
+    """What is known: scores and facts, one line each, in a file or in memory alone. Several processes may add to one file."""
 
     def __init__(self, path: Path | None, rows: int) -> None:
         self.path, self.rows = path, rows
-        lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
-        self.known = {record["key"]: record for record in map(json.loads, lines)}
+        self.known: dict[str, dict[str, Any]] = {}
 
     def get(self, name: Sequence[Any]) -> dict[str, Any] | None:
-        """Return what is known under a name."""
+        """Return what is known under a name, here or in another process."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path and self.path.exists() else []
+        self.known |= {record["key"]: record for record in map(json.loads, lines)}
         return self.known.get(json.dumps([self.rows, *name]))
 
     def add(self, name: Sequence[Any], record: Mapping[str, Any]) -> None:

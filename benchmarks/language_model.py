@@ -109,6 +109,7 @@ class Asked:
         seconds: no new result is waited for after so many; None for no limit.
         log: a file with one JSON object a line; None to keep nothing.
         methods: that are merged by; empty for all.
+        splits: whose rows are scored.
     """
 
     data: Path
@@ -121,6 +122,7 @@ class Asked:
     seconds: float | None = None
     log: Path | None = None
     methods: tuple[str, ...] = ()
+    splits: tuple[str, ...] = SPLITS
 
 
 @dataclass(frozen=True)
@@ -227,9 +229,9 @@ class Log:
                 lines.write(json.dumps(self.known[self.key(name)], ensure_ascii=False) + "\n")
 
     def score(self, factors: Factors, tasks: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Return the scores on both splits of some tasks, as they are kept."""
-        keys: list[Key] = [key for key in self.judge.rows if key[1] in set(tasks)]
-        found: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
+        """Return the scores of some tasks on the splits that are asked for, as they are kept."""
+        keys: list[Key] = [key for key in self.judge.rows if key[0] in self.asked.splits and key[1] in set(tasks)]
+        found: dict[str, dict[str, Any]] = {split: {} for split in self.asked.splits}
         for (split, task), scored in self.judge.score(factors, keys).items():
             found[split][task] = compact(scored)
         return found
@@ -423,7 +425,7 @@ def whole(log: Log, split: str) -> list[dict[str, Any]]:
     rows[1] |= {"text": round(sum(texts) / len(texts), 2)} if None not in texts else {}
     for setting in (*FULL, *FURTHER):
         record = log.get(Job(smollm2.TASKS, setting).name)
-        if record:
+        if record and split in record["scores"]:
             rows.append(line(setting.label, {**record, "space": setting.space}, split, shares, against))
     return rows
 
@@ -439,7 +441,9 @@ def by_size(log: Log, split: str) -> list[dict[str, Any]]:
                 (tasks, log.get(Job(tasks, setting).name), log.get(Job(tasks, REFERENCE).name)) for tasks in sets
             ]
             both = [
-                (tasks, one["scores"][split], other["scores"][split]) for tasks, one, other in records if one and other
+                (tasks, one["scores"][split], other["scores"][split])
+                for tasks, one, other in records
+                if one and other and split in one["scores"] and split in other["scores"]
             ]
             if not both:
                 continue

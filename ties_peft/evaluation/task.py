@@ -75,6 +75,7 @@ _TEXT_OR_NULL = expecting("a text or null", lambda value: value != "")
 _COUNT = expecting("a whole number from 1 up", lambda value: value is not None and value >= 1)
 _POSITIVE = expecting("a number above 0", lambda value: is_number(value) and value > 0)
 _TEMPLATE = expecting(f"a text with {SLOT} in it", lambda value: SLOT in value)
+_TEMPLATE_OR_NULL = expecting(f"a text with {SLOT} in it, or null", lambda value: value is None or SLOT in value)
 _FLAG = expecting("true or false")
 _Texts = Annotated[
     tuple[str, ...] | None,
@@ -99,6 +100,8 @@ class Task:
         descriptions: one text for each label.
         choices: one continuation for each label, with its leading blank if it needs one.
         template: what the model reads, `{text}` standing for the text.
+        prompt_format: what prompts look like where the rows hold them whole, `{text}` standing for each part that differs;
+            only for prompts that an adapter writes itself (`distil` with rows "generated"). None: the template.
         temperature: of `descriptions`.
         mean: whether `choices` are compared by the mean over tokens.
         max_tokens: longer inputs are cut (causal ones at their start), which the score counts.
@@ -119,6 +122,7 @@ class Task:
     descriptions: _Texts = None
     choices: _Texts = None
     template: Annotated[str, _TEMPLATE] = SLOT
+    prompt_format: Annotated[str | None, _TEMPLATE_OR_NULL] = None
     temperature: Annotated[int | float, _POSITIVE] = 20.0
     mean: Annotated[bool, _FLAG] = False
     max_tokens: Annotated[int, _COUNT] = 256
@@ -160,6 +164,11 @@ class Task:
     def texts(self) -> list[str]:
         """Return what the model reads of each row: its text in the template."""
         return self.fill_template(texts_of(self.read(), self.text, self.where))
+
+    @property
+    def format_of_prompts(self) -> str:
+        """What a prompt looks like, `{text}` standing for what differs."""
+        return self.template if self.prompt_format is None else self.prompt_format
 
     def fill_template(self, texts: list[str]) -> list[str]:
         """Return texts in the template."""
@@ -203,7 +212,7 @@ class Task:
 
         Raises: RecipeError where there are no rows or they cannot be read.
         """
-        place = ("rows", "name", "base", "split", "config", "limit")
+        place = ("rows", "name", "base", "split", "config", "limit", "prompt_format")
         plain = {key: value for key, value in self.to_dict().items() if key not in place}
         text = json.dumps([plain, self.read()], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -20,7 +20,7 @@ from ..merging.members import short_names
 from . import ANSWERS, GENERATED, GENERATED_ROWS
 from .teachers import BASE, LabelTeacher, Teacher
 from .token_teachers import TokenTeacher
-from .written_rows import AnswerWriter, RowWriter, Writer, random_rows, row_beginning
+from .written_rows import AnswerWriter, RowWriter, Writer, line_ends, random_rows, row_beginning
 
 RANDOM_ROWS = 800
 TEXT_TOKENS = 48  # of a row that an adapter writes, at most, besides its answer
@@ -172,7 +172,7 @@ def _teacher(adapter: Adapter | None, spec: RowSpec, bench: Bench, how: Answerin
     writer = _writer(spec, task, bench, how) if form == LANGUAGE else None
     starts: list[int] | None = None
     if spec.generated:
-        sequences = [row_beginning(bench, task.template.partition(SLOT)[0])] * spec.count
+        sequences = [row_beginning(bench, task.format_of_prompts.partition(SLOT)[0])] * spec.count
     elif spec.texts is None:
         digest = BASE if adapter is None else adapter.digest
         sequences = random_rows(bench, spec.count, how.seed, digest, task.descriptions)
@@ -211,10 +211,11 @@ def _check_no_writing(spec: RowSpec, bench: Bench, how: Answering) -> None:
 def _writer(spec: RowSpec, task: Task, bench: Bench, how: Answering) -> Writer | None:
     """Return what an adapter is asked to write; None for nothing."""
     if spec.generated:
-        tail = task.template.partition(SLOT)[2].rstrip()
-        after = tuple(bench.all_token_ids([tail], special=False)[0]) if tail else ()
-        stop = tuple(bench.all_token_ids(["\n"], special=False)[0][-1:]) if tail else ()
-        return RowWriter(TEXT_TOKENS, how.tokens, after, stop, how.seed)
+        pieces = [piece.rstrip() for piece in task.format_of_prompts.split(SLOT)[1:]]
+        if not any(pieces):
+            return RowWriter(TEXT_TOKENS, how.tokens, (), (), how.seed)
+        ids = tuple(tuple(one) for one in bench.all_token_ids(pieces, special=False))
+        return RowWriter(TEXT_TOKENS, how.tokens, ids, line_ends(bench), how.seed)
     if spec.texts is None or (task.label is None and spec.task is not None) or how.answers in (GIVEN, NONE):
         return None
     return AnswerWriter(how.tokens, how.seed, spec.task is None)

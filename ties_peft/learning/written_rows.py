@@ -90,37 +90,42 @@ class AnswerWriter(Writer):
 
 @dataclass(frozen=True)
 class RowWriter(Writer):
-    """Let an adapter write whole rows: a text, the end of the template, and an answer.
+    """Let an adapter write whole rows: what belongs into the slots of a template, one after the other, and an answer.
 
     Attributes:
-        text_tokens: of a text, at most.
+        text_tokens: of what is written into a slot, at most.
         answer_tokens: of an answer, at most.
-        tail: token ids of the template after the text; empty where there is none: then text and answer are one.
-        stop: token ids one of which ends a text.
+        pieces: token ids of the template after each slot; empty where there is none: then text and answer are one.
+        stop: token ids one of which ends a slot.
         seed: of the sampling.
     """
 
     text_tokens: int
     answer_tokens: int
-    tail: tuple[int, ...]
+    pieces: tuple[tuple[int, ...], ...]
     stop: tuple[int, ...]
     seed: int
 
     @property
     def prompted(self) -> bool:
         """Whether there is a template, of which the answer is judged."""
-        return bool(self.tail)
+        return bool(self.pieces)
 
     def write(self, bench: Bench, given: Sequence[Sequence[int]], digest: str, progress: Progress | None) -> Written:
         """Continue each beginning; with a template only the answer is judged, without one all that was written."""
-        key = stream_key(self.seed, "rows", 0, digest)
-        texts = sample(bench, given, self.text_tokens, key, progress, self.stop)
-        rows = [[*start, *text] for start, text in zip(given, texts, strict=True)]
-        if not self.tail:
-            return Written(rows, [len(start) for start in given])
+        rows = [list(start) for start in given]
+        if not self.pieces:
+            key = stream_key(self.seed, "rows", 0, digest)
+            texts = sample(bench, rows, self.text_tokens, key, progress, self.stop)
+            written = [[*start, *text] for start, text in zip(rows, texts, strict=True)]
+            return Written(written, [len(start) for start in rows])
         ended = set(self.stop) | end_tokens(bench)
-        prompts = [[*(row[:-1] if row[-1] in ended else row), *self.tail] for row in rows]
-        return AnswerWriter(self.answer_tokens, self.seed).write(bench, prompts, digest, progress)
+        for slot, piece in enumerate(self.pieces):
+            key = stream_key(self.seed, "rows", slot, digest)
+            texts = sample(bench, rows, self.text_tokens, key, progress, self.stop)
+            texts = [text[:-1] if text[-1] in ended else text for text in texts]
+            rows = [[*row, *text, *piece] for row, text in zip(rows, texts, strict=True)]
+        return AnswerWriter(self.answer_tokens, self.seed).write(bench, rows, digest, progress)
 
 
 def sample(
@@ -202,6 +207,13 @@ def end_tokens(bench: Bench) -> set[int]:
         ends = getattr(source, "eos_token_id", None)
         found |= {ends} if isinstance(ends, int) else set(ends or ())
     return found
+
+
+def line_ends(bench: Bench) -> tuple[int, ...]:
+    """Return the tokens that hold the end of a line."""
+    tokenizer = bench.tokenizer
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return tuple(token for token, text in enumerate(texts) if "\n" in text)
 
 
 def row_beginning(bench: Bench, template_head: str) -> list[int]:
