@@ -45,6 +45,7 @@ def said(given: Any) -> str:
         ("measure: descriptions\ndescriptions: [a, a]", ["line 2", "different"]),
         ("measure: choices\nchoices: [a, b]\nlabels: [x, y, z]", ["line 3", "3 labels and 2 choices"]),
         ("measure: head\nchoices: [a, b]", ["line 2", "choices has no meaning for measure 'head'"]),
+        ("measure: loss\nprompt_format: no slot", ["line 2", "{text}"]),
         ("measure: head\ntemplate: no slot", ["line 2", "{text}"]),
         ("measure: head\nmeasure: head", ["line 2", "twice"]),
         ("- a", ["expected keys with values"]),

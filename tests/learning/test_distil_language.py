@@ -17,6 +17,7 @@ from ties_peft.errors import TiesPeftError
 from ties_peft.evaluation.loaded_model import Bench
 from ties_peft.learning import module_outputs, token_teachers, written_rows
 from ties_peft.learning.module_outputs import ModuleInputs
+from ties_peft.learning.teacher_specs import Answering, make_teachers, read_teacher_specs
 from ties_peft.learning.token_teachers import TokenTeacher
 from ties_peft.learning.written_rows import AnswerWriter, RowWriter, row_beginning, sample
 
@@ -102,7 +103,7 @@ def test_with_a_template_rows_are_written_into_it(bench: Bench) -> None:
     """The text ends where a stop token does, which is left out; the end of the template and an answer follow."""
     beginning = row_beginning(bench, "w9 ")
     assert bench.tokenizer.decode(beginning) == "w9"
-    written = RowWriter(5, 3, (33, 34), (7, 8), 0).write(bench, [beginning] * 100, "x", None)
+    written = RowWriter(5, 3, ((33, 34),), (7, 8), 0).write(bench, [beginning] * 100, "x", None)
     for ids, start in zip(written.sequences, written.starts, strict=True):
         assert ids[start - 2 : start] == [33, 34]
         assert not {7, 8} & set(ids[1 : start - 2])
@@ -110,6 +111,34 @@ def test_with_a_template_rows_are_written_into_it(bench: Bench) -> None:
         assert 1 <= len(ids) - start <= 3
     free = RowWriter(5, 3, (), (), 0).write(bench, [[9]] * 10, "x", None)
     assert free.starts == [1] * 10
+
+
+def test_each_slot_of_a_template_is_written(bench: Bench) -> None:
+    """Two slots: what is written into the second one depends on the first, and the answer on both."""
+    written = RowWriter(4, 2, ((33,), (34, 35)), (7,), 0).write(bench, [[9]] * 60, "x", None)
+    lengths = set()
+    for ids, start in zip(written.sequences, written.starts, strict=True):
+        assert ids[0] == 9
+        assert ids[start - 2 : start] == [34, 35]
+        assert 7 not in ids[: start - 2]
+        both = [(place - 1, start - 3 - place) for place in range(1, start - 2) if ids[place] == 33]
+        lengths |= {one for one in both if max(one) <= 4}
+        assert any(max(one) <= 4 for one in both)
+    assert len(lengths) > 5
+
+
+def test_rows_of_whole_prompts_are_written_in_their_format(bench: Bench, loras: list[Path]) -> None:
+    """`prompt_format` says what stands around the parts that an adapter writes; without it the rows begin like any text."""
+    form = {"measure": "loss", "text": "prompt", "label": "completion", "prompt_format": "w9 {text} w8 {text} w3"}
+    specs = read_teacher_specs([loras[0]], "generated", [form], 8)
+    (teacher,) = make_teachers(specs, bench, Answering(None, 3, 0))
+    written = teacher.write()
+    for ids, start in zip(written["sequences"], written["starts"], strict=True):
+        words = bench.tokenizer.decode(ids[:start]).split()
+        assert words[0] == "w9"
+        assert "w8" in words[1:]
+        assert words[-1] == "w3"
+        assert 1 <= len(ids) - start <= 3
 
 
 @pytest.mark.parametrize("rank", [1, 3])

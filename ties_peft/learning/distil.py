@@ -97,8 +97,9 @@ def distil(
             only where the Gram matrices of the modules' inputs take at most 2 GiB.
         rows: what the adapters read. One of these is for every adapter: a list of texts; the path of a .jsonl, .csv or
             .txt file; a data set on the Hub, `org/name`; a number of random-token rows; "generated": each adapter of a
-            causal model writes `count` rows itself. To give each adapter its own,
-            pass a mapping from adapters (by path, name or the object), or a list in their order:
+            causal model writes `count` rows itself, into its task's `prompt_format` or `template`. Without one it does
+            not know what its prompts look like, and keeps less. To give each adapter its own, pass a mapping from adapters
+            (by path, name or the object), or a list in their order:
             `[["text", …], "b.txt", 400]`; a list of one is for all. So `["text", …]` is a list of texts for all, and
             `["a.txt", "b.txt"]` a file for each. A list of as many texts as adapters is refused, because each text
             could be for one adapter. By default the rows are those of `tasks`; without those, 800 random-token rows

@@ -113,19 +113,26 @@ class RowWriter(Writer):
 
     def write(self, bench: Bench, given: Sequence[Sequence[int]], digest: str, progress: Progress | None) -> Written:
         """Continue each beginning; with a template only the answer is judged, without one all that was written."""
-        rows = [list(start) for start in given]
+        rows, most = [list(start) for start in given], self._slot_tokens(bench, given)
         if not self.pieces:
             key = stream_key(self.seed, "rows", 0, digest)
-            texts = sample(bench, rows, self.text_tokens, key, progress, self.stop)
+            texts = sample(bench, rows, most, key, progress, self.stop)
             written = [[*start, *text] for start, text in zip(rows, texts, strict=True)]
             return Written(written, [len(start) for start in rows])
         ended = set(self.stop) | end_tokens(bench)
         for slot, piece in enumerate(self.pieces):
             key = stream_key(self.seed, "rows", slot, digest)
-            texts = sample(bench, rows, self.text_tokens, key, progress, self.stop)
+            texts = sample(bench, rows, most, key, progress, self.stop)
             texts = [text[:-1] if text[-1] in ended else text for text in texts]
             rows = [[*row, *text, *piece] for row, text in zip(rows, texts, strict=True)]
         return AnswerWriter(self.answer_tokens, self.seed).write(bench, rows, digest, progress)
+
+    def _slot_tokens(self, bench: Bench, given: Sequence[Sequence[int]]) -> int:
+        """Return how many tokens are written into a slot at most, so that the whole row fits the model."""
+        fixed = max(map(len, given), default=0) + sum(map(len, self.pieces))
+        answer = min(self.answer_tokens, bench.max_length // 2) if self.pieces else 0
+        room = (bench.max_length - fixed - answer) // max(1, len(self.pieces))
+        return max(1, min(self.text_tokens, room))
 
 
 def sample(
