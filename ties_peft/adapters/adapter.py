@@ -23,7 +23,6 @@ from .base_model import BaseModel
 from .base_names import ConversionOptions
 from .contents import Contents
 from .extra_tensors import INTEGER_DTYPES, ExtraTensor, check_extra_tensors, read_extra_tensors, whole_layer_names
-from .json_files import read_object
 from .numeric import is_number
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, SafetensorsFile, TensorSource, open_tensors
@@ -121,11 +120,11 @@ class Adapter:
                 "such as checkpoints/last."
             )
         files = sources.find_files(label, token)
-        config = read_config(files.folder, label)
+        config = recognise.read_config(files.folder, label)
         base_model = base if base is None or isinstance(base, BaseModel) else BaseModel.load(base, token)
         file = recognise.recognise(files, config, label)
         if file is not None and file.format.is_image and file.is_plain:
-            converted = read_as_peft(file, config, ConversionOptions(base=base_model), label, whole=True)
+            converted = read_as_peft(file, config, ConversionOptions(base=base_model), label, all_parts=True)
             return cls(converted.config, converted.tensors, label, base_model, converted.origin)
         recognise.refuse(files, config, label, file)
         assert config is not None  # `refuse` raised otherwise
@@ -430,19 +429,3 @@ def _scan_or_error(adapter: Adapter) -> Scan | TiesPeftError:
         return adapter.scan
     except TiesPeftError as error:
         return error
-
-
-def read_config(folder: Path, label: str) -> dict[str, Any] | None:
-    """Return a folder's adapter_config.json; None if there is none.
-
-    Raises: AdapterError if it is not a JSON object.
-    """
-    path = folder / sources.ADAPTER_CONFIG
-    if not path.is_file():
-        return None
-    try:
-        return read_object(path)
-    except ValueError as error:
-        raise AdapterError(
-            f"adapter '{label}': {sources.ADAPTER_CONFIG} is {error}. Correct it, or save the adapter again."
-        ) from None

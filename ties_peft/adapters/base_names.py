@@ -45,13 +45,13 @@ class BaseNames:
         options: of the user.
         base: the base model; None if it was not given.
         label: the adapter's name in messages.
-        whole: whether all parts of the file are read.
+        all_parts: whether all parts of the file are read.
     """
 
     def __init__(
-        self, file: LoraFile, options: ConversionOptions, base: BaseModel | None, label: str, whole: bool
+        self, file: LoraFile, options: ConversionOptions, base: BaseModel | None, label: str, all_parts: bool
     ) -> None:
-        self.file, self.options, self.base, self.label, self.whole = file, options, base, label, whole
+        self.file, self.options, self.base, self.label, self.all_parts = file, options, base, label, all_parts
         self.format = file.format
 
     def find(self, part: str, placed: Sequence[Placed]) -> tuple[list[tuple[Placed, Layer]], list[str]]:
@@ -96,7 +96,11 @@ class BaseNames:
         inside = [name.removeprefix(f"{part}.") for name in known if name.startswith(f"{part}.")] if part else []
         if inside:
             return inside
-        if self.whole and len({module.part for module in self.file.modules}) > 1 and part_of(known) not in (None, part):
+        if (
+            self.all_parts
+            and len({module.part for module in self.file.modules}) > 1
+            and part_of(known) not in (None, part)
+        ):
             return None  # the base is another part of the pipeline
         for prefix in CHECKPOINT_PREFIXES:
             native = [name.removeprefix(prefix) for name in known if name.startswith(prefix)]
@@ -107,7 +111,7 @@ class BaseNames:
     def _as_in_file(self, one: Placed, own: tuple[str, ...], found: tuple[str, ...]) -> tuple[str, ...]:
         """Return a module's names in the base, or its newer name in a single file: checkpoints keep the older ones."""
         newer = one.module.module
-        return (newer,) if not self.whole and found == own == (f"{TEXT_TOWER}{newer}",) else found
+        return (newer,) if not self.all_parts and found == own == (f"{TEXT_TOWER}{newer}",) else found
 
     def _check_known(self, own: Sequence[str], table: Mapping[str, set[str]], known: Sequence[str]) -> None:
         missing = [name for name in own if name not in table]

@@ -1,17 +1,20 @@
 """Recognise what an adapter's files are if they are not PEFT's, and refuse them with the way to convert them.
 
 A file of weights is recognised by the names of its tensors (see `formats`). `ties-peft convert` turns what can be converted
-exactly into a PEFT adapter, and the refusal shows the command.
+exactly into a PEFT adapter, and the message that refuses the file shows the command. `describe_unsupported` says what is
+known of files that were refused.
 """
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from ..errors import AdapterError, some
+from ..errors import AdapterError, TiesPeftError, some
 from .formats import LoraFile, formats, read_file
 from .json_files import read_object
 from .sources import (
@@ -26,6 +29,27 @@ from .sources import (
     list_folder,
     refuse_gguf,
 )
+from .tensors import open_tensors
+
+Value = TypeVar("Value")
+UNKNOWN = "not an adapter of a known format"
+CONVERT = "ties-peft convert "  # in a refusal: the command converts the file
+
+
+def read_config(folder: Path, label: str) -> dict[str, Any] | None:
+    """Return a folder's adapter_config.json; None if there is none.
+
+    Raises: AdapterError if it is not a JSON object.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        return read_object(path)
+    except ValueError as error:
+        raise AdapterError(
+            f"adapter '{label}': {ADAPTER_CONFIG} is {error}. Correct it, or save the adapter again."
+        ) from None
 
 
 def weights_of(files: AdapterFiles) -> Path | None:
@@ -61,8 +85,8 @@ def _refuse_several(folder: Path, chosen: Path, label: str) -> None:
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if chosen.name not in (*WEIGHT_FILES, *OTHER_WEIGHT_FILES) and len(names) > 1:
         raise AdapterError(
-            f"adapter '{label}': the folder holds {len(names)} files of weights: {', '.join(names[:6])}"
-            f"{', …' if len(names) > 6 else ''}. Name one of them, or all: '{label.rstrip('/')}/*.safetensors'."
+            f"adapter '{label}': the folder holds {len(names)} files of weights: {some(names, 6)}. Name one of them, or all: "
+            f"'{label.rstrip('/')}/*.safetensors'."
         )
 
 
@@ -101,7 +125,7 @@ def refuse_file(file: LoraFile, config: Mapping[str, Any] | None, label: str) ->
 
 
 def _convert(label: str) -> str:
-    return f"ties-peft convert {shlex.quote(label)} --out DIR"
+    return f"{CONVERT}{shlex.quote(label)} --out DIR"
 
 
 def full_model(folder: Path) -> str | None:
@@ -162,3 +186,82 @@ def _refuse_config(config: Mapping[str, Any], label: str) -> NoReturn:
         f"adapter '{label}': {ADAPTER_CONFIG} has no peft_type, so it is not PEFT's (its keys: {keys}). If it is a PEFT "
         'adapter, write its type into that file, such as "peft_type": "LORA"; otherwise leave it out.'
     )
+
+
+@dataclass(frozen=True)
+class UnsupportedAdapter:
+    """A source that cannot be merged as it is.
+
+    Attributes:
+        source: as it was asked for.
+        fault: why it is refused, and what to do.
+        what: what it is, in words; empty if there is nothing to look at.
+        peft_type, base, task_type: as its config says.
+        file: of weights; None if there is none.
+        tensors, numbers: how many that file holds; None if it cannot be read.
+        dtypes: of its tensors, sorted.
+        parts: the number of modules of each of its parts that are plain LoRA; a file without parts has one without a name.
+        converts: whether `ties-peft convert` makes a PEFT adapter of it, as `fault` then says.
+    """
+
+    source: str
+    fault: str
+    what: str = ""
+    peft_type: str | None = None
+    base: str | None = None
+    task_type: str | None = None
+    file: str | None = None
+    tensors: int | None = None
+    numbers: int | None = None
+    dtypes: tuple[str, ...] = ()
+    parts: Mapping[str, int] = field(default_factory=dict)
+    converts: bool = False
+
+
+def describe_unsupported(source: str, files: AdapterFiles, fault: str) -> UnsupportedAdapter:
+    """Describe files that were refused, by their config and the names, shapes and dtypes of their tensors.
+
+    Args:
+        source: as it was asked for.
+        files: of the adapter.
+        fault: the message that refused them.
+    """
+    config = _or_none(lambda: read_config(files.folder, source)) or {}
+    file = _or_none(lambda: recognise(files, config or None, source))
+    parts: Mapping[str, int] = {}
+    if file is not None:
+        what, parts = file.title, dict(sorted(file.parts.items()))
+    elif "peft_type" in config:
+        what = f"a PEFT adapter of type {config['peft_type']}"
+    elif config:
+        what = "of a config that is not PEFT's"
+    else:
+        what = full_model(files.folder) or UNKNOWN
+    named = {"peft_type": "peft_type", "base_model_name_or_path": "base", "task_type": "task_type"}
+    facts: dict[str, Any] = {ours: str(config[theirs]) for theirs, ours in named.items() if config.get(theirs)}
+    facts |= _weights(files, source)
+    return UnsupportedAdapter(source, fault, what, **facts, parts=parts, converts=f"`{CONVERT}" in fault)
+
+
+def _weights(files: AdapterFiles, label: str) -> dict[str, Any]:
+    path = weights_of(files)
+    if path is None:
+        return {}
+    tensors = open_tensors(path, label)
+    infos = _or_none(lambda: [tensors.info(name) for name in tensors.names])
+    if infos is None:
+        return {"file": path.name}
+    return {
+        "file": path.name,
+        "tensors": len(infos),
+        "numbers": sum(math.prod(info.shape) for info in infos),
+        "dtypes": tuple(sorted({info.dtype for info in infos})),
+    }
+
+
+def _or_none(read: Callable[[], Value]) -> Value | None:
+    """Return what a function returns; None if the files cannot be read."""
+    try:
+        return read()
+    except (TiesPeftError, OSError):
+        return None

@@ -12,12 +12,12 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +48,7 @@ class TensorSource(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all tensors, sorted."""
+        """The names of all tensors, in an order that is always the same."""
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype."""
@@ -72,7 +72,7 @@ class MemoryTensors:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all tensors, sorted."""
+        """The names of all tensors: sorted, those of a `PickleFile` in the order of the file, as its digest covers them."""
         return tuple(self._tensors)
 
     def info(self, name: str) -> TensorInfo:
@@ -89,55 +89,67 @@ class MemoryTensors:
         return self._tensors[name][start:stop]
 
 
+class Header(NamedTuple):
+    """What the header of a safetensors file says.
+
+    Attributes:
+        tensors: shape and dtype by name, sorted.
+        spans: for each tensor, the position of its first byte in the file and the number of its bytes.
+        metadata: the file's own entries.
+        fingerprint: of the file when its header was read.
+    """
+
+    tensors: dict[str, TensorInfo]
+    spans: dict[str, tuple[int, int]]
+    metadata: dict[str, str]
+    fingerprint: tuple[int, int, int]
+
+
 class SafetensorsFile:
     """A safetensors file, of which one tensor at a time is copied into memory; no part of the file stays mapped.
 
-    The safetensors library checks the header. The positions of the tensors are read from it once, so that reading a
-    tensor copies its bytes without parsing the header again.
+    The safetensors library checks the header. It is then read once, so that reading a tensor copies its bytes without
+    parsing the header again.
     """
 
     def __init__(self, path: Path, label: str) -> None:
         self.path, self.label = path, label
 
     @cached_property
-    def _index(self) -> dict[str, TensorInfo]:
+    def _header(self) -> Header:
         _refuse_unreadable(self.path, self.label)
-        self._fingerprint = _fingerprint(self.path)
-        try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-                return {n: _info(s.get_shape(), s.get_dtype()) for n, s in sorted(slices.items())}
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise self._damaged(error) from None
-
-    @cached_property
-    def _bytes(self) -> dict[str, tuple[int, int]]:
-        """For each tensor, the position of its first byte in the file and the number of its bytes."""
-        assert self._index is not None  # the header has been checked
-        with self.path.open("rb") as file:
-            start = 8 + int.from_bytes(header := file.read(8), "little")
-            entries = json.loads(file.read(start - len(header)))
-        spans = {name: entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"}
-        return {name: (start + begin, end - begin) for name, (begin, end) in spans.items()}
+        fingerprint = _fingerprint(self.path)
+        with self._reporting_damage(), self._opened(), self.path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(start - 8))
+            metadata = entries.pop("__metadata__", None) or {}
+            tensors = {name: _info(entry["shape"], entry["dtype"]) for name, entry in sorted(entries.items())}
+            offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
+            spans = {name: (start + begin, end - begin) for name, (begin, end) in offsets.items()}
+        return Header(tensors, spans, metadata, fingerprint)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, sorted."""
-        return tuple(self._index)
+        return tuple(self._header.tensors)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The entries of the file's metadata."""
+        return self._header.metadata
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype from the header."""
-        return self._index[name]
+        return self._header.tensors[name]
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, copied out of the file."""
-        info = self._index[name]
-        try:
+        info, (start, length) = self._header.tensors[name], self._header.spans[name]
+        with self._reporting_damage():
             if info.dtype not in FLOATING:  # rare, so left to the library
-                with safe_open(self.path, framework="pt", device="cpu") as opened:
+                with self._opened() as opened:
                     return opened.get_tensor(name).clone()  # type: ignore[no-any-return]
             tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
-            start, length = self._bytes[name]
             with self.path.open("rb", buffering=0) as file:
                 file.seek(start)
                 found = _fill(_raw(tensor), file) if length else 0
@@ -145,49 +157,42 @@ class SafetensorsFile:
             if found != length:
                 raise OSError(f"{found} of the {length} bytes of '{name}'")
             return tensor
-        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
-            raise self._damaged(error) from None
-
-    @cached_property
-    def metadata(self) -> dict[str, str]:
-        """The entries of the file's metadata."""
-        assert self._index is not None  # the header has been checked
-        try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                return dict(file.metadata() or {})
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise self._damaged(error) from None
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows start…stop of a tensor without reading its other rows."""
-        try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                return file.get_slice(name)[start:stop].clone()  # type: ignore[no-any-return]
-        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
-            raise self._damaged(error) from None
+        with self._reporting_damage(), self._opened() as file:
+            return file.get_slice(name)[start:stop].clone()  # type: ignore[no-any-return]
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Ask the operating system to load the bytes of some tensors from the disk in the background."""
         if not hasattr(os, "posix_fadvise"):
             return
         with suppress(OSError), self.path.open("rb", buffering=0) as file:  # `read` reports a fault
-            for start, length in (self._bytes[name] for name in names):
+            for start, length in (self._header.spans[name] for name in names):
                 os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
+    def _opened(self) -> Any:
+        return safe_open(self.path, framework="pt", device="cpu")
 
     def _refuse_changed(self) -> None:
         """Refuse a file that has changed since its header was read: a merge reads it several times and needs one content."""
-        if _fingerprint(self.path) != self._fingerprint:
+        if _fingerprint(self.path) != self._header.fingerprint:
             raise AdapterError(
                 f"adapter '{self.label}': {self.path.name} was changed while it was read. Nothing was written: wait until "
                 "the program that writes it has finished, and merge again."
             )
 
-    def _damaged(self, error: Exception) -> AdapterError:
-        return AdapterError(
-            f"adapter '{self.label}': {self.path.name} is not a whole safetensors file "
-            f"({self.path.stat().st_size if self.path.exists() else 0} bytes: {one_line(error)}). "
-            "It is truncated or damaged: download or save the adapter again."
-        )
+    @contextmanager
+    def _reporting_damage(self) -> Iterator[None]:
+        """Raise an AdapterError that calls the file damaged where reading it fails."""
+        try:
+            yield
+        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            raise AdapterError(
+                f"adapter '{self.label}': {self.path.name} is not a whole safetensors file ({size} bytes: {one_line(error)}). "
+                "It is truncated or damaged: download or save the adapter again."
+            ) from None
 
 
 class PickleFile(MemoryTensors):

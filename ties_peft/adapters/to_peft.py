@@ -65,7 +65,7 @@ class Converted:
 
 
 def read_as_peft(
-    file: LoraFile, config: Mapping[str, Any] | None, options: ConversionOptions, label: str, whole: bool
+    file: LoraFile, config: Mapping[str, Any] | None, options: ConversionOptions, label: str, all_parts: bool
 ) -> Converted:
     """Read a plain LoRA of another format.
 
@@ -74,19 +74,20 @@ def read_as_peft(
         config: adapter_config.json beside it, if there is one.
         options: of the user.
         label: the adapter's name in messages.
-        whole: whether all parts of an image model are read, each a prefix of its modules' names; else one part without.
+        all_parts: whether all parts of an image model are read, each before the names of its modules (`unet.…`). Otherwise one
+            part is read, and the names are those inside it.
     Raises: AdapterError if it cannot be converted exactly; RecipeError for options that do not apply to it.
     """
-    return _Conversion(file, config or {}, options, label, whole).run()
+    return _Conversion(file, config or {}, options, label, all_parts).run()
 
 
 class _Conversion:
     """The conversion of one file; its attributes are the arguments of `read_as_peft`."""
 
     def __init__(
-        self, file: LoraFile, config: Mapping[str, Any], options: ConversionOptions, label: str, whole: bool
+        self, file: LoraFile, config: Mapping[str, Any], options: ConversionOptions, label: str, all_parts: bool
     ) -> None:
-        self.file, self.config, self.options, self.label, self.whole = file, config, options, label, whole
+        self.file, self.config, self.options, self.label, self.all_parts = file, config, options, label, all_parts
         self.format = file.format
         self.base = BaseModel.load(options.base) if isinstance(options.base, str) else options.base
         self.views: dict[str, View] = {}
@@ -98,12 +99,12 @@ class _Conversion:
         architecture, placed = self.places()
         placed, remarks = self.choose_part(placed)
         renamed: list[str] = []
-        names = BaseNames(self.file, self.options, self.base, self.label, self.whole)
+        names = BaseNames(self.file, self.options, self.base, self.label, self.all_parts)
         for part in sorted({one.part for one in placed}):
             found, said = names.find(part, [one for one in placed if one.part == part])
             renamed += said
             for one, layer in found:
-                self.add(one.module, f"{part}." if self.whole else "", layer)
+                self.add(one.module, f"{part}." if self.all_parts else "", layer)
         parts = tuple(sorted({one.part for one in placed}))
         scaling, remark, assumed = self.scaling(parts)
         written = sorted(self.alphas)
@@ -121,7 +122,7 @@ class _Conversion:
         origin = Origin(
             self.file.title,
             architecture,
-            parts if self.whole else (),
+            parts if self.all_parts else (),
             (what, *renamed, *remarks),
             (f"{self.label}: {remark}.",) if assumed else (),
             self.metadata(),
@@ -154,7 +155,7 @@ class _Conversion:
 
     def part_of_all(self) -> str:
         """Return the part of the modules of a file that does not tell it."""
-        if self.options.part is None and self.whole:
+        if self.options.part is None and self.all_parts:
             raise AdapterError(
                 f"adapter '{self.label}': the names in {self.file.path.name}, such as {self.file.modules[0].module!r}, do not "
                 "tell to which part of a pipeline they belong (unet, transformer, text_encoder, …). Name it: "
@@ -198,7 +199,7 @@ class _Conversion:
         parts = Counter(one.part for one in placed)
         if asked is not None and asked not in parts:
             raise AdapterError(self._no_part(asked, parts))
-        if asked is None and (len(parts) < 2 or self.whole):
+        if asked is None and (len(parts) < 2 or self.all_parts):
             return placed, []
         if asked is None:
             raise AdapterError(
@@ -381,8 +382,8 @@ class _Conversion:
         """Return the alpha of each module by the configs in the file's metadata, with which alpha/r is its scaling."""
         alphas = {}
         for path, rank in ranks.items():
-            part = path.partition(".")[0] if self.whole else next(iter(noted))
-            name = path.removeprefix(f"{part}.") if self.whole else path
+            part = path.partition(".")[0] if self.all_parts else next(iter(noted))
+            name = path.removeprefix(f"{part}.") if self.all_parts else path
             metadata = Contents(noted[part], self.file.tensors, self.label)
             alpha = metadata.number("lora_alpha", "alpha_pattern", name, 8)
             alphas[path] = alpha * math.sqrt(rank) if noted[part].get("use_rslora") else alpha

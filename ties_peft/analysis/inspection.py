@@ -16,9 +16,9 @@ from ..adapters.extra_tensors import (
     missing_layers,
     unused_copies,
 )
+from ..adapters.recognise import UnsupportedAdapter, describe_unsupported
 from ..adapters.sources import ADAPTER_CONFIG, adapter_subfolders, expand_patterns, find_files, local_path
 from ..adapters.tokenizer_files import collect_tokenizer_files
-from ..adapters.unsupported import UnsupportedAdapter, describe_unsupported
 from ..errors import TiesPeftError
 from ..merging.members import unequal_norms
 from ..merging.pipeline import describe_metadata

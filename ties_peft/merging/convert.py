@@ -1,4 +1,4 @@
-"""Convert one adapter to LoRA, another rank, dtype or loader, as a merge of one adapter."""
+"""Convert one adapter to LoRA, another rank, dtype or loader, as a merge of one adapter; open one of any known format."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from ..adapters import IMAGE_TARGETS
+from ..adapters import IMAGE_TARGETS, recognise, sources
 from ..adapters.adapter import Adapter
-from ..adapters.base_names import ConversionOptions
+from ..adapters.base_names import ConversionOptions, base_names, not_in_base, renaming_remark
 from ..adapters.contents import PREFIX
-from ..adapters.conversion import open_as_peft
-from ..adapters.to_peft import by_module
+from ..adapters.module_names import accepted_names
+from ..adapters.to_peft import by_module, read_as_peft
 from ..adapters.types.base import CONV, LINEAR
+from ..errors import AdapterError, RecipeError
 from .merge import make_recipe, run_plan
 from .merged import Merged
 from .options import Rank
@@ -66,9 +67,9 @@ def convert(
     hints = ConversionOptions(
         part, None if base is None else str(base), None if modules is None else Path(modules), alpha, base_model
     )
-    whole = target in IMAGE_TARGETS
-    opened, remarks = (adapter, []) if isinstance(adapter, Adapter) else open_as_peft(str(adapter), hints, whole)
-    if whole and part is not None and opened.origin is None:
+    all_parts = target in IMAGE_TARGETS
+    opened, remarks = (adapter, []) if isinstance(adapter, Adapter) else open_as_peft(str(adapter), hints, all_parts)
+    if all_parts and part is not None and opened.origin is None:
         opened = named_part(opened, part)
     recipe = make_recipe(
         [opened],
@@ -87,6 +88,44 @@ def convert(
     warnings = [*remarks, *(warning for warning in plan.warnings if warning not in assumed)]
     made = run_plan(replace(plan, warnings=warnings), recipe, started, None, progress)
     return as_stored(made, plan.members[0].adapter, rank is None and dtype is None)
+
+
+def open_as_peft(source: str, options: ConversionOptions, all_parts: bool = False) -> tuple[Adapter, list[str]]:
+    """Open an adapter of any known format; return it as PEFT's, and remarks on what was converted.
+
+    Args:
+        source: a folder, a file or a Hub id.
+        options: of the user.
+        all_parts: as in `read_as_peft`.
+    Raises: AdapterError if it is no adapter, or cannot be converted exactly; RecipeError for options that do not apply to it.
+    """
+    files = sources.find_files(source)
+    config = recognise.read_config(files.folder, source)
+    file = recognise.recognise(files, config, source)
+    if file is None or (file.format.name == "PEFT" and config is not None):
+        given = [f"--{name}" for name in ("part", "alpha") if getattr(options, name) is not None]
+        if given and not (all_parts and given == ["--part"]):
+            raise RecipeError(f"{', '.join(given)} is for files that are not PEFT's, and '{source}' is. Leave it out.")
+        return _rename_modules(Adapter.load(source, base=options.base), options, source)
+    if not file.is_plain:
+        recognise.refuse_file(file, config, source)
+    converted = read_as_peft(file, config, options, source, all_parts)
+    return Adapter(converted.config, converted.tensors, source, origin=converted.origin), []
+
+
+def _rename_modules(adapter: Adapter, options: ConversionOptions, label: str) -> tuple[Adapter, list[str]]:
+    """Return an adapter of PEFT's under the names that --modules lists, if it was given, and a remark on new names."""
+    if options.modules is None:
+        return adapter, []
+    known = base_names(options, None) or []
+    names = accepted_names(known, exactly=True)
+    paths = {name: m.path if name.startswith(m.path) else name for name, m in adapter.layout.items()}
+    missing = [path for path in paths.values() if path not in names]
+    if missing:
+        raise AdapterError(not_in_base(label, missing, len(adapter.layout), known))
+    renamed = {path: names[path] for path in paths.values() if names[path] != path}
+    inside = {name: renamed[path] + name[len(path) :] for name, path in paths.items() if path in renamed}
+    return (adapter.renamed(renamed | inside) if renamed else adapter), renaming_remark(renamed)
 
 
 def as_stored(made: Merged, adapter: Adapter, unchanged: bool) -> Merged:

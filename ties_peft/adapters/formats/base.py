@@ -1,12 +1,12 @@
 """Format: the names under which one trainer saves LoRA tensors, and how they become PEFT's.
 
 To add a format, write a file with a subclass of `Format` in this folder; `formats()` finds it. Most formats need only
-`name`, `title`, `order`, `matches` and `parse`.
+`name`, `title`, `order` and `pattern`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 from ..tensors import TensorSource
 
-SIDES = {"lora_A": "A", "lora_B": "B", "down": "A", "up": "B", "lora_a": "A", "lora_b": "B"}
-SIDES |= {"lora_down": "A", "lora_up": "B"}
-
-
 PLAIN, DORA, LOHA, LOKR = "LoRA", "DoRA", "LoHa", "LoKr"  # kinds of modules
+SIDES = {  # of formats' own names; alpha and the factors of LyCORIS keep theirs
+    **dict.fromkeys(("lora_A", "lora_a", "lora_down", "down"), "A"),
+    **dict.fromkeys(("lora_B", "lora_b", "lora_up", "up"), "B"),
+    "dora_scale": "magnitude",
+}
 
 
 class ParsedName(NamedTuple):
@@ -28,7 +29,7 @@ class ParsedName(NamedTuple):
     Attributes:
         part: of a pipeline, such as `unet`; empty if the format has no parts.
         module: the module's path as the file spells it.
-        side: A, (r, in); B, (out, r); alpha; or another factor, as in `LoraModule`.
+        side: what the tensor is: A, (r, in); B, (out, r); alpha; or another factor, as in `LoraModule`.
     """
 
     part: str
@@ -36,10 +37,12 @@ class ParsedName(NamedTuple):
     side: str
 
 
-class Format(ABC):
+class Format:
     """The file format of one trainer.
 
     Attributes:
+        pattern: of a tensor's name, with the group `module`, the group `part` if the format has parts, and groups of which one
+            matches, the side as the format names it.
         name: short, for code and tests.
         title: in messages: "a LoRA of diffusers".
         order: formats with a lower number are tried first.
@@ -50,6 +53,7 @@ class Format(ABC):
         without_alpha: what is said of a file without alpha, whose scaling alpha/r is taken as 1.
     """
 
+    pattern: re.Pattern[str]
     name: str
     title: str
     order: int
@@ -59,13 +63,19 @@ class Format(ABC):
     transposed: bool = False
     without_alpha: str = "scaling 1, as the file gives no alpha"
 
-    @abstractmethod
     def matches(self, names: Sequence[str], path: Path) -> bool:
-        """Return whether a file whose tensors have these names is of this format; formats of lower order are ruled out."""
+        """Return whether a file whose tensors have these names is of this format, given that it is of none with a lower order."""
+        return any(self.pattern.fullmatch(name) for name in names)
 
-    @abstractmethod
     def parse(self, key: str) -> ParsedName | None:
         """Take a tensor's name apart; return None if the tensor does not belong to a plain LoRA."""
+        found = self.pattern.fullmatch(key)
+        if found is None:
+            return None
+        groups = {name: text for name, text in found.groupdict().items() if text}
+        part, module = groups.pop("part", ""), groups.pop("module")
+        (side,) = groups.values()
+        return ParsedName(part, module, SIDES.get(side, side))
 
     def variant(self, rest: Sequence[str], config: Mapping[str, Any]) -> str:
         """Return what the adapter is if it is no plain LoRA, such as DoRA; empty if nothing tells.
@@ -145,7 +155,7 @@ class LoraModule:
     def kind(self) -> str:
         """LoRA, DoRA, LoHa or LoKr."""
         starts = {side.partition("_")[0] for side in self.keys}
-        found = {"hada": "LoHa", "lokr": "LoKr", "magnitude": "DoRA"}
+        found = {"hada": LOHA, "lokr": LOKR, "magnitude": DORA}
         return ", ".join(name for start, name in found.items() if start in starts) or PLAIN
 
 

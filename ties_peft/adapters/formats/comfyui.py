@@ -11,17 +11,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .base import SIDES, Format, ParsedName
-
-NAME = re.compile(
-    r"(?P<part>diffusion_model|text_encoders)\.(?P<module>.+)\."
-    r"(?:(?P<side>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight|(?P<alpha>alpha))"
-)
+from .base import Format
 
 
 class ComfyUI(Format):
     """The names that ComfyUI's loader expects."""
 
+    pattern = re.compile(
+        r"(?P<part>diffusion_model|text_encoders)\.(?P<module>.+)\."
+        r"(?:(?P<side>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight|(?P<alpha>alpha))"
+    )
     name = "ComfyUI"
     title = "a LoRA with ComfyUI's names"
     order = 40
@@ -30,9 +29,4 @@ class ComfyUI(Format):
 
     def matches(self, names: Sequence[str], path: Path) -> bool:
         """Return whether any name is that of a factor."""
-        return any(found is not None and found["side"] for found in map(NAME.fullmatch, names))
-
-    def parse(self, key: str) -> ParsedName | None:
-        """Take a tensor's name apart."""
-        found = NAME.fullmatch(key)
-        return ParsedName(found["part"], found["module"], SIDES.get(found["side"] or "", "alpha")) if found else None
+        return any(found is not None and found["side"] for found in map(self.pattern.fullmatch, names))

@@ -43,6 +43,7 @@ METADATA = "lora_adapter_metadata"  # the key of PEFT's config in the file's met
 class Diffusers(Format):
     """The format of diffusers' `save_lora_weights`."""
 
+    pattern = NAME
     name = "diffusers"
     title = "a LoRA of diffusers"
     order = 50
@@ -62,11 +63,8 @@ class Diffusers(Format):
             part, outer = found["part"] or "", found["module"].removesuffix(".processor")
             layer = TEXT_ENCODER[found["to"]] if part.startswith("text_encoder") else found["to"]
             return ParsedName(part, f"{outer}.{'to_out.0' if layer == 'to_out' else layer}", SIDES[found["side"]])
-        found = NAME.fullmatch(key)
-        if found is None:
-            return None
-        side = "alpha" if found["alpha"] else SIDES[found["side"] or found["peft"] or found["kohya"]]
-        return ParsedName(found["part"] or "", found["module"].replace(".processor.", "."), side)
+        parsed = super().parse(key)
+        return parsed and parsed._replace(module=parsed.module.replace(".processor.", "."))
 
     def metadata(self, entries: Mapping[str, str], part: str) -> dict[str, Any]:
         """Return PEFT's config of one part from the file's metadata."""

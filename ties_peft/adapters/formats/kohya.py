@@ -14,18 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .base import SIDES, Format, ParsedName
+from .base import Format
 
-NAME = re.compile(
-    r"lora_(?P<part>unet|te\d?|transformer|prior_unet|prior_te)_(?P<module>.+)\.(?:lora_(?P<side>down|up)\.weight|(?P<alpha>alpha))"
-)
 LYCORIS = re.compile(
     r"(?:lora|lycoris)_.+\.(hada_|lokr_|lora_mid|dora_scale|oft_|glora_|diff|a1\.|w_norm)"
     r"|(?!base_model\.model\.).+\.(hada_(?=w\d_[ab]|t\d)|lokr_(?=w\d|t2)|lora_mid(?=\.weight)|dora_scale|diff(?=_b$|$))"
-)
-LYCORIS_NAME = re.compile(
-    r"(?:lora|lycoris)_(?:(?P<part>unet|te\d?|transformer)_)?(?P<module>.+)\."
-    r"(?:lora_(?P<side>down|up)\.weight|(?P<other>alpha|dora_scale|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2))"
 )
 VARIANTS = {  # of LyCORIS, by a part of the tensors' names
     "hada_": "LoHa",
@@ -43,20 +36,15 @@ VARIANTS = {  # of LyCORIS, by a part of the tensors' names
 class Kohya(Format):
     """The format of kohya's sd-scripts and of the trainers that follow it."""
 
+    pattern = re.compile(
+        r"lora_(?P<part>unet|te\d?|transformer|prior_unet|prior_te)_(?P<module>.+)\."
+        r"(?:lora_(?P<side>down|up)\.weight|(?P<alpha>alpha))"
+    )
     name = "kohya"
     title = "a LoRA of kohya's trainers"
     order = 20
     is_image = True
     has_base_names = False
-
-    def matches(self, names: Sequence[str], path: Path) -> bool:
-        """Return whether any name is kohya's."""
-        return any(NAME.fullmatch(name) for name in names)
-
-    def parse(self, key: str) -> ParsedName | None:
-        """Take a tensor's name apart."""
-        found = NAME.fullmatch(key)
-        return ParsedName(found["part"], found["module"], SIDES.get(found["side"] or "", "alpha")) if found else None
 
     def spelled(self, module: str) -> str:
         """Return the name with underscores for dots."""
@@ -73,6 +61,10 @@ class Kohya(Format):
 class Lycoris(Kohya):
     """LyCORIS: LoHa, LoKr, DoRA and other types under kohya's names; only these three are read."""
 
+    pattern = re.compile(
+        r"(?:lora|lycoris)_(?:(?P<part>unet|te\d?|transformer)_)?(?P<module>.+)\.(?:lora_(?P<side>down|up)\.weight"
+        r"|(?P<other>alpha|dora_scale|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2))"
+    )
     name = "LyCORIS"
     title = "a LyCORIS adapter"
     order = 10
@@ -80,16 +72,6 @@ class Lycoris(Kohya):
     def matches(self, names: Sequence[str], path: Path) -> bool:
         """Return whether any name belongs to one of LyCORIS's types."""
         return any(LYCORIS.match(name) for name in names)
-
-    def parse(self, key: str) -> ParsedName | None:
-        """Take a tensor's name apart."""
-        found = LYCORIS_NAME.fullmatch(key)
-        if found is None:
-            return None
-        side = (
-            SIDES[found["side"]] if found["side"] else {"dora_scale": "magnitude"}.get(found["other"], found["other"])
-        )
-        return ParsedName(found["part"] or "", found["module"], side)
 
     def variant(self, rest: Sequence[str], config: Mapping[str, Any]) -> str:
         """Return the types that occur."""

@@ -11,14 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterError
 from ..sources import ADAPTER_CONFIG
-from .base import SIDES, Format, ParsedName
+from .base import Format
 
-NAME = re.compile(r"(?P<module>.+)\.(?P<side>lora_a|lora_b)")
 CONFIG_KEYS = frozenset({"lora_parameters", "fine_tune_type", "lora_layers"})
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embedding")
 
@@ -26,19 +24,11 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embedding")
 class Mlx(Format):
     """The format of mlx_lm.lora: adapters.safetensors and its adapter_config.json."""
 
+    pattern = re.compile(r"(?P<module>.+)\.(?P<side>lora_a|lora_b)")
     name = "MLX"
     title = "an adapter of MLX-LM"
     order = 30
     transposed = True
-
-    def matches(self, names: Sequence[str], path: Path) -> bool:
-        """Return whether any name is MLX's."""
-        return any(NAME.fullmatch(name) for name in names)
-
-    def parse(self, key: str) -> ParsedName | None:
-        """Take a tensor's name apart."""
-        found = NAME.fullmatch(key)
-        return ParsedName("", found["module"], SIDES[found["side"]]) if found else None
 
     def variant(self, rest: Sequence[str], config: Mapping[str, Any]) -> str:
         """Return DoRA if the config or a magnitude tells."""

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..sources import ADAPTER_CONFIG
-from .base import SIDES, Format, ParsedName
-
-NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<side>lora_A|lora_B)(?:\.(?P<name>[^.]+))?\.weight")
+from .base import Format
 
 
 class PeftNames(Format):
     """A state dict of PEFT that was saved without its config."""
 
+    pattern = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<side>lora_A|lora_B)(?:\.[^.]+)?\.weight")
     name = "PEFT"
     title = "a LoRA with PEFT's names"
     order = 60
     part_is_prefix = True
-
-    def matches(self, names: Sequence[str], path: Path) -> bool:
-        """Return whether any name is PEFT's."""
-        return any(NAME.fullmatch(name) for name in names)
-
-    def parse(self, key: str) -> ParsedName | None:
-        """Take a tensor's name apart."""
-        found = NAME.fullmatch(key)
-        return ParsedName("", found["module"], SIDES[found["side"]]) if found else None
 
     def advice(self, command: str, has_config: bool) -> str:
         """Return how to give the alpha that is missing."""

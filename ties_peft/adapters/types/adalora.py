@@ -13,7 +13,7 @@ from ...task_vectors.delta import LowRank
 from ..base_model import BaseModel
 from ..contents import Contents
 from ..tensors import TensorSource
-from .base import ModuleInfo, PeftType, linear_or_conv
+from .base import ModuleInfo, PeftType
 
 A, B, E = "lora_A", "lora_B", "lora_E"
 
@@ -29,24 +29,16 @@ class AdaLora(PeftType):
     def module(self, name: str, parts: Mapping[str, str], contents: Contents) -> ModuleInfo:
         """Return a layer with lora_A (r, in), lora_E (r, 1) and lora_B (out, r)."""
         shapes = contents.shapes(parts)
-        rank = shapes[A][0] if len(shapes.get(A, ())) == 2 else 0
-        if (
-            len(parts) < 3
-            or len(shapes[B]) != 2
-            or shapes[B][1] != rank
-            or shapes[E] != (rank, 1)
-            or len(shapes[A]) != 2
-        ):
+        rank, width = shapes[A] if len(shapes.get(A, ())) == 2 else (0, 0)
+        out = (shapes.get(B) or (0,))[0]
+        if shapes != {A: (rank, width), B: (out, rank), E: (rank, 1)}:
             raise contents.damaged(name, shapes, "lora_A [r, in], lora_B [out, r] and lora_E [r, 1]")
         start = contents.number("init_r", "", name, 12)
         alpha = contents.number("lora_alpha", "", name, 8)
         scaling = (alpha if alpha > 0 else float(rank)) / (start + 1e-5)
-        shape = shapes[B][0], shapes[A][1]
-        kernel = contents.kernel_size(shape, name)
+        kernel = contents.kernel_size((out, width), name)
         keys = (parts[A], parts[B], parts[E])
-        return ModuleInfo(
-            name, shape, max(1, rank), keys, scaling, layer_type=linear_or_conv(kernel), kernel_size=kernel
-        )
+        return ModuleInfo(name, (out, width), max(1, rank), keys, scaling, kernel_size=kernel)
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> LowRank:
         """Return the factors B·diag(E)·s and A; zeros if every direction was pruned."""

@@ -35,7 +35,8 @@ class ModuleInfo:
         keys: the names of its tensors in the file.
         scaling: the lora scaling, alpha/r or alpha/√r; 1 for PEFT types without one.
         on_input: whether an (IA)³ vector multiplies the layer's input (feed-forward) or its output.
-        layer_type: what the task vector belongs to: LINEAR, CONV, EMBEDDING, BIAS or EXPERT.
+        layer_type: what the task vector belongs to: LINEAR, CONV, EMBEDDING, BIAS or EXPERT; by default CONV if there is a
+            kernel size, else LINEAR.
         layer: the path of PEFT's layer; empty if it is the name.
         kernel_size: of a convolution; for (IA)³ on a convolution a 1 for each dimension.
         expert: for EXPERT, its index and the number of experts.
@@ -51,7 +52,7 @@ class ModuleInfo:
     keys: tuple[str, ...]
     scaling: float = 1.0
     on_input: bool = False
-    layer_type: str = LINEAR
+    layer_type: str = ""
     layer: str = ""
     kernel_size: tuple[int, ...] = ()
     expert: tuple[int, int] = (0, 1)
@@ -59,6 +60,10 @@ class ModuleInfo:
     base_tensors: tuple[str, ...] = ()
     conv1d: bool = False
     details: Any = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.layer_type:
+            object.__setattr__(self, "layer_type", CONV if self.kernel_size else LINEAR)
 
     @property
     def path(self) -> str:
@@ -69,11 +74,6 @@ class ModuleInfo:
     def signature(self) -> tuple[Any, ...]:
         """What must be equal in all adapters that have this module."""
         return self.shape, self.on_input, self.layer_type, self.kernel_size, self.expert
-
-
-def linear_or_conv(kernel_size: tuple[int, ...]) -> str:
-    """Return the layer type of a convolution's weight; of a linear layer's if there is no kernel."""
-    return CONV if kernel_size else LINEAR
 
 
 class PeftType(ABC):

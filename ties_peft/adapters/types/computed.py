@@ -23,7 +23,7 @@ from ...task_vectors.delta import Dense
 from ..base_model import BaseModel
 from ..contents import NEEDS_BASE, PREFIX, Contents, base_weight
 from ..tensors import TensorSource
-from .base import ModuleInfo, PeftType, linear_or_conv
+from .base import ModuleInfo, PeftType
 
 SERVED = {
     "BOFT": ("BOFT", "boft_"),
@@ -104,17 +104,16 @@ class Computed(PeftType):
         return {
             name: ModuleInfo(
                 name,
-                (shape[0], shape[1] * math.prod(kernel)),
-                min(shape[0], shape[1] * math.prod(kernel)),
+                (out, width * math.prod(kernel)),
+                min(out, width * math.prod(kernel)),
                 (*layers[name], *shared),
-                layer_type=linear_or_conv(kernel),
                 kernel_size=kernel,
                 rank_is_trained=False,
                 base_tensors=(f"{name}.weight",),
                 conv1d=conv1d,
                 details=Recomputed(contents.config, (largest[0], largest[1]), contents.where(name)),
             )
-            for name, (shape, kernel, conv1d) in shapes.items()
+            for name, ((out, width), kernel, conv1d) in shapes.items()
         }
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Dense:

@@ -17,7 +17,7 @@ from ..base_model import BaseModel
 from ..contents import PREFIX, Contents
 from ..name_patterns import matches_whole
 from ..tensors import TensorSource
-from .base import ModuleInfo, WritablePeftType
+from .base import LINEAR, ModuleInfo, WritablePeftType
 
 SUFFIX = "ia3_l"
 
@@ -45,8 +45,8 @@ class IA3(WritablePeftType):
         if not (wide or len(shape) == 2) or 1 not in shape or 0 in shape:
             raise contents.damaged(name, {SUFFIX: shape}, "[k, 1] or [1, k], or [1, k, 1, 1] on a convolution")
         if wide:
-            return ModuleInfo(name, (shape[1],), 1, keys, on_input=feedforward, kernel_size=shape[2:])
-        return ModuleInfo(name, (max(shape),), 1, keys, on_input=feedforward if shape == (1, 1) else shape[0] == 1)
+            return ModuleInfo(name, (shape[1],), 1, keys, 1.0, feedforward, LINEAR, kernel_size=shape[2:])
+        return ModuleInfo(name, (max(shape),), 1, keys, 1.0, feedforward if shape == (1, 1) else shape[0] == 1)
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Dense:
         """Return l − 1, (k,)."""

@@ -16,7 +16,7 @@ from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
 from ..contents import Contents
 from ..tensors import TensorSource
-from .base import ModuleInfo, PeftType, linear_or_conv
+from .base import ModuleInfo, PeftType
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 CORES = ("hada_t1", "hada_t2")
@@ -46,16 +46,7 @@ class LoHa(PeftType):
         kernel = contents.tucker_kernel_size(shape, core[2:], name) if core else contents.kernel_size(shape, name)
         keys = tuple(parts[end] for end in self.suffixes if end in parts)
         most = min(shape) if core else min(rank * rank, *shape)
-        return ModuleInfo(
-            name,
-            shape,
-            most,
-            keys,
-            scaling,
-            layer_type=linear_or_conv(kernel),
-            kernel_size=kernel,
-            rank_is_trained=False,
-        )
+        return ModuleInfo(name, shape, most, keys, scaling, kernel_size=kernel, rank_is_trained=False)
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
         """Return factors if r² is less than the layer's smaller side, else a dense matrix."""

@@ -16,7 +16,7 @@ from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
 from ..contents import Contents
 from ..tensors import TensorSource
-from .base import ModuleInfo, PeftType, linear_or_conv
+from .base import ModuleInfo, PeftType
 
 W1, W2, CORE = "lokr_w1", "lokr_w2", "lokr_t2"
 EXPECTED = "lokr_w1 or lokr_w1_a and lokr_w1_b, and lokr_w2 or lokr_w2_a and lokr_w2_b, whose shapes fit"
@@ -45,16 +45,7 @@ class LoKr(PeftType):
         kernel = kernel or contents.kernel_size(shape, name)
         most = min(shape) if size else min(first[1] * second[1], *shape)
         keys = tuple(parts[end] for end in self.suffixes if end in parts)
-        return ModuleInfo(
-            name,
-            shape,
-            most,
-            keys,
-            scaling,
-            layer_type=linear_or_conv(kernel),
-            kernel_size=kernel,
-            rank_is_trained=False,
-        )
+        return ModuleInfo(name, shape, most, keys, scaling, kernel_size=kernel, rank_is_trained=False)
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:
         """Return factors if their rank is less than the layer's smaller side, else a dense matrix."""

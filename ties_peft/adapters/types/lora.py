@@ -27,7 +27,7 @@ from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
 from ..contents import NEEDS_BASE, PREFIX, Contents, base_weight
 from ..tensors import TensorSource
-from .base import BIAS, CONV, EMBEDDING, EXPERT, LINEAR, ModuleInfo, WritablePeftType, linear_or_conv
+from .base import BIAS, CONV, EMBEDDING, EXPERT, LINEAR, ModuleInfo, WritablePeftType
 
 A, B, B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
@@ -164,7 +164,7 @@ class _Layer:
         pair = (EMBEDDING_A, EMBEDDING_B) if embedding else (A, B)
         self.check_pair(pair)
         first, second = (self.shapes[end] for end in pair)
-        kind = EMBEDDING if embedding else linear_or_conv(first[2:])
+        kind = EMBEDDING if embedding else CONV if first[2:] else LINEAR
         self.check_shapes(first, second, kind, pair)
         rank, keys = first[0], (self.parts[pair[0]], self.parts[pair[1]])
         parent = self.path.removesuffix(OUT_PROJ)
@@ -174,8 +174,8 @@ class _Layer:
         else:
             shape, scaling = (second[0], math.prod(first[1:])), self.scaling(parent, rank)
             name = self.path if parent == self.path else f"{parent}.out_proj"
-            plain = ModuleInfo(name, shape, rank, keys, scaling, layer_type=kind, layer=self.path)
-            yield self.with_magnitude(replace(plain, kernel_size=first[2:]))
+            plain = ModuleInfo(name, shape, rank, keys, scaling, False, kind, self.path, kernel_size=first[2:])
+            yield self.with_magnitude(plain)
         if B_BIAS in self.parts or (self.config.get("lora_bias") and kind in (LINEAR, CONV)):
             yield self.bias(second[0], rank)
 
