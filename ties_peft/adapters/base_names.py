@@ -74,18 +74,13 @@ class BaseNames:
         names = [one.layer.modules if one.layer is not None else (one.module.module,) for one in placed]
         table = self._spellings(known, any(one.layer is None for one in placed))
         self._check_known([name for own in names for name in own], table, known)
-        found = [
-            self._as_in_file(one, own, tuple(min(table[name]) for name in own))
-            for one, own in zip(placed, names, strict=True)
-        ]
-        layers = [
-            (one, replace(one.layer or Layer(own[0], own), modules=new))
-            for one, own, new in zip(placed, names, found, strict=True)
-        ]
-        pairs = {
-            old: new for own, all_new in zip(names, found, strict=True) for old, new in zip(own, all_new, strict=True)
-        }
-        renamed = {old: new for old, new in pairs.items() if old not in (new, self.format.spelled(new))}
+        layers: list[tuple[Placed, Layer]] = []
+        renamed: dict[str, str] = {}
+        for one, old_names in zip(placed, names, strict=True):
+            new_names = self._as_in_file(one, old_names, tuple(min(table[name]) for name in old_names))
+            layers.append((one, replace(one.layer or Layer(old_names[0], old_names), modules=new_names)))
+            pairs = zip(old_names, new_names, strict=True)
+            renamed |= {old: new for old, new in pairs if old not in (new, self.format.spelled(new))}
         return layers, renaming_remark(renamed)
 
     def known(self, part: str) -> list[str] | None:

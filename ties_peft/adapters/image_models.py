@@ -30,7 +30,7 @@ LOADED = {  # the parts of which diffusers' load_lora_weights loads a LoRA
     SD3: (TRANSFORMER, "text_encoder", "text_encoder_2"),
     FLUX: (TRANSFORMER, "text_encoder"),
 }
-BLOCK = 3  # layers of a level of the UNets of SD1, SD2 and SDXL: two, and one that changes the size
+LEVELS, BLOCK = 4, 3  # of the UNets of SD1, SD2 and SDXL; the layers of a level: two, and one that changes the size
 FLUX_BLOCKS = {"transformer_blocks": 19, "single_transformer_blocks": 38}
 WIDTHS = {1536: SD3, 2432: SD3, 3072: FLUX}  # of the attention of published models
 
@@ -51,15 +51,32 @@ TEXT_WORDS = (
 CONVOLUTIONS = frozenset(["conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "proj_in", "proj_out"])
 POINTWISE = "pos_embed.proj"
 
-LDM = re.compile(r"(input_blocks|middle_block|output_blocks)[._](\d{1,4})(?:[._](\d))?[._](.+)")
 FLUX_BLOCK = re.compile(r"(transformer_blocks|single_transformer_blocks)\.(\d{1,4})\..+")
-LDM_WHOLE = {
+LDM_LAYERS = {  # name in the LDM code: name in diffusers
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
+    **{f"input_blocks.{BLOCK * at + 3}.0.op": f"down_blocks.{at}.downsamplers.0.conv" for at in range(LEVELS)},
+    **{
+        f"output_blocks.{BLOCK * at + 2}.{place}.conv": f"up_blocks.{at}.upsamplers.0.conv"
+        for at in range(LEVELS)
+        for place in (1, 2)  # 2 after an attention, which the levels have that are written
+    },
+}
+LDM_BLOCKS = {  # the same for what holds the layers of LDM_RESNET, or an attention, whose layers have diffusers' names
+    **{
+        f"{block}_blocks.{BLOCK * level + layer + first}.{place}": f"{side}_blocks.{level}.{kind}.{layer}"
+        for block, side, first, layers in (("input", "down", 1, BLOCK - 1), ("output", "up", 0, BLOCK))
+        for level in range(LEVELS)
+        for layer in range(layers)
+        for place, kind in enumerate(("resnets", "attentions"))
+    },
+    "middle_block.0": "mid_block.resnets.0",
+    "middle_block.1": "mid_block.attentions.0",
+    "middle_block.2": "mid_block.resnets.1",
 }
 LDM_RESNET = {
     "in_layers.2": "conv1",
@@ -67,7 +84,9 @@ LDM_RESNET = {
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
 }
-DOWN, UP = "op", "conv"  # the layers that change the size, in the LDM code
+LDM_DOTS = {name.replace(".", "_"): name for name in (*LDM_LAYERS, *LDM_RESNET)}
+IN_LDM_BLOCK = re.compile(r"((?:input_blocks[._]\d+|output_blocks[._]\d+|middle_block)[._]\d+)[._](.+)")
+IN_UNET_BLOCK = re.compile(r"((?:down_blocks\.\d+|up_blocks\.\d+|mid_block)\.\w+\.\d+)\.(.+)")
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v")
 ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -135,6 +154,10 @@ SD3_LAYERS: Mapping[str, tuple[str, ...]] = {
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 TABLES = {FLUX: FLUX_LAYERS, SD3: SD3_LAYERS}
+STACKED_IN = {  # for each table: name in diffusers: name in the model's code
+    architecture: {name: native for native, names in table.items() for name in names}
+    for architecture, table in TABLES.items()
+}
 Shape = tuple[int, int]
 NUMBER = re.compile(r"[0-9]{1,4}")
 
@@ -215,50 +238,55 @@ def find_layers(shapes: Mapping[str, Shape], joined: bool) -> tuple[str, dict[st
 
 def _ldm_layer(name: str, joined: bool) -> Layer | None:
     """Return the layer of a UNet's name in the LDM code."""
-    dots = {key.replace(".", "_"): key for key in (*LDM_WHOLE, *LDM_RESNET)} if joined else {}
+    dots = LDM_DOTS if joined else {}
     whole = dots.get(name, name)
-    if whole in LDM_WHOLE:
-        return Layer(whole, (LDM_WHOLE[whole],))
-    match = LDM.fullmatch(name)
-    if match is None:
+    if whole in LDM_LAYERS:
+        return Layer(whole, (LDM_LAYERS[whole],))
+    match = IN_LDM_BLOCK.fullmatch(name)
+    native = "" if match is None else re.sub(r"[._](?=\d)", ".", match[1])
+    if match is None or native not in LDM_BLOCKS:
         return None
-    block, number, place, rest = match[1], int(match[2]), match[3], match[4]
-    rest = dots.get(rest, rest)
-    if block == "middle_block":
-        outer = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}.get(match[2]) if place is None else None
-        front, native = "mid_block", f"middle_block.{number}"
-    else:
-        level, layer = divmod(number - (block == "input_blocks"), BLOCK)
-        front, native = f"{'down' if block == 'input_blocks' else 'up'}_blocks.{level}", f"{block}.{number}.{place}"
-        if (block, rest) == ("input_blocks", DOWN) and layer == BLOCK - 1 and place == "0":
-            return Layer(f"{native}.{DOWN}", (f"{front}.downsamplers.0.conv",))
-        if (block, rest) == ("output_blocks", UP) and layer == BLOCK - 1 and place in ("1", "2"):
-            return Layer(f"{native}.{UP}", (f"{front}.upsamplers.0.conv",))
-        if number < 1 and block == "input_blocks":
-            return None
-        outer = {"0": f"resnets.{layer}", "1": f"attentions.{layer}"}.get(place or "")
-    if outer is None:
+    block, inner = LDM_BLOCKS[native], dots.get(match[2], match[2])
+    if ".resnets." in block:
+        return Layer(f"{native}.{inner}", (f"{block}.{LDM_RESNET[inner]}",)) if inner in LDM_RESNET else None
+    path = split_words(inner, UNET_WORDS) if joined else inner
+    return None if path is None else Layer(f"{native}.{path}", (f"{block}.{path}",))
+
+
+def _to_ldm(module: str) -> Layer | None:
+    """Return the layer of the LDM code that is a module of a UNet of diffusers."""
+    whole, blocks, resnet = ({ours: native for native, ours in t.items()} for t in (LDM_LAYERS, LDM_BLOCKS, LDM_RESNET))
+    if module in whole:
+        return Layer(whole[module], (module,))
+    match = IN_UNET_BLOCK.fullmatch(module)
+    if match is None or match[1] not in blocks:
         return None
-    inner = LDM_RESNET.get(rest) if outer.startswith("resnets") else split_words(rest, UNET_WORDS) if joined else rest
-    if inner is None:
-        return None
-    native_inner = rest if outer.startswith("resnets") else inner
-    return Layer(f"{native}.{native_inner}", (f"{front}.{outer}.{inner}",))
+    inner = resnet.get(match[2]) if ".resnets." in match[1] else match[2]
+    return None if inner is None else Layer(f"{blocks[match[1]]}.{inner}", (module,))
+
+
+def _template(name: str) -> tuple[str, str]:
+    """Return a name with # for the number of its block, as the tables have it, and the number; empty if it has none."""
+    number = re.search(r"(?<=blocks[._])\d+", name)
+    return (name, "") if number is None else (f"{name[: number.start()]}#{name[number.end() :]}", number[0])
 
 
 def _table_layer(
     name: str, known: Mapping[str, str], table: Mapping[str, tuple[str, ...]], shape: Shape, architecture: str
 ) -> Layer | None:
     """Return the layer of a name in a table of templates, if its shape is one of that architecture."""
-    number = re.search(r"(?<=blocks[._])\d+", name)
-    template = name if number is None else f"{name[: number.start()]}#{name[number.end() :]}"
+    template, number = _template(name)
     if template not in known:
         return None
     native = known[template]
-    at = number[0] if number else ""
     swapped = _is_swapped(table[native][0], shape)
-    layer = Layer(native.replace("#", at), tuple(module.replace("#", at) for module in table[native]), swapped)
+    layer = _numbered(native, number, table[native], swapped)
     return layer if _fits(layer, shape, architecture) else None
+
+
+def _numbered(native: str, number: str, modules: Iterable[str], swapped: bool) -> Layer:
+    """Return the layer that an entry of a table stands for in one block."""
+    return Layer(native.replace("#", number), tuple(module.replace("#", number) for module in modules), swapped)
 
 
 def _is_swapped(module: str, shape: Shape) -> bool:
@@ -310,10 +338,7 @@ def architecture_of(widths: Mapping[str, int | None], parts: Iterable[str] = (),
     if part_of(names) == UNET:
         large = any(re.search(r"transformer_blocks\.[1-9]|^add_embedding", name) for name in names)
         return SDXL if large or TEXT_ENCODERS[1] in parts else SD
-    table = {FLUX: _templates(FLUX_LAYERS), SD3: _templates(SD3_LAYERS)}
-    fitting = [
-        one for one, known in table.items() if all(re.sub(r"\d+", "#", name, count=1) in known for name in names)
-    ]
+    fitting = [one for one, known in STACKED_IN.items() if all(_template(name)[0] in known for name in names)]
     if not _within_flux(names):
         fitting = [one for one in fitting if one != FLUX]
     if any(name.startswith("single_transformer_blocks.") for name in names):
@@ -323,12 +348,6 @@ def architecture_of(widths: Mapping[str, int | None], parts: Iterable[str] = (),
     width = next((w for name, w in widths.items() if w and name.endswith((".to_q", ".add_q_proj"))), 0)
     guess = _by_name(base) or WIDTHS.get(width, SD3)  # other widths are those of small test models
     return guess if guess in fitting else ""
-
-
-def _templates(table: Mapping[str, tuple[str, ...]]) -> set[str]:
-    return {
-        re.sub(r"\d+", "#", name, count=1) if "#" not in name else name for names in table.values() for name in names
-    }
 
 
 def _by_name(base: str | None) -> str:
@@ -350,38 +369,12 @@ def layers_of(architecture: str, modules: Mapping[str, Shape]) -> list[Layer] | 
     if architecture == SDXL:
         found = [_to_ldm(name) for name in modules]
         return [layer for layer in found if layer is not None] if None not in found else None
-    holders = {name: native for native, names in TABLES[architecture].items() for name in names}
     layers: dict[str, Layer] = {}
     for name, shape in modules.items():
-        number = re.search(r"(?<=blocks\.)\d+", name)
-        template = name if number is None else f"{name[: number.start()]}#{name[number.end() :]}"
-        if template not in holders:
+        template, number = _template(name)
+        native = STACKED_IN[architecture].get(template)
+        if native is None:
             return None
-        at, native = number[0] if number else "", holders[template]
-        whole = tuple(module.replace("#", at) for module in TABLES[architecture][native])
-        layers[native.replace("#", at)] = Layer(native.replace("#", at), whole, _is_swapped(name, shape))
+        layer = _numbered(native, number, TABLES[architecture][native], _is_swapped(name, shape))
+        layers[layer.name] = layer
     return list(layers.values())
-
-
-def _to_ldm(module: str) -> Layer | None:
-    """Return the layer of the LDM code that is a module of a UNet of diffusers."""
-    whole = {name: native for native, name in LDM_WHOLE.items()}
-    if module in whole:
-        return Layer(whole[module], (module,))
-    resnet = {name: native for native, name in LDM_RESNET.items()}
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", module)
-    if match is not None:
-        up, level, kind, number, rest = match[1] == "up", int(match[2]), match[3], int(match[4]), match[5]
-        at = BLOCK * level + (0 if up else 1)
-        block = "output_blocks" if up else "input_blocks"
-        if kind in ("downsamplers", "upsamplers"):
-            place = f"0.{DOWN}" if kind == "downsamplers" else f"2.{UP}"
-            return Layer(f"{block}.{at + BLOCK - 1}.{place}", (module,))
-        inner = resnet.get(rest) if kind == "resnets" else rest
-        return inner and Layer(f"{block}.{at + number}.{int(kind == 'attentions')}.{inner}", (module,))  # type: ignore[return-value]
-    middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", module)
-    if middle is None:
-        return None
-    place = "1" if middle[1] == "attentions" else {"0": "0", "1": "2"}.get(middle[2], "")
-    inner = middle[3] if middle[1] == "attentions" else resnet.get(middle[3])
-    return Layer(f"middle_block.{place}.{inner}", (module,)) if inner and place else None

@@ -16,12 +16,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 from urllib.parse import quote
 
-from ..errors import AdapterError, one_line
+from ..errors import AdapterError, one_line, some
 
 ADAPTER_CONFIG, CARD = "adapter_config.json", "README.md"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -185,9 +185,9 @@ def _cached(name: str, revision: str) -> Path | None:
     if repository is None:
         return None
     reference = _existing(str(repository / "refs" / (revision or "main")))
-    commit = (
-        reference.read_text(encoding="utf-8").strip() if reference is not None and reference.is_file() else revision
-    )
+    commit = revision
+    if reference is not None and reference.is_file():
+        commit = reference.read_text(encoding="utf-8").strip()
     return _existing(str(repository / "snapshots" / commit)) if commit and "/" not in commit else None
 
 
@@ -243,21 +243,17 @@ def expand_patterns(given: Iterable[str]) -> tuple[list[str], list[str]]:
         found, rest = expand_pattern(source)
         names += found
         if found != [source]:
-            left = f"; no adapters, so left out: {_list(rest)}" if rest else ""
-            remarks.append(f"{source!r} stands for {len(found)}: {_list(found)}{left}.")
+            left = f"; no adapters, so left out: {some(rest, 40)}" if rest else ""
+            remarks.append(f"{source!r} stands for {len(found)}: {some(found, 40)}{left}.")
     return names, remarks
 
 
 def stays_inside(path: Path) -> bool:
-    """Return whether a file is no link that leads out of its folder; links into the blobs of the Hub's cache are allowed."""
+    """Return whether a file is in its folder, and no link that leads out of it; links to the Hub cache's blobs are allowed."""
     real, folder = path.resolve(), path.parent.resolve()
     cache = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
-    homes = [folder] + ([cache.parent / "blobs"] if cache is not None else [])
-    return any(home in real.parents for home in homes)
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
+    allowed = [folder, *([cache.parent / "blobs"] if cache is not None else [])]
+    return any(parent in real.parents for parent in allowed)
 
 
 def find_weights(folder: Path, label: str) -> Path:
@@ -276,7 +272,7 @@ def find_weights(folder: Path, label: str) -> Path:
 
 def list_folder(folder: Path) -> str:
     """Return the first few names in a folder."""
-    return ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+    return some(sorted(path.name for path in folder.iterdir()), 6) or "nothing"
 
 
 def _refuse_missing_part(source: str) -> None:
@@ -309,14 +305,8 @@ def _on_hub(source: str, token: str | None) -> Path:
         optional=[*(f"{within}{file}" for file in (*TOKENIZER_FILES, CARD)), *([CARD] if within else [])],
     )
     if not named and not (root / folder / ADAPTER_CONFIG).is_file():  # for the message that says what it is instead
-        download(
-            name,
-            [
-                f"{within}*/{ADAPTER_CONFIG}",
-                *(f"{within}{file}" for file in (*OTHER_WEIGHT_FILES, *FULL_MODEL_CONFIGS)),
-            ],
-            token,
-        )
+        others = (f"*/{ADAPTER_CONFIG}", *OTHER_WEIGHT_FILES, *FULL_MODEL_CONFIGS)
+        download(name, [f"{within}{file}" for file in others], token)
     return root / inside if inside else root
 
 
@@ -329,7 +319,7 @@ def download(
         source: `org/name` or `org/name@revision`.
         patterns: of file names, as in `huggingface_hub`.
         token: as in `huggingface_hub`.
-        what: is searched, for the message: adapter, base model.
+        what: what is searched, for the message: adapter, base model.
         optional: further patterns, ignored if the cache lacks such files and the Hub cannot be reached.
     Raises: AdapterError if the source is no Hub id, or the download fails.
     """
@@ -339,27 +329,21 @@ def download(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = [list(patterns) + list(optional)] + ([list(patterns)] if optional else [])
-    for chosen in wanted:
-        try:
-            return Path(snapshot_download(name, revision=revision or None, token=token, allow_patterns=chosen))
-        except Exception as error:  # the Hub's client raises its own, the network's and the file system's errors
-            if isinstance(error, LocalEntryNotFoundError) and chosen is not wanted[-1]:
-                continue
-            raise AdapterError(
-                f"{what} {source!r}: there is no such folder here, and the Hub gave no {what} of that id "
-                f"({error_text(error, token)}). Check the spelling, the network, and whether the repository is private."
-            ) from None
-    raise AssertionError("one of them returns or raises")
+    try:
+        wanted = [*patterns, *optional]
+        return Path(snapshot_download(name, revision=revision or None, token=token, allow_patterns=wanted))
+    except Exception as error:  # the Hub's client raises its own, the network's and the file system's errors
+        if isinstance(error, LocalEntryNotFoundError) and optional:
+            return download(source, patterns, token, what)
+        raise AdapterError(
+            f"{what} {source!r}: there is no such folder here, and the Hub gave no {what} of that id "
+            f"({error_text(error, token)}). Check the spelling, the network, and whether the repository is private."
+        ) from None
 
 
 def error_text(error: Exception, token: str | None = None) -> str:
     """Return an error of the Hub's client in one line, without tokens."""
-    text = next(_lines(error), "")
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
     if token:
         text = text.replace(token, "…")
     return f"{type(error).__name__}: {one_line(HUB_TOKEN.sub('…', text))}"
-
-
-def _lines(error: Exception) -> Iterator[str]:
-    return (line for line in str(error).splitlines() if line.strip())

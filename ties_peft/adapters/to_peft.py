@@ -106,7 +106,8 @@ class _Conversion:
             for one, layer in found:
                 self.add(one.module, f"{part}." if self.all_parts else "", layer)
         parts = tuple(sorted({one.part for one in placed}))
-        scaling, remark, assumed = self.scaling(parts)
+        alphas, remark, assumed = self.find_alphas(parts)
+        scaling = by_module(alphas)
         written = sorted(self.alphas)
         config = {
             "peft_type": PEFT_TYPES.get(self.file.kind, "LORA"),
@@ -341,8 +342,8 @@ class _Conversion:
         shape = self.base.info(found).shape
         return shape[::-1] if self.base.is_conv1d(name) else shape
 
-    def scaling(self, parts: Sequence[str]) -> tuple[dict[str, Any], str, bool]:
-        """Return the config's keys that give every module its lora scaling, where they are from, and whether they are assumed."""
+    def find_alphas(self, parts: Sequence[str]) -> tuple[Mapping[str, float], str, bool]:
+        """Return the alpha with which alpha/r is the scaling of each module, its source in words, and whether it is assumed."""
         asked, label = self.options.alpha, self.label
         ranks = self.ranks
         own = {name: alpha for name, alpha in self.alphas.items() if alpha is not None}
@@ -352,31 +353,23 @@ class _Conversion:
         if self.file.kind != DORA and any(found.get("use_dora") for found in noted.values()):
             raise AdapterError(f"adapter '{label}' is a DoRA by its metadata, which is no plain LoRA. Leave it out.")
         if own:
-            each = {name: own.get(name, float(rank)) for name, rank in ranks.items()}
             lacking = len(ranks) - len(own)
-            return (
-                by_module(each),
-                "alpha from the file" + (f", scaling 1 for {lacking} without" if lacking else ""),
-                lacking > 0,
-            )
+            said = "alpha from the file" + (f", scaling 1 for {lacking} without" if lacking else "")
+            return {name: own.get(name, float(rank)) for name, rank in ranks.items()}, said, lacking > 0
         if parts and all("lora_alpha" in found for found in noted.values()):
-            return by_module(self._noted_alphas(noted, ranks)), "alpha from the file's metadata", False
+            return self._noted_alphas(noted, ranks), "alpha from the file's metadata", False
         if asked is not None:
-            return {"lora_alpha": asked}, f"alpha {asked:g} as given", False
+            return dict.fromkeys(ranks, asked), f"alpha {asked:g} as given", False
         scale = self.format.config_scale(self.config, label)
         if scale is not None:
-            return (
-                by_module({name: scale * r for name, r in ranks.items()}),
-                f"scaling {scale:g} from its config",
-                False,
-            )
+            return {name: scale * rank for name, rank in ranks.items()}, f"scaling {scale:g} from its config", False
         reason = self.format.needs_alpha(list(ranks.values()))
         if reason is not None:
             raise AdapterError(
                 f"adapter '{label}': the file gives no alpha (ranks {', '.join(map(str, sorted(set(ranks.values()))))}), "
                 f"and {reason}. Give the lora_alpha of its training, in `ties-peft convert`: --alpha NUMBER."
             )
-        return by_module({name: float(rank) for name, rank in ranks.items()}), self.format.without_alpha, True
+        return {name: float(rank) for name, rank in ranks.items()}, self.format.without_alpha, True
 
     def _noted_alphas(self, noted: Mapping[str, Mapping[str, Any]], ranks: Mapping[str, int]) -> dict[str, float]:
         """Return the alpha of each module by the configs in the file's metadata, with which alpha/r is its scaling."""

@@ -43,18 +43,18 @@ def collect_tokenizer_files(folders: Iterable[tuple[str, Path | None]]) -> Token
     """
     held: dict[str, dict[str, list[str]]] = {}  # file → its digest → the adapters that have it
     paths: dict[str, Path] = {}
-    strange = []
+    refused = []
     for adapter, folder in folders:
         for path in _beside(folder):
             if not stays_inside(path) or path.stat().st_size > LARGEST:
-                strange.append(f"{path.name} of {adapter} leads out of its folder or is too large")
+                refused.append(f"{path.name} of {adapter} leads out of its folder or is too large")
                 continue
             paths[path.name] = path
             held.setdefault(path.name, {}).setdefault(_digest(path.read_bytes()), []).append(adapter)
-    unlike = [f"{name} ({_differs(owners)})" for name, owners in sorted(held.items()) if len(owners) > 1]
-    faults = strange + ([f"these differ: {', '.join(unlike)}"] if unlike else [])
+    differing = [f"{name} ({_owners(own)})" for name, own in sorted(held.items()) if len(own) > 1]
+    faults = refused + ([f"these differ: {', '.join(differing)}"] if differing else [])
     if faults:
-        left = ", ".join(sorted({*held, *(fault.partition(" ")[0] for fault in strange)}))
+        left = ", ".join(sorted({*held, *(fault.partition(" ")[0] for fault in refused)}))
         return TokenizerFiles(
             remark=f"tokenizer files beside the adapters were left out ({left}): {'; '.join(faults)}."
         )
@@ -69,6 +69,6 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _differs(owners: Mapping[str, Sequence[str]]) -> str:
+def _owners(by_digest: Mapping[str, Sequence[str]]) -> str:
     """Return which adapters have the same content: their names joined by +, the versions by /."""
-    return " / ".join(" + ".join(sorted(names)) for names in sorted(map(list, owners.values())))
+    return " / ".join(" + ".join(sorted(names)) for names in sorted(map(list, by_digest.values())))

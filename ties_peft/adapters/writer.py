@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import RecipeError
+from ..errors import RecipeError, some
 from .image_files import DIFFUSERS_FILE, KOHYA_FILE, TensorFile
 
 Content = str | bytes | dict[str, Tensor] | TensorFile  # a text file, any file, or the contents of a safetensors file
@@ -55,17 +55,15 @@ def check_output_folder(folder: Path, force: bool, inputs: Iterable[Path] = ()) 
 
 
 def check_outside_output(folder: Path, kept: Path | None, what: str) -> None:
-    """Refuse an output folder that overlaps a file or folder which must survive. Call it before any work is done.
+    """Refuse an output folder that overlaps a file or folder that must be kept. Call it before any work is done.
 
     Args:
         folder: of the output.
-        kept: the file or folder that must survive; None for nothing.
+        kept: the file or folder that must be kept; None for nothing.
         what: its name in the message.
     Raises: RecipeError if it is the output folder, contains it or lies in it.
     """
-    if kept is None:
-        return
-    if _overlap(folder.resolve(), kept.resolve()):
+    if kept is not None and _overlap(folder.resolve(), kept.resolve()):
         raise RecipeError(
             f"{what} {str(kept)!r} is, holds or lies in the output {str(folder)!r}, which "
             "is written whole at the end. Choose another place for one of them."
@@ -98,7 +96,7 @@ def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path
     foreign = [path.name for path in unexpected_files(folder)]
     if foreign:
         raise RecipeError(
-            f"the output '{folder}' holds files that ties_peft did not write ({', '.join(foreign[:4])}), "
+            f"the output '{folder}' holds files that ties_peft did not write ({some(foreign)}), "
             "so --force does not replace it. Choose another folder, or empty it yourself."
         )
 

@@ -15,13 +15,15 @@ __all__ = ["ModuleInfo", "PeftType", "WritablePeftType", "find_peft_type", "outp
 _PROMPT = "which adds virtual tokens or hidden states to the input and changes no weight, so it has no task vector"
 _ROUTED = "whose effect depends on each input, so it has no one task vector"
 _WHOLE = "which trains the base's own parameters instead of an update beside them"
-_UNSERVED = "whose task vector cannot be computed from its files alone. Merge it into a checkpoint with PEFT instead"
+_NOT_COMPUTED = (
+    "whose task vector cannot be computed from its files alone. Merge it into a checkpoint with PEFT instead"
+)
 WITHOUT_DELTA = {
     **dict.fromkeys(("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING"), _PROMPT),
     **dict.fromkeys(("PREFIX_TUNING", "PROMPT_TUNING"), _PROMPT),
     **dict.fromkeys(("LILY", "POLY", "SHADOW", "XLORA"), _ROUTED),
     **dict.fromkeys(("BEFT", "LN_TUNING", "TRAINABLE_TOKENS"), _WHOLE),
-    **dict.fromkeys(("ADAMSS", "FROD", "GLORA", "PSOFT", "ROAD", "TINYLORA", "UNILORA"), _UNSERVED),
+    **dict.fromkeys(("ADAMSS", "FROD", "GLORA", "PSOFT", "ROAD", "TINYLORA", "UNILORA"), _NOT_COMPUTED),
 }
 
 

@@ -2,7 +2,7 @@
 
 PEFT is imported when such an adapter is read. It gets a model of one layer with the base's weight in float64 and the adapter's
 tensors. A second layer has the largest sizes that occur, because some types share tensors of these sizes among all layers.
-All types of PEFT were tried; those for which this is exact are listed in `SERVED`.
+All types of PEFT were tried; those for which this is exact are listed in `TYPES`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..contents import NEEDS_BASE, PREFIX, Contents, base_weight
 from ..tensors import TensorSource
 from .base import ModuleInfo, PeftType
 
-SERVED = {
+TYPES = {  # config_name: title, prefix of the names of its parameters
     "BOFT": ("BOFT", "boft_"),
     "C3A": ("C3A", "c3a_"),
     "DELORA": ("DeLoRA", "delora_"),
@@ -82,8 +82,8 @@ class Computed(PeftType):
 
     @classmethod
     def instances(cls) -> list[PeftType]:
-        """Return one instance for each type in `SERVED`."""
-        return [cls(config_name, title, prefix) for config_name, (title, prefix) in SERVED.items()]
+        """Return one instance for each type in `TYPES`."""
+        return [cls(config_name, title, prefix) for config_name, (title, prefix) in TYPES.items()]
 
     def layout(self, contents: Contents) -> dict[str, ModuleInfo]:
         """Return the layers, each with its own tensors and those that all layers share."""
@@ -168,7 +168,7 @@ def _merged(
     if outcome.unexpected_keys:
         raise AdapterError(
             f"{known.where}: PEFT has no place for tensor {outcome.unexpected_keys[0]!r} in a layer of the "
-            "base's shape. Is it the base that the adapter was trained on? Embeddings of this type are not served."
+            "base's shape. Is it the base that the adapter was trained on? Embeddings with an adapter of this type cannot be merged."
         )
     model.double().eval()
     adapted: Any = model.get_base_model().get_submodule(module.name)
