@@ -222,10 +222,10 @@ ASKED: list[tuple[dict[str, Any], str]] = [
     ({"weights": [1]}, "1 weight for 2 adapters. Give one weight per adapter, in their order."),
     ({"weights": [1, float("nan")]}, "the weights contain nan; expected finite numbers."),
     ({"weights": [0, 0]}, "every weight is 0, so nothing is left to merge. Give at least one adapter a weight."),
-    ({"rank": 0}, "the rank is 0; expected a whole number from 1 up, 'max' or 'auto'."),
+    ({"rank": 0}, "rank is 0; expected a whole number from 1 up, max or auto."),
     (
         {"scale": float("inf")},
-        "the scale is inf; expected a finite number, or a formula in N, the number of adapters: 1/N, 1/sqrt(N), N^-1/4 or "
+        "scale is inf; expected a finite number, or a formula in N, the number of adapters: 1/N, 1/sqrt(N), N^-1/4 or "
         "0.7*N^-1/4.",
     ),
     ({"dtype": "fp16"}, "unknown dtype 'fp16': did you mean 'float16'? Known: bfloat16, float16, float32."),

@@ -22,7 +22,7 @@ SHAPES = {"layers.0.q": (12, 10), "lm_head": (9, 12)}
 HEAD, NORM = "score.weight", "layers.0.norm.weight"
 Tensors = dict[str, Tensor]
 Hold = Callable[..., str]
-OTHERS = "hoose another fate for them: --heads error, drop, keep=NAME, average (heads=… in Python)."
+OTHERS = "hoose another policy for them: --heads error, drop, keep=NAME, average (heads=… in Python)."
 
 
 def drawn(seed: int, *shape: int) -> Tensor:

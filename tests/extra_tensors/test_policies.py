@@ -245,9 +245,9 @@ def test_counters_have_no_mean(hold: Hold) -> None:
 @pytest.mark.parametrize(
     ("policy", "told"),
     [
-        ("mean", "heads is 'mean'; expected error, drop, keep=NAME, average, merge."),
-        (None, "heads is None; expected error, drop, keep=NAME, average, merge."),
-        ("keep=", "heads is 'keep='; expected error, drop, keep=NAME, average, merge."),
+        ("mean", "heads is 'mean'; expected one of error, drop, keep=NAME, average, merge."),
+        (None, "heads is None; expected one of error, drop, keep=NAME, average, merge."),
+        ("keep=", "heads is 'keep='; expected one of error, drop, keep=NAME, average, merge."),
         ("keep=aa", "heads is 'keep=aa': unknown adapter 'aa': did you mean 'a'? Known: a, b, c."),
         ("keep=c", "heads is 'keep=c', but c holds no whole layers. Leave it out."),
     ],

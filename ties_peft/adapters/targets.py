@@ -31,8 +31,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import CompatibilityError, RecipeError, some, unknown
-from . import IMAGE_TARGETS, LLAMA_CPP, PEFT, TARGETS, VLLM
+from ..errors import CompatibilityError, some
+from . import IMAGE_TARGETS, LLAMA_CPP, PEFT, VLLM
 from .extra_layers import ExtraLayer
 from .extra_tensors import TOKENS
 from .types.base import BIAS, EXPERT, ModuleInfo
@@ -64,10 +64,8 @@ def fit_rank(target: str | None, rank: int | None, asked: int | str, title: str,
         asked: the rank that the user asked for: a number, `max` or `auto`.
         title: of the adapters' PEFT type, such as LoRA.
         warnings: extended by what the target needs, and by a change of the rank.
-    Raises: RecipeError for an unknown target; CompatibilityError if no rank fits.
+    Raises: CompatibilityError if no rank fits.
     """
-    if target is not None and target not in TARGETS:
-        raise RecipeError(unknown("target", str(target), TARGETS))
     if target in (None, PEFT):
         return rank
     if rank is None:

@@ -105,7 +105,9 @@ def _measure(plan: Plan, share: float, progress: Progress) -> Measured:
 
 def _default_methods(plan: Plan, share: float, warnings: list[str]) -> list[str]:
     """Return the methods that are compared by default: those for this type of adapter that take seconds."""
-    names = [name for name in dict.fromkeys((Options.method, *COMPARED)) if plan.kind.name in find_method(name).kinds]
+    names = [
+        name for name in dict.fromkeys((Options.method, *COMPARED)) if plan.peft_type.name in find_method(name).kinds
+    ]
     if share >= 1:
         return names
     slow = [name for name in names if find_method(name).entrywise and not find_method(name)().linear(len(plan.members))]

@@ -149,7 +149,7 @@ def _write_report(merged: Merged, out: Path, report: Path | None) -> None:
 
 
 def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
-    from ..merging.report import describe_extra_tensors
+    from ..merging.report import describe_outcomes
 
     print_warnings(plan.warnings)
     facts = {
@@ -163,7 +163,7 @@ def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:
         "rank": plan.rank,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "bytes": plan.bytes,
-        "heads": describe_extra_tensors(plan.extra_tensors.lines()),
+        "heads": describe_outcomes(plan.extra_tensors.lines()),
         **({} if plan.pipeline is None else _pipeline_facts(plan.pipeline)),
     }
     if as_json:

@@ -18,7 +18,7 @@ from ..adapters import sources
 from ..errors import RecipeError, printable, some
 from .loading import Loading
 from .recipes.yaml_document import Document, dump
-from .report import Report, describe_extra_tensors, figure
+from .report import Report, describe_outcomes, figure
 
 TYPE_TAGS = {"LoRA": "lora", "(IA)³": "ia3"}
 PLACEHOLDER_FOLDER = "path/to/this/folder"  # in the lines of Python; `push` writes the repository's name there
@@ -70,7 +70,7 @@ def merge_card(
             f"Made by {PROJECT} with the method `{report.method}` in space `{report.space}`, scale {report.scale_text}.{energy}",
             markdown_table(("adapter", "weight", "rank", "norm", "projection", "cosine", "others", "digest"), rows),
             FIGURES,
-            markdown_list("Layers that an adapter stores as a whole:", describe_extra_tensors(report.riders)),
+            markdown_list("Layers that an adapter stores as a whole:", describe_outcomes(report.riders)),
             "Load it:",
             loading_block(loading),
             "The recipe; with the same inputs it gives the same bytes again:",
@@ -82,7 +82,7 @@ def merge_card(
 
 
 def _trainings(trainings: Mapping[str, Mapping[str, str]], paths: Any) -> Iterator[str]:
-    """Yield a line for each input; its texts come from strangers and are written as code."""
+    """Yield a line for each input; its texts are not ours, so they are written as code."""
     for name, facts in trainings.items():
         texts = (f"{what}: {code_span(public_text(text, paths))}" for what, text in facts.items())
         yield f"{adapter_link(_public_name(name), None)}: {', '.join(texts)}"

@@ -127,10 +127,10 @@ def check_one_config(members: Sequence[Member], modules: dict[str, ModuleInfo]) 
 
 def _check_expert_forms(members: Sequence[Member]) -> None:
     """Check that experts are either all separate layers, as in transformers 4, or all fused, as in transformers 5."""
-    apart = [(m.name, n) for m in members for n in m.adapter.modules if SEPARATE_EXPERT.search(n)]
+    separate = [(m.name, n) for m in members for n in m.adapter.modules if SEPARATE_EXPERT.search(n)]
     fused = [(m.name, n) for m in members for n, module in m.adapter.layout.items() if module.layer_type == EXPERT]
-    if apart and fused:
-        rows = [f"  {', '.join(dict.fromkeys(n for n, _ in some))}: {some[0][1]!r}" for some in (apart, fused)]
+    if separate and fused:
+        rows = [f"  {', '.join(dict.fromkeys(n for n, _ in own))}: {own[0][1]!r}" for own in (separate, fused)]
         raise CompatibilityError(
             "some adapters have a layer for each expert, others one fused parameter for all experts:\n"
             + "\n".join(rows)
@@ -286,11 +286,11 @@ def warn_orientation(members: Sequence[Member], warnings: list[str]) -> None:
             continue
         says, where = f"fan_in_fan_out={stated}", f"base model '{adapter.base_model.label}'"
         read = [module for module in adapter.layout.values() if module.base_tensors and module.layer_type == LINEAR]
-        odd = [module.name for module in read if module.conv1d != stated]
-        if odd:
+        contradicting = [module.name for module in read if module.conv1d != stated]
+        if contradicting:
             here, order = ("Linear", "(out, in)") if stated else ("Conv1D", "(in, out)")
             warnings.append(
-                f"{member.name}: its config says {says}, but {len(odd)} of its modules ('{odd[0]}') are {here} in {where}. "
+                f"{member.name}: its config says {says}, but {len(contradicting)} of its modules ('{contradicting[0]}') are {here} in {where}. "
                 f"Their weights are read as {order}, as PEFT reads them."
             )
         doubtful = [
@@ -311,10 +311,10 @@ def warn_unused_filters(members: Sequence[Member], modules: Iterable[str], warni
     filters = dict.fromkeys(
         part for m in members for schedule in (m.weight, m.density) if schedule is not None for part in schedule.filters
     )
-    idle = [part for part in filters if not any(part in name for name in names)]
-    if idle:
+    unused = [part for part in filters if not any(part in name for name in names)]
+    if unused:
         warnings.append(
-            f"no module's name contains {', '.join(idle)}, so these filters have no effect. Check their spelling."
+            f"no module's name contains {', '.join(unused)}, so these filters have no effect. Check their spelling."
         )
 
 

@@ -60,12 +60,12 @@ class EncodedModules:
         self._encoding: Encoding | None = None
         self._weighted: dict[int, tuple[Delta, ...]] | None = None
         self._small: dict[str, Encoding] = {}
-        self._room = KEPT_BYTES
+        self._bytes_left = KEPT_BYTES
 
     @property
     def joint(self) -> bool:
         """Whether one adapter's encoding depends on the other adapters."""
-        return self.plan.arithmetic.shared or any(stage.joint for stage in self.plan.preparations)
+        return self.plan.arithmetic.shared or any(stage.joint for stage in self.plan.stages.before)
 
     def prefetch(self, module: str) -> None:
         """Ask the system to fetch a module's bytes from the files while another module is merged."""
@@ -93,7 +93,7 @@ class EncodedModules:
 
     def all_cached(self, modules: Iterable[str]) -> bool:
         """Encode modules and return whether all encodings are kept, so that going through them again costs little."""
-        shared = self.plan.arithmetic.shared and not self.plan.preparations
+        shared = self.plan.arithmetic.shared and not self.plan.stages.before
         held = [module for module in modules if self.plan.holders(module)]
         return shared and all(self.encoding(module) is self._cached(module) for module in held)
 
@@ -137,19 +137,19 @@ class EncodedModules:
                 self.cache.encodings[module] = encoding
             return encoding
         encoding = space.encode(LazyDeltas(self, module, self._readers(module)), rank)
-        if space.shared and encoding.bytes <= self._room:
-            self._room -= encoding.bytes
+        if space.shared and encoding.bytes <= self._bytes_left:
+            self._bytes_left -= encoding.bytes
             self._small[module] = encoding
         return encoding
 
     def _prepare(self, places: Sequence[int], module: str, parts: list[tuple[Delta, ...]]) -> list[tuple[Delta, ...]]:
         """Apply the methods that stand before the one that merges, to each part of all adapters."""
-        if not self.plan.preparations:
+        if not self.plan.stages.before:
             return parts
         prepared = []
         for part, deltas in enumerate(zip(*parts, strict=True)):
             changed: Sequence[Delta] = deltas
-            for stage in self.plan.preparations:
+            for stage in self.plan.stages.before:
                 changed = stage.prepare(changed, [self.stream_key(place, module, part) for place in places])
             prepared.append(changed)
         return list(zip(*prepared, strict=True))

@@ -29,7 +29,7 @@ from ..task_vectors.random_numbers import stream_key
 from ..task_vectors.tiles import thread_pool
 from .options import MERGE, POLICIES
 
-OTHERS = f"choose another fate for them: --heads {', '.join(p for p in POLICIES if p != MERGE)} (heads=… in Python)"
+OTHERS = f"choose another policy for them: --heads {', '.join(p for p in POLICIES if p != MERGE)} (heads=… in Python)"
 
 TIED = ("lm_head.weight", "embed_out.weight", "decoder.weight")  # what a checkpoint leaves out where it is tied
 WeightOf = Callable[[int, str], float]  # (place of an adapter, module) → w

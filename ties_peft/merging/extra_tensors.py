@@ -46,8 +46,8 @@ from ..adapters.extra_tensors import (
 from ..errors import CompatibilityError, RecipeError, first_rows, unknown
 from .extra_task_vectors import OTHERS, ExtraTensorMerge, WeightOf
 from .members import Member
-from .options import AVERAGE, DROP, KEEP, MERGE, POLICIES, is_policy
-from .report import ExtraTensorLine, describe_extra_tensors
+from .options import AVERAGE, DROP, KEEP, MERGE
+from .report import ExtraTensorLine, describe_outcomes
 
 
 @dataclass(frozen=True)
@@ -168,25 +168,25 @@ class ExtraTensors:
         return made.contiguous().clone()
 
     def _check_equal(self) -> None:
-        odd = [layer for layer in self.layers if not layer.outcome]
-        if not odd:
+        differing = [layer for layer in self.layers if not layer.outcome]
+        if not differing:
             return
         mean = " (they have no average, because their shapes or tensors differ or hold whole numbers)"
-        if all(layer.can_average for layer in odd):
+        if all(layer.can_average for layer in differing):
             mean = ", or take their weighted mean with average"
         raise CompatibilityError(
-            f"the adapters hold {len(odd)} whole layer(s) that differ:\n{_differences(odd)}\n"
-            f"Say which to keep: --heads {_keep_flags(odd)}; leave them out with drop{mean} (heads=… in Python)."
+            f"the adapters hold {len(differing)} whole layer(s) that differ:\n{_differences(differing)}\n"
+            f"Say which to keep: --heads {_keep_flags(differing)}; leave them out with drop{mean} (heads=… in Python)."
         )
 
     def _check_averages(self) -> None:
         averaged = [layer for layer in self.layers if layer.outcome == "average"]
-        odd = [layer for layer in averaged if not layer.can_average]
-        if odd:
+        differing = [layer for layer in averaged if not layer.can_average]
+        if differing:
             raise CompatibilityError(
-                f"heads is 'average', but {len(odd)} whole layer(s) have no mean, because their shapes or tensors differ or "
-                f"hold whole numbers:\n{_differences(odd)}\n"
-                f"Keep one adapter's, --heads {_keep_flags(odd)}, or leave them out, --heads drop."
+                f"heads is 'average', but {len(differing)} whole layer(s) have no mean, because their shapes or tensors differ or "
+                f"hold whole numbers:\n{_differences(differing)}\n"
+                f"Keep one adapter's, --heads {_keep_flags(differing)}, or leave them out, --heads drop."
             )
         for layer in averaged:
             if sum(self.weight_of(place, layer.module) for place in layer.used) == 0:
@@ -249,7 +249,7 @@ def plan_extra_tensors(
         weight_of, dtype, merging: see `ExtraTensors`.
         warnings: receives what is left out.
         base: the base model, if it is at hand.
-    Raises: RecipeError for an impossible policy; CompatibilityError if the adapters differ and the policy does not
+    Raises: RecipeError where keep=NAME names none of them; CompatibilityError if the adapters differ and the policy does not
         resolve it.
     """
     chosen = _kept_adapter(policy, [member.name for member in members])
@@ -258,15 +258,13 @@ def plan_extra_tensors(
     extra.check(policy)
     if chosen is not None and not any(chosen in layer.by_adapter for layer in layers):
         raise RecipeError(f"heads is {policy!r}, but {members[chosen].name} holds no whole layers. Leave it out.")
-    lost = describe_extra_tensors([line for line in extra.lines() if line.fate in ("left out", "unchanged")])
+    lost = describe_outcomes([line for line in extra.lines() if line.fate in ("left out", "unchanged")])
     warnings.extend(f"{text}; the base's own is used." for text in lost)
     return extra
 
 
 def _kept_adapter(policy: str, names: Sequence[str]) -> int | None:
     """Return the place of the adapter that keep=NAME names; None for the other policies."""
-    if not is_policy(policy):
-        raise RecipeError(f"heads is {policy!r}; expected {', '.join(POLICIES)}.")
     if not policy.startswith(KEEP):
         return None
     name = policy.removeprefix(KEEP)

@@ -210,9 +210,7 @@ def _headless(paths: Sequence[str], task: str | None, architecture: str, config:
     """Return a class without a task's head by the base's config if the paths fit it, by the paths, or by the task type."""
     causal = all(CAUSAL.match(path) for path in paths)
     bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
-    multimodal = architecture.endswith(
-        "ForConditionalGeneration"
-    )  # a model of text and images, loaded as text if causal
+    multimodal = architecture.endswith("ForConditionalGeneration")  # of text and images; loaded as text if causal
     inside = any(path.startswith(_prefixes(config)) for path in paths)
     if architecture and not (inside if bare else causal and multimodal):
         return _by_architecture(architecture, config)

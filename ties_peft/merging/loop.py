@@ -60,7 +60,7 @@ def merge_modules(
         own, measurement = every[name]
         tensors |= own
         totals.add(measurement)
-    return plan.kind.join(list(plan.modules.values()), tensors), totals, loop.thresholds.kept()
+    return plan.peft_type.join(list(plan.modules.values()), tensors), totals, loop.thresholds.kept()
 
 
 @dataclass
@@ -110,11 +110,11 @@ class _Loop:
         wanted = self.plan.method.order_statistics()
         ranked = with_order_statistics(wanted, part, self.pool) if wanted and not part.order_statistics else part
         result = merge_to_delta(self.plan.method, ranked)
-        if self.plan.finishes:
+        if self.plan.finishing_methods:
             encoding, holders = self.modules.encoding(name), self.plan.holders(name)
             weighted = [encoding.weighted(i, self.plan.weight(place, name)) for i, (place, _) in enumerate(holders)]
             unprepared = replace(part, deltas=[parts[part.part] for parts in weighted])
-            for stage in self.plan.finishes:
+            for stage in self.plan.finishing_methods:
                 result = stage.finish(result, unprepared)
         return result
 
@@ -133,7 +133,7 @@ class _Loop:
         Raises: RecipeError where that dtype cannot hold the values.
         """
         plan = self.plan
-        tensors = plan.kind.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
+        tensors = plan.peft_type.pack(module, factors.delta.to(torch.device("cpu")), plan.rank or 0)
         written = {name: tensor.to(plan.dtype).contiguous() for name, tensor in tensors.items()}
         if not all(_all_finite(tensor) for tensor in written.values()):
             raise RecipeError(

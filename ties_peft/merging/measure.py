@@ -87,7 +87,7 @@ def measure_module(
     holders, unused = plan.holders(module.name), plan.holders_of_weight_zero(module.name)
     encoding = modules.encoding(module.name) if holders else None
     conflicting, shared = counts.get("conflicting"), counts.get("shared", 0)
-    merged = plan.kind.read(plan.kind.written(module, plan.rank or 1), MemoryTensors(written), None)
+    merged = plan.peft_type.read(plan.peft_type.written(module, plan.rank or 1), MemoryTensors(written), None)
     rounding = 0.0
     if plan.dtype != torch.float32:
         rounding = distance(merged, factors.delta.to(torch.device("cpu"))) ** 2

@@ -16,7 +16,7 @@ from .recipes.recipe import Recipe
 from .recipes.schedule import Schedule, count_layers
 
 UNEQUAL = (
-    3.0  # a larger ratio of norms is warned of; benchmarks/retention.py measures what is left of the smaller adapter
+    3.0  # from this ratio of norms on a warning is given; benchmarks/retention.py measures what is left of the smaller
 )
 
 
@@ -97,6 +97,11 @@ def _present(weights: Sequence[Schedule], adapters: Sequence[Adapter]) -> list[b
     if not any(found):
         raise RecipeError("every weight is 0, so nothing is left to merge. Give at least one adapter a weight.")
     return found
+
+
+def written_base_name(recipe: Recipe, members: Sequence[Member]) -> str | None:
+    """Return the base model's name in the config of the result: the recipe's, else the first that an adapter has."""
+    return recipe.base_model or next((m.adapter.base_name for m in members if m.adapter.base_name), None)
 
 
 def short_names(labels: Sequence[str]) -> list[str]:

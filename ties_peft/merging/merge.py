@@ -23,6 +23,7 @@ from .card import shared_licence
 from .encoding import MergeCache
 from .loading import VOCABULARY, AdapterFacts, find_loading
 from .loop import merge_modules
+from .members import written_base_name
 from .merged import Merged
 from .options import DEVICE, Options, Rank, Weights, options_in
 from .pipeline import pipeline_loading
@@ -62,10 +63,10 @@ def merge(
         weights: one per adapter, applied first; 1 each by default. A negative one negates, 0 is as
             absent; in place of a number a schedule over the modules (see `ties_peft.merging.recipes.schedule`), such as
             {"over_layers": [1.0, 0.5]}, straight from the first layer's number to the last one's.
-            `norm` weighs all to one length, the mean of theirs: wᵢ = mean ‖τ‖ / ‖τᵢ‖.
+            `norm` brings all to one norm, the mean of theirs: wᵢ = mean ‖τ‖ / ‖τᵢ‖.
         scale: λ, on the merged task vector: a number, or a formula in N, the number of adapters with a weight other
             than 0, such as `1/sqrt(N)` or `N^-1/4` (see `scale`); by default the method's own.
-        rank: of the output: a whole number, `max` (what loses nothing, or all there is) or `auto`
+        rank: of the output: a whole number, `max` (what loses nothing, or else the full rank) or `auto`
             (min(Σrᵢ, max(64, largest rᵢ)), and Σrᵢ where the method's spectrum is flat, as `iso_c`'s is).
             (IA)³ vectors have none.
         seed: of every random draw.
@@ -76,10 +77,11 @@ def merge(
         allow_disjoint: merge adapters that share no module.
         base_model: the base's name to write; by default the inputs'.
         base: the base model's folder or Hub id, for adapters whose task vectors depend on its weights
-            (DoRA, say) and for heads `merge`; just the tensors that are needed are read.
-        target: the loader that the result is for: `peft`, `vllm` or `llama.cpp` (see `targets`).
-        heads: what becomes of whole layers that ride along (task heads, embeddings, biases) where the
-            adapters differ: `error`, `drop`, `keep=NAME` (an adapter's short name), `average` or `merge`, which
+            (such as DoRA) and for heads `merge`; only the tensors that are needed are read.
+        target: the program that is to load the result: `peft`, `vllm` or `llama.cpp` (see `targets`), or for LoRAs of image
+            models `diffusers` or `kohya`.
+        heads: what becomes of layers that adapters store as a whole (heads, embeddings, biases) where the adapters
+            differ: `error`, `drop`, `keep=NAME` (an adapter's short name), `average` or `merge`, which
             needs `base`; see `ties_peft.merging.extra_tensors`.
         progress: called as progress(stage, done, of) while it works.
         **parameters: the method's own, such as density and scope; density, for all adapters, may be a schedule,
@@ -89,8 +91,8 @@ def merge(
     Law: one adapter with weight 1, scale 1, density 1 and enough rank computes the same function.
     """
     asked = options_in(locals())
-    known, opened = open_adapters(adapters, base)
-    recipe = make_recipe(opened, **{**asked, "base": known.label if known is not None else None})
+    loaded, opened = open_adapters(adapters, base)
+    recipe = make_recipe(opened, **{**asked, "base": None if loaded is None else loaded.label})
     return merge_recipe(recipe, opened, device, progress)
 
 
@@ -98,8 +100,8 @@ def open_adapters(
     adapters: Sequence[str | Path | Adapter], base: str | Path | BaseModel | None
 ) -> tuple[BaseModel | None, list[Adapter]]:
     """Return the base model, if one is given, and the adapters, whose task vectors may depend on it."""
-    known = BaseModel.load(base) if isinstance(base, (str, Path)) else base
-    return known, load_adapters(adapters, known)
+    loaded = BaseModel.load(base) if isinstance(base, (str, Path)) else base
+    return loaded, load_adapters(adapters, loaded)
 
 
 def make_recipe(
@@ -168,16 +170,23 @@ def run_plan(
     processes: ProcessGroup = SINGLE_PROCESS,
     warns: bool = True,
 ) -> Merged:
-    """Do the work of a checked plan; `warns` says whether what the report warns of is also given as warnings."""
+    """Do the work of a checked plan.
+
+    Args:
+        plan, recipe: of the merge.
+        started: when it began, by `time.perf_counter`.
+        cache: of a prepared merge.
+        progress, processes: as in `merge_recipe`.
+        warns: whether what the report warns of is given as warnings too.
+    """
     tensors, totals, kept = merge_modules(plan, cache, progress or (lambda stage, done, of: None), processes)
     tensors |= plan.extra_tensors.tensors()
     folders = [(member.name, member.adapter.folder) for member in plan.members]
-    kept_files, beside = (
-        cache or MergeCache(),
-        [] if plan.pipeline is not None else folders,
-    )  # image models have no tokenizer
-    tokenizer_files = kept_files.tokenizer_files or collect_tokenizer_files(beside)
-    kept_files.tokenizer_files = tokenizer_files
+    tokenizer_files = None if cache is None else cache.tokenizer_files
+    if tokenizer_files is None:  # LoRAs of image models have none
+        tokenizer_files = collect_tokenizer_files(folders if plan.pipeline is None else [])
+    if cache is not None:
+        cache.tokenizer_files = tokenizer_files
     plan.warnings.extend([tokenizer_files.remark] if tokenizer_files.remark else [])
     licence, note = shared_licence(folders)
     report = replace(
@@ -198,17 +207,15 @@ def run_plan(
 def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     """Return adapter_config.json with only the keys that loaders need, so that old releases of PEFT load it too."""
     configs = [member.adapter.config for member in plan.members]
-    named = recipe.base_model or next((a.base_name for a in (m.adapter for m in plan.members) if a.base_name), None)
-    own = plan.kind.config(list(plan.modules.values()), plan.rank or 0)
+    extra = plan.extra_tensors.config()
+    own = plan.peft_type.config(list(plan.modules.values()), plan.rank or 0)
     return {
-        "peft_type": plan.kind.config_name,
-        "base_model_name_or_path": named,
+        "peft_type": plan.peft_type.config_name,
+        "base_model_name_or_path": written_base_name(recipe, plan.members),
         **({"task_type": plan.task_type.kept} if plan.task_type.kept else {}),
         "inference_mode": True,
         **own,
-        **{
-            key: value for key, value in plan.extra_tensors.config().items() if key != "bias" or key in own
-        },  # (IA)³ has none
+        **{key: value for key, value in extra.items() if key != "bias" or key in own},  # (IA)³ has no such key
         **({"fan_in_fan_out": True} if _has_conv1d(plan) else {}),
         **({"layer_replication": configs[0]["layer_replication"]} if configs[0].get("layer_replication") else {}),
     }

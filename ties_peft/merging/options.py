@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..adapters import TARGETS
-from ..errors import RecipeError
+from ..errors import RecipeError, unknown
 from .recipes.scale import EXPECTED as EXPECTED_SCALE
 from .recipes.scale import is_scale
 
@@ -43,10 +43,11 @@ class Option:
         flag: on the command line; by default as its name.
         table: of a recipe that holds it: `TOP` or `PARAMETERS`; None for an option that is written beside each adapter.
         key: in that table; by default its name.
-        accepts: whether a value of its type is one of its values.
+        accepts: whether a value is one of its values; None is one too where it is the default.
         expected: its values, in words.
         read: gives the value that a text stands for, or raises ValueError.
         values: what the shell completes.
+        closed: whether `values` are all of its values.
         always: whether a saved recipe states it even where it is the default.
         tunable: whether a search may set it.
         name, default: as in `Options`.
@@ -62,6 +63,7 @@ class Option:
     expected: str = "text"
     read: Callable[[str], Any] = str
     values: tuple[str, ...] = ()
+    closed: bool = False
     always: bool = False
     tunable: bool = False
     name: str = ""
@@ -154,7 +156,7 @@ class Options:
     seed: int = _option(
         0,
         "The seed of all random numbers.",
-        accepts=lambda value: value >= 0,
+        accepts=lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
         expected="a whole number, 0 or more",
         always=True,
         tunable=True,
@@ -168,6 +170,7 @@ class Options:
         accepts=DTYPES.__contains__,
         expected=" or ".join(DTYPES),
         values=DTYPES,
+        closed=True,
     )
     base_model: str | None = _option(
         None,
@@ -199,6 +202,7 @@ class Options:
         accepts=TARGETS.__contains__,
         expected=" or ".join(TARGETS),
         values=tuple(TARGETS),
+        closed=True,
     )
     base: str | None = _option(
         None,
@@ -222,6 +226,28 @@ OPTIONS: Mapping[str, Option] = {
 def options_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a function's arguments (its `locals()` before it binds any other name) that `make_recipe` takes."""
     return {name: value for name, value in arguments.items() if name in OPTIONS or name == PARAMETERS}
+
+
+def check_option(name: str, value: Any) -> None:
+    """Refuse a value that an option does not have.
+
+    Raises: RecipeError that names the values it has.
+    """
+    option = OPTIONS[name]
+    if option.accepts(value) or (value is None and option.default is None):
+        return
+    if option.closed:
+        raise RecipeError(unknown(name, str(value), option.values))
+    raise RecipeError(f"{name} is {value!r}; expected {option.expected}.")
+
+
+def check_options(options: Options) -> None:
+    """Refuse options of which one has a value that it does not have.
+
+    Raises: as `check_option`.
+    """
+    for name in OPTIONS:
+        check_option(name, getattr(options, name))
 
 
 def read_flag(name: str, text: str | None) -> Any:

@@ -22,7 +22,7 @@ from ..adapters.tensors import MemoryTensors
 from ..adapters.types import find_peft_type
 from ..errors import AdapterError, CompatibilityError, RecipeError, one_line, unknown
 
-WHOLE = {  # they lie outside the adapter's layers, and PEFT has room for those of one adapter at a time
+WHOLE = {  # they lie outside the adapter's layers, and PEFT holds those of one adapter at a time
     "modules_to_save": "whole modules saved beside the adapter",
     "bias": "trained biases",
     "trainable_token_indices": "trained token embeddings",
@@ -63,7 +63,7 @@ def check_names(tuner: Any, adapters: Sequence[str], name: str) -> None:
         raise RecipeError(f"adapter_name is {name!r}; expected the new adapter's name.")
     if name in tuner.peft_config:
         raise RecipeError(
-            f"an adapter {name!r} is loaded already, and PEFT has no room for two of a name. "
+            f"an adapter {name!r} is loaded already, and PEFT cannot hold two of one name. "
             "Take another name, or delete_adapter it first."
         )
     try:
@@ -157,7 +157,7 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
     if kind.output_name != kind.name:
         raise AdapterError(
             f"adapter {name!r} is of type {kind.title}: a merge of it is a LoRA, for which a model of "
-            f"{kind.title} layers has no room. Save the adapters and merge the folders with ties_peft.merge."
+            f"{kind.title} layers has no place. Save the adapters and merge the folders with ties_peft.merge."
         )
     adapter = Adapter(config, tensors, name, _loaded_base(tuner, name))
     for path, layer in _layers(tuner):
@@ -300,10 +300,10 @@ def _fill(tuner: Any, name: str, merged: Adapter, devices: Mapping[str, torch.de
     shapes = {key: tuple(slot.tensor.shape) for key, slot in slots.items()}
     wanted = {key: merged.tensors.info(key).shape for key in merged.tensors.names}
     if shapes != wanted:
-        odd = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+        differing = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
         raise CompatibilityError(
-            f"PEFT made other tensors for adapter {name!r} than were merged: {odd[0]!r} is "
-            f"{shapes.get(odd[0])}, expected {wanted.get(odd[0])} ({len(odd)} such tensors)."
+            f"PEFT made other tensors for adapter {name!r} than were merged: {differing[0]!r} is "
+            f"{shapes.get(differing[0])}, expected {wanted.get(differing[0])} ({len(differing)} such tensors)."
         )
     for key, slot in slots.items():
         tensor = merged.tensors.read(key).to(devices[key], copy=True)

@@ -29,8 +29,8 @@ from ..adapters.placement import BARE_TEXT
 from ..adapters.to_peft import Origin
 from ..adapters.types import ModuleInfo
 from ..adapters.types.base import CONV, LINEAR
-from ..errors import CompatibilityError, printable
-from .loading import Loading
+from ..errors import CompatibilityError, printable, some
+from .loading import PLACEHOLDER, Loading
 
 OTHER_PARTS = ("unet", "transformer", "transformer_2", *TEXT_ENCODERS[:2])  # that diffusers loads for other models
 SHARED_KEYS = (  # of a file's metadata, kept where all inputs agree
@@ -84,7 +84,7 @@ class Pipeline:
         return {name: facts for name, facts in found.items() if facts}
 
 
-def settle_pipeline(
+def choose_pipeline(
     target: str | None, adapters: Sequence[Adapter], base: str | None, warnings: list[str]
 ) -> tuple[list[Adapter], Pipeline | None]:
     """Return the adapters with their parts in their modules' names, and the pipeline; None if the result is PEFT's.
@@ -182,23 +182,21 @@ def check_pipeline(pipeline: Pipeline, modules: Mapping[str, ModuleInfo]) -> Non
     """
     other = [name for name, module in modules.items() if module.layer_type not in (LINEAR, CONV)]
     if other:
-        raise _refusal(
-            pipeline, other, "are embeddings, experts or biases; the format holds linear layers and convolutions"
-        )
+        reason = "are embeddings, experts or biases; the format holds linear layers and convolutions"
+        raise _refusal(pipeline, other, reason)
     by_part: dict[str, dict[str, tuple[int, int]]] = {}
     for name, module in modules.items():
         part, _, path = name.partition(".")
-        shape = (module.shape[0], module.shape[1])
-        by_part.setdefault(part, {})[path] = shape
+        by_part.setdefault(part, {})[path] = (module.shape[0], module.shape[1])
     for part, own in by_part.items():
         names = [f"{part}.{path}" for path in own]
         known = pipeline.architecture or "a model of unknown architecture"
         if pipeline.target == DIFFUSERS and part not in LOADED.get(pipeline.architecture, OTHER_PARTS):
-            raise _refusal(
-                pipeline,
-                names,
-                f"belong to {part!r}, of which load_lora_weights of {known} loads no LoRA. {_drop(part)}",
+            reason = (
+                f"belong to {part!r}, of which load_lora_weights of {known} loads no LoRA. Leave that part out "
+                f"(--weights-for {part}=0) or choose --target kohya"
             )
+            raise _refusal(pipeline, names, reason)
         if pipeline.target == KOHYA:
             _check_kohya(pipeline, part, own)
 
@@ -208,29 +206,20 @@ def _check_kohya(pipeline: Pipeline, part: str, modules: Mapping[str, tuple[int,
     if part == NATIVE or part in TEXT_ENCODERS[: len(TEXT_PREFIXES[pipeline.architecture or SD])]:
         return
     if pipeline.architecture and part in LOADED[pipeline.architecture] and part not in TEXT_ENCODERS:
-        lacking = [
-            f"{part}.{name}"
-            for name, shape in modules.items()
-            if layers_of(pipeline.architecture, {name: shape}) is None
-        ]
-        if not lacking:
-            return
-        raise _refusal(pipeline, lacking, f"have no name in kohya's files of {pipeline.architecture}")
-    raise _refusal(
-        pipeline,
-        [f"{part}.{name}" for name in modules],
-        "are of no model whose names in kohya's files are known here (Stable Diffusion, SDXL, SD3, Flux). If they are of one "
-        "of these, name the base with --base-name; otherwise choose --target diffusers",
-    )
-
-
-def _drop(part: str) -> str:
-    return f"Leave that part out (--weights-for {part}=0) or choose --target kohya"
+        lacking = [name for name, shape in modules.items() if layers_of(pipeline.architecture, {name: shape}) is None]
+        reason = f"have no name in kohya's files of {pipeline.architecture}"
+    else:
+        lacking = list(modules)
+        reason = (
+            "are of no model whose names in kohya's files are known here (Stable Diffusion, SDXL, SD3, Flux). If they are of "
+            "one of these, name the base with --base-name; otherwise choose --target diffusers"
+        )
+    if lacking:
+        raise _refusal(pipeline, [f"{part}.{name}" for name in lacking], reason)
 
 
 def _refusal(pipeline: Pipeline, names: Sequence[str], reason: str) -> CompatibilityError:
-    some = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-    return CompatibilityError(f"target {pipeline.target}: {len(names)} modules ({some}) {reason}.")
+    return CompatibilityError(f"target {pipeline.target}: {len(names)} modules ({some(names)}) {reason}.")
 
 
 def loras_of(adapter: Adapter) -> list[Lora]:
@@ -257,10 +246,10 @@ def weights_file(pipeline: Pipeline, adapter: Adapter, compress: bool) -> tuple[
         compress: whether layers that hold several modules are written at the rank of their values.
     """
     loras = loras_of(adapter)
-    shared = shared_metadata(list(pipeline.metadata.values()))
     if pipeline.target == DIFFUSERS:
         return DIFFUSERS_FILE, diffusers_file(loras)
-    return KOHYA_FILE, kohya_file(pipeline.architecture, loras, compress, shared)
+    metadata = shared_metadata(list(pipeline.metadata.values()))
+    return KOHYA_FILE, kohya_file(pipeline.architecture, loras, compress, metadata)
 
 
 def shared_metadata(inputs: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -309,7 +298,7 @@ class PipelineLoading(Loading):
         """Return the lines of Python that load the LoRA from a folder."""
         lines = [
             "from diffusers import DiffusionPipeline",
-            f"pipe = DiffusionPipeline.from_pretrained({self.base or 'your/base-model'!r})",
+            f"pipe = DiffusionPipeline.from_pretrained({self.base or PLACEHOLDER!r})",
             f"pipe.load_lora_weights({folder!r}, weight_name={self.file!r})",
         ]
         if self.file == KOHYA_FILE:
@@ -324,7 +313,7 @@ def pipeline_loading(pipeline: Pipeline, config: Mapping[str, Any]) -> Loading:
     return PipelineLoading(base, "DiffusionPipeline", "it is a LoRA of an image model", "diffusers", file=file)
 
 
-def without_silent_parts(
+def without_absent_parts(
     pipeline: Pipeline, modules: dict[str, ModuleInfo], weighs: Mapping[str, bool]
 ) -> tuple[Pipeline, dict[str, ModuleInfo]]:
     """Return the pipeline and the modules without the parts on which every weight is 0.

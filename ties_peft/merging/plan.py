@@ -39,15 +39,15 @@ from .compatibility import (
 )
 from .extra_task_vectors import make_extra_tensor_merge
 from .extra_tensors import ExtraTensors, plan_extra_tensors
-from .members import Member, make_members
-from .options import DEVICE, MERGE, NORM
-from .pipeline import Pipeline, check_pipeline, settle_pipeline, without_silent_parts
+from .members import Member, make_members, written_base_name
+from .options import DEVICE, MERGE, NORM, check_options
+from .pipeline import Pipeline, check_pipeline, choose_pipeline, without_absent_parts
 from .ranks import output_rank, total_rank
 from .recipes.recipe import Recipe
 from .recipes.scale import Scale
 from .recipes.schedule import Schedule, count_layers
 from .recipes.settings import make_settings
-from .values import check_device, check_whole, output_dtype
+from .values import check_device, output_dtype
 
 Progress = Callable[[str, int, int], None]  # progress(stage, done, of)
 
@@ -101,7 +101,7 @@ class Plan:
     _weights: dict[str, list[float]] = field(default_factory=dict, init=False, compare=False)  # by module
 
     @property
-    def kind(self) -> WritablePeftType:
+    def peft_type(self) -> WritablePeftType:
         """The PEFT type of the result."""
         return output_type(self.members[0].adapter.peft_type)
 
@@ -116,14 +116,9 @@ class Plan:
         return self.stages.method
 
     @property
-    def finishes(self) -> tuple[Method, ...]:
-        """The methods that change the result: those before it that also finish, and those after it."""
+    def finishing_methods(self) -> tuple[Method, ...]:
+        """The methods that change the result of the one that merges: those before it that also finish, and those after it."""
         return (*(stage for stage in self.stages.before if stage.finishes()), *self.stages.after)
-
-    @property
-    def preparations(self) -> tuple[Method, ...]:
-        """The methods that stand before the one that merges."""
-        return self.stages.before
 
     @cached_property
     def scope(self) -> Scope | None:
@@ -207,6 +202,7 @@ def make_plan(
 
     Raises: RecipeError, MethodError, CompatibilityError or AdapterError.
     """
+    check_options(recipe)
     warnings = list(recipe.notes)
     space, stages, densities, chosen = _settings(recipe, adapters)
     signs = _load_signs(stages.method, recipe.base)
@@ -264,7 +260,6 @@ def make_plan(
 
 def _settings(recipe: Recipe, adapters: Sequence[Adapter]) -> tuple[Space, Stages, tuple[Schedule | None, ...], str]:
     """Return the space, the methods, the adapters' own densities, and why a method that chooses chose another."""
-    check_whole("the seed", recipe.seed, 0)
     count = len(adapters)
     if count == 0:
         raise RecipeError("no adapters were given. Name at least one folder or Hub id.")
@@ -305,7 +300,7 @@ def _with_pipeline(
 ) -> tuple[Recipe, list[Adapter], Pipeline | None]:
     """Return the recipe with the target, the adapters and the pipeline of a merge of LoRAs of image models."""
     warnings += [remark for one in adapters if one.origin is not None for remark in one.origin.assumptions]
-    found, pipeline = settle_pipeline(recipe.target, adapters, recipe.base_model, warnings)
+    found, pipeline = choose_pipeline(recipe.target, adapters, recipe.base_model, warnings)
     return (recipe if pipeline is None else replace(recipe, target=pipeline.target)), found, pipeline
 
 
@@ -317,7 +312,7 @@ def _with_modules(
         return None, modules
     layers = count_layers(modules)
     weighs = {name: any(m.has(name) and m.weight.at(name, layers) != 0 for m in members) for name in modules}
-    pipeline, left = without_silent_parts(pipeline, modules, weighs)
+    pipeline, left = without_absent_parts(pipeline, modules, weighs)
     check_pipeline(pipeline, left)
     return pipeline, left
 
@@ -370,7 +365,7 @@ def _check_target(
     recipe: Recipe, members: Sequence[Member], modules: dict[str, ModuleInfo], warnings: list[str]
 ) -> None:
     """Check that the program that shall load the result can."""
-    base = recipe.base_model or next((m.adapter.base_name for m in members if m.adapter.base_name), None)
+    base = written_base_name(recipe, members)
     replicates = any(member.adapter.config.get("layer_replication") for member in members)
     check_modules(recipe.target, modules, base, replicates, warnings)
 

@@ -25,12 +25,13 @@ FIXED = ("space", "allow_disjoint", "heads", "base")  # the options that `prepar
 
 
 class Prepared:
-    """Adapters whose files are read, checked and encoded; each further merge costs its rule alone.
+    """Adapters whose files are read, checked and encoded; a merge then takes only the time of its method.
 
     Attributes:
         adapters: what is merged.
         recipe: the space and what else every merge shares.
-        warns: whether a merge gives the warnings of its report; a search, which tries hundreds, gives those of its result.
+        warns: whether a merge gives the warnings of its report; a search, which makes hundreds of merges, gives only those of
+            its result.
     """
 
     def __init__(self, adapters: Sequence[Adapter], recipe: Recipe, device: str) -> None:
@@ -39,7 +40,7 @@ class Prepared:
         self.device = device
         self.warns = True
         self._cache = MergeCache()
-        plan = make_plan(replace(recipe, method="ties"), adapters, device)  # which every space offers
+        plan = make_plan(replace(recipe, method="ties"), adapters, device)  # a method that every space offers
         self._member_count, self._space = len(plan.members), plan.arithmetic
         self._encode(plan)
 
@@ -86,9 +87,10 @@ class Prepared:
         return sweep(self.merge, methods, densities, ranks)
 
     def _can_reuse(self, plan: Plan) -> bool:
-        """Return whether the encodings in memory are those of this merge: a weight of 0 takes an adapter out of the bases.
+        """Return whether the encodings in memory are those of this merge.
 
-        So do other parameters of the space, which make other coordinates.
+        They are not where a weight is 0, because that adapter then has no part in the shared bases, nor where the parameters
+        of the space differ.
         """
         everywhere = all(plan.weight(place, name) != 0 for place in range(len(plan.members)) for name in plan.modules)
         compresses = getattr(plan.arithmetic, "compress_first", False)
@@ -116,10 +118,10 @@ def prepare(
     base: str | Path | BaseModel | None = None,
     **parameters: Any,
 ) -> Prepared:
-    """Read and check adapters once; each further `.merge(method=…, density=…)` costs its rule alone.
+    """Read and check adapters once, and merge them many times: `.merge(method=…, density=…)` takes only its method's time.
 
-    With space="core" or "knots" that takes milliseconds: the adapters' shared bases are made here, and in them a module
-    is small. In space "delta", the default as everywhere, each merge still goes through every entry of every module.
+    With space="core" or "knots" that is milliseconds, because the adapters' shared bases are computed here, and in them a
+    module is small. In space "delta", the default as everywhere, each merge still goes through every entry of every module.
 
     Args:
         adapters: folders, files, Hub ids, patterns (see `sources`) or `Adapter`s.
@@ -130,6 +132,6 @@ def prepare(
     Raises: as `merge`.
     """
     asked = options_in(locals())
-    known, opened = open_adapters(adapters, base)
-    recipe = make_recipe(opened, **{**asked, "base": known.label if known is not None else None})
+    loaded, opened = open_adapters(adapters, base)
+    recipe = make_recipe(opened, **{**asked, "base": None if loaded is None else loaded.label})
     return Prepared(opened, recipe, device)

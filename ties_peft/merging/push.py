@@ -61,9 +61,9 @@ def push(
         raise RecipeError(
             f"the repository {str(repo)!r} is no name on the Hub; expected org/name, of letters, digits, -, _ and ."
         )
-    with tempfile.TemporaryDirectory(prefix="ties-peft-") as room:
+    with tempfile.TemporaryDirectory(prefix="ties-peft-") as temporary:
         if isinstance(adapter, Adapter):
-            folder = writer.write_folder(Path(room) / "adapter", adapter.files())
+            folder = writer.write_folder(Path(temporary) / "adapter", adapter.files())
         else:
             folder = _folder(adapter)
         own = [path for path in sorted(folder.iterdir()) if _is_own(path)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..adapters.adapter import Adapter
 from ..adapters.types import ModuleInfo
-from ..errors import MethodError, RecipeError
+from ..errors import MethodError
 from .options import Rank
 
 AUTO_RANK = 64
@@ -32,7 +32,7 @@ def output_rank(
         lossless: whether rank Σrᵢ loses nothing.
         flat: whether the spectrum of the result is flat, so that any smaller rank loses much.
         warnings: receives what is unwise.
-    Raises: RecipeError or MethodError.
+    Raises: MethodError for a rank of a PEFT type that has none.
     """
     first = next(iter(adapters.values()))
     if not first.peft_type.has_rank:
@@ -47,10 +47,8 @@ def output_rank(
         rank = _total(layouts, modules, _chosen) if flat else min(total, max(AUTO_RANK, largest))
     elif asked == "max":
         rank = total if lossless else full
-    elif isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
-        rank = asked
     else:
-        raise RecipeError(f"the rank is {asked!r}; expected a whole number from 1 up, 'max' or 'auto'.")
+        rank = int(asked)
     if asked == "auto":
         _warn_full(rank, adapters, warnings)
     if rank < largest:

@@ -106,7 +106,7 @@ class ExtraTensorLine:
     adapters: list[str]
 
 
-def describe_extra_tensors(lines: Sequence[ExtraTensorLine]) -> list[str]:
+def describe_outcomes(lines: Sequence[ExtraTensorLine]) -> list[str]:
     """Return what became of the layers stored as a whole, one line for all with the same outcome."""
     groups: dict[tuple[str, str], list[ExtraTensorLine]] = {}
     for line in lines:
@@ -237,7 +237,7 @@ class Report(Printed):
             worst = min(self.modules, key=lambda line: line.energy)
             note = "" if worst.energy > 0.9995 else f" (least: {worst.energy:.1%} in {worst.name})"
             rows.append(("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy{note}"))
-        rows += [("" if i else "whole layers", text) for i, text in enumerate(describe_extra_tensors(self.riders))]
+        rows += [("" if i else "whole layers", text) for i, text in enumerate(describe_outcomes(self.riders))]
         rows += [("task type", self.task_type)] if self.task_type else []
         rows += [("licence", self.licence_note)] if self.licence_note else []
         rounding = f", rounding {self.rounding:.1e}" if self.rounding else ""

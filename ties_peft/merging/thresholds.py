@@ -227,7 +227,7 @@ class TrimThresholds:
     def _sorted_magnitudes(self, group: RankedEntries) -> np.ndarray | None:
         """Return the magnitudes of one small part in order, which a prepared merge keeps; None for any other group."""
         cache, plan = self.modules.cache, self.plan
-        if cache is None or plan.preparations or plan.signs is not None or self.pool.kernels is not None:
+        if cache is None or plan.stages.before or plan.signs is not None or self.pool.kernels is not None:
             return None
         if len(group.sizes) > 1 or group.entries > TILE:
             return None

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import Adapter
-from ..errors import RecipeError, unknown
-from .options import DTYPES
+from ..errors import RecipeError
+from .options import check_option
 
 
 def check_device(device: str) -> torch.device:
@@ -35,8 +35,7 @@ def output_dtype(asked: torch.dtype | str | None, adapters: Sequence[Adapter]) -
         found = {adapter.dtype for adapter in adapters}
         return found.pop() if len(found) == 1 else torch.float32
     name = str(asked).removeprefix("torch.")
-    if name not in DTYPES:
-        raise RecipeError(unknown("dtype", name, DTYPES))
+    check_option("dtype", name)
     made: torch.dtype = getattr(torch, name)
     return made
 
