@@ -84,18 +84,19 @@ class BaseNames:
         return layers, renaming_remark(renamed)
 
     def known(self, part: str) -> list[str] | None:
-        """Return the names of the modules of one part of the base; None if nothing names them."""
+        """Return the names of the modules of one part of the base; None if nothing names them.
+
+        The base may be a whole pipeline, one part of it, or a checkpoint of the model's own code, which holds the denoiser and
+        names the modules of text encoders differently.
+        """
         known = base_names(self.options, self.base)
         if known is None:
             return None
         inside = [name.removeprefix(f"{part}.") for name in known if name.startswith(f"{part}.")] if part else []
         if inside:
             return inside
-        if (
-            self.all_parts
-            and len({module.part for module in self.file.modules}) > 1
-            and part_of(known) not in (None, part)
-        ):
+        several = self.all_parts and len(self.file.parts) > 1
+        if several and part_of(known) not in (None, part):
             return None  # the base is another part of the pipeline
         for prefix in CHECKPOINT_PREFIXES:
             native = [name.removeprefix(prefix) for name in known if name.startswith(prefix)]

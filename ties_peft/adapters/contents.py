@@ -132,12 +132,12 @@ class Contents:
         found, shape = self.is_conv1d(path), self.base_shape(path)
         if self.base is None or shape is None or len(shape) != 2 or self.base.is_conv1d(path) is not None:
             return found
-        wide, tall = (shape[0], shape[1]) if found else (shape[1], shape[0])  # (in, out), as they are read
-        seen = (out,) if out is not None else self.base_shape(path, "bias")
-        if seen == (wide,) != (tall,):
+        read_in, read_out = shape if found else shape[::-1]
+        known_out = (out,) if out is not None else self.base_shape(path, "bias")
+        if known_out == (read_in,) and read_in != read_out:
             raise AdapterError(
                 f"{self.where(path)}: the weight in base model '{self.base.label}' is {list(shape)} and the layer's output "
-                f"size {wide}, which contradicts fan_in_fan_out={found} in the adapter's config, and the base's architecture "
+                f"size {read_in}, which contradicts fan_in_fan_out={found} in the adapter's config, and the base's architecture "
                 "is not known. Name the base's folder or Hub id with its config.json, or correct fan_in_fan_out."
             )
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -96,22 +97,34 @@ class ConvertedTensors:
 def split_rows(B: Tensor, heights: Sequence[int]) -> list[tuple[Span, Span] | None]:
     """Return the rows and columns of B, (out, r), that belong to each of the layers stacked in it.
 
-    A LoRA of the whole layer has all columns in every part. One that was made of a LoRA for each part has blocks: then each
-    part has columns of its own, and a part without a LoRA has zeros. None is returned for such a part.
+    A LoRA of the whole layer uses all columns in every layer. One that was made of a LoRA for each layer has blocks: each
+    layer uses columns of its own, and one without a LoRA has rows of zeros, for which None is returned.
+
+    Args:
+        B: the factor of the whole layer.
+        heights: the number of rows of each layer.
     """
-    ends = [sum(heights[: place + 1]) for place in range(len(heights))]
+    ends = list(accumulate(heights))
     rows = [(end - height, end) for end, height in zip(ends, heights, strict=True)]
     used = [(B[start:end].flatten(1) != 0).any(0).nonzero().flatten().tolist() for start, end in rows]
-    present = [own for own in used if own]
-    if not present:
+    if not any(used):
         return [(own, (0, B.shape[1])) for own in rows]
-    width, left = divmod(B.shape[1], len(present))
-    blocks = [(place * width, (place + 1) * width) for place in range(len(present))]
-    if left or not all(a <= own[0] and own[-1] < b for own, (a, b) in zip(present, blocks, strict=True)):
-        firsts = [own[0] for own in present]
-        apart = all(own[-1] < first for own, first in zip(present, firsts[1:], strict=False))
-        blocks = list(zip([0, *firsts[1:]], [*firsts[1:], B.shape[1]], strict=True)) if apart else []
-    if not blocks:
-        blocks = [(0, B.shape[1])] * len(present)
-    columns = iter(blocks)
+    columns = iter(_column_blocks([own for own in used if own], B.shape[1]))
     return [(own, next(columns)) if has else None for own, has in zip(rows, used, strict=True)]
+
+
+def _column_blocks(used: Sequence[Sequence[int]], rank: int) -> list[Span]:
+    """Return the columns of each layer that has a LoRA: equal blocks, else unequal ones in order, else all for each.
+
+    Args:
+        used: for each, the columns in which it is not zero.
+        rank: the number of columns.
+    """
+    count, firsts = len(used), [own[0] for own in used]
+    width, rest = divmod(rank, count)
+    equal = [(width * i, width * (i + 1)) for i in range(count)]
+    unequal = list(zip([0, *firsts[1:]], [*firsts[1:], rank], strict=True))
+    for blocks in (unequal,) if rest else (equal, unequal):
+        if all(a <= own[0] and own[-1] < b for own, (a, b) in zip(used, blocks, strict=True)):
+            return blocks
+    return [(0, rank)] * count

@@ -133,15 +133,20 @@ class ExtraTensors:
         self._check_not_adapted()
 
     def _key(self, layer: ExtraLayer, name: str) -> str:
-        """Return a tensor's key in the result: with `base_layer` if the result adapts a layer that this adapter does not."""
+        """Return a tensor's key in the result.
+
+        A tensor of the base under an adapted layer has `base_layer` in its key, also if the adapter that holds it does not
+        adapt that layer; one under trained rows of tokens has the wrapper's name too, if the result has such rows.
+        """
+        plain = f"{PREFIX}{layer.module}.{name}"
         if layer.role in (LAYER, TOKENS):
-            return f"{PREFIX}{layer.module}.{name}"
+            return plain
         rows = any(other.role == TOKENS for other in self.kept)
         keys = [own[name].key for own in layer.by_adapter.values() if name in own]
-        under = next((key for key in keys if UNDER in key and (rows or f".{WRAPPER}." not in key)), None)
-        if under is None and layer.module in self.modules:
+        under = [key for key in keys if UNDER in key and (rows or f".{WRAPPER}." not in key)]
+        if not under and layer.module in self.modules:
             return f"{PREFIX}{layer.module}{UNDER}{name}"
-        return under or next((key for key in keys if UNDER not in key), f"{PREFIX}{layer.module}.{name}")
+        return next(iter((*under, *(key for key in keys if UNDER not in key), plain)))
 
     def _tensor(self, layer: ExtraLayer, name: str) -> Tensor:
         """Return one tensor of a layer: unchanged, merged, or Σw·t / Σw with one tensor in memory beside the sum."""

@@ -275,14 +275,22 @@ def _vocabulary(facts: AdapterFacts, config: Mapping[str, Any]) -> int | None:
 
 
 def _config(facts: AdapterFacts) -> tuple[dict[str, Any], str | None]:
-    """Return the base's config.json and the folder of the base that contains it; ({}, None) if it is not at hand."""
+    """Return the base's config.json and the folder of the base that contains it; ({}, None) if it is not at hand.
+
+    Of a pipeline with two text encoders none is taken, because nothing says which of them is the base.
+    """
     parts = (_usual_part(facts.paths), "") if _is_diffusers(facts.paths) else ("", "text_encoder")
-    for source in (facts.base, facts.weights):
-        found = {part: _read(sources.local_file(source, f"{part}/config.json".lstrip("/"))) for part in parts if source}
-        part = next((part for part in parts if found.get(part)), None)
-        two = part == "text_encoder" and sources.local_file(str(source), "text_encoder_2/config.json") is not None
-        if part is not None and not two:  # a pipeline with two text encoders does not say which
-            return found[part], part if source == facts.base else None
+    for source in filter(None, (facts.base, facts.weights)):
+        for part in parts:
+            config = _read(sources.local_file(source, f"{part}/config.json".lstrip("/")))
+            if (
+                config
+                and part == "text_encoder"
+                and sources.local_file(source, "text_encoder_2/config.json") is not None
+            ):
+                break
+            if config:
+                return config, part if source == facts.base else None
     return {}, None
 
 

@@ -49,7 +49,7 @@ def merge_modules(
             if following is not None:
                 loop.modules.prefetch(following)
             task_vectors = loop.encode(name)
-            # The merged parts have no name of their own, which would keep them, dense, while the next module is merged.
+            # No variable names the merged parts: it would keep them, which are dense, while the next module is merged.
             factors = loop.decode(name, [loop.merge(name, part) for part in task_vectors])
             written[name] = loop.write(plan.modules[name], factors)
             progress("merge", len(written), len(mine))
@@ -146,6 +146,7 @@ class _Loop:
         """Return the task vectors of one module as the method sees them, part by part."""
         plan, encoding, weighted = self.plan, self.modules.encoding(name), self.modules.weighted(name)
         places = list(weighted)
+        # An adapter that decides the signs is encoded after those that are merged.
         signs = encoding.parts[len(places)] if len(encoding.parts) > len(places) else None
         return [
             TaskVectors(

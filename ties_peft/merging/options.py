@@ -48,7 +48,7 @@ class Option:
         read: gives the value that a text stands for, or raises ValueError.
         values: what the shell completes.
         closed: whether `values` are all of its values.
-        always: whether a saved recipe states it even where it is the default.
+        always: whether a saved recipe has it even where it is the default.
         tunable: whether a search may set it.
         name, default: as in `Options`.
     """
@@ -95,9 +95,9 @@ def _option(default: Any, help: str, shown: str | None = None, **facts: Any) -> 
 class Options:
     """What a merge is asked for.
 
-    `adapters` are paths, Hub ids or patterns, as `sources` reads them; `parameters` are the method's own and the space's;
-    `notes` are said in the report, and a note on one thing starts with its name and a colon. In `weights` and
-    `densities` each value may be a schedule (see `schedule`), and None in `densities` stands for the method's density.
+    `adapters` are paths, Hub ids or patterns, as `sources` reads them; `parameters` are the method's own and the space's.
+    The report repeats `notes`; a note on a key begins with the key and a colon. In `weights` and `densities` each value may
+    be a schedule (see `schedule`), and None in `densities` stands for the method's density.
     """
 
     adapters: tuple[str, ...]

@@ -206,9 +206,10 @@ def make_plan(
     warnings = list(recipe.notes)
     space, stages, densities, chosen = _settings(recipe, adapters)
     signs = _load_signs(stages.method, recipe.base)
+    deciding = [signs] if signs is not None else []
     where = check_device(device)
-    check_types([*adapters, *([signs] if signs else [])], space, stages)
-    check_adapters([*(() if checked else adapters), *([signs] if signs else [])], processes)
+    check_types([*adapters, *deciding], space, stages)
+    check_adapters(deciding if checked else [*adapters, *deciding], processes)
 
     recipe, adapters, pipeline = _with_pipeline(recipe, adapters, warnings)
     members = make_members(recipe, unify_module_names(adapters, warnings), densities, warnings)
@@ -216,14 +217,11 @@ def make_plan(
     dtype = output_dtype(recipe.dtype, [member.adapter for member in members])
     modules = union_of_modules(members, signs)
     pipeline, modules = _with_modules(pipeline, members, modules)
-    if not recipe.allow_disjoint:
-        check_shared_modules(members)
-    check_one_config(members, modules)
-    warn_unused_filters(members, modules, warnings)
+    _check_modules(recipe, members, modules, warnings)
     _check_weights(stages, space, members, modules)
 
     arithmetic = _space_to_compute_in(space, stages)
-    _check_ranks(arithmetic, [*(m.adapter for m in members), *([signs] if signs else [])], modules)
+    _check_ranks(arithmetic, [*(member.adapter for member in members), *deciding], modules)
     rank = _rank(recipe, stages, arithmetic, members, modules, warnings)
     _check_target(recipe, members, modules, warnings)
     warn_base_names(members, recipe, warnings)
@@ -283,8 +281,18 @@ def _load_signs(method: Method, base: str | None) -> Adapter | None:
     return Adapter.load(given, base=base) if isinstance(given, (str, Path)) else given
 
 
+def _check_modules(
+    recipe: Recipe, members: Sequence[Member], modules: dict[str, ModuleInfo], warnings: list[str]
+) -> None:
+    """Check that the adapters' modules fit together, and warn of filters that fit none of them."""
+    if not recipe.allow_disjoint:
+        check_shared_modules(members)
+    check_one_config(members, modules)
+    warn_unused_filters(members, modules, warnings)
+
+
 def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modules: Iterable[str]) -> None:
-    """Let every method check the weights it will see, on every module if they differ between modules."""
+    """Call the check of every method on its weights, for every module if they differ between modules."""
     layers = count_layers(modules)
     constant = all(member.weight.constant for member in members)
     for module in list(modules)[:1] if constant else modules:
@@ -335,7 +343,7 @@ def _space_to_compute_in(space: Space, stages: Stages) -> Space:
 
 
 def _check_ranks(space: Space, adapters: Sequence[Adapter], modules: Iterable[str]) -> None:
-    """Let the space check the ranks of all task vectors."""
+    """Call the space's check on the ranks of all task vectors."""
     ranks = {name: [a.layout[name].rank for a in adapters if name in a.layout] for name in modules}
     fault = space.check(ranks)
     if fault:
@@ -353,7 +361,7 @@ def _rank(
     """Return the rank of the output, at most what the target loads."""
     alone = not stages.before and not stages.after
     linear = alone and stages.method.linear(len(members)) and all(member.density is None for member in members)
-    # A space that first compresses every adapter to the output's rank has nothing to cut after the merge.
+    # In a space that compresses every adapter to the output's rank first, the rank cuts off nothing after the merge.
     compresses = getattr(space, "compress_first", False)
     flat = not compresses and any(stage.has_flat_spectrum() for stage in stages.all)
     adapters = {member.name: member.adapter for member in members}
@@ -411,9 +419,10 @@ def _extra_tensors(
     base = common_base(members)
     merging = None
     if recipe.heads == MERGE:
-        if chosen and "ia3" not in stages.method.kinds:
-            vectors = make_method(recipe.method, {}).choose("ia3").method  # which takes tensors of every shape
-            stages = replace(stages, method=vectors)
+        if (
+            chosen and "ia3" not in stages.method.kinds
+        ):  # `auto` then takes the method for (IA)³, which fits every shape
+            stages = replace(stages, method=make_method(recipe.method, {}).choose("ia3").method)
         base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)
         densities = [partial(member.density_at, layers=layers) for member in members]
         merging = make_extra_tensor_merge(stages, base, scale, recipe.seed, densities, device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
+from operator import attrgetter
 
 from ..adapters.adapter import Adapter
 from ..adapters.types import ModuleInfo
@@ -39,12 +40,11 @@ def output_rank(
         if asked != "auto":
             raise MethodError(f"rank is {asked!r}, but {first.peft_type.title} vectors have no rank. Leave it out.")
         return None
-    layouts = [adapter.layout for adapter in adapters.values()]
-    total = _total(layouts, modules, lambda module: module.rank)
-    largest = max(_chosen(module) for layout in layouts for module in layout.values())
+    total = total_rank(adapters.values(), modules)
+    largest = max(_chosen(module) for adapter in adapters.values() for module in adapter.layout.values())
     full = max(min(module.shape) for module in modules.values())
     if asked == "auto":
-        rank = _total(layouts, modules, _chosen) if flat else min(total, max(AUTO_RANK, largest))
+        rank = total_rank(adapters.values(), modules, _chosen) if flat else min(total, max(AUTO_RANK, largest))
     elif asked == "max":
         rank = total if lossless else full
     else:
@@ -63,19 +63,17 @@ def output_rank(
     return written
 
 
-def total_rank(adapters: Iterable[Adapter]) -> int:
-    """Return the largest Σrᵢ of any module; 0 for PEFT types that have no rank."""
+def total_rank(
+    adapters: Iterable[Adapter],
+    modules: Container[str] | None = None,
+    rank_of: Callable[[ModuleInfo], int] = attrgetter("rank"),
+) -> int:
+    """Return the largest Σrᵢ of some modules, by default of all that an adapter has."""
     totals: Counter[str] = Counter()
     for adapter in adapters:
-        totals.update({name: module.rank for name, module in adapter.layout.items()})
+        own = adapter.layout.items()
+        totals.update({name: rank_of(module) for name, module in own if modules is None or name in modules})
     return max(totals.values(), default=0)
-
-
-def _total(
-    layouts: Sequence[Mapping[str, ModuleInfo]], modules: Iterable[str], rank_of: Callable[[ModuleInfo], int]
-) -> int:
-    """Return the largest Σrᵢ of any module."""
-    return max(sum(rank_of(layout[name]) for layout in layouts if name in layout) for name in modules)
 
 
 def _chosen(module: ModuleInfo) -> int:

@@ -1,4 +1,4 @@
-"""Lay what was typed on the command line over a recipe."""
+"""Override a recipe by what was given on the command line."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def overridden(
     parameters: Mapping[str, Any],
     settings: Sequence[str] | None,
 ) -> Recipe:
-    """Return a recipe with what was typed in place of what it says.
+    """Return a recipe in which what was given on the command line replaces what it says.
 
     Args:
         file: the recipe; None for the defaults.
-        adapters: in place of the recipe's; its weights and densities are those of its own adapters and go with them.
-        options: of the merge, by name, those with a text as it was typed; None or False for one that was not given.
+        adapters: in place of the recipe's, whose weights and densities are then left out too.
+        options: of the merge, by name; a text is read as the option's flag; None or False for one that was not given.
         parameters: density and scope; None for one that was not given.
         settings: any parameters, as NAME=VALUE.
     Raises: RecipeError for a flag that cannot be read; as `Recipe.from_file`.
@@ -105,26 +105,30 @@ def read_pairs(flag: str, settings: Sequence[str] | None, example: str) -> dict[
 
 
 def _kept(recipe: Recipe, changed: Recipe, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's parameters without those that are given anew, or that a new method or space does not have."""
+    """Return a recipe's parameters without those that are overridden, or that a new method or space does not have.
+
+    `density` overrides `ties.density`, and the reverse.
+    """
     same = (recipe.method, recipe.space) == (changed.method, changed.space)
     known = recipe.parameters if same else parameter_names(changed.method, changed.space)
-    again = {*own, *(key.rpartition(".")[2] for key in own)}  # `density` and `ties.density` may be one thing
-    return {
-        key: value
-        for key, value in recipe.parameters.items()
-        if key in known and not (key in again or key.rpartition(".")[2] in own)
-    }
+    given = {*own, *map(_bare, own)}
+    return {k: v for k, v in recipe.parameters.items() if k in known and k not in given and _bare(k) not in own}
+
+
+def _bare(parameter: str) -> str:
+    """Return a parameter's name without that of its method."""
+    return parameter.rpartition(".")[2]
 
 
 def _notes(recipe: Recipe, given: set[str]) -> tuple[str, ...]:
     """Return a recipe's notes without those on what was overridden; another method removes all notes on parameters."""
-    about = [note.partition(":")[0].removeprefix("parameters.") for note in recipe.notes]
-    method = "method" in given
-    return tuple(
-        note
-        for note, key in zip(recipe.notes, about, strict=True)
-        if key not in given and not (method and (key == "merge_method" or note.startswith("parameters.")))
-    )
+    kept = []
+    for note in recipe.notes:
+        key = note.partition(":")[0]
+        of_method = key == "merge_method" or key.startswith("parameters.")
+        if key.removeprefix("parameters.") not in given and not (of_method and "method" in given):
+            kept.append(note)
+    return tuple(kept)
 
 
 def _density(text: str) -> float | list[float]:

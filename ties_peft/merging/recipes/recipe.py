@@ -9,12 +9,12 @@
     parameters: {density: 0.2, scale: 1.0, space: delta, rank: 32, seed: 0}
     dtype: bfloat16
 
-A weight or a density may differ from module to module (see `schedule`). The density in `parameters:` is for every adapter
-without one of its own; a list there is a gradient over the layers, as in mergekit. With scope `adapter` a trim then ranks
-together those modules of an adapter that have the same density. An adapter with weight 0 on a module is absent there.
-`parameters: {weights: norm}` weights all adapters to the same norm. `models:`, `model:` and `lambda:` are synonyms of
+A weight or a density may differ from module to module (see `schedule`). The density in `parameters:` is that of every
+adapter without one of its own; a list there is a gradient over the layers, as in mergekit. With scope `adapter` a trim then
+ranks together the modules of an adapter that have the same density. An adapter with weight 0 on a module is absent there.
+`parameters: {weights: norm}` brings all adapters to the same norm. `models:`, `model:` and `lambda:` are synonyms of
 `adapters:`, `adapter:` and `scale:`. A recipe of mergekit's (see `mergekit` for how it is recognised) is converted, and its
-notes tell every difference. A file with `adapters:` is never one.
+notes name every difference. A file with `adapters:` is never one.
 
 The keys are the options of `options`. Everything is checked when it is read, the parameters of methods too, and a message
 names the line.
@@ -98,7 +98,7 @@ class Recipe(Options):
     def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
         """Read a recipe from YAML.
 
-        Raises: RecipeError or MethodError naming the line, for anything that it does not know.
+        Raises: RecipeError or MethodError naming the line, for an unknown key or a value that is not accepted.
         """
         document = Document(text, where, SYNONYMS)
         if mergekit.is_recipe(document.values):
@@ -229,7 +229,7 @@ def _misplaced_hint(key: str, path: Location) -> str | None:
     return None
 
 
-# What one table alone does not tell
+# Checks of several tables together
 
 
 def _weights(document: Document, shared: str | None, own: list[Any]) -> tuple[Any, ...] | str | None:

@@ -5,10 +5,9 @@
     [1.0, 0.7, 0.1]                          the same in a recipe, and where it is one adapter's own
     [{filter: mlp, value: 0.5}, {value: 0}]  the first whose filter is part of the module's name
 
-A filter is plain text, not a pattern; none, or `*`, fits every module. A value inside a condition
-may itself be a gradient. The layers are counted by the modules' names: layer i of L, the highest that
-any adapter of the merge has being the last, reads the gradient at i/(L − 1). A module outside the
-numbered layers (an embedding, a head) reads its first point.
+A filter is plain text, not a pattern; without one, or with `*`, a condition holds for every module. A value inside a
+condition may itself be a gradient. The layers are counted by the modules' names, of all adapters of the merge: layer i of L
+reads the gradient at i/(L − 1). A module outside the numbered layers (an embedding, a head) reads its first point.
 
 Source: the meaning is that of mergekit's recipes (Goddard et al., 2024, arXiv 2403.13257).
 """

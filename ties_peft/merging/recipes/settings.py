@@ -36,15 +36,14 @@ class Settings:
 def make_settings(method: str, space: str, parameters: Mapping[str, Any], densities: Sequence[Any] = ()) -> Settings:
     """Give every parameter to the space or the method that has it.
 
-    A density that is a schedule (a gradient, or conditions) goes to every adapter that has none of
-    its own; where no filter of a schedule fits, the method's density holds.
+    A density that is a schedule (a gradient, or conditions) is that of every adapter without one of its own; where no filter
+    of a schedule fits, the method's density holds.
 
     Args:
         method, space: by name.
         parameters: the method's and the space's own.
-        densities: an adapter's own each, or None.
-    Raises: RecipeError for an unknown name, MethodError for a parameter that nothing has or that is
-        out of range.
+        densities: one per adapter; None for that of the method.
+    Raises: RecipeError for an unknown name; MethodError for a parameter that neither has, or that is out of range.
     """
     if not isinstance(method, str):
         raise RecipeError(unknown("method", str(method), method_classes()))
@@ -185,24 +184,30 @@ def _check_signs(method: Method) -> None:
 def _densities(
     method: Method, shared: Schedule | None, own: Sequence[Any]
 ) -> tuple[Method, tuple[Schedule | None, ...]]:
-    """Return the method, with its density changed where all adapters have the same, and the density of each adapter."""
+    """Return the method, with another density where all adapters have that one, and the density of each adapter.
+
+    Args:
+        method: that merges.
+        shared: the schedule for all adapters, if one was given.
+        own: the density of each adapter; None for that of all.
+    """
     if shared is None and all(density is None for density in own):
         return method, (None,) * len(own)
-    general = getattr(method, DENSITY, None)
-    if general is None:
+    of_method = getattr(method, DENSITY, None)
+    if of_method is None:
         raise MethodError(f"method '{method.name}' has no density, but an adapter was given one.")
-    other = Schedule(general) if shared is None else shared.with_default(general)
-    read = [
-        other if density is None else Schedule.read(density, f"density {place + 1}").with_default(other.value)
+    of_all = Schedule(of_method) if shared is None else shared.with_default(of_method)
+    of_each = [
+        of_all if density is None else Schedule.read(density, f"density {place + 1}").with_default(of_all.value)
         for place, density in enumerate(own)
     ]
-    numbers = [number for schedule in [other, *read] for number in schedule.numbers()]
+    numbers = [number for schedule in [of_all, *of_each] for number in schedule.numbers()]
     for number in numbers:
         if not 0 < number <= 1:
             raise MethodError(
                 f"method '{method.name}', a density is {number}; expected a share in (0, 1].{share_hint(number)}"
             )
-    used = {number for schedule in read for number in schedule.numbers()} or set(numbers)
+    used = {number for schedule in of_each for number in schedule.numbers()} or set(numbers)
     if len(used) == 1:
         return method.model_copy(update={DENSITY: used.pop()}), (None,) * len(own)
-    return method, tuple(read)
+    return method, tuple(of_each)
