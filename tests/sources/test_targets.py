@@ -19,7 +19,6 @@ from torch import Tensor
 
 import ties_peft
 from ties_peft import Adapter, CompatibilityError, Recipe, RecipeError
-from ties_peft.adapters import targets
 
 Make = Callable[..., Path]
 WIDE = {"a.q": (700, 600)}
@@ -173,7 +172,7 @@ def test_vllm_does_not_take_one_parameter_of_fused_experts(tmp_path: Path) -> No
         ties_peft.convert(tmp_path / "a", target="vllm")
 
 
-# What is known before, and the last word
+# What is known before the work
 
 
 def test_what_no_target_can_load_is_refused_before_the_work(
@@ -206,36 +205,6 @@ def test_what_no_target_can_load_is_refused_before_the_work(
         for target in ("vllm", "llama.cpp"):
             with pytest.raises(CompatibilityError, match=f"target {target}.*{why}"):
                 ties_peft.convert(odd, target=target)
-
-
-@pytest.mark.parametrize(
-    ("config", "names", "refused_by"),
-    [
-        ({"modules_to_save": ["lm_head"]}, [], {"vllm", "llama.cpp"}),
-        ({"modules_to_save": ["score"]}, ["score.weight"], {"llama.cpp"}),
-        ({}, ["score.dense.weight"], {"vllm", "llama.cpp"}),
-        ({"alpha_pattern": {"q": 2}}, [], {"llama.cpp"}),
-        ({"use_rslora": True}, [], {"llama.cpp"}),
-        ({"rank_pattern": {"q": 2}}, [], set()),
-        ({"lora_bias": True}, [], {"vllm", "llama.cpp"}),
-        ({"bias": "all"}, [], {"vllm", "llama.cpp"}),
-        ({"layer_replication": [[0, 2]]}, [], {"vllm", "llama.cpp"}),
-        ({}, ["model.norm.weight"], {"vllm", "llama.cpp"}),
-        ({}, ["mlp.experts.lora_A.weight"], {"vllm", "llama.cpp"}),
-        ({}, ["q.lora_B.bias"], {"vllm", "llama.cpp"}),
-        ({}, ["embed.token_adapter.trainable_tokens_delta"], {"vllm", "llama.cpp"}),
-        ({"bias": "none", "alpha_pattern": {}}, ["embed.lora_embedding_A"], set()),
-    ],
-)
-def test_the_last_word_is_on_what_is_written(config: dict[str, object], names: list[str], refused_by: set[str]) -> None:
-    tensors = [f"{Q}.lora_A.weight", *(f"base_model.model.{name}" for name in names)]
-    for target in ("vllm", "llama.cpp"):
-        if target in refused_by:
-            with pytest.raises(CompatibilityError, match=f"target {target}"):
-                targets.check_written(target, config, tensors)
-        else:
-            targets.check_written(target, config, tensors)
-    targets.check_written("peft", config, tensors)
 
 
 def test_convert_leaves_whole_layers_out_where_it_is_told(make_lora: Make, tmp_path: Path) -> None:

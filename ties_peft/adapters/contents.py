@@ -1,4 +1,4 @@
-"""Contents: what an adapter's files hold, and what its modules are found by.
+"""Contents: what an adapter's files hold, as the PEFT types look their modules up in it.
 
 config       its settings, by PEFT's matching rules
 tensors      their names and shapes
@@ -41,7 +41,7 @@ class Contents:
     base: BaseModel | None = None
 
     def where(self, module: str) -> str:
-        """Return the name of a module in messages."""
+        """Return how messages name a module."""
         return f"adapter '{self.label}', module {module!r}"
 
     def layers(self, suffixes: Sequence[str]) -> dict[str, dict[str, str]]:

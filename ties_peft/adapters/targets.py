@@ -27,9 +27,7 @@ Sources: vllm/lora/peft_helper.py, lora_model.py, utils.py, model_manager.py, vl
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from ..errors import CompatibilityError, some
 from . import IMAGE_TARGETS, LLAMA_CPP, PEFT, VLLM
@@ -41,17 +39,9 @@ RELEASE = {VLLM: "vLLM 0.33.0", LLAMA_CPP: "llama.cpp", **{one: f"the format of 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 VLLM_DEFAULT = 16  # its default
 VLLM_HEADS = ("score", "classifier")
-PLAIN = re.compile(r"base_model\.model\..+\.lora_[AB]\.weight|base_model\.model\..+\.lora_embedding_[AB]")
-VLLM_HEAD = re.compile(rf"base_model\.model\.({'|'.join(VLLM_HEADS)})\.(weight|bias)")
-UNDER = ".base_layer."
-NESTED = re.compile(r"\.base_layer\.|\.experts\.lora_[AB]\.")  # one of several parameters of a module: experts
-FUSED = re.compile(r"base_model\.model\.(.+\.experts)(\.base_layer)?\.lora_[AB]\.weight")
+UNDER = ".base_layer."  # in the path of one of several parameters of a module
 FUSED_PARAMETERS = {"gate_up_proj", "down_proj"}
 SEVERAL = "adapt one of several parameters of a module, as for fused experts"
-SETTINGS = {  # of adapter_config.json, that a target refuses or ignores
-    VLLM: ("use_dora", "lora_bias", "layer_replication"),
-    LLAMA_CPP: ("use_dora", "lora_bias", "layer_replication", "use_rslora", "alpha_pattern", "modules_to_save"),
-}
 OTHERWISE = "Write it for --target peft, or apply it to the base model there (PeftModel.merge_and_unload)."
 
 
@@ -107,7 +97,10 @@ def check_modules(
     if target in (None, PEFT, *IMAGE_TARGETS):
         return
     assert target is not None
-    _refuse_settings(target, ["layer_replication"] if replicates else [])
+    if replicates:
+        raise CompatibilityError(
+            f"target {target}: the result needs layer_replication, which {RELEASE[target]} does not load. {OTHERWISE}"
+        )
     fused = _fused_experts(modules) if target == VLLM else frozenset()
     reasons = {name: reason for name, module in modules.items() if (reason := _reason(module, fused)) is not None}
     if reasons:
@@ -180,48 +173,6 @@ def _is_vllm_head(layer: ExtraLayer) -> bool:
         and len(shapes["weight"]) == 2
         and shapes.get("bias", shapes["weight"][:1]) == shapes["weight"][:1]
     )
-
-
-def check_written(target: str | None, config: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuse a result that a target would not load, or load wrongly, by its files' contents.
-
-    Args:
-        target: one of `TARGETS`; None for peft.
-        config: adapter_config.json.
-        names: of the tensors.
-    Raises: CompatibilityError naming the setting or the tensors.
-    """
-    if target in (None, PEFT, *IMAGE_TARGETS):
-        return
-    assert target is not None
-    keys = list(names)
-    settings = [key for key in SETTINGS[target] if config.get(key)]
-    settings += ["bias"] if config.get("bias") not in (None, "none") else []
-    settings += ["modules_to_save"] if set(config.get("modules_to_save") or ()) - set(VLLM_HEADS) else []
-    _refuse_settings(target, list(dict.fromkeys(settings)))
-    other = [key for key in keys if not PLAIN.fullmatch(key) and not (target == VLLM and VLLM_HEAD.fullmatch(key))]
-    if other:
-        raise _cannot_load(target, other, "are no lora_A or lora_B; leave them out (--heads drop)")
-    pairs = _fused_pairs(keys) if target == VLLM else set()
-    nested = [key for key in keys if NESTED.search(key) and key not in pairs]
-    if nested:
-        raise _cannot_load(target, nested, SEVERAL)
-
-
-def _fused_pairs(keys: Iterable[str]) -> set[str]:
-    """Return the tensors of fused experts of which both parameters are adapted: two pairs of A and B."""
-    layers: dict[str, list[str]] = {}
-    for key in keys:
-        if match := FUSED.fullmatch(key):
-            layers.setdefault(match[1], []).append(key)
-    return {key for own in layers.values() if len(own) == 4 for key in own}
-
-
-def _refuse_settings(target: str, settings: list[str]) -> None:
-    if settings:
-        raise CompatibilityError(
-            f"target {target}: the result needs {', '.join(settings)}, which {RELEASE[target]} does not load. {OTHERWISE}"
-        )
 
 
 def _cannot_load(target: str, names: list[str], reason: str) -> CompatibilityError:

@@ -90,7 +90,7 @@ def _trainings(trainings: Mapping[str, Mapping[str, str]], paths: Any) -> Iterat
 
 def code_span(text: str) -> str:
     """Return a text as code within a line, which no text in it can end."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    fence = _fence(text, 1)
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
@@ -129,8 +129,13 @@ def loading_block(loading: Loading) -> str:
 
 def code_block(text: str, language: str) -> str:
     """Return a block of code that no text in it can close."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    fence = _fence(text, 3)
     return f"{fence}{language}\n{text.strip()}\n{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """Return more backticks in a row than a text holds, and no fewer than `least`."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def adapter_link(name: str, page: str | None) -> str:

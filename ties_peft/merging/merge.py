@@ -14,7 +14,6 @@ import torch
 from ..adapters.adapter import Adapter, load_adapters
 from ..adapters.base_model import BaseModel
 from ..adapters.extra_tensors import is_head
-from ..adapters.targets import check_written
 from ..adapters.tokenizer_files import collect_tokenizer_files
 from ..adapters.types.base import EMBEDDING, LINEAR
 from ..errors import RecipeError, warn_caller
@@ -199,7 +198,6 @@ def run_plan(
     config = _config(plan, recipe)
     if plan.pipeline is not None:
         return Merged(config, tensors, report, recipe, pipeline_loading(plan.pipeline, config), None, plan.pipeline)
-    check_written(recipe.target, config, tensors)
     loading = find_loading(_adapter_facts(plan, recipe, config))
     return Merged(config, tensors, report, recipe, loading, tokenizer_files)
 

@@ -38,7 +38,7 @@ def find_tuner(model: Any) -> Any:
     if isinstance(model, PeftModel):
         for name, config in model.peft_config.items():
             if config.is_prompt_learning:
-                find_peft_type(_plain(config.peft_type), name)  # which has no layers, and no kind
+                find_peft_type(_plain(config.peft_type), name)  # raises: such a type has no task vector
         model = model.base_model
     if not isinstance(model, BaseTuner):
         raise RecipeError(
@@ -49,7 +49,7 @@ def find_tuner(model: Any) -> Any:
 
 
 def check_names(tuner: Any, adapters: Sequence[str], name: str) -> None:
-    """Check that the adapters exist and that the new one's name is free and safe."""
+    """Check that the adapters exist, and that PEFT can add one under the new name."""
     if isinstance(adapters, (Mapping, Set)):
         check_is_list(adapters)
     if isinstance(adapters, str) or not all(isinstance(adapter, str) for adapter in adapters):
@@ -79,7 +79,7 @@ def check_names(tuner: Any, adapters: Sequence[str], name: str) -> None:
 
 
 def check_state(tuner: Any) -> None:
-    """Check that no adapter is merged into the base and that none uses all others."""
+    """Check that no adapter is merged into the base weights, and that none routes to the others."""
     merged = sorted({name for _, layer in _layers(tuner) for name in layer.merged_adapters})
     if merged:
         raise RecipeError(
@@ -143,10 +143,10 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
     Raises: AdapterError if its files could not be merged either, or if its values are not in memory.
     """
     config = _plain(tuner.peft_config[name].to_dict())
-    tensors = LiveTensors({key: slot.tensor for key, slot in _slots(tuner, name).items()})
+    found = {key: slot.tensor for key, slot in _slots(tuner, name).items()}
+    tensors = LiveTensors(found)
     Contents(config, tensors, name).refuse_settings(WHOLE)
-    for key, slot in _slots(tuner, name).items():
-        tensor = slot.tensor
+    for key, tensor in found.items():
         if tensor.device.type == "meta" or hasattr(tensor, "device_mesh"):
             where = "offloaded" if tensor.device.type == "meta" else "sharded"
             raise AdapterError(

@@ -22,21 +22,7 @@ from ..methods import Method, Stages, Trim, make_method
 from ..spaces import Space, find_space
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.trim import Scope
-from .compatibility import (
-    TaskType,
-    check_one_config,
-    check_shared_modules,
-    check_statistics,
-    check_types,
-    choose_task_type,
-    common_base,
-    unify_module_names,
-    union_of_modules,
-    warn_base_names,
-    warn_orientation,
-    warn_single_adapter,
-    warn_unused_filters,
-)
+from . import compatibility
 from .extra_task_vectors import make_extra_tensor_merge
 from .extra_tensors import ExtraTensors, plan_extra_tensors
 from .members import Member, make_members, written_base_name
@@ -88,7 +74,7 @@ class Plan:
     rank: int | None
     dtype: torch.dtype
     extra_tensors: ExtraTensors
-    task_type: TaskType
+    task_type: compatibility.TaskType
     device: torch.device
     seed: int
     signs: Adapter | None = None
@@ -208,14 +194,14 @@ def make_plan(
     signs = _load_signs(stages.method, recipe.base)
     deciding = [signs] if signs is not None else []
     where = check_device(device)
-    check_types([*adapters, *deciding], space, stages)
+    compatibility.check_types([*adapters, *deciding], space, stages)
     check_adapters(deciding if checked else [*adapters, *deciding], processes)
 
     recipe, adapters, pipeline = _with_pipeline(recipe, adapters, warnings)
-    members = make_members(recipe, unify_module_names(adapters, warnings), densities, warnings)
-    check_statistics(stages.method, members)
+    members = make_members(recipe, compatibility.unify_module_names(adapters, warnings), densities, warnings)
+    compatibility.check_statistics(stages.method, members)
     dtype = output_dtype(recipe.dtype, [member.adapter for member in members])
-    modules = union_of_modules(members, signs)
+    modules = compatibility.union_of_modules(members, signs)
     pipeline, modules = _with_modules(pipeline, members, modules)
     _check_modules(recipe, members, modules, warnings)
     _check_weights(stages, space, members, modules)
@@ -224,14 +210,14 @@ def make_plan(
     _check_ranks(arithmetic, [*(member.adapter for member in members), *deciding], modules)
     rank = _rank(recipe, stages, arithmetic, members, modules, warnings)
     _check_target(recipe, members, modules, warnings)
-    warn_base_names(members, recipe, warnings)
-    warn_single_adapter(members, stages, warnings)
+    compatibility.warn_base_names(members, recipe, warnings)
+    compatibility.warn_single_adapter(members, stages, warnings)
 
     scale = _scale(recipe.scale, stages)
     value = scale.at(len(members))
     _warn_published_scale(value, stages, len(members), warnings)
     extra_tensors = _extra_tensors(recipe, stages, chosen, value, members, modules, where, warnings)
-    warn_orientation(members, warnings)
+    compatibility.warn_orientation(members, warnings)
     return Plan(
         members=members,
         modules=modules,
@@ -243,7 +229,7 @@ def make_plan(
         rank=rank,
         dtype=dtype,
         extra_tensors=extra_tensors,
-        task_type=choose_task_type(members, extra_tensors.loads, warnings),
+        task_type=compatibility.choose_task_type(members, extra_tensors.loads, warnings),
         device=where,
         seed=recipe.seed,
         signs=signs,
@@ -286,9 +272,9 @@ def _check_modules(
 ) -> None:
     """Check that the adapters' modules fit together, and warn of filters that fit none of them."""
     if not recipe.allow_disjoint:
-        check_shared_modules(members)
-    check_one_config(members, modules)
-    warn_unused_filters(members, modules, warnings)
+        compatibility.check_shared_modules(members)
+    compatibility.check_one_config(members, modules)
+    compatibility.warn_unused_filters(members, modules, warnings)
 
 
 def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modules: Iterable[str]) -> None:
@@ -416,7 +402,7 @@ def _extra_tensors(
 ) -> ExtraTensors:
     """Decide what becomes of the extra tensors."""
     layers = count_layers(modules)
-    base = common_base(members)
+    base = compatibility.common_base(members)
     merging = None
     if recipe.heads == MERGE:
         if (

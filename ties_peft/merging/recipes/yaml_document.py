@@ -11,13 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import (
-    ConfigDict,
-    TypeAdapter,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-)
+from pydantic import ConfigDict, TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from ...errors import RecipeError, TiesPeftError, one_line
