@@ -26,6 +26,7 @@ PIPELINE = "diffusion_pytorch_model.safetensors"  # the weights of a part of a p
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json", f"{PIPELINE}.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", PIPELINE)
 MODEL_CONFIG, PIPELINE_INDEX = "config.json", "model_index.json"
+Located = tuple[TensorSource, str]  # a file, and the name of a tensor in it
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")  # all layers of these names in those models
 
@@ -34,13 +35,13 @@ class BaseModel:
     """The tensors of a base model by name, read lazily.
 
     Args:
-        files: the file of each tensor.
+        tensors: by name, the file of each tensor and its name in it.
         label: the model's name in messages.
         config: the path of its config.json, which need not exist.
     """
 
-    def __init__(self, files: dict[str, TensorSource], label: str, config: Path | None = None) -> None:
-        self._files = files
+    def __init__(self, tensors: Mapping[str, Located], label: str, config: Path | None = None) -> None:
+        self._tensors = tensors
         self.label = label
         self._config = config
 
@@ -57,15 +58,15 @@ class BaseModel:
         if path is not None and path.is_file():
             return cls(_whole(path, label), label, path.parent / MODEL_CONFIG)
         folder = path or _on_hub(str(source), token)
-        files = _checkpoint(folder, label)
-        if files is None and (folder / PIPELINE_INDEX).is_file():
-            files = _pipeline(folder, label)
-        if files is None:
+        tensors = _checkpoint(folder, label)
+        if tensors is None and (folder / PIPELINE_INDEX).is_file():
+            tensors = _pipeline(folder, label)
+        if tensors is None:
             raise AdapterError(
                 f"base model '{label}': there is no {', '.join(SINGLE[:-1])} or {SINGLE[-1]} in it. Name the folder that "
                 "save_pretrained wrote, or its id on the Hub."
             )
-        return cls(files, label, folder / MODEL_CONFIG)
+        return cls(tensors, label, folder / MODEL_CONFIG)
 
     @cached_property
     def config(self) -> Mapping[str, Any] | None:
@@ -94,7 +95,7 @@ class BaseModel:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, sorted."""
-        return tuple(sorted(self._files))
+        return tuple(sorted(self._tensors))
 
     def find(self, tensor: str) -> str | None:
         """Return the checkpoint's name of a tensor, also if the checkpoint has its module's name of an older transformers."""
@@ -112,22 +113,24 @@ class BaseModel:
         comes first, then the only name that ends in this one, then this name without its first parts. None if there is
         none, or if several names end in it.
         """
-        if tensor in self._files:
+        if tensor in self._tensors:
             return tensor
         longer = [name for name in self.names if name.endswith(f".{tensor}")]
         if longer:
             return longer[0] if len(longer) == 1 else None
         parts = tensor.split(".")
         shorter = (".".join(parts[start:]) for start in range(1, len(parts) - 1))
-        return next((name for name in shorter if name in self._files), None)
+        return next((name for name in shorter if name in self._tensors), None)
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of one of `names`."""
-        return self._files[name].info(name)
+        file, own_name = self._tensors[name]
+        return file.info(own_name)
 
     def read(self, name: str) -> Tensor:
         """Return one of `names` on the CPU, in its own dtype."""
-        return self._files[name].read(name)
+        file, own_name = self._tensors[name]
+        return file.read(own_name)
 
     def require(self, tensor: str, what: str) -> Tensor:
         """Return a tensor by its name in the model.
@@ -177,41 +180,16 @@ def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
         parts += [value for value in part.values() if isinstance(value, dict)]
 
 
-class _PartTensors:
-    """The tensors of a part of a pipeline, whose names begin with the part."""
-
-    def __init__(self, source: TensorSource, prefix: str) -> None:
-        self._source, self._prefix = source, prefix
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._prefix + name for name in self._source.names)
-
-    def info(self, name: str) -> TensorInfo:
-        return self._source.info(name.removeprefix(self._prefix))
-
-    def read(self, name: str) -> Tensor:
-        return self._source.read(name.removeprefix(self._prefix))
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._source.rows(name.removeprefix(self._prefix), start, stop)
-
-
 def _on_hub(source: str, token: str | None) -> Path:
     """Download the checkpoint of a Hub id, and return its folder in the Hub's cache."""
-    name, colon, inside = source.partition(":")
-    if colon and not sources.is_inside(inside):
-        raise AdapterError(
-            f"base model {source!r}: there is no such folder, and {inside!r} is no path inside a "
-            "repository of the Hub. Expected org/name:folder."
-        )
-    within = f"{inside.rstrip('/')}/" if inside else ""
+    name, inside = sources.split_hub_source(source, "base model")
+    within = f"{inside}/" if inside else ""
     wanted = [f"{within}{file}" for file in (*INDEX, *SINGLE, "*.safetensors")]
     return sources.download(name, wanted, token, "base model", optional=[f"{within}{MODEL_CONFIG}"]) / inside
 
 
-def _checkpoint(folder: Path, label: str) -> dict[str, TensorSource] | None:
-    """Return the file of each tensor of a model in a folder; None if there is none."""
+def _checkpoint(folder: Path, label: str) -> dict[str, Located] | None:
+    """Return the tensors of a model in a folder; None if there is none."""
     index = next((folder / name for name in INDEX if (folder / name).is_file()), None)
     if index is not None:
         return _shards(index, label)
@@ -219,23 +197,23 @@ def _checkpoint(folder: Path, label: str) -> dict[str, TensorSource] | None:
     return None if single is None else _whole(single, label)
 
 
-def _pipeline(folder: Path, label: str) -> dict[str, TensorSource] | None:
-    """Return the file of each tensor of a pipeline's parts, whose names follow that of their part."""
-    found: dict[str, TensorSource] = {}
+def _pipeline(folder: Path, label: str) -> dict[str, Located] | None:
+    """Return the tensors of a pipeline's parts, each part before the names of its tensors."""
+    found: dict[str, Located] = {}
     for inside in sorted(folder.iterdir()):
-        files = _checkpoint(inside, label) if inside.is_dir() else None
-        for name, file in (files or {}).items():
-            found[f"{inside.name}.{name}"] = _PartTensors(file, f"{inside.name}.")
+        tensors = _checkpoint(inside, label) if inside.is_dir() else None
+        found |= {f"{inside.name}.{name}": located for name, located in (tensors or {}).items()}
     return found or None
 
 
-def _whole(path: Path, label: str) -> dict[str, TensorSource]:
+def _whole(path: Path, label: str) -> dict[str, Located]:
+    """Return the tensors of one file."""
     opened = open_tensors(path, label)
-    return dict.fromkeys(opened.names, opened)
+    return {name: (opened, name) for name in opened.names}
 
 
-def _shards(index: Path, label: str) -> dict[str, TensorSource]:
-    """Return the file of each tensor of a checkpoint in several files, from its index."""
+def _shards(index: Path, label: str) -> dict[str, Located]:
+    """Return the tensors of a checkpoint in several files, by its index."""
     try:
         files = {str(name): Path(str(file)).name for name, file in read_object(index)["weight_map"].items()}
     except (ValueError, KeyError, AttributeError) as error:
@@ -248,8 +226,8 @@ def _shards(index: Path, label: str) -> dict[str, TensorSource]:
             f"base model '{label}': {len(missing)} of its files are missing, first {missing[0]}. "
             "Download it again, whole."
         )
-    opened: dict[str, TensorSource] = {file: open_tensors(index.parent / file, label) for file in set(files.values())}
-    return {name: opened[file] for name, file in files.items()}
+    opened = {file: open_tensors(index.parent / file, label) for file in set(files.values())}
+    return {name: (opened[file], name) for name, file in files.items()}
 
 
 def _is_file(path: Path) -> bool:

@@ -286,15 +286,26 @@ def _refuse_missing_part(source: str) -> None:
         )
 
 
-def _on_hub(source: str, token: str | None) -> Path:
-    """Download a Hub id's folder or file, and return its path in the Hub's cache."""
+def split_hub_source(source: str, what: str) -> tuple[str, str]:
+    """Return the repository and the path inside it of a source such as `org/name:folder`.
+
+    Args:
+        source: a Hub id.
+        what: what is searched, for the message.
+    Raises: AdapterError if the path would lead out of the repository.
+    """
     name, colon, inside = source.partition(":")
     if colon and not is_inside(inside):
         raise AdapterError(
-            f"adapter {source!r}: there is no such folder, and {inside!r} is no path inside a "
-            "repository of the Hub. Expected org/name:folder."
+            f"{what} {source!r}: there is no such folder, and {inside!r} is no path inside a repository of the Hub. "
+            "Expected org/name:folder."
         )
-    inside = inside.rstrip("/")
+    return name, inside.rstrip("/")
+
+
+def _on_hub(source: str, token: str | None) -> Path:
+    """Download a Hub id's folder or file, and return its path in the Hub's cache."""
+    name, inside = split_hub_source(source, "adapter")
     named = [inside] if inside.endswith(WEIGHT_SUFFIXES) else []
     folder = inside.rpartition("/")[0] if named else inside
     within = f"{folder}/" if folder else ""

@@ -197,7 +197,7 @@ class _LoadedBase(BaseModel):
     """
 
     def __init__(self, tensors: LiveTensors, architecture: str, conv1d: Mapping[str, bool]) -> None:
-        super().__init__(dict.fromkeys(tensors.names, tensors), "the model's own")
+        super().__init__({name: (tensors, name) for name in tensors.names}, "the model's own")
         self.config = {"architectures": [architecture]}
         self._conv1d = conv1d
 
