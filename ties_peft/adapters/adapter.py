@@ -139,7 +139,7 @@ class Adapter:
 
     @property
     def label(self) -> str:
-        """Its name in messages."""
+        """The adapter's name in messages."""
         return self.source or "in memory"
 
     @property
@@ -206,7 +206,7 @@ class Adapter:
         return other
 
     def statistics(self, kind: str) -> Statistics | None:
-        """Return the statistics that were gathered of it; None if there are none.
+        """Return the statistics that were gathered for this adapter; None if there are none.
 
         Args:
             kind: `fisher` or `gram`.
@@ -286,7 +286,7 @@ class Adapter:
 
     @cached_property
     def scan(self) -> Scan:
-        """Digest, norm and faults of all tensors, from one reading of the file.
+        """The digest, the norm and the tensors that are not finite, from one reading of the file.
 
         A tensor stays in memory until the last module that uses it has been read.
         """
@@ -333,7 +333,7 @@ class Adapter:
         return lines
 
     def files(self) -> dict[str, writer.Content]:
-        """Return the contents of the files of a folder that holds this adapter, by file name.
+        """Return the files of a folder that holds this adapter: content by name.
 
         Raises: CompatibilityError for a LoRA of a pipeline's parts, which no folder of PEFT can hold.
         """
@@ -346,7 +346,7 @@ class Adapter:
         return {sources.ADAPTER_CONFIG: writer.json_text(self.config), sources.WEIGHT_FILES[0]: tensors}
 
     def save(self, folder: str | Path, force: bool = False) -> Path:
-        """Write it to a folder, completely or not at all.
+        """Write the adapter to a folder, completely or not at all.
 
         Args:
             folder: a path that does not exist, or an empty folder.
@@ -403,7 +403,7 @@ def check_is_list(given: Any) -> None:
 
 
 def check_adapters(adapters: Sequence[Adapter], processes: ProcessGroup = SINGLE_PROCESS) -> None:
-    """Check all tensors of some adapters, several adapters at a time, shared out among the processes.
+    """Check all tensors of some adapters, in parallel on the threads of all processes.
 
     Args:
         adapters: the same in every process.

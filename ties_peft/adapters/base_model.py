@@ -98,7 +98,7 @@ class BaseModel:
         return tuple(sorted(self._tensors))
 
     def find(self, tensor: str) -> str | None:
-        """Return the checkpoint's name of a tensor, also if the checkpoint has its module's name of an older transformers."""
+        """Return the checkpoint's name of a tensor, which may be that of an older release of transformers; None if it has none."""
         module, _, parameter = tensor.rpartition(".")
         own = self._find(tensor)
         if own is not None:

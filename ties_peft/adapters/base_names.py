@@ -105,7 +105,7 @@ class BaseNames:
         return known
 
     def _as_in_file(self, one: Placed, own: tuple[str, ...], found: tuple[str, ...]) -> tuple[str, ...]:
-        """Return a module's names in the base, or its newer name in a single file: checkpoints keep the older ones."""
+        """Return the names to write: those of the base, but the file's own if the base, a checkpoint, only lacks a newer name."""
         newer = one.module.module
         return (newer,) if not self.all_parts and found == own == (f"{TEXT_TOWER}{newer}",) else found
 
@@ -122,7 +122,7 @@ class BaseNames:
             )
 
     def _spellings(self, known: Sequence[str], joined: bool) -> dict[str, set[str]]:
-        """Return the names to write by their spelling in the file; the base's own names come before other spellings."""
+        """Return the names to write for each spelling that the file may have; the base's own names take precedence."""
         spelled = self.format.spelled if joined else str
         exact: dict[str, set[str]] = {}
         for name in known:
@@ -152,7 +152,7 @@ def base_names(options: ConversionOptions, base: BaseModel | None) -> list[str] 
 
 
 def renaming_remark(names: Mapping[str, str]) -> list[str]:
-    """Return a remark on modules that are written under other names, given old name → new; none for none."""
+    """Return a remark on modules that are written under other names (old → new); none if there are no such modules."""
     if not names:
         return []
     old = min(names)

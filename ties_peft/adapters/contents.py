@@ -63,11 +63,11 @@ class Contents:
         return dict(sorted(found.items()))
 
     def shapes(self, parts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of some tensors: suffix → name to suffix → shape."""
+        """Return the shape of each tensor of a layer, by suffix."""
         return {end: self.tensors.info(key).shape for end, key in parts.items()}
 
     def damaged(self, module: str, shapes: Mapping[str, tuple[int, ...]], expected: str) -> AdapterError:
-        """Return the error for a module whose tensors do not fit each other.
+        """Make the error for a module whose tensors do not fit each other.
 
         Args:
             shapes: of its tensors, by suffix.

@@ -42,7 +42,7 @@ class ExtraLayer:
 
     @cached_property
     def holders(self) -> tuple[int, ...]:
-        """The places of the adapters that hold it."""
+        """The places in the merge of the adapters that hold it."""
         return tuple(sorted(self.by_adapter))
 
     @cached_property
@@ -96,11 +96,11 @@ class ExtraLayer:
         return self.adapters[place].tensors.read(self.by_adapter[place][name].key)
 
     def contents(self) -> str:
-        """Return what each adapter holds of it, in words."""
+        """Describe what each adapter holds of it."""
         return ", ".join(f"{self.names[place]} has {size}" for place, size in self._sizes.items())
 
     def difference(self) -> str:
-        """Return in what the adapters differ, in words."""
+        """Describe how the adapters differ in it."""
         if len(sizes := set(self._sizes.values())) > 1:
             return self.contents()
         return f"{sizes.pop()}, with different values in {', '.join(self.names[place] for place in self.holders)}"

@@ -38,7 +38,7 @@ BARE_TOWER = re.compile(r"^(|(?:.+\.)?vision_tower\.)((?:encoder|embeddings|head
 
 
 def newer_name(name: str) -> str | None:
-    """Return a module's name in the next newer transformers that may have renamed it; None if there is none."""
+    """Return a module's name after the next renaming in transformers; None if it was not renamed."""
     vit = VIT.match(name)
     if vit is not None and vit[3] in VIT_PARTS:
         return f"{vit[1]}layers.{vit[2]}.{VIT_PARTS[vit[3]]}"
@@ -106,7 +106,7 @@ def _newer_tables(table: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 def without_tower_prefix(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Return new names for modules whose tower's prefix the base model's modules do not have: own name → the base's."""
+    """Return the base model's name for each module that has a tower's prefix which the base's modules lack: old name → new."""
     there = set(known)
     return {name: new for name in names if name not in there for new in _bare(name) if new in there}
 

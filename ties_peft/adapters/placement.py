@@ -89,7 +89,7 @@ def _placed_denoiser(
 
 
 def _placed_text(module: LoraModule, joined: bool) -> Placed:
-    """Return the place of a module of a text encoder, or of any other part under its own name."""
+    """Return the place of a module of a text encoder, or of another part, whose names stay as they are."""
     part, name = module.part, module.module
     comfyui = COMFYUI_TEXT.fullmatch(name) if part == "text_encoders" else None
     if comfyui is not None:
@@ -105,7 +105,7 @@ def _placed_text(module: LoraModule, joined: bool) -> Placed:
 
 
 def _renumbered(placed: Placed, architecture: str) -> Placed:
-    """Return the place in Flux's second text encoder of what other models have in their third."""
+    """Return the place with the number of Flux's text encoder: its second one is what other models have as their third."""
     if architecture == FLUX and placed.part == TEXT_ENCODERS[2]:
         return Placed(placed.module, TEXT_ENCODERS[1], placed.layer)
     return placed

@@ -129,7 +129,7 @@ def _fused_experts(modules: Mapping[str, ModuleInfo]) -> frozenset[str]:
 
 
 def _reason(module: ModuleInfo, fused: frozenset[str]) -> str | None:
-    """Return why no target but peft loads a module, for a sentence on several; None if they do."""
+    """Return why only peft loads a module, as the end of a sentence on several modules; None if other targets load it too."""
     if len(module.shape) != 2 or module.kernel_size:
         return "are no linear layers"
     if module.layer_type == BIAS:

@@ -95,7 +95,7 @@ class _Conversion:
         self.ranks: dict[str, int] = {}
 
     def run(self) -> Converted:
-        """Return the adapter."""
+        """Return the adapter in PEFT's terms."""
         architecture, placed = self.places()
         placed, remarks = self.choose_part(placed)
         renamed: list[str] = []
@@ -155,7 +155,7 @@ class _Conversion:
         return "", [Placed(m, m.part, Layer(m.module, (m.module,))) for m in modules]
 
     def part_of_all(self) -> str:
-        """Return the part of the modules of a file that does not tell it."""
+        """Return the part that was asked for, for a file whose names do not say it."""
         if self.options.part is None and self.all_parts:
             raise AdapterError(
                 f"adapter '{self.label}': the names in {self.file.path.name}, such as {self.file.modules[0].module!r}, do not "
@@ -372,7 +372,7 @@ class _Conversion:
         return {name: float(rank) for name, rank in ranks.items()}, self.format.without_alpha, True
 
     def _noted_alphas(self, noted: Mapping[str, Mapping[str, Any]], ranks: Mapping[str, int]) -> dict[str, float]:
-        """Return the alpha of each module by the configs in the file's metadata, with which alpha/r is its scaling."""
+        """Return the alpha with which alpha/r is the scaling of each module, by the configs in the file's metadata."""
         alphas = {}
         for path, rank in ranks.items():
             part = path.partition(".")[0] if self.all_parts else next(iter(noted))
@@ -399,7 +399,7 @@ def lycoris_shape(shapes: Mapping[str, Sequence[int]]) -> Shape:
 
 
 def _without_prefix(module: LoraModule, part: str) -> LoraModule:
-    """Return a module as one of a part, if its name begins with the part's."""
+    """Return a module with the part, if its name begins with it, taken out of the name."""
     if not module.module.startswith(f"{part}."):
         return module
     return LoraModule(part, module.module[len(part) + 1 :], module.keys)
@@ -410,7 +410,7 @@ def _list_parts(parts: Mapping[str, int]) -> str:
 
 
 def by_module(alphas: Mapping[str, float]) -> dict[str, Any]:
-    """Return lora_alpha, and a pattern for the modules of each other alpha."""
+    """Return the config's lora_alpha, the most frequent one, and an alpha_pattern for the modules that have another."""
     (common, _), *_ = Counter(alphas.values()).most_common(1)
     groups: dict[float, list[str]] = {}
     for name, alpha in sorted(alphas.items()):

@@ -40,7 +40,7 @@ def json_text(value: Mapping[str, Any]) -> str:
 
 
 def check_output_folder(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an output folder whose writing would destroy something. Call it before any work is done.
+    """Refuse an output folder that cannot be written without destroying other files. Call it before any work is done.
 
     Args:
         folder: of the output.
@@ -102,7 +102,7 @@ def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path
 
 
 def unexpected_files(folder: Path) -> list[Path]:
-    """Return what lies in a folder and was not written by ties_peft: by its name, or by its digest if it was copied."""
+    """Return the files of a folder that ties_peft did not write, by their names, and by their digests if they were copied."""
     copied = _copied(folder / PROVENANCE)
     return [
         path

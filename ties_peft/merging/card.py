@@ -134,7 +134,7 @@ def code_block(text: str, language: str) -> str:
 
 
 def _fence(text: str, least: int) -> str:
-    """Return more backticks in a row than a text holds, and no fewer than `least`."""
+    """Return a row of backticks that is longer than any in a text, and at least `least` long."""
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 

@@ -114,7 +114,7 @@ def open_as_peft(source: str, options: ConversionOptions, all_parts: bool = Fals
 
 
 def _rename_modules(adapter: Adapter, options: ConversionOptions, label: str) -> tuple[Adapter, list[str]]:
-    """Return an adapter of PEFT's under the names that --modules lists, if it was given, and a remark on new names."""
+    """Return an adapter in PEFT's format under the names that --modules lists, if it was given, and a remark on new names."""
     if options.modules is None:
         return adapter, []
     known = base_names(options, None) or []

@@ -68,11 +68,11 @@ class ExtraTensorMerge:
         for extra in (one for own in layer.by_adapter.values() for one in own.values()):
             if shapes.setdefault(extra.tensor, extra.shape) != extra.shape:
                 return "the shapes differ"
-        faults = (self._beside(f"{layer.module}.{name}", shape) for name, shape in shapes.items())
+        faults = (self._fault_of_base(f"{layer.module}.{name}", shape) for name, shape in shapes.items())
         return next((fault for fault in faults if fault), None)
 
-    def _beside(self, tensor: str, shape: tuple[int, ...]) -> str | None:
-        """Return what is wrong with the base's own tensor; None if nothing."""
+    def _fault_of_base(self, tensor: str, shape: tuple[int, ...]) -> str | None:
+        """Return why the base's own tensor cannot be subtracted; None if it can."""
         found = self.base.find(tensor)
         if found is None:
             tied = ", as where a head is tied to the embeddings, which it then shares" * tensor.endswith(TIED)

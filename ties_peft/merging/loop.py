@@ -65,7 +65,7 @@ def merge_modules(
 
 @dataclass
 class _Loop:
-    """The state of a merge on its way through the modules.
+    """The state of a merge while it goes through the modules.
 
     Attributes:
         plan, cache, pool, progress, processes, mine: see `merge_modules`.

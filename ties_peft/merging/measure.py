@@ -38,7 +38,7 @@ TIED_LOSS = 0.01  # more energy lost among equal singular values is warned of; l
 
 @dataclass(frozen=True)
 class ModuleMeasurement:
-    """What one module adds to the sums.
+    """The measurements of one merged module, and what it adds to the sums of the report.
 
     Attributes:
         line: of the report.
@@ -277,7 +277,7 @@ class Totals:
 
 
 def warn_low_retention(adapters: Sequence[AdapterLine], plan: Plan) -> list[str]:
-    """Return a warning if the result holds little of some adapters; of a single adapter the energy says it."""
+    """Return a warning if the result holds little of some adapters; for a single adapter the energy is warned of instead."""
     low = [
         line
         for line in adapters

@@ -55,7 +55,7 @@ class Sweep(Printed):
     warnings: list[str] = field(default_factory=list)
 
     def tables(self) -> RenderableType:
-        """Return one line a merge."""
+        """Return a table with a row for each merge."""
         adapters = list(self.rows[0].projections) if self.rows else []
         return make_table(
             ["method", *map(number_column, ("density", "rank", "energy", "norm", *adapters))],
@@ -113,7 +113,7 @@ def sweep(
 
 
 def _settings(methods: Sequence[str], densities: Sequence[float | None], ranks: Sequence[Rank]) -> Iterator[Settings]:
-    """Yield each setting once: a density only for a method that has one, and that stands for no other."""
+    """Yield each setting once; densities only for a method that has one and does not choose another method."""
     for method in methods:
         last = find_method(method.split("+")[-1].strip())
         has_density = "density" in last.model_fields and not last.chooses()

@@ -161,7 +161,7 @@ class TrimThresholds:
         return (*others, self.plan.density(member, module, last))
 
     def _gather(self, value: Value) -> list[Value]:
-        """Return what all processes found; a group within one module belongs to one process alone."""
+        """Return the values of all processes; of this one alone for groups within one module, which no other process has."""
         return [value] if self.by_module else self.processes.gather(value)
 
     def _parts(self, groups: Iterable[RankedEntries]) -> Iterator[tuple[RankedEntries, PartKey, Delta]]:
@@ -296,7 +296,10 @@ def _ranks_by_module(plan: Plan) -> bool:
 
 
 def _finish(item: tuple[RankedEntries, ThresholdSearch]) -> None:
-    """End a pass of one search. Raises: MethodError where values are not finite."""
+    """End a pass of one search.
+
+    Raises: MethodError if values are not finite.
+    """
     group, search = item
     try:
         search.finish_pass()

@@ -68,7 +68,7 @@ class Format:
         return any(self.pattern.fullmatch(name) for name in names)
 
     def parse(self, key: str) -> ParsedName | None:
-        """Take a tensor's name apart; return None if the tensor does not belong to a plain LoRA."""
+        """Return a tensor's name in its parts; None if the tensor does not belong to a plain LoRA."""
         found = self.pattern.fullmatch(key)
         if found is None:
             return None
@@ -78,7 +78,7 @@ class Format:
         return ParsedName(part, module, SIDES.get(side, side))
 
     def variant(self, rest: Sequence[str], config: Mapping[str, Any]) -> str:
-        """Return what the adapter is if it is no plain LoRA, such as DoRA; empty if nothing tells.
+        """Return what the adapter is if it is no plain LoRA, such as DoRA; empty if it is one.
 
         Args:
             rest: the names of the tensors that `parse` does not know.

@@ -50,14 +50,14 @@ class Diffusers(Format):
     is_image = True
 
     def matches(self, names: Sequence[str], path: Path) -> bool:
-        """Return whether some names are diffusers' own, or look like PEFT's in a file or a part of diffusers."""
+        """Return whether some names are diffusers' own, or PEFT's with a part of a pipeline or in a file that diffusers names."""
         own = [name for name in names if NAME.fullmatch(name) or PROCESSOR.fullmatch(name)]
         if any(not PEFT_NAME.fullmatch(name) and not name.endswith(".alpha") for name in own):
             return True
         return bool(own) and (path.name in OTHER_WEIGHT_FILES or any(name.startswith(UNAMBIGUOUS) for name in own))
 
     def parse(self, key: str) -> ParsedName | None:
-        """Take a tensor's name apart."""
+        """Return a tensor's name in its parts, those of the first releases included."""
         found = PROCESSOR.fullmatch(key)
         if found:
             part, outer = found["part"] or "", found["module"].removesuffix(".processor")
@@ -76,5 +76,5 @@ class Diffusers(Format):
         return {key.removeprefix(f"{part}."): value for key, value in items if key.startswith(f"{part}.") or not part}
 
     def needs_alpha(self, ranks: Sequence[int]) -> str | None:
-        """Return that releases disagree, if the modules have several ranks."""
+        """Return why the scaling is not known if the modules have several ranks."""
         return "releases of diffusers differ on its scaling" if len(set(ranks)) > 1 else None

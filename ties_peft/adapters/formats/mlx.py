@@ -31,7 +31,7 @@ class Mlx(Format):
     transposed = True
 
     def variant(self, rest: Sequence[str], config: Mapping[str, Any]) -> str:
-        """Return DoRA if the config or a magnitude tells."""
+        """Return DoRA if the config says so or there are magnitudes."""
         dora = config.get("fine_tune_type") == "dora" or any(name.endswith(".m") for name in rest)
         return "DoRA" if dora else ""
 
@@ -59,7 +59,7 @@ class Mlx(Format):
         )
 
     def factors_fault(self, A: Sequence[int], B: Sequence[int], module: str) -> str | None:
-        """Return why not, for experts and embeddings."""
+        """Return why experts and embeddings cannot be converted."""
         if len(A) != 2 or len(B) != 2:
             return f"belongs to experts ({list(A)}), which cannot be converted exactly. Leave it out."
         if module.rsplit(".", 1)[-1] in EMBEDDINGS:

@@ -26,5 +26,5 @@ class PeftNames(Format):
         )
 
     def needs_alpha(self, ranks: Sequence[int]) -> str | None:
-        """Return that nothing tells the scaling."""
-        return "nothing tells its scaling"
+        """Return why the scaling is not known."""
+        return "nothing else gives its scaling"

@@ -41,7 +41,7 @@ def peft_types() -> dict[str, PeftType]:
 
 
 def output_type(peft_type: PeftType) -> WritablePeftType:
-    """Return the PEFT type as which a merge of adapters of this type is written."""
+    """Return the PEFT type in which a merge of adapters of this type is written."""
     found = next(other for other in peft_types().values() if other.name == peft_type.output_name)
     assert isinstance(found, WritablePeftType)
     return found

@@ -72,7 +72,7 @@ class ModuleInfo:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What must be equal in all adapters that have this module."""
+        """The facts that must be equal in all adapters that have this module."""
         return self.shape, self.on_input, self.layer_type, self.kernel_size, self.expert
 
 

@@ -134,7 +134,7 @@ class Lora(WritablePeftType):
         }
 
     def fault(self, modules: Sequence[ModuleInfo]) -> str | None:
-        """Return why not: PEFT supports a bias on lora_B only for linear layers and convolutions."""
+        """Return why some modules do not fit: PEFT supports a bias on lora_B only for linear layers and convolutions."""
         biased = any(module.layer_type == BIAS for module in modules)
         others = [m for m in modules if m.layer_type in (EMBEDDING, EXPERT) or m.path.endswith(OUT_PROJ)]
         if biased and others:
@@ -268,7 +268,7 @@ class _Layer:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def check_pair(self, ends: tuple[str, str]) -> None:
-        """Refuse a layer of which one of the two factors is missing."""
+        """Refuse a layer that lacks one of its two factors."""
         missing = [end for end in ends if end not in self.parts]
         if not missing:
             return

@@ -37,7 +37,7 @@ SUM = ("weight", "normalize", "rescale", "lambda", "int8_mask")
 
 @dataclass(frozen=True)
 class Counterpart:
-    """What one of mergekit's methods is here.
+    """The method of this package that does what one of mergekit's does.
 
     Attributes:
         method: its name here.
@@ -174,7 +174,7 @@ class _Conversion:
         self.shared = self.table(("parameters",), self.top)
 
     def run(self) -> None:
-        """Convert the recipe; each step uses what those before it made."""
+        """Convert the recipe; each step depends on those before it."""
         if self.method != self.name:
             self.note("merge_method", f"mergekit's {self.name} is {self.method} here")
         if self.rule.differs:
@@ -184,7 +184,7 @@ class _Conversion:
         self.convert_top_keys()
         base = self.convert_base()
         self.split_references(base)
-        self.drop_foreign_parameters()
+        self.drop_ignored_parameters()
         if self.name == "slerp":
             self.convert_slerp(base)
         self.check_flags()
@@ -208,7 +208,7 @@ class _Conversion:
         return entry
 
     def table(self, path: Location, holder: dict[str, Any]) -> dict[str, Any]:
-        """Return the parameters of a table, which are made if there are none."""
+        """Return the `parameters` of a table; add an empty table if there is none."""
         if holder.get("parameters") is None:
             holder["parameters"] = {}
         if not isinstance(holder["parameters"], dict):
@@ -217,7 +217,7 @@ class _Conversion:
         return found
 
     def convert_top_keys(self) -> None:
-        """Convert the keys at the top."""
+        """Convert the keys at the top of the recipe."""
         for key in IGNORED:
             if self.top.pop(key, None) is not None:
                 self.note(key, "an adapter has no part in it, so it is left out")
@@ -262,8 +262,8 @@ class _Conversion:
         self.document.drop("adapters", place)
         self.note("adapters", f"{name} is the base model itself, which adds nothing, so it is left out")
 
-    def drop_foreign_parameters(self) -> None:
-        """Leave out the parameters that the method does not have in mergekit either."""
+    def drop_ignored_parameters(self) -> None:
+        """Leave out the parameters that mergekit's method does not have, and ignores."""
         for path, table in self.tables:
             for key in [
                 key for key in table if key in PARAMETERS and key not in (*self.rule.takes, *self.rule.numbers)
@@ -300,7 +300,7 @@ class _Conversion:
                 self.refuse(("parameters", key), f"{asked} has no counterpart in '{self.method}'. Leave it out")
 
     def convert_weights(self) -> None:
-        """Give the weight for all to each adapter that has none, or whose conditions do not fit."""
+        """Write the weight for all adapters to each that has none, and as the default of each that has conditions."""
         general = self.shared.pop("weight", None)
         for place, entry in enumerate(self.entries if general is not None else []):
             own = entry["parameters"].get("weight", general)

@@ -142,7 +142,7 @@ class _Table(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def rename(cls, values: Any) -> Any:
-        """Put names in the place of their synonyms."""
+        """Replace synonyms by the names they stand for."""
         if not isinstance(values, dict):
             return {} if values is None and cls.blank else values
         found: dict[str, Any] = {}
@@ -174,7 +174,7 @@ class _Entry(_Table):
     @model_validator(mode="before")
     @classmethod
     def read_name(cls, value: Any) -> Any:
-        """Make a table of a text."""
+        """Return the table that a text stands for."""
         return {"adapter": value} if isinstance(value, str) else value
 
 
@@ -196,7 +196,7 @@ class _Top(_Table):
 
 
 def _with_options(base: type[_Table], table: str, **more: Any) -> Any:
-    """Return a model with fields for the options that stand in one table of a recipe, and for more."""
+    """Return a model with a field for each option that one table of a recipe holds, and with further fields."""
     types = get_type_hints(Options)
     found = {
         option.key: (Annotated[types[name], expecting(option.expected, _or_none(option.accepts))], option.default)
@@ -212,12 +212,12 @@ KEYS = {0: tuple(_File.model_fields), 2: tuple(_Entry.model_fields), 3: tuple(_O
 
 
 def _unknown_key(path: Location, key: str) -> str:
-    """Return the text on a key that a table of a recipe does not have."""
+    """Return the message on a key that a table of a recipe does not have."""
     return unknown("key", key, KEYS[len(path)], _misplaced_hint(key, path))
 
 
 def _misplaced_hint(key: str, path: Location) -> str | None:
-    """Return the sentence on a key that stands in the wrong place of a recipe; None for one that belongs nowhere."""
+    """Return a sentence that says where in a recipe a misplaced key belongs; None for an unknown key."""
     if key in _Own.model_fields and path[:1] == ("adapters",):
         return f"{key} belongs under `parameters:` of this adapter."
     if key == "weight":
@@ -248,7 +248,7 @@ def _unless_none(values: list[Any], given: list[Any] | None = None) -> tuple[Any
 
 
 def _check(document: Document, recipe: Recipe) -> None:
-    """Refuse what the method and the space of a recipe refuse, naming the line."""
+    """Check the names and parameters of a recipe's method and space; an error names the line."""
     method, space, parameters = recipe.method, recipe.space, recipe.parameters
     with document.naming("parameters", "space"):
         find_space(space)
@@ -285,7 +285,7 @@ def _refuse_parameter(recipe: Recipe, key: str, known: Sequence[str]) -> NoRetur
 
 
 def _repeated(values: Any, counts: Sequence[int]) -> Any:
-    """Return one value for each pattern as often as there are adapters that fit it; anything else as it is."""
+    """Return values with that of each pattern repeated for every adapter it matches; anything but one per pattern as it is."""
     if not isinstance(values, tuple) or len(values) != len(counts):
         return values
     return tuple(value for value, count in zip(values, counts, strict=True) for _ in range(count))

@@ -52,7 +52,7 @@ class Scale:
         return found
 
     def at(self, adapters: int) -> float:
-        """Return λ for so many adapters.
+        """Return λ for this number of adapters.
 
         >>> Scale.read("0.5*N^-1/4").at(16)
         0.25

@@ -35,7 +35,7 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Schedule:
-    """A checked value.
+    """A number that may differ from module to module, checked.
 
     Attributes:
         value: a number, a list of numbers, or a list of conditions.
@@ -54,7 +54,7 @@ class Schedule:
         return cls(listed)
 
     def at(self, module: str, layers: int, default: float = 1.0) -> float:
-        """Return the number for one module of a model with so many layers; `default` where no filter fits."""
+        """Return the number for one module of a model with this number of layers; `default` where no filter fits."""
         value = self.value
         if _is_conditions(value):
             fits = (c["value"] for c in value if c.get("filter") in EVERYWHERE or str(c["filter"]) in module)
@@ -68,7 +68,7 @@ class Schedule:
         return Schedule([*self.value, *conditions_of(value)]) if _is_conditions(self.value) else self
 
     def mapped(self, change: Callable[[float], float]) -> Schedule:
-        """Return this schedule with every number changed. `change` must be linear where a gradient is interpolated."""
+        """Return this schedule with every number changed by `change`, which must be linear if there is a gradient."""
 
         def of(value: Any) -> Any:
             return [change(point) for point in value] if isinstance(value, list) else change(value)
@@ -83,7 +83,7 @@ class Schedule:
 
     @property
     def filters(self) -> list[str]:
-        """The parts of names that it asks for."""
+        """The parts of names that its conditions look for."""
         return [str(c["filter"]) for c in conditions_of(self.value) if c.get("filter") not in EVERYWHERE]
 
     @property

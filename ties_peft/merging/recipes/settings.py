@@ -34,7 +34,7 @@ class Settings:
 
 
 def make_settings(method: str, space: str, parameters: Mapping[str, Any], densities: Sequence[Any] = ()) -> Settings:
-    """Give every parameter to the space or the method that has it.
+    """Make the space and the methods of a merge, each with the parameters that it has.
 
     A density that is a schedule (a gradient, or conditions) is that of every adapter without one of its own; where no filter
     of a schedule fits, the method's density holds.
@@ -129,7 +129,7 @@ def all_parameters() -> set[str]:
 
 
 def unknown_parameter(method: str, space: str, name: str, more: Sequence[str] = ()) -> str:
-    """Return what to say of a parameter that neither a method nor a space has: its name here, or what has it.
+    """Return the message on a parameter that neither the method nor the space has, with its name here or what has it.
 
     Args:
         method, space: by name.
