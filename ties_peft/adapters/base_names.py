@@ -10,10 +10,9 @@ from ..errors import AdapterError, RecipeError
 from .base_model import PIPELINE, BaseModel
 from .formats import LoraFile
 from .image_models import NATIVE, Layer, part_of
-from .module_names import accepted_names
+from .module_names import TEXT_TOWER, accepted_names
 from .placement import Placed
 
-TEXT_TOWER = "text_model."  # which newer names of a text encoder's modules lack
 CHECKPOINT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of a model's own code, in one file
 
 

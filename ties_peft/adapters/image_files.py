@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from .image_models import FLUX, NATIVE, SD, SD3, SDXL, TEXT_ENCODERS, Layer, layers_of
+from .module_names import TEXT_TOWER
 
 DIFFUSERS_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "lora.safetensors"
-METADATA = "lora_adapter_metadata"  # diffusers' key of PEFT's config
+METADATA = "lora_adapter_metadata"  # diffusers' key of PEFT's config in a file's metadata
 TEXT_PREFIXES = {  # of kohya's names, for the text encoders of each architecture
     SD: ("lora_te",),
     SDXL: ("lora_te1", "lora_te2"),
@@ -31,11 +32,10 @@ TEXT_PREFIXES = {  # of kohya's names, for the text encoders of each architectur
     FLUX: ("lora_te1", "lora_te3"),
 }
 VERSIONS = {SDXL: "sdxl_base_v1-0", FLUX: "flux1"}  # of ss_base_model_version, by which A1111 lists a LoRA
-TOWER = "text_model."  # which new versions of transformers lack in front of a text encoder's modules
 
 
 @dataclass(frozen=True)
-class Lora:
+class ModuleLora:
     """The LoRA of one module: Δ = alpha/r · B·A.
 
     Attributes:
@@ -70,7 +70,7 @@ class TensorFile:
     metadata: dict[str, str]
 
 
-def diffusers_file(loras: Sequence[Lora]) -> TensorFile:
+def diffusers_file(loras: Sequence[ModuleLora]) -> TensorFile:
     """Return the file that `load_lora_weights` of diffusers' pipelines loads."""
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
@@ -83,9 +83,9 @@ def diffusers_file(loras: Sequence[Lora]) -> TensorFile:
     return TensorFile(tensors, {METADATA: json.dumps(config, indent=2, sort_keys=True)})
 
 
-def _peft_config(loras: Sequence[Lora]) -> dict[str, Any]:
+def _peft_config(loras: Sequence[ModuleLora]) -> dict[str, Any]:
     """Return PEFT's config of one part; patterns only where ranks or alphas differ."""
-    names = [lora.module.removeprefix(TOWER) for lora in loras]
+    names = [lora.module.removeprefix(TEXT_TOWER) for lora in loras]
     ranks, alphas = ([getattr(lora, key) for lora in loras] for key in ("rank", "alpha"))
     rank, alpha = (Counter(values).most_common(1)[0][0] for values in (ranks, alphas))
     return {
@@ -101,7 +101,9 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def kohya_file(architecture: str, loras: Sequence[Lora], compress: bool, metadata: Mapping[str, str]) -> TensorFile:
+def kohya_file(
+    architecture: str, loras: Sequence[ModuleLora], compress: bool, metadata: Mapping[str, str]
+) -> TensorFile:
     """Return the file that kohya's trainers, A1111, Forge and ComfyUI load.
 
     Args:
@@ -136,7 +138,7 @@ def kohya_file(architecture: str, loras: Sequence[Lora], compress: bool, metadat
     return TensorFile(tensors, facts | dict(metadata))
 
 
-def _layers(architecture: str, loras: Mapping[str, Lora]) -> list[Layer]:
+def _layers(architecture: str, loras: Mapping[str, ModuleLora]) -> list[Layer]:
     shapes = {name: (lora.B.shape[0], lora.A.shape[1]) for name, lora in loras.items()}
     return layers_of(architecture, shapes) or []
 
@@ -149,13 +151,13 @@ def _spelled(architecture: str, part: str, name: str) -> str:
     return f"lora_unet_{joined}"
 
 
-def _joined(layer: Layer, loras: Mapping[str, Lora], compress: bool) -> Lora:
+def _joined(layer: Layer, loras: Mapping[str, ModuleLora], compress: bool) -> ModuleLora:
     """Return the LoRA of a layer that holds one or several modules; those without a LoRA have rows of zeros."""
     own = {name: loras[name] for name in layer.modules if name in loras}
     first = next(iter(own.values()))
     if len(layer.modules) == 1:
         B = torch.cat(first.B.chunk(2)[::-1]) if layer.swapped else first.B
-        return Lora(first.part, layer.name, first.A, B, first.alpha)
+        return ModuleLora(first.part, layer.name, first.A, B, first.alpha)
     heights = layer.whole_heights({name: lora.B.shape[0] for name, lora in own.items()}, first.A.shape[1])
     shared = all(torch.equal(lora.A, first.A) and lora.alpha == first.alpha for lora in own.values())
     A = first.A if shared else torch.cat([lora.A for lora in own.values()])
@@ -168,11 +170,11 @@ def _joined(layer: Layer, loras: Mapping[str, Lora], compress: bool) -> Lora:
             B[row : row + height, column : column + own[name].rank] = values
             column += 0 if shared else own[name].rank
         row += height
-    joined = Lora(first.part, layer.name, A, B, first.scaling * A.shape[0])
+    joined = ModuleLora(first.part, layer.name, A, B, first.scaling * A.shape[0])
     return joined if shared or not compress else _compressed(joined)
 
 
-def _compressed(lora: Lora) -> Lora:
+def _compressed(lora: ModuleLora) -> ModuleLora:
     """Return the same LoRA at the lowest rank from which it differs by no more than the rounding of its dtype."""
     left, upper = torch.linalg.qr(lora.B.double() * lora.scaling)
     right, lower = torch.linalg.qr(lora.A.double().T)
@@ -181,4 +183,4 @@ def _compressed(lora: Lora) -> Lora:
     rank = max(1, int((tail > max(torch.finfo(lora.A.dtype).eps, 1e-6) * tail[0]).sum()))
     root = S[:rank].sqrt()
     A, B = (root[:, None] * V[:rank]) @ right.T, (left @ U[:, :rank]) * root
-    return Lora(lora.part, lora.module, A.to(lora.A.dtype), B.to(lora.B.dtype), float(rank))
+    return ModuleLora(lora.part, lora.module, A.to(lora.A.dtype), B.to(lora.B.dtype), float(rank))

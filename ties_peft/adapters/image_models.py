@@ -312,7 +312,7 @@ def _within_flux(modules: Iterable[str]) -> bool:
 
 
 def part_of(modules: Iterable[str]) -> str | None:
-    """Return the part of a pipeline that some modules of diffusers or transformers belong to; None if nothing tells."""
+    """Return the part of a pipeline that some modules of diffusers or transformers belong to; None if the names do not say it."""
     names = list(modules)
     starts = {name.partition(".")[0] for name in names}
     if starts <= {"down_blocks", "up_blocks", "mid_block", "conv_in", "conv_out", "time_embedding", "add_embedding"}:
@@ -325,7 +325,7 @@ def part_of(modules: Iterable[str]) -> str | None:
 
 
 def architecture_of(widths: Mapping[str, int | None], parts: Iterable[str] = (), base: str | None = None) -> str:
-    """Return the architecture that some modules of a denoiser belong to; empty if nothing tells.
+    """Return the architecture that some modules of a denoiser belong to; empty if it is not known.
 
     Args:
         widths: the columns of each module, by its name in diffusers, where they are known.

@@ -30,7 +30,8 @@ PREFIXES = (
 )
 # CLIPTextModel, CLIPVisionModel and similar classes (SigLIP, MetaCLIP 2, …) lost these prefixes in transformers 5.6, also as
 # the vision tower of another model; CLIPModel and the classes with a projection still have them.
-TOWERS = ("text_model.", "vision_model.")
+TEXT_TOWER = "text_model."
+TOWERS = (TEXT_TOWER, "vision_model.")
 TOWER = re.compile(
     rf"^(|(?:.+\.)?vision_tower\.)({'|'.join(map(re.escape, TOWERS))})((?:encoder|embeddings|head)\..+)$"
 )

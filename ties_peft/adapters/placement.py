@@ -21,6 +21,7 @@ from .image_models import (
     part_of,
     split_words,
 )
+from .module_names import TEXT_TOWER
 
 TEXT_PARTS = {"te": 0, "te1": 0, "te2": 1, "te3": 2}  # of kohya's names: which of `TEXT_ENCODERS`
 COMFYUI_TEXT = re.compile(r"(clip_l|clip_g|t5xxl)\.(?:transformer\.)?(.+)")
@@ -100,7 +101,7 @@ def _placed_text(module: LoraModule, joined: bool) -> Placed:
     if path is None:
         return Placed(module, part, None)
     if part in TEXT_ENCODERS and path.startswith(BARE_TEXT):
-        path = f"text_model.{path}"
+        path = f"{TEXT_TOWER}{path}"
     return Placed(module, part, Layer(path, (path,)))
 
 

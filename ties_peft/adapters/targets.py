@@ -32,14 +32,13 @@ from collections.abc import Mapping, Sequence
 from ..errors import CompatibilityError, some
 from . import IMAGE_TARGETS, LLAMA_CPP, PEFT, VLLM
 from .extra_layers import ExtraLayer
-from .extra_tensors import TOKENS
+from .extra_tensors import TOKENS, UNDER
 from .types.base import BIAS, EXPERT, ModuleInfo
 
 RELEASE = {VLLM: "vLLM 0.33.0", LLAMA_CPP: "llama.cpp", **{one: f"the format of {one}" for one in IMAGE_TARGETS}}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 VLLM_DEFAULT = 16  # its default
 VLLM_HEADS = ("score", "classifier")
-UNDER = ".base_layer."  # in the path of one of several parameters of a module
 FUSED_PARAMETERS = {"gate_up_proj", "down_proj"}
 SEVERAL = "adapt one of several parameters of a module, as for fused experts"
 OTHERWISE = "Write it for --target peft, or apply it to the base model there (PeftModel.merge_and_unload)."

@@ -219,7 +219,7 @@ class _ModelState:
         self.active = tuner.active_adapter
         self.layers = [(layer, layer._active_adapter) for _, layer in _layers(tuner)]
         self.flags = {name: parameter.requires_grad for name, parameter in tuner.named_parameters()}
-        self.places = self._places()
+        self.addresses = self._addresses()
 
     def restore(self) -> None:
         """Restore which adapters are active, and the gradient flags."""
@@ -232,14 +232,14 @@ class _ModelState:
 
     def changed(self) -> list[str]:
         """Return the tensors whose values moved in memory, as when PEFT initialises from the base."""
-        now = self._places()
-        return [name for name, place in self.places.items() if now.get(name) != place]
+        now = self._addresses()
+        return [name for name, address in self.addresses.items() if now.get(name) != address]
 
-    def _places(self) -> dict[str, int]:
-        return {name: _place(t) for name, t in (*self.tuner.named_parameters(), *self.tuner.named_buffers())}
+    def _addresses(self) -> dict[str, int]:
+        return {name: _address(t) for name, t in (*self.tuner.named_parameters(), *self.tuner.named_buffers())}
 
 
-def _place(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     try:
         return tensor.data_ptr()
     except RuntimeError:  # a quantised form without storage of its own

@@ -18,13 +18,13 @@ from ..adapters.image_files import (
     DIFFUSERS_FILE,
     KOHYA_FILE,
     TEXT_PREFIXES,
-    TOWER,
-    Lora,
+    ModuleLora,
     TensorFile,
     diffusers_file,
     kohya_file,
 )
 from ..adapters.image_models import LOADED, NATIVE, SD, TEXT_ENCODERS, architecture_of, layers_of, part_of
+from ..adapters.module_names import TEXT_TOWER
 from ..adapters.placement import BARE_TEXT
 from ..adapters.to_peft import Origin
 from ..adapters.types import ModuleInfo
@@ -153,7 +153,7 @@ def _with_part(adapter: Adapter) -> Adapter:
 def named_part(adapter: Adapter, part: str) -> Adapter:
     """Return an adapter of PEFT's with a part before the names of its modules."""
     names = {*adapter.modules, *(module.path for module in adapter.layout.values())}
-    tower = {name: TOWER if part in TEXT_ENCODERS and name.startswith(BARE_TEXT) else "" for name in names}
+    tower = {name: TEXT_TOWER if part in TEXT_ENCODERS and name.startswith(BARE_TEXT) else "" for name in names}
     return adapter.renamed(
         {name: f"{part}.{tower[name]}{name}" for name in names}, Origin("an adapter of PEFT", parts=(part,))
     )
@@ -222,13 +222,13 @@ def _refusal(pipeline: Pipeline, names: Sequence[str], reason: str) -> Compatibi
     return CompatibilityError(f"target {pipeline.target}: {len(names)} modules ({some(names)}) {reason}.")
 
 
-def loras_of(adapter: Adapter) -> list[Lora]:
+def loras_of(adapter: Adapter) -> list[ModuleLora]:
     """Return the LoRA of each module of an adapter whose modules' names begin with their parts, as it is stored."""
     loras = []
     for name, module in adapter.layout.items():
         part, _, path = name.partition(".")
         A, B = (adapter.tensors.read(key) for key in module.keys)
-        loras.append(Lora(part, path, A, B, stored_alpha(module)))
+        loras.append(ModuleLora(part, path, A, B, stored_alpha(module)))
     return loras
 
 

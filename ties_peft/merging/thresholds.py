@@ -26,7 +26,7 @@ from ..task_vectors.trim import KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 from .encoding import EncodedModules
 from .plan import Plan, Progress
 
-VOCABULARY = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # last part of the names of such modules
+VOCABULARY_MODULES = ("lm_head", "embed_out", "embed_tokens", "wte", "shared")  # last part of the names of such modules
 SAMPLE_SIZES = (1 << 13, 1 << 18)  # fewest and most entries of a group that are sampled
 SAMPLE_STEP = 512  # one entry in so many is sampled
 BATCH = 64  # adapters whose thresholds are searched together, and task vectors that the threads share at a time
@@ -283,7 +283,7 @@ def vocabulary_modules(plan: Plan) -> list[str]:
     separate = [
         name
         for name, module in plan.modules.items()
-        if module.layer_type == EMBEDDING or name.rsplit(".", 1)[-1] in VOCABULARY
+        if module.layer_type == EMBEDDING or name.rsplit(".", 1)[-1] in VOCABULARY_MODULES
     ]
     return separate if len(separate) < len(plan.modules) else []
 

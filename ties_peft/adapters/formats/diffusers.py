@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..image_files import METADATA
 from ..sources import OTHER_WEIGHT_FILES
 from .base import SIDES, Format, ParsedName
 
@@ -37,7 +38,6 @@ UNAMBIGUOUS = (  # beginnings of names that PEFT does not write
     "single_transformer_blocks.",
     "prior.",
 )
-METADATA = "lora_adapter_metadata"  # the key of PEFT's config in the file's metadata
 
 
 class Diffusers(Format):

@@ -29,7 +29,7 @@ WITHOUT_DELTA = {
 
 @functools.cache
 def peft_types() -> dict[str, PeftType]:
-    """Return every PEFT type by its name in adapter_config.json."""
+    """Return the PEFT types by their names in adapter_config.json."""
     found: dict[str, PeftType] = {}
     for entry in pkgutil.iter_modules(__path__):
         if entry.name == "base":

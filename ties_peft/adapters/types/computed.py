@@ -52,7 +52,7 @@ LAYERS: Mapping[int, Any] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}  # by the
 
 
 @dataclass(frozen=True)
-class Recomputed:
+class ModuleInputs:
     """What a module is computed from, besides its tensors.
 
     Attributes:
@@ -111,14 +111,14 @@ class Computed(PeftType):
                 rank_is_trained=False,
                 base_tensors=(f"{name}.weight",),
                 conv1d=conv1d,
-                details=Recomputed(contents.config, (largest[0], largest[1]), contents.where(name)),
+                details=ModuleInputs(contents.config, (largest[0], largest[1]), contents.where(name)),
             )
             for name, ((out, width), kernel, conv1d) in shapes.items()
         }
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Dense:
         """Return W′ − W, (out, in), computed in float64."""
-        known: Recomputed = module.details
+        known: ModuleInputs = module.details
         weight = base_weight(base, module.base_tensors[0], f"{self.title} on module {module.name!r}")
         state = {key: tensors.read(key) for key in module.keys}
         try:
@@ -150,7 +150,7 @@ def _shape(name: str, contents: Contents) -> tuple[tuple[int, int], tuple[int, .
 
 
 def _merged(
-    peft_type: str, module: ModuleInfo, weight: Tensor, known: Recomputed, state: Mapping[str, Tensor]
+    peft_type: str, module: ModuleInfo, weight: Tensor, known: ModuleInputs, state: Mapping[str, Tensor]
 ) -> Tensor:
     """Return W′ − W, computed by PEFT on a model with only this layer."""
     import peft
@@ -161,7 +161,7 @@ def _merged(
     layer = _layer(weight, module.conv1d)
     largest = _layer(torch.zeros(known.largest[::-1] if module.conv1d else known.largest), module.conv1d)
     root = nn.Module()
-    _place(root, module.name, layer)
+    _add_layer(root, module.name, layer)
     root.add_module(LARGEST, largest)
     model = peft.PeftModel(root.double(), cls(**{**given, "target_modules": [module.name, LARGEST]}))
     outcome: Any = peft.set_peft_model_state_dict(model, dict(state))
@@ -205,7 +205,7 @@ def _layer(weight: Tensor, conv1d: bool) -> nn.Module:
     return found
 
 
-def _place(root: nn.Module, path: str, layer: nn.Module) -> None:
+def _add_layer(root: nn.Module, path: str, layer: nn.Module) -> None:
     """Add a layer to a model at a dotted path."""
     *parents, last = path.split(".")
     for name in parents:
