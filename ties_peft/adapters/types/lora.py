@@ -14,6 +14,7 @@ names and shapes of its tensors:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -228,10 +229,8 @@ class _Layer:
         layer, depth = self.path, 0
         while layer.endswith(NESTED):
             layer, depth = layer.removesuffix(NESTED), depth + 1
-        nest = 1
-        while layer + NESTED * nest in layers:
-            nest += 1
-        name = f"{layer}.{self.parameters(layer, nest)[depth]}"
+        nested = next(n for n in itertools.count(1) if layer + NESTED * n not in layers)
+        name = f"{layer}.{self.parameters(layer, nested)[depth]}"
         rank = int(self.contents.number("r", "rank_pattern", name, 8))
         if rank < 1 or rows % rank:
             raise AdapterError(
@@ -242,8 +241,13 @@ class _Layer:
             own = f"{name}[{which}]" if count > 1 else name
             yield ModuleInfo(own, shape, rank, keys, scaling, layer_type=EXPERT, layer=layer, expert=(which, count))
 
-    def parameters(self, layer: str, nest: int) -> list[str]:
-        """Return the names of a layer's adapted parameters; the outermost comes first, which models define last."""
+    def parameters(self, layer: str, count: int) -> list[str]:
+        """Return the names of a layer's adapted parameters, the outermost first, which models define last.
+
+        Args:
+            layer: its path.
+            count: how many of them the file has, one inside the other.
+        """
         listed = self.config["target_parameters"]
         if not isinstance(listed, list) or not all(isinstance(target, str) for target in listed):
             raise AdapterError(
@@ -252,12 +256,11 @@ class _Layer:
             )
         fitting = [t for t in listed if f"{layer}.{t.rpartition('.')[2]}".endswith(t)]
         dotted = [target for target in fitting if "." in target]
-        names = sorted(
-            {t.rpartition(".")[2] for t in (dotted if len(dotted) == nest else fitting)}, key=_order, reverse=True
-        )
-        if len(names) != nest or (nest > 1 and not set(names) <= set(ORDER)):
+        found = {target.rpartition(".")[2] for target in (dotted if len(dotted) == count else fitting)}
+        names = sorted(found, key=_order, reverse=True)
+        if len(names) != count or (count > 1 and not found <= set(ORDER)):
             raise AdapterError(
-                f"{self.where}: {nest} adapted parameters lie in this layer, and target_parameters "
+                f"{self.where}: {count} adapted parameters lie in this layer, and target_parameters "
                 f"{listed!r} do not tell which is which (known are {', '.join(ORDER)}). Leave it out."
             )
         return names
@@ -269,32 +272,30 @@ class _Layer:
 
     def check_pair(self, ends: tuple[str, str]) -> None:
         """Refuse a layer that lacks one of its two factors."""
-        missing = [end for end in ends if end not in self.parts]
-        if not missing:
-            return
-        names = [end.removesuffix(".weight") for end in ends]
-        seen = next((n for n, end in zip(names, ends, strict=True) if end in self.parts), next(iter(self.parts)))
-        lacking = missing[0].removesuffix(".weight")
-        raise AdapterError(f"{self.where}: there is a {seen} but no {lacking}. Save the adapter again, whole.")
+        missing = [end.removesuffix(".weight") for end in ends if end not in self.parts]
+        if missing:
+            seen = next(end for end in (*ends, *self.parts) if end in self.parts).removesuffix(".weight")
+            raise AdapterError(f"{self.where}: there is a {seen} but no {missing[0]}. Save the adapter again, whole.")
 
     def check_shapes(self, first: tuple[int, ...], second: tuple[int, ...], kind: str, ends: tuple[str, str]) -> None:
         """Refuse shapes that do not fit each other, and layers that PEFT no longer supports."""
-        names = [end.removesuffix(".weight") for end in ends]
+        A_name, B_name = (end.removesuffix(".weight") for end in ends)
+        seen = f"{A_name} is {list(first)} and {B_name} is {list(second)}"
         if kind == CONV and len(second) == len(first) and 0 < second[1] < first[0]:
             raise AdapterError(
-                f"{self.where} is a grouped convolution ({names[0]} {list(first)}, {names[1]} {list(second)}), whose "
-                "update PEFT itself cannot write as a matrix. Leave the adapter out."
+                f"{self.where}: {seen}, as on a grouped convolution, whose update PEFT itself cannot write as a matrix. "
+                "Leave the adapter out."
             )
         if len(first) == 2 and len(second) == 3:
             raise AdapterError(
-                f"{self.where}: {names[0]} is {list(first)} and {names[1]} {list(second)}, the fused layers of PEFT before "
-                "0.3 (enable_lora), which no later PEFT loads. Convert it with that release, or leave it out."
+                f"{self.where}: {seen}, as in the fused layers of PEFT before 0.3 (enable_lora), which no later PEFT loads. "
+                "Convert it with that release, or leave it out."
             )
         tail = (1,) * (len(first) - 2) if kind == CONV else ()
         if len(first) != 2 + len(tail) or second[1:] != (first[0], *tail) or 0 in first + second:
             raise AdapterError(
-                f"{self.where}: {names[0]} is {list(first)} and {names[1]} is {list(second)}; expected [r, in] and "
-                "[out, r] with the same r, at least 1. The file is damaged: save the adapter again."
+                f"{self.where}: {seen}; expected [r, in] and [out, r] with the same r, at least 1. The file is damaged: save "
+                "the adapter again."
             )
 
 
