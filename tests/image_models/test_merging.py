@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import ties_peft
 from ties_peft import Adapter, AdapterError, CompatibilityError
+from ties_peft.adapters.image_models import SDXL, find_layers, layers_of
 
 Tensors = dict[str, torch.Tensor]
 UNET = {"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (8, 6), "mid_block.attentions.0.proj_in": (6, 8)}
@@ -295,3 +296,26 @@ def test_the_dtype_is_as_asked(tmp_path: Path, dtype: str) -> None:
         assert {str(one.dtype) for key, one in tensors.items() if "alpha" not in key} == {f"torch.{dtype}"}
         if target == "kohya":
             assert all(float(one) == 2 for key, one in tensors.items() if key.endswith(".alpha"))
+
+
+@pytest.mark.parametrize(
+    ("module", "kohyas"),
+    [
+        ("down_blocks.1.attentions.0.proj_in", "input_blocks.4.1.proj_in"),
+        ("down_blocks.0.resnets.1.conv1", "input_blocks.2.0.in_layers.2"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
+        ("mid_block.resnets.1.conv2", "middle_block.2.out_layers.3"),
+        ("up_blocks.2.resnets.2.time_emb_proj", "output_blocks.8.0.emb_layers.1"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.2.conv"),
+        ("down_blocks.0.resnets.2.conv1", None),  # a level has two layers on the way down
+        ("mid_block.attentions.1.proj_in", None),
+        ("up_blocks.0.downsamplers.0.conv", None),
+    ],
+)
+def test_a_module_of_sdxl_has_the_name_of_the_ldm_code_or_none(module: str, kohyas: str | None) -> None:
+    found = layers_of(SDXL, {module: (8, 8)})
+    assert (None if found is None else [layer.name for layer in found]) == (None if kohyas is None else [kohyas])
+    if kohyas is not None:
+        for name, joined in ((kohyas, False), (kohyas.replace(".", "_"), True)):
+            known = find_layers({name: (8, 8)}, joined)
+            assert known is not None and known[1][name].modules == (module,)
