@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ties_peft.task_vectors.collection import TaskVectors
 from ties_peft.task_vectors.delta import LowRank, Span
-from ties_peft.task_vectors.elect import SignedSums
+from ties_peft.task_vectors.elect import MergeRule, SignedSums
 from ties_peft.task_vectors.factorise import OVERSAMPLE, SMALL_SIDE, Factors, compress, factorise, leading_rows
 from ties_peft.task_vectors.trim import kept_count
 
@@ -61,7 +61,7 @@ def test_trim_keeps_exactly_as_many_as_asked(seed: int, percent: int) -> None:
 @law
 @given(stacks(), elections, disjoints, st.data())
 def test_streamed_is_as_defined_in_any_order(stack: Tensor, by: str, disjoint: str, data: st.DataObject) -> None:
-    sums = SignedSums(torch.full((5, stack.shape[1]), torch.nan), by, disjoint)
+    sums = SignedSums(torch.full((5, stack.shape[1]), torch.nan), MergeRule(by, disjoint))
     for place in data.draw(st.permutations(range(len(stack)))):
         sums.add(stack[place].clone())
     wide = stack.double().numpy()
@@ -78,7 +78,7 @@ def test_a_weighted_ballot_is_as_defined(
 ) -> None:
     weights = weights[: len(stack)]
     given_signs = torch.tensor(data.draw(st.lists(integers, min_size=stack.shape[1], max_size=stack.shape[1])))
-    sums = SignedSums(torch.empty(5, stack.shape[1]), by, disjoint, normalize)
+    sums = SignedSums(torch.empty(5, stack.shape[1]), MergeRule(by, disjoint, normalize))
     for vector, weight in zip(stack, weights, strict=True):
         sums.add(vector.clone(), weight)
     wide = stack.double().numpy()

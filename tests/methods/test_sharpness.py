@@ -17,12 +17,12 @@ from methods.test_spectral import factors, merged, random_factors, relative_erro
 import ties_peft
 from ties_peft.spaces import find_space
 from ties_peft.spaces.core import CompressedEncoding, CoreEncoding
-from ties_peft.task_vectors import sparsify
 from ties_peft.task_vectors.collection import TaskVectors
 from ties_peft.task_vectors.delta import LowRank
 from ties_peft.task_vectors.singular_values import Spectrum, orthogonalised, spectrum
 from ties_peft.task_vectors.subspace import directions
 from ties_peft.task_vectors.threshold import kth_largest
+from ties_peft.task_vectors.trim import find_cut
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 Maker = Callable[..., Path]
@@ -49,7 +49,8 @@ def test_the_kth_largest_is_that_of_the_sorted_values(count: int) -> None:
 
 def test_the_largest_are_as_many_as_asked_and_the_first_of_equals() -> None:
     values = torch.tensor([1.0, 2.0, 2.0, 3.0, 2.0])
-    assert [sparsify.largest(values, count).tolist() for count in (2, 3)] == [
+    found = [find_cut(values, count, [(0, 5)]).apply_(values.clone()) > 0 for count in (2, 3)]
+    assert [mask.tolist() for mask in found] == [
         [False, True, False, True, False],
         [False, True, True, True, False],
     ]

@@ -272,7 +272,7 @@ class TrimThresholds:
         cuts, left = {}, search.equal_kept
         for key in sorted(equal):
             cuts[key] = Cut.with_first(search.threshold, equal[key], left)
-            left -= cuts[key].equal_kept
+            left -= min(left, sum(equal[key]))
         return cuts
 
 

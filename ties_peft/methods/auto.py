@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..task_vectors.delta import Delta
 from .base import Choice, TaskVectors, merge_to_delta
 from .dual import Dual
@@ -26,8 +24,8 @@ class Auto(Ties):
         choices keep more than TIES as published; see docs/measurements.md.
     """
 
-    name: ClassVar[str] = "auto"
-    source: ClassVar[str] = "our own"
+    name = "auto"
+    source = "our own"
 
     def choose(
         self, kind: str, space: str = "delta", own_densities: bool = False, rank: int | None = None, total: int = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from ..task_vectors.delta import Delta
 from .base import Method, TaskVectors
@@ -21,8 +20,8 @@ class Average(Method):
     Source: Wortsman et al., Model Soups, ICML 2022 (arXiv 2203.05482), on task vectors.
     """
 
-    name: ClassVar[str] = "average"
-    source: ClassVar[str] = "Wortsman et al., ICML 2022, arXiv 2203.05482"
+    name = "average"
+    source = "Wortsman et al., ICML 2022, arXiv 2203.05482"
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Return Σ w·τ / Σ w, over all adapters of the merge."""

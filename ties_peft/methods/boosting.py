@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pydantic import Field
 from torch import Tensor
 
@@ -34,13 +32,13 @@ class Boosting(Method):
         arbitrary for a LoRA.
     """
 
-    name: ClassVar[str] = "boosting"
-    default_scale: ClassVar[float | str] = "0.7/sqrt(N)"
-    published_scale: ClassVar[float | None] = 1.0
-    source: ClassVar[str] = "Skorobogat et al., 2025, arXiv 2506.16506"
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
-    spectral: ClassVar[bool] = True
+    name = "boosting"
+    default_scale = "0.7/sqrt(N)"
+    published_scale = 1.0
+    source = "Skorobogat et al., 2025, arXiv 2506.16506"
+    kinds = ("lora",)
+    spaces = ("delta", "core")
+    spectral = True
 
     beta: float = Field(0.01, ge=0, le=1, description="share of the sum of singular values that counts as strong")
 

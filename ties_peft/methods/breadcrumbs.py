@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from ..task_vectors.delta import Delta
@@ -26,10 +24,10 @@ class Breadcrumbs(Method):
         0.15 and γ 0.006. mergekit's `breadcrumbs` is this with scope `module` and scale 1.
     """
 
-    name: ClassVar[str] = "breadcrumbs"
-    default_scale: ClassVar[float] = 0.4
-    source: ClassVar[str] = "Davari and Belilovsky, ECCV 2024, arXiv 2312.06795"
-    entrywise: ClassVar[bool] = True
+    name = "breadcrumbs"
+    default_scale = 0.4
+    source = "Davari and Belilovsky, ECCV 2024, arXiv 2312.06795"
+    entrywise = True
 
     density: Density = Field(0.2, description="share of the entries that is kept, in (0, 1]")
     gamma: float = Field(0.01, ge=0, lt=1, description="share of the entries, the largest, that is dropped")

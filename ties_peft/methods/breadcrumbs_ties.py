@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from ..task_vectors.delta import Delta
@@ -27,9 +25,9 @@ class BreadcrumbsTies(Method):
         `breadcrumbs_ties` sums (disjoint `sum` here) and ranks each module alone (scope `module`).
     """
 
-    name: ClassVar[str] = "breadcrumbs_ties"
-    source: ClassVar[str] = "Davari and Belilovsky, ECCV 2024, arXiv 2312.06795; Yadav et al., arXiv 2306.01708"
-    entrywise: ClassVar[bool] = True
+    name = "breadcrumbs_ties"
+    source = "Davari and Belilovsky, ECCV 2024, arXiv 2312.06795; Yadav et al., arXiv 2306.01708"
+    entrywise = True
 
     density: Density = Field(0.2, description="share of the entries that is kept, in (0, 1]")
     gamma: float = Field(0.01, ge=0, lt=1, description="share of the entries, the largest, that is dropped")

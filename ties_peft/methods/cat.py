@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..task_vectors.delta import Delta
 from .base import Method, TaskVectors
 
@@ -19,8 +17,8 @@ class Cat(Method):
         A by the weight and the lora scaling, where this multiplies B: the same product.
     """
 
-    name: ClassVar[str] = "cat"
-    source: ClassVar[str] = "PEFT's combination_type cat, huggingface/peft #817"
+    name = "cat"
+    source = "PEFT's combination_type cat, huggingface/peft #817"
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Return Σ w·τ."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..task_vectors.delta import Delta
-from ..task_vectors.sparsify import add_up
 from .base import Method, TaskVectors
 
 
@@ -31,10 +28,10 @@ class Consensus(Method):
         of that range. As in their code, nothing is trimmed, agree is 2, and the mask is built on the unscaled sum.
     """
 
-    name: ClassVar[str] = "consensus"
-    default_scale: ClassVar[float] = 0.4
-    source: ClassVar[str] = "Wang et al., ICML 2024, arXiv 2405.07813"
-    entrywise: ClassVar[bool] = True
+    name = "consensus"
+    default_scale = 0.4
+    source = "Wang et al., ICML 2024, arXiv 2405.07813"
+    entrywise = True
 
     threshold: float = Field(0.4, ge=0, allow_inf_nan=False, description="λ of the TALL masks; larger keeps less")
     agree: int = Field(2, ge=0, description="to how many adapters an entry must matter to be kept")
@@ -46,7 +43,7 @@ class Consensus(Method):
         return task_vectors.by_tiles(self._merge_rows)
 
     def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
-        total = add_up(task_vectors.stream())
+        total = task_vectors.dense_sum()
         votes = torch.zeros_like(total)
         for values in task_vectors.stream():
             rest = (total - values).abs_()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from pydantic import Field
 
@@ -28,11 +27,11 @@ class Dare(Method):
         rescales each tensor to the Σ|x| that it had. PEFT's plain `dare_linear` is space `factors`.
     """
 
-    name: ClassVar[str] = "dare"
-    default_scale: ClassVar[float] = 0.4
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots", "factors")
-    source: ClassVar[str] = "Yu et al., ICML 2024, arXiv 2311.03099"
-    entrywise: ClassVar[bool] = True
+    name = "dare"
+    default_scale = 0.4
+    spaces = ("delta", "core", "knots", "factors")
+    source = "Yu et al., ICML 2024, arXiv 2311.03099"
+    entrywise = True
 
     density: Density = Field(0.5, description="probability that an entry is kept, in (0, 1]")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from ..task_vectors.delta import Delta
@@ -28,10 +26,10 @@ class DareTies(Method):
         (disjoint `sum` here) and rescales each tensor to its Σ|x| instead of by 1/density.
     """
 
-    name: ClassVar[str] = "dare_ties"
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots", "factors")
-    source: ClassVar[str] = "Yu et al., ICML 2024, arXiv 2311.03099"
-    entrywise: ClassVar[bool] = True
+    name = "dare_ties"
+    spaces = ("delta", "core", "knots", "factors")
+    source = "Yu et al., ICML 2024, arXiv 2311.03099"
+    entrywise = True
 
     density: Density = Field(0.5, description="probability that an entry is kept, in (0, 1]")
     elect: Elect = Field("mass", description="sign of the sum of the values, or of the count of their signs")

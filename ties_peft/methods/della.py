@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from ..task_vectors.delta import Delta
@@ -31,9 +29,9 @@ class Della(Method):
         is mergekit's `epsilon` (0.15 there). Weights as in `ties`.
     """
 
-    name: ClassVar[str] = "della"
-    source: ClassVar[str] = "Deep et al., 2024, arXiv 2406.11617"
-    entrywise: ClassVar[bool] = True
+    name = "della"
+    source = "Deep et al., 2024, arXiv 2406.11617"
+    entrywise = True
 
     density: Density = Field(0.7, description="mean probability that an entry is kept, in (0, 1]")
     epsilon: float = Field(0.07, ge=0, le=0.5, description="largest distance of the probability from the density")

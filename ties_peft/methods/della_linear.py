@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from ..task_vectors.delta import Delta
@@ -26,10 +24,10 @@ class DellaLinear(Method):
         ε is half the authors' window size and is mergekit's `epsilon`.
     """
 
-    name: ClassVar[str] = "della_linear"
-    default_scale: ClassVar[float] = 0.4
-    source: ClassVar[str] = "Deep et al., 2024, arXiv 2406.11617"
-    entrywise: ClassVar[bool] = True
+    name = "della_linear"
+    default_scale = 0.4
+    source = "Deep et al., 2024, arXiv 2406.11617"
+    entrywise = True
 
     density: Density = Field(0.7, description="mean probability that an entry is kept, in (0, 1]")
     epsilon: float = Field(0.07, ge=0, le=0.5, description="largest distance of the probability from the density")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -39,11 +39,11 @@ class Dual(Method):
         judged on test rows in docs/measurements.md.
     """
 
-    name: ClassVar[str] = "dual"
-    source: ClassVar[str] = "our own, after arXiv 2412.00081 and 2502.04959"
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
-    spectral: ClassVar[bool] = True
+    name = "dual"
+    source = "our own, after arXiv 2412.00081 and 2502.04959"
+    kinds = ("lora",)
+    spaces = ("delta", "core")
+    spectral = True
 
     flatten: Share | None = Field(None, description="f, how far each spectrum is flattened; none for 1 − 1/n")
 

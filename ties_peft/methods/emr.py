@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..task_vectors.delta import Delta
 from .base import Method, TaskVectors
 
@@ -22,9 +20,9 @@ class Emr(Method):
         2405.17461), step "elect". A sum of exactly 0 elects +, as in `ties`; in the authors' code −.
     """
 
-    name: ClassVar[str] = "emr"
-    source: ClassVar[str] = "Huang et al., NeurIPS 2024, arXiv 2405.17461"
-    entrywise: ClassVar[bool] = True
+    name = "emr"
+    source = "Huang et al., NeurIPS 2024, arXiv 2405.17461"
+    entrywise = True
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Elect, and take the largest that agrees."""

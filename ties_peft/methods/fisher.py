@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -34,11 +32,11 @@ class Fisher(Method):
         cross terms; that of Δ avoids both, and is as large as Δ.
     """
 
-    name: ClassVar[str] = "fisher"
-    spaces: ClassVar[tuple[str, ...]] = ("delta",)
-    source: ClassVar[str] = "Matena and Raffel, NeurIPS 2022, arXiv 2111.09832"
-    entrywise: ClassVar[bool] = True
-    needs: ClassVar[str | None] = "fisher"
+    name = "fisher"
+    spaces = ("delta",)
+    source = "Matena and Raffel, NeurIPS 2022, arXiv 2111.09832"
+    entrywise = True
+    needs = "fisher"
 
     normalize_fisher: bool = Field(False, description="divide each adapter's F by its norm over all its modules")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from ..task_vectors.singular_values import Spectrum, orthogonalised, spectra
@@ -32,11 +30,11 @@ class FlatTsv(Method):
         `tsv` with λ = 1/⁴√N (benchmarks/results).
     """
 
-    name: ClassVar[str] = "flat_tsv"
-    source: ClassVar[str] = "our own, after arXiv 2412.00081 and 2502.04959"
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
-    spectral: ClassVar[bool] = True
+    name = "flat_tsv"
+    source = "our own, after arXiv 2412.00081 and 2502.04959"
+    kinds = ("lora",)
+    spaces = ("delta", "core")
+    spectral = True
 
     def has_flat_spectrum(self) -> bool:
         """Return true."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from ..task_vectors.delta import Delta, Dense
@@ -30,11 +28,11 @@ class IsoC(Method):
         validation rows.
     """
 
-    name: ClassVar[str] = "iso_c"
-    source: ClassVar[str] = "Marczak et al., ICML 2025, arXiv 2502.04959"
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
-    spectral: ClassVar[bool] = True
+    name = "iso_c"
+    source = "Marczak et al., ICML 2025, arXiv 2502.04959"
+    kinds = ("lora",)
+    spaces = ("delta", "core")
+    spectral = True
 
     def has_flat_spectrum(self) -> bool:
         """Return true."""

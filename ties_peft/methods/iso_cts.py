@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -28,11 +26,11 @@ class IsoCts(Method):
         count as one; the published code tells them apart.
     """
 
-    name: ClassVar[str] = "iso_cts"
-    source: ClassVar[str] = "Marczak et al., ICML 2025, arXiv 2502.04959"
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
-    spectral: ClassVar[bool] = True
+    name = "iso_cts"
+    source = "Marczak et al., ICML 2025, arXiv 2502.04959"
+    kinds = ("lora",)
+    spaces = ("delta", "core")
+    spectral = True
 
     common: float = Field(0.8, ge=0, le=1, description="share c of the directions that is taken from the sum")
 

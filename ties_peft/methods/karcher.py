@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -32,8 +30,8 @@ class Karcher(Method):
         directions cancel; here it is of weighted task vectors, and their order does not matter.
     """
 
-    name: ClassVar[str] = "karcher"
-    source: ClassVar[str] = "Karcher, 1977; mergekit, arXiv 2403.13257"
+    name = "karcher"
+    source = "Karcher, 1977; mergekit, arXiv 2403.13257"
 
     max_iter: int = Field(10, ge=1, description="largest number of steps")
     tol: float = Field(1e-5, gt=0, allow_inf_nan=False, description="stop at a step of this many radians or fewer")

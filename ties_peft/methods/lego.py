@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -35,11 +35,11 @@ class Lego(Method):
         sign, factorisation, basis or seed.
     """
 
-    name: ClassVar[str] = "lego"
-    source: ClassVar[str] = "Zhao et al., ICLR 2025, arXiv 2409.16167"
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
-    spectral: ClassVar[bool] = True
+    name = "lego"
+    source = "Zhao et al., ICLR 2025, arXiv 2409.16167"
+    kinds = ("lora",)
+    spaces = ("delta", "core")
+    spectral = True
 
     clusters: Clusters | None = Field(None, description="rank of the result; none for the largest rank of the inputs")
 

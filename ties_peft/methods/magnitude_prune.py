@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from pydantic import Field
 
@@ -22,11 +21,11 @@ class MagnitudePrune(Method):
         is this with scope `module` and scale 1; the plain one is space `factors`.
     """
 
-    name: ClassVar[str] = "magnitude_prune"
-    default_scale: ClassVar[float] = 0.4
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots", "factors")
-    source: ClassVar[str] = "PEFT's combination_type magnitude_prune"
-    entrywise: ClassVar[bool] = True
+    name = "magnitude_prune"
+    default_scale = 0.4
+    spaces = ("delta", "core", "knots", "factors")
+    source = "PEFT's combination_type magnitude_prune"
+    entrywise = True
 
     density: Density = Field(0.2, description="share of the entries that the trim keeps, in (0, 1]")
     scope: Scope = Field("adapter", description="rank magnitudes over the whole adapter or each module")

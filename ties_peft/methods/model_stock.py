@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from ..task_vectors.delta import Delta
@@ -29,8 +27,8 @@ class ModelStock(Method):
         t to 0 or more; a negative t would merge opposing adapters to the negative of their mean.
     """
 
-    name: ClassVar[str] = "model_stock"
-    source: ClassVar[str] = "Jang et al., ECCV 2024, arXiv 2403.19522"
+    name = "model_stock"
+    source = "Jang et al., ECCV 2024, arXiv 2403.19522"
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Compute t from the Gram matrix."""

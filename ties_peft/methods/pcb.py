@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -36,10 +35,10 @@ class Pcb(Method):
         there.
     """
 
-    name: ClassVar[str] = "pcb"
-    default_scale: ClassVar[float] = 1.2
-    source: ClassVar[str] = "Du et al., NeurIPS 2024, arXiv 2410.02396"
-    entrywise: ClassVar[bool] = True
+    name = "pcb"
+    default_scale = 1.2
+    source = "Du et al., NeurIPS 2024, arXiv 2410.02396"
+    entrywise = True
 
     density: Density = Field(0.1, description="share of each adapter's entries, those of largest score, that counts")
     clamp: float = Field(0.0001, ge=0, lt=0.5, description="share of magnitudes clamped at either end")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 
@@ -30,10 +29,10 @@ class Pico(Method):
         result depends on the task vectors alone.
     """
 
-    name: ClassVar[str] = "pico"
-    source: ClassVar[str] = "Tang and Yang, 2026, arXiv 2604.16826"
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    joint: ClassVar[bool] = True
+    name = "pico"
+    source = "Tang and Yang, 2026, arXiv 2604.16826"
+    kinds = ("lora",)
+    joint = True
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Return the sum of the calibrated task vectors, with its norm restored."""

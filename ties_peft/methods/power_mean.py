@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -31,12 +29,12 @@ class PowerMean(Method):
         offered.
     """
 
-    name: ClassVar[str] = "power_mean"
-    default_scale: ClassVar[float] = 1.5
-    spaces: ClassVar[tuple[str, ...]] = ("delta",)
-    kinds: ClassVar[tuple[str, ...]] = ("ia3",)
-    source: ClassVar[str] = "our own"
-    entrywise: ClassVar[bool] = True
+    name = "power_mean"
+    default_scale = 1.5
+    spaces = ("delta",)
+    kinds = ("ia3",)
+    source = "our own"
+    entrywise = True
 
     p: float = Field(2.0, ge=0, le=64, description="power of its magnitude by which an entry is weighted")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -25,11 +23,11 @@ class Product(Method):
         its add_weighted_adapter is Σ wᵢ·lᵢ, which is not centred on 1.
     """
 
-    name: ClassVar[str] = "product"
-    spaces: ClassVar[tuple[str, ...]] = ("delta",)
-    kinds: ClassVar[tuple[str, ...]] = ("ia3",)
-    source: ClassVar[str] = "Liu et al., NeurIPS 2022, arXiv 2205.05638"
-    entrywise: ClassVar[bool] = True
+    name = "product"
+    spaces = ("delta",)
+    kinds = ("ia3",)
+    source = "Liu et al., NeurIPS 2022, arXiv 2205.05638"
+    entrywise = True
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Compute l from w·(l − 1), and multiply in float64."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -35,11 +33,11 @@ class RegMean(Method):
         α = 1 its error Σ wᵢ·E‖(τ − τᵢ)·x‖² is at best that of this solution at rank `max`, which needs no iteration.
     """
 
-    name: ClassVar[str] = "regmean"
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
-    source: ClassVar[str] = "Jin et al., ICLR 2023, arXiv 2212.09849"
-    needs: ClassVar[str | None] = "gram"
+    name = "regmean"
+    kinds = ("lora",)
+    spaces = ("delta", "core")
+    source = "Jin et al., ICLR 2023, arXiv 2212.09849"
+    needs = "gram"
 
     off_diagonal: float = Field(0.9, ge=0, le=1, description="α, the factor of off-diagonal entries")
 

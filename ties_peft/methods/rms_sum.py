@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..task_vectors.delta import Delta
 from .base import Method, TaskVectors
 
@@ -23,8 +21,8 @@ class RmsSum(Method):
         docs/measurements.md.
     """
 
-    name: ClassVar[str] = "rms_sum"
-    source: ClassVar[str] = "our own"
+    name = "rms_sum"
+    source = "our own"
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Return the sum, scaled."""

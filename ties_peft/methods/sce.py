@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..task_vectors.delta import Delta
 from ..task_vectors.elect import MIN_DIVISOR
-from ..task_vectors.sparsify import add_up, largest
-from ..task_vectors.trim import kept_count
+from ..task_vectors.trim import find_cut, kept_count
 from .base import Density, Method, TaskVectors
 
 
@@ -35,8 +32,8 @@ class Sce(Method):
         mergekit's, 1.
     """
 
-    name: ClassVar[str] = "sce"
-    source: ClassVar[str] = "Wan et al., EMNLP 2025, arXiv 2408.07990"
+    name = "sce"
+    source = "Wan et al., EMNLP 2025, arXiv 2408.07990"
 
     select_topk: Density = Field(1.0, description="share of the varying entries that is kept, by variance")
 
@@ -44,7 +41,7 @@ class Sce(Method):
         """Sum, select by variance, then average; at most three passes."""
         if self.linear(task_vectors.adapters):
             return task_vectors.sum(1 / abs(task_vectors.weights[0]))
-        total = add_up(task_vectors.stream())
+        total = task_vectors.dense_sum()
         selected = self._selected(task_vectors, total / task_vectors.adapters) if self.select_topk < 1 else None
         energy = max(map(_energy, task_vectors.stream())) or 1.0
         mean, divisor = torch.zeros_like(total), torch.zeros_like(total)
@@ -66,10 +63,11 @@ class Sce(Method):
         variance = mean.square() * (task_vectors.adapters - len(task_vectors))
         for values in task_vectors.stream():
             variance += values.sub_(mean).square_()
-        count = kept_count(self.select_topk, int(variance.count_nonzero()))
-        if count == 0:
-            return None if not bool(variance.any()) else torch.zeros_like(variance, dtype=torch.bool)
-        return largest(variance, count)
+        varying = int(variance.count_nonzero())
+        if varying == 0:
+            return None
+        cut = find_cut(variance, kept_count(self.select_topk, varying), [task_vectors.span])
+        return cut.apply_(variance) > 0
 
 
 def _energy(values: Tensor) -> float:

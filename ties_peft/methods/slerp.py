@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -39,8 +39,8 @@ class Slerp(Method):
         which is the form `mergekit`. The form `even` is our own.
     """
 
-    name: ClassVar[str] = "slerp"
-    source: ClassVar[str] = "Shoemake, SIGGRAPH 1985; mergekit, arXiv 2403.13257"
+    name = "slerp"
+    source = "Shoemake, SIGGRAPH 1985; mergekit, arXiv 2403.13257"
 
     t: float | None = Field(None, ge=0, le=1, description="0: the first adapter, 1: the second; none: by the weights")
     form: Literal["even", "mergekit"] = Field(

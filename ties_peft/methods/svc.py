@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -31,11 +29,11 @@ class Svc(Method):
         here λ is applied after, which is the same if every sᵢ exceeds α.
     """
 
-    name: ClassVar[str] = "svc"
-    source: ClassVar[str] = "Li et al., ICML 2026, arXiv 2602.05536"
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
-    spectral: ClassVar[bool] = True
+    name = "svc"
+    source = "Li et al., ICML 2026, arXiv 2602.05536"
+    kinds = ("lora",)
+    spaces = ("delta", "core")
+    spectral = True
 
     alpha: float = Field(0.1, gt=0, allow_inf_nan=False, description="the smallest value of an adapter's share sᵢ")
 

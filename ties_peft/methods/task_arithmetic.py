@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..task_vectors.delta import Delta
 from .base import Method, TaskVectors
 
@@ -17,9 +15,9 @@ class TaskArithmetic(Method):
         max rᵢ and λ = 1, its `cat` at rank Σrᵢ; its `linear` is another function (cross terms Bᵢ·Aⱼ).
     """
 
-    name: ClassVar[str] = "task_arithmetic"
-    default_scale: ClassVar[float] = 0.4
-    source: ClassVar[str] = "Ilharco et al., ICLR 2023, arXiv 2212.04089"
+    name = "task_arithmetic"
+    default_scale = 0.4
+    source = "Ilharco et al., ICLR 2023, arXiv 2212.04089"
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Return Σ w·τ; the scale λ is applied to the result of every method."""

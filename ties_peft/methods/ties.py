@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 
 from ..task_vectors.delta import Delta
-from ..task_vectors.elect import DisjointRule, ElectRule
+from ..task_vectors.elect import DisjointRule, ElectRule, MergeRule
 from ..task_vectors.trim import Scope
 from .base import Density, Method, TaskVectors, scope_fault
 
@@ -45,10 +45,10 @@ class Ties(Method):
         `ties` is space `factors` for equal lora scalings and unit weights; mergekit trims a module at a time.
     """
 
-    name: ClassVar[str] = "ties"
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core", "knots", "factors")
-    source: ClassVar[str] = "Yadav et al., NeurIPS 2023, arXiv 2306.01708"
-    entrywise: ClassVar[bool] = True
+    name = "ties"
+    spaces = ("delta", "core", "knots", "factors")
+    source = "Yadav et al., NeurIPS 2023, arXiv 2306.01708"
+    entrywise = True
 
     density: Density = Field(0.2, description="share of the entries that the trim keeps, in (0, 1]")
     scope: Scope = Field("adapter", description="rank magnitudes over the whole adapter (the paper) or each module")
@@ -69,8 +69,8 @@ class Ties(Method):
 
     def linear(self, adapters: int) -> bool:
         """Return whether nothing is trimmed and no sign is elected, or there is one adapter alone."""
-        both = self.disjoint == "mean_all" or (self.elect == "none" and self.disjoint in ("sum", "mean_elected"))
-        return self.density == 1 and self.sign_from is None and (adapters == 1 or both)
+        linear = adapters == 1 or MergeRule(self.elect, self.disjoint).sums_both_signs
+        return linear and self.density == 1 and self.sign_from is None
 
     def check(self, weights: Sequence[float], space: str) -> str | None:
         """Refuse scope `adapter` in space `factors`, and `sign_from` without an election."""

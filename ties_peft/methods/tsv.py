@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
@@ -33,13 +33,13 @@ class Tsv(Method):
         `directions` if that is fewer. Directions that adapters share up to rounding count as one.
     """
 
-    name: ClassVar[str] = "tsv"
-    default_scale: ClassVar[float | str] = "1/sqrt(N)"
-    published_scale: ClassVar[float | None] = 1.0
-    source: ClassVar[str] = "Gargiulo et al., CVPR 2025, arXiv 2412.00081"
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
-    spectral: ClassVar[bool] = True
+    name = "tsv"
+    default_scale = "1/sqrt(N)"
+    published_scale = 1.0
+    source = "Gargiulo et al., CVPR 2025, arXiv 2412.00081"
+    kinds = ("lora",)
+    spaces = ("delta", "core")
+    spectral = True
 
     directions: Directions | None = Field(None, description="number of directions of each adapter; none for all")
 

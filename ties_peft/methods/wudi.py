@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -32,11 +30,11 @@ class Wudi(Method):
         for vision and for language.
     """
 
-    name: ClassVar[str] = "wudi"
-    source: ClassVar[str] = "Cheng et al., ICML 2025, arXiv 2503.08099"
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
-    spaces: ClassVar[tuple[str, ...]] = ("delta", "core")
-    spectral: ClassVar[bool] = True
+    name = "wudi"
+    source = "Cheng et al., ICML 2025, arXiv 2503.08099"
+    kinds = ("lora",)
+    spaces = ("delta", "core")
+    spectral = True
 
     ridge: float = Field(0.1, ge=0, allow_inf_nan=False, description="strength of the regularisation towards the sum")
 

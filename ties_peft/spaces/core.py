@@ -7,7 +7,6 @@ With L an orthonormal basis of all columns of [B₁ … B_N] and R one of all ro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -168,10 +167,10 @@ class CoreSpace(Space):
         2606.03723).
     """
 
-    name: ClassVar[str] = "core"
-    shared: ClassVar[bool] = True
-    lossless_rank: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    name = "core"
+    shared = True
+    lossless_rank = True
+    kinds = ("lora",)
 
     balanced: bool = Field(True, description="bring each adapter to its canonical form first; false: as published")
     compress_first: bool = Field(False, description="project on a shared subspace of the output's rank before merging")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -58,8 +57,8 @@ class DeltaSpace(Space):
     Law: replacing (B, A) by (B·G, G⁻¹·A) changes nothing.
     """
 
-    name: ClassVar[str] = "delta"
-    in_factors: ClassVar[bool] = False
+    name = "delta"
+    in_factors = False
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
         """Return the task vectors as they are."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 from ..task_vectors.delta import Delta, Dense, LowRank
 from ..task_vectors.factorise import Factors, Run, compress
-from ..task_vectors.trim import Scope
 from .base import Encoding, Space
 
 
@@ -44,9 +42,9 @@ class FactorsSpace(Space):
     Law: with equal lora scalings and unit weights it equals PEFT's `ties`.
     """
 
-    name: ClassVar[str] = "factors"
-    scopes: ClassVar[tuple[Scope, ...]] = ("module",)
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    name = "factors"
+    scopes = ("module",)
+    kinds = ("lora",)
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
         """Return A and B of each task vector."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -104,10 +103,10 @@ class KnotsSpace(Space):
         its default column-wise stacking.
     """
 
-    name: ClassVar[str] = "knots"
-    shared: ClassVar[bool] = True
-    lossless_rank: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    name = "knots"
+    shared = True
+    lossless_rank = True
+    kinds = ("lora",)
 
     def encode(self, deltas: Sequence[Delta], rank: int | None = None) -> Encoding:
         """Return the common basis and each Rᵢ in it."""

@@ -4,9 +4,10 @@
     signs = kept.elect("mass")                   # one sign per entry
     merged = kept.disjoint_merge(signs, "mean")  # combine the entries that agree
 
-`trim`, `keep_band`, `drop` and `drop_by_rank` return another lazy sequence; nothing is computed until `sum`,
-`disjoint_merge` or an iteration needs the values. Then several threads work through large modules in tiles of rows, and
-compiled kernels are used for large merges (see `kernels.backends`). Neither changes what a method computes.
+`trim`, `keep_band`, `drop` and `drop_by_rank` return another lazy sequence, to which they add a step. Nothing is
+computed until `sum`, `disjoint_merge` or an iteration reads the values, and then each step changes every task vector as
+it is read. Several threads work through large modules in tiles of rows, and compiled kernels are used for large merges
+(see `kernels.backends`). Neither changes what a method computes.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from .elect import DisjointRule, ElectRule, MergeRule, SignedSums
 from .factorise import Sum
 from .kernels.backends import merge_rows, read_rows
 from .random_numbers import uniform
-from .steps import Cuts, Dropped, Step, Trimmed
+from .sparsify import drop_, keep_probability
 from .tiles import ThreadPool, empty
-from .trim import Scope, Trim, find_cuts
+from .trim import Cut, Scope, Trim, find_cuts
+
+Cuts = Sequence[tuple[Cut, ...]]  # for each task vector, a cut for each density
 
 
 class Statistic(Protocol):
@@ -39,6 +42,66 @@ class Statistic(Protocol):
 
     def whole(self) -> Tensor:
         """Return all rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trimmed:
+    """Set the entries of each task vector below its threshold to zero, or those outside a band of magnitudes.
+
+    Attributes:
+        trim: the trim that was asked for.
+        find: finds the cuts; called once.
+    """
+
+    trim: Trim
+    find: Callable[[], Cuts]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every entry is kept."""
+        return self.trim.densities[-1] == 1 and all(own[-1].threshold == 0 for own in self.cuts)
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """The cuts, found when they are first asked for."""
+        return self.find()
+
+    def apply(self, task_vectors: TaskVectors, place: int, values: Tensor) -> Tensor:
+        """Trim the selected rows of one task vector, in place, and return them."""
+        tile = None if task_vectors.rows is None else task_vectors.tile
+        *above, last = self.cuts[place]
+        larger = [cut.apply_(values.clone(), tile) for cut in above]  # the entries above the band
+        values = last.apply_(values, tile)
+        for entries in larger:
+            values.sub_(entries)
+        return values
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Keep each entry with probability `density`, divided by it; with `epsilon`, it rises with the magnitude."""
+
+    density: float
+    epsilon: float | None = None
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every entry is kept."""
+        return self.density == 1
+
+    def apply(self, task_vectors: TaskVectors, place: int, values: Tensor) -> Tensor:
+        """Drop entries of the selected rows of one task vector, in place, and return them."""
+        numbers = task_vectors.uniform(place)
+        density = task_vectors.density_of(place, self.density)
+        if self.epsilon is None:
+            return drop_(values, numbers, density)
+        if values.dim() > 1:  # a matrix is ranked row by row, a vector as a whole
+            return drop_(values, numbers, keep_probability(values, density, self.epsilon))
+        probability = keep_probability(task_vectors.deltas[place].dense(), density, self.epsilon)
+        return drop_(values, numbers, probability[slice(*task_vectors.span)])
+
+
+Step = Trimmed | Dropped
 
 
 @dataclass(frozen=True)
@@ -79,7 +142,7 @@ class TaskVectors:
         adapters: how many adapters the merge has, also those that lack the module.
         rows: the range of selected rows, which every reading is restricted to; None for all.
         tile: the number of that range in the grid of tiles.
-        steps: the changes that are made to each vector as it is read.
+        steps: the changes that are made to each vector as it is read, in order.
         signs: the vector that decides the signs, if the method was given one.
         statistics: of the whole module, for each, if the method `needs` them.
         inputs: the directions of the module's inputs that the columns represent, (columns, in), if the space has its
@@ -195,7 +258,9 @@ class TaskVectors:
     @property
     def keeps_all(self) -> bool:
         """Whether every step keeps every entry of every vector."""
-        return not self.steps or (all(step.idle for step in self.steps) and all(own == 1 for own in self.densities))
+        return not self.steps or (
+            all(step.keeps_all for step in self.steps) and all(own == 1 for own in self.densities)
+        )
 
     def scratch(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Return float32 memory of this thread, which holds what its last use left there."""
@@ -285,18 +350,16 @@ class TaskVectors:
         if signs.task_vectors is not self:
             # The signs come first: the sums of both elections take the same scratch memory.
             return self.by_tiles(lambda tile: tile._result(signs=signs.in_tile(tile), sums=tile.sums(rule)))
-        if self.rows is not None:
-            return Dense(self._merge_rows(rule))
         if self._is_weighted_sum(rule):
-            return self._sum_of_all(rule)
+            return self._weighted_sum(rule)
         return self.by_tiles(lambda tile: tile._merge_rows(rule))
 
     def _is_weighted_sum(self, rule: MergeRule) -> bool:
-        """Return whether the result is a weighted sum of the task vectors."""
-        both = rule.disjoint == "mean_all" or (rule.elect == "none" and rule.disjoint in ("sum", "mean_elected"))
-        return (len(self) == 1 or both) and self.signs is None and self.keeps_all
+        """Return whether the result is a weighted sum of whole task vectors, which can be added in factors."""
+        linear = len(self) == 1 or rule.sums_both_signs
+        return linear and self.rows is None and self.signs is None and self.keeps_all
 
-    def _sum_of_all(self, rule: MergeRule) -> Delta:
+    def _weighted_sum(self, rule: MergeRule) -> Delta:
         if rule.disjoint in ("mean_elected", "mean_all"):
             return self.sum(1 / (self.total_magnitude if rule.normalize else self.adapters))
         alone = len(self) == 1 and rule.disjoint == "mean" and rule.normalize
@@ -304,41 +367,33 @@ class TaskVectors:
 
     def _merge_rows(self, rule: MergeRule) -> Tensor:
         """Return the disjoint merge of the selected rows, and count conflicts for the report."""
-        limits = self._limits_of_tile(rule)
-        if limits is None:
-            return self._result(self.sums(rule))
-        if self.out is not None and self.signs is None:
-            weights = [abs(weight) if rule.normalize else 1.0 for weight in self.weights]
-            counts = merge_rows(self.deltas, self.span, limits, weights, rule, self.out, self.pool.kernels)
-            if counts is not None:
-                self.count(*counts)
-                return self.out
-        return self._result(replace(self, steps=()).sums(rule, limits))
+        merged = self._merge_compiled(rule)
+        return self._result(self.sums(rule)) if merged is None else merged
 
-    def _limits_of_tile(self, rule: MergeRule) -> list[float] | None:
-        """Return a limit for each vector: the sums leave out magnitudes up to it, which saves a pass over the vector.
+    def _merge_compiled(self, rule: MergeRule) -> Tensor | None:
+        """Do what `_merge_rows` says with compiled kernels; None if they do not have this merge.
 
-        None if the sums cannot do that: there are other steps, only some of the entries that equal the threshold stay, or
-        the rule is `max`.
+        They have the trim as the only step, and only in tiles where all entries that equal the threshold are kept.
         """
         step = self.steps[0] if len(self.steps) == 1 else None
-        if not isinstance(step, Trimmed) or len(step.trim.densities) > 1 or rule.disjoint == "max":
+        if not isinstance(step, Trimmed) or self.pool.kernels is None or self.signs is not None or self.out is None:
             return None
-        cuts = [cut for (cut,) in step.cuts]
-        return [cut.limit for cut in cuts] if cuts and all(cut.keeps_equals(self.tile) for cut in cuts) else None
+        if len(step.trim.densities) > 1 or any(cut.excess_in(self.tile) for (cut,) in step.cuts):
+            return None
+        limits = [cut.limit for (cut,) in step.cuts]
+        weights = [abs(weight) if rule.normalize else 1.0 for weight in self.weights]
+        counts = merge_rows(self.deltas, self.span, limits, weights, rule, self.out, self.pool.kernels)
+        if counts is None:
+            return None
+        self.count(*counts)
+        return self.out
 
-    def sums(self, rule: MergeRule, limits: Sequence[float] = ()) -> SignedSums:
-        """Return the sums of the selected rows, over positive and over negative values.
-
-        Args:
-            rule: how they will be merged.
-            limits: for each vector, the largest magnitude that is left out; by default 0.
-        """
+    def sums(self, rule: MergeRule) -> SignedSums:
+        """Return the sums of the selected rows, over positive and over negative values, for a rule of merging."""
         total = self.total_magnitude if rule.normalize else float(self.adapters)
-        memory = self.scratch("sums", (5, *self.shape))
-        sums = SignedSums(memory, rule.elect, rule.disjoint, rule.normalize, total)
-        for values, weight, limit in zip(self.stream(), self.weights, limits or [0.0] * len(self), strict=True):
-            sums.add(values, weight, limit)
+        sums = SignedSums(self.scratch("sums", (5, *self.shape)), rule, total)
+        for values, weight in zip(self.stream(), self.weights, strict=True):
+            sums.add(values, weight)
         return sums
 
     def _result(self, sums: SignedSums, signs: Tensor | None = None) -> Tensor:
@@ -359,15 +414,16 @@ class TaskVectors:
         """
         factors = [float(factor)] * len(self) if isinstance(factor, (int, float)) else list(factor)
         if self.rows is not None or not self.keeps_all:
-            return self.by_tiles(lambda tile: tile._added(factors))
+            return self.by_tiles(lambda tile: tile.dense_sum(factors))
         factored = [delta for delta in self.deltas if isinstance(delta, LowRank)]
         if len(factored) == len(self.deltas):
             return Sum(factored, factors)
         return stack([delta.scaled(own) for delta, own in zip(self.deltas, factors, strict=True)])
 
-    def _added(self, factors: Sequence[float]) -> Tensor:
+    def dense_sum(self, factors: Sequence[float] = ()) -> Tensor:
+        """Return Σ factorᵢ·wᵢ·τᵢ of the selected rows as a tensor; each factor is 1 by default."""
         total: Tensor | None = None
-        for values, factor in zip(self.stream(), factors, strict=True):
+        for values, factor in zip(self.stream(), factors or [1.0] * len(self), strict=True):
             own = values if factor == 1 else values * factor
             total = own.clone() if total is None else total.add_(own)
         assert total is not None

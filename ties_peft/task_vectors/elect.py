@@ -26,21 +26,31 @@ import torch
 from torch import Tensor
 
 Elect = Literal["mass", "count"]
+ElectRule = Literal["mass", "count", "none"]  # `none` leaves the election out
 Disjoint = Literal["mean", "sum", "max"]
-ElectRule = Literal["mass", "count", "none"]  # with the ablation that holds no election
-DisjointRule = Literal[
-    "mean", "sum", "max", "mean_elected", "mean_all"
-]  # with the ablations that divide by all adapters
+DisjointRule = Literal["mean", "sum", "max", "mean_elected", "mean_all"]  # the last two divide by all adapters
 MIN_DIVISOR = 1e-30  # for entries that no adapter keeps: their numerator is exactly 0
 
 
 @dataclass(frozen=True)
 class MergeRule:
-    """Say how signs are elected and values combined; as in `SignedSums`."""
+    """Say how signs are elected and values combined.
+
+    Attributes:
+        elect: `mass` sums the values, `count` their signs; with `none` all values agree.
+        disjoint: how agreeing values are combined: `mean`, `sum` or `max`; `mean_elected` and `mean_all` (of both signs)
+            divide by what all adapters weigh, not only those that agree.
+        normalize: whether a mean divides by Σ|w| of the adapters or by their number.
+    """
 
     elect: ElectRule = "mass"
     disjoint: DisjointRule = "mean"
     normalize: bool = True
+
+    @property
+    def sums_both_signs(self) -> bool:
+        """Whether the result is a weighted sum of all values, whatever their signs."""
+        return self.disjoint == "mean_all" or (self.elect == "none" and self.disjoint in ("sum", "mean_elected"))
 
 
 class SignedSums:
@@ -48,43 +58,30 @@ class SignedSums:
 
     Args:
         memory: (5, …), for the sums and one buffer; … is the shape of every vector that is added.
-        elect: `mass` sums the values, `count` their signs; with `none` all values agree.
-        disjoint: how agreeing entries are combined: `mean`, `sum` or `max`; `mean_elected` and `mean_all`
-            (of both signs) divide by `total` instead of what agrees.
-        normalize: whether the mean divides by Σ|w| of the agreeing entries or by their number.
+        rule: how the values are combined.
         total: Σ|w| of all adapters, or their number.
     Law: beyond rounding, the result does not depend on the order of the additions.
     """
 
-    def __init__(
-        self,
-        memory: Tensor,
-        elect: ElectRule = "mass",
-        disjoint: DisjointRule = "mean",
-        normalize: bool = True,
-        total: float = 1.0,
-    ) -> None:
-        self.elect, self.disjoint, self.normalize, self.total = elect, disjoint, normalize, total
+    def __init__(self, memory: Tensor, rule: MergeRule, total: float = 1.0) -> None:
+        self.rule, self.total = rule, total
         self.positive, self.negative, self.plus, self.minus, self.buffer = memory.zero_()
-        self.sums = torch.zeros_like(self.buffer) if disjoint == "max" else None
-        self.weight_sums: tuple[Tensor, Tensor] | None = (
-            None  # Σ|w| of each sign; until a weight is not ±1 it equals the counts
-        )
+        self.sums = torch.zeros_like(self.buffer) if rule.disjoint == "max" else None
+        # Σ|w| of the values of each sign; None as long as every weight is ±1, since it equals the counts then
+        self.weight_sums: tuple[Tensor, Tensor] | None = None
 
-    def add(self, values: Tensor, weight: float = 1.0, limit: float = 0.0) -> None:
-        """Add one weighted task vector; what does not exceed `limit` in magnitude is left out, as a trim would.
-
-        For `max` the vector must be trimmed already and `limit` be 0.
-        """
+    def add(self, values: Tensor, weight: float = 1.0) -> None:
+        """Add one weighted, trimmed task vector."""
         if self.sums is not None:
             torch.maximum(self.positive, values, out=self.positive)
             torch.minimum(self.negative, values, out=self.negative)
             self.sums += values
-        if self.weight_sums is None and abs(weight) != 1 and self.normalize and self.disjoint == "mean":
+        if self.weight_sums is None and abs(weight) != 1 and self.rule.normalize and self.rule.disjoint == "mean":
             self.weight_sums = (self.plus.clone(), self.minus.clone())
-        sides = ((self.plus, self.positive, torch.gt, limit), (self.minus, self.negative, torch.lt, -limit))
-        for side, (count, mass, compare, than) in enumerate(sides):
-            compare(values, than, out=self.buffer)  # as 0.0 and 1.0: torch is slow to convert bool to float
+        for side, (count, mass, compare) in enumerate(
+            ((self.plus, self.positive, torch.gt), (self.minus, self.negative, torch.lt))
+        ):
+            compare(values, 0, out=self.buffer)  # as 0.0 and 1.0: torch is slow to convert bool to float
             count += self.buffer
             if self.sums is None:
                 mass.addcmul_(values, self.buffer)
@@ -93,7 +90,7 @@ class SignedSums:
 
     def elected(self, signs: Tensor | None = None) -> Tensor:
         """Return 1.0 where + is elected and 0.0 where −; where `signs` is given and not 0, its sign is taken."""
-        if self.elect == "count":
+        if self.rule.elect == "count":
             lead = self.plus - self.minus
         else:
             lead = self.positive + self.negative if self.sums is None else self.sums
@@ -103,7 +100,7 @@ class SignedSums:
 
     def result(self, signs: Tensor | None = None) -> Tensor:
         """Return the disjoint merge of all that was added."""
-        if self.elect == "none" or self.disjoint == "mean_all":
+        if self.rule.elect == "none" or self.rule.disjoint == "mean_all":
             plus = minus = torch.ones_like(self.positive)
         else:
             plus = self.elected(signs)
@@ -114,13 +111,13 @@ class SignedSums:
         """Return the merge of the positive values where `plus` is 1 and of the negative ones where `minus` is 1."""
         positive: Tensor = self.positive * plus
         negative: Tensor = self.negative * minus
-        if self.disjoint == "max":
+        if self.rule.disjoint == "max":
             extremes: Tensor = torch.where(positive >= -negative, positive, negative)
             return extremes
         agreed: Tensor = positive.add_(negative)
-        if self.disjoint == "sum":
+        if self.rule.disjoint == "sum":
             return agreed
-        if self.disjoint != "mean":
+        if self.rule.disjoint != "mean":
             return agreed.div_(self.total)
         weight_plus, weight_minus = self.weight_sums or (self.plus, self.minus)
         divisor = weight_plus * plus + weight_minus * minus

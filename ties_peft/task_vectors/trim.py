@@ -70,23 +70,18 @@ class Trim:
     scope: Scope = "adapter"
 
 
-ALL = -1  # in place of a number: every entry of the tile that equals the threshold stays
-
-
 @dataclass(frozen=True)
 class Cut:
     """Trim one task vector on one part of one module by a threshold that is known.
 
     Attributes:
         threshold: the smallest magnitude that is kept; inf keeps nothing, 0 keeps everything.
-        equal_by_tile: for every tile, how many of the entries that equal the threshold are kept, the first in row-major
-            order, or ALL; None if all are kept in every tile.
-        equal_kept: how many of them are kept over all tiles.
+        excess: for every tile, how many of the entries that equal the threshold are set to zero, the last ones in
+            row-major order; empty if all of them are kept.
     """
 
     threshold: float
-    equal_by_tile: tuple[int, ...] | None = None
-    equal_kept: int = ALL
+    excess: tuple[int, ...] = ()
 
     @classmethod
     def with_first(cls, threshold: float, equal: Sequence[int], kept: int) -> Cut:
@@ -95,21 +90,27 @@ class Cut:
         Args:
             equal: how many there are in each tile.
         """
-        by_tile, left = [], kept
+        excess = []
         for count in equal:
-            by_tile.append(ALL if count <= left else left)
-            left -= min(count, left)
-        return cls(threshold, tuple(by_tile), kept - left)
+            excess.append(max(0, count - kept))
+            kept -= min(count, kept)
+        return cls(threshold, tuple(excess) if any(excess) else ())
 
-    def apply_(self, values: Tensor, tile: int) -> Tensor:
-        """Set the entries of `values`, the tile of that number, below the threshold to zero, in place."""
+    def apply_(self, values: Tensor, tile: int | None = None) -> Tensor:
+        """Set the entries below the threshold to zero, in place.
+
+        Args:
+            values: the entries of one tile, or of the whole part.
+            tile: the number of the tile; None for the whole part.
+        """
         if self.threshold == math.inf:
             return values.zero_()
         if self.threshold == 0:
             return values
-        if self.equal_by_tile is not None and self.equal_by_tile[tile] != ALL:
+        excess = self.excess_in(tile)
+        if excess:
             equal = (values.abs() == self.threshold).reshape(-1).nonzero().reshape(-1)
-            values.view(-1)[equal[self.equal_by_tile[tile] :]] = 0.0
+            values.view(-1)[equal[-excess:]] = 0.0
         # hardshrink keeps |x| > λ, and with λ just below the threshold |x| ≥ threshold
         return torch.ops.aten.hardshrink.out(values, self.limit, out=values)  # type: ignore[no-any-return]
 
@@ -120,13 +121,9 @@ class Cut:
             return self.threshold
         return torch.nextafter(torch.tensor(self.threshold, dtype=torch.float32), torch.zeros(())).item()
 
-    def keeps_equals(self, tile: int) -> bool:
-        """Return whether all entries of a tile that equal the threshold are kept."""
-        return self.equal_by_tile is None or self.equal_by_tile[tile] == ALL
-
-    def untiled(self) -> Cut:
-        """Return the same cut for the whole part as one tile."""
-        return self if self.equal_by_tile is None else Cut(self.threshold, (self.equal_kept,), self.equal_kept)
+    def excess_in(self, tile: int | None) -> int:
+        """Return how many entries of a tile, or of the whole part, equal the threshold and are set to zero."""
+        return sum(self.excess) if tile is None or not self.excess else self.excess[tile]
 
 
 KEEP_ALL = Cut(0.0)
@@ -142,10 +139,15 @@ def find_cuts(magnitudes: Tensor, densities: Sequence[float], grid: Sequence[tup
         grid: the tiles in which the cuts will be applied.
     Law: exactly ⌊density·n⌋ entries stay, the first of equal magnitudes.
     """
-    return tuple(_find_cut(magnitudes, keep, grid) for keep in band_ends(densities, magnitudes.numel()))
+    return tuple(find_cut(magnitudes, keep, grid) for keep in band_ends(densities, magnitudes.numel()))
 
 
-def _find_cut(magnitudes: Tensor, keep: int, grid: Sequence[tuple[int, int]]) -> Cut:
+def find_cut(magnitudes: Tensor, keep: int, grid: Sequence[tuple[int, int]]) -> Cut:
+    """Return the cut that keeps the `keep` largest magnitudes; the other arguments are those of `find_cuts`.
+
+    >>> find_cut(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2, [(0, 4)])
+    Cut(threshold=2.0, excess=(1,))
+    """
     if keep in (0, magnitudes.numel()):
         return KEEP_NONE if keep == 0 else KEEP_ALL
     threshold = kth_largest(magnitudes, keep)
