@@ -1,31 +1,30 @@
 """Find order statistics: the k-th largest of a value that a method computes for every entry of an adapter.
 
-They are exact. Radix selection takes two passes over the entries, and memory that does not grow with their number: the
-first pass counts how often each upper half of a float32's bits occurs; the second counts the lower halves of the values
-that share the upper half of the k-th largest.
+They are exact (see `threshold`), and take two or three passes over the entries, and memory that does not grow with their
+number.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from ..errors import MethodError
 from .collection import TaskVectors
+from .threshold import INFINITY, ThresholdSearch, add_counts, count_in_bracket
 from .tiles import ThreadPool
 from .trim import Scope
 
-HALF = 16  # bits of a digit
-BINS = 1 << HALF
-TOGETHER = 64  # groups that are counted in one pass, half a megabyte for each rank
+TOGETHER = 16  # groups that are searched in one pass; the counts of each take 2 MB for each rank
 Group = Hashable  # the name of entries that are ranked together
 Parts = Callable[[], Iterable[tuple[TaskVectors, Sequence[Group]]]]
 Values = dict[Group, tuple[float, ...]]
+Searches = Mapping[Group, Sequence[ThresholdSearch]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ def find_order_statistics(
         densities: for every group, also of other processes, the share of its entries that the method keeps.
         pool: the threads.
         gather: returns what every process found.
-    Law: the value of rank k is the k-th of all values of the group, sorted from the largest, to the bit.
+    Raises: MethodError if the values of a group are not numbers.
+    Law: the value of rank k is the k-th of all values of the group, sorted from the largest.
     """
     values: Values = dict.fromkeys(densities, ())
     for one in wanted:
@@ -94,63 +94,51 @@ class _RankSearch:
 
     def select(self, densities: Mapping[Group, float]) -> Values:
         """Return the values at the ranks of some groups."""
-        sought: dict[Group, list[tuple[int, int]]] = {}
-        for group, (counts,) in self._count(densities, lambda group, keys: [_upper(keys)]).items():
-            ranks = self.wanted.ranks(int(counts.sum()), densities[group])
-            sought[group] = [_locate(counts, rank) for rank in ranks]
-        lower = self._count(
-            densities, lambda group, keys: [keys[_upper(keys) == upper] & (BINS - 1) for upper, _ in sought[group]]
-        )
-        return {
-            group: tuple(
-                _value(upper, _locate(counts, rest)[0])
-                for (upper, rest), counts in zip(found, lower[group], strict=True)
-            )
-            for group, found in sought.items()
-        }
+        first = {group: [ThresholdSearch(math.inf, 0, least=-INFINITY)] for group in densities}
+        self._count(first)  # the ranks follow from the number of entries, which this pass counts
+        searches = {group: self._searches(every, densities[group]) for group, (every,) in first.items()}
+        unfinished: Searches = searches
+        while unfinished := {group: own for group, searches in unfinished.items() if (own := _finish(searches))}:
+            self._count(unfinished)
+        return {group: tuple(cast(float, search.threshold) for search in own) for group, own in searches.items()}
 
-    def _count(
-        self, groups: Mapping[Group, float], digits: Callable[[Group, Tensor], Sequence[Tensor]]
-    ) -> dict[Group, Tensor]:
-        """Return how often each digit occurs in each group: BINS counts for each sequence of digits."""
-        own: dict[Group, Tensor] = {}
+    def _searches(self, every: ThresholdSearch, density: float) -> list[ThresholdSearch]:
+        """Return a search for each rank of a group, which begins with the counts of all values."""
+        entries = every.counted.inside
+        return [replace(every, entries=entries, keep=rank) for rank in self.wanted.ranks(entries, density)]
+
+    def _count(self, searches: Searches) -> None:
+        """Go through all entries once, and count for each search those above and inside its bracket."""
         lock = threading.Lock()
 
         def tile(task_vectors: TaskVectors, names: Sequence[Group]) -> None:
             for group, values in zip(names, self.wanted.values(task_vectors), strict=True):
-                if group in groups:
-                    found = digits(group, _keys(values))
-                    counts = torch.stack([torch.bincount(some, minlength=BINS) for some in found]).cpu()
+                for search in searches.get(group, ()):
+                    above, inside = count_in_bracket(values, *search.bracket)
                     with lock:
-                        own[group] = own[group].add_(counts) if group in own else counts
+                        search.add(above, [inside], group)
 
+        started = [search for own in searches.values() for search in own]
+        for search in started:
+            search.start_pass()
         for part, names in self.parts():
             known = replace(part, order_statistics=[self.values[group] for group in names])
             grid = self.pool.tiles(part.shape, part.device)
             tiles = [replace(known, rows=rows, tile=number) for number, rows in enumerate(grid)]
             self.pool.map(lambda each, names=names: tile(each, names), tiles, part.device.type != "cpu")
-        every = self.gather(own)
-        return {group: torch.stack([part[group] for part in every if group in part]).sum(0) for group in groups}
+        counted = self.gather([search.counted for search in started])
+        for search, of_processes in zip(started, zip(*counted, strict=True), strict=True):
+            search.counted = add_counts(of_processes)
 
 
-def _keys(values: Tensor) -> Tensor:
-    """Return 32-bit integers in the order of float32 values: their bits, inverted below the sign if negative."""
-    bits = values.contiguous().view(-1).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _upper(keys: Tensor) -> Tensor:
-    return (keys >> HALF) + BINS // 2
-
-
-def _value(upper: int, lower: int) -> float:
-    """Return the float32 whose key has these halves."""
-    key = ((upper - BINS // 2) << HALF) | lower
-    return float(np.array(key ^ 0x7FFFFFFF if key < 0 else key, np.int32).view(np.float32))
-
-
-def _locate(counts: Tensor, rank: int) -> tuple[int, int]:
-    """Return the digit of the value at a rank, and the rank among the values that have this digit."""
-    reached = counts.flip(0).cumsum(0)
-    place = int((reached < rank).sum())
-    return BINS - 1 - place, rank - int(reached[place] - counts[BINS - 1 - place])
+def _finish(searches: Sequence[ThresholdSearch]) -> list[ThresholdSearch]:
+    """End a pass of the searches of one group, and return those that need another one."""
+    try:
+        for search in searches:
+            search.finish_pass()
+    except OverflowError:
+        raise MethodError(
+            "the values that the method ranks are not numbers, because a weighted task vector is beyond what float32 can "
+            "hold. Use smaller weights."
+        ) from None
+    return [search for search in searches if search.threshold is None]

@@ -150,6 +150,6 @@ def find_cut(magnitudes: Tensor, keep: int, grid: Sequence[tuple[int, int]]) -> 
     """
     if keep in (0, magnitudes.numel()):
         return KEEP_NONE if keep == 0 else KEEP_ALL
-    threshold = kth_largest(magnitudes, keep)
+    threshold = kth_largest(magnitudes.detach().cpu().numpy(), keep)
     equal = [int((magnitudes[start:stop] == threshold).sum()) for start, stop in grid]
     return Cut.with_first(threshold, equal, keep - int((magnitudes > threshold).sum()))

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ..delta import Delta, LowRank
 from ..elect import MergeRule
+from ..threshold import Counts, count_in_bracket
 
 MIN_ENTRIES = 1 << 26  # entries of all task vectors together; smaller merges are quicker without a compiler
 Pair = tuple[Tensor, Tensor]  # B (rows, r) and A (r, columns)
 Rows = tuple[int, int]  # (start, stop)
 Bracket = tuple[np.float32, np.float32]  # (low, high), both included
-Counts = tuple[int, np.ndarray]  # how many magnitudes exceed a bracket, and those inside it, in any order
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def count_rows(
     """
     if kernels is None or (factors := _factors(delta, rows)) is None:
         magnitudes = delta.rows(*rows, out=memory()).abs_()
-        return [_count(magnitudes, *bracket) for bracket in brackets]
+        return [count_in_bracket(magnitudes, *bracket) for bracket in brackets]
     return [kernels.count(*factors, float(low), float(high)) for low, high in brackets]
 
 
@@ -126,16 +126,6 @@ def _factors(delta: Delta, rows: Rows) -> Pair | None:
     if not isinstance(delta, LowRank) or delta.rank == 0:
         return None
     return delta.B[rows[0] : rows[1]].contiguous(), delta.A.contiguous()
-
-
-def _count(magnitudes: Tensor, low: np.float32, high: np.float32) -> Counts:
-    """Count magnitudes that are in memory; on the CPU NumPy counts faster than torch."""
-    if magnitudes.device.type == "cpu":
-        flat = magnitudes.numpy().reshape(-1)
-        above = flat > high
-        return int(np.count_nonzero(above)), flat[(flat >= low) ^ above]
-    larger = magnitudes > float(high)
-    return int(larger.sum()), magnitudes[(magnitudes >= float(low)) ^ larger].cpu().numpy()
 
 
 __all__ = ["Bracket", "Counts", "Kernels", "count_rows", "load_kernels", "merge_rows", "read_rows", "select_kernels"]
