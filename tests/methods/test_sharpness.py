@@ -68,7 +68,7 @@ def test_a_direction_is_there_by_its_singular_value_not_by_its_square() -> None:
 
 def test_what_is_left_is_measured_by_what_it_was_left_of() -> None:
     rest = 1e-9 * noise(6, 5)
-    assert (len(spectrum(rest)), len(spectrum(rest, beside=1.0))) == (5, 0)
+    assert (len(spectrum(rest)), len(spectrum(rest, at_least=1.0))) == (5, 0)
 
 
 def test_two_modules_of_one_shape_draw_their_own_numbers(make_ia3: Maker) -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,21 @@ METADATA_KEY = "ties_peft"  # in the safetensors file: where `Statistics.metadat
 
 @dataclass(frozen=True)
 class ModuleStatistics:
-    """The statistics of one module: a tensor of a file, divided by a number.
+    """The statistics of one module: a tensor of a file.
 
     Attributes:
         source: the file.
         name: of the tensor in it.
-        divisor: by which the tensor is divided.
+        norm: returns the Frobenius norm of the statistics over all modules of the adapter.
     """
 
     source: TensorSource
     name: str
-    divisor: float = 1.0
+    norm: Callable[[], float]
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows start…stop, float32, on the CPU."""
-        values = self.source.rows(self.name, start, stop).float()
-        return values if self.divisor == 1 else values / self.divisor
+        return self.source.rows(self.name, start, stop).float()
 
     def whole(self) -> Tensor:
         """Return all rows, float32, on the CPU."""
@@ -129,10 +129,15 @@ class Statistics:
             staged.unlink(missing_ok=True)
         return path
 
-    def of_module(self, module: str) -> ModuleStatistics | None:
-        """Return the statistics of one module; None if there are none."""
+    def of_module(self, module: str, modules: Sequence[str] = ()) -> ModuleStatistics | None:
+        """Return the statistics of one module; None if there are none.
+
+        Args:
+            module: its name.
+            modules: those over which the norm is taken.
+        """
         name = self.metadata["same"].get(module, module)
-        return ModuleStatistics(self.source, name) if name in self.source.names else None
+        return ModuleStatistics(self.source, name, partial(self.norm, modules)) if name in self.source.names else None
 
     def norm(self, modules: Sequence[str]) -> float:
         """Return the Frobenius norm over some modules, in float64; it is computed once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..adapters.adapter import Adapter
 from ..adapters.statistics import ModuleStatistics
@@ -163,8 +163,7 @@ def module_statistics(method: Method, members: Sequence[Member], module: str) ->
     found = []
     for adapter in (member.adapter for member in members if method.needs):
         statistics = adapter.statistics(method.needs or "")
-        one = None if statistics is None else statistics.of_module(module)
-        if statistics is not None and one is not None:
-            norm = statistics.norm(adapter.modules) if method.normalizes_statistics() else 1.0
-            found.append(replace(one, divisor=norm or 1.0))
+        one = None if statistics is None else statistics.of_module(module, adapter.modules)
+        if one is not None:
+            found.append(one)
     return found

@@ -387,6 +387,11 @@ def _trim(method: Method, space: Space) -> Trim | None:
     asked = method.trims()
     if asked is None or asked.scope in space.scopes:
         return asked
+    if "scope" in method.model_fields_set:
+        raise MethodError(
+            f"method '{method.name}': scope '{asked.scope}' is not offered in space '{space.name}'; use scope "
+            f"'{space.scopes[0]}'."
+        )
     return replace(asked, scope=space.scopes[0])
 
 

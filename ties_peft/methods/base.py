@@ -1,53 +1,4 @@
-"""The base class of all methods. A method is one file in this folder: a frozen pydantic model with one `merge`.
-
-Its fields are its parameters, its docstring is its paper, and the folder is the list of methods. A complete method:
-
->>> from ties_peft.methods import Density, Method, TaskVectors
->>> class TrimmedMean(Method):
-...     '''Average the task vectors, each trimmed to its largest entries.'''
-...
-...     name = "trimmed_mean"
-...     density: Density = 0.2
-...
-...     def merge(self, task_vectors):
-...         return task_vectors.trim(self.density).sum(1 / len(task_vectors))
-
-Try it on tensors, without any adapter:
-
->>> import torch
->>> vectors = TaskVectors.of([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])])
->>> TrimmedMean(density=0.5).merge(vectors).dense()
-tensor([1.5000, 1.0000])
-
-Below `@register` (`from ties_peft.methods import register`) it can be used by its name in the running process, as in
-`ties_peft.merge([...], "trimmed_mean", density=0.5)`; with an entry point of the group `ties_peft.methods` everywhere,
-also on the command line (docs/architecture.md). `merge` is called once for every module, on every path, at every size.
-
-`task_vectors` holds w·τ of every adapter that has the module; see `TaskVectors` for all of it. Iterating gives one tensor
-for each. `trim`, `keep_band`, `drop` and `drop_by_rank` remove entries; `elect` and `disjoint_merge` are those of TIES;
-`sum` adds, exactly and in factors where every entry is kept; `matrices` gives all of them at once, `gram` their inner
-products. `adapters`, `total_weight` and `total_magnitude` are N, Σw and Σ|w| over all adapters of the merge, also those
-without the module. Do not apply λ, which multiplies the result of every method.
-
-A rule of one's own that works entry by entry is given to `by_tiles`, which calls it on a few rows at a time, so that memory
-stays small:
-
->>> class Agreement(Method):
-...     '''Average the task vectors, each entry scaled by how far the adapters agree in its sign.'''
-...
-...     name = "agreement"
-...     entrywise = True
-...
-...     def merge(self, task_vectors):
-...         return task_vectors.by_tiles(self._merge_rows)
-...
-...     def _merge_rows(self, rows):
-...         vectors = torch.stack(list(rows))
-...         agreement = vectors.sign().sum(0).abs() / rows.adapters
-...         return vectors.sum(0) / rows.total_magnitude * agreement
->>> Agreement().merge(vectors).dense()
-tensor([2.0000, 1.5000])
-"""
+"""Define what a method of merging is. Each method is one file in this folder, and the folder is the list of methods."""
 
 from __future__ import annotations
 
@@ -83,7 +34,56 @@ class Choice(NamedTuple):
 class Method(BaseModel, ABC):
     """A rule that combines the task vectors of one module.
 
-    A subclass needs a `name`, a docstring and a `merge`; its annotated fields are its parameters, which pydantic checks.
+    A method is a frozen pydantic model: its annotated fields are its parameters, and its docstring is its paper. It needs
+    a `name`, a docstring and a `merge`. A complete method:
+
+    >>> from ties_peft.methods import Density, Method, TaskVectors
+    >>> class TrimmedMean(Method):
+    ...     '''Average the task vectors, each trimmed to its largest entries.'''
+    ...
+    ...     name = "trimmed_mean"
+    ...     density: Density = 0.2
+    ...
+    ...     def merge(self, task_vectors):
+    ...         return task_vectors.trim(self.density).sum(1 / len(task_vectors))
+
+    Try it on tensors, without any adapter:
+
+    >>> import torch
+    >>> vectors = TaskVectors.of([torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])])
+    >>> TrimmedMean(density=0.5).merge(vectors).dense()
+    tensor([1.5000, 1.0000])
+
+    With `@register` above the class (`from ties_peft.methods import register`) the running process knows it by its name,
+    as in `ties_peft.merge([...], "trimmed_mean", density=0.5)`. With an entry point of the group `ties_peft.methods` every
+    process does, also that of the command line (docs/architecture.md).
+
+    `merge` is called once for every module, on every path, at every size. `task_vectors` holds w·τ of every adapter that
+    has the module, and iterating gives one tensor for each. `trim`, `keep_band`, `drop` and `drop_by_rank` remove entries;
+    `elect` and `disjoint_merge` are those of TIES; `sum` adds, exactly and in factors where every entry is kept;
+    `matrices` gives all of them at once, `gram` their inner products. `adapters`, `total_weight` and `total_magnitude`
+    are N, Σw and Σ|w| over all adapters of the merge, also those without the module. Do not apply λ, which multiplies
+    the result of every method.
+
+    A rule that works entry by entry is given to `by_tiles`, which calls it on a few rows at a time, so that memory stays
+    small:
+
+    >>> class Agreement(Method):
+    ...     '''Average the task vectors, each entry scaled by how far the adapters agree in its sign.'''
+    ...
+    ...     name = "agreement"
+    ...     entrywise = True
+    ...
+    ...     def merge(self, task_vectors):
+    ...         return task_vectors.by_tiles(self._merge_rows)
+    ...
+    ...     def _merge_rows(self, rows):
+    ...         vectors = torch.stack(list(rows))
+    ...         agreement = vectors.sign().sum(0).abs() / rows.adapters
+    ...         return vectors.sum(0) / rows.total_magnitude * agreement
+    >>> Agreement().merge(vectors).dense()
+    tensor([2.0000, 1.5000])
+
     Everything else has a default, and is overridden only where it differs:
 
     - where the method can be used: `spaces`, `kinds`, `needs`, and `check` for anything else;
@@ -96,10 +96,11 @@ class Method(BaseModel, ABC):
 
     Attributes:
         name: as users write it.
-        default_scale: λ where the user gives none: a number, or a formula in N, the number of adapters (see `scale`).
+        default_scale: λ where the user gives none: a number, or a formula in N, the number of adapters, such as
+            "1/sqrt(N)".
         published_scale: λ as published, where it measured worse than the default; a user who sets it is warned.
         spaces: in which it can be used.
-        kinds: the PEFT types that it can merge: `lora`, and all that become LoRA, and `ia3`.
+        kinds: the PEFT types that it can merge: `ia3`, and `lora` for LoRA and all types that become LoRA.
         source: the paper, with its number on arXiv.
         entrywise: whether each entry of the result depends on the same entry of the task vectors alone, apart from the
             trims and drops of `TaskVectors`, which do not count.
@@ -190,9 +191,8 @@ class Method(BaseModel, ABC):
     def trims(self) -> Trim | None:
         """Return the trim that `merge` will ask for; None if each of its trims is of one module.
 
-        A threshold over the whole adapter must be known before the first module is merged, so it is declared here. By
-        default it follows from parameters that are called `density` and `scope`, if the method has both and asks for no
-        `order_statistics`.
+        A threshold over the whole adapter must be known before the first module is merged, so it is declared here. A
+        method that has the parameters `density` and `scope`, and no `order_statistics`, need not override this.
         """
         density, scope = getattr(self, "density", None), getattr(self, "scope", None)
         return None if density is None or scope is None or self.order_statistics() else Trim((density,), scope)
@@ -200,10 +200,6 @@ class Method(BaseModel, ABC):
     def order_statistics(self) -> Sequence[OrderStatistics]:
         """Return the order statistics that `merge` needs; each can use the values found for those before it."""
         return ()
-
-    def normalizes_statistics(self) -> bool:
-        """Return whether the statistics of each adapter are to be divided by their norm over all its modules."""
-        return False
 
     def linear(self, adapters: int) -> bool:
         """Return whether the result for this many adapters is a weighted sum of task vectors, exact at rank Σrᵢ."""
@@ -226,13 +222,6 @@ def merge_to_delta(method: Method, task_vectors: TaskVectors) -> Delta:
     """Return the result of a method's `merge` as a `Delta`."""
     result = method.merge(task_vectors)
     return Dense(result.float()) if isinstance(result, Tensor) else result
-
-
-def scope_fault(method: Method, scope: Scope, space: str) -> str | None:
-    """Return why a scope cannot be used in a space; None if it can. In `factors` only `module` has a meaning."""
-    if space == "factors" and scope == "adapter" and "scope" in method.model_fields_set:
-        return "scope 'adapter' is not offered in space 'factors', where A and B are each ranked on their own; use scope 'module'"
-    return None
 
 
 def masked(delta: Delta, change: Callable[[Tensor, Tensor], Tensor], stream: int) -> Mapped:
@@ -261,5 +250,4 @@ __all__ = [
     "Trim",
     "masked",
     "merge_to_delta",
-    "scope_fault",
 ]

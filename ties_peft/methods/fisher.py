@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -40,19 +42,16 @@ class Fisher(Method):
 
     normalize_fisher: bool = Field(False, description="divide each adapter's F by its norm over all its modules")
 
-    def normalizes_statistics(self) -> bool:
-        """Return the parameter `normalize_fisher`."""
-        return self.normalize_fisher
-
     def merge(self, task_vectors: TaskVectors) -> Delta:
         """Accumulate both sums, and the weighted mean, in one pass."""
-        return task_vectors.by_tiles(self._merge_rows)
+        norms = [one.norm() if self.normalize_fisher else 1.0 for one in task_vectors.statistics]
+        return task_vectors.by_tiles(lambda tile: self._merge_rows(tile, norms))
 
-    def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
+    def _merge_rows(self, task_vectors: TaskVectors, norms: Sequence[float]) -> Tensor:
         above, below, plain = task_vectors.scratch("fisher", (3, *task_vectors.shape)).zero_()
-        triples = zip(task_vectors.stream(), task_vectors.weights, task_vectors.statistics, strict=True)
-        for values, weight, statistic in triples:
-            F = statistic.rows(*task_vectors.span).to(task_vectors.device)
+        each = zip(task_vectors.stream(), task_vectors.weights, task_vectors.statistics, norms, strict=True)
+        for values, weight, statistic, norm in each:
+            F = statistic.rows(*task_vectors.span).to(task_vectors.device) / (norm or 1.0)
             above.addcmul_(F, values)
             below.add_(F, alpha=abs(weight))
             plain.add_(values)

@@ -53,7 +53,7 @@ class IsoCts(Method):
 
 def _without_shared(matrix: Tensor, shared: Spectrum) -> Spectrum:
     """Return the part of a matrix outside the shared output directions."""
-    return spectrum(matrix - shared.U @ (shared.U.T @ matrix), beside=float(matrix.norm()))
+    return spectrum(matrix - shared.U @ (shared.U.T @ matrix), at_least=float(matrix.norm()))
 
 
 def _flattened(parts: list[Spectrum]) -> Tensor:

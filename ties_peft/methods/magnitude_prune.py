@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import Field
 
 from ..task_vectors.delta import Delta
 from ..task_vectors.trim import Scope
-from .base import Density, Method, TaskVectors, scope_fault
+from .base import Density, Method, TaskVectors
 
 
 class MagnitudePrune(Method):
@@ -37,7 +35,3 @@ class MagnitudePrune(Method):
     def linear(self, adapters: int) -> bool:
         """Return whether nothing is trimmed."""
         return self.density == 1
-
-    def check(self, weights: Sequence[float], space: str) -> str | None:
-        """Refuse scope `adapter` in space `factors`."""
-        return scope_fault(self, self.scope, space)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -56,9 +56,8 @@ class Encoding(ABC):
     @cached_property
     def span(self) -> Span | None:
         """The Gram matrices of the task vectors' factors; None if some are dense or the columns are too many."""
-        factored = self._factored()
-        few = 0 < sum(delta.rank for delta in factored) <= MAX_GRAM_SIDE
-        return Span(factored) if few else None
+        few = 0 < sum(delta.rank for delta in self._factored()) <= MAX_GRAM_SIDE
+        return Span(cast("Sequence[LowRank]", self.deltas)) if few else None
 
     @property
     def bytes(self) -> int:

@@ -70,7 +70,6 @@ class CoreEncoding(Encoding):
             (_part(to_left[:, at] @ X, Y @ to_right[at], sum(delta.shape)),)
             for at, (X, Y), delta in zip(own.ranges, pairs, held, strict=True)
         ]
-        own.deltas = self.deltas  # type: ignore[assignment]  # `decode` reads them again
         self.bases = own
 
     def _make_explicit_bases(self, balance: bool) -> None:

@@ -60,7 +60,6 @@ class KnotsEncoding(Encoding):
             (LowRank((turn.T @ block).float(), (Y @ delta.A.double()).float()),)
             for block, (_, Y), delta in zip(blocks, pairs, held, strict=True)
         ]
-        own.deltas = self.deltas  # type: ignore[assignment]  # `decode` reads them again
         self.bases = own
 
     def _make_explicit_bases(self) -> None:

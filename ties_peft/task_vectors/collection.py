@@ -37,6 +37,10 @@ Cuts = Sequence[tuple[Cut, ...]]  # for each task vector, a cut for each density
 class Statistic(Protocol):
     """Provide the statistics of one module of one adapter, read by rows."""
 
+    @property
+    def norm(self) -> Callable[[], float]:
+        """A function that returns the Frobenius norm over all modules of the adapter."""
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Return some rows."""
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 CPU_EIGH_SIDE = 256  # up to here a matrix on another device is decomposed on the CPU; estimated, not measured
-SAMPLE_SIDE = 32  # rows and columns of a block of a sample, at most
+SAMPLE_SIDE = 32  # largest number of rows and columns of a block of a sample
 GRAM_ROWS = 1024  # rows that are converted to float64 at a time for a Gram matrix
 
 
@@ -248,18 +248,16 @@ class Span:
     """Hold the Gram matrices of factored task vectors, from which small factorisations are computed.
 
     Attributes:
-        deltas: Δᵢ = Bᵢ·Aᵢ, N of them, of one shape; K = Σrᵢ.
+        deltas: Δᵢ = Bᵢ·Aᵢ, N of them, of one shape; K = Σrᵢ. They are read again where factors are multiplied.
         left, right: BᵀB and A·Aᵀ of [B₁ … B_N] and [A₁; …; A_N], (K, K), float64.
         ranges: for each delta, its range among the K.
     """
 
     def __init__(self, deltas: Sequence[LowRank]) -> None:
-        self.deltas = list(deltas)
-        self.left = gram([delta.B for delta in deltas])
-        self.right = gram([delta.A.T for delta in deltas])
-        ends = [0]
-        for delta in deltas:
-            ends.append(ends[-1] + delta.rank)
+        self.deltas, held = deltas, list(deltas)
+        self.left = gram([delta.B for delta in held])
+        self.right = gram([delta.A.T for delta in held])
+        ends = accumulate((delta.rank for delta in held), initial=0)
         self.ranges = [slice(start, end) for start, end in pairwise(ends)]
 
     def products(self) -> Tensor:

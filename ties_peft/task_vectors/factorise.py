@@ -27,7 +27,16 @@ from torch import Tensor
 
 from .delta import GRAM_ROWS, Delta, LowRank, Span, eigh, gram
 
+# How to call a function on several blocks: `map`, or `ThreadPool.map`, which does it on threads.
 Run = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]]
+
+OVERSAMPLE = 8  # directions that an iteration has beyond the rank asked for
+SMALL_SIDE = 640  # up to this length of the smaller side its Gram matrix is cheaper than iterating, and exact
+MIN_GAIN = 5e-4  # an iteration ends when a round lowers the error by a smaller share than this
+ROUNDS = 12
+MAX_GRAM_SIDE = 2048  # Σrᵢ up to which Gram matrices of Σrᵢ × Σrᵢ are made
+BAND = 512  # rows of a large product that one thread computes at a time
+NOISE = 1e-14  # eigenvalues of a float64 Gram matrix below this share of the largest are rounding
 
 
 class Bases(Protocol):
@@ -38,15 +47,6 @@ class Bases(Protocol):
 
     def rows(self, mix: Tensor) -> Tensor:
         """Return the rows that have these coordinates, (r, in), float32."""
-
-
-OVERSAMPLE = 8  # directions that an iteration has beyond the rank asked for
-SMALL_SIDE = 640  # up to this length of the smaller side its Gram matrix is cheaper than iterating, and exact
-MIN_GAIN = 5e-4  # an iteration ends when a round lowers the error by a smaller share than this
-ROUNDS = 12
-MAX_GRAM_SIDE = 2048  # Σrᵢ up to which Gram matrices of Σrᵢ × Σrᵢ are made
-BAND = 512  # rows of a large product that one thread computes at a time
-NOISE = 1e-14  # eigenvalues of a float64 Gram matrix below this share of the largest are rounding
 
 
 class Sum(LowRank):
@@ -145,7 +145,7 @@ def factorise(matrix: Tensor, rank: int, start: Tensor | None = None, run: Run =
         rank: at least 1; at most min(out, in) is used.
         start: (in, l), an estimate of the leading row space, l ≥ rank + OVERSAMPLE; such as `leading_rows` of what was
             merged.
-        run: how to call a function on several blocks; `ThreadPool.map` does it on threads.
+        run: see `Run`.
     Law: ‖M − B·A‖ equals the optimum √(Σ_{i>r} σᵢ²) (to rounding) where the smaller side is at most SMALL_SIDE, and is
         within 1 % of it above that for merges started from their `leading_rows`. From a start orthogonal to all leading
         directions the iteration may end too early.
@@ -275,18 +275,18 @@ def balance(delta: LowRank) -> LowRank:
     return canonical
 
 
-def expand(factors: Factors, span: Bases, left: Tensor | None, right: Tensor | None) -> Factors:
+def expand(factors: Factors, bases: Bases, left: Tensor | None, right: Tensor | None) -> Factors:
     """Return factors in the coordinates of the module: L·B and A·Rᵀ with L = [B₁ … B_N]·left, Rᵀ = right·[A₁; …; A_N].
 
     Args:
         factors: of a matrix in the coordinates of L and R, whose columns are orthonormal.
-        span: of the task vectors.
+        bases: of the task vectors.
         left, right: (K, k) and (k, K), float64; None for a side that is in the module's coordinates already.
     """
     small = factors.delta
     assert isinstance(small, LowRank)
-    B = small.B if left is None else span.columns(left @ small.B.double())
-    A = small.A if right is None else span.rows(small.A.double() @ right)
+    B = small.B if left is None else bases.columns(left @ small.B.double())
+    A = small.A if right is None else bases.rows(small.A.double() @ right)
     return replace(factors, delta=LowRank(B, A))
 
 
@@ -323,8 +323,9 @@ def _through_gram(matrix: Tensor, rank: int, run: Run = map) -> Factors:
     keep = S.square() > NOISE * values[-1].clamp_min(0)
     U, S, rest = U[:, keep], S[keep], rest[keep]
     Vt = rest / S.unsqueeze(1)
-    edge = _edge(values, rank)
-    return _balanced(Vt.T, S, U.T, total, edge) if tall else _balanced(U, S, Vt, total, edge)
+    if tall:
+        U, Vt = Vt.T, U.T
+    return _balanced(U, S, Vt, total, _edge(values, rank))
 
 
 def _by_iteration(matrix: Tensor, rank: int, start: Tensor, run: Run) -> Factors:
@@ -335,24 +336,24 @@ def _by_iteration(matrix: Tensor, rank: int, start: Tensor, run: Run) -> Factors
     before = math.inf
     basis = _orthonormal(_product(matrix, start, run))
     for step in range(2 * ROUNDS):
-        to_rows = step % 2 == 0  # from the column space to the row space
-        seen = _product(matrix.T if to_rows else matrix, basis, run)
-        values, vectors = eigh(gram([seen]))
+        to_rows = step % 2 == 0  # `basis` is of the column space, and `image` is in the row space; else the reverse
+        image = _product(matrix.T if to_rows else matrix, basis, run)
+        values, vectors = eigh(gram([image]))
         kept = float(values[-rank:].clamp_min(0).sum())
         error = math.sqrt(max(0.0, total - kept))
         if error >= before * (1 - MIN_GAIN) or error <= 1e-6 * math.sqrt(total):
             break
         before = error
-        basis, last = _orthonormal(seen), basis
+        basis, last = _orthonormal(image), basis
     else:
-        basis = last
+        basis = last  # of which `image` is the image
     top = vectors[:, -rank:].flip(1)
     S = values[-rank:].flip(0).clamp_min(0).sqrt()
     keep = S.square() > NOISE * values[-1:]
     top, S = top[:, keep], S[keep]
-    near, far = basis.double() @ top, (seen.double() @ top) / S
-    edge = _edge(values, rank)
-    return _balanced(near, S, far.T, total, edge) if to_rows else _balanced(far, S, near.T, total, edge)
+    of_basis, of_image = basis.double() @ top, (image.double() @ top) / S
+    U, V = (of_basis, of_image) if to_rows else (of_image, of_basis)
+    return _balanced(U, S, V.T, total, _edge(values, rank))
 
 
 def _product(matrix: Tensor, thin: Tensor, run: Run) -> Tensor:
@@ -367,15 +368,11 @@ def _wide(matrix: Tensor, width: int, start: Tensor | None) -> Tensor:
     missing = width - given.shape[1]
     if missing <= 0:
         return given
-    extra = _gaussian(matrix.shape[1], missing, seed=1).to(matrix.device)
+    generator = torch.Generator().manual_seed(1)
+    extra = torch.randn(matrix.shape[1], missing, generator=generator).to(matrix.device)
     if start is None:  # a round replaces the missing estimate
         extra = matrix.T @ _orthonormal(matrix @ extra)
     return torch.cat([given, extra], dim=1)
-
-
-def _gaussian(rows: int, columns: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator)
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
@@ -391,11 +388,11 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 def _energy(matrix: Tensor, run: Run = map) -> float:
     """Return ‖M‖², summed in float32 along a row and in float64 over the rows."""
 
-    def some(band: Tensor) -> Tensor:
+    def of_band(band: Tensor) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(band, dim=1)
         return norms.double().square().sum()
 
-    return sum(map(float, run(some, [matrix[start : start + BAND] for start in range(0, len(matrix), BAND)])))
+    return sum(map(float, run(of_band, [matrix[start : start + BAND] for start in range(0, len(matrix), BAND)])))
 
 
 def _root(gram: Tensor) -> tuple[Tensor, Tensor]:

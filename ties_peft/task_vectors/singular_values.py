@@ -17,10 +17,10 @@ from torch import Tensor
 from .delta import Delta, LowRank
 from .factorise import balance
 
-SUPPORT = (
-    1e-5  # share of the largest singular value below which one is rounding; float32 factors are exact to 1e-7 of it
-)
-ALIKE = 1e-4  # below this share, singular values of stacked unit vectors show that some of these are the same direction
+# The share of the largest singular value below which one is rounding; float32 factors are exact to 1e-7 of it.
+SUPPORT = 1e-5
+# Below this share, singular values of stacked unit vectors show that some of these are the same direction.
+ALIKE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,18 @@ class Spectrum:
         return replace(self, S=S)
 
 
-def spectrum(matrix: Tensor, negligible: float = SUPPORT, beside: float = 0.0) -> Spectrum:
+def spectrum(matrix: Tensor, negligible: float = SUPPORT, at_least: float = 0.0) -> Spectrum:
     """Return the thin singular value decomposition of a matrix, on its support, in float64.
 
     Args:
         matrix: (rows, columns).
         negligible: the share of the largest singular value below which one is rounding.
-        beside: a size that replaces the largest singular value if it is larger: that of the matrix of which this one is
-            a remainder, which may be nothing but rounding.
+        at_least: a size that replaces the largest singular value if that is smaller, such as the norm of the matrix of
+            which this one is a remainder that may be nothing but rounding.
     Law: `spectrum(M).dense()` is M to rounding; a matrix of zeros has no direction.
     """
     U, S, Vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-    count = int((negligible * S[:1].clamp_min(beside) < S).sum())
+    count = int((negligible * S[:1].clamp_min(at_least) < S).sum())
     return Spectrum(U[:, :count], S[:count], Vt[:count])
 
 

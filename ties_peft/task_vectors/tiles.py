@@ -7,6 +7,7 @@ Each thread reuses its buffers, because new memory costs more than the arithmeti
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -64,26 +65,24 @@ class ThreadPool:
             work: called by several threads.
             items: each goes to the next thread that is free.
             one_thread: call it in this thread alone: where there is little work, and for tiles on another device, which
-                computes one after the other in any case. Then one tile's buffers are all the memory that is taken there,
-                whatever the number of threads.
+                computes one after the other in any case and then needs memory for the buffers of one thread only.
         """
         if self._pool is None or len(items) < 2 or one_thread:
             return [work(item) for item in items]
         results: list[Any] = [None] * len(items)
-        turns = iter(
-            range(len(items))
-        )  # each thread takes the next item: a future for each would cost as much as the item
+        # Every thread takes its next item from here. A future for each item would cost as much as the item.
+        places = iter(range(len(items)))
 
-        def take() -> None:
+        def work_on_items() -> None:
             try:
-                for turn in turns:
-                    results[turn] = work(items[turn])
+                for place in places:
+                    results[place] = work(items[place])
             except BaseException:
-                for _ in turns:  # no thread goes on
+                for _ in places:  # leave no item to the other threads
                     pass
                 raise
 
-        for thread in [self._pool.submit(take) for _ in range(min(self.threads, len(items)))]:
+        for thread in [self._pool.submit(work_on_items) for _ in range(min(self.threads, len(items)))]:
             thread.result()
         return results
 
@@ -94,22 +93,20 @@ class ThreadPool:
         """
         return work if self._pool is None else self._pool.submit(work).result
 
-    def scratch(self, name: str, shape: Sequence[int], like: torch.device) -> Tensor:
+    def scratch(self, purpose: str, shape: Sequence[int], device: torch.device) -> Tensor:
         """Return a float32 buffer of this thread, which holds what its last use left there.
 
         Args:
-            name: of the purpose; buffers of two names do not overlap.
+            purpose: a name; buffers of two purposes do not overlap.
             shape: of the buffer.
-            like: the device.
+            device: that holds it.
         """
-        count = 1
-        for length in shape:
-            count *= length
-        held: dict[tuple[str, torch.device], Tensor] = self._local.__dict__.setdefault("held", {})
-        flat = held.get((name, like))
+        count = math.prod(shape)
+        buffers: dict[tuple[str, torch.device], Tensor] = self._local.__dict__.setdefault("buffers", {})
+        flat = buffers.get((purpose, device))
         if flat is None or flat.numel() < count:
-            flat = torch.empty(count, dtype=torch.float32, device=like)
-            held[name, like] = flat
+            flat = torch.empty(count, dtype=torch.float32, device=device)
+            buffers[purpose, device] = flat
         return flat[:count].view(*shape)
 
     @property
