@@ -4,7 +4,7 @@ In: the weighted task vectors of one module. Out: the merged one. Uses: `task_ve
 `adapters` and `spaces`.
 
 A package of yours adds a method by an entry point of the group `ties_peft.methods` that names a subclass of `Method`;
-nothing here changes. In a notebook or a script, `register` adds one to the running process. `base` shows a complete method.
+nothing here changes. In a notebook or a script, `register` adds one to the running process. `Method` shows a complete one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import pkgutil
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
-from ..errors import MethodError, RecipeError, share_hint, unknown
-from ..spaces import spaces
+from ..errors import MethodError, RecipeError, unknown
+from ..spaces import build, spaces
 from ..task_vectors.trim import Scope
 from .aliases import other_name
 from .base import Density, Method, TaskVectors, Trim, masked
@@ -237,17 +235,7 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
 
     Raises: RecipeError for an unknown method, MethodError for a parameter out of range.
     """
-    cls = find_method(name)
-    try:
-        return cls(**parameters)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where, seen = first["loc"][0], repr(first["input"])
-        what = first["msg"][0].lower() + first["msg"][1:]
-        meaning = cls.model_fields[str(where)].description
-        said = f" ({meaning})" if meaning else ""
-        percent = share_hint(first["input"], first.get("ctx", {}).get("le"))
-        raise MethodError(f"method '{name}', parameter '{where}' is {seen}: {what}{said}.{percent}") from None
+    return build("method", name, find_method(name), parameters)
 
 
 def methods() -> tuple[MethodInfo, ...]:

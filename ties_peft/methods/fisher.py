@@ -48,12 +48,14 @@ class Fisher(Method):
         return task_vectors.by_tiles(lambda tile: self._merge_rows(tile, norms))
 
     def _merge_rows(self, task_vectors: TaskVectors, norms: Sequence[float]) -> Tensor:
-        above, below, plain = task_vectors.scratch("fisher", (3, *task_vectors.shape)).zero_()
+        numerator, denominator, total = task_vectors.scratch("fisher", (3, *task_vectors.shape)).zero_()
         each = zip(task_vectors.stream(), task_vectors.weights, task_vectors.statistics, norms, strict=True)
         for values, weight, statistic, norm in each:
             F = statistic.rows(*task_vectors.span).to(task_vectors.device) / (norm or 1.0)
-            above.addcmul_(F, values)
-            below.add_(F, alpha=abs(weight))
-            plain.add_(values)
-        merged: Tensor = torch.where(below > 0, above / below, plain / sum(map(abs, task_vectors.weights)))
+            numerator.addcmul_(F, values)
+            denominator.add_(F, alpha=abs(weight))
+            total.add_(values)
+        merged: Tensor = torch.where(
+            denominator > 0, numerator / denominator, total / sum(map(abs, task_vectors.weights))
+        )
         return merged

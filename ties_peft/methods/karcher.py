@@ -40,10 +40,10 @@ class Karcher(Method):
         """Compute the coefficients from the Gram matrix of the unit vectors."""
         gram, weights = task_vectors.gram(), torch.tensor(task_vectors.weights, dtype=torch.float64).abs()
         norms = gram.diagonal().clamp_min(0).sqrt()
-        there = norms > 0
-        units = torch.where(there, 1 / torch.where(there, norms, 1.0), 0.0)
+        nonzero = norms > 0
+        units = torch.where(nonzero, 1 / torch.where(nonzero, norms, 1.0), 0.0)
         cosines = (gram * units * units.unsqueeze(1)).clamp(-1, 1)
-        mean = self._mean(cosines, weights * there / (weights * there).sum().clamp_min(1e-300))
+        mean = self._mean(cosines, weights * nonzero / (weights * nonzero).sum().clamp_min(1e-300))
         factors: list[float] = (float(norms.sum()) / task_vectors.total_magnitude * mean * units).tolist()
         return task_vectors.sum(factors)
 

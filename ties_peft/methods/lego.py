@@ -77,14 +77,14 @@ def _initial_units(similarity: Tensor, count: int) -> list[int]:
     """Return the units that k-means starts with, chosen one after another so that the least is left unexplained."""
     sizes = similarity.diagonal()
     distance = sizes.unsqueeze(1) + sizes - 2 * similarity
-    left, chosen = sizes, list[int]()
+    unexplained, chosen = sizes, list[int]()
     for _ in range(min(count, len(sizes))):
-        gain = (left - distance).clamp_min(0).sum(1)
+        gain = (unexplained - distance).clamp_min(0).sum(1)
         best = int(gain.argmax())
         if float(gain[best]) <= 1e-10 * float(sizes.max()):  # every other unit equals a chosen one
             break
         chosen.append(best)
-        left = left.minimum(distance[best])
+        unexplained = unexplained.minimum(distance[best])
     return chosen
 
 

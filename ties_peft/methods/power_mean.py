@@ -43,12 +43,12 @@ class PowerMean(Method):
         return task_vectors.by_tiles(self._merge_rows)
 
     def _merge_rows(self, task_vectors: TaskVectors) -> Tensor:
-        peak = torch.full(task_vectors.shape, MIN_DIVISOR, device=task_vectors.device)
+        largest = torch.full(task_vectors.shape, MIN_DIVISOR, device=task_vectors.device)
         for values in task_vectors.stream():
-            torch.maximum(peak, values.abs(), out=peak)
-        total, divisor = torch.zeros_like(peak), torch.zeros_like(peak)
+            torch.maximum(largest, values.abs(), out=largest)
+        total, divisor = torch.zeros_like(largest), torch.zeros_like(largest)
         for values, weight in zip(task_vectors.stream(), task_vectors.weights, strict=True):
-            share = (values.abs() / peak).pow_(self.p)
+            share = (values.abs() / largest).pow_(self.p)
             divisor.add_(share, alpha=abs(weight))
             total += share.mul_(values)
         return total.div_(divisor.clamp_min_(MIN_DIVISOR))

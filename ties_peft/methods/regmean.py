@@ -79,14 +79,14 @@ def _solve(gram: Tensor, rows: Tensor) -> Tensor:
         gram: (k, k), symmetric positive semidefinite up to rounding.
         rows: (m, k).
     """
-    there = gram.diagonal() > 0  # an input that was always 0 has coefficient 0
-    if not there.any():
+    used = gram.diagonal() > 0  # an input that was always 0 has coefficient 0
+    if not used.any():
         return torch.zeros_like(rows)
-    size = gram.diagonal()[there].sqrt()  # normalise, so that large inputs do not hide small ones
-    factor, failed = torch.linalg.cholesky_ex(gram[there][:, there] / size / size.unsqueeze(1))
+    size = gram.diagonal()[used].sqrt()  # normalise, so that large inputs do not hide small ones
+    factor, failed = torch.linalg.cholesky_ex(gram[used][:, used] / size / size.unsqueeze(1))
     if not failed and float(factor.diagonal().min()) > MIN_PIVOT:
         solved = torch.zeros_like(rows)
-        solved[:, there] = torch.cholesky_solve((rows[:, there] / size).T, factor).T / size
+        solved[:, used] = torch.cholesky_solve((rows[:, used] / size).T, factor).T / size
         return solved
     values, vectors = torch.linalg.eigh(gram)
     kept = values > torch.finfo(torch.float32).eps * len(gram) * values[-1]

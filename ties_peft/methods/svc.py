@@ -56,5 +56,5 @@ def _share(merged: Spectrum, task: Tensor) -> Tensor:
     """Return sᵢ of every direction; 0 where the adapter's response is rounding."""
     whole, own = merged.S.unsqueeze(1) * merged.Vt, merged.U.T @ task
     size = own.square().sum(1)
-    there = size > (SUPPORT * task.norm()) ** 2
-    return torch.where(there, (whole * own).sum(1) / torch.where(there, size, 1.0), 0.0)
+    responds = size > (SUPPORT * task.norm()) ** 2
+    return torch.where(responds, (whole * own).sum(1) / torch.where(responds, size, 1.0), 0.0)

@@ -48,10 +48,10 @@ class Wudi(Method):
         grams = [matrix.T @ matrix / matrix.square().sum() for matrix in given]
         wanted = torch.stack([matrix @ gram for matrix, gram in zip(given, grams, strict=True)]).sum(0)
         values, vectors = torch.linalg.eigh(torch.stack(grams).sum(0))
-        there = values > ROUNDING * values[-1]
-        values, vectors = values[there], vectors[:, there]
-        hold = self.ridge * values.mean()
-        merged: Tensor = (wanted + hold * total) @ (vectors / (values + hold)) @ vectors.T
+        kept = values > ROUNDING * values[-1]
+        values, vectors = values[kept], vectors[:, kept]
+        ridge = self.ridge * values.mean()
+        merged: Tensor = (wanted + ridge * total) @ (vectors / (values + ridge)) @ vectors.T
         return merged
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..errors import MethodError, RecipeError, share_hint, unknown
 from .base import Encoding, Space
 
-__all__ = ["Encoding", "Space", "find_space", "make_space", "spaces"]
+__all__ = ["Encoding", "Space", "build", "find_space", "make_space", "spaces"]
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 @functools.cache
@@ -44,13 +46,26 @@ def make_space(name: str, parameters: dict[str, Any]) -> Space:
 
     Raises: RecipeError for an unknown space, MethodError for a parameter out of range.
     """
-    cls = find_space(name)
+    return build("space", name, find_space(name), parameters)
+
+
+def build(kind: str, name: str, cls: type[Model], parameters: dict[str, Any]) -> Model:
+    """Return a space or a method with its parameters, checked.
+
+    Args:
+        kind: `space` or `method`, for the message.
+        name: of the space or method.
+        cls: its class.
+        parameters: by name.
+    Raises: MethodError for a parameter out of range.
+    """
     try:
         return cls(**parameters)
     except ValidationError as error:
         first = error.errors()[0]
-        seen = repr(first["input"])
+        where, seen = first["loc"][0], repr(first["input"])
+        what = first["msg"][0].lower() + first["msg"][1:]
+        meaning = cls.model_fields[str(where)].description
+        said = f" ({meaning})" if meaning else ""
         percent = share_hint(first["input"], first.get("ctx", {}).get("le"))
-        raise MethodError(
-            f"space '{name}', parameter '{first['loc'][0]}' is {seen}: {first['msg']}.{percent}"
-        ) from None
+        raise MethodError(f"{kind} '{name}', parameter '{where}' is {seen}: {what}{said}.{percent}") from None

@@ -51,13 +51,13 @@ class KnotsEncoding(Encoding):
         mix = orthonormal(gram)  # Q = B·X·mix is orthonormal, and T = mixᵀ·gram gives B·X = Q·T
         T = mix.T @ gram
         blocks = torch.split(T, [len(Y) for _, Y in pairs], dim=1)
-        spread = torch.zeros(len(T), len(T), dtype=torch.float64, device=T.device)
+        row_gram = torch.zeros(len(T), len(T), dtype=torch.float64, device=T.device)
         for block, (_, Y), at in zip(blocks, pairs, own.ranges, strict=True):  # Σ Qᵀ·Δᵢ·Δᵢᵀ·Q
-            spread += block @ (Y @ own.right[at, at] @ Y.T) @ block.T
-        turn = directions(spread)[1]
-        self.left = X @ mix @ turn
+            row_gram += block @ (Y @ own.right[at, at] @ Y.T) @ block.T
+        rotation = directions(row_gram)[1]
+        self.left = X @ mix @ rotation
         self.parts = [
-            (LowRank((turn.T @ block).float(), (Y @ delta.A.double()).float()),)
+            (LowRank((rotation.T @ block).float(), (Y @ delta.A.double()).float()),)
             for block, (_, Y), delta in zip(blocks, pairs, held, strict=True)
         ]
         self.bases = own

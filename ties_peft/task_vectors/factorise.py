@@ -265,16 +265,6 @@ def _from_span(total: Sum, rank: int, span: Span) -> Factors:
     return Factors(LowRank(span.columns(mix.unsqueeze(1) * left), span.rows(right)), kept, small.total, small.edge)
 
 
-def balance(delta: LowRank) -> LowRank:
-    """Return the canonical form of B·A: U·√S and √S·Vᵀ of its singular value decomposition.
-
-    Law: it depends on the product alone, up to the sign of each direction.
-    """
-    canonical = compress(delta, delta.rank).delta
-    assert isinstance(canonical, LowRank)
-    return canonical
-
-
 def expand(factors: Factors, bases: Bases, left: Tensor | None, right: Tensor | None) -> Factors:
     """Return factors in the coordinates of the module: L·B and A·Rᵀ with L = [B₁ … B_N]·left, Rᵀ = right·[A₁; …; A_N].
 

@@ -24,7 +24,7 @@ TOGETHER = 16  # groups that are searched in one pass; the counts of each take 2
 Group = Hashable  # the name of entries that are ranked together
 Parts = Callable[[], Iterable[tuple[TaskVectors, Sequence[Group]]]]
 Values = dict[Group, tuple[float, ...]]
-Searches = Mapping[Group, Sequence[ThresholdSearch]]
+Searches = Sequence[tuple[Group, ThresholdSearch]]
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,16 @@ class _RankSearch:
 
     def select(self, densities: Mapping[Group, float]) -> Values:
         """Return the values at the ranks of some groups."""
-        first = {group: [ThresholdSearch(math.inf, 0, least=-INFINITY)] for group in densities}
-        self._count(first)  # the ranks follow from the number of entries, which this pass counts
-        searches = {group: self._searches(every, densities[group]) for group, (every,) in first.items()}
-        unfinished: Searches = searches
-        while unfinished := {group: own for group, searches in unfinished.items() if (own := _finish(searches))}:
-            self._count(unfinished)
-        return {group: tuple(cast(float, search.threshold) for search in own) for group, own in searches.items()}
+        first = {group: ThresholdSearch(math.inf, 0, least=-INFINITY) for group in densities}
+        self._count([*first.items()])  # all values: the ranks depend on their number
+        searches = [(group, one) for group, every in first.items() for one in self._searches(every, densities[group])]
+        remaining = _finish_pass(searches)
+        while remaining:
+            self._count(remaining)
+            remaining = _finish_pass(remaining)
+        return {
+            group: tuple(cast(float, one.threshold) for own, one in searches if own == group) for group in densities
+        }
 
     def _searches(self, every: ThresholdSearch, density: float) -> list[ThresholdSearch]:
         """Return a search for each rank of a group, which begins with the counts of all values."""
@@ -110,35 +113,36 @@ class _RankSearch:
     def _count(self, searches: Searches) -> None:
         """Go through all entries once, and count for each search those above and inside its bracket."""
         lock = threading.Lock()
+        by_group: dict[Group, list[ThresholdSearch]] = {}
+        for group, search in searches:
+            search.start_pass()
+            by_group.setdefault(group, []).append(search)
 
-        def tile(task_vectors: TaskVectors, names: Sequence[Group]) -> None:
+        def count(task_vectors: TaskVectors, names: Sequence[Group]) -> None:
             for group, values in zip(names, self.wanted.values(task_vectors), strict=True):
-                for search in searches.get(group, ()):
+                for search in by_group.get(group, ()):
                     above, inside = count_in_bracket(values, *search.bracket)
                     with lock:
                         search.add(above, [inside], group)
 
-        started = [search for own in searches.values() for search in own]
-        for search in started:
-            search.start_pass()
         for part, names in self.parts():
             known = replace(part, order_statistics=[self.values[group] for group in names])
             grid = self.pool.tiles(part.shape, part.device)
             tiles = [replace(known, rows=rows, tile=number) for number, rows in enumerate(grid)]
-            self.pool.map(lambda each, names=names: tile(each, names), tiles, part.device.type != "cpu")
-        counted = self.gather([search.counted for search in started])
-        for search, of_processes in zip(started, zip(*counted, strict=True), strict=True):
+            self.pool.map(lambda tile, names=names: count(tile, names), tiles, part.device.type != "cpu")
+        counted = self.gather([search.counted for _, search in searches])
+        for (_, search), of_processes in zip(searches, zip(*counted, strict=True), strict=True):
             search.counted = add_counts(of_processes)
 
 
-def _finish(searches: Sequence[ThresholdSearch]) -> list[ThresholdSearch]:
-    """End a pass of the searches of one group, and return those that need another one."""
+def _finish_pass(searches: Searches) -> Searches:
+    """End a pass, and return the searches that need another one."""
     try:
-        for search in searches:
+        for _, search in searches:
             search.finish_pass()
     except OverflowError:
         raise MethodError(
             "the values that the method ranks are not numbers, because a weighted task vector is beyond what float32 can "
             "hold. Use smaller weights."
         ) from None
-    return [search for search in searches if search.threshold is None]
+    return [(group, search) for group, search in searches if search.threshold is None]

@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Stand for the processes that work on one merge.
+    """Identify this process among those that work on one merge, and pass values between them.
 
     Attributes:
         number: of this process, from 0.

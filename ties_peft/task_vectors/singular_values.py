@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .delta import Delta, LowRank
-from .factorise import balance
+from .factorise import compress
 
 # The share of the largest singular value below which one is rounding; float32 factors are exact to 1e-7 of it.
 SUPPORT = 1e-5
@@ -103,12 +103,15 @@ def orthogonalised(parts: Sequence[Spectrum]) -> Tensor:
 
 
 def balanced(delta: Delta) -> LowRank:
-    """Return U·√S and √S·Vᵀ of a task vector's singular value decomposition; one direction of zeros if it is zero.
+    """Return the canonical form of a task vector: U·√S and √S·Vᵀ of its singular value decomposition.
+
+    A task vector of zeros has one direction of zeros.
 
     Law: it depends on the task vector alone, not on its factors, up to the sign of each direction.
     """
     if isinstance(delta, LowRank):
-        found = balance(delta) if delta.rank else delta
+        found = compress(delta, delta.rank).delta if delta.rank else delta
+        assert isinstance(found, LowRank)
     else:
         one = spectrum(delta.dense())
         root = one.S.sqrt()
