@@ -1,7 +1,7 @@
 """The methods of merging: one file each in this folder, and those that other packages add.
 
-In: the weighted task vectors of one module. Out: the merged one. Uses: `task_vectors`; the checks of parameters use
-`adapters` and `spaces`.
+In: the weighted task vectors of one module. Out: the merged one. Uses: `errors`, `task_vectors` and, to check parameters
+and names, `spaces`.
 
 A package of yours adds a method by an entry point of the group `ties_peft.methods` that names a subclass of `Method`;
 nothing here changes. In a notebook or a script, `register` adds one to the running process. `Method` shows a complete one.
