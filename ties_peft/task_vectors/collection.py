@@ -83,7 +83,13 @@ class Trimmed:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Keep each entry with probability `density`, divided by it; with `epsilon`, it rises with the magnitude."""
+    """Keep each entry at random and divide it by its probability.
+
+    Attributes:
+        density: the probability, or its mean.
+        epsilon: how far the probability is from the density at most; it rises with the rank of the magnitude. None: the
+            probability is the density.
+    """
 
     density: float
     epsilon: float | None = None
@@ -372,12 +378,14 @@ class TaskVectors:
     def _merge_rows(self, rule: MergeRule) -> Tensor:
         """Return the disjoint merge of the selected rows, and count conflicts for the report."""
         merged = self._merge_compiled(rule)
-        return self._result(self.sums(rule)) if merged is None else merged
+        if merged is None:
+            merged = self._result(self.sums(rule))
+        return merged
 
     def _merge_compiled(self, rule: MergeRule) -> Tensor | None:
-        """Do what `_merge_rows` says with compiled kernels; None if they do not have this merge.
+        """Do what `_merge_rows` says with compiled kernels; None if they cannot.
 
-        They have the trim as the only step, and only in tiles where all entries that equal the threshold are kept.
+        They can where a trim is the only step and keeps all entries of the tile that equal the threshold.
         """
         step = self.steps[0] if len(self.steps) == 1 else None
         if not isinstance(step, Trimmed) or self.pool.kernels is None or self.signs is not None or self.out is None:
