@@ -68,11 +68,11 @@ LDM_LAYERS = {  # name in the LDM code: name in diffusers
 }
 LDM_BLOCKS = {  # the same for what holds the layers of LDM_RESNET, or an attention, whose layers have diffusers' names
     **{
-        f"{block}_blocks.{BLOCK * level + layer + first}.{place}": f"{side}_blocks.{level}.{kind}.{layer}"
+        f"{block}_blocks.{BLOCK * level + layer + first}.{place}": f"{side}_blocks.{level}.{holder}.{layer}"
         for block, side, first, layers in (("input", "down", 1, BLOCK - 1), ("output", "up", 0, BLOCK))
         for level in range(LEVELS)
         for layer in range(layers)
-        for place, kind in enumerate(("resnets", "attentions"))
+        for place, holder in enumerate(("resnets", "attentions"))
     },
     "middle_block.0": "mid_block.resnets.0",
     "middle_block.1": "mid_block.attentions.0",

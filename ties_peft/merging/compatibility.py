@@ -33,20 +33,22 @@ def check_types(adapters: Sequence[Adapter], space: Space, stages: Stages) -> No
         raise CompatibilityError(
             f"the adapters are of {len(types)} types, which have no common form:\n{table}\nMerge each type separately."
         )
-    (kind,) = types.values()
+    (peft_type,) = types.values()
     for stage in stages.all:
-        if kind.name not in stage.kinds:
-            others = ", ".join(name for name, cls in method_classes().items() if kind.name in cls.kinds)
-            raise MethodError(f"method '{stage.name}' is not for {kind.title} adapters. Methods that are: {others}.")
+        if peft_type.name not in stage.kinds:
+            others = ", ".join(name for name, cls in method_classes().items() if peft_type.name in cls.kinds)
+            raise MethodError(
+                f"method '{stage.name}' is not for {peft_type.title} adapters. Methods that are: {others}."
+            )
     for stage in stages.all:
         if space.name not in stage.spaces:
-            fitting = [name for name in stage.spaces if kind.name in find_space(name).kinds]
+            fitting = [name for name in stage.spaces if peft_type.name in find_space(name).kinds]
             raise MethodError(
                 f"method '{stage.name}' is not offered in space '{space.name}'. Choose one of {', '.join(fitting)}."
             )
-    if kind.name not in space.kinds:
+    if peft_type.name not in space.kinds:
         raise MethodError(
-            f"space '{space.name}' is for {', '.join(space.kinds)}; the adapters are {kind.title}. Use space 'delta'."
+            f"space '{space.name}' is for {', '.join(space.kinds)}; the adapters are {peft_type.title}. Use space 'delta'."
         )
 
 
@@ -207,10 +209,10 @@ def _warn_prefix(adapters: Sequence[Adapter], warnings: list[str]) -> None:
     classes = [str(name) for config in configs if config for name in config.get("architectures") or ()]
     if tower is None or (classes and not any(name.endswith(("TextModel", "VisionModel")) for name in classes)):
         return
-    kind = tower.partition("_")[0].title()
+    encoder = tower.partition("_")[0].title()
     warnings.append(
         f"the module names begin with '{tower}' ({adapters[0].modules[0]!r}) and are written so. CLIPModel and "
-        f"CLIP{kind}ModelWithProjection have this prefix; CLIP{kind}Model and similar classes lost it in transformers 5.6. "
+        f"CLIP{encoder}ModelWithProjection have this prefix; CLIP{encoder}Model and similar classes lost it in transformers 5.6. "
         "For one of those, convert the adapter with --modules and a file of that model's module names."
     )
 

@@ -245,8 +245,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 def _prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the prefixes that a model's paths have in classes with a head."""
-    kind = str(config.get("model_type") or "model").replace("-", "_")
-    return ("model.", "transformer.", "roberta.", f"{kind}.", f"{kind.replace('_', '')}.")
+    model_type = str(config.get("model_type") or "model").replace("-", "_")
+    return ("model.", "transformer.", "roberta.", f"{model_type}.", f"{model_type.replace('_', '')}.")
 
 
 def _labels(facts: AdapterFacts, config: Mapping[str, Any]) -> dict[str, object]:

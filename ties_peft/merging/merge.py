@@ -56,7 +56,7 @@ def merge(
     """Merge adapters into one.
 
     Args:
-        adapters: folders, files, Hub ids, patterns (see `sources`) or `Adapter`s, of one kind and for one base model.
+        adapters: folders, files, Hub ids, patterns (see `sources`) or `Adapter`s, of one PEFT type and for one base model.
         method: how they are combined; see `ties_peft.methods()`.
         space: in which coordinates; `delta` is where an adapter's effect lives.
         weights: one per adapter, applied first; 1 each by default. A negative one negates, 0 is as

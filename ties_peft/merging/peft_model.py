@@ -153,11 +153,11 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
                 f"adapter {name!r}: tensor {key!r} is {where}, so its values are not in memory. "
                 "Save the adapters and merge the folders with ties_peft.merge."
             )
-    kind = find_peft_type(config.get("peft_type"), name)
-    if kind.output_name != kind.name:
+    peft_type = find_peft_type(config.get("peft_type"), name)
+    if peft_type.output_name != peft_type.name:
         raise AdapterError(
-            f"adapter {name!r} is of type {kind.title}: a merge of it is a LoRA, for which a model of "
-            f"{kind.title} layers has no place. Save the adapters and merge the folders with ties_peft.merge."
+            f"adapter {name!r} is of type {peft_type.title}: a merge of it is a LoRA, for which a model of "
+            f"{peft_type.title} layers has no place. Save the adapters and merge the folders with ties_peft.merge."
         )
     adapter = Adapter(config, tensors, name, _loaded_base(tuner, name))
     for path, layer in _layers(tuner):

@@ -165,8 +165,8 @@ class _Layer:
         pair = (EMBEDDING_A, EMBEDDING_B) if embedding else (A, B)
         self.check_pair(pair)
         first, second = (self.shapes[end] for end in pair)
-        kind = EMBEDDING if embedding else CONV if first[2:] else LINEAR
-        self.check_shapes(first, second, kind, pair)
+        layer_type = EMBEDDING if embedding else CONV if first[2:] else LINEAR
+        self.check_shapes(first, second, layer_type, pair)
         rank, keys = first[0], (self.parts[pair[0]], self.parts[pair[1]])
         parent = self.path.removesuffix(OUT_PROJ)
         fused = self.config.get("target_parameters") and not self.contents.is_target(self.path)
@@ -175,9 +175,9 @@ class _Layer:
         else:
             shape, scaling = (second[0], math.prod(first[1:])), self.scaling(parent, rank)
             name = self.path if parent == self.path else f"{parent}.out_proj"
-            plain = ModuleInfo(name, shape, rank, keys, scaling, False, kind, self.path, kernel_size=first[2:])
+            plain = ModuleInfo(name, shape, rank, keys, scaling, False, layer_type, self.path, kernel_size=first[2:])
             yield self.with_magnitude(plain)
-        if B_BIAS in self.parts or (self.config.get("lora_bias") and kind in (LINEAR, CONV)):
+        if B_BIAS in self.parts or (self.config.get("lora_bias") and layer_type in (LINEAR, CONV)):
             yield self.bias(second[0], rank)
 
     def with_magnitude(self, module: ModuleInfo) -> ModuleInfo:
@@ -277,11 +277,13 @@ class _Layer:
             seen = next(end for end in (*ends, *self.parts) if end in self.parts).removesuffix(".weight")
             raise AdapterError(f"{self.where}: there is a {seen} but no {missing[0]}. Save the adapter again, whole.")
 
-    def check_shapes(self, first: tuple[int, ...], second: tuple[int, ...], kind: str, ends: tuple[str, str]) -> None:
+    def check_shapes(
+        self, first: tuple[int, ...], second: tuple[int, ...], layer_type: str, ends: tuple[str, str]
+    ) -> None:
         """Refuse shapes that do not fit each other, and layers that PEFT no longer supports."""
         A_name, B_name = (end.removesuffix(".weight") for end in ends)
         seen = f"{A_name} is {list(first)} and {B_name} is {list(second)}"
-        if kind == CONV and len(second) == len(first) and 0 < second[1] < first[0]:
+        if layer_type == CONV and len(second) == len(first) and 0 < second[1] < first[0]:
             raise AdapterError(
                 f"{self.where}: {seen}, as on a grouped convolution, whose update PEFT itself cannot write as a matrix. "
                 "Leave the adapter out."
@@ -291,7 +293,7 @@ class _Layer:
                 f"{self.where}: {seen}, as in the fused layers of PEFT before 0.3 (enable_lora), which no later PEFT loads. "
                 "Convert it with that release, or leave it out."
             )
-        tail = (1,) * (len(first) - 2) if kind == CONV else ()
+        tail = (1,) * (len(first) - 2) if layer_type == CONV else ()
         if len(first) != 2 + len(tail) or second[1:] != (first[0], *tail) or 0 in first + second:
             raise AdapterError(
                 f"{self.where}: {seen}; expected [r, in] and [out, r] with the same r, at least 1. The file is damaged: save "
