@@ -115,8 +115,8 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def markdown_list(heading: str, items: Sequence[str]) -> str:
-    """Return a heading and a list; nothing if there are no items."""
-    return "\n".join((heading, "", *(f"- {item}" for item in items))) if items else ""
+    """Return a heading and a list, an item a line; nothing if there are no items."""
+    return "\n".join((heading, "", *(f"- {printable(item)}" for item in items))) if items else ""
 
 
 def loading_block(loading: Loading) -> str:

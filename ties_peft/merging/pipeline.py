@@ -29,7 +29,7 @@ from ..adapters.placement import BARE_TEXT
 from ..adapters.to_peft import Origin
 from ..adapters.types import ModuleInfo
 from ..adapters.types.base import CONV, LINEAR
-from ..errors import CompatibilityError, printable, some
+from ..errors import CompatibilityError, some
 from .loading import PLACEHOLDER, Loading
 
 OTHER_PARTS = ("unet", "transformer", "transformer_2", *TEXT_ENCODERS[:2])  # that diffusers loads for other models
@@ -262,12 +262,9 @@ def shared_metadata(inputs: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def describe_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return what a file's metadata says of its training, short and printable: what → text."""
-    shown = {
-        what: printable(metadata[key])[:LONGEST_TEXT]
-        for key, what in SHOWN_KEYS.items()
-        if metadata.get(key) not in (None, "", "None")
-    }
+    """Return what a file's metadata says of its training, shortened: what → text."""
+    given = {what: metadata.get(key) for key, what in SHOWN_KEYS.items()}
+    shown = {what: text[:LONGEST_TEXT] for what, text in given.items() if text and text != "None"}
     tags = frequent_tags(metadata)
     return shown | ({"frequent tags": ", ".join(tags)} if tags else {})
 
@@ -281,7 +278,7 @@ def frequent_tags(metadata: Mapping[str, str]) -> list[str]:
             counts.update({str(tag).strip(): int(count) for tag, count in folder.items()})
     except (ValueError, AttributeError, TypeError, RecursionError):
         return []
-    return [printable(tag)[:60] for tag, _ in counts.most_common(MOST_TAGS) if tag]
+    return [tag[:60] for tag, _ in counts.most_common(MOST_TAGS) if tag]
 
 
 @dataclass(frozen=True)
@@ -303,7 +300,7 @@ class PipelineLoading(Loading):
         ]
         if self.file == KOHYA_FILE:
             lines.append(f"# ComfyUI: copy {self.file} to models/loras; A1111 and Forge: to models/Lora")
-        return [printable(line) for line in lines]
+        return lines
 
 
 def pipeline_loading(pipeline: Pipeline, config: Mapping[str, Any]) -> Loading:

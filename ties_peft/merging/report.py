@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..errors import printable, some
+from ..errors import some
 from .tables import Printed, make_facts, make_table, make_text, number_column
 
 COSINE_WIDTH = 6  # columns of text for one cosine and the blank before it
@@ -111,7 +111,7 @@ def describe_outcomes(lines: Sequence[ExtraTensorLine]) -> list[str]:
     groups: dict[tuple[str, str], list[ExtraTensorLine]] = {}
     for line in lines:
         groups.setdefault((line.fate, some(line.adapters, 8)), []).append(line)
-    return [printable(f"{_layers(own)}: {OUTCOMES[fate]} {names}") for (fate, names), own in groups.items()]
+    return [f"{_layers(own)}: {OUTCOMES[fate]} {names}" for (fate, names), own in groups.items()]
 
 
 def _layers(lines: Sequence[ExtraTensorLine]) -> str:
