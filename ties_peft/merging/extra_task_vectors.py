@@ -10,7 +10,7 @@ One tensor of all adapters that have it is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +27,12 @@ from ..task_vectors.delta import Dense
 from ..task_vectors.order_statistics import with_order_statistics
 from ..task_vectors.random_numbers import stream_key
 from ..task_vectors.tiles import thread_pool
+from .members import Member
 from .options import MERGE, POLICIES
 
 OTHERS = f"choose another policy for them: --heads {', '.join(p for p in POLICIES if p != MERGE)} (heads=… in Python)"
 
 TIED = ("lm_head.weight", "embed_out.weight", "decoder.weight")  # what a checkpoint leaves out where it is tied
-WeightOf = Callable[[int, str], float]  # (place of an adapter, module) → w
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,25 @@ class ExtraTensorMerge:
     Attributes:
         base: the model that all adapters were trained on.
         method: takes vectors as well as matrices.
+        members: of the merge.
         scale, seed: of the merge.
-        densities: of each adapter, by density(module, default=the method's).
         device: where the arithmetic is done.
     """
 
     base: BaseModel
     method: Method
+    members: Sequence[Member]
     scale: float
     seed: int
-    densities: Sequence[Callable[..., float]]
     device: torch.device
 
-    def fault(self, layer: ExtraLayer, weight_of: WeightOf) -> str | None:
+    def fault(self, layer: ExtraLayer) -> str | None:
         """Return why a layer cannot be merged; None if it can."""
         if layer.role == TOKENS:
             return "rows of trained tokens are no whole tensor"
         if not layer.all_floating:
             return "whole numbers are no task vector"
-        weights = [weight for place in range(len(layer.adapters)) if (weight := weight_of(place, layer.module)) != 0]
+        weights = [weight for member in self.members if (weight := member.weight_at(layer.module)) != 0]
         fault = self.method.check(weights, "delta") if weights else None
         if fault:
             return f"method '{self.method.name}': {fault}"
@@ -84,7 +84,7 @@ class ExtraTensorMerge:
             return f"base model '{self.base.label}' has {found!r} in {own.dtype}, no float"
         return None
 
-    def merged(self, layer: ExtraLayer, name: str, weight_of: WeightOf) -> Tensor:
+    def merged(self, layer: ExtraLayer, name: str) -> Tensor:
         """Return one merged tensor of a layer, in the dtype of the adapters' tensors, float32 if they differ.
 
         Law: a single adapter with weight 1, scale 1 and density 1 keeps its tensor, up to float32's rounding of
@@ -93,19 +93,19 @@ class ExtraTensorMerge:
         tensor, adapters = f"{layer.module}.{name}", layer.adapters
         origin = self.base.require(tensor, "--heads merge").to(self.device, torch.float32)
         holders = [place for place in layer.holders if name in layer.by_adapter[place]]
-        weights = [weight_of(place, layer.module) for place in range(len(adapters))]
+        weights = [member.weight_at(layer.module) for member in self.members]
         dtypes = {adapters[place].tensors.info(layer.by_adapter[place][name].key).dtype for place in holders}
         places = [place for place in holders if weights[place] != 0]
+        density: float | None = getattr(self.method, "density", None)
         with torch.no_grad(), thread_pool() as pool:
-            vectors = []
-            for place in places:
-                own = layer.read(place, name).to(self.device, torch.float32)
-                vectors.append((own - origin).mul_(weights[place]).reshape(-1))
+            differences = [layer.read(place, name).to(self.device, torch.float32) - origin for place in places]
+            deltas = [d.mul_(weights[place]).reshape(-1) for d, place in zip(differences, places, strict=True)]
+            own = [] if density is None else [self.members[p].density_at(layer.module, density) for p in places]
             task_vectors = TaskVectors(
-                deltas=[Dense(vector) for vector in vectors],
+                deltas=[Dense(delta) for delta in deltas],
                 weights=[weights[place] for place in places],
-                density=getattr(self.method, "density", None),
-                densities=self._densities(places, layer.module),
+                density=density,
+                densities=own,
                 total_weight=sum(weights),
                 total_magnitude=sum(map(abs, weights)),
                 adapters=len(adapters),
@@ -118,18 +118,13 @@ class ExtraTensorMerge:
         whole = origin.add(merged.reshape(origin.shape), alpha=self.scale).cpu()
         return whole.to(getattr(torch, dtypes.pop())) if len(dtypes) == 1 else whole
 
-    def _densities(self, places: Sequence[int], module: str) -> list[float]:
-        """Return the share to keep of each adapter at some places; none where the method has no density."""
-        own = getattr(self.method, "density", None)
-        return [] if own is None else [self.densities[place](module, default=own) for place in places]
-
 
 def make_extra_tensor_merge(
     stages: Stages,
     base: BaseModel | None,
+    members: Sequence[Member],
     scale: float,
     seed: int,
-    densities: Sequence[Callable[..., float]],
     device: torch.device,
 ) -> ExtraTensorMerge:
     """Return the merge of extra tensors.
@@ -156,4 +151,4 @@ def make_extra_tensor_merge(
             f"heads is 'merge', but '{title}' does not merge whole tensors: it {reason}. Merge with one method for LoRA "
             f"and (IA)³ alike, such as ties or task_arithmetic, or {OTHERS}."
         )
-    return ExtraTensorMerge(base, method, scale, seed, densities, device)
+    return ExtraTensorMerge(base, method, members, scale, seed, device)

@@ -44,10 +44,12 @@ from ..adapters.extra_tensors import (
     whole_layer_names,
 )
 from ..errors import CompatibilityError, RecipeError, first_rows, unknown
-from .extra_task_vectors import OTHERS, ExtraTensorMerge, WeightOf
+from .extra_task_vectors import OTHERS, ExtraTensorMerge
 from .members import Member
 from .options import AVERAGE, DROP, KEEP, MERGE
+from .recipes.recipe import Recipe
 from .report import ExtraTensorLine, describe_outcomes
+from .values import output_dtype
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,6 @@ class ExtraTensors:
     Attributes:
         layers: that the adapters store as a whole, sorted by their paths.
         members: of the merge.
-        weight_of: weight_of(place, module) is w of an adapter, for the average.
         modules: that the merge adapts; a bias inside one of them has another key.
         dtype: asked for; None to keep each tensor's own.
         merging: merges them with policy `merge`.
@@ -65,7 +66,6 @@ class ExtraTensors:
 
     layers: tuple[ExtraLayer, ...]
     members: Sequence[Member]
-    weight_of: WeightOf
     modules: frozenset[str]
     dtype: torch.dtype | None
     merging: ExtraTensorMerge | None = None
@@ -151,16 +151,20 @@ class ExtraTensors:
     def _tensor(self, layer: ExtraLayer, name: str) -> Tensor:
         """Return one tensor of a layer: unchanged, merged, or Σw·t / Σw with one tensor in memory beside the sum."""
         if layer.outcome == "merged" and self.merging is not None:
-            return self.merging.merged(layer, name, self.weight_of)
+            return self.merging.merged(layer, name)
         if layer.outcome != "average":
             return layer.read(layer.used[0], name)
         mean, dtypes = torch.zeros(layer.tensors[name].shape), set()
-        total = sum(self.weight_of(place, layer.module) for place in layer.used)
+        total = self._total_weight(layer)
         for place in layer.used:
             tensor = layer.read(place, name)
             dtypes.add(tensor.dtype)
-            mean.add_(tensor.to(torch.float32), alpha=self.weight_of(place, layer.module) / total)
+            mean.add_(tensor.to(torch.float32), alpha=self.members[place].weight_at(layer.module) / total)
         return mean.to(dtypes.pop()) if len(dtypes) == 1 else mean
+
+    def _total_weight(self, layer: ExtraLayer) -> float:
+        """Return Σw of the adapters whose values a layer takes."""
+        return sum(self.members[place].weight_at(layer.module) for place in layer.used)
 
     def _cast(self, tensor: Tensor, key: str) -> Tensor:
         """Return the tensor in the dtype asked for; whole numbers, such as counters, keep theirs."""
@@ -194,7 +198,7 @@ class ExtraTensors:
                 f"Keep one adapter's, --heads {_keep_flags(differing)}, or leave them out, --heads drop."
             )
         for layer in averaged:
-            if sum(self.weight_of(place, layer.module) for place in layer.used) == 0:
+            if self._total_weight(layer) == 0:
                 raise RecipeError(
                     f"heads is 'average', but the weights of the adapters that hold {layer.module!r} sum to 0, "
                     "which an average divides by."
@@ -202,7 +206,7 @@ class ExtraTensors:
 
     def _check_mergeable(self, merging: ExtraTensorMerge) -> None:
         merged = [layer for layer in self.layers if layer.outcome == "merged"]
-        faults = [(layer, fault) for layer in merged if (fault := merging.fault(layer, self.weight_of))]
+        faults = [(layer, fault) for layer in merged if (fault := merging.fault(layer))]
         if faults:
             rows = [f"  {layer.module}: {layer.contents()}; {fault}" for layer, fault in faults]
             raise CompatibilityError(
@@ -237,29 +241,29 @@ def _keep_flags(layers: Sequence[ExtraLayer]) -> str:
 
 
 def plan_extra_tensors(
-    policy: str,
+    recipe: Recipe,
     members: Sequence[Member],
     modules: Iterable[str],
-    weight_of: WeightOf,
-    dtype: torch.dtype | None,
+    merging: ExtraTensorMerge | None,
+    base: BaseModel | None,
     warnings: list[str],
-    merging: ExtraTensorMerge | None = None,
-    base: BaseModel | None = None,
 ) -> ExtraTensors:
     """Decide what becomes of every extra tensor; only tensors that must be compared are read.
 
     Args:
-        policy: one of `POLICIES`.
+        recipe: of the merge, with the policy and the dtype.
         members, modules: of the merge.
-        weight_of, dtype, merging: see `ExtraTensors`.
-        warnings: receives what is left out.
+        merging: see `ExtraTensors`.
         base: the base model, if it is at hand.
+        warnings: receives what is left out.
     Raises: RecipeError where keep=NAME names none of them; CompatibilityError if the adapters differ and the policy does not
         resolve it.
     """
+    policy = recipe.heads
+    dtype = None if recipe.dtype is None else output_dtype(recipe.dtype, ())
     chosen = _kept_adapter(policy, [member.name for member in members])
     layers = tuple(_decide(layer, policy, chosen, base) for layer in _collect(members, warnings))
-    extra = ExtraTensors(layers, members, weight_of, frozenset(modules), dtype, merging)
+    extra = ExtraTensors(layers, members, frozenset(modules), dtype, merging)
     extra.check(policy)
     if chosen is not None and not any(chosen in layer.by_adapter for layer in layers):
         raise RecipeError(f"heads is {policy!r}, but {members[chosen].name} holds no whole layers. Leave it out.")

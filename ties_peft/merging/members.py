@@ -29,20 +29,26 @@ class Member:
         adapter: its files.
         weight: w, one number or one for every module; never 0 everywhere.
         density: used instead of the method's; None if none was set for this adapter.
+        layers: the number of layers of the merge's modules, over which a gradient of weights or densities runs.
     """
 
     name: str
     adapter: Adapter
     weight: Schedule
     density: Schedule | None = None
+    layers: int = 1
 
     def has(self, module: str) -> bool:
         """Return whether it adapts a module."""
         return module in self.adapter.layout
 
-    def density_at(self, module: str, layers: int, default: float) -> float:
+    def weight_at(self, module: str) -> float:
+        """Return w on one module, which the adapter need not have."""
+        return self.weight.at(module, self.layers)
+
+    def density_at(self, module: str, default: float) -> float:
         """Return the density on one module: the adapter's own, else the default."""
-        return default if self.density is None else self.density.at(module, layers, default)
+        return default if self.density is None else self.density.at(module, self.layers, default)
 
 
 def make_members(
@@ -59,8 +65,10 @@ def make_members(
     if absent:
         what = "norm" if recipe.weights == NORM else "weight"
         warnings.append(f"{', '.join(absent)}: left out of the merge, because the {what} is 0.")
-    given = zip(present, names, adapters, weights, densities, strict=True)
-    return tuple(Member(n, a, w, d) for stays, n, a, w, d in given if stays)
+    given = map(Member, names, adapters, weights, densities)
+    members = [member for stays, member in zip(present, given, strict=True) if stays]
+    layers = count_layers(module for member in members for module in member.adapter.layout)
+    return tuple(replace(member, layers=layers) for member in members)
 
 
 def _read_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Schedule]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from .pipeline import Pipeline, check_pipeline, choose_pipeline, without_absent_
 from .ranks import output_rank, total_rank
 from .recipes.recipe import Recipe
 from .recipes.scale import Scale
-from .recipes.schedule import Schedule, count_layers
+from .recipes.schedule import Schedule
 from .recipes.settings import make_settings
 from .values import check_device, output_dtype
 
@@ -118,11 +118,6 @@ class Plan:
         """The method's own density; None if it has none."""
         return getattr(self.method, "density", None)
 
-    @cached_property
-    def layers(self) -> int:
-        """How many layers the module names count."""
-        return count_layers(self.modules)
-
     def part(self, module: str) -> str:
         """Return the part of a pipeline that a module belongs to, which is ranked by itself; empty if there are no parts."""
         return "" if self.pipeline is None else module.partition(".")[0]
@@ -138,12 +133,12 @@ class Plan:
 
     def density(self, place: int, module: str, default: float) -> float:
         """Return the density of one adapter on one module; the default if none was set for it."""
-        return self.members[place].density_at(module, self.layers, default)
+        return self.members[place].density_at(module, default)
 
     def weights(self, module: str) -> list[float]:
         """Return w of all adapters on one module, also of those that lack it."""
         if module not in self._weights:
-            self._weights[module] = [member.weight.at(module, self.layers) for member in self.members]
+            self._weights[module] = [member.weight_at(module) for member in self.members]
         return self._weights[module]
 
     def total_weight(self, module: str) -> float:
@@ -279,10 +274,9 @@ def _check_modules(
 
 def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modules: Iterable[str]) -> None:
     """Call the check of every method on its weights, for every module if they differ between modules."""
-    layers = count_layers(modules)
     constant = all(member.weight.constant for member in members)
     for module in list(modules)[:1] if constant else modules:
-        weights = [member.weight.at(module, layers) for member in members]
+        weights = [member.weight_at(module) for member in members]
         for stage in stages.all if any(weights) else ():
             fault = stage.check([weight for weight in weights if weight != 0], space.name)
             if fault:
@@ -304,8 +298,7 @@ def _with_modules(
     """Return the pipeline and the modules that its target is written with; without a pipeline all modules."""
     if pipeline is None:
         return None, modules
-    layers = count_layers(modules)
-    weighs = {name: any(m.has(name) and m.weight.at(name, layers) != 0 for m in members) for name in modules}
+    weighs = {name: any(m.has(name) and m.weight_at(name) != 0 for m in members) for name in modules}
     pipeline, left = without_absent_parts(pipeline, modules, weighs)
     check_pipeline(pipeline, left)
     return pipeline, left
@@ -406,26 +399,15 @@ def _extra_tensors(
     warnings: list[str],
 ) -> ExtraTensors:
     """Decide what becomes of the extra tensors."""
-    layers = count_layers(modules)
     base = compatibility.common_base(members)
     merging = None
     if recipe.heads == MERGE:
         if (
             chosen and "ia3" not in stages.method.kinds
-        ):  # `auto` then takes the method for (IA)³, which fits every shape
+        ):  # `auto` then takes that for (IA)³, which fits tensors of every shape
             stages = replace(stages, method=make_method(recipe.method, {}).choose("ia3").method)
         base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)
-        densities = [partial(member.density_at, layers=layers) for member in members]
-        merging = make_extra_tensor_merge(stages, base, scale, recipe.seed, densities, device)
-    extra_tensors = plan_extra_tensors(
-        recipe.heads,
-        members,
-        modules,
-        lambda place, module: members[place].weight.at(module, layers),
-        None if recipe.dtype is None else output_dtype(recipe.dtype, ()),
-        warnings,
-        merging,
-        base,
-    )
+        merging = make_extra_tensor_merge(stages, base, members, scale, recipe.seed, device)
+    extra_tensors = plan_extra_tensors(recipe, members, modules, merging, base, warnings)
     check_heads(recipe.target, extra_tensors.kept, warnings)
     return extra_tensors
