@@ -402,9 +402,8 @@ def _extra_tensors(
     base = compatibility.common_base(members)
     merging = None
     if recipe.heads == MERGE:
-        if (
-            chosen and "ia3" not in stages.method.kinds
-        ):  # `auto` then takes that for (IA)³, which fits tensors of every shape
+        if chosen and "ia3" not in stages.method.kinds:
+            # The method that `auto` takes for (IA)³ fits tensors of every shape.
             stages = replace(stages, method=make_method(recipe.method, {}).choose("ia3").method)
         base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)
         merging = make_extra_tensor_merge(stages, base, members, scale, recipe.seed, device)
