@@ -6,6 +6,8 @@
 Where one layer of the model's own code holds several modules of diffusers, their factors are joined: side by side where
 they share A, else as blocks, Δ = [B₁A₁; B₂A₂] = diag(B₁, B₂)·[A₁; A₂].
 
+The files' metadata, which says how a LoRA was trained, is described and written here too.
+
 Sources: diffusers' loaders/lora_base.py, sd-scripts' networks/lora.py, lora_flux.py and lora_sd3.py.
 """
 
@@ -32,6 +34,33 @@ TEXT_PREFIXES = {  # of kohya's names, for the text encoders of each architectur
     FLUX: ("lora_te1", "lora_te3"),
 }
 VERSIONS = {SDXL: "sdxl_base_v1-0", FLUX: "flux1"}  # of ss_base_model_version, by which A1111 lists a LoRA
+SHARED_KEYS = (  # of a file's metadata, kept where all inputs agree
+    "ss_base_model_version",
+    "ss_v2",
+    "modelspec.architecture",
+    "modelspec.prediction_type",
+    "modelspec.resolution",
+)
+TRIGGERS = "modelspec.trigger_phrase"
+LONGEST_TEXT, MOST_TAGS = 300, 10  # of a file's metadata, as shown
+SHOWN_KEYS = {  # of a file's metadata: how the card and `inspect` call them
+    TRIGGERS: "trigger words",
+    "ss_output_name": "name",
+    "modelspec.title": "title",
+    "ss_sd_model_name": "trained on",
+    "ss_base_model_version": "base version",
+    "modelspec.architecture": "architecture",
+    "ss_network_module": "network",
+    "ss_network_dim": "rank",
+    "ss_network_alpha": "alpha",
+    "ss_num_train_images": "images",
+    "ss_epoch": "epochs",
+    "ss_steps": "steps",
+    "ss_learning_rate": "learning rate",
+    "ss_clip_skip": "clip skip",
+    "modelspec.author": "author",
+    "modelspec.license": "licence",
+}
 
 
 @dataclass(frozen=True)
@@ -184,3 +213,32 @@ def _compressed(lora: ModuleLora) -> ModuleLora:
     root = S[:rank].sqrt()
     A, B = (root[:, None] * V[:rank]) @ right.T, (left @ U[:, :rank]) * root
     return ModuleLora(lora.part, lora.module, A.to(lora.A.dtype), B.to(lora.B.dtype), float(rank))
+
+
+def shared_metadata(inputs: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the metadata to write: what all inputs agree on, and the trigger words of all."""
+    found = {key: {own.get(key) for own in inputs} for key in SHARED_KEYS}
+    same = {key: values.pop() for key, values in found.items() if len(values) == 1}
+    triggers = list(dict.fromkeys(own[TRIGGERS] for own in inputs if own.get(TRIGGERS)))
+    kept = {key: value for key, value in same.items() if value}
+    return kept | ({TRIGGERS: ", ".join(triggers)[:LONGEST_TEXT]} if triggers else {})
+
+
+def describe_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return what a file's metadata says of its training, shortened: what → text."""
+    given = {what: metadata.get(key) for key, what in SHOWN_KEYS.items()}
+    shown = {what: text[:LONGEST_TEXT] for what, text in given.items() if text and text != "None"}
+    tags = frequent_tags(metadata)
+    return shown | ({"frequent tags": ", ".join(tags)} if tags else {})
+
+
+def frequent_tags(metadata: Mapping[str, str]) -> list[str]:
+    """Return the tags that occur most often in the captions of a training, by kohya's ss_tag_frequency."""
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        counts: Counter[str] = Counter()
+        for folder in folders.values():
+            counts.update({str(tag).strip(): int(count) for tag, count in folder.items()})
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return []
+    return [tag[:60] for tag, _ in counts.most_common(MOST_TAGS) if tag]

@@ -16,12 +16,12 @@ from ..adapters.extra_tensors import (
     missing_layers,
     unused_copies,
 )
+from ..adapters.image_files import describe_metadata
 from ..adapters.recognise import UnsupportedAdapter, describe_unsupported
 from ..adapters.sources import ADAPTER_CONFIG, adapter_subfolders, expand_patterns, find_files, local_path
 from ..adapters.tokenizer_files import collect_tokenizer_files
 from ..errors import TiesPeftError
 from ..merging.members import unequal_norms
-from ..merging.pipeline import describe_metadata
 from ..merging.plan import Plan, make_plan
 from ..merging.recipes.recipe import Recipe
 from ..merging.tables import make_facts, make_text

@@ -6,8 +6,6 @@ each part is ranked by itself.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,8 +18,10 @@ from ..adapters.image_files import (
     TEXT_PREFIXES,
     ModuleLora,
     TensorFile,
+    describe_metadata,
     diffusers_file,
     kohya_file,
+    shared_metadata,
 )
 from ..adapters.image_models import LOADED, NATIVE, SD, TEXT_ENCODERS, architecture_of, layers_of, part_of
 from ..adapters.module_names import TEXT_TOWER
@@ -33,33 +33,6 @@ from ..errors import CompatibilityError, some
 from .loading import PLACEHOLDER, Loading
 
 OTHER_PARTS = ("unet", "transformer", "transformer_2", *TEXT_ENCODERS[:2])  # that diffusers loads for other models
-SHARED_KEYS = (  # of a file's metadata, kept where all inputs agree
-    "ss_base_model_version",
-    "ss_v2",
-    "modelspec.architecture",
-    "modelspec.prediction_type",
-    "modelspec.resolution",
-)
-TRIGGERS = "modelspec.trigger_phrase"
-LONGEST_TEXT, MOST_TAGS = 300, 10  # of a file's metadata, as shown
-SHOWN_KEYS = {  # of a file's metadata: how the card and `inspect` call them
-    TRIGGERS: "trigger words",
-    "ss_output_name": "name",
-    "modelspec.title": "title",
-    "ss_sd_model_name": "trained on",
-    "ss_base_model_version": "base version",
-    "modelspec.architecture": "architecture",
-    "ss_network_module": "network",
-    "ss_network_dim": "rank",
-    "ss_network_alpha": "alpha",
-    "ss_num_train_images": "images",
-    "ss_epoch": "epochs",
-    "ss_steps": "steps",
-    "ss_learning_rate": "learning rate",
-    "ss_clip_skip": "clip skip",
-    "modelspec.author": "author",
-    "modelspec.license": "licence",
-}
 
 
 @dataclass(frozen=True)
@@ -250,35 +223,6 @@ def weights_file(pipeline: Pipeline, adapter: Adapter, compress: bool) -> tuple[
         return DIFFUSERS_FILE, diffusers_file(loras)
     metadata = shared_metadata(list(pipeline.metadata.values()))
     return KOHYA_FILE, kohya_file(pipeline.architecture, loras, compress, metadata)
-
-
-def shared_metadata(inputs: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return the metadata to write: what all inputs agree on, and the trigger words of all."""
-    found = {key: {own.get(key) for own in inputs} for key in SHARED_KEYS}
-    same = {key: values.pop() for key, values in found.items() if len(values) == 1}
-    triggers = list(dict.fromkeys(own[TRIGGERS] for own in inputs if own.get(TRIGGERS)))
-    kept = {key: value for key, value in same.items() if value}
-    return kept | ({TRIGGERS: ", ".join(triggers)[:LONGEST_TEXT]} if triggers else {})
-
-
-def describe_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return what a file's metadata says of its training, shortened: what → text."""
-    given = {what: metadata.get(key) for key, what in SHOWN_KEYS.items()}
-    shown = {what: text[:LONGEST_TEXT] for what, text in given.items() if text and text != "None"}
-    tags = frequent_tags(metadata)
-    return shown | ({"frequent tags": ", ".join(tags)} if tags else {})
-
-
-def frequent_tags(metadata: Mapping[str, str]) -> list[str]:
-    """Return the tags that occur most often in the captions of a training, by kohya's ss_tag_frequency."""
-    try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
-        counts: Counter[str] = Counter()
-        for folder in folders.values():
-            counts.update({str(tag).strip(): int(count) for tag, count in folder.items()})
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        return []
-    return [tag[:60] for tag, _ in counts.most_common(MOST_TAGS) if tag]
 
 
 @dataclass(frozen=True)
