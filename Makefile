@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 READY := $(VENV)/.ready
 
-.PHONY: docs gpu-check demo test check format test-slow test-postgres fuzz bench clean
+.PHONY: docs gpu-check demo test check format test-slow test-postgres test-versions test-oldest test-newest package package-clean fuzz bench clean
 
 demo: $(READY)  ## merge the sample adapters and judge the result
 	$(BIN)/python adapters/demo.py $(ARGS)
@@ -25,6 +25,29 @@ format: $(READY)
 
 test-slow: $(READY)  ## the checks that take longer than a test should
 	$(PYTEST) -m slow
+
+package: $(READY)  ## the wheel, built from the sdist, installed alone and used
+	$(BIN)/python tests/packaging/check_package.py
+
+package-clean: $(READY)  ## the same with its dependencies, in an environment that has nothing else
+	$(BIN)/python tests/packaging/check_package.py --clean
+
+# What depends on the versions of Python, torch, peft and transformers. Both ends take some 3 GB each.
+OLDEST ?= python3.10
+NEWEST ?= python3.13
+VERSIONED := tests/contracts tests/laws tests/oracles tests/methods tests/peft_types tests/old_peft tests/recipes tests/live tests/cli
+
+test-versions: test-oldest test-newest  ## tests on the oldest and the newest supported versions; OLDEST=… and NEWEST=… name interpreters
+
+test-oldest:
+	$(OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[fast,search,metrics]" pytest hypothesis
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(VERSIONED)
+
+test-newest:
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade -e ".[fast,search,metrics]" pytest hypothesis
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(VERSIONED)
 
 fuzz: $(READY)  ## the readers on many thousand files that nobody wrote, other ones each time
 	FUZZ=2500 $(BIN)/python -m pytest tests/hostile_input/test_fuzz_readers.py
@@ -51,4 +74,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) .venv-oldest .venv-newest demo-out

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 
 PREFIX = "base_model.model."
+OLDER_PEFT = Version(version("peft")) < Version("0.21")  # than the one whose types and merges the tests know
 SAMPLES = Path(__file__).parent.parent / "adapters"
 Shapes = Mapping[str, tuple[int, int]]
 SHAPES: Shapes = {"layers.0.q": (12, 10), "layers.0.up": (20, 12), "layers.1.q": (12, 10)}

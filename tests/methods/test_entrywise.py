@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PREFIX, SHAPES, write_adapter
+from conftest import OLDER_PEFT, PREFIX, SHAPES, write_adapter
 from methods.entrywise import EVERY, Vectors, count, defined, distance, merged_vectors, numbers, read, same
 from peft.utils import merge_utils
 from safetensors.numpy import load_file
@@ -150,6 +150,7 @@ def test_magnitude_prune_and_ties_are_pefts_with_scope_module_and_unit_weights(m
         assert distance(seen, peft_merge(folders, merge_utils.ties, density=0.3, majority_sign_method=theirs)) < 1e-4
 
 
+@pytest.mark.skipif(OLDER_PEFT, reason="this release of PEFT does not rescale what stays")
 @pytest.mark.parametrize(("method", "theirs"), [("dare", "dare_linear"), ("dare_ties", "dare_ties")])
 def test_dare_is_pefts_given_the_same_numbers(
     make_lora: Maker, monkeypatch: pytest.MonkeyPatch, method: str, theirs: str

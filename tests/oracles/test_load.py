@@ -173,7 +173,8 @@ def test_every_key_of_the_file_is_loaded_and_no_other(
     model = PeftModel.from_pretrained(base, out)
     assert get_peft_model_state_dict(model).keys() == load_file(out / "adapter_model.safetensors").keys()
     again = model.load_adapter(out, "again")
-    assert (again.missing_keys, again.unexpected_keys) == ([], [])
+    missing = [key for key in again.missing_keys if "again" in key]  # PEFT 0.13 names the base's weights too
+    assert (missing, again.unexpected_keys) == ([], [])
     assert model.peft_config["again"].fan_in_fan_out == family.conv1d
 
 

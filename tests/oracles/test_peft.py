@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import OLDER_PEFT
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import ties_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
-NAMES = ("x", "y", "z")
+NAMES = ("first", "second", "third")  # PEFT 0.13 saves an adapter "y" with all tensors whose names hold that letter
 FULL: dict[str, Any] = {"svd_rank": 20, "svd_full_matrices": False}  # the largest side: nothing is lost
 
 
@@ -83,26 +84,26 @@ def assert_equal(ours: ties_peft.Adapter, theirs: dict[str, Tensor], within: flo
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_an_adapter_reads_as_peft_reads_it(setting: str, tmp_path: Path) -> None:
-    model = adapted(Tiny(), {"x": LoraConfig(target_modules=["q", "up"], **SETTINGS[setting])})
+    model = adapted(Tiny(), {NAMES[0]: LoraConfig(target_modules=["q", "up"], **SETTINGS[setting])})
     model.save_pretrained(tmp_path)
-    assert_equal(ties_peft.Adapter.load(tmp_path / "x"), peft_deltas(model, "x"), within=1e-6)
+    assert_equal(ties_peft.Adapter.load(tmp_path / NAMES[0]), peft_deltas(model, NAMES[0]), within=1e-6)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_conv1d_reads_as_peft_reads_it(rslora: bool, tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["c_attn", "c_proj"], r=4, use_rslora=rslora, fan_in_fan_out=True)
-    model = adapted(Transposed(), {"x": config})
+    model = adapted(Transposed(), {NAMES[0]: config})
     model.save_pretrained(tmp_path)
-    assert_equal(ties_peft.Adapter.load(tmp_path / "x"), peft_deltas(model, "x"), within=1e-6)
+    assert_equal(ties_peft.Adapter.load(tmp_path / NAMES[0]), peft_deltas(model, NAMES[0]), within=1e-6)
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> PeftModel:
     """Three adapters of unlike ranks and lora scalings, saved under `tmp_path` by name."""
     configs = {
-        "x": LoraConfig(target_modules=["q", "up"], r=4, lora_alpha=8),
-        "y": LoraConfig(target_modules=["q"], r=8, lora_alpha=4),
-        "z": LoraConfig(target_modules=["q", "up"], r=2, lora_alpha=2, use_rslora=True),
+        NAMES[0]: LoraConfig(target_modules=["q", "up"], r=4, lora_alpha=8),
+        NAMES[1]: LoraConfig(target_modules=["q"], r=8, lora_alpha=4),
+        NAMES[2]: LoraConfig(target_modules=["q", "up"], r=2, lora_alpha=2, use_rslora=True),
     }
     model = adapted(Tiny(), configs)
     model.save_pretrained(tmp_path)
@@ -113,6 +114,12 @@ def ours(folder: Path, method: str, **asked: Any) -> ties_peft.Merged:
     return ties_peft.merge([folder / name for name in NAMES], method, rank="max", **asked)
 
 
+def skip_if_the_scaling_counts_twice() -> None:
+    """Earlier releases of PEFT multiply the weights of their svd combinations by the lora scaling once more."""
+    if OLDER_PEFT:
+        pytest.skip("this release of PEFT counts the lora scaling twice")
+
+
 def theirs(model: PeftModel, combination: str, weights: Sequence[float], **asked: Any) -> dict[str, Tensor]:
     model.add_weighted_adapter(list(NAMES), weights, "merged", combination_type=combination, **asked)
     return peft_deltas(model, "merged")
@@ -121,12 +128,15 @@ def theirs(model: PeftModel, combination: str, weights: Sequence[float], **asked
 @pytest.mark.parametrize("elect, majority", [("mass", "total"), ("count", "frequency")])
 @pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
 def test_ties_svd(mixed: PeftModel, tmp_path: Path, density: float, elect: str, majority: str) -> None:
+    skip_if_the_scaling_counts_twice()
     expected = theirs(mixed, "ties_svd", [1, 1, 1], density=density, majority_sign_method=majority, **FULL)
     assert_equal(ours(tmp_path, "ties", scope="module", density=density, elect=elect), expected)
 
 
 @pytest.mark.parametrize("combination, asked", [("cat", {}), ("svd", FULL)])
 def test_exact_sums(mixed: PeftModel, tmp_path: Path, combination: str, asked: dict[str, Any]) -> None:
+    if combination == "svd":
+        skip_if_the_scaling_counts_twice()
     weights = [1.0, 0.5, -2.0]
     expected = theirs(mixed, combination, weights, **asked)
     assert_equal(ours(tmp_path, "task_arithmetic", scale=1.0, weights=weights), expected)

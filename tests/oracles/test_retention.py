@@ -12,7 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import lora_config, lora_tensors, write_adapter
+from conftest import OLDER_PEFT, lora_config, lora_tensors, write_adapter
 from oracles import definition
 from peft_types.matrix import KINDS, save
 from peft_types.models import ARCHITECTURES, make
@@ -136,15 +136,15 @@ def test_prepared_merges(loras: list[Path], tmp_path: Path) -> None:
 
 def test_a_live_model(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8))
-    live = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["0", "1"]), adapter_name="a")
-    live.add_adapter("b", peft.LoraConfig(r=2, lora_alpha=9, target_modules=["1"]))
+    live = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["0", "1"]), adapter_name="first")
+    live.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=9, target_modules=["1"]))
     torch.manual_seed(0)
     for name, parameter in live.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter)
-    merged = ties_peft.add_merged_adapter(live, ["a", "b"], "both")
+    merged = ties_peft.add_merged_adapter(live, ["first", "second"], "merged")
     live.save_pretrained(tmp_path)
-    figures = defined(tmp_path / "both", [tmp_path / "a", tmp_path / "b"])
+    figures = defined(tmp_path / "merged", [tmp_path / "first", tmp_path / "second"])
     assert np.array(reported(merged.report)) == pytest.approx(np.array(figures), rel=1e-5)
 
 
@@ -185,6 +185,8 @@ CELLS += [("LoRA", "GPT-2"), ("LoRA", "ResNet"), ("DoRA", "ResNet"), ("LoHa, Tuc
 )
 def test_every_type_against_weights_that_peft_merged(kind: str, name: str, tmp_path: Path) -> None:
     base, config = make(name), KINDS[kind](ARCHITECTURES[name])
+    if config is None and OLDER_PEFT:
+        pytest.skip("this release of PEFT has no such type")
     assert config is not None and save(name, config, tmp_path / "a") is None
     plain = peft.LoraConfig(r=2, lora_alpha=1, target_modules=ARCHITECTURES[name].targets[:2])
     assert save(name, plain, tmp_path / "b") is None

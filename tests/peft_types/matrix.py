@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,16 @@ UNMERGED = ("LoRA, bias on lora_B",)  # PEFT does not merge it into a layer with
 Make = Callable[[Architecture], "peft.PeftConfig | None"]
 
 
+def _made(name: str, settings: Mapping[str, Any]) -> peft.PeftConfig | None:
+    """A config; None where this release of PEFT has none of the name, or not all of its settings."""
+    cls = getattr(peft, name, None)
+    return cls(**settings) if cls and settings.keys() <= cls.__dataclass_fields__.keys() else None
+
+
 def _lora(**settings: Any) -> Make:
-    def config(a: Architecture) -> peft.PeftConfig:
-        return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": a.targets, **fan(a), **settings})
+    def config(a: Architecture) -> peft.PeftConfig | None:
+        given = {"r": 3, "lora_alpha": 5, "target_modules": a.targets, **fan(a), **settings}
+        return _made("LoraConfig", given)
 
     return config
 
@@ -49,7 +56,7 @@ def embedding(a: Architecture) -> peft.PeftConfig | None:
 def experts(a: Architecture) -> peft.PeftConfig | None:
     if not a.parameters:
         return None
-    return peft.LoraConfig(r=3, lora_alpha=5, target_modules=a.targets, target_parameters=a.parameters)
+    return _lora(target_parameters=a.parameters)(a)
 
 
 def ia3(a: Architecture) -> peft.PeftConfig:
@@ -60,12 +67,12 @@ def adalora(a: Architecture) -> peft.PeftConfig:
     return peft.AdaLoraConfig(init_r=3, lora_alpha=5, total_step=10, target_modules=a.targets, **fan(a))
 
 
-def plain(cls: type[peft.PeftConfig], **settings: Any) -> Make:
+def plain(name: str, **settings: Any) -> Make:
     """A kind that takes linear layers, and Conv1D where its config has fan_in_fan_out."""
 
-    def config(a: Architecture) -> peft.PeftConfig:
-        own = fan(a) if "fan_in_fan_out" in cls.__dataclass_fields__ else {}
-        return cls(target_modules=a.targets, **own, **settings)
+    def config(a: Architecture) -> peft.PeftConfig | None:
+        given = {"target_modules": a.targets, **settings}
+        return _made(name, given | fan(a)) or _made(name, given)
 
     return config
 
@@ -81,30 +88,30 @@ KINDS: dict[str, Make] = {
     "DoRA": _lora(use_dora=True),
     "(IA)³": ia3,
     "AdaLoRA": adalora,
-    "LoHa": plain(peft.LoHaConfig, r=2, alpha=3),
-    "LoHa, Tucker": plain(peft.LoHaConfig, r=2, alpha=3, use_effective_conv2d=True),
-    "LoKr": plain(peft.LoKrConfig, r=2, alpha=3),
-    "LoKr, both of low rank": plain(peft.LoKrConfig, r=1, alpha=3, decompose_both=True, use_effective_conv2d=True),
-    "VeRA": plain(peft.VeraConfig, r=6, d_initial=0.4),
-    "VeRA, not saved": plain(peft.VeraConfig, r=6, d_initial=0.4, save_projection=False),
-    "BOFT": plain(peft.BOFTConfig, boft_block_size=4),
-    "C3A": plain(peft.C3AConfig, block_size=4),
-    "DEFT": plain(peft.DeftConfig) if hasattr(peft, "DeftConfig") else lambda a: None,
-    "DeLoRA": plain(peft.DeloraConfig),
-    "FourierFT": plain(peft.FourierFTConfig, n_frequency=20),
-    "GraLoRA": plain(peft.GraloraConfig, r=4),
-    "HiRA": plain(peft.HiraConfig, r=4) if hasattr(peft, "HiraConfig") else lambda a: None,
-    "HRA": plain(peft.HRAConfig, r=4),
-    "MiSS": plain(peft.MissConfig, r=4),
-    "OFT": plain(peft.OFTConfig, oft_block_size=4),
-    "OSF": plain(peft.OSFConfig),
-    "PEANuT": plain(peft.PeanutConfig),
-    "PVeRA": plain(peft.PveraConfig, r=6),
-    "RandLoRA": plain(peft.RandLoraConfig, r=4),
-    "SHiRA": plain(peft.ShiraConfig, r=2),
-    "Supertuning": plain(peft.SupertuningConfig),
-    "VB-LoRA": plain(peft.VBLoRAConfig, vector_length=4, num_vectors=10, topk=2),
-    "WaveFT": plain(peft.WaveFTConfig, n_frequency=20),
+    "LoHa": plain("LoHaConfig", r=2, alpha=3),
+    "LoHa, Tucker": plain("LoHaConfig", r=2, alpha=3, use_effective_conv2d=True),
+    "LoKr": plain("LoKrConfig", r=2, alpha=3),
+    "LoKr, both of low rank": plain("LoKrConfig", r=1, alpha=3, decompose_both=True, use_effective_conv2d=True),
+    "VeRA": plain("VeraConfig", r=6, d_initial=0.4),
+    "VeRA, not saved": plain("VeraConfig", r=6, d_initial=0.4, save_projection=False),
+    "BOFT": plain("BOFTConfig", boft_block_size=4),
+    "C3A": plain("C3AConfig", block_size=4),
+    "DEFT": plain("DeftConfig"),
+    "DeLoRA": plain("DeloraConfig"),
+    "FourierFT": plain("FourierFTConfig", n_frequency=20),
+    "GraLoRA": plain("GraloraConfig", r=4),
+    "HiRA": plain("HiraConfig", r=4),
+    "HRA": plain("HRAConfig", r=4),
+    "MiSS": plain("MissConfig", r=4),
+    "OFT": plain("OFTConfig", oft_block_size=4),
+    "OSF": plain("OSFConfig"),
+    "PEANuT": plain("PeanutConfig"),
+    "PVeRA": plain("PveraConfig", r=6),
+    "RandLoRA": plain("RandLoraConfig", r=4),
+    "SHiRA": plain("ShiraConfig", r=2),
+    "Supertuning": plain("SupertuningConfig"),
+    "VB-LoRA": plain("VBLoRAConfig", vector_length=4, num_vectors=10, topk=2),
+    "WaveFT": plain("WaveFTConfig", n_frequency=20),
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from conftest import OLDER_PEFT
 from peft_types.matrix import BEGIN, END, KINDS, PAGE, cell, save
 from peft_types.models import ARCHITECTURES, make, output
 from sampling import covering, some
@@ -38,6 +39,8 @@ OTHERS = [(kind, name) for kind, name in product(KINDS, ARCHITECTURES) if (kind,
 )
 def test_the_table_in_the_docs_is_what_is_found(kind: str, name: str, tmp_path: Path) -> None:
     found = cell(kind, name, tmp_path)
+    if OLDER_PEFT and not found.mark:
+        pytest.skip("this release of PEFT makes no such adapter")
     assert found.mark != "WRONG", found.note
     assert TABLE[kind][name] == (found.mark or "–")
 
@@ -90,11 +93,11 @@ def test_unlike_kinds_add_up_to_the_sum_of_what_peft_merges(space: str, tmp_path
 
 def test_two_spellings_of_one_module_meet(tmp_path: Path) -> None:
     """An adapter of transformers 5 for ViT, and the same with the names that older ones gave its modules."""
+    if not any(name.endswith("q_proj") for name, _ in make("ViT").named_modules()):
+        pytest.skip("this transformers has the old names")
     config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj", "fc2"])
     assert save("ViT", config, tmp_path / "new") is None
     new = ties_peft.Adapter.load(tmp_path / "new")
-    if not any("q_proj" in name for name in new.modules):
-        pytest.skip("this transformers has the old names")
     old = {"attention.q_proj": "attention.attention.query", "attention.v_proj": "attention.attention.value"}
     old |= {"mlp.fc2": "output.dense", "vit.layers.": "vit.encoder.layer."}
     tensors = {}
