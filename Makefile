@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 READY := $(VENV)/.ready
 
-.PHONY: docs gpu-check demo test check format test-slow test-postgres test-versions test-oldest test-newest package package-clean fuzz bench clean
+.PHONY: docs gpu-check demo test check format test-slow test-browser test-postgres test-versions test-oldest test-newest package package-clean fuzz bench clean
 
 demo: $(READY)  ## merge the sample adapters and judge the result
 	$(BIN)/python adapters/demo.py $(ARGS)
@@ -48,6 +48,10 @@ test-newest:
 	$(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade -e ".[fast,search,metrics]" pytest hypothesis
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(VERSIONED)
+
+test-browser: $(READY)  ## the pages of analyze and merge in Chromium, installed from Debian's packages where there is none
+	command -v chromium >/dev/null || (apt-get update --quiet && apt-get install --yes --no-install-recommends chromium)
+	$(BIN)/python -m pytest tests/browser -m browser
 
 fuzz: $(READY)  ## the readers on many thousand files that nobody wrote, other ones each time
 	FUZZ=2500 $(BIN)/python -m pytest tests/hostile_input/test_fuzz_readers.py

@@ -1,4 +1,7 @@
-"""Draw the README's picture from the stored table: `python benchmarks/figures.py`; needs matplotlib (the extra `notebooks`)."""
+"""Draw the pictures of the README and of the guide to `analyze`: `python benchmarks/figures.py` (needs the extra `plots`).
+
+The README's is drawn from the stored table, the guide's from an analysis of the six sample LoRAs of the sentence encoder.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+import ties_peft
+from ties_peft.analysis import plots
+
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "language_model.json"
 PICTURE = ROOT / "docs" / "images" / "language-model.svg"
+ANALYSIS = ROOT / "docs" / "images" / "analysis.svg"
 BARS = {  # (method, space) in the table: what the picture calls it
     ("own adapters", ""): "each task's own adapter",
     ("auto", "delta"): "ties_peft, the default",
@@ -28,9 +35,8 @@ def rows() -> list[dict[str, Any]]:
     return [next(row for row in found if (row["method"], row["space"]) == name) for name in BARS]
 
 
-def main() -> None:
-    """Write the picture."""
-    plt.rcParams["svg.hashsalt"] = "ties_peft"  # the same bytes each time
+def draw_language_model() -> None:
+    """Write the README's picture."""
     shares = rows()
     figure, axes = plt.subplots(figsize=(8, 2.9), layout="constrained")
     bars = axes.barh(list(BARS.values()), [row["six"] for row in shares], color=COLOURS)
@@ -42,8 +48,25 @@ def main() -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, metadata={"Date": None})
+
+
+def draw_analysis() -> None:
+    """Write the guide's picture: energy by rank, and the overlap of two adapters' outputs by module."""
+    folders = sorted(path.parent for path in (ROOT / "adapters" / "lora").glob("*/adapter_config.json"))
+    analysis = ties_peft.analyze(folders, methods=["ties", "task_arithmetic", "iso_c", "tsv"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    plots.plot_energy(analysis, ax=left)
+    plots.plot_modules(analysis, "overlap_out", ("cr", "sst2"), ax=right)
+    figure.savefig(ANALYSIS, metadata={"Date": None})
+
+
+def main() -> None:
+    """Write both pictures."""
+    plt.rcParams["svg.hashsalt"] = "ties_peft"  # the same bytes each time
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    draw_language_model()
+    draw_analysis()
 
 
 if __name__ == "__main__":

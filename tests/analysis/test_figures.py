@@ -100,36 +100,85 @@ def test_whole_adapters_and_pairs_have_the_defined_figures(loras: list[Path], de
         assert {key: line[key] for key in wanted} == pytest.approx(wanted, rel=2e-5, abs=1e-6)
 
 
+def pair_of_module(first: np.ndarray, second: np.ndarray, trimmed: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """The figures of a pair on one module, but those of the stored factors."""
+    one, two = first.reshape(-1), second.reshape(-1)
+    cosine = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
+    conflict, kept = signs({"x": trimmed[0]}, {"x": trimmed[1]})
+    shares = [np.array((cut != 0).mean()) for cut in trimmed]
+    predicted = float(opposite_share(np.array(cosine), *shares))
+    (overlap_out, angle_out), (overlap_in, angle_in) = overlap(first, second), overlap(first.T, second.T)
+    return {
+        "cosine": cosine,
+        "sign_conflict": conflict,
+        "predicted_conflict": predicted if conflict is not None else None,
+        "excess_conflict": conflict - predicted if conflict is not None else None,
+        "kept_overlap": kept,
+        "overlap_in": overlap_in,
+        "overlap_out": overlap_out,
+        "angle_in": angle_in,
+        "angle_out": angle_out,
+    }
+
+
 def test_every_module_has_the_same_figures_of_its_own(loras: list[Path]) -> None:
     found = ties_peft.analyze(loras, methods=[]).to_dict()
     vectors = [definition.read(folder) for folder in loras]
     trimmed = [definition.trim(own, 0.2, "adapter") for own in vectors]
+    largest = [definition.trim(own, LARGEST, "adapter") for own in vectors]
     assert [module["name"] for module in found["modules"]] == sorted(EXTRA)
     for module in found["modules"]:
         name = module["name"]
         held = [i for i, own in enumerate(vectors) if name in own]
         assert [line["name"] for line in module["adapters"]] == ["abc"[i] for i in held]
         for line, i in zip(module["adapters"], held, strict=True):
-            assert line["norm"] == pytest.approx(np.linalg.norm(vectors[i][name]), rel=1e-5)
-            assert line["effective_rank"] == pytest.approx(effective_rank(vectors[i][name]), rel=1e-5)
+            own = vectors[i][name]
+            wanted = {
+                "norm": np.linalg.norm(own),
+                "rank": np.linalg.matrix_rank(own),
+                "effective_rank": effective_rank(own),
+                "redundancy": (largest[i][name] ** 2).sum() / (own**2).sum(),
+            }
+            assert {key: line[key] for key in wanted} == pytest.approx(wanted, rel=2e-5)
         for line, (i, j) in zip(module["pairs"], itertools.combinations(held, 2), strict=True):
-            one, two = vectors[i][name].reshape(-1), vectors[j][name].reshape(-1)
-            conflict, kept = signs({name: trimmed[i][name]}, {name: trimmed[j][name]})
-            assert line["cosine"] == pytest.approx(one @ two / np.linalg.norm(one) / np.linalg.norm(two), abs=1e-6)
-            assert (line["sign_conflict"], line["kept_overlap"]) == pytest.approx((conflict, kept))
-            assert line["overlap_out"] == pytest.approx(overlap(vectors[i][name], vectors[j][name])[0], rel=1e-5)
+            wanted = pair_of_module(vectors[i][name], vectors[j][name], (trimmed[i][name], trimmed[j][name]))
+            defined = {key: value for key, value in wanted.items() if value is not None}
+            assert {key for key in wanted if line[key] is not None} == set(defined)
+            assert {key: line[key] for key in defined} == pytest.approx(defined, rel=2e-5, abs=2e-6)
+
+
+def test_the_predicted_conflict_of_adapters_counts_each_module_by_what_both_keep(loras: list[Path]) -> None:
+    found = ties_peft.analyze(loras, methods=[]).to_dict()
+    trimmed = [definition.trim(definition.read(folder), 0.2, "adapter") for folder in loras]
+    for pair in found["pairs"]:
+        i, j = "abc".index(pair["a"]), "abc".index(pair["b"])
+        predicted, weights = [], []
+        for module in found["modules"]:
+            lines = [line for line in module["pairs"] if (line["a"], line["b"]) == (pair["a"], pair["b"])]
+            if lines and lines[0]["predicted_conflict"] is not None:
+                predicted.append(lines[0]["predicted_conflict"])
+                cuts = [own[module["name"]] != 0 for own in (trimmed[i], trimmed[j])]
+                weights.append((cuts[0] & cuts[1]).sum())
+        assert pair["predicted_conflict"] == pytest.approx(np.average(predicted, weights=weights))
+        assert pair["excess_conflict"] == pytest.approx(pair["sign_conflict"] - pair["predicted_conflict"])
 
 
 def test_a_depth_is_the_sum_of_its_modules(loras: list[Path]) -> None:
     found = ties_peft.analyze(loras, methods=[]).to_dict()
     vectors = [definition.read(folder) for folder in loras]
+    trimmed = [definition.trim(own, 0.2, "adapter") for own in vectors]
     assert [depth["layer"] for depth in found["depths"]] == ["0", "1"]
     for depth in found["depths"]:
-        own = [{n: v for n, v in vector.items() if n.startswith(f"layers.{depth['layer']}.")} for vector in vectors]
-        one, two, _ = definition.matrix(own)
-        assert depth["adapters"][0]["norm"] == pytest.approx(np.linalg.norm(one), rel=1e-5)
-        wanted = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
-        assert depth["pairs"][0]["cosine"] == pytest.approx(wanted, abs=1e-6)
+        own, cut = (
+            [{n: v for n, v in one.items() if f".{depth['layer']}." in n} for one in all_]
+            for all_ in (vectors, trimmed)
+        )
+        rows = definition.matrix(own)
+        assert [line["norm"] for line in depth["adapters"]] == pytest.approx(np.linalg.norm(rows, axis=1), rel=1e-5)
+        for line, (i, j) in zip(depth["pairs"], itertools.combinations(range(3), 2), strict=True):
+            wanted = rows[i] @ rows[j] / np.linalg.norm(rows[i]) / np.linalg.norm(rows[j])
+            assert line["cosine"] == pytest.approx(wanted, abs=1e-6)
+            assert (line["sign_conflict"], line["kept_overlap"]) == pytest.approx(signs(cut[i], cut[j]))
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
@@ -150,10 +199,12 @@ def test_methods_leave_what_the_result_as_written_holds(
             wanted = definition.retention(result, vector)
             assert [own[key] for key in ("projection", "cosine", "others")] == pytest.approx(wanted, rel=1e-4)
         assert line["energy"] == pytest.approx(merged.report.energy)
-        module = found["modules"][0]
-        one, own = module["methods"][methods.index(line["name"])], vectors[0][module["name"]]
-        wanted = definition.retention({"x": result[module["name"]]}, {"x": own})
-        assert one["adapters"][0]["projection"] == pytest.approx(wanted[0], rel=1e-4)
+        for module in found["modules"]:
+            name, left = module["name"], module["methods"][methods.index(line["name"])]
+            held = [vector[name] for vector in vectors if name in vector]
+            for own, vector in zip(left["adapters"], held, strict=True):
+                wanted = definition.retention({"x": result[name]}, {"x": vector})
+                assert (own["projection"], own["cosine"]) == pytest.approx(wanted[:2], rel=1e-4, abs=1e-6)
 
 
 def test_energy_by_rank_is_that_of_the_singular_values_before_truncation(loras: list[Path], tmp_path: Path) -> None:
@@ -172,6 +223,12 @@ def test_ia3_has_no_spaces_and_a_rank_of_one(make_ia3: Make) -> None:
     one, two = definition.matrix([definition.read(folder) for folder in folders])
     (pair,) = found["pairs"]
     assert pair["cosine"] == pytest.approx(one @ two / np.linalg.norm(one) / np.linalg.norm(two), abs=1e-6)
+    vectors = [definition.read(folder) for folder in folders]
+    wanted = signs(*(definition.trim(own, 0.2, "adapter") for own in vectors))
+    assert (pair["sign_conflict"], pair["kept_overlap"]) == pytest.approx(wanted)
+    for line, own in zip(found["adapters"], vectors, strict=True):
+        norm = np.linalg.norm(np.concatenate(list(own.values())))
+        assert (line["norm"], line["redundancy"]) == pytest.approx((norm, largest_square(own)), rel=1e-5)
     assert pair["overlap_in"] is None and pair["overlap_out"] is None
     assert {line["rank"] for line in found["adapters"]} == {1}
     assert [line["effective_rank"] for line in found["adapters"]] == pytest.approx([1, 1])

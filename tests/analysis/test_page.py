@@ -1,29 +1,22 @@
-"""The page: what it holds, that names cannot change it, which files it may replace; in a browser, where one is."""
+"""The page: what it holds, that names cannot change it, which files it may replace. `tests/browser` opens it."""
 
 from __future__ import annotations
 
 import html.parser
 import json
-import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from analysis.large_analysis import large_analysis
 from cli.run_command import run
 
 import ties_peft
-from ties_peft.analysis.figures import Measured
-from ties_peft.analysis.method_figures import MethodResult
-from ties_peft.analysis.module_places import module_places
 from ties_peft.analysis.page import STATIC
 from ties_peft.errors import printable
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 Make = Callable[..., Path]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "</script><img src=x onerror=alert(1)>&\u202e"
 
 
@@ -80,7 +73,7 @@ def test_the_page_of_an_analysis_holds_its_figures(loras: list[Path], tmp_path: 
             assert cosine["values"][series][number] / cosine["factor"] == pytest.approx(
                 module["pairs"][series]["cosine"], abs=1e-3
             )
-    assert [place["name"] for place in data["places"]] == [module["name"] for module in found["modules"]]
+    assert [place["name"] for place in data["places"]["modules"]] == [module["name"] for module in found["modules"]]
     assert [curve["method"] for curve in data["curves"]] == ["average", "iso_c"]
     assert len(left["series"]) == 6 and len(adapters["series"]) == 3
     assert [row["projection"] for row in data["retention"]["rows"]] == pytest.approx(
@@ -154,110 +147,29 @@ def test_the_bundles_are_the_ones_that_are_named_with_their_licences() -> None:
         assert "Permission to use, copy, modify" in (STATIC / f"{name}.LICENSE").read_text(encoding="utf-8")
 
 
-# In a browser
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    """Headless Chromium, from Debian's package `chromium`."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium was found: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield made
-        made.close()
-
-
-def contrast(first: str, second: str) -> float:
-    """The contrast of two colours `rgb(r, g, b)`, after WCAG 2."""
-
-    def light(colour: str) -> float:
-        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-        r, g, b = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b
-
-    low, high = sorted((light(first), light(second)))
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser(browser: Any, loras: list[Path], tmp_path: Path, theme: str, width: int) -> None:
-    out = ties_peft.analyze(loras, methods=["average", "iso_c"]).to_html(tmp_path / "report.html")
-    page = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme).new_page()
-    faults: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("dialog", lambda dialog: faults.append(dialog.message))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(out.as_uri())
-    page.wait_for_selector("svg[aria-label*='of each module'] rect")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert [url for url in requests if not url.startswith("data:")] == [out.as_uri()]
-    assert len(page.query_selector_all("svg[aria-label]")) >= 6
-
-    # Hovering over a cell shows its value.
-    cells = page.locator("svg[aria-label*='of each module'] g[aria-label='cell'] rect")
-    cells.first.hover()
-    assert "cosine" in page.locator("svg[aria-label*='of each module'] g[aria-label='tip']").first.text_content()
-
-    # A choice changes the figure; a table is sorted by keyboard and filtered.
-    section = page.locator("section", has_text="Modules by layer: pairs").first
-    before = section.locator("svg[aria-label*='of each module']").get_attribute("aria-label")
-    section.get_by_label("Figure").select_option(label="sign conflict")
-    assert section.locator("svg[aria-label*='of each module']").get_attribute("aria-label") != before
-    section.locator("summary").focus()
-    page.keyboard.press("Enter")
-    section.get_by_label("Show rows with").fill("layers.1")
-    assert section.locator("tbody tr").count() == 1
-    section.get_by_label("Show rows with").fill("")
-    section.locator("th button").first.focus()
-    page.keyboard.press("Enter")
-    assert section.locator("th").first.get_attribute("aria-sort") == "ascending"
-
-    pairs = "[...document.querySelectorAll('p, li, th, td, label, h2, code, footer')].map(e => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor])"
-    assert min(contrast(*colours) for colours in page.evaluate(pairs)) >= 4.5
-    assert faults == []
-
-
 def test_a_page_of_twenty_adapters_of_an_8b_model_is_small(tmp_path: Path) -> None:
     """The size of a page depends on how many adapters, modules and methods there are, not on what they are."""
-    adapters, ranks, methods = 20, 64, ("ties", "task_arithmetic", "iso_c", "tsv")
-    kinds = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    names = [f"model.layers.{layer}.{kind}" for layer in range(32) for kind in kinds]
-    draw = np.random.default_rng(0)
-    measured = Measured(len(names), adapters)
-    measured.has[:] = True
-    for key, value in vars(measured).items():
-        if isinstance(value, np.ndarray) and value.dtype == float:
-            setattr(measured, key, draw.uniform(0.5, 1, value.shape))
-    of_modules = (len(names), adapters)
-    results = [
-        MethodResult(
-            *(
-                method,
-                method,
-                "delta",
-                1.0,
-                ranks,
-                0.9,
-                np.sort(draw.uniform(size=ranks)),
-                draw.uniform(size=(len(names), ranks)),
-            ),
-            *(list(draw.uniform(size=adapters)) for _ in range(3)),
-            *(draw.uniform(-1, 1, of_modules) for _ in range(2)),
-            norms=draw.uniform(size=len(names)),
-            seconds=1.0,
-        )
-        for method in methods
-    ]
-    sources = [f"organisation/adapter-for-task-{number}" for number in range(adapters)]
-    places = module_places(names)
-    analysis = ties_peft.Analysis(
-        sources, sources, "LoRA", 0.2, 1.0, names, [(4096, 4096)] * len(names), places, measured, results
+    analysis = large_analysis([f"adapter-for-task-{number}" for number in range(20)])
+    assert 1_000_000 < analysis.to_html(tmp_path / "report.html").stat().st_size < 5_000_000
+
+
+def test_layers_and_kinds_stand_in_order(tmp_path: Path) -> None:
+    """By number, not by letters; a kind has the shortest name that tells it from the others."""
+    kinds = ("attention.self.query", "attention.output.dense", "output.dense")
+    names = [f"encoder.layer.{layer}.{kind}" for layer in range(12) for kind in kinds]
+    out = large_analysis(["a", "b"], sorted([*names, "head"])).to_html(tmp_path / "report.html")
+    places = json.loads(Tags(out.read_text(encoding="utf-8")).data)["places"]
+    assert places["layers"] == [*map(str, range(12)), "–"]
+    assert sorted(places["kinds"].items()) == sorted(
+        zip((*kinds, "head"), ("query", "attention.output.dense", "output.dense", "head"), strict=True)
     )
-    size = analysis.to_html(tmp_path / "report.html").stat().st_size
-    assert 1_000_000 < size < 5_000_000
+
+
+def test_what_names_hold_cannot_end_the_block_of_data(tmp_path: Path) -> None:
+    names = [HOSTILE, "<!--<script>", "{{js}}", "\x00\x1b[31m\u2028", "quotes \"' and \\"]
+    out = large_analysis(names, [f"layers.0.{name}" for name in names]).to_html(tmp_path / "report.html")
+    page = Tags(out.read_text(encoding="utf-8"))
+    assert page.tags.count("script") == 4 and "img" not in page.tags
+    data = json.loads(page.data)
+    assert data["names"] == [printable(name) for name in names]
+    assert [row["name"] for row in data["places"]["modules"]] == [printable(f"layers.0.{name}") for name in names]

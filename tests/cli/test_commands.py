@@ -339,7 +339,8 @@ def test_inspect_with_a_fault_shows_the_others(pair: tuple[str, str]) -> None:
     outcome = run("inspect", *pair, "nowhere")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1 and outcome.err.startswith("error: adapter 'nowhere'")
-    assert "rank 4" in outcome.out and "rank 2" in outcome.out
+    lines = [line.split() for line in outcome.out.splitlines()]
+    assert [line[:4] for line in lines if "LoRA" in line] == [["1", "a", "LoRA", "4"], ["2", "b", "LoRA", "2"]]
 
 
 def test_inspect_json(pair: tuple[str, str]) -> None:

@@ -14,11 +14,9 @@ from .method_figures import MethodResult
 
 INFO, WARNING = "info", "warning"
 SAME_START = 0.5  # cosine of two factors A above which they started from the same one; two random ones have about 0
-EXCESS = 0.05  # more sign conflict than this beyond what the cosine predicts is said
-SPREAD_OUT = (
-    0.6  # a smaller share of the squared norm in the largest 20 % of the entries is said; Gaussian entries: 0.65
-)
-NEARLY_ALL = 0.99  # of the energy: a rank that keeps it loses nothing that matters
+EXCESS = 0.05  # sign conflict beyond what the cosine predicts; more of it is reported
+SPREAD_OUT = 0.6  # share of the squared norm in the largest 20 % of entries; less is reported; Gaussian entries: 0.65
+NEARLY_ALL = 0.99  # of the energy: a rank that keeps it is large enough
 LISTED = 4  # names in a sentence
 
 
@@ -146,7 +144,7 @@ def _little_left(facts: Facts) -> Iterator[Advice]:
         )
         yield Advice(
             f"{result.method} leaves little of {facts.listed(places)} (projection {worst:.2f}; under {LOW_PROJECTION} "
-            f"the adapters of a sentence encoder had mostly lost half of what they had learnt).{instead}",
+            f"most adapters of a sentence encoder had lost over half of their gain in accuracy).{instead}",
             option,
             WARNING,
         )
@@ -195,11 +193,11 @@ def _excess_conflict(facts: Facts) -> Iterator[Advice]:
     if not found:
         return
     i, j = max(found, key=lambda pair: excess[pair])
-    others = f" (so it is for {len(found)} pairs)" if len(found) > 1 else ""
+    others = f" (and so for {len(found) - 1} more)" if len(found) > 1 else ""
     yield Advice(
         f"The signs of {facts.names[i]} and {facts.names[j]} differ in {facts.pairs['sign_conflict'][i, j]:.0%} of the entries "
         f"that both keep, {100 * excess[i, j]:.0f} points more than their cosine of {facts.pairs['cosine'][i, j]:.2f} "
-        f"predicts{others}: where they are largest, they disagree. A method that elects signs keeps one of the two there.",
+        f"predicts{others}: they disagree where their entries are large. A method that elects signs keeps one of the two there.",
         "--method ties",
         INFO,
     )
@@ -224,7 +222,7 @@ def _same_start(facts: Facts) -> Iterator[Advice]:
         mean = np.mean([facts.pairs["initial_cosine"][pair] for pair in found])
         yield Advice(
             f"{facts.listed(places)} were trained from the same initial A (mean cosine of their A {mean:.2f}; about 0 for "
-            "unrelated ones): that their row spaces overlap says nothing of their tasks.",
+            "unrelated ones), so an overlap of their row spaces says nothing about their tasks.",
             None,
             INFO,
         )

@@ -18,37 +18,12 @@ from rich.text import Text
 from ..merging.tables import Printed, make_facts, make_table, make_text, number_column
 from . import page
 from .advice import WARNING, Advice, Facts, advise
+from .figure_kinds import ADAPTER_FIGURES, PAIR_FIGURES, RETENTION_FIGURES, ModuleFigures
 from .figures import Measured
 from .method_figures import MethodResult
-from .module_places import Place
-from .page import (
-    PERCENT,
-    check_page_file,
-    commands,
-    curve,
-    figure_kinds,
-    make_page,
-    module_rows,
-    module_set,
-    retention_bars,
-    table_columns,
-    write_page,
-)
+from .module_places import Place, layers_in_order
 
 SHOWN_PAIRS = 15  # in the printed table; --json and the page have all
-ADAPTER_FIGURES = ("norm", "rank", "effective_rank", "redundancy")
-PAIR_FIGURES = (
-    "cosine",
-    "sign_conflict",
-    "predicted_conflict",
-    "excess_conflict",
-    "kept_overlap",
-    "overlap_in",
-    "overlap_out",
-    "angle_in",
-    "angle_out",
-    "initial_cosine",
-)
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,6 +74,52 @@ class Analysis(Printed):
     def pairs(self) -> dict[str, np.ndarray]:
         """The figures of all pairs over all modules, (N, N) each."""
         return self.measured.of_pairs(self.everywhere)
+
+    @cached_property
+    def pair_numbers(self) -> list[tuple[int, int]]:
+        """The numbers (i, j), i < j, of all pairs of adapters."""
+        return list(combinations(range(len(self.names)), 2))
+
+    @cached_property
+    def module_figures(self) -> list[ModuleFigures]:
+        """The figures of every module: of pairs, of adapters, and of what the methods leave of these."""
+        names, has = self.names, self.measured.has.T
+        first, second = np.triu_indices(len(names), 1)
+        of_pairs = [self.measured.of_pairs([number]) for number in self.everywhere]
+        of_adapters = [self.measured.of_adapters([number]) for number in self.everywhere]
+        pairs = {k.key: np.array([module[k.key][first, second] for module in of_pairs]).T for k in PAIR_FIGURES}
+        adapters = {k.key: np.array([module[k.key] for module in of_adapters]).T for k in ADAPTER_FIGURES}
+        none = np.zeros((0, len(self.modules)))
+        left = {
+            "projection": np.concatenate([none, *(result.module_projections.T for result in self.methods)]),
+            "cosine": np.concatenate([none, *(result.module_cosines.T for result in self.methods)]),
+        }
+        return [
+            ModuleFigures(
+                "Modules by layer: pairs of adapters",
+                "Pair",
+                [(names[i], names[j]) for i, j in self.pair_numbers],
+                " and ",
+                PAIR_FIGURES,
+                pairs,
+            ),
+            ModuleFigures(
+                "Modules by layer: adapters",
+                "Adapter",
+                [(name,) for name in names],
+                "",
+                ADAPTER_FIGURES,
+                {key: np.where(has, values, np.nan) for key, values in adapters.items()},
+            ),
+            ModuleFigures(
+                "Modules by layer: what is left of each adapter",
+                "Method and adapter",
+                [(result.method, name) for result in self.methods for name in names],
+                ": ",
+                RETENTION_FIGURES[:2],
+                left,
+            ),
+        ]
 
     @cached_property
     def advice(self) -> list[Advice]:
@@ -158,21 +179,19 @@ class Analysis(Printed):
         Raises: RecipeError where the file cannot be written, or holds something else.
         """
         written = Path(path)
-        check_page_file(written)
-        write_page(written, make_page("An analysis of adapters", self._page_data()))
+        page.check_page_file(written)
+        page.write_page(written, page.make_page("An analysis of adapters", self._page_data()))
         return written
 
     def depths(self) -> Iterator[tuple[str, list[int]]]:
         """Yield each layer with the numbers of its modules, in order; modules outside the layers come last."""
-        groups: dict[str, list[int]] = {}
-        for number, place in sorted(enumerate(self.places), key=lambda item: item[1].order):
-            groups.setdefault(place.layer, []).append(number)
-        yield from groups.items()
+        for layer in layers_in_order(self.places):
+            yield layer, [number for number, place in enumerate(self.places) if place.layer == layer]
 
     def _adapter_lines(self, at: Sequence[int]) -> list[dict[str, Any]]:
         figures = self.measured.of_adapters(at)
         return [
-            {key: _plain(figures[key][i]) for key in ADAPTER_FIGURES} | {"rank": int(figures["rank"][i])}
+            {kind.key: _plain(figures[kind.key][i]) for kind in ADAPTER_FIGURES} | {"rank": int(figures["rank"][i])}
             for i in range(len(self.names))
         ]
 
@@ -183,9 +202,8 @@ class Analysis(Printed):
         figures = self.measured.of_pairs(at)
         together = self.measured.has[at].sum(0) > 0
         return [
-            {"a": self.names[i], "b": self.names[j], **{key: _plain(figures[key][i, j]) for key in PAIR_FIGURES}}
-            for i in range(len(self.names))
-            for j in range(i + 1, len(self.names))
+            {"a": self.names[i], "b": self.names[j]} | {k.key: _plain(figures[k.key][i, j]) for k in PAIR_FIGURES}
+            for i, j in self.pair_numbers
             if together[i] and together[j]
         ]
 
@@ -236,78 +254,32 @@ class Analysis(Printed):
 
     def _page_data(self) -> dict[str, Any]:
         """Return what the page shows."""
-        figures, names = self.adapters, self.names
-        keys = ("norm", "rank", "effective_rank", "redundancy")
-        lines = [[name, *(_plain(figures[key][i]) for key in keys)] for i, name in enumerate(names)]
-        columns = [("adapter", None), ("norm", None), ("rank", "whole"), ("effective rank", None)]
-        pairs = list(combinations(range(len(names)), 2))
-        rows = [
-            {"method": result.method, "adapter": i, "projection": p, "cosine": c, "others": o}
+        lines = [[self.adapters[kind.key][i] for kind in ADAPTER_FIGURES] for i in range(len(self.names))]
+        retention = {
+            result.method: list(zip(result.projection, result.cosine, result.others, strict=True))
             for result in self.methods
-            for i, (p, c, o) in enumerate(zip(result.projection, result.cosine, result.others, strict=True))
-        ]
+        }
         return {
-            "names": names,
+            "names": self.names,
             "facts": [
-                f"{len(names)} {self.kind} adapters with {len(self.modules)} modules. What an adapter keeps is the "
+                f"{len(self.names)} {self.kind} adapters with {len(self.modules)} modules. What an adapter keeps is the "
                 f"{self.density:.0%} of its entries of largest magnitude, counted on {self._counted()}."
             ],
             "advice": [
                 *(advice.to_dict() for advice in self.advice),
                 *({"text": text, "option": None, "severity": WARNING} for text in self.warnings),
             ],
-            "adapters": {"columns": table_columns([*columns, ("in largest 20 %", PERCENT)]), "rows": lines},
-            "pairs": {
-                "figures": figure_kinds([kind for kind in page.PAIR_FIGURES if np.isfinite(self.pairs[kind[0]]).any()]),
-                "values": {
-                    kind[0]: [[i, j, _plain(round(self.pairs[kind[0]][i, j], 4))] for i, j in pairs]
-                    for kind in page.PAIR_FIGURES
-                },
-            },
-            "places": module_rows(self.modules, self.shapes),
-            "modules": self._module_sets(pairs),
-            "retention": retention_bars(rows),
-            "curves": [curve(result.method, result.energies) for result in self.methods if len(result.energies)],
-            "commands": commands(self.sources, [(result.method, result.rank) for result in self.methods]),
+            "adapters": page.adapter_table(
+                [("adapter", None), *((kind.label, kind.format) for kind in ADAPTER_FIGURES)],
+                [[name, *line] for name, line in zip(self.names, lines, strict=True)],
+            ),
+            "pairs": page.pair_figures(PAIR_FIGURES, self.pairs),
+            "places": page.module_places_shown(self.modules, self.shapes),
+            "modules": list(map(page.module_figures, self.module_figures)),
+            "retention": page.retention_bars(retention),
+            "curves": page.energy_curves({result.method: result.energies for result in self.methods}),
+            "commands": page.commands(self.sources, [(result.method, result.rank) for result in self.methods]),
         }
-
-    def _module_sets(self, pairs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-        """Return the figures of every module: of pairs, of adapters, and of what the methods leave of these."""
-        of_pairs = [self.measured.of_pairs([number]) for number in self.everywhere]
-        of_adapters = [self.measured.of_adapters([number]) for number in self.everywhere]
-        has, names, count = self.measured.has, self.names, len(self.modules)
-        left = [(result, i) for result in self.methods for i in range(len(names))]
-
-        def of_result(key: str, series: int, module: int) -> float:
-            result, i = left[series]
-            return float((result.module_projections if key == "projection" else result.module_cosines)[module, i])
-
-        return [
-            module_set(
-                "Modules by layer: pairs of adapters",
-                "Pair",
-                [f"{names[i]} and {names[j]}" for i, j in pairs],
-                page.PAIR_FIGURES,
-                lambda key, series, module: of_pairs[module][key][pairs[series]],
-                count,
-            ),
-            module_set(
-                "Modules by layer: adapters",
-                "Adapter",
-                names,
-                page.ADAPTER_FIGURES,
-                lambda key, series, module: of_adapters[module][key][series] if has[module, series] else None,
-                count,
-            ),
-            module_set(
-                "Modules by layer: what is left of each adapter",
-                "Method and adapter",
-                [f"{result.method}: {names[i]}" for result, i in left],
-                page.LEFT_FIGURES,
-                of_result,
-                count,
-            ),
-        ]
 
     # printing
 
@@ -339,8 +311,7 @@ class Analysis(Printed):
         return make_table(columns, rows, title=f"{len(self.names)} {self.kind} adapters, {len(self.modules)} modules")
 
     def _pair_tables(self) -> list[RenderableType]:
-        pairs = [(i, j) for i in range(len(self.names)) for j in range(i + 1, len(self.names))]
-        pairs.sort(key=lambda pair: -np.nan_to_num(self.pairs["cosine"][pair]))
+        pairs = sorted(self.pair_numbers, key=lambda pair: -np.nan_to_num(self.pairs["cosine"][pair]))
         shown = pairs[:SHOWN_PAIRS]
         formats = {
             "cosine": ".3f",
@@ -391,7 +362,7 @@ class Analysis(Printed):
                 f"of the entries that both keep at density {self.density:g}, counted on {self._counted()}",
             ),
             ("predicted", "the sign conflict of Gaussian entries with the same cosine"),
-            ("projection", "no prediction of accuracy on a language model (benchmarks/prediction.py): measure that"),
+            ("projection", "does not predict accuracy on a language model (benchmarks/prediction.py): measure that"),
             ("overlap", "of the row spaces (in) and of the column spaces (out): 1 is the same space, 0 orthogonal"),
         ]
 

@@ -84,7 +84,7 @@ def measure_entries(measured: Measured, plan: Plan, share: float, progress: Prog
             places = [place for place, _ in plan.holders(name)]
             deltas = [cuts.modules.read(place, name) for place in places]
             others = None if largest is None else largest.of(name)
-            _measure_module(measured, (number, places), deltas, cuts.of(name), others, pool)
+            _measure_module(measured, number, places, deltas, cuts.of(name), others, pool)
             progress("signs", number + 1, len(plan.modules))
 
 
@@ -102,7 +102,8 @@ class _Cuts:
 
 def _measure_module(
     measured: Measured,
-    key: tuple[int, Sequence[int]],
+    module: int,
+    places: Sequence[int],
     deltas: Sequence[Delta],
     cuts: Sequence[Cut],
     largest: Sequence[Cut] | None,
@@ -112,16 +113,17 @@ def _measure_module(
 
     Args:
         measured: is filled in.
-        key: the number of the module, and those of the adapters that have it.
+        module: its number.
+        places: the numbers of the adapters that have it.
         deltas: their task vectors.
-        cuts: keep what the trim keeps.
-        largest: keep the share `LARGEST`; None where the trim keeps the same.
+        cuts: of the trim.
+        largest: cuts that keep the share `LARGEST`; None if those of the trim do.
         pool: the threads.
     """
-    count, (module, places) = len(deltas), key
+    count = len(deltas)
 
-    def one(tile: tuple[int, tuple[int, int]]) -> np.ndarray:
-        """Return the sums over one tile: two matrices (N, N), then two columns."""
+    def sum_tile(tile: tuple[int, tuple[int, int]]) -> np.ndarray:
+        """Return (N, 2N + 2): agreeing less opposite signs, entries that both keep, ‖entries‖², ‖largest entries‖²."""
         number, rows = tile
         signs = torch.empty(count, (rows[1] - rows[0]) * math.prod(deltas[0].shape[1:]))
         found = np.empty((count, 2 * count + 2))
@@ -140,7 +142,7 @@ def _measure_module(
         return found
 
     grid = pool.tiles(deltas[0].shape, torch.device("cpu"))
-    total = sum(pool.map(one, list(enumerate(grid))), np.zeros((count, 2 * count + 2)))
+    total = sum(pool.map(sum_tile, list(enumerate(grid))), np.zeros((count, 2 * count + 2)))
     agreeing_less_opposite, both = total[:, :count], total[:, count : 2 * count]
     pairs = np.ix_([module], places, places)
     measured.both[pairs] = both

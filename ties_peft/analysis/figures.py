@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from .figure_kinds import Array, mean_of_known
 from .gaussian import opposite_share
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass
@@ -31,10 +29,10 @@ class Measured:
         overlap_in, overlap_out: ‖UᵀV‖²/min(r₁, r₂) of the row spaces and of the column spaces, (M, N, N).
         angle_in, angle_out: the smallest principal angle between these spaces, in degrees, (M, N, N).
         initial_cosine: cosine of the stored factors A, (M, N, N).
-        entries, kept: how many entries a task vector has, and how many its trim keeps, (M, N).
+        entries: how many entries a task vector has, (M, N).
         largest_square: the squared norm of the largest 20 % of the entries of each whole adapter, by module, (M, N).
         entries_square: the squared norm of the entries that were counted, (M, N).
-        both: the number of entries that both adapters keep, (M, N, N).
+        both: the number of entries that both adapters keep, (M, N, N); on its diagonal, that one adapter keeps.
         opposite: the number of those whose signs differ, (M, N, N).
     """
 
@@ -50,7 +48,6 @@ class Measured:
     angle_out: Array = field(init=False)
     initial_cosine: Array = field(init=False)
     entries: Array = field(init=False)
-    kept: Array = field(init=False)
     largest_square: Array = field(init=False)
     entries_square: Array = field(init=False)
     both: Array = field(init=False)
@@ -59,7 +56,7 @@ class Measured:
     def __post_init__(self) -> None:
         single, pair = (self.modules, self.adapters), (self.modules, self.adapters, self.adapters)
         self.has = np.zeros(single, bool)
-        for name in ("rank", "entries", "kept", "largest_square", "entries_square"):
+        for name in ("rank", "entries", "largest_square", "entries_square"):
             setattr(self, name, np.zeros(single))
         for name in ("products", "both", "opposite"):
             setattr(self, name, np.zeros(pair))
@@ -89,11 +86,11 @@ class Measured:
             "predicted_conflict": predicted,
             "excess_conflict": conflict - predicted,
             "kept_overlap": _ratio(both, kept[:, None] + kept[None, :] - both),
-            "overlap_in": _mean(self.overlap_in[at]),
-            "overlap_out": _mean(self.overlap_out[at]),
-            "angle_in": _mean(self.angle_in[at]),
-            "angle_out": _mean(self.angle_out[at]),
-            "initial_cosine": _mean(self.initial_cosine[at]),
+            "overlap_in": mean_of_known(self.overlap_in[at]),
+            "overlap_out": mean_of_known(self.overlap_out[at]),
+            "angle_in": mean_of_known(self.angle_in[at]),
+            "angle_out": mean_of_known(self.angle_out[at]),
+            "initial_cosine": mean_of_known(self.initial_cosine[at]),
         }
 
     @cached_property
@@ -119,9 +116,3 @@ def _ratio(part: Array, whole: Array) -> Array:
     """Return part/whole; NaN where the whole is 0."""
     ratio: Array = np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=np.asarray(whole) > 0)
     return ratio
-
-
-def _mean(values: Array) -> Array:
-    """Return the mean over the first axis of what is defined; NaN where nothing is."""
-    known = np.isfinite(values)
-    return _ratio(np.where(known, values, 0.0).sum(0), known.sum(0).astype(float))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 NODES = 24  # of each of four pieces of the quadrature; the error is below 1e-8
-REACH = 9.0  # standard deviations beyond which a Gaussian density is nothing
+REACH = 9.0  # standard deviations beyond which a Gaussian density is negligible
 NEAR_ONE = 1 - 1e-13
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from rich.console import Group, RenderableType
+from rich.table import Column
 
 from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
@@ -21,11 +23,13 @@ from ..adapters.recognise import UnsupportedAdapter, describe_unsupported
 from ..adapters.sources import ADAPTER_CONFIG, adapter_subfolders, expand_patterns, find_files, local_path
 from ..adapters.tokenizer_files import collect_tokenizer_files
 from ..errors import TiesPeftError
+from ..merging.measure import MAX_PAIRED
 from ..merging.members import unequal_norms
 from ..merging.plan import Plan, make_plan
 from ..merging.recipes.recipe import Recipe
-from ..merging.tables import make_facts, make_text
-from ..task_vectors.delta import norm
+from ..merging.report import Cosines, shown_ranks
+from ..merging.tables import make_facts, make_table, make_text, number_column
+from ..task_vectors.delta import inner_with_each, norm
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Inspection:
         verdict: whether the readable ones can be merged, or why not; None for fewer than two.
         mergeable: whether all given adapters can be merged; None for fewer than two readable ones.
         rank: the rank that `auto` would choose.
+        cosines: between the task vectors of every pair; None unless they can be merged, or for more than `MAX_PAIRED`.
         warnings: the warnings of a merge by the defaults.
         notes: the adapters that a pattern, or a folder of several adapters, stands for.
         losses: what a merge by the defaults would lose.
@@ -87,6 +92,7 @@ class Inspection:
     verdict: str | None = None
     mergeable: bool | None = None
     rank: int | None = None
+    cosines: tuple[tuple[float, ...], ...] | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
@@ -98,7 +104,9 @@ class Inspection:
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = list(map(make_text, self.notes))
-        parts += [_summary_table(summary) for summary in self.adapters]
+        parts += _set_tables(self.adapters) if len(self.adapters) > 1 else map(_summary_table, self.adapters)
+        if self.cosines is not None:
+            parts.append(Cosines([summary.source for summary in self.adapters], self.cosines))
         parts += [_refused_table(one) for one in self.refused if one.what]
         if self.verdict is not None:
             colour = "green" if self.mergeable else "red"
@@ -201,9 +209,25 @@ def _with_merge_check(inspection: Inspection, opened: Sequence[Adapter], base: s
         verdict=f"{subject} can be merged: {len(plan.modules)} modules, {shared} of them in all{rank}{rest}.",
         mergeable=not inspection.faults,
         rank=plan.rank,
+        cosines=_cosines(opened) if len(opened) <= MAX_PAIRED else None,
         warnings=(*plan.warnings, *_warnings_of_set(inspection.adapters, opened)),
         losses=tuple(_losses(opened, plan)),
     )
+
+
+def _cosines(opened: Sequence[Adapter]) -> tuple[tuple[float, ...], ...]:
+    """Return the cosine between the task vectors of every pair; 0 where one of them is 0."""
+    products = np.zeros((len(opened), len(opened)))
+    for name in sorted({name for adapter in opened for name in adapter.layout}):
+        places = [place for place, adapter in enumerate(opened) if name in adapter.layout]
+        deltas = [opened[place].read(name) for place in places]
+        for number, (place, delta) in enumerate(zip(places, deltas, strict=True)):
+            products[place, places[: number + 1]] += inner_with_each(delta, deltas[: number + 1])
+    products += np.tril(products, -1).T
+    norms = np.sqrt(np.diagonal(products))
+    norms = np.where(norms > 0, norms, np.inf)
+    cosines = products / np.outer(norms, norms)
+    return tuple(tuple(1.0 if i == j else row[j] for j in range(len(row))) for i, row in enumerate(cosines.tolist()))
 
 
 def _warnings_of_set(summaries: Sequence[AdapterSummary], opened: Sequence[Adapter]) -> list[str]:
@@ -290,19 +314,67 @@ def _unusual(adapter: Adapter, norms: dict[str, float]) -> tuple[str, ...]:
 
 
 def _summary_table(summary: AdapterSummary) -> RenderableType:
-    rank = f", rank {', '.join(map(str, summary.ranks))}, scaling {', '.join(f'{s:g}' for s in summary.scalings)}"
+    """Return all that is known of one adapter."""
+    rank = f", rank {', '.join(map(str, summary.ranks))}, scaling {_numbers(summary.scalings)}"
     rows = [
         ("kind", summary.kind + (rank if summary.kind == "LoRA" else "")),
-        ("base", (summary.base or "not named") + (f", {summary.task_type}" if summary.task_type else "")),
+        ("base", _base(summary)),
         ("modules", f"{summary.modules}, {summary.numbers:,} numbers in {summary.dtype}"),
         ("norm", f"{summary.norm:.4g}" + (f", most of it in {summary.largest}" if summary.norm else "")),
     ]
-    rows += [("model", f"{summary.model or 'unknown'}: {', '.join(summary.parts)}")] if summary.parts else []
+    return Group(make_text(summary.source, "bold"), make_facts([*rows, *_details(summary)]))
+
+
+def _set_tables(summaries: Sequence[AdapterSummary]) -> list[RenderableType]:
+    """Return a line for each adapter, then what is the same in all, then what else is known of each."""
+    least = min((one.norm for one in summaries if one.norm), default=1.0)
+    table = make_table(
+        [
+            Column("", no_wrap=True),
+            Column("adapter", overflow="fold"),
+            "kind",
+            *map(number_column, ("rank", "scaling", "modules", "norm", "ratio")),
+        ],
+        [
+            (
+                str(number),
+                one.source,
+                one.kind,
+                shown_ranks(one.ranks) if one.kind == "LoRA" else "–",
+                _numbers(one.scalings) if one.kind == "LoRA" else "–",
+                str(one.modules),
+                f"{one.norm:.3g}",
+                f"{one.norm / least:.1f}",
+            )
+            for number, one in enumerate(summaries, start=1)
+        ],
+    )
+    rows = [("ratio", "of the norm to the smallest one")]
+    for what, read in (("base", _base), ("dtype", lambda one: one.dtype)):
+        values = list(dict.fromkeys(map(read, summaries)))
+        for value in values:
+            holders = [str(number) for number, one in enumerate(summaries, start=1) if read(one) == value]
+            rows.append((what, value + (f" ({', '.join(holders)})" if len(values) > 1 else "")))
+    for number, one in enumerate(summaries, start=1):
+        rows += [(f"{number} {what}".rstrip(), text) for what, text in _details(one)]
+    return [table, make_facts(rows)]
+
+
+def _details(summary: AdapterSummary) -> list[tuple[str, str]]:
+    """Return what only some adapters have: parts of an image model, whole layers, notes of the training, oddities."""
+    rows = [("model", f"{summary.model or 'unknown'}: {', '.join(summary.parts)}")] if summary.parts else []
     rows += [("" if number else "whole layers", text) for number, text in enumerate(summary.riders)]
     training = [f"{what}: {text}" for what, text in summary.training.items()]
     rows += [("" if number else "training", text) for number, text in enumerate(training)]
-    rows += [("unusual", "; ".join(summary.unusual))] if summary.unusual else []
-    return Group(make_text(summary.source, "bold"), make_facts(rows))
+    return rows + ([("unusual", "; ".join(summary.unusual))] if summary.unusual else [])
+
+
+def _base(summary: AdapterSummary) -> str:
+    return (summary.base or "not named") + (f", {summary.task_type}" if summary.task_type else "")
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def _refused_table(one: UnsupportedAdapter) -> RenderableType:

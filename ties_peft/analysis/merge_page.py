@@ -6,34 +6,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..merging.merged import Merged
 from ..merging.report import Report
+from . import page
+from .advice import WARNING
+from .figure_kinds import PAIR_FIGURES, PERCENT, RESULT_FIGURES, RETENTION_FIGURES, WHOLE, ModuleFigures
 from .method_figures import whole_energies
-from .page import (
-    PAIR_FIGURES,
-    PERCENT,
-    RETENTION,
-    curve,
-    figure_kinds,
-    make_page,
-    module_rows,
-    module_set,
-    retention_bars,
-    table_columns,
-)
-
-RESULT_FIGURES = (
-    ("norm", "norm", None, 1e6, False, "The Frobenius norm of the merged task vector, before the rank cuts it."),
-    ("energy", "energy kept", PERCENT, 1000, False, "The share of its squared norm that the rank keeps."),
-    (
-        "conflict",
-        "sign conflict",
-        PERCENT,
-        1000,
-        False,
-        "Of the entries that two or more keep, the share whose signs differ.",
-    ),
-)
 
 
 def merge_page(merged: Merged, out: Path) -> str:
@@ -44,63 +24,47 @@ def merge_page(merged: Merged, out: Path) -> str:
         out: the folder that it is written to.
     """
     report = merged.report
-    cosines = report.cosines or []
-    pairs = [[i, j, round(cosines[j][i], 4)] for j in range(len(cosines)) for i in range(j)]
     rank = "" if report.rank is None else f", rank {report.rank} keeps {report.energy:.1%} of the energy"
     fact = (
         f"{len(report.adapters)} {report.kind} adapters merged by {report.method} in space {report.space}, scale "
         f"{report.scale_text}{rank}, written as {report.dtype}."
     )
     again = f"ties-peft merge --recipe {shlex.quote(str(out / 'recipe.yaml'))} --out merged"
-    data = {
-        "names": [line.name for line in report.adapters],
-        "facts": [fact],
-        "advice": [{"text": text, "option": None, "severity": "warning"} for text in report.warnings],
-        "adapters": _adapter_table(report),
-        "pairs": {"figures": figure_kinds(PAIR_FIGURES[:1]) if pairs else [], "values": {"cosine": pairs}},
-        "places": module_rows([line.name for line in report.modules], [line.shape for line in report.modules]),
-        "modules": [_module_figures(report)],
-        "retention": retention_bars(
-            [
-                {
-                    "method": report.method,
-                    "adapter": i,
-                    **{kind["key"]: getattr(line, kind["key"]) for kind in RETENTION},
-                }
-                for i, line in enumerate(report.adapters)
-            ]
-        ),
-        "curves": _curves(merged),
-        "commands": [{"method": report.method, "command": again, "recipe": merged.recipe.to_yaml()}],
-    }
-    return make_page("A merge of adapters", data)
+    cosines = np.array(report.cosines or np.zeros((0, 0)))
+    retention = [[getattr(line, kind.key) for kind in RETENTION_FIGURES] for line in report.adapters]
+    return page.make_page(
+        "A merge of adapters",
+        {
+            "names": [line.name for line in report.adapters],
+            "facts": [fact],
+            "advice": [{"text": text, "option": None, "severity": WARNING} for text in report.warnings],
+            "adapters": _adapter_table(report),
+            "pairs": page.pair_figures(PAIR_FIGURES[:1], {"cosine": cosines}),
+            "places": page.module_places_shown(
+                [line.name for line in report.modules], [line.shape for line in report.modules]
+            ),
+            "modules": [page.module_figures(_module_figures(report))],
+            "retention": page.retention_bars({report.method: retention}),
+            "curves": page.energy_curves({report.method: whole_energies(merged)}),
+            "commands": [{"method": report.method, "command": again, "recipe": merged.recipe.to_yaml()}],
+        },
+    )
 
 
 def _adapter_table(report: Report) -> dict[str, Any]:
     """Return the table of the adapters; the last column is empty where nothing is trimmed."""
-    columns: list[tuple[str, str | None]] = [("adapter", None), ("weight", None), ("modules", "whole")]
-    columns += [("rank", None), ("norm", None), ("trim keeps", PERCENT)]
     rows: list[list[Any]] = []
     for line in report.adapters:
         kept = line.kept / line.entries if line.entries and line.kept < line.entries else None
         ranks = ", ".join(map(str, line.ranks))
         rows.append([line.name, line.weight, line.modules, ranks, line.norm, kept])
-    return {"columns": table_columns(columns), "rows": rows}
+    columns = [("adapter", None), ("weight", None), ("modules", WHOLE), ("rank", None), ("norm", None)]
+    return page.adapter_table([*columns, ("trim keeps", PERCENT)], rows)
 
 
-def _module_figures(report: Report) -> dict[str, Any]:
+def _module_figures(report: Report) -> ModuleFigures:
     """Return norm, energy and sign conflict of each module."""
-    return module_set(
-        "Modules by layer",
-        "",
-        ["the result"],
-        RESULT_FIGURES,
-        lambda key, _, module: getattr(report.modules[module], key),
-        len(report.modules),
-    )
-
-
-def _curves(merged: Merged) -> list[dict[str, Any]]:
-    """Return the share of the energy of a merge that each rank keeps."""
-    energies = whole_energies(merged)
-    return [curve(merged.report.method, energies)] if len(energies) else []
+    values = {
+        kind.key: np.array([[getattr(line, kind.key) for line in report.modules]], float) for kind in RESULT_FIGURES
+    }
+    return ModuleFigures("Modules by layer", "", [("the result",)], "", RESULT_FIGURES, values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,8 +14,7 @@ from ..merging.plan import Plan, Progress, make_plan
 from ..merging.recipes.recipe import Recipe
 from ..task_vectors.delta import LowRank, inner, inner_with_each
 from ..task_vectors.factorise import decompose
-
-Array = np.ndarray[Any, Any]
+from .figure_kinds import Array
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,9 @@ class MethodResult:
         space, scale, rank: of the merge.
         energy: the share of the squared norm that the rank keeps.
         energies: that share for every rank from 1 to `rank`; empty for vectors, which have none.
-        module_energies: the same of each module, (M, rank).
         projection, cosine, others: of each adapter, see `merging.measure.retention`.
         module_projections, module_cosines: the same of each module, (M, N); NaN where an adapter lacks the module.
         norms: of the merged task vector on each module, before truncation, (M,).
-        seconds: that the merge took.
     """
 
     method: str
@@ -43,14 +39,12 @@ class MethodResult:
     rank: int | None
     energy: float
     energies: Array
-    module_energies: Array
     projection: list[float | None]
     cosine: list[float | None]
     others: list[float | None]
     module_projections: Array
     module_cosines: Array
     norms: Array
-    seconds: float
 
     def rank_for(self, share: float) -> int | None:
         """Return the smallest rank that keeps a share of the energy; None if that of the result does not."""
@@ -66,11 +60,9 @@ def measure_method(recipe: Recipe, plan: Plan, progress: Progress) -> MethodResu
         plan: of the adapters that are analysed; its members are merged.
         progress: as in `merge`.
     """
-    started = time.perf_counter()
     adapters = [member.adapter for member in plan.members]
     own = make_plan(recipe, adapters, str(plan.device), checked=True)
-    merged = run_plan(own, recipe, started, None, progress, warns=False)
-    seconds = time.perf_counter() - started
+    merged = run_plan(own, recipe, time.perf_counter(), None, progress, warns=False)
     report = merged.report
     norms = np.array([line.norm for line in report.modules])
     by_rank = _energies_by_rank(merged)
@@ -83,14 +75,12 @@ def measure_method(recipe: Recipe, plan: Plan, progress: Progress) -> MethodResu
         rank=report.rank,
         energy=report.energy,
         energies=_shares(by_rank.sum(0), float((norms**2).sum())),
-        module_energies=np.divide(by_rank, norms[:, None] ** 2, out=np.ones_like(by_rank), where=norms[:, None] > 0),
         projection=[line.projection for line in report.adapters],
         cosine=[line.cosine for line in report.adapters],
         others=[line.others for line in report.adapters],
         module_projections=projections,
         module_cosines=cosines,
         norms=norms,
-        seconds=seconds,
     )
 
 

@@ -43,3 +43,25 @@ def module_places(modules: Sequence[str]) -> list[Place]:
         layer = str(number) if len(starts) == 1 else f"{start}{number}"
         places.append(Place(layer, module[found.end(1) + 1 :] or module, (0, start, number)))
     return places
+
+
+def layers_in_order(places: Sequence[Place]) -> list[str]:
+    """Return each layer once, by number; what lies outside the layers comes last."""
+    return list(dict.fromkeys(place.layer for place in sorted(places, key=lambda place: place.order)))
+
+
+def short_kinds(places: Sequence[Place]) -> dict[str, str]:
+    """Return each kind of module with the shortest end of its path that no other kind has.
+
+    >>> short_kinds(module_places(["h.0.attn.q", "h.0.attn.out", "h.0.mlp.out"]))
+    {'attn.q': 'q', 'attn.out': 'attn.out', 'mlp.out': 'mlp.out'}
+    """
+    paths = {place.kind: place.kind.split(".") for place in places}
+
+    def shortest(path: list[str]) -> str:
+        for length in range(1, len(path)):
+            if sum(other[-length:] == path[-length:] for other in paths.values()) == 1:
+                return ".".join(path[-length:])
+        return ".".join(path)
+
+    return {kind: shortest(path) for kind, path in paths.items()}

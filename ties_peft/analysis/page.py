@@ -11,141 +11,26 @@ Names from files are data: they stand in one JSON block, whose `<`, `>` and `&` 
 from __future__ import annotations
 
 import json
+import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..errors import RecipeError, printable_lines
 from ..merging.measure import LOW_PROJECTION
 from ..merging.merged import versions
 from ..merging.options import Options
 from ..merging.recipes.recipe import Recipe
-from .module_places import module_places
+from .figure_kinds import NO_PREDICTION, RETENTION_FIGURES, Array, FigureKind, ModuleFigures
+from .module_places import layers_in_order, module_places, short_kinds
 
 STATIC = Path(__file__).parent / "static"
 MARK = '<meta name="generator" content="ties-peft">'
-RETENTION = (
-    {
-        "key": "projection",
-        "label": "projection",
-        "meaning": "The share of the adapter's task vector that the merged one holds: 1 is all of it, 0 nothing. The dashed "
-        f"line is {LOW_PROJECTION}: under it the adapters of a sentence encoder had mostly lost half of what they had learnt. On "
-        "a language model the figures did not tell what accuracy was kept (benchmarks/prediction.py): measure it.",
-    },
-    {"key": "cosine", "label": "cosine", "meaning": "The cosine between the adapter's task vector and the merged one."},
-    {
-        "key": "others",
-        "label": "others",
-        "meaning": "The norm of what the merge adds that is not this adapter's, divided by the adapter's own norm.",
-    },
-)
-PERCENT, POINTS, DEGREES = "percent", "points", "degrees"
-PAIR_FIGURES = (
-    (
-        "cosine",
-        "cosine",
-        None,
-        1000,
-        True,
-        "The cosine between the two task vectors: 0 is unrelated, 1 is the same direction.",
-    ),
-    (
-        "sign_conflict",
-        "sign conflict",
-        PERCENT,
-        1000,
-        False,
-        "Of the entries that both keep, the share whose signs differ.",
-    ),
-    (
-        "excess_conflict",
-        "excess sign conflict",
-        POINTS,
-        1000,
-        True,
-        "The sign conflict beyond that of Gaussian entries with the same cosine, in points of percent.",
-    ),
-    (
-        "kept_overlap",
-        "kept by both",
-        PERCENT,
-        1000,
-        False,
-        "Of the entries that either keeps, the share that both keep.",
-    ),
-    (
-        "overlap_in",
-        "overlap of inputs",
-        None,
-        1000,
-        False,
-        "How much the row spaces overlap, ‖UᵀV‖²/min(r₁, r₂): 1 is the same space, 0 orthogonal.",
-    ),
-    ("overlap_out", "overlap of outputs", None, 1000, False, "How much the column spaces overlap, as for the inputs."),
-    (
-        "angle_in",
-        "smallest angle of inputs",
-        DEGREES,
-        10,
-        False,
-        "The smallest principal angle between the row spaces.",
-    ),
-    (
-        "angle_out",
-        "smallest angle of outputs",
-        DEGREES,
-        10,
-        False,
-        "The smallest principal angle between the column spaces.",
-    ),
-    (
-        "initial_cosine",
-        "cosine of A",
-        None,
-        1000,
-        True,
-        "The cosine between the factors A as they are stored; near 1 if training started from the same A.",
-    ),
-)
-ADAPTER_FIGURES = (
-    ("norm", "norm", None, 1e6, False, "The Frobenius norm of the task vector."),
-    (
-        "effective_rank",
-        "effective rank",
-        None,
-        1000,
-        False,
-        "exp of the entropy of the squared singular values' shares.",
-    ),
-    (
-        "redundancy",
-        "in the largest 20 %",
-        PERCENT,
-        1000,
-        False,
-        "The share of the squared norm that the largest 20 % of the entries of the adapter hold.",
-    ),
-)
-LEFT_FIGURES = (
-    (
-        "projection",
-        "projection",
-        None,
-        1000,
-        True,
-        "The share of the adapter's task vector on the module that the result holds.",
-    ),
-    (
-        "cosine",
-        "cosine",
-        None,
-        1000,
-        True,
-        "The cosine between the adapter's task vector on the module and the result.",
-    ),
-)
-FigureKind = tuple[str, str, str | None, float, bool, str]
 
 
 def check_page_file(path: Path) -> None:
@@ -170,47 +55,90 @@ def write_page(path: Path, page: str) -> None:
         raise RecipeError(f"the report {str(path)!r} cannot be written: {error.strerror}.") from None
 
 
-def figure_kinds(kinds: Sequence[FigureKind]) -> list[dict[str, Any]]:
-    """Return what the page has to know of some figures."""
-    keys = ("key", "label", "format", "factor", "diverging", "meaning")
-    return [dict(zip(keys, kind, strict=True)) for kind in kinds]
-
-
-def module_set(
-    title: str,
-    what: str,
-    series: Sequence[str],
-    kinds: Sequence[FigureKind],
-    value: Callable[[str, int, int], float | None],
-    modules: int,
-) -> dict[str, Any]:
-    """Return figures of every module for a heat map, as whole numbers, which take the least room.
+def adapter_table(columns: Sequence[tuple[str, str | None]], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Return the table of the adapters.
 
     Args:
-        title, what: of the section, and what its series are.
-        series: names, such as the pairs.
-        kinds: the figures.
-        value: value(key, series, module) returns one of them.
-        modules: how many there are.
+        columns: the label and the format of each; the first one holds names.
+        rows: the cells of each adapter.
     """
-    figures = []
-    for kind in figure_kinds(kinds):
-        values = [
-            [_rounded(value(kind["key"], number, module), kind["factor"]) for module in range(modules)]
-            for number in range(len(series))
+    heads = [{"label": label, "format": form, "text": not number} for number, (label, form) in enumerate(columns)]
+    return {"columns": heads, "rows": [list(map(_plain, row)) for row in rows]}
+
+
+def pair_figures(kinds: Sequence[FigureKind], matrices: Mapping[str, Array]) -> dict[str, Any]:
+    """Return the figures of all pairs (i, j), i < j, that are defined for at least one pair.
+
+    Args:
+        kinds: the figures.
+        matrices: (N, N) by the figure's key.
+    """
+    known = [kind for kind in kinds if np.isfinite(np.triu(matrices[kind.key], 1)).any()]
+    values = {
+        kind.key: [
+            [i, j, _plain(round(float(matrices[kind.key][i, j]), 4))]
+            for i, j in combinations(range(len(matrices[kind.key])), 2)
         ]
-        if any(one is not None for own in values for one in own):
-            figures.append({**kind, "values": values})
-    return {"title": title, "what": what, "series": list(series), "figures": figures}
+        for kind in known
+    }
+    return {"figures": list(map(asdict, known)), "values": values}
 
 
-def module_rows(modules: Sequence[str], shapes: Sequence[Sequence[int]]) -> list[dict[str, str]]:
-    """Return name, shape, layer and kind of each module."""
+def module_figures(figures: ModuleFigures) -> dict[str, Any]:
+    """Return figures of every module for a heat map, as whole numbers, which take the least room."""
+    known = [kind for kind in figures.kinds if np.isfinite(figures.values[kind.key]).any()]
+    return {
+        "title": figures.title,
+        "what": figures.what,
+        "series": [figures.joiner.join(names) for names in figures.series],
+        "figures": [{**asdict(kind), "values": _whole(figures.values[kind.key] * kind.factor)} for kind in known],
+    }
+
+
+def module_places_shown(modules: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return where each module stands in the heat maps: the layers and kinds in order, and the rows of the modules."""
     places = module_places(modules)
-    return [
+    rows = [
         {"name": name, "shape": " × ".join(map(str, shape)), "layer": place.layer, "kind": place.kind}
         for name, shape, place in zip(modules, shapes, places, strict=True)
     ]
+    return {"layers": layers_in_order(places), "kinds": short_kinds(places), "modules": rows}
+
+
+def retention_bars(results: Mapping[str, Sequence[Sequence[float | None]]]) -> dict[str, Any]:
+    """Return what each method leaves of each adapter.
+
+    Args:
+        results: for each method the values of `RETENTION_FIGURES`, a row for each adapter.
+    """
+    kinds = list(map(asdict, RETENTION_FIGURES))
+    kinds[0]["meaning"] += f" The dashed line is at {LOW_PROJECTION}. {NO_PREDICTION}"
+    rows = [
+        {"method": method, "adapter": i, **dict(zip((kind.key for kind in RETENTION_FIGURES), values, strict=True))}
+        for method, adapters in results.items()
+        for i, values in enumerate(adapters)
+    ]
+    return {"low": LOW_PROJECTION, "figures": kinds, "rows": rows}
+
+
+def energy_curves(results: Mapping[str, Array]) -> list[dict[str, Any]]:
+    """Return the share of the energy that each rank keeps, for each method whose result has a rank."""
+    return [
+        {"method": method, "energies": [round(float(share), 4) for share in energies]}
+        for method, energies in results.items()
+        if len(energies)
+    ]
+
+
+def commands(sources: Sequence[str], methods: Sequence[tuple[str, int | None]]) -> list[dict[str, str]]:
+    """Return, for each method and rank, the command and the recipe of the merge."""
+    found = []
+    for method, rank in methods:
+        words = ["ties-peft", "merge", *sources, "--method", method]
+        words += ["--rank", str(rank)] if rank is not None else []
+        recipe = Recipe(tuple(sources), method=method, rank=Options.rank if rank is None else rank)
+        found.append({"method": method, "command": shlex.join([*words, "--out", "merged"]), "recipe": recipe.to_yaml()})
+    return found
 
 
 def make_page(title: str, data: Mapping[str, Any]) -> str:
@@ -231,35 +159,14 @@ def make_page(title: str, data: Mapping[str, Any]) -> str:
     return head + "".join(parts[name] + after for name, after in (part.split("}}", 1) for part in rest))
 
 
-def commands(sources: Sequence[str], methods: Sequence[tuple[str, int | None]]) -> list[dict[str, str]]:
-    """Return, for each method and rank, the command and the recipe of the merge."""
-    found = []
-    for method, rank in methods:
-        words = ["ties-peft", "merge", *sources, "--method", method]
-        words += ["--rank", str(rank)] if rank is not None else []
-        recipe = Recipe(tuple(sources), method=method, rank=Options.rank if rank is None else rank)
-        found.append({"method": method, "command": shlex.join([*words, "--out", "merged"]), "recipe": recipe.to_yaml()})
-    return found
+def _plain(value: Any) -> Any:
+    """Return a number that is not finite as None, and anything else as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def curve(method: str, energies: Any) -> dict[str, Any]:
-    """Return the share of the energy that each rank keeps, rounded."""
-    return {"method": method, "energies": [round(float(share), 4) for share in energies]}
-
-
-def retention_bars(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the rows of the retention of adapters, with the figures they hold."""
-    return {"low": LOW_PROJECTION, "figures": list(RETENTION), "rows": list(rows)}
-
-
-def table_columns(columns: Sequence[tuple[str, str | None]]) -> list[dict[str, Any]]:
-    """Return the columns of a table; the first one holds text."""
-    return [{"label": label, "format": form, "text": not number} for number, (label, form) in enumerate(columns)]
-
-
-def _rounded(value: float | None, factor: float) -> int | None:
-    """Return a figure times its factor, as a whole number; None where it is undefined."""
-    return None if value is None or value != value else round(value * factor)
+def _whole(values: Array) -> list[list[int | None]]:
+    """Return the nearest whole numbers; None where a value is undefined."""
+    return [[round(value) if math.isfinite(value) else None for value in row] for row in values.tolist()]
 
 
 def _escaped(value: Any) -> Any:

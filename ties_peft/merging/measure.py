@@ -27,7 +27,7 @@ from .report import AdapterLine, ModuleLine, Report, figure
 from .thresholds import KeptCount, vocabulary_modules
 
 MAX_PAIRED = 64  # adapters for which the cosine of every pair is computed
-LOW_PROJECTION = 0.34  # a smaller one is warned of; chosen by benchmarks/retention.py
+LOW_PROJECTION = 0.34  # a smaller one is warned of; chosen by benchmarks/retention.py, on a sentence encoder
 SAME_COSINE = 0.97  # above it two adapters are nearly the same
 LOW_ENERGY = 0.5  # less energy kept is warned of
 FLAT_LOSS = 1e-3  # more energy lost from a flat spectrum is warned of
@@ -299,7 +299,8 @@ def warn_low_retention(adapters: Sequence[AdapterLine], plan: Plan) -> list[str]
         advice = f"Use a method that adds, such as task_arithmetic, or raise its weight{even}."
     return [
         f"little is left of {shown}{more}. The number is the projection: the share of the adapter's task vector that the "
-        f"result holds. Under {LOW_PROJECTION} an adapter has likely lost half of what it had learnt. {advice}"
+        f"result holds. Under {LOW_PROJECTION} most adapters of a sentence encoder had lost over half of their gain in accuracy; "
+        f"on a language model it did not predict the accuracy, so measure that. {advice}"
     ]
 
 

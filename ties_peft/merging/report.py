@@ -208,7 +208,7 @@ class Report(Printed):
                     line.name,
                     f"{line.weight:g}",
                     str(line.modules),
-                    _ranks(line.ranks) if self.rank is not None else "–",
+                    shown_ranks(line.ranks) if self.rank is not None else "–",
                     f"{line.norm:.3g}",
                     *([share] if mixed else []),
                     figure(line.projection),
@@ -298,7 +298,7 @@ def _cosine(value: float) -> str:
     return f"{value:.2f}".replace("-0.00", "0.00")
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def shown_ranks(ranks: Sequence[int]) -> str:
     """Return some ranks, sorted; of many the least and the largest."""
     return ", ".join(map(str, ranks)) if len(ranks) <= LISTED_RANKS else f"{ranks[0]}–{ranks[-1]}"
 

@@ -21,6 +21,7 @@ function section(title, ...children) {
 
 const muted = (text) => element("p", { class: "muted" }, text);
 const cut = (text, length) => (text.length > length ? text.slice(0, length - 1) + "…" : text);
+const middle = (text, length) => (text.length > length ? text.slice(0, Math.floor(length / 2) - 1) + "…" + text.slice(-Math.ceil(length / 2)) : text);
 const tail = (text, length) => (text.length > length ? "…" + text.slice(1 - length) : text);
 
 function shown(value, format) {
@@ -98,26 +99,28 @@ function copied(text, label) {
   return element("p", {}, element("button", { type: "button", onclick: copy }, label), said);
 }
 
-// A scale for values: two colours around 0 where a figure has a sign and some values are negative, else one range.
+// The ends of a scale of colours for values, with 0 in the middle where a figure is diverging. It goes to `figure.reach` at
+// least, so that differences of no importance look alike.
 function scale(figure, values) {
   const known = values.filter((value) => value !== null && Number.isFinite(value));
-  const top = Math.max(1e-9, ...known.map(Math.abs));
-  const diverging = figure.diverging && known.some((value) => value < 0);
-  return { diverging, domain: diverging ? [-top, top] : [Math.min(0, ...known), top] };
+  const top = Math.max(1e-9, figure.reach, ...known.map(Math.abs));
+  return figure.diverging ? [-top, top] : [Math.min(0, ...known), top];
 }
 
-// Black or white, whichever is read better on the colour of a value.
-function ink({ diverging, domain: [low, high] }, value) {
+// Black or white, whichever has the larger contrast (WCAG 2) to the colour of a value.
+function ink({ diverging }, [low, high], value) {
   const part = (value - low) / (high - low);
   const { r, g, b } = d3.rgb(diverging ? d3.interpolateRdBu(1 - part) : d3.interpolateViridis(part));
-  return 0.3 * r + 0.6 * g + 0.1 * b > 140 ? "black" : "white";
+  const [red, green, blue] = [r, g, b].map((own) => (own <= 10 ? own / 255 / 12.92 : ((own / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "black" : "white";
 }
 
-function colour(figure, { diverging, domain }) {
+function colour(figure, domain) {
+  const { diverging } = figure;
   const percent = figure.format === "percent" || figure.format === "points";
   return {
     type: diverging ? "diverging" : "linear", scheme: diverging ? "RdBu" : "viridis", reverse: diverging,
-    domain, legend: true, label: figure.label, unknown: "transparent", width: 270, marginLeft: 10, marginRight: 20, ticks: 4,
+    domain, legend: true, label: figure.label, unknown: "transparent", width: 290, marginLeft: 24, marginRight: 24, ticks: 4,
     ...(percent ? { percent: true, domain: domain.map((end) => 100 * end), label: figure.label + (figure.format === "points" ? " (points)" : " (%)") } : {}),
   };
 }
@@ -147,7 +150,7 @@ function pairs() {
   const meaning = muted(figure.meaning);
   const [holder, redraw] = chart((width) => {
     const narrow = width < 560 || data.names.length > 12;
-    const label = (place) => (narrow ? String(place + 1) : `${place + 1} ${cut(data.names[place], 14)}`);
+    const label = (place) => (narrow ? String(place + 1) : `${place + 1} ${middle(data.names[place], 14)}`);
     const cells = data.names.flatMap((_, a) => data.names.map((_, b) => ({ a, b, value: a === b ? null : of(a, b) }))).filter((cell) => cell.a > cell.b);
     const size = Math.min(width, 90 + data.names.length * 64);
     const row = Math.max(22, Math.min(40, size / data.names.length));
@@ -162,7 +165,7 @@ function pairs() {
       color: colour(figure, range),
       marks: [
         Plot.cell(cells, { x: "b", y: "a", fill: "value", inset: 1, tip: true, title: (cell) => `${data.names[cell.b]}\n${data.names[cell.a]}\n${figure.label}: ${shown(cell.value, figure.format)}` }),
-        ...(text ? [Plot.text(cells, { x: "b", y: "a", text: (cell) => shown(cell.value, figure.format).replace(" points", ""), fill: (cell) => ink(range, cell.value), pointerEvents: "none" })] : []),
+        ...(text ? [Plot.text(cells, { x: "b", y: "a", text: (cell) => shown(cell.value, figure.format).replace(" points", ""), fill: (cell) => ink(figure, range, cell.value), pointerEvents: "none" })] : []),
       ],
     });
   });
@@ -173,14 +176,15 @@ function pairs() {
   });
   const columns = [{ label: "pair", text: true }, ...figures];
   const rows = values[figures[0].key].map(([i, j], place) => [`${data.names[i]} and ${data.names[j]}`, ...figures.map((one) => values[one.key][place][2])]);
-  section("Pairs of adapters", element("div", { class: "controls" }, choice), meaning, holder, element("details", {}, element("summary", {}, `Table of ${rows.length} pairs`), table("One row for each pair", columns, rows, true)));
+  section("Pairs of adapters", element("div", { class: "controls" }, choice), meaning, holder, muted(data.names.map((name, place) => `${place + 1} ${cut(name, 40)}`).join(", ")),
+    element("details", {}, element("summary", {}, `Table of ${rows.length} pairs`), table("One row for each pair", columns, rows, true)));
 }
 
 // Layer × module × pair
 
 function modules({ title, what, series, figures }) {
   if (!figures.length) return;
-  const places = data.places;
+  const { layers, kinds: labels, modules: places } = data.places;
   let figure = figures[0];
   let chosen = series.length > 1 ? -1 : 0;
   const read = (one, number, place) => {
@@ -192,21 +196,18 @@ function modules({ title, what, series, figures }) {
     const known = series.map((_, number) => read(one, number, place)).filter((own) => own !== null);
     return known.length ? d3.mean(known) : null;
   };
-  const layers = [...new Set(places.map((place) => place.layer))];
-  const kinds = [...new Set(places.map((place) => place.kind))];
-  const last = (kind) => kind.split(".").at(-1);
-  const short = new Set(kinds.map(last)).size === kinds.length ? last : (kind) => kind;
+  const kinds = Object.keys(labels);
   const meaning = muted(figure.meaning);
   const [holder, redraw] = chart((width) => {
     const cells = places.map((place, number) => ({ ...place, value: value(figure, number) })).filter((cell) => cell.value !== null);
     const wide = Math.min(width, 110 + kinds.length * 90);
-    const letters = Math.min(16, Math.max(...kinds.map((kind) => short(kind).length)));
+    const letters = Math.min(24, Math.max(...Object.values(labels).map((label) => label.length)));
     return Plot.plot({
-      width: wide, height: Math.max(12, Math.min(30, 900 / layers.length)) * layers.length + 30 + 6 * letters, marginTop: 10, marginBottom: 20 + 6 * letters,
+      width: wide, height: Math.max(12, Math.min(30, 900 / layers.length)) * layers.length + 30 + 7 * letters, marginTop: 10, marginBottom: 20 + 7 * letters,
       marginLeft: 16 + 8 * Math.max(6, ...layers.map((layer) => Math.min(18, layer.length))),
       ariaLabel: `${figure.label} of each module: layers from top to bottom, kinds of module from left to right. The table below has the same values.`,
       style: { fontSize: "13px" },
-      x: { domain: kinds, label: null, tickRotate: -40, tickFormat: (kind) => tail(short(kind), letters) },
+      x: { domain: kinds, label: null, tickRotate: -55, tickFormat: (kind) => tail(labels[kind], letters) },
       y: { domain: layers, label: "layer", tickFormat: (layer) => tail(layer, 18) },
       color: colour(figure, scale(figure, cells.map((cell) => cell.value))),
       marks: [Plot.cell(cells, { x: "kind", y: "layer", fill: "value", inset: 0.5, tip: true, title: (cell) => `${cell.name}\n${cell.shape}\n${figure.label}: ${shown(cell.value, figure.format)}` })],
@@ -241,13 +242,15 @@ function retention() {
   const [holder, redraw] = chart((width) => {
     const left = Math.min(150, width / 3);
     const letters = Math.floor(left / 8);
+    const bars = 18 * data.names.length, gap = 34;
     return Plot.plot({
-      width: Math.min(width, 820), height: methods.length * (data.names.length * 18 + 26) + 60, marginLeft: left, marginRight: width < 560 ? 100 : 150,
+      width: Math.min(width, 820), height: methods.length * (bars + gap) + 74, marginLeft: left, marginRight: 16, marginTop: gap, marginBottom: 44,
       ariaLabel: `${figure.label} of each adapter, for each method. The table below has the same values.`,
       style: { fontSize: "13px" },
-      x: { label: figure.label, grid: true, nice: true }, y: { label: null, tickFormat: (place) => cut(data.names[place], letters) },
-      fy: { label: null, domain: methods, tickFormat: (method) => cut(method, width < 560 ? 13 : 22) },
+      x: { label: figure.label, grid: true, nice: true }, y: { label: null, tickFormat: (place) => middle(data.names[place], letters) },
+      fy: { axis: null, domain: methods, padding: gap / (bars + gap) },
       marks: [
+        Plot.text(methods, { fy: (method) => method, text: (method) => cut(method, 40), frameAnchor: "top-left", dy: -18, dx: 2, fontWeight: 600, fontSize: 14 }),
         Plot.barX(data.retention.rows, { y: "adapter", fy: "method", x: figure.key, fill: "#4269d0", inset: 1, tip: true, title: (row) => `${row.method}: ${data.names[row.adapter]}\n` + figures.map((one) => `${one.label}: ${shown(row[one.key])}`).join("\n") }),
         Plot.ruleX([0]),
         ...(figure.key === "projection" ? [Plot.ruleX([data.retention.low], { stroke: "currentColor", strokeDasharray: "4 3" })] : []),
@@ -269,7 +272,7 @@ function energy() {
   if (!data.curves.length) return;
   const rows = data.curves.flatMap(({ method, energies }) => energies.map((share, place) => ({ method, rank: place + 1, share: 100 * share })));
   const [holder] = chart((width) => Plot.plot({
-    width: Math.min(width, 820), height: 340, marginRight: 20, marginLeft: 46, marginBottom: 44, style: { fontSize: "13px" },
+    width: Math.min(width, 820), height: 340, marginTop: 32, marginRight: 20, marginLeft: 46, marginBottom: 44, style: { fontSize: "13px" },
     ariaLabel: "Share of the merged energy that a rank keeps, for each method. The table below has some of the values.",
     x: { label: "rank", grid: true }, y: { label: "energy kept (%)", grid: true, domain: [0, 100] }, color: { legend: true, scheme: "Observable10", domain: data.curves.map((curve) => curve.method) },
     marks: [
