@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -344,13 +346,20 @@ def test_too_many_adapters_for_all_pairs_are_refused(make_lora: Make) -> None:
         ties_peft.analyze([folder] * 65)
 
 
-def test_tables_for_pandas(loras: list[Path]) -> None:
-    pytest.importorskip("pandas")
+def test_tables_for_pandas(loras: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each adapter, pair, pair on a module, and method and adapter, with the values of `to_dict`."""
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
     analysis = ties_peft.analyze(loras, methods=["ties"])
-    tables = analysis.to_pandas()
-    assert {name: len(table) for name, table in tables.items()} == {
-        "adapters": 3,
-        "pairs": 3,
-        "modules": 3 * 3 + 1,
-        "methods": 3,
-    }
+    found, tables = analysis.to_dict(), analysis.to_pandas()
+    assert tables["adapters"] == found["adapters"] and tables["pairs"] == found["pairs"]
+    assert [(row["module"], row["a"], row["b"], row["cosine"]) for row in tables["modules"]] == [
+        (module["name"], pair["a"], pair["b"], pair["cosine"])
+        for module in found["modules"]
+        for pair in module["pairs"]
+    ]
+    assert [(row["method"], row["projection"]) for row in tables["methods"]] == [
+        ("ties", line["projection"]) for line in found["methods"][0]["adapters"]
+    ]
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ties_peft.RecipeError, match="pip install pandas"):
+        analysis.to_pandas()

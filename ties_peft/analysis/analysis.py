@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..merging.tables import Printed, make_facts, make_table, make_text, number_column
+from ..merging.tables import Printed, make_data_frame, make_facts, make_table, make_text, number_column
 from . import page
 from .advice import WARNING, Advice, Facts, advise
 from .figure_kinds import ADAPTER_FIGURES, PAIR_FIGURES, RETENTION_FIGURES, ModuleFigures
@@ -158,9 +158,10 @@ class Analysis(Printed):
         }
 
     def to_pandas(self) -> dict[str, Any]:
-        """Return the tables `adapters`, `pairs`, `modules` (a row for a pair on a module) and `methods` as DataFrames."""
-        import pandas
+        """Return the tables `adapters`, `pairs`, `modules` (a row for a pair on a module) and `methods` as DataFrames.
 
+        Raises: RecipeError without pandas.
+        """
         values = self.to_dict()
         methods = [
             {"method": m["name"], "energy": m["energy"], **line} for m in values["methods"] for line in m["adapters"]
@@ -171,7 +172,7 @@ class Analysis(Printed):
             for line in module["pairs"]
         ]
         tables = {"adapters": values["adapters"], "pairs": values["pairs"], "modules": modules, "methods": methods}
-        return {name: pandas.DataFrame(rows) for name, rows in tables.items()}
+        return {name: make_data_frame(rows) for name, rows in tables.items()}
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page with the figures, which needs no network.

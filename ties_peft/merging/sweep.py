@@ -9,12 +9,11 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from ..errors import RecipeError
 from ..methods import find_method
 from .merged import Merged
 from .options import Rank
 from .report import figure
-from .tables import Printed, make_table, number_column
+from .tables import Printed, make_data_frame, make_table, number_column
 
 Settings = tuple[str, float | None, Rank]
 
@@ -90,13 +89,7 @@ class Sweep(Printed):
 
         Raises: RecipeError without pandas.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise RecipeError(
-                "to_pandas needs the package 'pandas', which is not installed: pip install pandas."
-            ) from error
-        return pandas.DataFrame(self.flat_rows())
+        return make_data_frame(self.flat_rows())
 
 
 def sweep(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..errors import printable
+from ..errors import RecipeError, printable
 
 
 def make_table(
@@ -44,6 +44,17 @@ def number_column(heading: str) -> Column:
 def make_text(text: str, style: str = "") -> Text:
     """Return text that is printed as it stands, without markup; control characters are escaped."""
     return Text(printable(text), style)
+
+
+def make_data_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return rows as a pandas DataFrame. Raises: RecipeError without pandas."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise RecipeError(
+            "to_pandas needs the package 'pandas', which is not installed: pip install pandas."
+        ) from error
+    return pandas.DataFrame(rows)
 
 
 class Printed:

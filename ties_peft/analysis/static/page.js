@@ -277,7 +277,7 @@ function energy() {
     x: { label: "rank", grid: true }, y: { label: "energy kept (%)", grid: true, domain: [0, 100] }, color: { legend: true, scheme: "Observable10", domain: data.curves.map((curve) => curve.method) },
     marks: [
       Plot.line(rows, { x: "rank", y: "share", stroke: "method", strokeWidth: 2, marker: rows.length < 300 ? "dot" : null }),
-      Plot.tip(rows, Plot.pointer({ x: "rank", y: "share", title: (row) => `${row.method}\nrank ${row.rank} keeps ${row.share.toFixed(1)} %` })),
+      Plot.tip(rows, Plot.pointer({ x: "rank", y: "share", maxRadius: 200, title: (row) => `${row.method}\nrank ${row.rank} keeps ${row.share.toFixed(1)} %` })),
     ],
   }));
   const most = Math.max(...data.curves.map((curve) => curve.energies.length));
