@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import docstrings  # noqa: E402
 import generate  # noqa: E402
 
 import ties_peft  # noqa: E402
@@ -25,6 +26,9 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"ties_peft {release}"
 autodoc_member_order = "bysource"
+autodoc_class_signature = "separated"  # the fields of a report are no arguments of a user's
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 100
 exclude_patterns = ["_build"]
 generate.write(HERE / "generated")
 
@@ -34,12 +38,12 @@ def _link_readmes_as_files(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\((\.\./[^)]*README\.md)\)", r"](path:\1)", source[0])
 
 
-def _show_docstring_as_text(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Keep the layout of a docstring, whose formulas and lists are plain text and not reStructuredText."""
-    lines[:] = [".. code-block:: text", "", *(f"   {line}" for line in lines), ""] if any(lines) else []
+def _read_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Write a docstring, which is plain text with formulas and lists, as reStructuredText."""
+    lines[:] = docstrings.restructured(docstrings.read("\n".join(lines)))
 
 
 def setup(app: Sphinx) -> None:
     """Connect the above to Sphinx."""
-    app.connect("autodoc-process-docstring", _show_docstring_as_text)
+    app.connect("autodoc-process-docstring", _read_docstring)
     app.connect("source-read", _link_readmes_as_files)
