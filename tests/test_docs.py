@@ -182,16 +182,19 @@ def expanded(word: str) -> list[str]:
 
 
 def messages() -> str:
-    """The texts in the package's code, each f-string as one text in which … stands for its values."""
+    """The texts in the package's code, each f-string as one text with the names of its values in braces."""
     found = []
     for path in sorted((ROOT / "ties_peft").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
-                found.append("".join(map(str, parts)))
+                found.append("".join(map(shown, node.values)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return "\n".join(found)
+
+
+def shown(part: ast.expr) -> str:
+    return str(part.value) if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}"  # type: ignore[attr-defined]
 
 
 def test_the_messages_that_are_explained_are_those_of_the_code() -> None:
