@@ -1,4 +1,4 @@
-"""What `analyze` costs: `python benchmarks/analyze.py`, seconds by stage and peak memory.
+"""What `analyze` costs: `python benchmarks/analyze.py`, seconds by stage, core-seconds and peak memory.
 
 The six sample adapters of each type, and 20 synthetic rank-16 adapters of Llama-3-8B's shape, each in a process of its own.
 The stages: `open` (files, digests, checks), `factors` (norms, cosines, ranks, subspaces, from Gram matrices), `entries`
@@ -25,7 +25,7 @@ import json, resource, sys, time, warnings
 warnings.simplefilter("ignore")
 import ties_peft
 methods = json.loads(sys.argv[1])
-ends, started = {}, time.perf_counter()
+ends, started, spent = {}, time.perf_counter(), time.process_time()
 def told(stage, done, of):
     ends.setdefault("open", time.perf_counter())
     if stage == "factors" or (stage == "signs" and done == of):
@@ -34,7 +34,7 @@ found = ties_peft.analyze(sys.argv[2:], methods=methods, progress=told)
 whole = time.perf_counter() - started
 opened, factors = ends["open"] - started, ends["factors"] - ends["open"]
 entries = ends["signs"] - ends["factors"]
-print(json.dumps({"adapters": len(found.names), "modules": len(found.modules), "seconds": whole, "open": opened,
+print(json.dumps({"adapters": len(found.names), "modules": len(found.modules), "seconds": whole, "core": time.process_time() - spent, "open": opened,
     "factors": factors, "entries": entries, "methods": whole - opened - factors - entries, "counted": found.counted,
     "compared": [result.method for result in found.methods],
     "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
@@ -48,7 +48,8 @@ def run(what: str, paths: list[Path], methods: list[str] | None) -> None:
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     stages = ", ".join(f"{stage} {found[stage]:.1f}" for stage in STAGES)
     print(
-        f"{what}, {found['adapters']} adapters, {found['modules']} modules: {found['seconds']:.1f} s ({stages}), peak "
+        f"{what}, {found['adapters']} adapters, {found['modules']} modules: {found['seconds']:.1f} s ({stages}), "
+        f"{found['core']:.1f} core-seconds, peak "
         f"{found['MB']:.0f} MB; {found['counted']:.2%} of the rows counted; methods {', '.join(found['compared']) or 'none'}",
         flush=True,
     )
