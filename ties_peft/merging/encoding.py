@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from ..adapters.adapter import Adapter
 from ..adapters.tokenizer_files import TokenizerFiles
 from ..spaces import Encoding
@@ -32,14 +30,11 @@ class MergeCache:
 
     Attributes:
         encodings: of all adapters, by module.
-        sorted_magnitudes: (weight, weighted magnitudes in ascending order) of small parts, by (member, module, part);
-            they take as much memory as the parts.
         tokenizer_files: those found beside the adapters.
         pool: the threads of the last merge and their buffers, about 8 MB per thread.
     """
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
-    sorted_magnitudes: dict[tuple[int, str, int], tuple[float, np.ndarray]] = field(default_factory=dict)
     tokenizer_files: TokenizerFiles | None = None
     pool: list[ThreadPool] = field(default_factory=list)
 

@@ -195,11 +195,6 @@ class TrimThresholds:
         unfinished = [search for group in groups for search in group.unfinished]
         few = sum(search.entries for search in unfinished) <= TILE
         self.pool.map(ThresholdSearch.set_bracket, unfinished, few)
-        for group in groups:
-            for search in group.unfinished:
-                magnitudes = self._sorted_magnitudes(group)
-                if magnitudes is not None:
-                    search.set_from_sorted(magnitudes)
         while remaining := [group for group in groups if group.unfinished]:
             self._count_all(remaining)
         for group in groups:
@@ -223,23 +218,6 @@ class TrimThresholds:
         for group, of_processes in zip(groups, zip(*found, strict=True), strict=True):
             group.sizes = {key: count for sizes, _ in of_processes for key, count in sizes.items()}
             group.sample = [drawn for _, sample in of_processes for drawn in sample]
-
-    def _sorted_magnitudes(self, group: RankedEntries) -> np.ndarray | None:
-        """Return the magnitudes of one small part in order, which a prepared merge keeps; None for any other group."""
-        cache, plan = self.modules.cache, self.plan
-        if cache is None or plan.stages.before or plan.signs is not None or self.pool.kernels is not None:
-            return None
-        if len(group.sizes) > 1 or group.entries > TILE:
-            return None
-        (key,) = group.sizes
-        member, module, part = key
-        weight = plan.weight(member, module)
-        if cache.sorted_magnitudes.get(key, (None,))[0] != weight:
-            delta = self.modules.weighted_parts(member, module)[part]
-            values = np.sort(delta.rows(0, delta.shape[0]).abs_().cpu().numpy(), axis=None)
-            cache.sorted_magnitudes[key] = weight, values
-        values = cache.sorted_magnitudes[key][1]
-        return values if values[-1] >= 0 else None  # NaN, which is sorted last, has no place in the order
 
     def _count_all(self, groups: Sequence[RankedEntries]) -> None:
         """Go through all entries once and count, for each unfinished search, those above and inside its bracket."""

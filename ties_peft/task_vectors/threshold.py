@@ -168,13 +168,6 @@ class ThresholdSearch:
         at = np.float32(self.threshold or 0.0)
         return None if tiles is None else [int(np.count_nonzero(values == at)) for values in tiles]
 
-    def set_from_sorted(self, ranked: np.ndarray) -> None:
-        """Set the threshold from all magnitudes, sorted from the smallest."""
-        smallest = ranked[len(ranked) - self.keep]
-        first, last = np.searchsorted(ranked, smallest), np.searchsorted(ranked, smallest, "right")
-        self.threshold, self.equal = float(smallest), int(last - first)
-        self.equal_kept = self.keep - (len(ranked) - int(last))
-
     def finish_pass(self) -> None:
         """Set the threshold, or the bracket of the next pass, from the counts.
 
