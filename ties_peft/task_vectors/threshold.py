@@ -108,7 +108,7 @@ class ThresholdSearch:
     keep: int
     sample: Sequence[tuple[np.ndarray, float]] = ()
     least: int = 0
-    counted: BracketCounts = field(default_factory=lambda: BracketCounts())
+    counted: BracketCounts = field(default_factory=BracketCounts)
     low: int = field(init=False)
     high: int = field(init=False)
     expected: float = field(init=False)
