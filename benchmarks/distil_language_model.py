@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import yaml
 from causal import SPLITS, TEXT, CausalJudge, factors_of, read_rows
+from compare import versions
 from language_model import Shares, compact
 
 import smollm2  # isort: skip
@@ -164,6 +165,23 @@ def mean(values: Any) -> float:
     return round(sum(numbers) / len(numbers), 2)
 
 
+def results(log: Log, label: str, cases: Sequence[Case]) -> dict[str, Any]:
+    """Return what is stored: of each distillation how it was asked for and what came out."""
+    counts = {
+        source: [str(case.count) for case in cases if case.source == source] for source in (PROMPTS, GENERATED, RANDOM)
+    }
+    options = " ".join(f"--{source} {' '.join(some)}" for source, some in counts.items() if some)
+    found = [{"source": case.source, "count": case.count, **without_steps(log, label, case)} for case in cases]
+    command = f"python benchmarks/distil_language_model.py --data DIR --base DIR {options} --rows {log.rows}"
+    return {"command": command, "rows": log.rows, **versions(), "cases": found}
+
+
+def without_steps(log: Log, label: str, case: Case) -> dict[str, Any]:
+    """Return what is known of a distillation, without its key in the log and without the loss of each step."""
+    known = log.get([label, *case.name]) or {}
+    return {key: value for key, value in known.items() if key not in ("key", "history")}
+
+
 def main() -> None:
     """Distil and score what is not known yet, and print every result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -177,6 +195,7 @@ def main() -> None:
     parser.add_argument("--label", default="", help="part of the names in the log")
     parser.add_argument("--log", type=Path)
     parser.add_argument("--adapters", type=Path, help="keep the adapters in this folder")
+    parser.add_argument("--json", type=Path, help="write the results there")
     asked = parser.parse_args()
     extra = tuple(sorted((name, yaml.safe_load(value)) for name, _, value in (one.partition("=") for one in asked.set)))
     cases = [
@@ -197,6 +216,8 @@ def main() -> None:
                 if asked.adapters:
                     out.rename(asked.adapters / "-".join(map(str, name[:3])))
         print(json.dumps(log.get(name)), flush=True)
+    if asked.json:
+        asked.json.write_text(json.dumps(results(log, asked.label, cases), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
