@@ -134,7 +134,7 @@ def test_the_figure_of_auto_shows_the_stored_figures() -> None:
 
 def test_each_concept_has_its_figure() -> None:
     pytest.importorskip("matplotlib")
-    figures = importlib.import_module("figures")
+    figures = importlib.import_module("concept_figures")
     page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
     drawn = [name for name in ("spaces", "methods", "rank", "retention", "auto") if callable(getattr(figures, name))]
     assert sorted(re.findall(r"\(images/(\w+)\.svg\)", page)) == sorted(drawn)

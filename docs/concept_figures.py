@@ -1,4 +1,4 @@
-"""Draw the figures of docs/concepts.md: `python docs/figures.py`; needs matplotlib (the extra `notebooks`).
+"""Draw the figures of docs/concepts.md: `python docs/concept_figures.py`; needs matplotlib (the extra `notebooks`).
 
 They are made from the sample adapters and from benchmarks/results, the same bytes each time on one version of matplotlib.
 """
