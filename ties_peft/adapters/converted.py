@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -75,10 +76,11 @@ class ConvertedTensors:
     source: TensorSource
     views: Mapping[str, View]
     path: Path | None = None
-    names: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(sorted(self.views)))
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors, sorted."""
+        return tuple(sorted(self.views))
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype."""

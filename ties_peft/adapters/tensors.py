@@ -61,7 +61,7 @@ class TensorSource(Protocol):
 
 
 class MemoryTensors:
-    """Tensors that are already in memory."""
+    """Tensors that are already in memory, on any device; each is brought to the CPU when it is read."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._sorted = dict(sorted(tensors.items()))
@@ -81,12 +81,12 @@ class MemoryTensors:
         return TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor."""
-        return self._tensors[name]
+        """Return a tensor on the CPU, without its gradient; one that is there already is not copied."""
+        return self._tensors[name].detach().cpu()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows start…stop of a tensor."""
-        return self._tensors[name][start:stop]
+        return self._tensors[name][start:stop].detach().cpu()
 
 
 class Header(NamedTuple):

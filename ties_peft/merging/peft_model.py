@@ -129,14 +129,6 @@ def _slots(tuner: Any, adapter: str) -> dict[str, Slot]:
     return slots
 
 
-class LiveTensors(MemoryTensors):
-    """The tensors of a loaded adapter, brought to the CPU one at a time."""
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor on the CPU."""
-        return self._tensors[name].detach().cpu()
-
-
 def open_loaded(tuner: Any, name: str) -> Adapter:
     """Return a loaded adapter as if it came from its files, with the lora scaling that its layers use.
 
@@ -144,7 +136,7 @@ def open_loaded(tuner: Any, name: str) -> Adapter:
     """
     config = _plain(tuner.peft_config[name].to_dict())
     found = {key: slot.tensor for key, slot in _slots(tuner, name).items()}
-    tensors = LiveTensors(found)
+    tensors = MemoryTensors(found)
     Contents(config, tensors, name).refuse_settings(WHOLE)
     for key, tensor in found.items():
         if tensor.device.type == "meta" or hasattr(tensor, "device_mesh"):
@@ -184,7 +176,7 @@ def _loaded_base(tuner: Any, name: str) -> BaseModel:
                 "not by s·B·A, so ties_peft cannot merge it. Leave it out."
             )
         weights[f"{path}.weight"] = layer.get_base_layer().weight
-    return _LoadedBase(LiveTensors(weights), type(tuner.model).__name__, conv1d)
+    return _LoadedBase(MemoryTensors(weights), type(tuner.model).__name__, conv1d)
 
 
 class _LoadedBase(BaseModel):
@@ -196,7 +188,7 @@ class _LoadedBase(BaseModel):
         conv1d: for each adapted layer, whether it is a Conv1D.
     """
 
-    def __init__(self, tensors: LiveTensors, architecture: str, conv1d: Mapping[str, bool]) -> None:
+    def __init__(self, tensors: MemoryTensors, architecture: str, conv1d: Mapping[str, bool]) -> None:
         super().__init__({name: (tensors, name) for name in tensors.names}, "the model's own")
         self.config = {"architectures": [architecture]}
         self._conv1d = conv1d
