@@ -15,9 +15,8 @@ from .options import NORM
 from .recipes.recipe import Recipe
 from .recipes.schedule import Schedule, count_layers
 
-UNEQUAL = (
-    3.0  # from this ratio of norms on a warning is given; benchmarks/retention.py measures what is left of the smaller
-)
+# From this ratio of norms on a warning is given; benchmarks/retention.py measures what is left of the smaller adapter.
+UNEQUAL = 3.0
 
 
 @dataclass(frozen=True)
