@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adapters.sources import hub_url
 from ..adapters.tensors import MemoryTensors
 from ..adapters.types import ModuleInfo
+from ..errors import printable_lines
 from ..spaces import Encoding
 from ..task_vectors.delta import Delta, distance, inner, inner_with_each
 from ..task_vectors.factorise import MAX_GRAM_SIDE, Factors
@@ -206,7 +207,8 @@ class Totals:
             cosines=cosines,
             adapters=adapters,
             modules=[module.line for module in modules],
-            warnings=[*plan.warnings, *self._warnings(adapters, cosines, energy)],
+            # Escaped here too, because users print the list themselves.
+            warnings=[printable_lines(w) for w in (*plan.warnings, *self._warnings(adapters, cosines, energy))],
             riders=plan.extra_tensors.lines(),
             task_type=plan.task_type.said,
             weights=plan.weighting,
