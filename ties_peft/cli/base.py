@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.console import Console, RenderableType
 
-from ..errors import TiesPeftWarning, printable, printable_lines
+from ..errors import RecipeError, TiesPeftWarning, printable, printable_lines
+from ..learning import ANSWERS, GENERATED, GENERATED_ROWS
 from ..merging.options import OPTIONS, Option
 from ..search import DETAIL
 
@@ -103,6 +104,59 @@ def _parameter(option: Option, whole: bool, unless: str) -> inspect.Parameter:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+# The rows on which adapters are imitated
+
+ROWS_HELP = (
+    "Rows of text: a .jsonl, .csv or .txt file, a data set on the Hub (org/name), a number of rows of random "
+    f"tokens, or {GENERATED}: each adapter of a causal language model writes its own. Once for each adapter, or once for all."
+)
+Count = Annotated[
+    int | None,
+    typer.Option(
+        help=f"The number of rows that each adapter writes, with --rows {GENERATED}.", show_default=str(GENERATED_ROWS)
+    ),
+]
+Answers = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Where the answers to the prompts of a causal language model come from: {', '.join(ANSWERS)}.",
+        show_default="teachers; none for plain text",
+    ),
+]
+AnswerTokens = Annotated[int, typer.Option(help="The largest number of tokens in an answer that an adapter writes.")]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder for the state of the work, from which the same command continues after a stop.",
+        show_default=False,
+    ),
+]
+
+
+def one_for_each(given: list[Any] | None, count: int, flag: str) -> Any:
+    """Return one value for all adapters, a list with one for each, or None; refuse any other number."""
+    if not given:
+        return None
+    if len(given) not in (1, count):
+        raise RecipeError(
+            f"{flag} is there {len(given)} times for {count} adapters ({', '.join(map(str, given))}). Give it "
+            "once, or once for each adapter in their order."
+        )
+    return given[0] if len(given) == 1 else given
+
+
+def read_rows_option(given: list[str] | None, count: int) -> Any:
+    """Return what --rows says, for all adapters or for each; None where it is not given."""
+    return one_for_each(None if given is None else list(map(row_source, given)), count, "--rows")
+
+
+def row_source(value: str) -> Any:
+    """Return a number as a number, and what is no keyword as a path, so that no value is taken for a text."""
+    if value.isdecimal():
+        return int(value)
+    return value if value == GENERATED else Path(value)
 
 
 class _Stage(NamedTuple):

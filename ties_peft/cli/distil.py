@@ -9,33 +9,28 @@ import typer
 
 from ..adapters import sources
 from ..errors import RecipeError
-from ..learning import ANSWER_TOKENS, ANSWERS, BATCH_SIZE, FITS, GENERATED, GENERATED_ROWS
-from .base import Json, print_json, print_loading, print_rich, print_warnings_after, progress_bar
+from ..learning import ANSWER_TOKENS, BATCH_SIZE, FITS
+from .base import (
+    ROWS_HELP,
+    Answers,
+    AnswerTokens,
+    Count,
+    Json,
+    State,
+    one_for_each,
+    print_json,
+    print_loading,
+    print_rich,
+    print_warnings_after,
+    progress_bar,
+    read_rows_option,
+    row_source,
+)
 
 Rows = Annotated[
     list[str] | None,
-    typer.Option(
-        "--rows",
-        help="Rows of text: a .jsonl, .csv or .txt file, a data set on the Hub (org/name), a number of rows of random "
-        f"tokens, or {GENERATED}: each adapter of a causal language model writes its own. Once for each adapter, or once "
-        "for all.",
-        show_default="the tasks' rows, else 800 of random tokens",
-    ),
+    typer.Option("--rows", help=ROWS_HELP, show_default="the tasks' rows, else 800 of random tokens"),
 ]
-Count = Annotated[
-    int | None,
-    typer.Option(
-        help=f"The number of rows that each adapter writes, with --rows {GENERATED}.", show_default=str(GENERATED_ROWS)
-    ),
-]
-Answers = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Where the answers to the prompts of a causal language model come from: {', '.join(ANSWERS)}.",
-        show_default="teachers; none for plain text",
-    ),
-]
-AnswerTokens = Annotated[int, typer.Option(help="The largest number of tokens in an answer that an adapter writes.")]
 KeepBase = Annotated[
     str | None,
     typer.Option(
@@ -57,13 +52,6 @@ Tasks = Annotated[
         "--task",
         help="A task file that says how predictions are read. Once for each adapter, or once for all.",
         show_default="the model's own",
-    ),
-]
-State = Annotated[
-    Path | None,
-    typer.Option(
-        help="A folder for the state of the work, from which the same command continues after a stop.",
-        show_default=False,
     ),
 ]
 
@@ -134,13 +122,13 @@ def distil(
         made = distil_adapters(
             adapters,
             start=start,
-            rows=_rows(rows, len(adapters)),
+            rows=read_rows_option(rows, len(adapters)),
             rank=rank,
             seed=seed,
             device=device,
             threads=threads,
             dtype=dtype,
-            tasks=_each(task, len(adapters), "--task"),
+            tasks=one_for_each(task, len(adapters), "--task"),
             base=base,
             kind=kind,
             fit=fit,
@@ -153,7 +141,7 @@ def distil(
             count=count,
             answers=answers,
             answer_tokens=answer_tokens,
-            keep_base=None if keep_base is None else _row_source(keep_base),
+            keep_base=None if keep_base is None else row_source(keep_base),
             keep_weight=keep_weight,
             precision=precision,
         )
@@ -179,17 +167,6 @@ def _show(made: Any, out: Path, as_json: bool) -> None:
     print_loading(made.loading, out)
 
 
-def _rows(given: list[str] | None, count: int) -> Any:
-    return _each(None if given is None else list(map(_row_source, given)), count, "--rows")
-
-
-def _row_source(value: str) -> Any:
-    """Return a number as a number, and what is no keyword as a path, so that no value is taken for a text."""
-    if value.isdecimal():
-        return int(value)
-    return value if value == GENERATED else Path(value)
-
-
 def _numbers(text: str | None) -> list[float] | None:
     """Return the numbers of a list such as 1,2.5."""
     if text is None:
@@ -198,15 +175,3 @@ def _numbers(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise RecipeError(f"--weights is {text!r}; expected a number for each adapter, such as 1,2.") from None
-
-
-def _each(given: list[Any] | None, count: int, flag: str) -> Any:
-    """Return one value for all adapters, a list with one for each, or None; refuse any other number."""
-    if not given:
-        return None
-    if len(given) not in (1, count):
-        raise RecipeError(
-            f"{flag} is there {len(given)} times for {count} adapters ({', '.join(map(str, given))}). Give it "
-            "once, or once for each adapter in their order."
-        )
-    return given[0] if len(given) == 1 else given

@@ -38,7 +38,7 @@ from .checkpoint import Checkpoint
 from .distilled import BASE_KIND, Distilled, DistilReport, TeacherResult
 from .estimate import Estimate, estimate, print_estimate
 from .fitting import Fit, FitOptions, split_rows
-from .module_outputs import better_start, has_closed_form, run_teachers
+from .module_outputs import better_start, has_closed_form, run_teachers, write_rows
 from .start import make_start
 from .student import FACTORS, Student
 from .teacher_specs import (
@@ -189,7 +189,7 @@ def _imitate(
     progress: Progress,
 ) -> tuple[Fit, bool]:
     """Let the teachers write and predict, and fit the student; return the fit, and whether it began with the closed form."""
-    _write_rows(teachers, checkpoint, progress)
+    write_rows(teachers, checkpoint, progress)
     (on_estimate or print_estimate)(estimate(Fit(student, teachers, options), closed_form))
     solved = False
     if closed_form:
@@ -342,17 +342,6 @@ def _frozen_base(bench: Bench) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def _write_rows(teachers: Sequence[Teacher], checkpoint: Checkpoint, progress: Progress) -> None:
-    """Let every teacher write what its rows lack, or read what an earlier run saved."""
-    for number, teacher in enumerate(teachers):
-        written = checkpoint.read(f"rows {number}")
-        if written is None:
-            written = teacher.write(progress)
-            if written:
-                checkpoint.write(f"rows {number}", written)
-        teacher.set_written(written)
 
 
 def _default_steps(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher], batch: int, share: float = 1.0) -> int:

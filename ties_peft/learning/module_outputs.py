@@ -125,6 +125,17 @@ def has_closed_form(student: Student, teachers: Sequence[Teacher]) -> bool:
     return fits and lora and ModuleInputs.bytes_needed(student.bench, student.start.modules) <= MAX_BYTES
 
 
+def write_rows(teachers: Sequence[Teacher], checkpoint: Checkpoint, progress: Progress) -> None:
+    """Let every teacher write what its rows lack, or read what an earlier run saved."""
+    for number, teacher in enumerate(teachers):
+        written = checkpoint.read(f"rows {number}")
+        if written is None:
+            written = teacher.write(progress)
+            if written:
+                checkpoint.write(f"rows {number}", written)
+        teacher.set_written(written)
+
+
 def run_teachers(
     teachers: Sequence[Teacher],
     checkpoint: Checkpoint,

@@ -108,7 +108,7 @@ def open_bench(
         forms = {_form(spec) for spec in specs}
         if len(forms) != 1:
             raise RecipeError(
-                f"the tasks need {len(forms)} forms of the base model ({', '.join(sorted(forms))}); distil loads one. "
+                f"the tasks need {len(forms)} forms of the base model ({', '.join(sorted(forms))}); one is loaded. "
                 "Imitate those of one form at a time."
             )
         tasks = [spec.task for spec in specs if spec.task is not None]
@@ -116,8 +116,8 @@ def open_bench(
         bench = Bench.load(chosen, forms.pop(), device, dtype=precision)
     if bench.form == "seq2seq":
         raise RecipeError(
-            f"'{bench.base}' is a sequence-to-sequence model, whose predictions distil cannot imitate yet; it does so "
-            "with encoders, sequence classification and causal models."
+            f"'{bench.base}' is a sequence-to-sequence model, whose predictions cannot be imitated yet; those of "
+            "encoders, sequence classification and causal models can be."
         )
     for spec in specs:
         if spec.task is not None:
@@ -186,7 +186,7 @@ def _teacher(adapter: Adapter | None, spec: RowSpec, bench: Bench, how: Answerin
     if len(kept) < MIN_ROWS:
         raise RecipeError(
             f"adapter '{spec.name}' has {len(kept)} rows with a token in them ({spec.origin}); expected "
-            f"{MIN_ROWS} at least, of which one in five is held out. Give more, or none for random tokens."
+            f"{MIN_ROWS} at least. Give more, or a number of rows of random tokens."
         )
     sequences = [sequences[place] for place in kept]
     if form != LANGUAGE:

@@ -11,4 +11,6 @@ PENALTY = 0.05  # on the mean of |w|
 BASE, MEAN, SINGLE = "base", "mean", "best single"
 WEIGHTS, ADAPTERS, TRAINED = "random weights", "random adapters", "trained"
 CONTROLS = (BASE, MEAN, SINGLE, WEIGHTS, ADAPTERS)
+IMITATE = "imitate"  # in place of an objective: predict what the source adapters predict; see `imitation`
+GRID = "grid"  # a sampler: each combination of choices once
 DETAIL = " · "  # in the name of a stage of work, before what changes while the stage lasts

@@ -22,6 +22,7 @@ from ..evaluation.scorers import Classification, Scorer, form_for
 from ..evaluation.task import read_task
 from ..learning.training import check_trainable
 from . import TRAINED
+from .imitation import Imitation
 
 FUNCTION = "a function"
 Objective = Callable[[Adapter], float]
@@ -31,7 +32,7 @@ class Objectives:
     """The objective and the judge of a search as callables.
 
     Args:
-        objective, judge: tasks or callables; the judge may be None.
+        objective, judge: tasks or callables, such as an `Imitation`; the judge may be None.
         adapters: to be evaluated; refused where they do not fit the base model.
         base, device, bench: as in `evaluate`.
         trained: whether an adapter will be trained on the objective's rows.
@@ -58,7 +59,7 @@ class Objectives:
         tasks = [read_task(one) for one in given]
         if trained:
             if callable(objective):
-                raise RecipeError(f"the control '{TRAINED}' needs a task with labels, not a function. Leave it out.")
+                raise RecipeError(f"the control '{TRAINED}' needs a task with labels as the objective. Leave it out.")
             check_trainable(tasks[0])
         if tasks and bench is None:
             if len({form_for(task) for task in tasks}) > 1:
@@ -73,7 +74,10 @@ class Objectives:
                 bench.check(adapter)
                 bench.check_complete(adapter)
         self.scorer: Scorer | None = None if callable(objective) else scorers[0]
-        self.identity: dict[str, Any] = {"objective": FUNCTION} if self.scorer is None else task_identity(self.scorer)
+        if isinstance(objective, Imitation):
+            self.identity: dict[str, Any] = objective.identity
+        else:
+            self.identity = {"objective": FUNCTION} if self.scorer is None else task_identity(self.scorer)
         self.judge_id: str | None = (
             "" if judge is None else None if callable(judge) else _digest(task_identity(scorers[-1]))
         )

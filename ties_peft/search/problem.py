@@ -101,7 +101,9 @@ class SearchProblem:
         own = {name: value for name, value in recipe.parameters.items() if name in space_parameters(recipe.space)}
         key = repr((recipe.space, own))
         if key not in self._prepared:
-            self._prepared[key] = prepare(self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, **own)
+            self._prepared[key] = prepare(
+                self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, heads=recipe.heads, **own
+            )
             self._prepared[key].warns = False
         rest = {name: value for name, value in recipe.parameters.items() if name not in own}
         return self._prepared[key].merge(

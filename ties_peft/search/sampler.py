@@ -33,11 +33,12 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.optimize import minimize
 
 from ..errors import RecipeError
+from . import GRID
 from .tuning import Domain, Range, Setting
 
 GRACE = 60  # seconds without a heartbeat after which the process of a trial counts as gone
 POLL = 0.2  # seconds between two looks at the storage
-SAMPLERS = ("cobyla", "tpe", "random")
+SAMPLERS = ("cobyla", "tpe", "random", GRID)
 
 
 class Sampler(optuna.samplers.BaseSampler):
@@ -46,7 +47,7 @@ class Sampler(optuna.samplers.BaseSampler):
     Args:
         name: one of `SAMPLERS`; `auto` is `cobyla` where all domains are ranges, else `tpe`.
         domains: the values that each tuned parameter may take.
-        starts: the settings to try first, in order.
+        starts: the settings to try first, in order; with `grid` all that are tried.
         seed: of every random number.
 
     Attributes:
@@ -60,7 +61,7 @@ class Sampler(optuna.samplers.BaseSampler):
         self.name = {"auto": "cobyla" if ranges_alone else "tpe"}.get(name, name)
         if self.name not in SAMPLERS or (self.name == "cobyla" and not ranges_alone):
             raise RecipeError(
-                f"the sampler is {name!r}; expected auto, tpe, random, or, where only ranges are tuned, cobyla."
+                f"the sampler is {name!r}; expected auto, tpe, random, {GRID}, or, where only ranges are tuned, cobyla."
             )
         self._starts, self._seed = list(starts), seed
         self.position = 0

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.adapter import Adapter, check_is_list
 from ..errors import RecipeError, unknown, warn_caller
 from ..evaluation.loaded_model import Bench
+from ..learning import ANSWER_TOKENS
 from ..learning.training import train
 from ..merging.merge import make_recipe
 from ..merging.merged import Merged
@@ -31,8 +32,9 @@ from ..merging.options import DEVICE, Options, Rank
 from ..merging.plan import Progress
 from ..merging.recipes.recipe import Recipe
 from ..merging.values import check_whole
-from . import ADAPTERS, BUDGET, CONTROLS, DETAIL, PENALTY, TRAINED, WEIGHTS
+from . import ADAPTERS, BUDGET, CONTROLS, DETAIL, GRID, IMITATE, PENALTY, TRAINED, WEIGHTS
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes
+from .imitation import ImitationRows, open_imitation
 from .objectives import Objectives
 from .problem import SearchProblem, Trial, TrialCallback
 from .tuning import Tuning
@@ -122,13 +124,21 @@ def search(
     allow_disjoint: bool = False,
     progress: Progress | None = None,
     watch: TrialCallback | None = None,
+    rows: Any = None,
+    tasks: Any = None,
+    count: int | None = None,
+    answers: str | None = None,
+    answer_tokens: int = ANSWER_TOKENS,
+    state: str | Path | None = None,
 ) -> Found:
     """Find the weights, or any other parameters of a recipe, that do best on a few examples.
 
     Args:
         adapters: folders, Hub ids or `Adapter`s.
         objective: a task with labelled rows (see `evaluate`), whose value is −loss, or the accuracy where there is no
-            loss; or a callable objective(adapter) → float, to be maximised.
+            loss; or a callable objective(adapter) → float, to be maximised; or "imitate": how well the merge predicts, on
+            `rows` without labels, what each source adapter predicts there. Its value is −(the mean over adapters of
+            KL(adapter ‖ merge)) in nats, at most 0 (see `imitation`).
         tune: what is searched (see `tuning`); by default the weights, from −1.5 to 1.5.
         budget: the number of trials in all, those that the study holds already included.
         method, space, scale, rank, parameters: of the recipe where they are not tuned, as in `merge`. For LoRAHub
@@ -142,12 +152,17 @@ def search(
         study: the name of the search in the storage. A search of that name is resumed, and refused where it is another
             one. Tasks are compared by the tokens and labels of their rows, not by their paths; callables are not compared.
         seed: of every random number.
-        sampler: `auto`, `cobyla`, `tpe` or `random`; see `Study`.
+        sampler: `auto`, `cobyla`, `tpe`, `random`, or `grid`, which tries each combination of choices once, in order; see
+            `Study`.
         base, device, bench: as in `evaluate`, for tasks.
         allow_disjoint: as in `merge`.
         progress: called as progress(stage, done, of), for the search and for each control that takes as many trials;
             what follows ` · ` in a stage's name changes during the stage: the best value so far.
         watch: called after each trial as watch(trial, all complete trials).
+        rows, tasks, count, answers, answer_tokens: for "imitate" alone, as in `distil`: what each adapter reads (texts, files,
+            a number of random-token rows, or "generated"; by default the tasks' rows) and how its predictions are read.
+        state: for "imitate" alone: a folder in which the source adapters' predictions are kept, so that a search that is
+            resumed need not run them again. One process uses it at a time.
     Returns: the best recipe, its merge, and the controls.
     Raises: TiesPeftError, before the first trial wherever that is possible.
     Law: an interrupted search that is resumed tries what it would have tried; processes that share a study run each trial
@@ -156,17 +171,19 @@ def search(
     check_is_list(adapters)
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     _check_numbers(budget, penalty, controls)
+    more: dict[str, Any] = {"densities": densities, "allow_disjoint": allow_disjoint}
     recipe = make_recipe(
-        opened,
-        method=method,
-        space=space,
-        scale=scale,
-        rank=rank,
-        parameters=parameters or {},
-        densities=densities,
-        allow_disjoint=allow_disjoint,
+        opened, parameters=parameters or {}, method=method, space=space, scale=scale, rank=rank, **more
     )
     tuning = Tuning.read(recipe, tune)
+    budget = min(budget, len(tuning.combinations())) if sampler == GRID else budget
+    asked = ImitationRows(rows, tasks, count, answers, answer_tokens, state)
+    if isinstance(objective, str) and objective == IMITATE:
+        objective = open_imitation(opened, asked, seed, base, device, bench, progress)
+        objective.check_judge(judge)
+        bench, tuning = objective.bench, replace(tuning, recipe=objective.with_own_heads(recipe))
+    else:
+        asked.check_unused()
     objectives = Objectives(objective, judge, opened, base, device, bench, TRAINED in controls)
     problem = SearchProblem(opened, tuning, objectives.score, penalty, seed)
     problem.check()
@@ -218,7 +235,7 @@ class _SearchRun:
             ) from None
         problem = self.problem
         identity = problem.identity(self.objectives.identity)
-        starts = problem.initial_settings()
+        starts = problem.tuning.combinations() if self.sampler == GRID else problem.initial_settings()
         return Study(
             self.storage, self.study_name, problem.tuning.domains, starts, identity, problem.seed, self.sampler
         )

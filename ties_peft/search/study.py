@@ -52,7 +52,7 @@ class Study:
         starts: the settings to try first, in order.
         identity: everything that makes this search what it is, in plain values.
         seed: of every random number.
-        sampler: `cobyla`, `tpe` or `random`; `auto` is `cobyla` where all domains are ranges, else `tpe`.
+        sampler: `cobyla`, `tpe`, `random` or `grid`; `auto` is `cobyla` where all domains are ranges, else `tpe`.
 
     Raises: RecipeError for a storage that cannot be opened, an unknown sampler, and a study of that name whose identity
         differs.

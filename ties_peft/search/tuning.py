@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from ..adapters.numeric import is_number
@@ -26,6 +27,7 @@ from ..merging.recipes.scale import EXPECTED, Scale, is_scale
 from ..merging.recipes.settings import find_space, make_settings, parameter_names
 from ..merging.values import check_whole
 from ..methods import find_method
+from . import GRID
 
 RECIPE_FIELDS = tuple(name for name, option in OPTIONS.items() if option.tunable)
 PER_ADAPTER = ("weights", "adapters")
@@ -157,6 +159,20 @@ class Tuning:
             else:
                 setting[name] = domain.value_at(0.5)
         return setting
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Return every setting, where all domains are choices; the last domain changes first.
+
+        Raises: RecipeError where a range is tuned.
+        """
+        choices = {name: domain.values for name, domain in self.domains.items() if isinstance(domain, Choice)}
+        ranges = [name for name in self.domains if name not in choices]
+        if ranges:
+            raise RecipeError(
+                f"the sampler '{GRID}' tries each combination of choices, and {', '.join(ranges)} can take any value of a range. "
+                "Give a list of three or more values, or of names, or choose another sampler."
+            )
+        return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
     def to_recipe(self, setting: Setting) -> Recipe:
         """Return the recipe of a setting.
