@@ -63,7 +63,7 @@ def page() -> str:
     figures = _figures()
     known = ties_peft.methods()
     references = [
-        [TITLES[name], "", *_cells(found)] for name in REFERENCES for key, found in figures.items() if key.label == name
+        ["", TITLES[name], *_cells(found)] for name in REFERENCES for key, found in figures.items() if key.label == name
     ]
     head = ["method", "what it does", *WORLDS.values()]
     overview = _table(head, [*(_overview(info, figures) for info in known), *references])

@@ -18,7 +18,7 @@ import pytest
 import typer
 from cli.run_command import run
 from conftest import lora_config, lora_tensors, write_adapter
-from test_readme import commands
+from test_readme import commands, joined
 
 import ties_peft
 from ties_peft.cli import app
@@ -164,7 +164,7 @@ def test_the_snippets_of_a_page_run_in_their_order(page: Path, folder: Path) -> 
             recipe = block.text
         if block.language == "python" and block.runs:
             exec(compile(block.text, identifier(page), "exec"), names)
-        lines = block.text.splitlines() if block.language == "bash" else []
+        lines = joined(block.text).splitlines() if block.language == "bash" else []
         for words in (shlex.split(line, comments=True) for line in lines):
             if words[:1] != ["ties-peft"] or not runs(words):
                 continue

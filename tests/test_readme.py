@@ -28,12 +28,19 @@ SHORT = {
 }
 
 
+def joined(block: str) -> str:
+    """A shell block with a command that goes on after a backslash on one line."""
+    return re.sub(r"\\\n\s*", " ", block)
+
+
 def commands() -> Iterator[list[str]]:
     """The words of every ties-peft command in a shell block of the README and the guides, without its comment."""
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))]
     for block in re.findall(r"```bash\n(.*?)```", "\n".join(texts), re.DOTALL):
         yield from (
-            words for line in block.splitlines() if (words := shlex.split(line, comments=True))[:1] == ["ties-peft"]
+            words
+            for line in joined(block).splitlines()
+            if (words := shlex.split(line, comments=True))[:1] == ["ties-peft"]
         )
 
 
