@@ -1,7 +1,8 @@
-"""Score many adapters of one causal language model on the same rows, quickly.
+"""CausalJudge: scores many adapters of one causal language model on the same rows.
 
-An adapter's task vectors are added to the weights in place, the rows are packed into batches once, and only the positions
-that predict a completion go through the output matrix. So one adapter costs little more than one pass over the rows.
+It is fast: an adapter's task vectors are added to the weights in place, the rows are divided into batches once, and only
+the positions that predict a completion go through the output matrix. So an adapter takes little more than one pass over
+the rows.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from judge import ROOT  # noqa: F401  (puts the folder of the samples' settings on the path)
+from judge import ROOT  # noqa: F401  (puts the folder of `smollm2` on the path)
 from torch import Tensor
 
 import ties_peft
 
 import smollm2  # isort: skip
 
-BATCH_TOKENS = {"cuda": 32768, "cpu": 2048}  # padded tokens of a batch: what fills a GPU, what suits a core's cache
-LOGIT_ROWS = 2048  # positions whose logits over the whole vocabulary are held at a time
+BATCH_TOKENS = {"cuda": 32768, "cpu": 2048}  # padded tokens of a batch, which fill a GPU, or fit into a core's cache
+LOGIT_ROWS = 2048  # positions whose logits over the whole vocabulary are in memory at once
 SPLITS = ("validation", "test")
-TEXT = "cr"  # raw text of a set that no adapter was trained on; its labels are not used
+TEXT = "cr"  # a set whose text no adapter was trained on; its labels are not used
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # (B, A) of each module
 Key = tuple[str, str]  # split, task
@@ -33,7 +34,7 @@ class Rows(NamedTuple):
 
     Attributes:
         examples: their tokens.
-        choices: the token of each label; None where the completion's loss is what counts.
+        choices: the token of each label; None where the loss of the completion is scored.
     """
 
     examples: Sequence[smollm2.Example]
@@ -41,7 +42,7 @@ class Rows(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The scores on some rows, one number a row.
+    """The scores on some rows, one number per row.
 
     Attributes:
         right: whether the most probable choice is the label's; None without choices.
@@ -58,9 +59,9 @@ class Batch:
 
     Attributes:
         ids: (rows, width), padded on the right.
-        places: positions of the flattened ids whose next token is judged.
+        places: positions of the flattened ids whose next token is predicted.
         owners: the row of each place.
-        targets: its next token, or the number of the label.
+        targets: the next token of each place, or the number of the label.
     """
 
     ids: Tensor
@@ -70,12 +71,12 @@ class Batch:
 
 
 class CausalJudge:
-    """A causal model, and rows that are packed once.
+    """A causal model, and rows that are divided into batches once.
 
     Law: scores are those of the model with the adapter loaded by PEFT, one row at a time, up to rounding.
 
     Args:
-        model: in evaluation mode, on the device where it is to run.
+        model: in evaluation mode, on the device where it runs.
         rows: by split and task.
     """
 
@@ -103,15 +104,15 @@ class CausalJudge:
         inputs = [one.prompt if rows.choices else [*one.prompt, *one.completion] for one in kept]
         width = max(map(len, inputs))
         for place, (i, one, tokens) in enumerate(zip(chosen, kept, inputs, strict=True)):
-            ids.append(tokens + [0] * (width - len(tokens)))  # causal: real tokens never see what follows
-            judged = [one.label] if rows.choices else one.completion
-            places += [place * width + len(one.prompt) - 1 + step for step in range(len(judged))]
-            owners += [i] * len(judged)
-            targets += judged
+            ids.append(tokens + [0] * (width - len(tokens)))  # in a causal model padding at the end has no effect
+            predicted = [one.label] if rows.choices else one.completion
+            places += [place * width + len(one.prompt) - 1 + step for step in range(len(predicted))]
+            owners += [i] * len(predicted)
+            targets += predicted
         return Batch(*(torch.tensor(values, device=self.device) for values in (ids, places, owners, targets)))
 
     def apply(self, factors: Factors) -> None:
-        """Add B·A to each module's original weight; modules that are not named get their original weight back."""
+        """Add B·A to the original weight of each module; modules without factors get their original weight."""
         for name in factors:
             if name not in self._originals:
                 self._originals[name] = self.model.get_submodule(name).weight.detach().clone()
@@ -125,7 +126,7 @@ class CausalJudge:
 
     @torch.no_grad()
     def score(self, factors: Factors, keys: Sequence[Key]) -> dict[Key, Scored]:
-        """Return the scores of the model with an adapter, or without one (no factors), on some sets of rows."""
+        """Return the scores on some sets of rows of the model with an adapter, or without one (no factors)."""
         self.apply(factors)
         return {key: self._score(key) for key in keys}
 
@@ -151,13 +152,13 @@ class CausalJudge:
 
 
 def factors_of(adapter: ties_peft.Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (B, A) of each module of a LoRA, its scaling in B."""
+    """Return (B, A) of each module of a LoRA; the scaling is in B."""
     read = {name: adapter.read(name) for name in adapter.modules}
     return {name: (delta.B, delta.A) for name, delta in read.items()}
 
 
 def read_rows(data: Path, tokenizer: Any, limit: int) -> dict[Key, Rows]:
-    """Return the first rows of each split of each task, and text of no task if its set is there."""
+    """Return the first rows of each split of each task, and those of `TEXT` if it is there."""
     found: dict[Key, Rows] = {}
     for split in SPLITS:
         for task in smollm2.TASKS:

@@ -1,22 +1,20 @@
-"""Methods on real tasks: `python benchmarks/compare.py --data DIR`, on the sample adapters.
+"""Compare the methods on real tasks, with the sample adapters: `python benchmarks/compare.py --data DIR`.
 
-For every method, space and rank: accuracy on the rows of each task, their mean, the same with each own
-adapter's accuracy as 100 (normalised), the mean's difference from TIES as it comes with its paired
-standard error, accuracy on mr, which no adapter was trained on (held out), seconds of processor time
-for the merge, and energy kept. `--subsets` tries the rules that need no tuning on pairs, triples, … of
-the adapters instead, and on adapters whose task vectors were stretched or shrunk.
+The table has for every method, space and rank: the accuracy on the rows of each task, their mean, the mean with each
+own adapter's accuracy as 100 (normalised), the difference of the mean from that of TIES by its defaults with the paired
+standard error, the accuracy on mr, which no adapter was trained on (held out), seconds of processor time of the merge, and
+the energy that the rank keeps. `--subsets` compares the rules without parameters to tune on pairs, triples, … of the
+adapters instead, and on adapters whose task vectors were multiplied by unequal factors.
 
-`--world lm` judges LoRAs of a causal language model instead, on validation and on test rows (see `language_model`): all
-six, then pairs and fours of them; `--split` says which table is printed, `--json` has both.
+`--world lm` compares LoRAs of a causal language model instead, on validation and on test rows (see `language_model`): all
+six, then pairs and fours of them. `--split` names the table that is printed; `--json` has both.
 
-With `--log FILE` a run that was stopped goes on where it was; `--json FILE` writes the table.
+With `--log FILE` a run that was stopped continues; `--json FILE` writes the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,15 +22,16 @@ from typing import Any
 
 import language_model
 import torch
-from cases import FOURTH_ROOT_N, ROOT_N, Bench, Set, Setting, unpack
+from cases import FOURTH_ROOT_N, ROOT_N, Measurements, Set, Setting, unpack
 from causal import SPLITS
-from judge import ROOT, minilm, paired
+from judge import minilm, paired
+from records import make_parser, versions, write_json
 from rich.console import Console
-from rich.table import Table
 
 import ties_peft
+from ties_peft.merging.tables import make_table, number_column
 
-LEFT = ("method", "space", "way", "needs")
+LEFT = ("method", "space", "way", "needs")  # columns of text
 REFERENCE = Setting("ties")
 SIGNS = {"sign_from": "multitask"}
 LORA = [
@@ -131,7 +130,7 @@ CANDIDATES = {
 
 
 def sets() -> list[Set]:
-    """Two to six adapters: every task in as many pairs, triples, fours as any other; then unlike lengths."""
+    """Return sets of two to six adapters, in which all tasks are equally often, and those of unequal norms."""
     pairs = [("sst2", "trec"), ("subj", "banking77"), ("cr", "ag_news")]
     triples = [("sst2", "subj", "ag_news"), ("trec", "cr", "banking77")]
     fours = [tuple(task for pair in pairs if pair != left for task in pair) for left in pairs]
@@ -148,18 +147,18 @@ UNLIKE: list[Set] = [
 
 
 def rights(record: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Which rows of some tasks were right."""
+    """Return which rows of some tasks were right."""
     return {task: unpack(record["right"][task]) for task in tasks}
 
 
 def line(label: str, record: Mapping[str, Any], own: Mapping[str, float], against: Mapping[str, Any]) -> dict[str, Any]:
-    """One row of a table of all six tasks.
+    """Return one row of the table of all six adapters.
 
     Args:
-        label: what it is.
-        record: what came of it.
-        own: what each own adapter reaches, in percent.
-        against: the record of what it is compared with, row by row.
+        label: of the row.
+        record: of the merge.
+        own: the accuracy of each task's own adapter, in percent.
+        against: the record that it is compared with, row by row.
     """
     accuracy = record["accuracy"]
     difference, error = paired([(rights(record, minilm.TASKS), rights(against, minilm.TASKS))])
@@ -176,20 +175,24 @@ def line(label: str, record: Mapping[str, Any], own: Mapping[str, float], agains
     }
 
 
-def whole(bench: Bench, kind: str, console: Console, methods: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Every setting, or those of some methods, on all six adapters, after what merges are measured against."""
+def whole(measurements: Measurements, kind: str, console: Console, methods: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return a row for each reference, and for every setting, or those of some methods, on all six adapters."""
     everyone = dict.fromkeys(minilm.TASKS, 1.0)
-    against = bench.merged(kind, everyone, REFERENCE, bench.tasks)
-    singles = {task: bench.single(kind, task) for task in minilm.TASKS}
+    against = measurements.merged(kind, everyone, REFERENCE, measurements.tasks)
+    singles = {task: measurements.single(kind, task) for task in minilm.TASKS}
     own = {task: single["accuracy"][task] for task, single in singles.items()}
     together = {key: {task: singles[task][key][task] for task in singles} for key in ("right", "accuracy")}
-    references = {"base": bench.base(), "own adapters": together, "multitask-trained": bench.multitask(kind)}
+    references = {
+        "base": measurements.base(),
+        "own adapters": together,
+        "multitask-trained": measurements.multitask(kind),
+    }
     rows = [line(label, record, own, against) for label, record in references.items()]
     for setting in TABLES[kind]:
         if methods and setting.method not in methods:
             continue
         try:
-            record = bench.merged(kind, everyone, setting, bench.tasks)
+            record = measurements.merged(kind, everyone, setting, measurements.tasks)
         except ties_peft.TiesPeftError as error:
             console.print(f"{setting.label}, {setting.space}: {error}", style="red")
             continue
@@ -197,16 +200,16 @@ def whole(bench: Bench, kind: str, console: Console, methods: Sequence[str] = ()
     return rows
 
 
-def subsets(bench: Bench, kind: str) -> list[dict[str, Any]]:
-    """The candidates for a default, one row each: accuracies relative to the own adapters', by groups of sets."""
+def subsets(measurements: Measurements, kind: str) -> list[dict[str, Any]]:
+    """Return a row for each candidate for a default: accuracies relative to the own adapters', by groups of sets."""
     rows = []
     chosen = sets()
-    against = [bench.merged(kind, one, REFERENCE, list(one)) for one in chosen]
+    against = [measurements.merged(kind, one, REFERENCE, list(one)) for one in chosen]
     for setting in CANDIDATES[kind]:
-        records = [bench.merged(kind, one, setting, list(one)) for one in chosen]
+        records = [measurements.merged(kind, one, setting, list(one)) for one in chosen]
         columns: dict[str, list[float]] = {}
         for one, record in zip(chosen, records, strict=True):
-            columns.setdefault(group(one), []).append(relative(bench, kind, one, record))
+            columns.setdefault(group(one), []).append(relative(measurements, kind, one, record))
         row: dict[str, Any] = {"method": setting.label, "space": setting.space}
         row |= {name: _mean(values) for name, values in columns.items()}
         row["loss"] = _mean([_mean(list(record["loss"].values()), 5) for record in records], 4)
@@ -222,14 +225,14 @@ def subsets(bench: Bench, kind: str) -> list[dict[str, Any]]:
     return rows
 
 
-def relative(bench: Bench, kind: str, chosen: Set, record: Mapping[str, Any]) -> float:
-    """Mean accuracy, each own adapter's, stretched alike, being 100."""
-    own = {task: bench.single(kind, task, gain)["accuracy"][task] for task, gain in chosen.items()}
+def relative(measurements: Measurements, kind: str, chosen: Set, record: Mapping[str, Any]) -> float:
+    """Return the mean accuracy with that of each own adapter, of the same norm, as 100."""
+    own = {task: measurements.single(kind, task, gain)["accuracy"][task] for task, gain in chosen.items()}
     return 100 * _mean([record["accuracy"][task] / own[task] for task in chosen], 6)
 
 
 def group(chosen: Set) -> str:
-    """The column of a set: how many adapters, and whether their lengths were made unlike."""
+    """Return the column of a set: by the number of adapters, or of those whose norms were made unequal."""
     return f"{len(chosen)} adapters" if set(chosen.values()) == {1.0} else "unlike lengths"
 
 
@@ -238,14 +241,10 @@ def _mean(values: Sequence[float], digits: int = 2) -> float:
 
 
 def show(rows: Sequence[Mapping[str, Any]], console: Console, title: str) -> None:
-    """Print rows as a table; a column for every key."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    """Print rows as a table with a column for every key."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if not key.startswith("error")]
-    for heading in columns:
-        table.add_column(heading, justify="left" if heading in LEFT else "right")
-    for row in rows:
-        table.add_row(*(_cell(row, key) for key in columns))
-    console.print(table)
+    headings = [key if key in LEFT else number_column(key) for key in columns]
+    console.print(make_table(headings, [[_cell(row, key) for key in columns] for row in rows], title))
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
@@ -258,45 +257,40 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
 
 
 def command(asked: argparse.Namespace) -> str:
-    """What makes the figures again, wherever the rows are."""
+    """Return the command that makes these figures again."""
     subsets = " --subsets" if asked.subsets else ""
     return f"python benchmarks/compare.py --data DIR{subsets} --rows {asked.rows} --split {asked.split}"
 
 
-def versions() -> dict[str, str]:
-    """What the figures depend on."""
-    import transformers
-
-    return {
-        "ties_peft": ties_peft.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def parse() -> argparse.Namespace:
-    """Return what was asked for on the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--world", default="encoder", choices=["encoder", "lm"], help="the sentence encoder's adapters")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="a folder for each task")
-    parser.add_argument("--kinds", nargs="*", default=list(TABLES), choices=list(TABLES), help="of the encoder's")
-    parser.add_argument("--rows", type=int, default=300, help="of each task (300)")
-    parser.add_argument("--split", default="test", help="validation, when something is to be chosen")
+    """Parse the command line."""
+    parser = make_parser(__doc__, 300)
     parser.add_argument(
-        "--subsets", action="store_true", help="encoder: two to six adapters, of like and unlike lengths"
+        "--world",
+        default="encoder",
+        choices=["encoder", "lm"],
+        help="adapters of the sentence encoder, or of the language model",
     )
-    parser.add_argument("--methods", nargs="+", help="no other merges are made (default: all)")
-    parser.add_argument("--log", type=Path, help="keep every result there, a line each, and do none twice")
-    parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument(
+        "--kinds", nargs="*", default=list(TABLES), choices=list(TABLES), help="of the encoder's adapters"
+    )
+    parser.add_argument("--split", default="test", help="rows of the table (test); validation to choose settings by")
+    parser.add_argument(
+        "--subsets", action="store_true", help="encoder: sets of two to six adapters, of equal and unequal norms"
+    )
+    parser.add_argument("--methods", nargs="+", help="methods of the merges (all)")
     of_lm = parser.add_argument_group("language model")
-    of_lm.add_argument("--base", help="folder or Hub id of the base model (default: the samples' base)")
-    of_lm.add_argument("--adapters", type=Path, default=language_model.smollm2.FOLDER, help="a folder for each adapter")
-    of_lm.add_argument("--device", default="cpu", help="where rows are scored; merges are made on the CPU")
+    of_lm.add_argument("--base", help="folder or Hub id of the base model (the samples' base)")
+    of_lm.add_argument(
+        "--adapters", type=Path, default=language_model.smollm2.FOLDER, help="folder with one for each adapter"
+    )
+    of_lm.add_argument("--device", default="cpu", help="device that scores rows (cpu); merges are made on the CPU")
     of_lm.add_argument("--tf32", action="store_true", help="let a GPU multiply with 10 bits of mantissa")
-    of_lm.add_argument("--processes", type=int, default=1, help="that merge at the same time (1)")
-    of_lm.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS, help="whose rows are scored (both)")
-    of_lm.add_argument("--seconds", type=float, help="stop after so many; 0 makes the tables of what is in the log")
+    of_lm.add_argument("--processes", type=int, default=1, help="number of processes that merge (1)")
+    of_lm.add_argument(
+        "--splits", nargs="+", default=SPLITS, choices=SPLITS, help="splits whose rows are scored (both)"
+    )
+    of_lm.add_argument("--seconds", type=float, help="time after which to stop; 0 makes the tables from the log alone")
     return parser.parse_args()
 
 
@@ -323,7 +317,7 @@ def compare_language_model(asked: argparse.Namespace, console: Console) -> dict[
 
 def compare_encoder(asked: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Print and return the tables of the encoder's adapters."""
-    bench = Bench(asked.data, asked.split, asked.rows, asked.log)
+    measurements = Measurements(asked.data, asked.split, asked.rows, asked.log)
     found: dict[str, Any] = {
         "command": command(asked),
         "split": asked.split,
@@ -331,7 +325,9 @@ def compare_encoder(asked: argparse.Namespace, console: Console) -> dict[str, An
         "versions": versions(),
     }
     for kind in asked.kinds:
-        found[kind] = subsets(bench, kind) if asked.subsets else whole(bench, kind, console, asked.methods or ())
+        found[kind] = (
+            subsets(measurements, kind) if asked.subsets else whole(measurements, kind, console, asked.methods or ())
+        )
         show(found[kind], console, f"{kind}, {asked.rows} {asked.split} rows a task")
     return found
 
@@ -342,9 +338,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     console = Console(width=260 if asked.world == "lm" else 200)
     found = compare_language_model(asked, console) if asked.world == "lm" else compare_encoder(asked, console)
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(asked.json, found)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Check a GPU: `python benchmarks/gpu_check.py`, or `make gpu-check PYTHON=…`, in under 8 minutes.
+"""Test and measure merges on a GPU, in under 8 minutes: `python benchmarks/gpu_check.py`, or `make gpu-check PYTHON=…`.
 
-Runs the tests that need a GPU, compares merges on the GPU with the same merges on the CPU, and measures seconds and
-memory for one 4096 × 4096 module and for adapters of Llama-3-8B's shape. Writes `benchmarks/results/gpu.json`.
+The script runs the tests that need a GPU, compares merges on the GPU with the same merges on the CPU, and measures the time
+and memory of one 4096 × 4096 module and of adapters of Llama-3-8B's shape. It writes `benchmarks/results/gpu.json`.
 
 It makes no environment, installs nothing and needs no network: synthetic adapters are made in a temporary folder, and
-the sample adapters lie in the repository. Each stage runs in a process of its own, so that one failure does not hide
-the others. What could not be run is listed under `problems` and the exit status is then 1; 2 says that nothing was
-run at all, because packages or the GPU are missing.
+the sample adapters are in the repository. Each stage runs in a process of its own, so that one failure does not hide the
+others. Exit status 1 means that something failed or could not be run, which is listed under `problems`; 2 means that
+nothing was run, because packages or the GPU are missing.
 
 `--device cpu --small` runs the same stages on tiny inputs without a GPU, to test this script.
 """
@@ -33,10 +33,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results" / "gpu.json"
 TOTAL = 7.5 * 60  # seconds for all stages together
-MODULES = {"huggingface_hub": "huggingface_hub", "pyyaml": "yaml"}  # where the import has another name
+MODULES = {"huggingface_hub": "huggingface_hub", "pyyaml": "yaml"}  # of packages whose module has another name
 SMALL_METHODS = ("average", "ties")
-UNUSED = ("accelerate",)  # required by transformers at times, never imported here
-TOLERANCE = 1e-3  # relative error of a merged delta: an entry at the threshold may be cut on one device alone
+UNUSED = ("accelerate",)  # a dependency that is not imported here
+TOLERANCE = 1e-3  # relative error of a merged delta; an entry at the threshold may be trimmed on one device only
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Asked:
     """The options of a run.
 
     Attributes:
-        device: where the merges run.
+        device: that merges.
         small: whether the inputs are tiny.
         folder: of the synthetic adapters.
     """
@@ -63,7 +63,7 @@ def missing_packages() -> list[str]:
     return [name for name in needed if importlib.util.find_spec(MODULES.get(name, name)) is None]
 
 
-# The stages. Each returns what is stored under its name.
+# The stages. The result of each is stored under its name.
 
 
 def run_tests(asked: Asked) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def compare_with_cpu(asked: Asked) -> dict[str, Any]:
 
 
 def _difference(paths: list[Path], device: str, method: str, space: str) -> float | str:
-    """Return the relative error of one merge, or why the CPU refuses it (Fisher statistics, say)."""
+    """Return the relative error of one merge, or the reason why it is refused on the CPU, such as missing statistics."""
     import torch
 
     import ties_peft
@@ -186,11 +186,11 @@ STAGES: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
 }
 
 
-# The frame: stages in processes of their own, one clock for all.
+# Running the stages, in processes of their own, within one time limit
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Return what the figures come from."""
+    """Describe the machine and the versions that the figures depend on."""
     import torch
 
     found: dict[str, Any] = {
@@ -210,7 +210,7 @@ def _optional(name: str) -> Any:
 
 
 def run_stage(name: str, options: list[str], timeout: float) -> dict[str, Any] | str:
-    """Run one stage in a process of its own; return its figures, or what went wrong."""
+    """Run one stage in a process of its own; return its figures, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         command = [sys.executable, __file__, *options, "--stage", name, "--out", str(result), "--folder", folder]
@@ -219,13 +219,13 @@ def run_stage(name: str, options: list[str], timeout: float) -> dict[str, Any] |
         except subprocess.TimeoutExpired:
             return f"stopped after {timeout:.0f} s"
         if done.returncode != 0 or not result.exists():
-            return f"failed with exit status {done.returncode}; its output says why"
+            return f"failed with exit status {done.returncode}; see its output"
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return found
 
 
 def faults(name: str, found: dict[str, Any] | str) -> list[str]:
-    """Return what is wrong with the figures of a stage, in words."""
+    """Return the problems of a stage, in words."""
     if isinstance(found, str):
         return [f"{name}: {found}"]
     if name == "tests":
@@ -236,33 +236,35 @@ def faults(name: str, found: dict[str, Any] | str) -> list[str]:
 
 
 def check(asked: argparse.Namespace, options: list[str]) -> int:
-    """Run all stages that the time allows, and write their figures after each."""
+    """Run all stages for which there is time, and write the figures after each."""
     started = time.perf_counter()
-    told: dict[str, Any] = {"command": "make gpu-check", "machine": machine(asked.device), "problems": []}
-    told["not measured"] = ["further GPUs, mixed devices, GPUs of other makers"]
+    report: dict[str, Any] = {"command": "make gpu-check", "machine": machine(asked.device), "problems": []}
+    report["not measured"] = ["further GPUs, mixed devices, GPUs of other makers"]
     for name in STAGES:
         left = TOTAL - (time.perf_counter() - started)
         print(f"gpu-check: {name}, {left:.0f} s left", flush=True)
         found = run_stage(name, options, left) if left > 10 else "not run: no time was left"
-        told[name] = found if isinstance(found, dict) else None
-        told["problems"] += faults(name, found)
-        told["seconds in all"] = time.perf_counter() - started
+        report[name] = found if isinstance(found, dict) else None
+        report["problems"] += faults(name, found)
+        report["seconds in all"] = time.perf_counter() - started
         asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for problem in told["problems"]:
+        asked.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for problem in report["problems"]:
         print(f"gpu-check: PROBLEM: {problem}")
-    print(f"gpu-check: {asked.out.name} written, {len(told['problems'])} problem(s), {told['seconds in all']:.0f} s")
-    return 1 if told["problems"] else 0
+    print(
+        f"gpu-check: {asked.out.name} written, {len(report['problems'])} problem(s), {report['seconds in all']:.0f} s"
+    )
+    return 1 if report["problems"] else 0
 
 
 def main() -> int:
     """Read the options, and run all stages or the one that is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny inputs, to test this script")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--device", default="cuda", help="that is tested (cuda)")
+    parser.add_argument("--small", action="store_true", help="use tiny inputs, to test this script")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of the figures")
     parser.add_argument("--stage", choices=STAGES, help="run one stage in this process")
-    parser.add_argument("--folder", type=Path, help="of a stage: where its inputs are made")
+    parser.add_argument("--folder", type=Path, help="with --stage: folder for its inputs")
     asked = parser.parse_args()
     missing = missing_packages()
     if missing:

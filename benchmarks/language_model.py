@@ -1,17 +1,17 @@
-"""The third world of `compare.py`: LoRAs of a causal language model, six unlike tasks.
+"""The part of `compare.py` for LoRAs of a causal language model, of six different tasks.
 
-Merges run in processes of their own, since they take longer than scoring; each result is scored on validation rows and on
-test rows, row by row, and goes into a log from which the tables are made. What is chosen is chosen on validation rows.
+Merges run in processes of their own, because they take longer than scoring. Each result is scored on validation rows and on
+test rows, row by row, and stored in a log from which the tables are made. Settings are chosen on validation rows.
 
-A task's share: the accuracy as percent of the own adapter's (classification), or how much of the gap between the base's and
-the own adapter's loss per token is closed, in percent (generation). `six` is the mean of the shares over the tasks.
+The share of a task is, for classification, the accuracy in percent of the own adapter's; for generation, the part of the
+gap between the base's and the own adapter's loss per token that is closed, in percent. `six` is the mean over the tasks.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
-import json
 import multiprocessing
 import random
 import shutil
@@ -28,6 +28,7 @@ from cases import FOURTH_ROOT_N, ROOT_N, Setting, pack, unpack
 from causal import SPLITS, TEXT, CausalJudge, Factors, Key, Scored, factors_of, read_rows
 from judge import paired
 from peft_formulas import COMBINATIONS, merge_as_peft
+from records import Record, Records
 from torch import Tensor
 
 import smollm2  # isort: skip
@@ -35,7 +36,7 @@ import smollm2  # isort: skip
 import ties_peft
 
 REFERENCE = Setting("ties")
-PUBLISHED = (  # judged on subsets of the adapters as well
+PUBLISHED = (  # also merged for subsets of the adapters
     REFERENCE,
     Setting("auto"),
     Setting("iso_c"),
@@ -51,7 +52,7 @@ PUBLISHED = (  # judged on subsets of the adapters as well
     Setting("pico+ties", space="core"),
     Setting("dare_ties"),
 )
-FULL = (  # on all six
+FULL = (  # for all six
     *PUBLISHED,
     *(Setting("dual", scale=scale) for scale in (0.8, 1.2)),
     *(Setting("dual", extra={"flatten": flatten}) for flatten in (0.0, 0.5, 1.0)),
@@ -72,7 +73,7 @@ FULL = (  # on all six
     Setting("model_stock"),
     Setting("wudi"),
 )
-FURTHER = (  # on all six, last
+FURTHER = (  # for all six, last
     *(Setting(name, rank=rank) for name in ("auto", "iso_c", "flat_tsv") for rank in (16, 8)),
     *(Setting("tsv", scale=FOURTH_ROOT_N, rank=rank) for rank in (16, 8)),
     *(Setting("ties", space="core", rank=rank) for rank in (16, 8)),
@@ -92,23 +93,23 @@ FURTHER = (  # on all six, last
 )
 SEED = 15  # of the subsets
 SUBSETS = 5  # of each size
-WAITING = 2  # merges per process that may wait to be scored: each lies in memory until then
-ROOM = 4 << 30  # bytes
+WAITING = 2  # merges per process that may wait in memory until they are scored
+ROOM = 4 << 30  # bytes of memory for them
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for on the command line.
+    """The options of the command line.
 
     Attributes:
-        data, base, adapters: folders; None for the samples' base wherever it is found.
-        rows: of each task and split, at most.
-        device: where it is scored.
+        data, base, adapters: folders; base None for that of the samples.
+        rows: the largest number of each task and split.
+        device: that scores.
         tf32: whether a GPU may multiply with 10 bits of mantissa, which is twice as fast.
-        processes: that merge.
-        seconds: no new result is waited for after so many; None for no limit.
+        processes: the number that merge.
+        seconds: the time after which no new result is awaited; None for no limit.
         log: a file with one JSON object a line; None to keep nothing.
-        methods: that are merged by; empty for all.
+        methods: of the merges; empty for all.
         splits: whose rows are scored.
     """
 
@@ -127,19 +128,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class Job:
-    """One merge: which tasks' adapters, and how."""
+    """One merge: the tasks whose adapters are merged, and the setting."""
 
     tasks: tuple[str, ...]
     setting: Setting
 
     @property
     def name(self) -> list[Any]:
-        """What tells it from other merges, in the log."""
+        """The key of the merge in the log."""
         return [list(self.tasks), self.setting.label, self.setting.space, self.setting.rank]
 
 
 def subsets(seed: int = SEED) -> dict[int, list[tuple[str, ...]]]:
-    """Return pairs and fours, as many tasks' adapters as evenly as can be: orders cut into pairs, and what each leaves."""
+    """Return pairs, from random orders of the tasks cut into pairs, and the fours that the pairs leave."""
     draw, pairs = random.Random(seed), []
     while len(pairs) < SUBSETS:
         order = draw.sample(smollm2.TASKS, len(smollm2.TASKS))
@@ -157,13 +158,13 @@ def jobs() -> Iterator[Job]:
 
 
 def is_known(setting: Setting) -> bool:
-    """Whether this version has the method, each stage of it."""
+    """Return whether this version of the package has the method, or each of those in a row."""
     known = {method.name for method in ties_peft.methods()} | set(COMBINATIONS)
     return set(setting.method.split("+")) <= known
 
 
 def work(job: Job, adapters: Path, folder: Path) -> dict[str, Any]:
-    """Merge, in a process of its own; write the result to a folder and return what else is known of it, or the error."""
+    """Merge in a process of its own, write the result to a folder, and return facts about it, or the error."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -177,59 +178,52 @@ def work(job: Job, adapters: Path, folder: Path) -> dict[str, Any]:
             result, seconds = job.setting.merge("lora", paths)
             merged, facts = result, {"rank": result.report.rank, "seconds": seconds, "energy": result.report.energy}
         merged.save(folder)
-    except Exception as error:  # of whatever kind: it is told, and the other merges go on
+    except Exception as error:  # of any kind: it is reported, and the other merges continue
         return {"error": f"{type(error).__name__}: {error}"}
     return facts
 
 
 def memory_folder() -> Path | None:
-    """Return a folder that lies in memory, where there is one with room for the merges that wait."""
+    """Return a folder in memory with room for the merges that wait; None if there is none."""
     folder = Path("/dev/shm")
     return folder if folder.is_dir() and shutil.disk_usage(folder).free > ROOM else None
 
 
-class Log:
-    """What is known, and how more of it is found.
+class Measurements:
+    """The scores of the base, the adapters and their merges, with a log.
 
-    The judge is made when first something has to be scored, so tables are made from a whole log without base and adapters.
+    The base model is loaded when something has to be scored. So tables are made from a complete log without it.
+
+    Args:
+        asked: the options.
+        report: prints a message.
     """
 
-    def __init__(self, asked: Asked, tell: Callable[[str], None]) -> None:
-        self.asked, self.tell = asked, tell
+    def __init__(self, asked: Asked, report: Callable[[str], None]) -> None:
+        self.asked, self.report = asked, report
         self.deadline = time.monotonic() + (float("inf") if asked.seconds is None else asked.seconds)
-        lines = asked.log.read_text(encoding="utf-8").splitlines() if asked.log and asked.log.exists() else []
-        self.known = {record["key"]: record for record in map(json.loads, lines)}
-        self._judge: CausalJudge | None = None
+        self.records = Records(asked.log)
 
-    @property
+    @functools.cached_property
     def judge(self) -> CausalJudge:
-        """The base with the rows."""
-        if self._judge is None:
-            torch.backends.cuda.matmul.allow_tf32 = self.asked.tf32
-            base, tokenizer = smollm2.load_base(self.asked.base, self.asked.device)
-            rows = read_rows(self.asked.data, tokenizer, self.asked.rows)
-            if ("test", TEXT) not in rows:
-                self.tell(f"{self.asked.data / TEXT} is not there: no perplexity of text that belongs to no task")
-            self._judge = CausalJudge(base, rows)
-        return self._judge
+        """The base model with the rows."""
+        torch.backends.cuda.matmul.allow_tf32 = self.asked.tf32
+        base, tokenizer = smollm2.load_base(self.asked.base, self.asked.device)
+        rows = read_rows(self.asked.data, tokenizer, self.asked.rows)
+        if ("test", TEXT) not in rows:
+            self.report(f"{self.asked.data / TEXT} does not exist, so there is no perplexity of text of no task")
+        return CausalJudge(base, rows)
 
-    def key(self, name: Sequence[Any]) -> str:
-        """Return the key of a record."""
-        return json.dumps(["lm", self.asked.rows, *name], ensure_ascii=False)
-
-    def get(self, name: Sequence[Any]) -> dict[str, Any] | None:
-        """Return what is known under a name."""
-        return self.known.get(self.key(name))
+    def get(self, name: Sequence[Any]) -> Record | None:
+        """Return the record of a name; None if there is none."""
+        return self.records.get("lm", self.asked.rows, *name)
 
     def add(self, name: Sequence[Any], record: Mapping[str, Any]) -> None:
-        """Keep a record."""
-        self.known[self.key(name)] = {"key": self.key(name), **record}
-        if self.asked.log:
-            with self.asked.log.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(self.known[self.key(name)], ensure_ascii=False) + "\n")
+        """Store a record under a name."""
+        self.records.add(record, "lm", self.asked.rows, *name)
 
     def score(self, factors: Factors, tasks: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Return the scores of some tasks on the splits that are asked for, as they are kept."""
+        """Return the scores of some tasks on the splits that are asked for, as they are stored."""
         keys: list[Key] = [key for key in self.judge.rows if key[0] in self.asked.splits and key[1] in set(tasks)]
         found: dict[str, dict[str, Any]] = {split: {} for split in self.asked.splits}
         for (split, task), scored in self.judge.score(factors, keys).items():
@@ -237,7 +231,7 @@ class Log:
         return found
 
     def find_references(self, versions: Mapping[str, str]) -> None:
-        """Score the base, the own adapters and the one that was trained on all tasks, where that is not known."""
+        """Score the base, the own adapters and the one that was trained on all tasks, unless the log has the scores."""
         if self.get(["base"]) is None:
             tokens = {
                 split: {
@@ -257,10 +251,10 @@ class Log:
                 self.add([name], {"scores": self.score(factors, [*tasks, TEXT])})
 
     def find_merges(self, versions: Mapping[str, str]) -> None:
-        """Merge and score what is not known yet, until the time is over."""
+        """Merge and score what the log lacks, until the time is over."""
         unknown = dict.fromkeys(one.setting.method for one in jobs() if not is_known(one.setting))
         for method in unknown:
-            self.tell(f"{method}: this version has no such method; skipped")
+            self.report(f"{method}: this version has no such method; skipped")
         wanted = [one for one in jobs() if not self.asked.methods or one.setting.method in self.asked.methods]
         todo = [one for one in wanted if is_known(one.setting) and self.get(one.name) is None]
         if time.monotonic() >= self.deadline or not todo:
@@ -283,6 +277,7 @@ class Log:
         folder: Path,
         versions: Mapping[str, str],
     ) -> None:
+        """Merge in the processes of a pool, and score each result here."""
         running: dict[concurrent.futures.Future[dict[str, Any]], tuple[Job, Path]] = {}
         numbers = itertools.count()
 
@@ -298,17 +293,17 @@ class Log:
         while running and time.monotonic() < self.deadline:
             left = None if self.deadline == float("inf") else self.deadline - time.monotonic()
             concurrent.futures.wait(running, left, concurrent.futures.FIRST_COMPLETED)
-            first = next((future for future in running if future.done()), None)  # the most important of those
+            first = next((future for future in running if future.done()), None)  # the most important one that is done
             if first is not None:
                 job, target = running.pop(first)
                 submit()
-                self._keep(job, first.result(), target)
+                self._score_and_store(job, first.result(), target)
 
-    def _keep(self, job: Job, facts: dict[str, Any], folder: Path) -> None:
-        """Score one result and keep it."""
+    def _score_and_store(self, job: Job, facts: dict[str, Any], folder: Path) -> None:
+        """Score one result and store the scores."""
         label = f"{job.setting.label} ({job.setting.space}, rank {job.setting.rank}, N = {len(job.tasks)})"
         if "error" in facts:
-            self.tell(f"{label}: {facts['error']}")
+            self.report(f"{label}: {facts['error']}")
             return
         factors = factors_of(ties_peft.Adapter.load(folder))
         tasks = [*job.tasks, TEXT] if len(job.tasks) == len(smollm2.TASKS) else job.tasks
@@ -317,18 +312,18 @@ class Log:
 
 
 def compact(scored: Scored) -> dict[str, Any]:
-    """Return scores as they are kept: one character or one short number a row."""
+    """Return scores as they are stored: one character or one short number per row."""
     if scored.right is not None:
         return {"right": pack(scored.right), "loss": round(float(scored.losses.mean()), 4)}
     return {"losses": [round(loss, 3) for loss in scored.losses.tolist()]}
 
 
 class Shares:
-    """Turns scores into shares, with the base's and the own adapters' scores of one split.
+    """Turns scores into shares, by the scores of the base and of the own adapters on one split.
 
     Args:
-        base, own: scores by task; each task's own adapter's.
-        tokens: of each row's completion, by task, where the loss counts.
+        base, own: by task, the scores of the base and of the task's own adapter.
+        tokens: by task, the number in each row's completion, for tasks that are scored by the loss.
     """
 
     def __init__(self, base: Mapping[str, Any], own: Mapping[str, Any], tokens: Mapping[str, Sequence[int]]) -> None:
@@ -336,10 +331,11 @@ class Shares:
         self.tokens = {task: torch.tensor(counts, dtype=torch.float64) for task, counts in tokens.items()}
 
     def rows(self, task: str, found: Mapping[str, Any]) -> Tensor:
-        """Return one number a row, in percent, whose mean is the task's share.
+        """Return one number per row, in percent, whose mean is the task's share.
 
-        A loss per token is a ratio of two sums, so that the numbers are its linear terms: their variance over the rows, and
-        that of the difference of two results' numbers, gives the standard error. The base and own adapters count as known.
+        A loss per token is a ratio of two sums, so the numbers are its linear terms. Their variance over the rows, and that
+        of the difference of two results' numbers, gives the standard error. The scores of the base and of the own
+        adapters count as exact.
         """
         if "right" in found:
             return 100 * unpack(found["right"]).double() / unpack(self.own[task]["right"]).double().mean()
@@ -355,11 +351,11 @@ class Shares:
         return {task: float(self.rows(task, found[task]).mean()) for task in tasks}
 
     def base_shares(self, tasks: Iterable[str]) -> dict[str, float]:
-        """Return the base's: 0 for generation."""
+        """Return the shares of the base: 0 for generation."""
         return self.shares(self.base, tasks)
 
     def perplexity(self, found: Mapping[str, Any]) -> float | None:
-        """Return the perplexity per token of text of no task; None where it was not scored."""
+        """Return the perplexity per token of text of no task; None if it was not scored."""
         if TEXT not in found:
             return None
         return float((torch.tensor(found[TEXT]["losses"]).double().sum() / self.tokens[TEXT].sum()).exp())
@@ -380,17 +376,24 @@ class Shares:
         return paired([(a, b) for a, b in rows])
 
 
-def shares_of(log: Log, split: str) -> Shares:
-    """Return what turns one split's scores into shares."""
-    base = log.known[log.key(["base"])]
-    own = {task: log.known[log.key([task])]["scores"][split][task] for task in smollm2.TASKS}
+def required(log: Measurements, name: str) -> Record:
+    """Return the record of a reference, which must be there."""
+    record = log.get([name])
+    assert record is not None, f"the log has no scores of {name}"
+    return record
+
+
+def shares_of(log: Measurements, split: str) -> Shares:
+    """Return the shares of one split."""
+    base = required(log, "base")
+    own = {task: required(log, task)["scores"][split][task] for task in smollm2.TASKS}
     return Shares(base["scores"][split], own, base["tokens"][split])
 
 
 def line(
     label: str, record: Mapping[str, Any], split: str, shares: Shares, against: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return one row of the table of all six tasks."""
+    """Return one row of the table of all six adapters."""
     found = record["scores"][split]
     each = shares.shares(found, smollm2.TASKS)
     lowest = shares.base_shares(smollm2.TASKS)
@@ -413,15 +416,15 @@ def line(
     return row | {key: round(record[key], 3) for key in ("seconds", "energy") if record.get(key) is not None}
 
 
-def whole(log: Log, split: str) -> list[dict[str, Any]]:
-    """Return the table of all six tasks: what merges are measured against, then every setting that is known."""
+def whole(log: Measurements, split: str) -> list[dict[str, Any]]:
+    """Return the table of all six adapters: the references, then every setting in the log."""
     shares = shares_of(log, split)
     reference = log.get(Job(smollm2.TASKS, REFERENCE).name)
     against = reference["scores"][split] if reference else None
     own = {"scores": {split: shares.own}}
     records = {"base": log.get(["base"]), "own adapters": own, "multitask-trained": log.get(["multitask"])}
     rows = [line(label, record, split, shares, against) for label, record in records.items() if record]
-    texts = [shares.perplexity(log.known[log.key([task])]["scores"][split]) for task in smollm2.TASKS]
+    texts = [shares.perplexity(required(log, task)["scores"][split]) for task in smollm2.TASKS]
     rows[1] |= {"text": round(sum(texts) / len(texts), 2)} if None not in texts else {}
     for setting in (*FULL, *FURTHER):
         record = log.get(Job(smollm2.TASKS, setting).name)
@@ -430,8 +433,8 @@ def whole(log: Log, split: str) -> list[dict[str, Any]]:
     return rows
 
 
-def by_size(log: Log, split: str) -> list[dict[str, Any]]:
-    """Return the table of subsets: mean share, worst task of any set and the difference from TIES, by number of adapters."""
+def by_size(log: Measurements, split: str) -> list[dict[str, Any]]:
+    """Return the table by number of adapters: mean share, worst task of any set, and the difference from TIES."""
     shares = shares_of(log, split)
     rows = []
     for setting in PUBLISHED:
@@ -466,15 +469,15 @@ def _mean(values: Iterable[float]) -> float:
     return round(sum(numbers) / len(numbers), 2)
 
 
-def tables(asked: Asked, versions: Mapping[str, str], tell: Callable[[str], None]) -> dict[str, Any]:
-    """Find what is not known in the time there is, and return the tables of both splits and what they depend on."""
-    log = Log(asked, tell)
+def tables(asked: Asked, versions: Mapping[str, str], report: Callable[[str], None]) -> dict[str, Any]:
+    """Merge and score what the log lacks, and return the tables of both splits with what they depend on."""
+    log = Measurements(asked, report)
     log.find_merges(versions)
     if log.get(["base"]) is None:
         log.find_references(versions)
     result: dict[str, Any] = {
         "rows": asked.rows,
-        **log.known[log.key(["base"])]["about"],
+        **required(log, "base")["about"],
         "subsets": {str(size): [list(tasks) for tasks in sets] for size, sets in subsets().items()},
         "seed of the subsets": SEED,
     }

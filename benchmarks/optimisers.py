@@ -1,12 +1,12 @@
-"""Which optimiser a search should use: what each has found after 20, 40, 100 and 200 trials, in 2 to 50 numbers.
+"""Compare optimisers for a search: what each has found after 20, 40, 100 and 200 trials, in 2 to 50 numbers.
 
     python benchmarks/optimisers.py [--seeds 10] [--out optimisers.json]
 
-Objectives that cost nothing and look like the real ones: the loss of a weighted sum of adapters on 20 rows
-(logistic, with LoRAHub's penalty on the weights), the same loss counted in rows that are right (steps), a bowl
-whose optimum has few weights that are not 0, and a bowl with many dents. Every one starts at 0. What is printed
-is the share of the way from the start to the best known value that is left, the mean over seeds: 0 is done,
-1 is nothing found. nevergrad and cma are compared where they are installed.
+The objectives resemble the real ones and take no time: the loss of a weighted sum of adapters on 20 rows (logistic, with
+LoRAHub's penalty on the weights), the share of wrong rows (a step function), a quadratic function whose optimum has few
+weights that are not 0, and a quadratic function with many local minima. All start at 0. Printed is the share of the
+distance from the value at the start to the best known value that is left, in the mean over seeds: 0 is the best known
+value, 1 that of the start. nevergrad and cma are compared where they are installed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-Objective = Callable[[Array], float]  # to be made small
+Objective = Callable[[Array], float]  # to be minimised
 Optimiser = Callable[[Objective, int, int, int], None]  # (objective, numbers, budget, seed)
 BOUND = 1.5
 BUDGETS = (20, 40, 100, 200)
 SIZES = (2, 6, 20, 50)
-SLOW = {"optuna gp": (20, 2, 40), "nevergrad NGOpt": (50, 2, 100)}  # at most so many numbers, seeds and trials
+SLOW = {"optuna gp": (20, 2, 40), "nevergrad NGOpt": (50, 2, 100)}  # the largest numbers of weights, seeds and trials
 
 
 def objectives(size: int, seed: int) -> dict[str, Objective]:
-    """By name, drawn anew for each seed."""
+    """Return the objectives of one seed, by name."""
     draw = np.random.default_rng([size, seed])
     truth = np.zeros(size)
     truth[draw.choice(size, max(1, size // 5), replace=False)] = draw.uniform(-1.2, 1.2, max(1, size // 5))
@@ -51,7 +51,7 @@ def objectives(size: int, seed: int) -> dict[str, Objective]:
 
 
 def by_optuna(name: str) -> Optimiser:
-    """One of Optuna's samplers."""
+    """Return one of Optuna's samplers."""
 
     def run(objective: Objective, size: int, budget: int, seed: int) -> None:
         import optuna
@@ -79,7 +79,7 @@ def by_optuna(name: str) -> Optimiser:
 
 
 def by_nevergrad(name: str) -> Optimiser:
-    """One of nevergrad's optimisers, as LoRAHub sets it up."""
+    """Return one of nevergrad's optimisers, set up as in LoRAHub."""
 
     def run(objective: Objective, size: int, budget: int, seed: int) -> None:
         import nevergrad
@@ -92,7 +92,7 @@ def by_nevergrad(name: str) -> Optimiser:
 
 
 def by_cma(objective: Objective, size: int, budget: int, seed: int) -> None:
-    """The reference implementation of CMA-ES."""
+    """Run the reference implementation of CMA-ES."""
     import cma
 
     quiet = {"seed": seed + 1, "verbose": -9, "bounds": [-BOUND, BOUND], "maxfevals": budget}
@@ -104,7 +104,7 @@ def by_cma(objective: Objective, size: int, budget: int, seed: int) -> None:
 
 
 def by_cmaes(step: float, share: float) -> Optimiser:
-    """CMA-ES of the package `cmaes`: its first step as a share of the range, its population as one of the usual."""
+    """Return CMA-ES of the package `cmaes`, with a first step and a population as shares of the range and the usual one."""
 
     def run(objective: Objective, size: int, budget: int, seed: int) -> None:
         from cmaes import CMA
@@ -121,7 +121,7 @@ def by_cmaes(step: float, share: float) -> Optimiser:
 
 
 def by_scipy(name: str, **options: Any) -> Optimiser:
-    """One of SciPy's methods that need no gradient."""
+    """Return one of SciPy's methods without gradients."""
 
     def run(objective: Objective, size: int, budget: int, seed: int) -> None:
         from scipy.optimize import minimize
@@ -149,7 +149,7 @@ class Stop(Exception):
 
 
 def trace(optimiser: Optimiser, objective: Objective, size: int, budget: int, seed: int) -> list[float]:
-    """The best value after each trial."""
+    """Run an optimiser, and return the best value after each trial."""
     best: list[float] = []
 
     def watched(w: Array) -> float:
@@ -165,7 +165,7 @@ def trace(optimiser: Optimiser, objective: Objective, size: int, budget: int, se
 
 
 def measure(size: int, seeds: int) -> dict[str, dict[str, Any]]:
-    """By optimiser and objective: what is left after each budget; and the seconds a trial costs."""
+    """Return for each optimiser the share left after each budget, by objective, and the seconds of a trial."""
     traces: dict[tuple[str, str, int], list[float]] = {}
     seconds: dict[str, float] = {}
     for name, optimiser in OPTIMISERS.items():
@@ -178,7 +178,7 @@ def measure(size: int, seeds: int) -> dict[str, dict[str, Any]]:
                 for what, objective in objectives(size, seed).items():
                     traces[name, what, seed] = trace(optimiser, objective, size, budget, seed)
                     count += budget
-        except Exception as error:  # not installed, or at odds with what is
+        except Exception as error:  # not installed, or not compatible with other packages
             print(f"{name}: {type(error).__name__}: {error}")
             continue
         seconds[name] = (time.perf_counter() - started) / count
@@ -201,9 +201,9 @@ def measure(size: int, seeds: int) -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds (10)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of weights (2 6 20 50)")
+    parser.add_argument("--out", type=Path, help="file to write the result to")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     found = {}

@@ -1,6 +1,6 @@
-"""PEFT's merges of A and B apart, by PEFT's own functions, for adapters of unlike ranks.
+"""Merge A's and B's separately by PEFT's own functions, also for adapters of different ranks.
 
-`add_weighted_adapter` refuses unlike ranks for `linear` and `ties`; here the smaller ones are filled up with zeros first.
+`add_weighted_adapter` refuses different ranks for `linear` and `ties`; here smaller factors are padded with zeros first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DENSITY = 0.2
 
 
 def merge_as_peft(paths: Sequence[Path], combination: str) -> ties_peft.Adapter:
-    """Merge as PEFT does for adapters of one rank: `linear` with weights 1/N, `ties` with weights 1 and density 0.2."""
+    """Merge as PEFT merges adapters of one rank: `linear` with weights 1/N, `ties` with weights 1 and density 0.2."""
     adapters = [ties_peft.Adapter.load(path) for path in paths]
     rank = max(rank for adapter in adapters for rank in adapter.ranks)
     tensors: dict[str, Tensor] = {}
@@ -48,5 +48,5 @@ def combine(deltas: Sequence[LowRank], rank: int, weight: float, combination: st
 
 
 def padded(factor: Tensor, rank: int) -> Tensor:
-    """Return a factor of (r, n) with rows of zeros up to (rank, n)."""
+    """Return a factor (r, n) padded with rows of zeros to (rank, n)."""
     return torch.cat([factor, factor.new_zeros(rank - len(factor), factor.shape[1])])

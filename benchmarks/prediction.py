@@ -1,12 +1,12 @@
-"""Do the figures of a report say how much an adapter keeps? `python benchmarks/prediction.py`.
+"""Test whether the figures of a report predict how much an adapter keeps: `python benchmarks/prediction.py`.
 
-For every adapter of the stored merges of three worlds (LoRA and (IA)³ on a sentence encoder, LoRA on a language model):
-`projection`, `cosine` and `others` of the merged adapter, and the share of its gain over the base that was measured. A
-figure alone, and a linear fit of all three, are compared with what was kept, by Spearman's rank correlation. The fit that a
-world is judged by is made on the two other worlds. Intervals are of 1000 bootstrap samples of merges.
+The adapters are those of stored merges in three worlds: LoRA and (IA)³ on a sentence encoder, and LoRA on a language
+model. Each has its `projection`, `cosine` and `others` in the report, and the share of its gain over the base that the
+merge was measured to keep. Each figure, and a linear fit of all three, is compared with this share by Spearman's rank
+correlation. The fit for a world is made on the two other worlds. Intervals are from 1000 bootstrap samples of merges.
 
-What was measured is read from `results/retention.json` and `results/language_model.json`. The merges of the language
-model's adapters are made anew for their figures (a minute or two of processor time; `--work` keeps them); no model is run.
+The measurements are read from `results/retention.json` and `results/language_model.json`. The merges of the language
+model's adapters are repeated for their figures (a minute or two of processor time; `--work` stores them); no model runs.
 """
 
 from __future__ import annotations
@@ -21,30 +21,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import FOURTH_ROOT_N, ROOT_N, Setting
-from compare import versions
+from cases import FORMULAS, Setting
 from judge import ROOT
+from records import versions, write_json
 from scipy.stats import spearmanr
 
 from ties_peft.merging.recipes.scale import Scale
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("ag_news", "trec", "subj", "snips_json", "wikisql", "disfl_qa")  # the language model's
-# The settings whose merges are made anew; others of them differ only in λ, by which the figures are scaled.
+# The settings whose merges are repeated. Stored merges that differ from these in λ have their figures scaled by λ.
 MERGED = (
     *(Setting(name) for name in ("iso_c", "flat_tsv", "tsv", "average", "task_arithmetic", "iso_cts", "boosting")),
     *(Setting(name) for name in ("karcher", "model_stock", "ties")),
     Setting("ties", "core"),
     Setting("ties", "knots"),
 )
-SCALES = {ROOT_N: "1/sqrt(N)", FOURTH_ROOT_N: "N^-1/4"}
 FIGURES = ("projection", "cosine", "others")
-SHOWN = 0.7  # a smaller correlation on a world that was not fitted is not shown by `analyze`
+SHOWN = 0.7  # the smallest correlation, on worlds that were not fitted, with which `analyze` would show a prediction
 SAMPLES = 1000
 
 
 def encoder_rows() -> list[dict[str, Any]]:
-    """A row for each adapter of each stored merge on the sentence encoder."""
+    """Return a row for each adapter of each stored merge on the sentence encoder."""
     stored = json.loads((RESULTS / "retention.json").read_text(encoding="utf-8"))["every"]
     found = []
     for row in stored:
@@ -56,7 +55,7 @@ def encoder_rows() -> list[dict[str, Any]]:
 
 
 def language_model_figures(work: Path) -> dict[str, dict[str, Any]]:
-    """λ and, for each task's adapter, the figures of each merge in `MERGED`, by method and space."""
+    """Return λ and each adapter's figures for each merge in `MERGED`, by method and space."""
     path = work / "figures.json"
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for setting in MERGED:
@@ -75,7 +74,7 @@ def language_model_figures(work: Path) -> dict[str, dict[str, Any]]:
 
 
 def language_model_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each adapter of each stored merge of all six, of the methods that were merged anew."""
+    """Return a row for each adapter of each stored merge of all six, for the methods in `MERGED`."""
     stored = json.loads((RESULTS / "language_model.json").read_text(encoding="utf-8"))["test"]["six"]
     base = next(row for row in stored if row["method"] == "base")
     found = []
@@ -84,7 +83,7 @@ def language_model_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[dict[s
         own = figures.get(f"{method}|{row['space']}")
         if own is None:
             continue
-        factor = Scale.read(SCALES.get(scale) or float(scale)).at(len(TASKS)) / own["scale"] if scale else 1.0
+        factor = Scale.read(FORMULAS.get(scale) or float(scale)).at(len(TASKS)) / own["scale"] if scale else 1.0
         for task in TASKS:
             values = own["adapters"][task]
             scaled = {key: values[key] * (1.0 if key == "cosine" else factor) for key in FIGURES}
@@ -95,12 +94,12 @@ def language_model_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[dict[s
 
 
 def features(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The figures as columns, with a constant."""
+    """Return the figures as columns, with a constant."""
     return np.array([[1.0, row["projection"], row["cosine"], math.log(max(1e-3, row["others"]))] for row in rows])
 
 
 def fitted(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The coefficients of a least-squares fit of what was kept, which is cut to [0, 1]; worlds weigh the same."""
+    """Fit the kept share, clipped to [0, 1], by least squares, all worlds with equal weight; return the coefficients."""
     kept = np.clip([row["kept"] for row in rows], 0, 1)
     names = [row["world"] for row in rows]
     weight = np.sqrt([1 / names.count(name) for name in names])
@@ -108,7 +107,7 @@ def fitted(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def correlation(rows: Sequence[Mapping[str, Any]], predicted: Sequence[float]) -> dict[str, float]:
-    """Spearman's ρ between a prediction and what was kept, with a 95 % interval over merges."""
+    """Return Spearman's ρ of a prediction and the kept share, with a 95 % interval over merges."""
     kept, predicted = np.array([row["kept"] for row in rows]), np.array(predicted)
     merges = sorted({row["merge"] for row in rows})
     places = {name: [i for i, row in enumerate(rows) if row["merge"] == name] for name in merges}
@@ -120,8 +119,8 @@ def correlation(rows: Sequence[Mapping[str, Any]], predicted: Sequence[float]) -
     return {"rho": round(float(spearmanr(kept, predicted).statistic), 3), "from": round(low, 3), "to": round(high, 3)}
 
 
-def judged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each world: its size, the correlation of each figure, and that of the fit on the two other worlds."""
+def by_world(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each world its size, the correlation of each figure, and that of the fit on the two other worlds."""
     found = []
     for world in dict.fromkeys(row["world"] for row in rows):
         own = [row for row in rows if row["world"] == world]
@@ -135,7 +134,7 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """What was kept against the prediction of the fit on the two other worlds, a panel for each world."""
+    """Draw the kept share against the prediction of the fit on the two other worlds, in a panel for each world."""
     import matplotlib.pyplot as plt
 
     worlds = list(dict.fromkeys(row["world"] for row in rows))
@@ -150,24 +149,25 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Collect the rows, judge the predictions, and say whether one is good enough to be shown."""
+    """Collect the rows, evaluate the predictions, and print whether one is good enough to be shown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, default=ROOT / "demo-out" / "prediction", help="figures made so far")
-    parser.add_argument("--json", type=Path, help="write the result there")
-    parser.add_argument("--figure", type=Path, help="write the scatter plot there (needs matplotlib)")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "demo-out" / "prediction", help="folder that stores figures"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--figure", type=Path, help="file to write the scatter plot to (needs matplotlib)")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = [*encoder_rows(), *language_model_rows(language_model_figures(asked.work))]
-    lines = judged(rows)
+    lines = by_world(rows)
     for line in lines:
         print(json.dumps(line))
     worst = min(line["fit on the other worlds"]["rho"] for line in lines)
     verdict = "shown" if worst >= SHOWN else "not shown"
-    print(f"least correlation on a world that was not fitted: {worst:.2f}; a prediction is {verdict} by analyze")
-    if asked.json:
-        about = {"command": "python benchmarks/prediction.py", "versions": versions()}
-        result = {**about, "worlds": lines, "least held-out correlation": worst, "verdict": verdict, "every": rows}
-        asked.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"smallest correlation on a world that was not fitted: {worst:.2f}; a prediction is {verdict} by analyze")
+    about = {"command": "python benchmarks/prediction.py", "versions": versions()}
+    result = {"worlds": lines, "least held-out correlation": worst, "verdict": verdict, "every": rows}
+    write_json(asked.json, {**about, **result})
     if asked.figure:
         draw(rows, asked.figure)
 

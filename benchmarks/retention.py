@@ -1,24 +1,23 @@
-"""What a merge leaves of each adapter and of its accuracy: `python benchmarks/retention.py --data DIR`.
+"""Measure what a merge keeps of each adapter and of its accuracy: `python benchmarks/retention.py --data DIR`.
 
-Two questions. At which `projection` (the share of an adapter's task vector that the merged one holds, as in
-every merge's report) is most of what the adapter can do gone? And what helps where norms differ?
+Two questions are asked. Under which `projection` (the share of an adapter's task vector that the merged one holds, as in
+every merge's report) has an adapter lost most of its gain? And what helps where norms differ? The adapters are
 
-- The six sample adapters of each type, merged by several methods.
-- Three of them (trec, subj, cr), of which one has a half, a third, a sixth or a tenth of the mean norm of the other
-  two: because it was scaled down (trec; `lora_alpha`, or l − 1), or because its training, that of
-  `adapters/train.py`, was stopped when it had that norm (trec, then cr).
+- the six sample adapters of each type, merged by several methods;
+- three of them (trec, subj, cr), one of which has a half, a third, a sixth or a tenth of the mean norm of the other two:
+  because it was scaled down (trec; `lora_alpha`, or l − 1), or because its training, that of `adapters/train.py`, was
+  stopped when it had that norm (trec, then cr).
 
-For every adapter of every merge: its norm, its own accuracy at that norm, projection, cosine and others, and the
-share of its gain over the base that the merged adapter keeps. A threshold for the projection is chosen on
-validation rows and judged on test rows. What was trained and judged is kept in `--work`, so that a run that was
-stopped goes on where it was.
+The result has for every adapter of every merge: its norm, its own accuracy at that norm, projection, cosine and others,
+and the share of its gain over the base that the merged adapter keeps. A threshold for the projection is chosen on
+validation rows and evaluated on test rows. Trained adapters and scores are stored in `--work`, from which a stopped run
+continues.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import FOURTH_ROOT_N, Bench, Setting
-from compare import versions
+from cases import FOURTH_ROOT_N, Measurements, Setting
 from judge import ROOT, minilm, own_adapters, stretched
+from records import Record, versions, write_json
 from rich.console import Console
-from rich.table import Table
 
 import ties_peft
+from ties_peft.merging.tables import make_table, number_column
 
 TOGETHER = ("trec", "subj", "cr")
 RATIOS = (2, 3, 6, 10)
@@ -46,8 +45,8 @@ SAMPLES = {
     "ia3": [Setting(name) for name in ("ties", "task_arithmetic", "average")],
 }
 UNEQUAL = [Setting("ties"), Setting("task_arithmetic")]  # on every set of unequal norms
-FURTHER = {"lora": [Setting("tsv", scale=FOURTH_ROOT_N)], "ia3": []}  # on those of FEW
-REMEDIES = {  # on those of FEW that were trained less
+FURTHER = {"lora": [Setting("tsv", scale=FOURTH_ROOT_N)], "ia3": []}  # on the ratios of FEW
+REMEDIES = {  # on the ratios of FEW, where one was trained less
     "lora": [
         Setting("ties", extra=NORM),
         Setting("task_arithmetic", extra=NORM),
@@ -56,19 +55,19 @@ REMEDIES = {  # on those of FEW that were trained less
     "ia3": [Setting("ties", extra=NORM), Setting("task_arithmetic", extra=NORM)],
 }
 FEW = (3, 10)
-GAIN = 10.0  # points over the base that an adapter must be worth, for a share of them to mean anything
-HALF = 0.5  # of that gain: less is called lost
-ALARMS = 0.05  # of the adapters that kept half, at most, may lie under the threshold
+GAIN = 10.0  # points over the base; the share of a smaller gain is not evaluated
+HALF = 0.5  # of the gain; an adapter that keeps less counts as lost
+ALARMS = 0.05  # the largest share of the adapters that kept half which may be under the threshold
 
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter: the sample's, or a smaller one.
+    """One adapter: a sample, or one of smaller norm.
 
     Attributes:
-        kind, task: which sample.
+        kind, task: of the sample.
         way: how it was made smaller; "" for the sample itself.
-        ratio: how many times smaller its norm is than the mean norm of the others.
+        ratio: the mean norm of the other adapters, divided by its own.
     """
 
     kind: str
@@ -78,17 +77,17 @@ class Source:
 
     @property
     def key(self) -> list[Any]:
-        """What it goes by in the log."""
+        """The key of the adapter in the log."""
         return [self.kind, self.task, self.way, self.ratio]
 
     @property
     def goal(self) -> float:
-        """The norm that it shall have."""
+        """The norm that it should have."""
         others = [norm(self.kind, task) for task in TOGETHER if task != self.task]
         return sum(others) / len(others) / self.ratio
 
     def open(self, trained: Path) -> ties_peft.Adapter:
-        """The adapter."""
+        """Open the adapter."""
         path = own_adapters(self.kind)[self.task]
         if self.way == TRAINED:
             return ties_peft.Adapter.load(trained / f"{self.kind}-{self.task}-{self.ratio}")
@@ -97,12 +96,12 @@ class Source:
 
 @functools.cache
 def norm(kind: str, task: str) -> float:
-    """The norm of a sample adapter."""
+    """Return the norm of a sample adapter."""
     return ties_peft.Adapter.load(own_adapters(kind)[task]).norm()
 
 
 def train(kind: str, task: str, data: Path, folder: Path) -> None:
-    """Train a sample adapter as it was trained, save it whenever it reaches the next norm, and stop at the last."""
+    """Train a sample adapter as it was trained, save it whenever it reaches the next goal, and stop at the last."""
     import train as samples
     from peft import get_peft_model, get_peft_model_state_dict
 
@@ -135,38 +134,40 @@ def save(adapter: ties_peft.Adapter, folder: Path) -> None:
     adapter.save(folder, force=True)
 
 
-class Measured:
-    """Validation and test rows, and a log of what was judged on them."""
+class BothSplits:
+    """Scores on validation and on test rows, in one log."""
 
     def __init__(self, data: Path, work: Path, rows: int, chosen_on: int) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.trained = work
-        self.benches = {
-            split: Bench(data, split, count, work / "log.jsonl")
+        self.splits = {
+            split: Measurements(data, split, count, work / "log.jsonl")
             for split, count in (("validation", chosen_on), ("test", rows))
         }
 
-    def _judge(self, what: list[Any], tasks: Sequence[str], make: Any) -> dict[str, dict[str, Any]]:
+    def _find(self, key: list[Any], tasks: Sequence[str], make: Any) -> dict[str, Record]:
+        """Return the records of both splits; the adapter is made once."""
         once = functools.cache(make)
-        return {split: bench.find(what, tasks, lambda: _copy(once())) for split, bench in self.benches.items()}
+        return {split: own.find(key, tasks, once) for split, own in self.splits.items()}
 
-    def base(self, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The bare base's accuracy."""
-        return self._judge(["base", list(tasks)], tasks, lambda: (None, {}))
+    def base(self, tasks: Sequence[str]) -> dict[str, Record]:
+        """Return the scores of the base alone."""
+        return self._find(["base", list(tasks)], tasks, lambda: (None, {}))
 
-    def own(self, source: Source) -> dict[str, dict[str, Any]]:
-        """One adapter's accuracy on its own task, and its norm."""
+    def own(self, source: Source) -> dict[str, Record]:
+        """Return the scores of one adapter on its own task, and its norm."""
 
         def make() -> tuple[ties_peft.Adapter, dict[str, Any]]:
             adapter = source.open(self.trained)
             return adapter, {"norm": adapter.norm()}
 
-        return self._judge(["own", *source.key], [source.task], make)
+        return self._find(["own", *source.key], [source.task], make)
 
-    def merged(self, sources: Sequence[Source], setting: Setting) -> dict[str, dict[str, Any]]:
-        """Accuracies of a merge, and what its report says is left of each adapter.
+    def merged(self, sources: Sequence[Source], setting: Setting) -> dict[str, Record]:
+        """Return the scores of a merge, and what its report says is kept of each adapter.
 
-        Where one is smaller than the others it alone is judged, but for the settings of `UNEQUAL` on the ratios of `FEW`.
+        If one adapter is smaller than the others, only its task is scored, except for the settings of `UNEQUAL` on the
+        ratios of `FEW`.
         """
         small = [source for source in sources if source.way]
         everyone = not small or (setting in UNEQUAL and small[0].ratio in FEW)
@@ -177,15 +178,11 @@ class Measured:
             return merged, {key: [getattr(line, key) for line in lines] for key in ("projection", "cosine", "others")}
 
         tasks = [source.task for source in (sources if everyone else small)]
-        return self._judge(["merged", setting.label, *(source.key for source in sources)], tasks, make)
-
-
-def _copy(made: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
-    return made[0], dict(made[1])
+        return self._find(["merged", setting.label, *(source.key for source in sources)], tasks, make)
 
 
 def cases(kind: str) -> Iterator[tuple[list[Source], list[Setting]]]:
-    """Every set of adapters of a type, and how it is merged."""
+    """Yield every set of adapters of a type with the settings of its merges."""
     yield [Source(kind, task) for task in minilm.TASKS], SAMPLES[kind]
     yield [Source(kind, task) for task in TOGETHER], [*UNEQUAL, *FURTHER[kind]]
     for way in (SCALED, TRAINED):
@@ -197,8 +194,8 @@ def cases(kind: str) -> Iterator[tuple[list[Source], list[Setting]]]:
                 yield sources, [*UNEQUAL, *further, *remedies]
 
 
-def rows_of(measured: Measured, kind: str) -> Iterator[dict[str, Any]]:
-    """A row for each adapter of each merge of one type."""
+def rows_of(measured: BothSplits, kind: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for each adapter of each merge of one type."""
     base = measured.base(minilm.TASKS)
     for sources, settings in cases(kind):
         small = next((source for source in sources if source.way), None)
@@ -226,10 +223,10 @@ def rows_of(measured: Measured, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def threshold(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the projection under which an adapter has likely lost half of its gain, and what it tells on both splits.
+    """Return the projection under which an adapter has likely lost half of its gain, and the errors on both splits.
 
-    Chosen on validation rows: the largest, in hundredths, under which lie at most `ALARMS` of the adapters that kept
-    half or more.
+    It is the largest, in hundredths, under which lie at most `ALARMS` of the adapters that kept half or more on
+    validation rows.
     """
     fitting = [at for at in range(1, 100) if _under(rows, at / 100, "validation")["false alarms"] <= ALARMS]
     chosen = max(fitting) / 100
@@ -237,7 +234,7 @@ def threshold(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _under(rows: Sequence[Mapping[str, Any]], at: float, split: str) -> dict[str, Any]:
-    """How many of the adapters that lost half lie under a projection, and how many of the others."""
+    """Count the adapters under a projection, among those that lost half of their gain and among the others."""
     known = [row for row in rows if split in row and row[split]["kept"] is not None]
     lost = [row["projection"] < at for row in known if row[split]["kept"] < HALF]
     rest = [row["projection"] < at for row in known if row[split]["kept"] >= HALF]
@@ -251,7 +248,7 @@ def _under(rows: Sequence[Mapping[str, Any]], at: float, split: str) -> dict[str
 
 
 def bins(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean share of the gain that is kept on test rows, and how often less than half, by the projection."""
+    """Return for each interval of the projection the mean share of the gain kept on test rows, and how many lost half."""
     edges = [(-9.0, 0.0), *((low / 10, (low + 1) / 10) for low in range(7)), (0.7, 9.0)]
     found = []
     for low, high in edges:
@@ -263,7 +260,7 @@ def bins(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the adapters of a merge's set that are alike: the small ones, and the others."""
+    """Return means over the adapters of each kind of merge: over those of smaller norm, and over the others."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("type", "way", "ratio", "adapters", "method", "small"))
@@ -284,27 +281,26 @@ def _mean(values: Sequence[float], digits: int) -> float | None:
 
 
 def show(lines: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """The summary as a table."""
-    table = Table(box=None, pad_edge=False)
-    for key in lines[0]:
-        table.add_column(key, justify="left" if key in ("type", "way", "method") else "right")
-    for line in lines:
-        table.add_row(*("–" if value is None else str(value) for value in line.values()))
-    console.print(table)
+    """Print the summary as a table."""
+    headings = [key if key in ("type", "way", "method") else number_column(key) for key in lines[0]]
+    cells = [["–" if value is None else str(value) for value in line.values()] for line in lines]
+    console.print(make_table(headings, cells))
 
 
 def main() -> None:
-    """Train what is missing, merge, judge, and choose the threshold."""
+    """Train the adapters that are missing, merge, score, and choose the threshold."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder for each task")
+    parser.add_argument("--data", type=Path, required=True, help="folder with one for each task")
     parser.add_argument("--types", nargs="*", default=list(SAMPLES), choices=list(SAMPLES))
-    parser.add_argument("--rows", type=int, default=300, help="test rows of each task (300)")
-    parser.add_argument("--chosen-on", type=int, default=100, help="validation rows of each task (100)")
-    parser.add_argument("--work", type=Path, default=ROOT / "demo-out" / "retention", help="trained adapters and a log")
-    parser.add_argument("--json", type=Path, help="write every row there")
+    parser.add_argument("--rows", type=int, default=300, help="number of test rows of each task (300)")
+    parser.add_argument("--chosen-on", type=int, default=100, help="number of validation rows of each task (100)")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "demo-out" / "retention", help="folder of trained adapters and the log"
+    )
+    parser.add_argument("--json", type=Path, help="file to write every row to")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    measured = Measured(asked.data, asked.work, asked.rows, asked.chosen_on)
+    measured = BothSplits(asked.data, asked.work, asked.rows, asked.chosen_on)
     rows: list[dict[str, Any]] = []
     for kind in asked.types:
         for small in SMALL[TRAINED]:
@@ -315,19 +311,14 @@ def main() -> None:
     show(lines, console)
     found = threshold(rows)
     console.print(found, bins(rows))
-    if asked.json:
-        about = {
-            "command": "python benchmarks/retention.py --data DIR",
-            "rows": asked.rows,
-            "chosen on": asked.chosen_on,
-            "versions": versions(),
-        }
-        text = json.dumps(
-            {**about, "threshold": found, "by projection": bins(rows), "means": lines, "every": rows},
-            indent=1,
-            ensure_ascii=False,
-        )
-        asked.json.write_text(text + "\n", encoding="utf-8")
+    about = {
+        "command": "python benchmarks/retention.py --data DIR",
+        "rows": asked.rows,
+        "chosen on": asked.chosen_on,
+        "versions": versions(),
+    }
+    results = {"threshold": found, "by projection": bins(rows), "means": lines, "every": rows}
+    write_json(asked.json, {**about, **results})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Compare the bytes of many merges between two versions of the code, on one machine.
 
-    python benchmarks/same_bytes.py --write before.json     # at one version
-    python benchmarks/same_bytes.py --against before.json   # at another: exit status 1 if anything differs
+    python benchmarks/same_bytes.py --write before.json     # with one version
+    python benchmarks/same_bytes.py --against before.json   # with another; exit status 1 if anything differs
 
-Covers every method in every space it is offered in, for LoRA and (IA)³, with weights, densities, scopes, dtypes, ranks,
+The merges cover every method in every space that it has, for LoRA and (IA)³, with weights, densities, scopes, dtypes, ranks,
 prepared merges, pairs of methods, merges large enough for the compiled loops, and the sample adapters. Each merge is
-saved, and the digests of `adapter_model.safetensors` (its tensors, by name) and `adapter_config.json` are compared. A
-method or option that one version lacks is listed. Digests depend on the machine and its libraries, so none are stored.
+saved, and the digests of the tensors in `adapter_model.safetensors`, by name, and of `adapter_config.json` are compared.
+Merges that only one version can make are listed. Digests depend on the machine and its libraries, so none are in the
+repository.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ SAMPLES = Path(__file__).resolve().parent.parent / "adapters"
 Case = tuple[str, Callable[[], Any]]
 
 
-def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+    """Write an adapter's folder."""
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -46,16 +48,18 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]
 
 
 def lora(folder: Path, seed: int, rank: int, **extra: Any) -> Path:
+    """Write a random LoRA."""
     draw = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (rows, columns) in SHAPES.items():
         tensors[f"{synthetic.PREFIX}{name}.lora_A.weight"] = torch.randn(rank, columns, generator=draw)
         tensors[f"{synthetic.PREFIX}{name}.lora_B.weight"] = torch.randn(rows, rank, generator=draw)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": sorted(SHAPES), **extra}
-    return write(folder, config, tensors)
+    return write_adapter(folder, config, tensors)
 
 
 def ia3(folder: Path, seed: int) -> Path:
+    """Write a random (IA)³ adapter."""
     draw = torch.Generator().manual_seed(seed)
     vectors = {"layers.0.k": (12, False), "layers.0.down": (20, True), "layers.1.k": (12, False)}
     tensors = {}
@@ -64,7 +68,7 @@ def ia3(folder: Path, seed: int) -> Path:
         tensors[f"{synthetic.PREFIX}{name}.ia3_l"] = vector.reshape((1, -1) if on_input else (-1, 1))
     feedforward = [name for name, (_, on_input) in vectors.items() if on_input]
     config = {"peft_type": "IA3", "target_modules": sorted(vectors), "feedforward_modules": feedforward}
-    return write(folder, config, tensors)
+    return write_adapter(folder, config, tensors)
 
 
 def attach_statistics(path: Path, seed: int) -> None:
@@ -85,7 +89,7 @@ def attach_statistics(path: Path, seed: int) -> None:
 
 
 def every_method(loras: list[Path], even: list[Path], vectors: list[Path]) -> Iterator[Case]:
-    """Each method in each space, at its defaults and with weights; two adapters where it takes no more."""
+    """Yield each method in each space, with its defaults and with weights, for two and for three adapters."""
     for info in ties_peft.methods():
         for kind in info.kinds:
             for space in info.spaces if kind == "lora" else ("delta",):
@@ -102,7 +106,7 @@ def every_method(loras: list[Path], even: list[Path], vectors: list[Path]) -> It
 
 
 def options(loras: list[Path], vectors: list[Path], mixed: list[Path]) -> Iterator[Case]:
-    """TIES and a few others with each option."""
+    """Yield TIES and a few other methods with each option."""
     asked: list[dict[str, Any]] = [
         *({"density": density, "scope": scope} for density in (0.05, 0.5, 1.0) for scope in ("adapter", "module")),
         *({"elect": elect, "disjoint": "sum"} for elect in ("mass", "count", "none")),
@@ -140,7 +144,7 @@ def options(loras: list[Path], vectors: list[Path], mixed: list[Path]) -> Iterat
 
 
 def large(folder: Path) -> Iterator[Case]:
-    """Merges from the size on at which compiled loops work; one module, and several."""
+    """Yield merges that are large enough for the compiled loops, of one module and of two."""
     one = synthetic.write_adapters(folder / "one", 4, {"layers.0.q": (4096, 4096)}, 8)
     two = synthetic.write_adapters(folder / "two", 4, {"layers.0.q": (4096, 2048), "layers.1.q": (2048, 4096)}, 8)
     for name, paths in (("one", one), ("two", two)):
@@ -159,7 +163,7 @@ def large(folder: Path) -> Iterator[Case]:
 
 
 def samples() -> Iterator[Case]:
-    """The sample adapters."""
+    """Yield merges of the sample adapters."""
     for kind in ("lora", "ia3"):
         paths = sorted((SAMPLES / kind).iterdir())
         for method in ("ties", "average", "task_arithmetic", *(("tsv", "iso_c", "flat_tsv") if kind == "lora" else ())):
@@ -171,7 +175,7 @@ def samples() -> Iterator[Case]:
 
 
 def digest(merge: Callable[[], Any], folder: Path) -> str:
-    """Return the digest of a merge as saved, or what refuses it."""
+    """Return the digest of a merge as it is saved, or the error that refuses it."""
     try:
         merged = merge()
     except ties_peft.TiesPeftError as error:
@@ -208,10 +212,11 @@ def measure() -> dict[str, str]:
 
 
 def main() -> int:
+    """Write the digests, or compare them with those of a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     either = parser.add_mutually_exclusive_group(required=True)
-    either.add_argument("--write", type=Path, metavar="FILE")
-    either.add_argument("--against", type=Path, metavar="FILE")
+    either.add_argument("--write", type=Path, metavar="FILE", help="write the digests there")
+    either.add_argument("--against", type=Path, metavar="FILE", help="compare with the digests there")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     found = measure()

@@ -1,28 +1,26 @@
-"""Default λ, and ranks that cut flat spectra: `python benchmarks/scales.py --data DIR`, on the sample LoRAs.
+"""Compare values of λ, and ranks that truncate flat spectra, on the sample LoRAs: `python benchmarks/scales.py --data DIR`.
 
-The first table compares candidates for the λ of a method on two, four and six adapters: the mean accuracy where
-each own adapter's is 100, by the number of adapters, the mean over these numbers, and its difference from the method's
-published λ with its paired standard error. The second table gives the accuracy of all six adapters merged at ranks
-below and at Σrᵢ = 56, and the difference from the same method at Σrᵢ.
+The first table compares candidates for the default λ of a method on two, four and six adapters: the mean accuracy with that
+of each own adapter as 100, by the number of adapters, the mean over these numbers, and its difference from the
+method's published λ with the paired standard error. The second table has the accuracy of all six adapters merged at
+ranks below and at Σrᵢ = 56, and the difference from the same method at Σrᵢ.
 
-The rows are of the validation split, because something is chosen by them. With `--log FILE` a run that was stopped
-goes on where it was; `--json FILE` writes the tables.
+The rows are of the validation split, because defaults are chosen by them. With `--log FILE` a run that was stopped
+continues; `--json FILE` writes the tables.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Bench, Set, Setting
-from compare import UNLIKE, group, relative, rights, sets, show, versions
-from judge import ROOT, minilm, paired
+from cases import Measurements, Set, Setting
+from compare import UNLIKE, group, relative, rights, sets, show
+from judge import minilm, paired
+from records import make_parser, versions, write_json
 from rich.console import Console
 
 KIND = "lora"
@@ -34,35 +32,35 @@ METHODS: list[tuple[Setting, tuple[float | str, ...]]] = [
     (Setting("ties+boosting", space="core"), (0.4, "1/sqrt(N)", "0.7/sqrt(N)", "0.7*N^-1/4")),
 ]
 CUT = [Setting("iso_c"), Setting("iso_cts"), Setting("flat_tsv"), Setting("boosting", scale="0.7/sqrt(N)")]
-WHOLE = [Setting("tsv", scale="1/sqrt(N)"), Setting("ties")]  # for comparison: their spectra fall
+WHOLE = [Setting("tsv", scale="1/sqrt(N)"), Setting("ties")]  # for comparison, with spectra that are not flat
 RANKS = ("max", 42, 28, 16)
 
 
-def scales(bench: Bench) -> list[dict[str, Any]]:
+def scales(measurements: Measurements) -> list[dict[str, Any]]:
     """Return a row for every candidate of every method."""
     chosen = [one for one in sets() if one not in UNLIKE and len(one) in SIZES]
     rows = []
     for method, candidates in METHODS:
         published = replace(method, scale=PUBLISHED)
-        against = judged(bench, chosen, published)
+        against = scored(measurements, chosen, published)
         settings = (published, *(replace(method, scale=scale) for scale in candidates))
-        rows += [scale_row(bench, chosen, setting, against) for setting in settings]
+        rows += [scale_row(measurements, chosen, setting, against) for setting in settings]
     return rows
 
 
-def judged(bench: Bench, chosen: Sequence[Set], setting: Setting) -> list[dict[str, Any]]:
-    """Return what a setting comes to on each set, judged on the set's own tasks."""
-    return [bench.merged(KIND, one, setting, list(one)) for one in chosen]
+def scored(measurements: Measurements, chosen: Sequence[Set], setting: Setting) -> list[dict[str, Any]]:
+    """Return the scores of a setting on each set, on the tasks of the set."""
+    return [measurements.merged(KIND, one, setting, list(one)) for one in chosen]
 
 
 def scale_row(
-    bench: Bench, chosen: Sequence[Set], setting: Setting, against: Sequence[Mapping[str, Any]]
+    measurements: Measurements, chosen: Sequence[Set], setting: Setting, against: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return one row of the first table."""
-    records = judged(bench, chosen, setting)
+    records = scored(measurements, chosen, setting)
     columns: dict[str, list[float]] = {}
     for one, record in zip(chosen, records, strict=True):
-        columns.setdefault(group(one), []).append(relative(bench, KIND, one, record))
+        columns.setdefault(group(one), []).append(relative(measurements, KIND, one, record))
     means = {name: sum(values) / len(values) for name, values in columns.items()}
     pairs = [
         (rights(record, list(one)), rights(other, list(one)))
@@ -79,12 +77,12 @@ def scale_row(
     }
 
 
-def ranks(bench: Bench) -> list[dict[str, Any]]:
-    """Return a row for every method and rank, all six adapters merged."""
+def ranks(measurements: Measurements) -> list[dict[str, Any]]:
+    """Return a row for every method and rank, with all six adapters."""
     everyone = dict.fromkeys(minilm.TASKS, 1.0)
     rows = []
     for method in (*CUT, *WHOLE):
-        records = [bench.merged(KIND, everyone, replace(method, rank=rank), minilm.TASKS) for rank in RANKS]
+        records = [measurements.merged(KIND, everyone, replace(method, rank=rank), minilm.TASKS) for rank in RANKS]
         for record in records:
             difference, error = paired([(rights(record, minilm.TASKS), rights(records[0], minilm.TASKS))])
             accuracy = record["accuracy"]
@@ -103,16 +101,12 @@ def ranks(bench: Bench) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="a folder for each task")
-    parser.add_argument("--rows", type=int, default=150, help="of each task (150)")
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--log", type=Path, help="keep every result there, a line each, and do none twice")
-    parser.add_argument("--json", type=Path, help="write the tables there")
+    parser = make_parser(__doc__, 150)
+    parser.add_argument("--split", default="validation", help="split of the rows (validation)")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     console = Console(width=160)
-    bench = Bench(asked.data, asked.split, asked.rows, asked.log)
+    measurements = Measurements(asked.data, asked.split, asked.rows, asked.log)
     found: dict[str, Any] = {
         "command": f"python benchmarks/scales.py --data DIR --rows {asked.rows} --split {asked.split}",
         "split": asked.split,
@@ -120,11 +114,9 @@ def main() -> None:
         "versions": versions(),
     }
     for name, table in (("scales", scales), ("ranks", ranks)):
-        found[name] = table(bench)
+        found[name] = table(measurements)
         show(found[name], console, f"{name}, {asked.rows} {asked.split} rows a task")
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(asked.json, found)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""What a search from a few examples gives on a task that no adapter was trained on, against its controls.
+"""Compare a search from a few examples with its controls, on a task that no adapter was trained on.
 
     python benchmarks/search.py [--data ../shared/data] [--kinds lora ia3] [--rows 5 20 50] [--seeds 10] [--judged 1000]
 
-The six sample adapters, the held-out task mr: for each number of examples and each seed, examples are drawn from
-mr's train split (as many of each label as can be), the search is made with its 40 trials, and what it found and
-every control are judged on mr's test rows. Every (kind, rows, seed) is stored as it is done, in
-benchmarks/results/search.json; what is there is not measured again, so that a stopped run goes on. Printed are the
-mean over seeds, the standard deviation between seeds, and the paired difference of the search to each control
-with its standard error.
+The adapters are the six samples, the task is mr. For each number of examples and each seed, examples are drawn from mr's
+train split (equally many of each label), the search makes its 40 trials, and its result and every control are scored on
+mr's test rows. The result of every (kind, rows, seed) is stored in benchmarks/results/search.json and not measured again,
+so that a stopped run continues. Printed are the mean over seeds, the standard deviation between seeds, and the paired
+difference of the search from each control with its standard error.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ TASK = "mr"
 
 
 def examples(data: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """Labelled rows of the train split, the labels in turn."""
+    """Return random labelled rows of the train split, with the labels in turn."""
     rows = minilm.read_rows(TASK, "train", data)
     order = list(range(len(rows.texts)))
     random.Random(seed).shuffle(order)
@@ -47,12 +46,12 @@ def examples(data: Path, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def task(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """As `evaluate` takes it."""
+    """Return a task of some rows."""
     return {"measure": "descriptions", "descriptions": list(minilm.SENTIMENT), "rows": rows, "name": TASK}
 
 
 class Judge:
-    """Accuracy on the first test rows of mr; the base, the mean and a single adapter are judged once for all seeds."""
+    """The accuracy on the first test rows of mr; each adapter is scored once, also if several seeds have it."""
 
     def __init__(self, bench: ties_peft.Bench, data: Path, judged: int) -> None:
         rows = minilm.read_rows(TASK, "test", data, judged)
@@ -61,7 +60,7 @@ class Judge:
         self._known: dict[str, float] = {}
 
     def __call__(self, adapter: ties_peft.Adapter) -> float:
-        """Right rows in all, in [0, 1]."""
+        """Return the accuracy of an adapter, in [0, 1]."""
         if adapter.digest not in self._known:
             with self.scorer.bench.applied(adapter):
                 self._known[adapter.digest] = self.scorer.score().value
@@ -71,7 +70,7 @@ class Judge:
 def measure(
     judge: Judge, data: Path, kind: str, count: int, seed: int, budget: int, controls: Sequence[str]
 ) -> dict[str, float]:
-    """Accuracy in percent of what was found and of each control."""
+    """Search, and return the accuracy in percent of the result and of each control."""
     found = ties_peft.search(
         [HERE.parent / "adapters" / kind / name for name in minilm.TASKS],
         task(examples(data, count, seed)),
@@ -88,7 +87,7 @@ def measure(
 
 
 def table(results: dict[str, dict[str, float]], kind: str, count: int, asked: argparse.Namespace) -> list[str]:
-    """The lines for one kind and number of examples, of the same judged rows and budget."""
+    """Return the lines for one kind and number of examples, with the same test rows and budget."""
     keys = [f"{kind} {count} {seed} {asked.judged} {asked.budget}" for seed in range(asked.seeds)]
     seeds = [results[key] for key in keys if key in results]
     if not seeds:
@@ -105,16 +104,18 @@ def table(results: dict[str, dict[str, float]], kind: str, count: int, asked: ar
 
 
 def main() -> None:
-    """Measure what is not there yet, and print all."""
+    """Measure what is not stored yet, and print all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
-    parser.add_argument("--kinds", nargs="+", default=["lora", "ia3"])
-    parser.add_argument("--rows", type=int, nargs="+", default=[5, 20, 50])
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--judged", type=int, default=1000)
-    parser.add_argument("--budget", type=int, default=40)
-    parser.add_argument("--trained", action="store_true", help="a LoRA trained on the same examples, too")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data", help="folder of the tasks")
+    parser.add_argument("--kinds", nargs="+", default=["lora", "ia3"], help="of adapters (lora ia3)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[5, 20, 50], help="numbers of examples (5 20 50)")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds (10)")
+    parser.add_argument("--judged", type=int, default=1000, help="largest number of test rows (1000)")
+    parser.add_argument("--budget", type=int, default=40, help="number of trials (40)")
+    parser.add_argument(
+        "--trained", action="store_true", help="compare with a LoRA trained on the same examples as well"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of the results")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     results: dict[str, dict[str, float]] = json.loads(asked.out.read_text("utf-8")) if asked.out.exists() else {}

@@ -1,4 +1,4 @@
-"""Synthetic adapters that behave like trained ones, and a way to read what a step cost."""
+"""Make synthetic adapters that behave like trained ones, and measure the time and memory of a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREFIX = "base_model.model."
 
 
 def factors(rows: int, columns: int, rank: int, seed: int, shared_seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, A): a decaying spectrum, rows and columns of unequal gain, half of the signal shared by all adapters."""
+    """Return (B, A) with a decaying spectrum and rows and columns of unequal norm; half is shared by all adapters."""
     own, common = (torch.Generator().manual_seed(s) for s in (seed + 1, shared_seed))
     gains = torch.randn(rows, generator=common).div(2).exp(), torch.randn(columns, generator=common).div(2).exp()
     base_b, base_a = torch.randn(rows, rank, generator=common), torch.randn(rank, columns, generator=common)
@@ -34,7 +34,7 @@ def write_adapters(
     rank: int = 16,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Path]:
-    """Adapters on disk, as PEFT writes them, alpha = r."""
+    """Write adapters as PEFT writes them, with alpha = r."""
     paths = []
     for number in range(count):
         tensors = {}
@@ -53,7 +53,7 @@ def write_adapters(
 
 @dataclass
 class Cost:
-    """What a step took: wall seconds, and megabytes by which it raised the process's peak."""
+    """The wall seconds of a step, and the megabytes by which it raised the peak memory of the process."""
 
     seconds: float = 0.0
     megabytes: float = 0.0
@@ -61,7 +61,7 @@ class Cost:
 
 @contextmanager
 def measured() -> Iterator[Cost]:
-    """Measure the block; the peak only ever rises, so measure the lean step before the greedy one."""
+    """Measure a `with` block. The peak never falls, so a step of less memory must be measured before one of more."""
     cost = Cost()
     before, start = peak(), time.perf_counter()
     yield cost
@@ -69,10 +69,10 @@ def measured() -> Iterator[Cost]:
 
 
 def peak() -> float:
-    """The process's peak resident memory so far, in megabytes."""
+    """Return the peak resident memory of the process so far, in megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def machine() -> str:
-    """A line that says where the figures come from."""
+    """Describe the machine and the versions, in one line."""
     return f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}"

@@ -1,8 +1,8 @@
-"""A whole model: `python benchmarks/whole_model.py [--space delta] [--method ties]`, adapters of Llama-3-8B's shape.
+"""Time a merge of adapters of Llama-3-8B's shape: `python benchmarks/whole_model.py [--space delta] [--method ties]`.
 
-Eight synthetic rank-16 adapters on all seven linear layers of 32 blocks (84 MB each in bfloat16), merged
-at rank 16 from the files and written to a folder. Prints seconds, the process's peak memory, and what
-the parts cost. `--layers 2` for a look. The adapters are made once in --folder.
+Eight synthetic rank-16 adapters on all seven linear layers of 32 blocks (84 MB each in bfloat16) are merged at rank 16 from
+files and written to a folder. The script prints seconds, the peak memory of the process, and the times of the stages.
+`--layers 2` is a quick run. The adapters are made once, in --folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import synthetic
 import torch
 
 import ties_peft
-from ties_peft.task_vectors.kernels import backends as fast
+from ties_peft.task_vectors.kernels import backends
 
 BLOCK = {
     "self_attn.q_proj": (4096, 4096),
@@ -31,19 +31,25 @@ BLOCK = {
 
 
 def main() -> None:
+    """Merge, and print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "ties-peft-whole-model"))
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--space", default="delta")
-    parser.add_argument("--method", default="ties")
-    parser.add_argument("--device", default="cpu", help="where the arithmetic is done")
-    parser.add_argument("--no-kernels", action="store_true", help="torch only, also where numba is installed")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir(), "ties-peft-whole-model"),
+        help="of adapters and result",
+    )
+    parser.add_argument("--layers", type=int, default=32, help="number of blocks (32)")
+    parser.add_argument("--adapters", type=int, default=8, help="number of adapters (8)")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters and the result (16)")
+    parser.add_argument("--space", default="delta", help="of the merge (delta)")
+    parser.add_argument("--method", default="ties", help="of the merge (ties)")
+    parser.add_argument("--device", default="cpu", help="that computes (cpu)")
+    parser.add_argument("--no-kernels", action="store_true", help="use torch only, also where numba is installed")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     if asked.no_kernels:
-        fast.MIN_ENTRIES = 1 << 62
+        backends.MIN_ENTRIES = 1 << 62
     shapes = {f"model.layers.{n}.{name}": shape for n in range(asked.layers) for name, shape in BLOCK.items()}
     home = asked.folder / f"{asked.layers}-layers"
     paths = [home / f"adapter-{n}" for n in range(asked.adapters)]
