@@ -1,16 +1,17 @@
-"""Measure what the tests detect: change one line of the package at random, run the tests that execute it.
+"""Measure what the tests detect: change one line of the package at random, and run the tests that execute it.
 
-    python tests/mutants.py record coverage.json            # which test executes which line; needs `coverage`
-    python tests/mutants.py run coverage.json table.json    # draws mutants by seed; --seed, --number, --only
+    python tests/mutants.py record coverage.json            # records which test executes which line; needs `coverage`
+    python tests/mutants.py run coverage.json table.json    # draws mutants and runs their tests; --seed, --number, --missed
 
-A line is drawn uniformly from all lines of `ties_peft` that one of the changes below applies to, then one change
-of the line: an operator, a comparison, a number or truth value, a negated condition, a dropped statement. The
-tests that execute the line run in a copy of the repository, quick ones and unlike ones first, until one fails.
-Code that coverage does not see (compiled loops, other processes) is held by the tests that execute the rest of
-its function, then of its file, then of its folder. Mutants that change no result are counted as not detected.
+A mutant is the package with one line changed. The line is drawn uniformly from all lines of `ties_peft` to which one of
+the changes below applies, then one change of it: another operator or comparison, another number or truth value, a negated
+condition, a removed statement. The tests that execute the line run in a copy of the repository until one fails; quick
+tests come first, and of each test function one case before the others. Coverage does not see compiled loops and other
+processes; for such lines the tests of the rest of the function run, then those of the file, then those of the folder.
+Mutants that change no result count as not detected.
 
-All tests are collected once. For each mutant this process forks, and the child gives the changed function its new
-code; what is executed when a module is imported, and what is compiled, needs a new process instead.
+All tests are collected once. For each mutant this process forks, and the child replaces the code of the changed function.
+Code that is executed when a module is imported, and compiled code, needs a new process instead.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ Coverage = Mapping[str, Mapping[int, Collection[str]]]  # file → line → test
 
 @dataclass(frozen=True)
 class Mutant:
-    """A line of a file and what stands there instead."""
+    """A line of a file, and the line in its place."""
 
     file: str
     line: int
@@ -85,11 +86,11 @@ class Mutant:
     after: str
 
 
-# -- the changes
+# -- The changes
 
 
 def changes(source: str) -> dict[int, list[str]]:
-    """Return the lines that may replace each line of a source, by its number."""
+    """Return the lines that may replace each line of a source, by the number of the line."""
     lines = source.splitlines()
     found: dict[int, list[str]] = defaultdict(list)
     for statement in ast.parse(source).body:
@@ -113,7 +114,7 @@ def _compiles(source: str) -> bool:
 
 
 def _code(node: ast.AST) -> Iterator[ast.AST]:
-    """Walk a tree without annotations, f-strings and what only a type checker reads."""
+    """Walk a tree without annotations, f-strings, imports and blocks for type checkers."""
     if isinstance(node, (ast.JoinedStr, ast.Import, ast.ImportFrom)):
         return
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -127,7 +128,7 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _edits(node: ast.AST, lines: Sequence[str]) -> Iterator[tuple[int, int, int, str]]:
-    """Yield the edits of a node: line, first and last byte, the new text."""
+    """Yield the edits of a node: line, first byte, end, new text."""
     if isinstance(node, ast.BinOp):
         yield from _operator(node.left, node.right, lines)
     elif isinstance(node, ast.BoolOp):
@@ -148,7 +149,7 @@ def _edits(node: ast.AST, lines: Sequence[str]) -> Iterator[tuple[int, int, int,
 
 
 def _span(node: Any) -> tuple[int, int, int] | None:
-    """Return the line of a node, its first and last byte; None where it spans several lines."""
+    """Return the line, the first byte and the end of a node; None if it has several lines."""
     return (node.lineno, node.col_offset, node.end_col_offset) if node.lineno == node.end_lineno else None
 
 
@@ -192,7 +193,7 @@ def _dropped(node: Any) -> Iterator[tuple[int, int, int, str]]:
 
 
 def draw(root: Path, number: int, seed: int) -> list[Mutant]:
-    """Draw lines uniformly from the package, and a change of each."""
+    """Draw lines uniformly from the package, and one change of each."""
     candidates = []
     for path in sorted((root / PACKAGE).rglob("*.py")):
         source = path.read_text(encoding="utf-8")
@@ -205,11 +206,11 @@ def draw(root: Path, number: int, seed: int) -> list[Mutant]:
     ]
 
 
-# -- which test executes which line
+# -- Which test executes which line
 
 
 class Recorder:
-    """A pytest plugin: the lines that each test executes, and how long it takes."""
+    """A pytest plugin that records the lines that each test executes, and the seconds that it takes."""
 
     def __init__(self) -> None:
         import coverage
@@ -261,16 +262,17 @@ def executed(data_file: str, tests: Sequence[str]) -> dict[str, dict[str, list[i
 
 
 def record(out: Path, arguments: Sequence[str]) -> None:
+    """Run the tests, and write what a `Recorder` found."""
     recorder = Recorder()
     pytest.main([*QUIET, *arguments], plugins=[recorder])
     out.write_text(json.dumps(recorder.result()), encoding="utf-8")
 
 
-# -- the tests of a line
+# -- The tests of a line
 
 
 class Tests:
-    """What `record` found: the tests of a line, and how long they take."""
+    """The tests of each line and their seconds, as `record` wrote them."""
 
     def __init__(self, recorded: Mapping[str, Any]) -> None:
         self.seconds: Mapping[str, float] = recorded["seconds"]
@@ -281,11 +283,11 @@ class Tests:
         }
 
     def of(self, mutant: Mutant, source: str, known: Collection[str], limit: float) -> list[str]:
-        """Return the known tests of the line, then of its function, file and folder, of `limit` seconds together."""
+        """Return the known tests of a mutant's line, then of its function, file and folder, up to `limit` seconds."""
         lines = self.lines.get(mutant.file, {})
         groups = [] if at_import(source, mutant.line) else [lines.get(mutant.line, [])]
         groups += [[t for n in function(source, mutant.line) for t in lines.get(n, [])]]
-        if not any(groups):  # compiled, or in another process
+        if not any(groups):  # the code is compiled, or runs in another process
             groups += [[t for t in known if Path(mutant.file).parent.name in text_of(t.partition("::")[0])]]
         groups += [[t for tests in lines.values() for t in tests]]
         folder = str(Path(mutant.file).parent)
@@ -293,14 +295,14 @@ class Tests:
         groups += [[t for lines in beside for tests in lines.values() for t in tests]]
         chosen: dict[str, float] = {}
         for group in groups:
-            for test in self.unlike_first(set(self.named_like(group, known)) - set(chosen)):
+            for test in self.by_function(set(self.variants(group, known)) - set(chosen)):
                 if chosen and sum(chosen.values()) + self.time(test) > limit:
                     break
                 chosen[test] = self.time(test)
         return list(chosen)
 
-    def named_like(self, tests: Iterable[str], known: Collection[str]) -> list[str]:
-        """Return the known ones of the tests, and new ones of the same functions."""
+    def variants(self, tests: Iterable[str], known: Collection[str]) -> list[str]:
+        """Return the known tests among some, and those of the same test functions that were not recorded."""
         functions = {test.partition("[")[0] for test in tests}
         new = [test for test in known if test not in self.seconds and test.partition("[")[0] in functions]
         return [*(set(tests) & set(known)), *new]
@@ -308,8 +310,8 @@ class Tests:
     def time(self, test: str) -> float:
         return self.seconds.get(test, 1.0)
 
-    def unlike_first(self, tests: Collection[str]) -> list[str]:
-        """Order by duration, first one of every test function, then the second of each, and so on."""
+    def by_function(self, tests: Collection[str]) -> list[str]:
+        """Order tests by duration: first one of every test function, then a second one of each, and so on."""
         seen: Counter[str] = Counter()
         rounds = []
         for test in sorted(tests, key=lambda test: (self.time(test), test)):
@@ -325,7 +327,7 @@ def text_of(file: str) -> str:
 
 
 def function(source: str, line: int) -> range:
-    """Return the lines of the innermost function around a line, without its `def`."""
+    """Return the lines of the body of the innermost function around a line."""
     inside = range(0)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
@@ -336,15 +338,15 @@ def function(source: str, line: int) -> range:
 
 
 def at_import(source: str, line: int) -> bool:
-    """Return whether a line is executed when its module is imported, by whichever test comes first."""
+    """Return whether a line is executed when its module is imported, so that coverage assigns it to the first test."""
     return not function(source, line)
 
 
-# -- one mutant
+# -- One mutant
 
 
 class Select:
-    """A pytest plugin: the chosen tests in the order chosen; keeps the first that fails."""
+    """A pytest plugin that runs some tests in the given order, and stores the first that fails."""
 
     def __init__(self, tests: Sequence[str]) -> None:
         self.order = {test: n for n, test in enumerate(tests)}
@@ -363,18 +365,18 @@ class Select:
             self.failed = self.failed or f"{report.nodeid} (import)"
 
 
-def in_a_new_process(answer: Path) -> None:
-    """Run the tests that the file names, and write into it the one that fails."""
+def run_in_new_process(answer: Path) -> None:
+    """Run the tests that a file names, and write the name of the one that fails into the file."""
     tests = json.loads(answer.read_text(encoding="utf-8"))
     select = Select(tests)
     files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
     code = pytest.main([*QUIET, "-x", *files], plugins=[select])
-    odd = "" if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) else f"(pytest: {code})"
-    answer.write_text(json.dumps(select.failed or odd), encoding="utf-8")
+    stopped = "" if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) else f"(pytest: {code})"
+    answer.write_text(json.dumps(select.failed or stopped), encoding="utf-8")
 
 
-def in_a_fork(session: pytest.Session, tests: Sequence[str], answer: Path, changed: CodeType, line: int) -> None:
-    """Give the function its new code, run the tests, write the one that fails; ends the process."""
+def run_in_fork(session: pytest.Session, tests: Sequence[str], answer: Path, changed: CodeType, line: int) -> None:
+    """Replace the code of the changed function, run the tests, write the one that fails, and end the process."""
     replaced = replace(changed, line)
     select = Select(tests)
     if replaced:
@@ -388,7 +390,7 @@ def in_a_fork(session: pytest.Session, tests: Sequence[str], answer: Path, chang
 
 
 def replace(module: CodeType, line: int) -> bool:
-    """Give the function that holds a line the code it has in `module`, and forget what was cached."""
+    """Give the function that contains a line its code from `module`, and clear all caches; return whether it exists."""
     changed = {(c.co_name, c.co_firstlineno): c for c in functions(module) if line in all_lines(c)}
     known = gc.get_objects()
     mine = [f for f in known if isinstance(f, FunctionType) and f.__code__.co_filename == module.co_filename]
@@ -396,7 +398,7 @@ def replace(module: CodeType, line: int) -> bool:
     for f in mine:
         try:
             f.__code__ = changed[f.__code__.co_name, f.__code__.co_firstlineno]
-        except ValueError:  # it closes over fewer variables
+        except ValueError:  # the new code has other variables of an enclosing function
             return False
     for cached in known:
         if hasattr(type(cached), "cache_clear") and getattr(cached, "__module__", "").startswith(PACKAGE):
@@ -405,13 +407,14 @@ def replace(module: CodeType, line: int) -> bool:
 
 
 def functions(code: CodeType) -> Iterator[CodeType]:
-    """Yield the outermost functions of a module, those of its classes too."""
+    """Yield the outermost functions of a module and of its classes."""
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from [inner] if inner.co_flags & inspect.CO_OPTIMIZED else functions(inner)
 
 
 def all_lines(code: CodeType) -> set[int]:
+    """Return the lines of a function and of the functions in it."""
     inner = [c for c in code.co_consts if isinstance(c, CodeType)]
     return {line for *_, line in code.co_lines() if line} | {line for c in inner for line in all_lines(c)}
 
@@ -444,7 +447,7 @@ class Run:
         return True
 
     def detect(self, session: pytest.Session, mutant: Mutant, source: str, tests: Sequence[str]) -> str:
-        """Return the test that fails on the mutant, or nothing."""
+        """Return the test that fails on the mutant; empty if none does."""
         path, lines = Path(mutant.file), source.splitlines(keepends=True)
         lines[mutant.line - 1] = lines[mutant.line - 1].replace(mutant.before, mutant.after)
         path.write_text("".join(lines), encoding="utf-8")
@@ -452,21 +455,22 @@ class Run:
         try:
             if not at_import(source, mutant.line) and "kernels" not in mutant.file:
                 code = compile("".join(lines), str(path.absolute()), "exec")
-                found = self.forked(session, tests, code, mutant.line, seconds)
+                found = self.detect_in_fork(session, tests, code, mutant.line, seconds)
                 if found is not None:
                     return found
-            return self.anew(tests, seconds)
+            return self.detect_in_new_processes(tests, seconds)
         finally:
             path.write_text(source, encoding="utf-8")
 
-    def forked(
+    def detect_in_fork(
         self, session: pytest.Session, tests: Sequence[str], code: CodeType, line: int, seconds: float
     ) -> str | None:
+        """Run the tests in a fork of this process; None if the code of the function cannot be replaced."""
         self.answer.write_text('"(the process ended)"', encoding="utf-8")
         child = os.fork()
         if child == 0:
             os.setpgrp()
-            in_a_fork(session, tests, self.answer, code, line)
+            run_in_fork(session, tests, self.answer, code, line)
         end = time.monotonic() + seconds
         while os.waitpid(child, os.WNOHANG) == (0, 0):
             if time.monotonic() > end:
@@ -476,8 +480,8 @@ class Run:
             time.sleep(0.02)
         return json.loads(self.answer.read_text(encoding="utf-8"))
 
-    def anew(self, tests: Sequence[str], seconds: float) -> str:
-        """Run a few of the tests in a new process, then all others."""
+    def detect_in_new_processes(self, tests: Sequence[str], seconds: float) -> str:
+        """Run a few of the tests in a new process, then the others in a second one."""
         for part in (tests[:40], tests[40:]):
             if not part:
                 break
@@ -501,6 +505,7 @@ class Run:
 
 
 def run(recorded: Path, out: Path, mutants: Sequence[Mutant], limit: float, arguments: Sequence[str]) -> None:
+    """Run the tests of some mutants in a copy of the repository, and write the table."""
     recorded, out = recorded.absolute(), out.absolute()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "repository"
@@ -512,7 +517,7 @@ def run(recorded: Path, out: Path, mutants: Sequence[Mutant], limit: float, argu
         os.chdir(copy)
         os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
-        sys.path[0] = str(copy)  # not the folder of this file, which has a conftest of its own
+        sys.path[0] = str(copy)  # in place of the folder of this file, which has a conftest
         for path in sorted(set(Path(PACKAGE).rglob("*.py")) - {Path(PACKAGE) / "__main__.py"}):
             with suppress(ImportError):
                 import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
@@ -531,26 +536,29 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def command_line() -> None:
+    """Parse the command line, and record or run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("record")
-    one.add_argument("out", type=Path)
-    one.add_argument("arguments", nargs="*", help="for pytest")
-    two = commands.add_parser("run")
-    two.add_argument("record", type=Path)
-    two.add_argument("out", type=Path)
-    two.add_argument("--seed", type=int, default=14)
-    two.add_argument("--number", type=int, default=120)
-    two.add_argument("--limit", type=float, default=60, help="seconds of tests for a mutant")
-    two.add_argument("--missed", action="store_true", help="only those that the table has as not detected")
-    two.add_argument("arguments", nargs="*", help="for pytest")
-    three = commands.add_parser("tests")
-    three.add_argument("answer", type=Path)
+    recording = commands.add_parser("record", help="record which test executes which line")
+    recording.add_argument("out", type=Path, help="file of the record")
+    recording.add_argument("arguments", nargs="*", help="for pytest")
+    running = commands.add_parser("run", help="draw mutants and run their tests")
+    running.add_argument("record", type=Path, help="file that `record` wrote")
+    running.add_argument("out", type=Path, help="file of the table, which is continued if it exists")
+    running.add_argument("--seed", type=int, default=14, help="of the draw (14)")
+    running.add_argument("--number", type=int, default=120, help="of mutants (120)")
+    running.add_argument("--limit", type=float, default=60, help="seconds of tests for a mutant (60)")
+    running.add_argument(
+        "--missed", action="store_true", help="run only the mutants that the table has as not detected"
+    )
+    running.add_argument("arguments", nargs="*", help="for pytest")
+    testing = commands.add_parser("tests", help="used by `run`: run the tests that a file names")
+    testing.add_argument("answer", type=Path)
     asked = parser.parse_args()
     if asked.command == "record":
         record(asked.out, asked.arguments)
     elif asked.command == "tests":
-        in_a_new_process(asked.answer)
+        run_in_new_process(asked.answer)
     else:
         mutants = draw(ROOT, asked.number, asked.seed)
         if asked.missed:
