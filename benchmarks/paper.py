@@ -61,7 +61,7 @@ def stages(asked: argparse.Namespace, log: Log, sizes: Sizes) -> dict[str, Stage
         "scale": lambda: paper_encoder.scale(encoder),
         "ablation": lambda: paper_encoder.ablation(encoder),
         "tuned": lambda: paper_encoder.tuned(encoder),
-        "signs": lambda: paper_encoder.signs(encoder, asked.work),
+        "signs": lambda: paper_encoder.signs(encoder),
         "held out": lambda: paper_encoder.held_out(encoder),
         "rank": lambda: paper_encoder.rank(encoder),
         "tasks": lambda: paper_encoder.tasks(encoder),
@@ -75,9 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="a folder for each task")
     parser.add_argument("--base", help="folder or Hub id of the language model (default: the samples' base)")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="no others are run (default: all)")
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "demo-out" / "paper", help="signs that were learnt, and the log"
-    )
+    parser.add_argument("--work", type=Path, default=ROOT / "demo-out" / "paper", help="the log")
     parser.add_argument("--log", type=Path, help="what was measured, a line each (default: log.jsonl in --work)")
     parser.add_argument("--json", type=Path, help="the result, where stages that are not run stay as they are")
     parser.add_argument("--draw", action="store_true", help="run nothing; write pictures and tables of the result")
@@ -89,7 +87,7 @@ def run(asked: argparse.Namespace, sizes: Sizes) -> None:
     asked.work.mkdir(parents=True, exist_ok=True)
     found = json.loads(asked.json.read_text(encoding="utf-8")) if asked.json.exists() else {}
     fast = "FAST=1 " if sizes == FAST else ""
-    found |= {"command": f"{fast}python benchmarks/paper.py --data DIR", "versions": versions()}
+    found |= {"command": f"{fast}python benchmarks/paper.py --data DIR --base BASE", "versions": versions()}
     known = stages(asked, Log(asked.log or asked.work / "log.jsonl"), sizes)
     for name in asked.stages or known:
         started = time.process_time()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cases import Setting
 from compare import UNLIKE, sets
-from judge import minilm
 from paper_judge import (
-    FULL,
     KINDS,
     OTHER,
     TASKS,
@@ -29,8 +27,6 @@ from paper_judge import (
     threshold,
     trimmed,
 )
-
-import ties_peft
 
 SHARES = (0.01, 0.05, 0.02, 0.1, 0.2, 0.7, 0.4)  # in an order of which every second one is spread as well
 FLIPS = (0.25, 0.5, 0.75, 1.0)
@@ -66,7 +62,8 @@ RANKED = {
     "task_arithmetic, then cut": Setting("task_arithmetic"),
     "auto": Setting("auto"),
 }
-FEW = 32  # labelled rows of a task that few-shot signs are learnt from, as in the paper
+CHOICE = Path(__file__).parent / "results" / "choose.json"
+FEW_SHOT = "ties, signs of 32 rows a task"  # there
 
 Table = dict[str, Any]
 
@@ -259,80 +256,56 @@ def _tuned(encoder: Encoder, kind: str, setting: Setting, default: float, refere
     return line | ({} if density is None else {"tuned density": density})
 
 
-def signs(encoder: Encoder, work: Path) -> Table:
-    """Return TIES with elected signs, with signs learnt from a few rows, and with those of the adapter trained on all tasks."""
-    found: Table = {"rows": encoder.sizes.table, "chosen on": encoder.sizes.validation, "few": FEW}
+def signs(encoder: Encoder) -> Table:
+    """Return TIES with elected signs, with those of the adapter trained on all tasks, and with signs learnt from a few rows.
+
+    The last, which has to train an adapter, is what `choose.py` stored.
+    """
+    found: Table = {"rows": encoder.sizes.table, "chosen on": encoder.sizes.validation}
+    stored = json.loads(CHOICE.read_text(encoding="utf-8"))
+    found["few-shot rows"] = stored["rows"]
     for kind in KINDS:
         reference = on_test(encoder, kind, TIES, 1.0)
         lines = []
-        for name, make in _ways(encoder, kind, work).items():
-            default = make(1.0, encoder.sizes.table, "test")
+        for name, setting in (("elected", TIES), ("oracle", ORACLE)):
+            default = on_test(encoder, kind, setting, 1.0)
             line = {"signs": name, "accuracy": accuracy(default), **difference(default, reference)}
-            at = best({one: accuracy(make(one, encoder.sizes.validation, "validation")) for one in NEAR})
-            right = make(at, encoder.sizes.table, "test")
+            at = best(curve(encoder, kind, setting, NEAR))
+            right = on_test(encoder, kind, setting, at)
             line |= {"tuned": accuracy(right), "tuned λ": at}
             lines.append(line | {f"{key}, tuned": value for key, value in difference(right, reference).items()})
+        (few,) = (way for way in stored[kind] if way["way"] == FEW_SHOT)
+        known = {key: few[key] for key in ("difference", "error")}
+        lines.append({"signs": "few-shot", "accuracy": few["mean"], **known})
         whole = encoder.multitask(kind, TASKS, encoder.sizes.table)
         lines.append({"signs": "multitask-trained", "accuracy": accuracy(whole), **difference(whole, reference)})
         found[kind] = lines
     return found
 
 
-Way = Callable[[float, int, str], Rights]
-
-
-def _ways(encoder: Encoder, kind: str, work: Path) -> dict[str, Way]:
-    def merging(setting: Setting, label: str = "") -> Way:
-        return lambda scale, rows, split: encoder.merged(kind, TASKS, setting, scale, TASKS, rows, split, label)
-
-    few = Setting("ties", extra={"sign_from": few_shot_signs(encoder, kind, work)})
-    return {"elected": merging(TIES), "few-shot": merging(few, f"signs of {FEW} rows"), "oracle": merging(ORACLE)}
-
-
-def few_shot_signs(encoder: Encoder, kind: str, work: Path) -> Path:
-    """Return the folder of an adapter that was trained on a few labelled rows of all tasks, trained if it is not there."""
-    folder = work / f"signs-{kind}"
-    if not (folder / "adapter_config.json").exists():
-        model, tokenizer = minilm.load_base()
-        few = [_few(encoder.data, task) for task in TASKS]
-        bench = ties_peft.Bench(model, tokenizer, minilm.BASE)
-        ties_peft.few_shot_signs([load(kind, task) for task in TASKS], few, bench=bench).save(folder)
-    return folder
-
-
-def _few(data: Path, task: str) -> ties_peft.Task:
-    """Return labelled rows of the validation split other than those that choose λ; no adapter was trained on them."""
-    path = str(data / task / "validation.jsonl")
-    described = tuple(minilm.descriptions(task, data))
-    whole = ties_peft.Task("descriptions", path, task, descriptions=described, max_tokens=minilm.MAX_TOKENS)
-    left = list(whole.read())[FULL.validation :]
-    return replace(whole, rows=tuple(random.Random(f"few {task}").sample(left, FEW)))
-
-
 def held_out(encoder: Encoder) -> Table:
     """Return the accuracy on tasks whose adapters were not merged: each task left out in turn, and one without any adapter."""
-    rows = encoder.sizes.curve
-    found: Table = {"rows": rows, "other": OTHER}
-    base = encoder.base([*TASKS, OTHER], rows)
+    rows, others = encoder.sizes.curve, encoder.sizes.other
+    found: Table = {"rows": rows, "other": OTHER, "rows of the other": others}
+    base = {"left out": encoder.base(TASKS, rows), "other": encoder.base([OTHER], others)}
     for kind in KINDS:
-        lines = [{"method": "base", "left out": accuracy(_part(base, TASKS)), "other": accuracy(_part(base, [OTHER]))}]
+        lines: list[Table] = [{"method": "base", **{name: accuracy(right) for name, right in base.items()}}]
         for method, default in METHODS.items():
             setting, left = Setting(method), {}
             for chosen in left_out():
                 (task,) = set(TASKS) - set(chosen)
                 left |= encoder.merged(kind, chosen, setting, default, [task], rows)
-            other = encoder.merged(kind, TASKS, setting, default, [OTHER], rows)
-            line = {"method": method, "left out": accuracy(left), **difference(left, _part(base, TASKS))}
-            against = difference(other, _part(base, [OTHER]))
-            lines.append(line | {"other": accuracy(other)} | {f"{key}, other": value for key, value in against.items()})
-        whole = encoder.multitask(kind, [OTHER], rows)
-        lines.append({"method": "multitask-trained", "other": accuracy(whole), **{f"{key}, other": value for key, value in difference(whole, _part(base, [OTHER])).items()}})  # fmt: skip
+            other = encoder.merged(kind, TASKS, setting, default, [OTHER], others)
+            lines.append({"method": method, **_over(left, base, "left out"), **_over(other, base, "other")})
+        whole = encoder.multitask(kind, [OTHER], others)
+        lines.append({"method": "multitask-trained", **_over(whole, base, "other")})
         found[kind] = lines
     return found
 
 
-def _part(rights: Rights, tasks: Sequence[str]) -> Rights:
-    return {task: rights[task] for task in tasks}
+def _over(right: Rights, base: Mapping[str, Rights], name: str) -> Table:
+    against = difference(right, base[name])
+    return {name: accuracy(right)} | {f"{key}, {name}": value for key, value in against.items()}
 
 
 def rank(encoder: Encoder) -> Table:

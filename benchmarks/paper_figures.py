@@ -55,15 +55,15 @@ def redundancy(found: Found) -> Any:
     for world, (shares, values) in lines.items():
         left.plot([100 * share for share in shares], values, label=WORLDS[world], **STYLES[world])
     for kind in ("lora", "ia3"):
-        left.axhline(own[kind]["base"], label="base", color=STYLES[kind]["color"], linestyle=":", linewidth=1)
-    left.set(xlabel="entries kept, %", ylabel=f"{ACCURACY}\n(or loss gap closed, %)", xscale="log")
+        left.axhline(own[kind]["base"], color=STYLES[kind]["color"], linestyle=":", linewidth=1)
+    left.set(xlabel="entries kept, % (dotted: base)", ylabel=f"{ACCURACY}\n(or loss gap closed, %)", xscale="log")
     for world, read in found["weights"].items():
         shares = [100 * float(share) for share in read["norm share"]]
         right.plot(shares, list(read["norm share"].values()), label=WORLDS[world], **STYLES[world])
     right.set(xlabel="largest entries, %", ylabel="share of the squared norm, %", xscale="log")
     for panel in (left, right):
         panel.set_xticks([1, 2, 5, 10, 20, 40, 100], ["1", "2", "5", "10", "20", "40", "100"])
-    left.legend(frameon=False)
+    right.legend(frameon=False)
     return figure
 
 
@@ -124,7 +124,7 @@ def flips(found: Found) -> Any:
         text = world == "language model"
         own = found["edits"] if text else found["flips"][world]
         chances = found["edits" if text else "flips"]["probability"]
-        panel.plot(chances, own["largest"], label="largest 20 % of the entries", color="#d55e00", marker="o")
+        panel.plot(chances, own["largest"], label="largest 20 %", color="#d55e00", marker="o")
         panel.plot(chances, own["smallest"], label="smallest 80 %", color="#0072b2", marker="s")
         panel.axhline(0 if text else own["base"], color="black", linestyle=":", linewidth=1, label="base")
         panel.set(
@@ -152,7 +152,7 @@ def tasks(found: Found) -> Any:
     axes[2].set(title=WORLDS["language model"], ylabel="share of the own adapters', %")
     for panel in axes:
         panel.set(xlabel="number of merged tasks", xticks=range(2, 7))
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=6, frameon=False, fontsize=8)
     axes[2].legend(frameon=False, fontsize=8)
     return figure
 
@@ -179,7 +179,7 @@ def scale(found: Found) -> Any:
 
 def rank(found: Found) -> Any:
     """Accuracy against the rank that is written."""
-    figure, (panel,) = panels(1, 1, 6, 3.2)
+    figure, (panel,) = panels(1, 1, 6, 3.8)
     colours = ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73")
     named = {name: values for name, values in found["rank"].items() if name not in ("rows", "ranks")}
     for (name, values), colour, marker in zip(named.items(), colours, "^voDs", strict=True):
@@ -187,7 +187,7 @@ def rank(found: Found) -> Any:
     panel.set(xlabel="rank that is written (Σrᵢ = 56)", ylabel=ACCURACY, xscale="log")
     panel.set_xticks(found["rank"]["ranks"], [str(one) for one in found["rank"]["ranks"]], minor=False)
     panel.minorticks_off()
-    panel.legend(frameon=False)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False)
     return figure
 
 

@@ -29,6 +29,7 @@ class Sizes:
         table: test rows of a task, for tables.
         curve: test rows of a task, for curves.
         sets, leave_out: test rows of a task for each set of two to four adapters, and of five, of which each task is in five.
+        other: test rows of the task that no adapter was trained on.
         validation: rows of a task by which a λ or a density is chosen; the paper takes 32.
         language: rows of a task of the language model.
         scales: every how many values of λ one is tried.
@@ -41,6 +42,7 @@ class Sizes:
     curve: int = 60
     sets: int = 40
     leave_out: int = 20
+    other: int = 200
     validation: int = 32
     language: int = 8
     scales: int = 1
@@ -51,7 +53,7 @@ class Sizes:
 
 
 FULL = Sizes()
-FAST = Sizes(40, 24, 20, 10, 16, 4, 2, 2, 12, 10, 1)
+FAST = Sizes(40, 24, 20, 10, 40, 16, 4, 2, 2, 12, 10, 1)
 
 
 class Edited:
@@ -179,7 +181,7 @@ class Encoder:
     def _judge(self, split: str, first: int, last: int) -> Judge:
         """Return a judge of some rows; the base is loaded once for each split, and so are its texts."""
         if split not in self._judges:
-            most = max(self.sizes.table, self.sizes.curve) if split == "test" else self.sizes.validation
+            most = max(self.sizes.table, self.sizes.other) if split == "test" else self.sizes.validation
             self._judges[split] = Judge(self.data, split, most, (*TASKS, OTHER))
         judge = copy.copy(self._judges[split])
         judge.tokens = {task: own[first:last] for task, own in judge.tokens.items()}
@@ -209,16 +211,9 @@ class Encoder:
         tasks: Sequence[str],
         rows: int,
         split: str = "test",
-        label: str = "",
     ) -> Rights:
-        """Return what the merge of some tasks' adapters gets right, merged at λ = 1 and then multiplied by λ.
-
-        Args:
-            kind, chosen, setting, scale: what is merged, and how.
-            tasks, rows, split: what is scored.
-            label: names the setting in the log; by default its own label.
-        """
-        name = [kind, "+".join(chosen), label or setting.label, setting.space, str(setting.rank)]
+        """Return what the merge of some tasks' adapters gets right, merged at λ = 1 and then multiplied by λ."""
+        name = [kind, "+".join(chosen), setting.label, setting.space, str(setting.rank)]
 
         def make() -> Any:
             if self._merged[0] != str(name):

@@ -34,7 +34,7 @@ def _against(row: Mapping[str, Any], ending: str = "") -> str | None:
     points, error = row.get(f"difference{ending}"), row.get(f"error{ending}")
     if points is None or not error:
         return None
-    return f"{points:+.1f} ± {error:.1f}".replace("-", "−")
+    return f"{round(points, 1) + 0.0:+.1f} ± {error:.1f}".replace("-", "−")  # + 0.0: no −0.0
 
 
 def _percent(shares: Iterable[float]) -> list[str]:
@@ -165,7 +165,13 @@ def signs(found: Found) -> str:
 def held_out(found: Found) -> str:
     """Accuracy on tasks whose adapters were not merged."""
     rows = [
-        [f"{WORLDS[kind]}: {row['method']}", row.get("left out"), _against(row), row["other"], _against(row, ", other")]
+        [
+            f"{WORLDS[kind]}: {row['method']}",
+            row.get("left out"),
+            _against(row, ", left out"),
+            row["other"],
+            _against(row, ", other"),
+        ]
         for kind in ("lora", "ia3")
         for row in found["held out"][kind]
     ]

@@ -1,23 +1,31 @@
-"""`benchmarks/paper.py`: what it reads off weights equals a definition, and it goes on where it was."""
+"""`benchmarks/paper.py`: what it reads off weights equals a definition, it goes on where it was, and its page says what it found."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "paper.md"
 
 
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("adapters", "benchmarks"):
         monkeypatch.syspath_prepend(ROOT / folder)
+
+
+@pytest.fixture
+def found() -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / "paper.json").read_text(encoding="utf-8"))
 
 
 def entries(folders: list[Path], scripts: None) -> torch.Tensor:
@@ -99,3 +107,28 @@ def test_edits_change_the_entries_that_they_name(make_lora: Callable[..., Path],
     smallest = paper_judge.flipped(own, 0.7, False, 1.0)
     changed = torch.cat([smallest.delta(name).flatten() for name in smallest.modules])
     assert int((changed == -whole).sum()) == len(whole) - int(0.3 * len(whole))
+
+
+def test_the_tables_are_those_of_the_result(found: dict[str, Any], scripts: None) -> None:
+    import paper_page
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- table: (.*?) -->", text)) == set(paper_page.TABLES)
+    assert paper_page.filled(text, found) == text
+
+
+def test_every_picture_is_shown_and_drawn(scripts: None) -> None:
+    import paper_figures
+
+    shown = re.findall(r"\]\(images/paper-([a-z-]+)\.svg\)", PAGE.read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(paper_figures.PICTURES)
+    assert all((ROOT / "docs" / "images" / f"paper-{name}.svg").stat().st_size < 200_000 for name in shown)
+
+
+def test_figures_in_the_text_stand_in_a_table() -> None:
+    """Paragraphs that begin with **Here** say what was found: every decimal number in them is one of a table."""
+    text = PAGE.read_text(encoding="utf-8")
+    tables = set(re.findall(r"\d+\.\d+", "\n".join(line for line in text.splitlines() if line.startswith("|"))))
+    here = [part for part in text.split("\n\n") if part.startswith("**Here**")]
+    assert len(here) > 8
+    assert [number for part in here for number in re.findall(r"\d+\.\d+", part) if number not in tables] == []
