@@ -98,7 +98,8 @@ def test_every_model_of_transformers_that_has_a_conv1d_is_known() -> None:
                 if cls.__module__.startswith("transformers.") and hasattr(cls, "model_type")
             }
     known = {name for name, model_type in found if is_conv1d("h.0.mlp.c_proj", {"model_type": model_type})}
-    assert known == {name for name, _ in found} >= {"gpt2", "openai", "imagegpt", "decision_transformer", "clvp"}
+    names = {name for name, _ in found} - {"ctrl"}  # transformers 4 imports it there for pruning alone
+    assert known == names >= {"gpt2", "openai", "imagegpt", "decision_transformer", "clvp"}
 
 
 WRONG = [(kind, name, False) for kind in READERS for name in ("GPT-2", "BERT and GPT-2")]
