@@ -1,8 +1,8 @@
 """Merge many PEFT adapters into one, by TIES-Merging and other methods.
 
-Every name in `__all__` but the errors is imported when it is first used, so that `import ties_peft` is quick. Where a
-function and a module of this package have one name, such as `merge`, the name in this package is the function; the
-module's other names are had by `from ties_peft.merging.merge import ...`.
+Every public name except the errors is imported when it is first used, so that `import ties_peft` is quick. Where a
+function and a module have the same name, such as `search`, `ties_peft.search` is the function; import other names of the
+module by `from ties_peft.search import ...`.
 """
 
 import sys
@@ -70,7 +70,7 @@ __all__ = [
     "search",
 ]
 
-# The module of each name that is imported when it is first used; type checkers read the block above instead.
+# The module of each name that is imported when it is first used. Type checkers read the block above instead.
 _MODULES = {
     "Adapter": "adapters.adapter",
     "Analysis": "analysis.analysis",
@@ -98,7 +98,7 @@ _MODULES = {
     "search": "search.search",
 }
 
-if not TYPE_CHECKING:  # a type checker would take every unknown name for one that this function gives
+if not TYPE_CHECKING:  # with this function a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
         """Import a public name when it is first used."""
@@ -113,10 +113,10 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """This package as a module that keeps a function's name for the function.
+    """The type of this package, in which a public function is not replaced by a module of the same name.
 
-    The import system sets each imported submodule as an attribute of its package, which would hide the function `merge`
-    as soon as the module `ties_peft.merge` was imported.
+    The import system sets each imported module as an attribute of its package, so that `import ties_peft.search` would
+    replace the function `search`.
     """
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -25,7 +25,7 @@ QUOTED = 300  # characters of another library's message
 class TiesPeftError(Exception):
     """The base of every error that `ties_peft` raises on purpose.
 
-    Control characters in the message are escaped, so that no name from a file reaches a terminal as a command.
+    Control characters in the message are escaped, so that a name from a file cannot control the terminal.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -53,7 +53,7 @@ class ProcessError(TiesPeftError):
 
 
 class TiesPeftWarning(UserWarning):
-    """Something possible but unwise; the report states it too. Control characters are escaped as in an error."""
+    """Something possible but unwise; the report states it too. Control characters are escaped, as in an error."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(printable_lines(message))
@@ -63,33 +63,33 @@ def unknown(what: str, name: str, known: Iterable[str], hint: str | None = None)
     """Return the message for an unknown name: a hint or the most similar known name, then all known names.
 
     Args:
-        what: is named, such as "method".
+        what: the kind of thing, such as "method".
         name: the unknown name.
         known: all known names.
-        hint: a sentence about this name, instead of the most similar known one.
+        hint: a sentence about this name, in place of the most similar known one.
 
     >>> unknown("method", "tys", ["average", "ties"])
     "unknown method 'tys': did you mean 'ties'? Known: average, ties."
     """
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
-    near.sort(key=lambda other: sorted(other) != sorted(str(name)))  # letters out of order, before all else
+    near.sort(key=lambda other: sorted(other) != sorted(str(name)))  # first a name of the same letters in another order
     guess = f": did you mean '{near[0]}'?" if near else "."
-    said = guess if hint is None else f". {hint}"
-    return f"unknown {what} {str(name)!r}{said} Known: {', '.join(names) or 'none'}."
+    advice = guess if hint is None else f". {hint}"
+    return f"unknown {what} {str(name)!r}{advice} Known: {', '.join(names) or 'none'}."
 
 
 def warn_caller(messages: Iterable[str]) -> None:
-    """Issue warnings that point to the line outside this package that called it."""
+    """Issue warnings that point to the line of the user's code that called this package."""
     depth = 1
-    while _own(sys._getframe(depth).f_globals.get("__package__")):
+    while (sys._getframe(depth).f_globals.get("__package__") or "").split(".")[0] == __package__:
         depth += 1
     for message in messages:
         warnings.warn(message, TiesPeftWarning, stacklevel=depth + 1)
 
 
 def share_hint(value: object, largest: object = 1) -> str:
-    """Return a question whether a share was meant as a percentage; nothing if it cannot have been.
+    """Return a question whether a share was meant as a percentage; empty if it cannot have been.
 
     >>> share_hint(20)
     ' Did you mean 0.2?'
@@ -97,11 +97,6 @@ def share_hint(value: object, largest: object = 1) -> str:
     if largest != 1 or isinstance(value, bool) or not isinstance(value, (int, float)) or not 2 <= value <= 100:
         return ""
     return f" Did you mean {value / 100:g}?"
-
-
-def _own(package: str | None) -> bool:
-    """Return whether a package is this one or one of its parts."""
-    return package is not None and package.split(".")[0] == __package__
 
 
 def printable(text: str) -> str:
@@ -133,7 +128,7 @@ def some(items: Iterable[object], most: int = 4) -> str:
 
 
 def first_rows(rows: Sequence[str], most: int = 8) -> str:
-    """Return the first rows of a table in a message, and how many more there are."""
+    """Return the first rows of a table in a message, and a line with the number of the others."""
     return "\n".join([*rows[:most], *([f"  … and {len(rows) - most} more"] if len(rows) > most else [])])
 
 
@@ -143,8 +138,13 @@ def one_line(error: object) -> str:
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}…"
 
 
+def error_text(error: Exception) -> str:
+    """Return the type and the first line of another library's error, for use in one of ours."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def _shorten(line: str) -> str:
-    """Return one line of a message without what makes it unreadably long, such as a name of 5,000 letters."""
+    """Return one line of a message with overlong words, and the line itself, cut in the middle."""
     words = re.sub(rf"\S{{{WORD + 1},}}", lambda found: _cut(found[0], WORD), line)
     return _cut(words, LINE)
 

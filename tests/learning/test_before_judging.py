@@ -62,12 +62,12 @@ def test_scores_of_two_forms_are_in_the_order_of_the_tasks(bases: dict[str, Path
         (
             "classifier",
             {**DESCRIBED},
-            ["loaded as encoder, a BertModel", "bert.…", "task_type SEQ_CLS", "head a classifier"],
+            ["BertModel, loaded as encoder", "bert.…", "task_type SEQ_CLS", "head a classifier"],
         ),
         (
             "encoder",
             {"measure": "head"},
-            ["loaded as classifier, a BertForSequenceClassification", "descriptions loads"],
+            ["BertForSequenceClassification, loaded as classifier", "descriptions loads"],
         ),
     ],
 )
@@ -127,8 +127,8 @@ def test_the_command_tells_of_blank_and_long_rows(tmp_path: Path, bases: dict[st
     done = CliRunner().invoke(
         cli.app, ["evaluate", "--bare", "--task", str(tmp_path / "t.yaml")], catch_exceptions=False
     )
-    assert "1 of 4 rows were without a text but blanks, and judged all the same." in done.stderr
-    assert "1 of 4 rows were longer than max_tokens" in done.stderr
+    assert "the texts of 1 of 4 rows are blank" in done.stderr
+    assert "1 of 4 rows were cut, because they exceed max_tokens" in done.stderr
 
 
 def score(right: int, rows: int, adapter: str = "a") -> Score:

@@ -371,9 +371,9 @@ def test_of_a_large_vocabulary_the_likeliest_are_kept(
     [
         ({"rows": {"nobody": ["w1"] * 9}}, ["rows", "unknown adapter 'nobody'"]),
         ({"rows": [50, 50, 50]}, ["3 rows for 2 adapters"]),
-        ({"rows": 4}, ["has 4 rows", "expected 5 at least"]),
+        ({"rows": 4}, ["has 4 rows", "expected at least 5"]),
         ({"rows": [["w1"] * 9, 7.5]}, ["expected a list of texts"]),
-        ({"tasks": None}, ["how its predictions are read is not known"]),
+        ({"tasks": None}, ["has task_type"]),
         ({"fit": "gain"}, ["unknown fit 'gain'", "gains"]),
         ({"rank": 0}, ["rank is 0"]),
         ({"threads": 0}, ["threads is 0"]),

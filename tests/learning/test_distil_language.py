@@ -17,7 +17,7 @@ from ties_peft.errors import TiesPeftError
 from ties_peft.evaluation.loaded_model import Bench
 from ties_peft.learning import module_outputs, token_teachers, written_rows
 from ties_peft.learning.module_outputs import ModuleInputs
-from ties_peft.learning.teacher_specs import Answering, make_teachers, read_teacher_specs
+from ties_peft.learning.teacher_specs import AnswerOptions, make_teachers, read_teacher_specs
 from ties_peft.learning.token_teachers import TokenTeacher
 from ties_peft.learning.written_rows import AnswerWriter, RowWriter, row_beginning, sample
 
@@ -131,7 +131,7 @@ def test_rows_of_whole_prompts_are_written_in_their_format(bench: Bench, loras: 
     """`prompt_format` says what stands around the parts that an adapter writes; without it the rows begin like any text."""
     form = {"measure": "loss", "text": "prompt", "label": "completion", "prompt_format": "w9 {text} w8 {text} w3"}
     specs = read_teacher_specs([loras[0]], "generated", [form], 8)
-    (teacher,) = make_teachers(specs, bench, Answering(None, 3, 0))
+    (teacher,) = make_teachers(specs, bench, AnswerOptions(None, 3, 0))
     written = teacher.write()
     for ids, start in zip(written["sequences"], written["starts"], strict=True):
         words = bench.tokenizer.decode(ids[:start]).split()
@@ -239,9 +239,9 @@ def test_the_base_runs_in_the_precision_asked_for(bases: dict[str, Path], loras:
 
 def test_texts_without_a_task_are_matched_with_what_follows(bench: Bench, loras: list[Path]) -> None:
     """They may be plain text or prompts: all positions are judged, and an answer is written."""
-    from ties_peft.learning.teacher_specs import Answering, make_teachers, read_teacher_specs
+    from ties_peft.learning.teacher_specs import AnswerOptions, make_teachers, read_teacher_specs
 
-    (teacher,) = make_teachers(read_teacher_specs(loras[:1], sentences(5, 0)), bench, Answering(None, 3, 0))
+    (teacher,) = make_teachers(read_teacher_specs(loras[:1], sentences(5, 0)), bench, AnswerOptions(None, 3, 0))
     teacher.set_written(teacher.write())
     grown = [len(after) - len(before) for after, before in zip(teacher.sequences, teacher.given, strict=True)]
     assert all(1 <= more <= 3 for more in grown)
@@ -261,7 +261,7 @@ def test_choices_that_begin_alike_are_said_to_be_unused(bases: dict[str, Path], 
         ("llama", {"answers": "given"}, ["rows of 'l0' are texts without labels"]),
         ("llama", {"answer_tokens": 0}, ["answer_tokens is 0"]),
         ("llama", {"rows": "generated", "count": 0}, ["count is 0"]),
-        ("llama", {"rows": "generated", "count": 3}, ["has 3 rows", "expected 5 at least"]),
+        ("llama", {"rows": "generated", "count": 3}, ["has 3 rows", "expected at least 5"]),
         ("llama", {"keep_base": 20, "keep_weight": 0}, ["a weight is 0"]),
         ("encoder", {"rows": "generated"}, ["only a causal language model can write"]),
         ("encoder", {"answers": "teachers"}, ["only a causal language model can write"]),

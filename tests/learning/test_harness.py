@@ -112,7 +112,7 @@ def test_what_is_amiss_is_said_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(Bench, "load", _never)
     for given, words in (
-        ({"tasks": ["toy_wrds"]}, "no task 'toy_wrds'; near it are toy_words"),
+        ({"tasks": ["toy_wrds"]}, "no task 'toy_wrds'.*toy_words"),
         ({"tasks": []}, "at least one"),
         ({"adapters": []}, "nothing to evaluate"),
         ({"include_path": tmp_path / "none"}, "is not a folder"),

@@ -115,7 +115,7 @@ def test_labels_that_are_kept_back(more: dict[str, Any], publish: Publish, bases
 @pytest.mark.parametrize("measure", ["exact_match", "loss"])
 def test_a_label_that_is_kept_back_is_not_written(measure: str, publish: Publish, bases: dict[str, Path]) -> None:
     publish([1, -1])
-    with pytest.raises(RecipeError, match=r"row 2: the label is -1, which is no class of the data set"):
+    with pytest.raises(RecipeError, match=r"row 2: the label is -1; expected a class of the data set"):
         ties_peft.evaluate(None, {"measure": measure, "rows": "org/set"}, base=bases["gpt2"])
 
 

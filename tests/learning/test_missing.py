@@ -65,12 +65,12 @@ def test_the_bare_base_has_no_head(bases: dict[str, Path]) -> None:
     with pytest.raises(CompatibilityError) as caught:
         ties_peft.evaluate(None, head_task(), base=bases["encoder"])
     told = str(caught.value)
-    assert all(part in told for part in (*HEAD, "loaded as classifier", "no adapter has them", "at random")), told
+    assert all(part in told for part in (*HEAD, "loaded as classifier", "at random")), told
 
 
 @pytest.mark.parametrize("who", ["evaluate", "distil", "search", "signs", "gather"])
 def test_an_adapter_without_a_head_on_a_base_without_one(who: str, tmp_path: Path, bases: dict[str, Path]) -> None:
-    with pytest.raises(CompatibilityError, match=r"hold no classifier\.bias, classifier\.weight"):
+    with pytest.raises(CompatibilityError, match=r"hold .*classifier\.bias, classifier\.weight"):
         uses(without_head(tmp_path / "a"), bases["encoder"])[who]()
 
 
@@ -82,7 +82,7 @@ def test_it_is_known_before_anything_is_judged(
     monkeypatch.setattr(
         ties_peft.evaluation.scorers.Classification, "score", lambda *_: pytest.fail("an adapter was judged")
     )
-    with pytest.raises(CompatibilityError, match=r"adapter '.*b' does not have them either"):
+    with pytest.raises(CompatibilityError, match=r"neither does adapter '.*b'"):
         evaluate_all(pair, [head_task()], base=bases["encoder"])
 
 
@@ -121,7 +121,7 @@ def test_what_was_worn_counts_no_longer(tmp_path: Path, bases: dict[str, Path]) 
         bench.model(**inputs)
     with bench.applied(own), bench.applied_extra_tensors(own):
         bench.model(**inputs)
-    with pytest.raises(CompatibilityError, match="no adapter has them"):
+    with pytest.raises(CompatibilityError, match="loaded as classifier, do not hold"):
         bench.model(**inputs)
 
 
@@ -140,7 +140,7 @@ def test_a_pooler_is_missed_only_where_it_is_used(tmp_path: Path, bases: dict[st
     task = {"measure": "descriptions", "descriptions": ["w1", "w2"], "rows": [{"text": "w3", "label": 0}]}
     bare = ties_peft.evaluate(None, task, base=less(tmp_path / "e", "encoder", "pooler"))
     assert bare == ties_peft.evaluate(None, task, base=bases["encoder"])
-    with pytest.raises(CompatibilityError, match=r"hold no bert\.pooler\.dense\.bias, bert\.pooler\.dense\.weight"):
+    with pytest.raises(CompatibilityError, match=r"hold .*bert\.pooler\.dense\.bias, bert\.pooler\.dense\.weight"):
         ties_peft.evaluate(None, head_task(), base=less(tmp_path / "c", "classifier", "pooler"))
 
 
@@ -150,7 +150,7 @@ def test_weights_that_are_tied_are_there(tmp_path: Path, bases: dict[str, Path])
     bench = Bench.load(less(tmp_path / "g", "gpt2", "ln_f"), "language")
     assert sorted(bench._missing) == ["transformer.ln_f.bias", "transformer.ln_f.weight"]
     text = {"measure": "loss", "label": None, "rows": ["w1 w2"]}
-    with pytest.raises(CompatibilityError, match=r"hold no transformer\.ln_f\.bias"):
+    with pytest.raises(CompatibilityError, match=r"hold .*transformer\.ln_f\.bias"):
         ties_peft.evaluate(None, text, bench=bench)
 
 
@@ -159,7 +159,7 @@ def test_an_update_of_a_drawn_layer_does_not_bring_it(tmp_path: Path, bases: dic
     shapes = linear_shapes(make_model("classifier"), "query", "classifier")
     lora = write_lora(tmp_path / "a", shapes, 0)
     base = less(tmp_path / "base", "classifier", "classifier")
-    with pytest.raises(CompatibilityError, match="does not have them either"):
+    with pytest.raises(CompatibilityError, match="neither does adapter"):
         ties_peft.evaluate(lora, head_task(), base=base)
     tensors = load_file(lora / "adapter_model.safetensors")
     keep = {name: tensor for name, tensor in tensors.items() if "classifier" not in name}

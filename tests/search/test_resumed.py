@@ -104,10 +104,10 @@ def test_changed_examples_are_refused_and_moved_ones_are_not(encoder_adapters: l
         for task in (write(tmp_path / "here", other), {**tiny.ENCODER, "rows": other}):
             with pytest.raises(RecipeError, match=r"the study 'search' in '.*s\.db' is of another search") as refused:
                 run_search(task)
-            assert "it differs in examples." in str(refused.value)
-    with pytest.raises(RecipeError, match="it differs in measure"):
+            assert "the two differ in examples." in str(refused.value)
+    with pytest.raises(RecipeError, match="the two differ in measure"):
         run_search({**tiny.ENCODER, "rows": rows, "temperature": 3.0})
-    with pytest.raises(RecipeError, match="it differs in measure"):
+    with pytest.raises(RecipeError, match="the two differ in measure"):
         run_search({**tiny.ENCODER, "rows": rows, "descriptions": ["about cats", "about many birds", "about rain"]})
 
 
@@ -120,7 +120,7 @@ def test_the_base_counts_by_its_name_not_its_folder(encoder_adapters: list[str],
         return ties_peft.search(encoder_adapters, task, budget=2, storage=tmp_path / "s.db", bench=bench, controls=())
 
     assert run_search("/one/bert").trials == run_search("/two/bert").trials
-    with pytest.raises(RecipeError, match="it differs in base"):
+    with pytest.raises(RecipeError, match="the two differ in base"):
         run_search("/one/roberta")
 
 
@@ -145,9 +145,9 @@ def test_language_tasks_are_told_apart_too(
 
     first = run_search({**measure, "rows": rows})
     assert run_search({**measure, "rows": rows, "name": "other"}).trials == first.trials
-    with pytest.raises(RecipeError, match="it differs in"):
+    with pytest.raises(RecipeError, match="the two differ in"):
         run_search({**measure, "rows": rows, **change})
-    with pytest.raises(RecipeError, match="it differs in examples"):
+    with pytest.raises(RecipeError, match="the two differ in examples"):
         run_search({**measure, "rows": rows[:-1]})
 
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_trained_on_is_refused_before_a_model_is_loaded(
 ) -> None:
     folder = make_lora("g", shapes=tiny.GPT2)
     task = {**measure, "rows": tiny.rows(), "base": str(tmp_path / "nowhere")}
-    with pytest.raises(RecipeError, match="training is on labels, for measures descriptions and head"):
+    with pytest.raises(RecipeError, match="training needs labels, so expected measure descriptions or head"):
         ties_peft.search([folder], task, controls=("trained",))
 
 
@@ -175,7 +175,7 @@ def test_heads_that_differ_are_said_in_words_that_a_search_understands(tmp_path:
         head = {"base_model.model.score.weight": torch.full((2, 12), float(seed))}
         config = lora_config(SHAPES, 4, 8, task_type="SEQ_CLS", modules_to_save=["score"])
         folders.append(write_adapter(tmp_path / name, config, lora_tensors(SHAPES, 4, seed) | head))
-    with pytest.raises(CompatibilityError, match="a search has no rule for them") as refused:
+    with pytest.raises(CompatibilityError, match="a search cannot merge these") as refused:
         ties_peft.search(folders, lambda adapter: 0.0, budget=2)
     assert "keep=" not in str(refused.value)
     copies = [

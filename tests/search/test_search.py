@@ -183,9 +183,9 @@ def test_no_trial_is_made_again_by_a_second_call(folders: list[str], tmp_path: P
 
 def test_a_study_of_another_search_is_refused(folders: list[str], tmp_path: Path) -> None:
     ties_peft.search(folders, NegativeDistance(folders), budget=2, storage=tmp_path / "s.db", controls=())
-    with pytest.raises(RecipeError, match="is of another search: it differs in adapters"):
+    with pytest.raises(RecipeError, match="is of another search; the two differ in adapters"):
         ties_peft.search(folders[:2], NegativeDistance(folders), budget=2, storage=tmp_path / "s.db", controls=())
-    with pytest.raises(RecipeError, match="it differs in penalty"):
+    with pytest.raises(RecipeError, match="the two differ in penalty"):
         ties_peft.search(
             folders, NegativeDistance(folders), budget=2, storage=tmp_path / "s.db", controls=(), penalty=0
         )
@@ -206,7 +206,7 @@ def test_progress_is_told_of_the_search_and_of_the_controls_that_cost_as_much(fo
 FAULTS: list[tuple[dict[str, Any], type[TiesPeftError], str]] = [
     ({"budget": 0}, RecipeError, "the budget is 0"),
     ({"penalty": -1}, RecipeError, "the penalty is -1"),
-    ({"tune": {}}, RecipeError, "nothing is to be tuned"),
+    ({"tune": {}}, RecipeError, "tune names no parameter"),
     ({"tune": {"densty": [0.1, 1]}, "method": "ties"}, MethodError, "did you mean 'density'"),
     ({"tune": {"density": [0.0, 1.0]}, "method": "ties"}, MethodError, "greater than 0"),
     ({"tune": {"density": [1.0, 0.5]}, "method": "ties"}, RecipeError, "expected low < high"),

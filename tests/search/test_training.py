@@ -90,7 +90,7 @@ def test_signs_start_from_the_average_and_leave_it(folders: list[Path]) -> None:
 def test_training_needs_labels(make_lora: Make) -> None:
     folder = make_lora("g", shapes=tiny.GPT2, gain=0.2)
     task = {"measure": "loss", "label": None, "rows": list(tiny.TEXTS[:2])}
-    with pytest.raises(RecipeError, match="training is on labels"):
+    with pytest.raises(RecipeError, match="training needs labels"):
         ties_peft.few_shot_signs([folder], [task], bench=tiny.causal())
 
 

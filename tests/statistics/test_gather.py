@@ -220,7 +220,7 @@ FAULTS: list[tuple[dict[str, Any], dict[str, Any], type[TiesPeftError], str]] = 
         RecipeError,
         "row 1: there is no label 'label'",
     ),
-    ({"measure": "exact_match", "descriptions": None}, {}, RecipeError, "has no probabilities"),
+    ({"measure": "exact_match", "descriptions": None}, {}, RecipeError, "gives no probabilities"),
     (
         {"measure": "loss", "descriptions": None},
         {"kind": "fisher", "labels": "expected"},

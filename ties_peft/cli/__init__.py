@@ -1,8 +1,8 @@
-"""The command line: parses, calls, prints. One file in this folder for each command, with a function of its name.
+"""The command line: parses, calls, prints. Each command is a function in a file of its name in this folder.
 
-Each command imports what does its work when it runs, so that help, completion and usage errors need no torch.
-Exit status: 0 on success; 2 on bad input or usage, with one message on standard error; 1 on an
-unforeseen fault. With `--json` standard output holds one JSON object and nothing else.
+A command imports the modules that do its work when it runs, so that help, completion and usage errors need no torch.
+Exit status: 0 on success; 2 on bad input or usage, with one message on standard error; 1 on an unforeseen fault. With
+`--json` standard output holds one JSON object and nothing else.
 """
 
 from __future__ import annotations
@@ -26,26 +26,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Merge many PEFT adapters into one adapter that PeftModel loads.",
 )
-ORDER = (
-    "merge",
-    "inspect",
-    "analyze",
-    "convert",
-    "push",
-    "methods",
-    "evaluate",
-    "distil",
-    "search",
-)  # as the help lists them
+FIRST = ("merge", "inspect", "analyze", "convert", "push", "methods", "evaluate", "distil", "search")  # in the help
 
 
 def main() -> None:
     """Run the command line; every TiesPeftError becomes one message and exit status 2."""
-    warnings.simplefilter("ignore", TiesPeftWarning)  # the report's warnings are printed once, below
-    if not sys.stderr.isatty():  # progress is for a terminal, the Hub's too; read when its client is imported
+    warnings.simplefilter("ignore", TiesPeftWarning)  # the commands print warnings themselves, each once
+    if not sys.stderr.isatty():  # the Hub's client reads this when it is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a letter shows `?` instead
+        if isinstance(stream, io.TextIOWrapper):  # `?` is shown for a character that the console cannot show
             stream.reconfigure(errors="replace")
     try:
         app()
@@ -63,7 +53,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def _register() -> None:
     names = [entry.name for entry in pkgutil.iter_modules(__path__) if entry.name != "base"]
-    for name in sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
+    for name in [*FIRST, *sorted(set(names) - set(FIRST))]:
         module = importlib.import_module(f"{__name__}.{name}")
         app.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, name))
 

@@ -1,4 +1,4 @@
-"""Share what all commands need: the options of a merge as flags, completion, progress, warnings and JSON."""
+"""Help the commands: the options of a merge as flags, shared options, completion, progress, warnings and JSON."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from ..merging.options import OPTIONS, Option
 from ..search import DETAIL
 
 if TYPE_CHECKING:
-    from ..merging.loading import Loading
+    from ..learning.distilled import Distilled
+    from ..merging.merged import Merged
 
-EVERY = 30.0  # seconds from line to line where there is no terminal
-PERIOD = 3600.0  # seconds over which the speed is taken: one step of a search can take minutes
+INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
+SPEED_PERIOD = 3600.0  # seconds over which a bar's speed is measured; one trial of a search can take minutes
 
-# Completions of a value, for the shell. They import nothing more, because they run at every press of the tab key.
+# Completions of a value, for the shell. They import nothing more, because they run whenever the tab key is pressed.
 
 
 def method_names() -> list[str]:
-    """Return the names of this package's own methods: those of the files that define them."""
+    """Return the names of this package's own methods, which are those of their files."""
     return _files("methods")
 
 
 def space_names() -> list[str]:
-    """Return the names of the spaces: those of the files that define them."""
+    """Return the names of the spaces, which are those of their files."""
     return _files("spaces")
 
 
@@ -47,13 +48,13 @@ def _files(folder: str) -> list[str]:
 
 
 def complete_from(values: Iterable[str]) -> Callable[[str], list[str]]:
-    """Return a completion by a list of values."""
+    """Return a completion that offers some values."""
     known = tuple(values)
     return lambda incomplete: [value for value in known if value.startswith(incomplete)]
 
 
 def complete_method(incomplete: str) -> list[str]:
-    """Return the methods that the last stage of a name such as `dare+ti` may become."""
+    """Return the completions of a method's name, or of the last name in a row such as `dare+ti`."""
     earlier, plus, last = incomplete.rpartition("+")
     return [f"{earlier}{plus}{name}" for name in method_names() if name.startswith(last)]
 
@@ -64,13 +65,13 @@ def complete_method(incomplete: str) -> list[str]:
 def takes_merge_options(
     after: str, names: Iterable[str] = (), unless: str = ""
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command options of a merge as flags, in place of its `**options`, which receive them as they were typed.
+    """Give a command options of a merge as flags, in place of its `**options`, which receive the texts that were typed.
 
     Args:
-        after: the parameter of the command behind which they are listed.
-        names: of the options, in the general panel of the help; by default all, in panels of their own. Of all, one that is
-            not given is None, or False: a recipe's value may stand between it and the default.
-        unless: a further sentence of the help of options that a search may set.
+        after: the parameter of the command after which the flags are listed.
+        names: of the options, which are then listed in the general panel of the help with their defaults. By default all,
+            in panels of their own; one that is not given is then None or False, so that a recipe's value applies.
+        unless: a further sentence in the help of options that a search may set.
     """
     chosen = tuple(names) or sorted(OPTIONS, key=lambda name: name not in ("method", "space"))
 
@@ -86,7 +87,7 @@ def takes_merge_options(
 
 
 def _parameter(option: Option, whole: bool, unless: str) -> inspect.Parameter:
-    """Return the parameter of an option; of a `whole` recipe without its default."""
+    """Return the parameter of an option; `whole` says whether all options are there, without their defaults."""
     flag = isinstance(option.default, bool)
     kind = bool if flag else int | None if isinstance(option.default, int) else str | None
     values = space_names() if option.name == "space" else option.values
@@ -103,6 +104,28 @@ def _parameter(option: Option, whole: bool, unless: str) -> inspect.Parameter:
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+# Arguments and options that several commands share
+
+
+def base_option(default: str) -> Any:
+    """Return the option that names the base model; `default` says in words which one is used without it."""
+    return typer.Option(help="Folder or Hub id of the base model.", show_default=default)
+
+
+AdaptersOrPatterns = Annotated[
+    list[str], typer.Argument(help="Folders, files, Hub ids, quoted patterns.", show_default=False)
+]
+Adapters = Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="The folder to write.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")]
+ModelDevice = Annotated[str, typer.Option(help="The device that the model runs on.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="The precision in which the base is loaded: float32, bfloat16 or float16.",
+        show_default="what transformers chooses",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -160,7 +183,14 @@ def row_source(value: str) -> Any:
 
 
 class _Stage(NamedTuple):
-    """Where the work is: the stage, and when and at which step it was first told of."""
+    """The progress of a stage of the work.
+
+    Attributes:
+        stage: its name.
+        done, total: the number of steps.
+        begun: the time of the first report.
+        first: the number of steps done at the first report.
+    """
 
     stage: str
     done: int
@@ -170,42 +200,43 @@ class _Stage(NamedTuple):
 
 
 class ProgressLines:
-    """What the work does, in lines on standard error: for output that is not a terminal.
+    """Writes lines of progress on standard error, for output that is not a terminal.
 
     Args:
-        clock: seconds since any moment.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._begun = clock, clock()
-        self._stage: _Stage | None = None  # replaced as a whole, because another thread reads it
+        self._stage: _Stage | None = None  # always replaced as a whole, because another thread reads it
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """Take note of how far a stage is."""
-        at = self._stage
-        same = at is not None and _name(at.stage) == _name(stage) and at.done <= done
-        begun, first = (at.begun, at.first) if at is not None and same else (self._clock(), done)
-        self._stage = _Stage(stage, done, total, begun, first)
+        """Store the progress of a stage."""
+        last = self._stage
+        if last is not None and _name(last.stage) == _name(stage) and last.done <= done:
+            self._stage = last._replace(stage=stage, done=done, total=total)
+        else:
+            self._stage = _Stage(stage, done, total, self._clock(), done)
 
     def line(self) -> str:
-        """Return what there is to say now."""
-        at, now = self._stage, self._clock()
+        """Return the line for the present moment."""
+        stage, now = self._stage, self._clock()
         so_far = f"({_time(now - self._begun)} so far)"
-        if at is None:
+        if stage is None:
             return f"working {so_far}"
-        ahead, behind = at.total - at.done, at.done - at.first
-        left = f", about {_time(ahead * (now - at.begun) / behind)} left" if ahead and behind else ""
-        return f"{at.stage}: {at.done} of {at.total}{left} {so_far}"
+        remaining, measured = stage.total - stage.done, stage.done - stage.first
+        left = f", about {_time(remaining * (now - stage.begun) / measured)} left" if remaining and measured else ""
+        return f"{stage.stage}: {stage.done} of {stage.total}{left} {so_far}"
 
     def run(self, wait: Callable[[float], bool]) -> None:
-        """Write a line every half minute, until `wait`, which takes the seconds, returns whether the work is done."""
-        while not wait(EVERY):
+        """Write a line every half minute, until `wait`, called with the seconds to wait, returns that the work is done."""
+        while not wait(INTERVAL):
             sys.stderr.write(f"{printable(self.line())}\n")
             sys.stderr.flush()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Write the lines from a thread of their own, because one step of the work can take minutes."""
+        """Write the lines from another thread, within a `with` block, because one step of the work can take minutes."""
         done = threading.Event()
         thread = threading.Thread(target=self.run, args=(done.wait,), daemon=True)
         thread.start()
@@ -217,7 +248,7 @@ class ProgressLines:
 
 
 def _name(stage: str) -> str:
-    """Return a stage's name without what changes while it lasts."""
+    """Return a stage's name without the part that changes during the stage."""
     return stage.partition(DETAIL)[0]
 
 
@@ -245,30 +276,30 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("{task.completed}/{task.total}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=PERIOD) as progress:
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=SPEED_PERIOD) as progress:
         tasks: dict[str, Any] = {}
 
-        def tell(stage: str, done: int, total: int) -> None:
+        def update(stage: str, done: int, total: int) -> None:
             name = _name(stage)
             if name not in tasks:
                 tasks[name] = progress.add_task(printable(stage), total=total)
             progress.update(tasks[name], description=printable(stage), completed=done)
 
-        yield tell
+        yield update
 
 
 @contextmanager
 def print_warnings_after() -> Iterator[None]:
-    """Print the warnings of the work when it is done, each once."""
+    """Print the warnings of a `with` block after it, each once."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", TiesPeftWarning)
         yield
-    said = (str(one.message) for one in found if issubclass(one.category, TiesPeftWarning))
-    print_warnings(list(dict.fromkeys(said)))
+    texts = (str(one.message) for one in found if issubclass(one.category, TiesPeftWarning))
+    print_warnings(list(dict.fromkeys(texts)))
 
 
 def print_rich(content: RenderableType) -> None:
-    """Print a table or a report; its text is escaped where it is made (`make_text`)."""
+    """Print a table or a report; `make_text` has escaped its text."""
     Console().print(content)
 
 
@@ -277,10 +308,22 @@ def print_text(text: str) -> None:
     typer.echo(printable_lines(text))
 
 
-def print_loading(loading: Loading, out: Path) -> None:
-    """Print where the result is, and the lines of Python that load it."""
-    print_text(f"\nwritten to {out}; load it with\n")
-    print_text("\n".join(f"  {line}" for line in loading.lines(str(out))))
+def print_result(made: Merged | Distilled, out: Path, values: dict[str, Any], as_json: bool, remark: str = "") -> None:
+    """Print an adapter that was written: as JSON, or its report and the lines of Python that load it.
+
+    Args:
+        made: the adapter.
+        out: its folder.
+        values: of the JSON object, between `out` and `report`.
+        as_json: whether to print JSON.
+        remark: a text below the report.
+    """
+    if as_json:
+        print_json({"out": str(out), **values, "report": made.report.to_dict()})
+        return
+    print_rich(made.report.tables())
+    print_text(f"{remark}\nwritten to {out}; load it with\n")
+    print_text("\n".join(f"  {line}" for line in made.loading.lines(str(out))))
 
 
 def print_messages(kind: str, messages: Iterable[str]) -> None:
@@ -288,7 +331,7 @@ def print_messages(kind: str, messages: Iterable[str]) -> None:
 
     Args:
         kind: error, warning or note.
-        messages: a line each.
+        messages: one for each line.
     """
     for message in messages:
         sys.stderr.write(f"{kind}: {printable_lines(message)}\n")
@@ -300,5 +343,5 @@ def print_warnings(found: list[str]) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print one JSON object on standard output; JSON escapes control characters itself."""
+    """Print one JSON object on standard output; JSON itself escapes control characters."""
     typer.echo(json.dumps(value, default=str))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,7 @@ from .base import (
     Json,
     State,
     one_for_each,
-    print_json,
-    print_loading,
-    print_rich,
+    print_result,
     print_warnings_after,
     progress_bar,
     read_rows_option,
@@ -146,7 +144,7 @@ def distil(
             precision=precision,
         )
     made.save(out, force)
-    _show(made, out, as_json)
+    print_result(made, out, {"distil": made.recipe}, as_json)
 
 
 def _check_folders(adapters: list[str], out: Path, force: bool, state: Path | None) -> None:
@@ -156,15 +154,6 @@ def _check_folders(adapters: list[str], out: Path, force: bool, state: Path | No
     read = [path for path in map(sources.local_path, adapters) if path is not None]
     check_output_folder(out, force, read)
     check_outside_output(out, state, "the state (--state)")
-
-
-def _show(made: Any, out: Path, as_json: bool) -> None:
-    """Print the report of what was made."""
-    if as_json:
-        print_json({"out": str(out), "distil": made.recipe, "report": made.report.to_dict()})
-        return
-    print_rich(made.report.tables())
-    print_loading(made.loading, out)
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -1,4 +1,4 @@
-"""`ties-peft merge`: adapters in, one adapter out."""
+"""`ties-peft merge`: merge adapters into one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from .base import (
     Json,
     complete_from,
     print_json,
-    print_loading,
     print_messages,
-    print_rich,
+    print_result,
     print_text,
     print_warnings,
     progress_bar,
@@ -48,7 +47,7 @@ Density = Annotated[
 Scope = Annotated[
     str | None,
     typer.Option(
-        help="What the trim ranks together: the entries of a whole adapter, or of each module.",
+        help="The entries that the trim ranks together: those of a whole adapter, or those of each module.",
         show_default=SCOPES[0],
         autocompletion=complete_from(SCOPES),
         rich_help_panel=COMBINATION,
@@ -58,14 +57,14 @@ Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="NAME=VALUE, any parameter of the method or the space, in YAML. Repeatable.",
+        help="NAME=VALUE: any parameter of the method or the space, the value in YAML. Repeatable.",
         rich_help_panel=COMBINATION,
     ),
 ]
 Report = Annotated[
     Path | None,
     typer.Option(
-        help="An HTML file to write: the report as one page that needs no network.",
+        help="The HTML file to write: the report as one page that needs no network.",
         show_default=False,
         rich_help_panel=RESULT,
     ),
@@ -74,7 +73,8 @@ PartWeights = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PART=WEIGHT",
-        help="Other weights on a part of an image model: text_encoder=0.5 for all adapters, text_encoder=1,0 for each. Repeatable.",
+        help="The weights for a part of an image model, in place of --weights: text_encoder=0.5 for all adapters, "
+        "text_encoder=1,0 for each. Repeatable.",
         rich_help_panel=COMBINATION,
     ),
 ]
@@ -131,16 +131,17 @@ def _run(
         _show_plan(plan, asked, as_json)
         return
     assert out is not None
-    with process_group() as processes, progress_bar() if processes.is_main else nullcontext(None) as tell:
-        merged = merge_recipe(asked, device=device, progress=tell, processes=processes)
+    with process_group() as processes, progress_bar() if processes.is_main else nullcontext(None) as progress:
+        merged = merge_recipe(asked, device=device, progress=progress, processes=processes)
     if processes.is_main:
         merged.save(out, force)
         _write_report(merged, out, report)
-        _show_merged(merged, out, as_json)
+        print_warnings(merged.report.warnings)
+        print_result(merged, out, {"recipe": merged.recipe.to_dict()}, as_json)
 
 
 def _write_report(merged: Merged, out: Path, report: Path | None) -> None:
-    """Write the report as a page, if that was asked for."""
+    """Write the report as a page, if a file for it was named."""
     from ..analysis.merge_page import merge_page
     from ..analysis.page import write_page
 
@@ -180,15 +181,7 @@ def _pipeline_facts(pipeline: Pipeline) -> dict[str, object]:
 
 
 def _shown(value: object) -> object:
+    """Return a value of the plan as text."""
     if isinstance(value, list):
         return ("; " if any(": " in text for text in value) else ", ").join(value) or "–"
     return "–" if value is None else value
-
-
-def _show_merged(merged: Merged, out: Path, as_json: bool) -> None:
-    print_warnings(merged.report.warnings)
-    if as_json:
-        print_json({"out": str(out), "recipe": merged.recipe.to_dict(), "report": merged.report.to_dict()})
-        return
-    print_rich(merged.report.tables())
-    print_loading(merged.loading, out)

@@ -1,4 +1,4 @@
-"""`ties-peft methods`: what there is, and one in full."""
+"""`ties-peft methods`: list the methods, or explain one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..methods import MethodInfo
 
 
-MAX_WIDTH = 100  # columns of text that are good to read
+MAX_WIDTH = 100  # columns of a paragraph
 PARAGRAPH_START = re.compile(r"[A-Z][a-z]+: |[-*] ")  # a line that starts a paragraph without a blank line above it
 
 
@@ -42,7 +42,10 @@ def methods(
         _print_method(chosen[0])
         return
     print_rich(_method_table(chosen))
-    print_text("\nties-peft methods NAME explains one, with its parameters; two in a row: dare+ties, pico+ties")
+    print_text(
+        "\nties-peft methods NAME explains a method and its parameters. Methods can be combined, one after the other: "
+        "dare+ties, pico+ties"
+    )
 
 
 def _method_table(found: list[MethodInfo]) -> Table:
@@ -60,10 +63,10 @@ def _print_method(info: MethodInfo) -> None:
 
 
 def reflow(text: str, width: int) -> str:
-    """Return the text of a docstring with its paragraphs broken anew for a width.
+    """Return the text of a docstring with its paragraphs wrapped to a width.
 
-    A block that starts with an indented line is formulas, which keep their lines. `Law:` and `Source:` start paragraphs of
-    their own, whose further lines are indented.
+    A block whose first line is indented holds formulas and keeps its lines. Lines that start with a word such as `Law:` or
+    `Source:`, or with a bullet, start paragraphs of their own, whose further lines are indented.
     """
     blocks = re.split(r"\n\s*\n", text.strip("\n"))
     return "\n\n".join(
@@ -72,7 +75,7 @@ def reflow(text: str, width: int) -> str:
 
 
 def _formulas(block: str, width: int) -> str:
-    """Return the lines as they are; those that are too long are drawn together and broken, and go on further to the right."""
+    """Return the lines of a block of formulas; a line that is too long is wrapped, its further lines indented more."""
     lines = []
     for line in block.splitlines():
         if cell_len(line) <= width:
@@ -85,6 +88,7 @@ def _formulas(block: str, width: int) -> str:
 
 
 def _prose(block: str, width: int) -> str:
+    """Return a block with each of its paragraphs wrapped."""
     found = []
     for paragraph in re.split(rf"\n(?={PARAGRAPH_START.pattern})", block):
         indent = "    " if PARAGRAPH_START.match(paragraph) else ""
@@ -94,7 +98,7 @@ def _prose(block: str, width: int) -> str:
 
 
 def _scale(info: MethodInfo) -> str:
-    """Return the default λ as text: a number, or a formula in N."""
+    """Return the default λ as text: a number, or a formula in the number of adapters, N."""
     return info.default_scale if isinstance(info.default_scale, str) else f"{info.default_scale:g}"
 
 

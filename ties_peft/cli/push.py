@@ -1,4 +1,4 @@
-"""`ties-peft push`: an adapter's folder to the Hub."""
+"""`ties-peft push`: upload an adapter's folder to the Hub."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def push(
         warnings.simplefilter("ignore")
         pushed = push_adapter(folder, repo, private=private, revision=revision, message=message, create_pr=create_pr)
     if pushed.left:
-        print_warnings([f"not sent, being no adapter's files: {', '.join(pushed.left)}."])
+        print_warnings([f"not uploaded, because they are no files of an adapter: {', '.join(pushed.left)}."])
     if as_json:
         print_json(asdict(pushed))
         return
-    print_text(f"sent {', '.join(pushed.files)} to {pushed.repo}\n{pushed.url}")
+    print_text(f"uploaded {', '.join(pushed.files)} to {pushed.repo}\n{pushed.url}")

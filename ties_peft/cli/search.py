@@ -22,6 +22,8 @@ from .base import (
     State,
     one_for_each,
     print_json,
+    print_messages,
+    print_rich,
     print_text,
     print_warnings,
     print_warnings_after,
@@ -132,9 +134,12 @@ def search(
 
     With --objective imitate no labels are needed; --rows, --count, --answers, --answer-tokens and --state are for it alone.
     """
+    from ..adapters.sources import expand_patterns
     from ..merging.recipes.overrides import read_pairs
     from ..search.search import search as find
 
+    adapters, notes = expand_patterns(adapters)
+    print_messages("note", notes)
     parameters = read_pairs("--set", settings, "elect=count")
     place = storage or f"{out}.study.db"
     _check_paths(out, force, place, adapters, parameters, state)
@@ -215,7 +220,8 @@ def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> N
     if as_json:
         print_json({"out": str(out), "storage": without_password(storage), "study": study, **found.to_dict()})
         return
-    print_text(f"{found}\n\nbest of {len(found.trials)} trials:\n{found.recipe.to_yaml()}\nwritten to {out}")
+    print_rich(found.tables())
+    print_text(f"\nbest of {len(found.trials)} trials:\n{found.recipe.to_yaml()}\nwritten to {out}")
     print_text(
         f"the trials stay in {without_password(storage)} (study {study!r}); the same command with a larger --budget and "
         "--force goes on from there"

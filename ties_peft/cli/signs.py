@@ -1,4 +1,4 @@
-"""`ties-peft signs`: an adapter trained on a few examples, whose signs a TIES merge takes."""
+"""`ties-peft signs`: train an adapter on a few examples, whose signs a TIES merge takes."""
 
 from __future__ import annotations
 
@@ -7,34 +7,44 @@ from typing import Annotated
 
 import typer
 
-from .base import print_text, print_warnings_after, progress_bar
+from ..merging.options import DEVICE
+from .base import (
+    AdaptersOrPatterns,
+    Force,
+    ModelDevice,
+    Out,
+    base_option,
+    print_messages,
+    print_text,
+    print_warnings_after,
+    progress_bar,
+)
 
 
 def signs(
-    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.")],
+    adapters: AdaptersOrPatterns,
     task: Annotated[list[Path], typer.Option(help="A task file with a few labelled rows. Repeatable.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    base: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the task's or adapters'")
-    ] = None,
+    out: Out,
+    base: Annotated[str | None, base_option("the task's or adapters'")] = None,
     steps: Annotated[
         int | None, typer.Option(help="The number of training steps, in all.", show_default="20 for each task")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The seed of the order of the rows.")] = 0,
-    device: Annotated[str, typer.Option(help="The device that the model runs on.")] = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
+    seed: Annotated[int, typer.Option(help="The seed of the rows of each step.")] = 0,
+    device: ModelDevice = DEVICE,
+    force: Force = False,
 ) -> None:
     """Estimate the signs that TIES elects from a few examples."""
+    from ..adapters.sources import expand_patterns
     from ..adapters.writer import check_output_folder
     from ..learning.signs import few_shot_signs
     from ..merging.merged import inputs
     from ..merging.recipes.recipe import Recipe
 
+    adapters, notes = expand_patterns(adapters)
+    print_messages("note", notes)
     check_output_folder(out, force, inputs(Recipe(adapters=tuple(adapters))))
-    with print_warnings_after(), progress_bar() as tell:
-        made = few_shot_signs(adapters, task, base, device, steps=steps, seed=seed, progress=tell)
+    with print_warnings_after(), progress_bar() as progress:
+        made = few_shot_signs(adapters, task, base, device, steps=steps, seed=seed, progress=progress)
     made.save(out, force)
-    names = " ".join(adapters)
-    print_text(
-        f"written to {out}; take its signs with\n\n  ties-peft merge {names} --method ties --set sign_from={out} --out FOLDER"
-    )
+    command = f"ties-peft merge {' '.join(adapters)} --method ties --set sign_from={out} --out FOLDER"
+    print_text(f"written to {out}; merge with its signs by\n\n  {command}")

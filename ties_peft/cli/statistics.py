@@ -9,26 +9,32 @@ import typer
 
 from ..errors import RecipeError
 from ..learning import STATISTICS
-from .base import Json, print_json, print_text, print_warnings_after, progress_bar
+from ..merging.options import DEVICE
+from .base import Adapters, Json, ModelDevice, base_option, print_json, print_text, print_warnings_after, progress_bar
 
 
 def statistics(
-    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.")],
-    task: Annotated[list[Path], typer.Option(help="A task file with rows of text; one for all, or one for each.")],
+    adapters: Adapters,
+    task: Annotated[
+        list[Path],
+        typer.Option(help="A task file with rows of text. Give it once for all adapters, or once for each."),
+    ],
     kind: Annotated[
-        list[str] | None, typer.Option(help=f"{' or '.join(STATISTICS)}. Repeatable.", show_default="all that fit")
+        list[str] | None,
+        typer.Option(
+            help=f"The statistics to gather: {' or '.join(STATISTICS)}. Repeatable.",
+            show_default="fisher, and gram for LoRA",
+        ),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the task's or adapter's")
-    ] = None,
+    base: Annotated[str | None, base_option("the task's or adapters'")] = None,
     labels: Annotated[
         str | None,
         typer.Option(
-            help="The labels that fisher takes: expected, sampled or given.", show_default="expected; sampled for texts"
+            help="The labels for fisher: expected, sampled or given.", show_default="expected; sampled for texts"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The seed of labels that are sampled.")] = 0,
-    device: Annotated[str, typer.Option(help="The device that the model runs on.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="The seed of sampled labels.")] = 0,
+    device: ModelDevice = DEVICE,
     again: Annotated[bool, typer.Option("--again", help="Gather statistics again that exist already.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -41,15 +47,15 @@ def statistics(
 
     opened = [Adapter.load(name) for name in adapters]
     if len(task) not in (1, len(opened)):
-        raise RecipeError(f"{len(task)} tasks for {len(opened)} adapters. Give one for all, or one for each.")
+        raise RecipeError(f"{len(task)} tasks for {len(opened)} adapters; expected one for all, or one for each.")
     tasks = [read_task(path) for path in (task * len(opened) if len(task) == 1 else task)]
     made = []
-    with print_warnings_after(), progress_bar() as tell:
+    with print_warnings_after(), progress_bar() as progress:
         base = find_base(opened, tasks, base)
         for adapter, own in zip(opened, tasks, strict=True):
             for one in kind or [k for k in STATISTICS if k != "gram" or adapter.peft_type.has_rank]:
                 found = gather_statistics(
-                    adapter, own, one, base, device, labels=labels, seed=seed, again=again, progress=tell
+                    adapter, own, one, base, device, labels=labels, seed=seed, again=again, progress=progress
                 )
                 facts = {key: value for key, value in found.metadata.items() if key not in ("adapter", "same")}
                 made.append({"adapter": adapter.label, "digest": adapter.digest, "file": file_name(one), **facts})

@@ -1,7 +1,7 @@
-"""Run a causal model for the log-probabilities of given tokens only.
+"""Run a causal model for the log-probabilities of given tokens.
 
-Logits over a vocabulary are most of a small model's memory and a good part of its time, so that they are computed only at
-the positions that are asked for. Several continuations of one prompt share the keys and values of the prompt.
+Logits over a vocabulary take most of a small model's memory and much of its time, so they are computed only at the
+positions that are asked for. Several continuations of one prompt share the keys and values of the prompt.
 """
 
 from __future__ import annotations
@@ -15,27 +15,25 @@ from torch.nn.functional import cross_entropy
 
 from .loaded_model import Bench
 
-CACHE, CACHE_LAYERS = (
-    "DynamicCache",
-    ("DynamicLayer", "DynamicSlidingWindowLayer"),
-)  # those that may be repeated by rows
+CACHE = "DynamicCache"  # the class of transformers whose rows can be repeated, if all layers are of these classes
+CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 
 class Pair(NamedTuple):
-    """The token ids of a prompt (`given`; may be empty) and of the continuation that is scored (`asked`)."""
+    """The token ids of a prompt, which may be empty, and of the continuation that is scored."""
 
-    given: list[int]
-    asked: list[int]
+    prompt: list[int]
+    continuation: list[int]
 
     @property
     def whole(self) -> list[int]:
         """The prompt and the continuation."""
-        return [*self.given, *self.asked]
+        return [*self.prompt, *self.continuation]
 
     @property
     def first(self) -> int:
-        """The place in `whole` of the first token that is scored: that of the first of all is not predicted."""
-        return max(1, len(self.given))
+        """The place in `whole` of the first token that is scored; the very first token is not predicted."""
+        return max(1, len(self.prompt))
 
 
 def selected_logits(
@@ -43,8 +41,8 @@ def selected_logits(
 ) -> tuple[Tensor, Any]:
     """Run a causal model, and return its logits at some positions, (positions, vocabulary), and its output.
 
-    The hidden states are selected before the output layer, by a hook on it, so that what the model does with logits
-    afterwards (a scale, a soft cap) is done as well.
+    A hook on the output layer selects the hidden states before it. So what the model does with logits afterwards (a
+    scale, a soft cap) is done as well.
 
     Args:
         inputs: input_ids and the like.
@@ -84,7 +82,7 @@ def next_log_probabilities(bench: Bench, prompts: Sequence[list[int]], choices: 
 def shared_length(pairs: Sequence[Pair]) -> int:
     """Return the number of tokens at the start that the prompts of all pairs share."""
     shared = 0
-    for tokens in zip(*(pair.given for pair in pairs), strict=False):
+    for tokens in zip(*(pair.prompt for pair in pairs), strict=False):
         if len(set(tokens)) > 1:
             break
         shared += 1
@@ -94,16 +92,16 @@ def shared_length(pairs: Sequence[Pair]) -> int:
 def continued_log_probabilities(bench: Bench, rows: Sequence[Sequence[Pair]]) -> Tensor | None:
     """Return log p of several continuations of each prompt, summed over their tokens, (rows · continuations,), float64.
 
-    The prompt runs once, all but its last token, and each continuation reads its keys and values. Prompts of one length
-    need no padding between prompt and continuation, so that positions and windows are those of one running text.
+    The prompt runs once, without its last token, and each continuation attends to its keys and values. The prompts have
+    one length, so no padding stands between prompt and continuation, and positions and windows are those of running text.
 
     Args:
         bench: a causal model.
         rows: the pairs of each row, as many in each; `shared_length`, at least 2, is the same for all rows.
-    Returns: None where the model keeps no cache of keys and values that can be repeated.
+    Returns: None where the model keeps no cache whose rows can be repeated.
     """
     kept = shared_length(rows[0]) - 1
-    prompts = bench.pad_batch([row[0].given[:kept] for row in rows])
+    prompts = bench.pad_batch([row[0].prompt[:kept] for row in rows])
     every = torch.arange(len(rows), device=bench.device)
     _, output = selected_logits(bench.model, prompts, every, torch.full_like(every, kept - 1), use_cache=True)
     cache = getattr(output, "past_key_values", None)
@@ -128,6 +126,6 @@ def _sums(bench: Bench, inputs: dict[str, Tensor], scored: Sequence[range], ids:
 
 
 def _can_be_repeated(cache: Any) -> bool:
-    """Return whether a cache holds nothing but keys and values, so that its rows can be repeated for more continuations."""
+    """Return whether a cache holds nothing but keys and values, so that its rows can be repeated."""
     layers = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
     return type(cache).__name__ == CACHE and layers <= set(CACHE_LAYERS)

@@ -10,12 +10,14 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..errors import RecipeError, warn_caller
+from ..merging.plan import Progress
 from ..merging.values import check_whole
+from . import BATCH_SIZE
 from .generation import Generation
 from .language_models import Continuation
-from .loaded_model import Bench
+from .loaded_model import Bench, check_text_model
 from .score import Score
-from .scorers import BATCH, Classification, Progress, Scorer, check_form, form_for
+from .scorers import Classification, Scorer, check_form, form_for
 from .task import GENERATED, Task, TaskSource, read_task
 
 
@@ -27,7 +29,7 @@ def evaluate(
     *,
     tokenizer: Any = None,
     bench: Bench | None = None,
-    batch_size: int = BATCH,
+    batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Score:
@@ -44,11 +46,10 @@ def evaluate(
         batch_size: rows in a batch.
         progress: called as progress(stage, done, of).
         dtype: the precision in which the base is loaded, float32, bfloat16 or float16; None for what transformers
-            chooses (the files' own since its version 5, float32 before). The score states it.
-    Returns: the score, with what is known of each row; `Score.difference` compares two of them by their rows.
-    Raises: TiesPeftError, before the model is run: rows without labels or with labels out of range, an adapter for
-        another base, a measure that does not fit the model, a head that is in neither the base's nor the adapter's
-        files.
+            chooses (that of the files since its version 5, float32 before). The score states it.
+    Returns: the score, row by row; `Score.difference` compares two of them by their rows.
+    Raises: TiesPeftError before the model is run, for rows without labels or with labels out of range, an adapter of
+        another base, a measure that does not fit the model, and a head that neither the base nor the adapter has.
     """
     asked = read_task(task)
     if _is_model(adapter_or_model):
@@ -64,35 +65,40 @@ def evaluate_all(
     base: str | Path | None = None,
     device: str = "cpu",
     bench: Bench | None = None,
-    batch_size: int = BATCH,
+    batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> list[list[Score]]:
-    """Return a list of scores for each adapter, in order: of every adapter on every task.
+    """Return a list for each adapter, in order, with its scores on every task, in order.
 
     If tasks need several forms of the base, such as an encoder and a classifier, it is loaded in each form.
 
     Args: as `evaluate`; None among the adapters is the bare base.
     Raises: as `evaluate`, for any of the tasks, before the first is evaluated.
-    Law: the scores are the same as from one call for each.
+    Law: the scores are those of single calls of `evaluate`.
     """
     check_whole("batch_size", batch_size, 1)
     if bench is not None and dtype is not None:
-        raise RecipeError("dtype is for a base that is loaded here; this model is loaded already. Leave dtype out.")
+        raise RecipeError("the model is loaded already, so dtype cannot be chosen. Leave dtype out.")
     asked = [read_task(task) for task in tasks]
-    opened = [_open(a, base) for a in adapters]
+    opened = [_open(adapter, base) for adapter in adapters]
     if not opened or not asked:
         raise RecipeError("there is nothing to evaluate. Give at least one adapter (or the base) and one task.")
     benches = [(bench, list(range(len(asked))))] if bench else _load_benches(opened, asked, base, device, dtype)
-    for here, members in benches:
-        _check(here, opened, [asked[place] for place in members])
-    groups = [(here, {place: make_scorer(here, asked[place]) for place in members}) for here, members in benches]
-    found: list[dict[int, Score]] = [{} for _ in opened]
-    for here, scorers in groups:
-        for line, adapter in zip(found, opened, strict=True):
-            with here.applied(adapter):
-                line |= {place: scorer.score(progress, batch_size) for place, scorer in scorers.items()}
-    return [[line[place] for place in range(len(asked))] for line in found]
+    for loaded, numbers in benches:
+        for number in numbers:
+            check_form(loaded, asked[number])
+        for adapter in opened:
+            loaded.check_all(adapter)
+    groups = [
+        (loaded, {number: make_scorer(loaded, asked[number]) for number in numbers}) for loaded, numbers in benches
+    ]
+    found: list[dict[int, Score]] = [{} for _ in opened]  # for each adapter, by the number of the task
+    for loaded, scorers in groups:
+        for scores, adapter in zip(found, opened, strict=True):
+            with loaded.applied(adapter):
+                scores |= {number: scorer.score(progress, batch_size) for number, scorer in scorers.items()}
+    return [[scores[number] for number in range(len(asked))] for scores in found]
 
 
 def make_scorer(bench: Bench, task: Task) -> Scorer:
@@ -109,36 +115,28 @@ def make_scorer(bench: Bench, task: Task) -> Scorer:
 def find_base(adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: str | Path | None = None) -> str:
     """Return the name of the base model: as given, else the tasks', else the adapters'.
 
-    A warning names adapters with another base. Whether they fit is checked by `Bench.check`.
+    A warning names adapters with another base; `Bench.check` checks whether they fit.
 
-    Raises: RecipeError where no base is named, or several are.
+    Raises: RecipeError where no base is named, or several are; CompatibilityError for a LoRA of an image model.
     """
+    for adapter in adapters:
+        if adapter is not None:
+            check_text_model(adapter)
     named = {task.base for task in tasks if task.base}
     trained = {adapter.base_name for adapter in adapters if adapter is not None and adapter.base_name}
     found = {str(base)} if base is not None else named or trained
     if len(found) != 1:
         seen = f"several are named ({', '.join(sorted(found))})" if found else "none is named"
-        raise RecipeError(f"one base model is needed, and {seen}. Name one: base: in the task, or --base.")
+        raise RecipeError(f"one base model is needed, but {seen}. Name one: base: in the task, or --base.")
     (chosen,) = found
     others = sorted(name for name in trained if Path(name).name != Path(chosen).name)
     if others:
-        warn_caller([f"the base is {chosen!r}; adapters name {', '.join(others)!r} as theirs."])
+        warn_caller([f"the base is {chosen!r}, but adapters name another one in their config: {', '.join(others)}."])
     return chosen
 
 
-def _check(bench: Bench, adapters: Sequence[Adapter | None], tasks: Sequence[Task]) -> None:
-    """Refuse tasks and adapters that do not fit the model, before anything is tokenized."""
-    for task in tasks:
-        check_form(bench, task)
-    for adapter in adapters:
-        if adapter is not None:
-            bench.check(adapter)
-            adapter.check()
-        bench.check_complete(adapter)
-
-
 def _open(adapter: str | Path | Adapter | None, base: str | Path | None) -> Adapter | None:
-    """Open an adapter, with the base's weights if a folder is given, for the PEFT types that need them."""
+    """Open an adapter; if the base is a folder, with the base's weights, which some PEFT types need."""
     if adapter is None or isinstance(adapter, Adapter):
         return adapter
     return Adapter.load(adapter, base=base if base is not None and Path(base).is_dir() else None)
@@ -151,14 +149,14 @@ def _load_benches(
     device: str,
     dtype: torch.dtype | str | None,
 ) -> list[tuple[Bench, list[int]]]:
-    """Load the base in each form that is needed, and return each with the places of its tasks."""
+    """Load the base in each form that is needed, and return each with the numbers of its tasks."""
     chosen = find_base(adapters, tasks, base)
     for task in tasks:
         task.check_rows()
-    places: dict[str, list[int]] = {}
-    for place, task in enumerate(tasks):
-        places.setdefault(form_for(task), []).append(place)
-    return [(Bench.load(chosen, form, device, None, dtype), members) for form, members in places.items()]
+    forms: dict[str, list[int]] = {}
+    for number, task in enumerate(tasks):
+        forms.setdefault(form_for(task), []).append(number)
+    return [(Bench.load(chosen, form, device, None, dtype), numbers) for form, numbers in forms.items()]
 
 
 def _is_model(value: Any) -> bool:
@@ -174,6 +172,5 @@ def _tokenizer(model: Any) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except Exception:
         raise RecipeError(
-            f"the tokenizer of the loaded model ('{name or 'no name'}') cannot be found by its name. Give it: "
-            "tokenizer=…."
+            f"the tokenizer of the loaded model cannot be found by the model's name ({name!r}). Give it: tokenizer=…"
         ) from None

@@ -1,4 +1,4 @@
-"""Score text that a language model generates greedily: exact match, chrF, BLEU."""
+"""Generate text greedily with a language model, and score it: exact match, chrF, BLEU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from .loaded_model import Bench
+from ..merging.plan import Progress
+from . import BATCH_SIZE
+from .loaded_model import Bench, unwrapped
 from .score import Score
-from .scorers import BATCH, Progress, Scorer, batches
+from .scorers import Scorer, batches
 from .task import Task
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id")  # kept of the base's generation_config
 
 
 class Generation(Scorer):
@@ -28,8 +32,8 @@ class Generation(Scorer):
         most = min(task.max_tokens, bench.max_length - task.new_tokens)
         if most < 1:
             raise RecipeError(
-                f"task {task.name!r}: new_tokens is {task.new_tokens}, and '{bench.base}' has room for "
-                f"{bench.max_length} tokens in all. Ask for fewer."
+                f"task {task.name!r}: new_tokens is {task.new_tokens}; expected fewer than the {bench.max_length} positions "
+                f"of '{bench.base}'. Ask for fewer."
             )
         found = bench.all_token_ids(texts)
         self.refuse_empty(found)
@@ -43,7 +47,7 @@ class Generation(Scorer):
 
     def scored(self, progress: Progress | None, size: int) -> Score:
         """Return the share of rows whose generated text is the label, and chrF and BLEU where one of them is asked for."""
-        texts = self.written(progress, size)
+        texts = self.generated(progress, size)
         right = tuple(text == answer for text, answer in zip(texts, self.answers, strict=True))
         found = {} if self._metrics is None else self._compare(self._metrics, texts)
         return self.made(right, None, texts=tuple(texts), **found)
@@ -51,7 +55,7 @@ class Generation(Scorer):
     def _compare(self, metrics: Any, texts: list[str]) -> dict[str, Any]:
         """Return chrF and BLEU of all texts together, and each text's own by the measure that is asked for."""
         bleu = self.task.measure == "bleu"
-        # a short text has no n-grams of high orders, and its own BLEU is that of the orders that it has
+        # a short text has no n-grams of high orders: effective_order leaves these out of its own BLEU
         own = metrics.BLEU(effective_order=True) if bleu else metrics.CHRF()
         pairs = zip(texts, self.answers, strict=True)
         return {
@@ -60,16 +64,16 @@ class Generation(Scorer):
             "text_scores": tuple(float(own.sentence_score(text, [answer]).score) for text, answer in pairs),
         }
 
-    def written(self, progress: Progress | None = None, size: int = BATCH) -> list[str]:
+    def generated(self, progress: Progress | None = None, size: int = BATCH_SIZE) -> list[str]:
         """Return what the model generates for each row, cut at `stop` and stripped."""
         texts = [""] * self.rows
         done, causal = 0, self.bench.form == "causal"
         with torch.no_grad():
             for places in batches([len(ids) for ids in self.sequences], size):
                 inputs = self.bench.pad_batch([self.sequences[place] for place in places], left=causal)
-                made = _greedy(self.bench, inputs, self.task.new_tokens)
-                fresh = made[:, inputs["input_ids"].shape[1] :] if causal else made
-                for place, ids in zip(places, fresh, strict=True):
+                made = generate(self.bench, inputs, self.task.new_tokens)
+                answers = made[:, inputs["input_ids"].shape[1] :] if causal else made
+                for place, ids in zip(places, answers, strict=True):
                     texts[place] = self._clean(self.bench.tokenizer.decode(ids, skip_special_tokens=True))
                 done += len(places)
                 if progress is not None:
@@ -81,30 +85,36 @@ class Generation(Scorer):
         return text.partition(self.task.stop)[0].strip() if self.task.stop else text
 
 
-def _greedy(bench: Bench, inputs: dict[str, Tensor], most: int) -> Tensor:
-    """Generate greedily, up to the end token or `most` new tokens: token ids, (rows, tokens).
+def generate(
+    bench: Bench, inputs: dict[str, Tensor], most: int, ends: list[int] | None = None, processors: Any = None
+) -> Tensor:
+    """Return what a model generates greedily, as token ids, (rows, tokens); after the inputs if it is a causal model.
 
-    Of the base's own generation_config only the special tokens are kept: it may ask for beams, sampling, penalties or a
-    minimum length, and `generate` takes from it what its own arguments do not set.
+    Of the base's own generation_config only the special tokens are kept. It is replaced meanwhile, because `generate`
+    takes from it what its arguments do not set: beams, sampling, penalties, a minimum length.
+
+    Args:
+        bench: the model.
+        inputs: input_ids and attention_mask.
+        most: new tokens, at most.
+        ends: the tokens that end a row, in place of the base's own.
+        processors: of `generate`; they change the scores of the next token before the largest is taken.
     """
     from transformers import GenerationConfig
 
-    model = bench.model.get_base_model() if hasattr(bench.model, "get_base_model") else bench.model
-    own = model.generation_config
-    tokens = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
-    settings = {
-        "max_new_tokens": most,
-        "do_sample": False,
-        "num_beams": 1,
-        "pad_token_id": bench.pad_token_id,
-        **tokens,
-    }
-    plain = GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+    model = unwrapped(bench.model)
+    original = model.generation_config
+    tokens = {name: getattr(original, name, None) for name in SPECIAL_TOKENS}
+    if ends is not None:
+        tokens["eos_token_id"] = ends or None
+    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=bench.pad_token_id, **tokens
+    )
     try:
-        model.generation_config = plain
-        made: Tensor = bench.model.generate(**inputs, generation_config=plain)
+        model.generation_config = greedy
+        made: Tensor = bench.model.generate(**inputs, generation_config=greedy, logits_processor=processors)
     finally:
-        model.generation_config = own
+        model.generation_config = original
     return made
 
 

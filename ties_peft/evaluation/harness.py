@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import Adapter
-from ..errors import RecipeError
+from ..errors import RecipeError, error_text
+from ..merging.plan import Progress
+from . import BATCH_SIZE
 from .evaluate import find_base
 from .loaded_model import LANGUAGE, Bench
-from .scorers import BATCH, Progress
 
 
 def harness(
@@ -27,7 +28,7 @@ def harness(
     *,
     include_path: str | Path | None = None,
     bench: Bench | None = None,
-    batch_size: int = BATCH,
+    batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
     dtype: torch.dtype | str | None = None,
     **settings: Any,
@@ -40,14 +41,14 @@ def harness(
         base: the base model, causal or sequence-to-sequence; by default the adapters'.
         device: where the model runs.
         include_path: a folder with your own task files for the harness.
-        bench: a loaded base to use again; `base`, `device` and `dtype` are then its own.
+        bench: a loaded base to use again, in place of `base`, `device` and `dtype`.
         batch_size: requests in a batch.
         progress: called as progress(stage, done, of).
         dtype: the precision in which the base is loaded, as of `evaluate`.
         settings: other arguments of `lm_eval.simple_evaluate`, such as limit or num_fewshot.
     Returns: for each adapter, in order, {task: {"metric,filter": value}} as the harness returns it, without texts.
-    Raises: TiesPeftError, before the model is loaded: no harness, no such task, no base; or before it is
-        run: an adapter that does not fit.
+    Raises: TiesPeftError before the model is loaded, for a missing harness, an unknown task or no base; before it is run,
+        for an adapter that does not fit.
     """
     lm_eval, manager = _import_harness(include_path)
     _check_tasks(manager, tasks)
@@ -60,10 +61,7 @@ def harness(
             f"lm-evaluation-harness evaluates causal and sequence-to-sequence models; '{loaded.base}' is loaded as {loaded.form}."
         )
     for adapter in opened:
-        if adapter is not None:
-            loaded.check(adapter)
-            adapter.check()
-        loaded.check_complete(adapter)
+        loaded.check_all(adapter)
     results = []
     for place, adapter in enumerate(opened):
         with loaded.applied(adapter):
@@ -96,8 +94,8 @@ def _check_tasks(manager: Any, tasks: Sequence[str]) -> None:
         if not manager.match_tasks([name]):
             near = ", ".join(get_close_matches(str(name), manager.all_tasks, n=5, cutoff=0.5))
             raise RecipeError(
-                f"lm-evaluation-harness has no task {str(name)!r}{f'; near it are {near}' if near else ''}. "
-                "`lm_eval ls tasks` lists all; a folder with your own is include_path (--harness-path)."
+                f"lm-evaluation-harness has no task {str(name)!r}{f'; the most similar are {near}' if near else ''}. "
+                "`lm_eval ls tasks` lists all; name a folder with your own by include_path (--harness-path)."
             )
 
 
@@ -110,10 +108,9 @@ def _run_tasks(lm_eval: Any, bench: Bench, batch_size: int, **settings: Any) -> 
         model = HFLM(pretrained=bench.model, tokenizer=bench.tokenizer, backend=backend, batch_size=batch_size)
         return lm_eval.simple_evaluate(model=model, batch_size=batch_size, log_samples=False, **settings)
     except Exception as error:  # its own errors, the data sets' and the network's
-        first = (str(error).strip().splitlines() or [""])[0]
         raise RecipeError(
-            f"lm-evaluation-harness stopped on '{bench.base}' ({type(error).__name__}: {first}). Its tasks load "
-            "their rows from the Hub, and its tokenizer needs a token that begins or ends a text."
+            f"lm-evaluation-harness stopped on '{bench.base}' ({error_text(error)}). Check the network, because its tasks "
+            "load their rows from the Hub, and that the tokenizer has a token that begins or ends a text."
         ) from error
 
 

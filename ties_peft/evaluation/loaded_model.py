@@ -1,7 +1,7 @@
 """Load a base model once, and apply one adapter after the other to its weights.
 
 An adapter's task vectors are added to the weights in the model's dtype, and afterwards the original tensors are put
-back. So any adapter that ties_peft reads can be evaluated without PEFT, and so can a merge in memory.
+back. So any adapter that ties_peft reads can be evaluated without PEFT, and a merge in memory too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..adapters.extra_tensors import BASE, TOKENS, ExtraTensor, shape_text
 from ..adapters.types.base import BIAS, EXPERT, ModuleInfo
-from ..errors import CompatibilityError, RecipeError, unknown
+from ..errors import CompatibilityError, RecipeError, error_text, first_rows, unknown
 from ..merging.options import DTYPES
 from ..merging.values import check_device
 from .missing_weights import check_missing_weights, find_missing_weights, silenced
@@ -29,7 +29,8 @@ AUTO_CLASSES = {  # the forms of a base model, and the class of transformers tha
     "causal": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
-LANGUAGE = "language"  # causal or seq2seq, as the model's config says
+LANGUAGE = "language"  # stands for causal or seq2seq; the model's config says which
+UNLIMITED = 1 << 30  # tokens, where the config names no number of positions
 FORM_OF_MEASURE = {"descriptions": "encoder", "head": "classifier"}  # all other measures need a language model
 
 
@@ -56,10 +57,10 @@ class Bench:
         self.active_adapter: Adapter | None = None
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = self.pad_token_id  # classifiers of causal models look for the last real token by it
-        self._modules = dict(_unwrapped(model).named_modules())
+            config.pad_token_id = self.pad_token_id  # by which classifiers of causal models find the last real token
+        self._modules = dict(unwrapped(model).named_modules())
         self._missing: dict[str, nn.Parameter] = {}
-        self._supplied_ids: list[int] = []  # ids of the parameters that the active adapter replaces
+        self._replaced_ids: list[int] = []  # ids of the parameters that the active adapter replaces
 
     @classmethod
     def load(
@@ -78,33 +79,30 @@ class Bench:
                 depending on the model's config.
             device: where it runs.
             token: for private repositories.
-            dtype: the precision of the weights; None for what transformers chooses (the files' own since its version 5,
-                float32 before).
+            dtype: the precision of the weights; None for what transformers chooses (that of the files since its
+                version 5, float32 before).
         Raises: RecipeError where there is no such model, or the device or the precision cannot be used.
-        Law: a model whose files lack tensors that its output depends on does not run without an adapter that has
-            them: `check_complete` and every forward pass raise CompatibilityError.
+        Law: where the model's files lack tensors that its output depends on, it runs only with an adapter that has
+            them; else `check_complete` and every forward pass raise CompatibilityError.
         """
         import transformers
 
-        where = check_device(device)
-        given = _precision(dtype, transformers.__version__)
-        label = str(base)
+        place = check_device(device)
+        precision = _precision(dtype, transformers.__version__)
         try:
             with silenced(transformers):
                 if form == LANGUAGE:
                     config = transformers.AutoConfig.from_pretrained(base, token=token)
                     form = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
                 loader = getattr(transformers, AUTO_CLASSES[form])
-                model, info = loader.from_pretrained(base, token=token, output_loading_info=True, **given)
+                model, info = loader.from_pretrained(base, token=token, output_loading_info=True, **precision)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(base, token=token)
         except Exception as error:  # transformers', the Hub's and the file system's own
-            first = (str(error).strip().splitlines() or [""])[0]
             raise RecipeError(
-                f"base model '{label}' cannot be loaded as {AUTO_CLASSES.get(form, form)} "
-                f"({type(error).__name__}: {first}). Name a folder that save_pretrained wrote, with its "
-                "tokenizer, or an id on the Hub (base: in the task, or --base)."
+                f"base model '{base}' cannot be loaded as {AUTO_CLASSES.get(form, form)} ({error_text(error)}). Name a "
+                "folder that save_pretrained wrote, with its tokenizer, or an id on the Hub (base: in the task, or --base)."
             ) from None
-        bench = cls(model.to(where), tokenizer, label, form)
+        bench = cls(model.to(place), tokenizer, str(base), form)
         bench._missing = find_missing_weights(bench.model, info, bench._test_output)
         if bench._missing:
             bench.model.register_forward_pre_hook(lambda *_: bench._check_before_run())
@@ -128,19 +126,19 @@ class Bench:
         return 0
 
     def check(self, adapter: Adapter) -> None:
-        """Refuse an adapter that does not fit the model, before any work.
+        """Refuse an adapter that does not fit the model.
 
         Raises: CompatibilityError naming the modules that the model lacks, or whose shapes differ.
         """
+        check_text_model(adapter)
         faults = [fault for name in adapter.modules if (fault := self._module_fault(adapter.module(name)))]
         faults += [fault for extra in _changing_extra_tensors(adapter) if (fault := self._extra_fault(extra))]
         if faults:
-            rows = "\n".join(f"  {fault}" for fault in faults[:4])
-            more = f"\n  … and {len(faults) - 4} more" if len(faults) > 4 else ""
             raise CompatibilityError(
                 f"adapter '{adapter.label}' (trained on {adapter.base_name or 'no name given'!r}) does not fit the "
-                f"base model '{self.base}', loaded as {self.form}, a {type(_unwrapped(self.model)).__name__}; {len(faults)} of "
-                f"its {len(adapter.modules)} modules do not:\n{rows}{more}\n{self._hint(adapter)}"
+                f"base model '{self.base}' ({type(unwrapped(self.model)).__name__}, loaded as {self.form}). Of its "
+                f"{len(adapter.modules)} modules and its whole layers, {len(faults)} do not fit:\n"
+                f"{first_rows([f'  {fault}' for fault in faults], 4)}\n{self._hint(adapter)}"
             )
 
     def check_complete(self, adapter: Adapter | None) -> None:
@@ -156,6 +154,16 @@ class Bench:
             ]
             label = None if adapter is None else adapter.label
             check_missing_weights(self._missing, [id(parameter) for parameter in found], self.base, self.form, label)
+
+    def check_all(self, adapter: Adapter | None) -> None:
+        """Make all checks of an adapter, or of the bare base (None), that can be made before the model runs.
+
+        Raises: CompatibilityError as `check` and `check_complete`; AdapterError where its tensors hold NaN or infinity.
+        """
+        if adapter is not None:
+            self.check(adapter)
+            adapter.check()
+        self.check_complete(adapter)
 
     @contextmanager
     def applied(self, adapter: Adapter | None) -> Iterator[Bench]:
@@ -184,7 +192,7 @@ class Bench:
     def applied_extra_tensors(self, adapter: Adapter) -> Iterator[Bench]:
         """Apply only an adapter's extra tensors, such as its task's head, within a `with` block.
 
-        Law: as of `applied`; it may be used within it.
+        Law: afterwards the model has the very tensors that it had before. It may be used within `applied`.
         """
         with self._restored_afterwards() as saved:
             with torch.no_grad():
@@ -195,8 +203,8 @@ class Bench:
         """Disable the adapters that PEFT holds in the model, within a `with` block."""
         if self.active_adapter is not None:
             raise RuntimeError(f"the base has '{self.active_adapter.label}' applied")
-        without: AbstractContextManager[Any] = getattr(self.model, "disable_adapter", nullcontext)()
-        return without
+        disabled: AbstractContextManager[Any] = getattr(self.model, "disable_adapter", nullcontext)()
+        return disabled
 
     def layer(self, name: str) -> nn.Module:
         """Return one layer of the base, by its path."""
@@ -206,7 +214,9 @@ class Bench:
     @property
     def max_length(self) -> int:
         """The largest number of tokens that the model has positions for."""
-        return _max_length(self.model)
+        config = self.model.config
+        found = getattr(config, "max_position_embeddings", getattr(config, "n_positions", None))
+        return found if isinstance(found, int) and found > 0 else UNLIMITED
 
     def all_token_ids(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Return the token ids of some texts, uncut."""
@@ -215,15 +225,13 @@ class Bench:
         found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
         return found
 
-    def token_ids(self, texts: Sequence[str], most: int, special: bool = True) -> tuple[list[list[int]], int]:
+    def token_ids(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], int]:
         """Return the token ids of some texts, at most `most` each, and the number of texts that were cut."""
-        found = self.all_token_ids(texts, special)
+        found = self.all_token_ids(texts)
         limit = min(most, self.max_length)
         cut = [place for place, ids in enumerate(found) if len(ids) > limit]
         if cut:
-            short = self.tokenizer(
-                [texts[place] for place in cut], add_special_tokens=special, truncation=True, max_length=limit
-            )["input_ids"]
+            short = self.tokenizer([texts[place] for place in cut], truncation=True, max_length=limit)["input_ids"]
             for place, ids in zip(cut, short, strict=True):
                 found[place] = ids
         return found, len(cut)
@@ -239,15 +247,15 @@ class Bench:
         return {key: tensor.to(self.device) for key, tensor in tensors.items()}
 
     def _hint(self, adapter: Adapter) -> str:
-        """Return what to do about an adapter that does not fit: with a head, the same layers have other names."""
-        front = f"{getattr(_unwrapped(self.model), 'base_model_prefix', '')}."
+        """Return what to do about an adapter that does not fit; the same layers have a prefix in a model with a head."""
+        prefix = f"{getattr(unwrapped(self.model), 'base_model_prefix', '')}."
         paths = [adapter.module(name).path for name in adapter.modules]
-        if not any(path not in self._modules and _with_other_prefix(path, front) in self._modules for path in paths):
+        if not any(path not in self._modules and _with_other_prefix(path, prefix) in self._modules for path in paths):
             return "Name the base that it was trained on."
         return (
-            f"The model has its layers under other names ({front}…): it was trained on another form of the base, task_type "
-            f"{adapter.config.get('task_type')}. The measure decides the form: descriptions loads an encoder, "
-            "head a classifier, all other measures a language model."
+            f"The model has these layers with another prefix ({prefix}…): the adapter was trained on another form of the "
+            f"base, task_type {adapter.config.get('task_type')}. Choose a measure for that form: descriptions loads an "
+            "encoder, head a classifier, all other measures a language model."
         )
 
     def _module_fault(self, module: ModuleInfo) -> str | None:
@@ -268,7 +276,7 @@ class Bench:
             side = weight_shape(_base_layer(layer))[1 if module.on_input else 0]
             return None if side == shape[0] else f"{module.name}: a vector of {shape[0]} for a side of {side}"
         fits = weight_shape(_base_layer(layer)) == shape if weight.dim() == 2 else weight.numel() == shape[0] * shape[1]
-        return None if fits else f"{module.name}: {shape[0]} × {shape[1]} for a weight {shape_text(seen)}"
+        return None if fits else f"{module.name}: {shape[0]} × {shape[1]} for a weight of {shape_text(seen)}"
 
     def _parameter(self, path: str) -> nn.Parameter | None:
         owner, _, name = path.rpartition(".")
@@ -277,27 +285,20 @@ class Bench:
 
     def _apply_module(self, adapter: Adapter, name: str, saved: list[tuple[nn.Parameter, Tensor]]) -> None:
         module = adapter.module(name)
-        layer = self.layer(module.path)
-        weight = layer.weight
-        assert isinstance(weight, nn.Parameter)
+        layer: Any = self.layer(module.path)
+        weight, bias = layer.weight, getattr(layer, "bias", None)
         delta = adapter.delta(name).to(weight.device)
         if module.layer_type == BIAS:
-            bias = layer.bias
-            assert isinstance(bias, nn.Parameter)
-            _replace(bias, bias.float() + delta[:, 0], saved)
-            return
-        if len(module.shape) == 2:
-            turned = delta.T if transposed(layer) else delta
-            _replace(weight, weight.float() + turned.reshape(weight.shape), saved)
-            return
-        factor = 1 + delta
-        side = (-1 if transposed(layer) else 0) if not module.on_input else (0 if transposed(layer) else 1)
-        shape = [1] * weight.dim()
-        shape[side] = -1
-        _replace(weight, weight.float() * factor.reshape(shape), saved)
-        own = getattr(layer, "bias", None)
-        if own is not None and not module.on_input:
-            _replace(own, own.float() * factor, saved)
+            _replace(layer.bias, layer.bias.float() + delta[:, 0], saved)
+        elif len(module.shape) == 2:
+            oriented = delta.T if transposed(layer) else delta
+            _replace(weight, weight.float() + oriented.reshape(weight.shape), saved)
+        else:
+            shape = [1] * weight.dim()
+            shape[weight_dimension(layer, module.on_input)] = -1
+            _replace(weight, weight.float() * (1 + delta).reshape(shape), saved)
+            if bias is not None and not module.on_input:
+                _replace(bias, bias.float() * (1 + delta), saved)
 
     def _extra_fault(self, extra: ExtraTensor) -> str | None:
         """Return why an extra tensor does not fit the model; None where it fits."""
@@ -319,31 +320,26 @@ class Bench:
                 rows[torch.tensor(extra.rows, device=rows.device)] = value.to(rows.device, rows.dtype)
                 value = rows
             else:
-                self._supplied_ids.append(id(parameter))
+                self._replaced_ids.append(id(parameter))
             _replace(parameter, value, saved)
 
     @contextmanager
     def _restored_afterwards(self) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
-        """Put back the tensors that are added to the yielded list, and the state from before, after a `with` block."""
+        """Put back the tensors that are added to the yielded list, after a `with` block."""
         saved: list[tuple[nn.Parameter, Tensor]] = []
-        supplied, active = len(self._supplied_ids), self.active_adapter
+        replaced, active = len(self._replaced_ids), self.active_adapter
         try:
             yield saved
         finally:
             for parameter, data in reversed(saved):
                 parameter.data = data
-            del self._supplied_ids[supplied:]
+            del self._replaced_ids[replaced:]
             self.active_adapter = active
 
     def _check_before_run(self) -> None:
-        """Refuse a forward pass where the files lack tensors that the active adapter does not have either."""
-        check_missing_weights(
-            self._missing,
-            self._supplied_ids,
-            self.base,
-            self.form,
-            self.active_adapter.label if self.active_adapter else None,
-        )
+        """Refuse a forward pass with tensors that neither the files nor the active adapter hold."""
+        label = self.active_adapter.label if self.active_adapter else None
+        check_missing_weights(self._missing, self._replaced_ids, self.base, self.form, label)
 
     def _test_output(self) -> Tensor:
         """Return the model's output for two tokens."""
@@ -354,10 +350,23 @@ class Bench:
         return found
 
 
-def _precision(dtype: torch.dtype | str | None, version: str) -> dict[str, torch.dtype]:
-    """Return the argument of `from_pretrained` that asks for a precision, by its name in a version of transformers.
+def check_text_model(adapter: Adapter) -> None:
+    """Refuse a LoRA of an image model, which no model of transformers runs.
 
-    Raises: RecipeError where it is none of those in which a base can be loaded.
+    Raises: CompatibilityError.
+    """
+    if adapter.origin is not None and adapter.origin.parts:
+        raise CompatibilityError(
+            f"adapter '{adapter.label}' ({adapter.origin.title}) adapts {', '.join(adapter.origin.parts)} of an image model; "
+            "expected an adapter of a language model or text encoder, because the work reads rows of text. Merge adapters of "
+            "image models with ties-peft merge, and compare the images."
+        )
+
+
+def _precision(dtype: torch.dtype | str | None, version: str) -> dict[str, torch.dtype]:
+    """Return the argument of `from_pretrained` that asks for a precision; its name depends on transformers' version.
+
+    Raises: RecipeError where a base cannot be loaded in it.
     """
     if dtype is None:
         return {}
@@ -370,7 +379,7 @@ def _precision(dtype: torch.dtype | str | None, version: str) -> dict[str, torch
 
 def form_of(model: Any) -> str:
     """Return the form of a loaded model, `encoder`, `classifier`, `causal` or `seq2seq`, by its class."""
-    name = type(_unwrapped(model)).__name__
+    name = type(unwrapped(model)).__name__
     if "SequenceClassification" in name:
         return "classifier"
     if getattr(model.config, "is_encoder_decoder", False) and "Conditional" in name:
@@ -389,12 +398,17 @@ def weight_shape(layer: Any) -> tuple[int, ...]:
     return (shape[1], shape[0]) if transposed(layer) else shape
 
 
+def weight_dimension(layer: nn.Module, on_input: bool) -> int:
+    """Return the dimension of a layer's weight that goes over its inputs, or over its outputs."""
+    return int(on_input != transposed(layer))
+
+
 def _replace(parameter: nn.Parameter, value: Tensor, saved: list[tuple[nn.Parameter, Tensor]]) -> None:
     saved.append((parameter, parameter.data))
     parameter.data = value.to(parameter.device, parameter.dtype)
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """Return the transformers model inside PEFT's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -414,15 +428,6 @@ def _path(extra: ExtraTensor) -> str:
     return f"{extra.module}.weight" if extra.role == TOKENS else f"{extra.module}.{extra.tensor}"
 
 
-def _max_length(model: Any) -> int:
-    """Return the largest number of tokens that a model has positions for."""
-    config = getattr(model, "config", None)
-    found = next(
-        (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions") if hasattr(config, n)), None
-    )
-    return found if isinstance(found, int) and found > 0 else 1 << 30
-
-
-def _with_other_prefix(path: str, front: str) -> str:
+def _with_other_prefix(path: str, prefix: str) -> str:
     """Return a path without a model's prefix, or with it where it has none."""
-    return path.removeprefix(front) if path.startswith(front) else front + path
+    return path.removeprefix(prefix) if path.startswith(prefix) else prefix + path

@@ -1,20 +1,20 @@
-"""Find the tensors of a model that its files do not hold. transformers draws them at random when it loads the model.
+"""Find the tensors of a model that its files do not hold, which transformers draws at random when it loads the model.
 
-A base without a head is loaded with a random head, a different one each time, so whatever is measured with it is
-chance. transformers only warns of this, and its warnings are silenced here; this package raises an error instead.
+A base without a head is loaded with a random head, a different one each time, so that every score with it is chance.
+transformers only warns of this, and its warnings are silenced here; this package raises an error instead.
 Tensors that the model's output does not depend on, such as an encoder's pooler, may be missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CompatibilityError
+from ..errors import CompatibilityError, some
 
 
 def find_missing_weights(model: Any, info: dict[str, Any], output: Callable[[], Tensor]) -> dict[str, nn.Parameter]:
@@ -22,14 +22,14 @@ def find_missing_weights(model: Any, info: dict[str, Any], output: Callable[[], 
 
     Args:
         model: from `from_pretrained(…, output_loading_info=True)`.
-        info: the loading info. Its `missing_keys` do not include tied tensors that the files hold under another name.
-            transformers 4 gives them the names of the files, with the base's prefix or without.
+        info: the loading info. Its `missing_keys` leave out tied tensors that the files hold under another name. In
+            transformers 4 they may have the base's prefix where the model's own names have none, and the reverse.
         output: runs the model on any input and returns its output.
     """
     held = dict(model.named_parameters(remove_duplicate=False))
-    front = f"{getattr(model, 'base_model_prefix', '')}."
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = [
-        next((n for n in (key, front + key, key.removeprefix(front)) if n in held), None)
+        next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in held), None)
         for key in sorted(info["missing_keys"])
     ]
     found = {name: held[name] for name in names if name is not None}
@@ -37,25 +37,24 @@ def find_missing_weights(model: Any, info: dict[str, Any], output: Callable[[], 
 
 
 def check_missing_weights(
-    missing: dict[str, nn.Parameter], supplied: Collection[int], base: str, form: str, adapter: str | None
+    missing: dict[str, nn.Parameter], replaced: Collection[int], base: str, form: str, adapter: str | None
 ) -> None:
     """Refuse to evaluate with tensors that were drawn at random.
 
     Args:
         missing: from `find_missing_weights`.
-        supplied: the ids of the parameters that the adapter replaces.
+        replaced: the ids of the parameters that the adapter replaces.
         base, form, adapter: for the message; adapter None is the bare base.
     Raises: CompatibilityError naming the tensors.
     """
-    names = [name for name, parameter in missing.items() if id(parameter) not in supplied]
+    names = [name for name, parameter in missing.items() if id(parameter) not in replaced]
     if not names:
         return
-    them = "it" if len(names) == 1 else "them"
-    who = f"adapter '{adapter}' does not have {them} either" if adapter else f"no adapter has {them}"
+    holder = f", and neither does adapter '{adapter}'" if adapter else ""
     raise CompatibilityError(
-        f"the files of base model '{base}', loaded as {form}, hold no {_listed(names)}: transformers drew {them} at "
-        f"random, and {who}, so the results would be chance. Name a base that was saved with {them}, or an adapter that "
-        "was (modules_to_save; PEFT does so for the head of a SEQ_CLS adapter)."
+        f"the files of base model '{base}', loaded as {form}, do not hold {some(names)}{holder}. transformers drew these "
+        "tensors at random, so the results would be chance. Name a base that was saved with them, or an adapter that was "
+        "(modules_to_save; PEFT saves the head of a SEQ_CLS adapter)."
     )
 
 
@@ -75,7 +74,7 @@ def silenced(transformers: Any) -> Iterator[None]:
 
 
 def _used(found: dict[str, nn.Parameter], output: Callable[[], Tensor]) -> dict[str, nn.Parameter]:
-    """Return those that the output depends on, that is, that have a gradient; all where there is no gradient."""
+    """Return those that the output depends on, that is, that have a gradient; all where no gradient can be computed."""
     parameters = list(found.values())
     try:
         with torch.enable_grad():
@@ -83,8 +82,3 @@ def _used(found: dict[str, nn.Parameter], output: Callable[[], Tensor]) -> dict[
     except (RuntimeError, ValueError, TypeError, IndexError):  # frozen or quantised, or a model with other inputs
         return found
     return {name: own for (name, own), gradient in zip(found.items(), gradients, strict=True) if gradient is not None}
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = list(names)
-    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, one_line
+from ..errors import RecipeError, error_text, one_line
 
 Row = Mapping[str, Any]
 PLAIN_TEXT = ".txt"  # one text a line, without a label
@@ -19,11 +19,11 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ClassName(str):
-    """A class label of a data set on the Hub: the name of the class, together with its number.
+    """A class label of a data set on the Hub: the name of the class, which is the text itself, and its number.
 
     Attributes:
-        number: from 0, in the order of the data set's classes. A number without a class, such as the −1 of test splits
-            whose labels are not published, is its own name.
+        number: from 0, in the order of the data set's classes. Where no class has the number, as for the −1 of test
+            splits whose labels are not published, the number stands for the name.
         known: whether there is such a class.
     """
 
@@ -31,7 +31,7 @@ class ClassName(str):
     known: bool
 
     def __new__(cls, name: str, number: int, known: bool = True) -> ClassName:
-        """Make a label from a name, its number, and whether there is such a class."""
+        """Make a label."""
         made = super().__new__(cls, name)
         made.number, made.known = number, known
         return made
@@ -46,9 +46,8 @@ def read_rows(
     """Read the rows of a file, or of a data set on the Hub.
 
     Args:
-        source: a .jsonl file (an object a line), a .csv file (with a header), a .txt file (one text a
-            line, under the key `text`), or a data set's id such as `org/name`, which needs the extra
-            `data`.
+        source: a .jsonl file (an object a line), a .csv file (with a header), a .txt file (a text a line), or the id of
+            a data set such as `org/name`, which needs the extra `data`.
         split, config: of a data set on the Hub; not used for a file.
         limit: the number of rows to read; None for all.
         text: the key that the lines of a .txt file get.
@@ -67,7 +66,7 @@ def read_rows(
         found = readers[path.suffix](path)[:limit]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise RecipeError(f"rows {str(source)!r} cannot be read: {why}.") from None
+        raise RecipeError(f"rows {str(source)!r} cannot be read: {why}. Check the path and the file.") from None
     if not found:
         raise RecipeError(f"rows {str(source)!r}: the file has no rows.")
     return found
@@ -88,14 +87,14 @@ def texts_of(rows: Sequence[Row], field: str, where: str) -> list[str]:
         if not isinstance(value, str):
             keys = ", ".join(str(key) for key in rows[number])
             raise RecipeError(
-                f"{where}, row {number + 1}: {field!r} is {value!r}; expected a text. The row "
-                f"has the keys {keys}: name the one with the text (text: KEY)."
+                f"{where}, row {number + 1}: {field!r} is {value!r}; expected a text. The row has the keys {keys}. Name the one "
+                "that holds the text (text: KEY)."
             )
     return [str(value) for value in texts]
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a file; `splitlines` would also split at U+0085 and the like, inside a text."""
+    """Return the lines of a file; `splitlines` would also split a text at characters such as U+0085."""
     return path.read_text(encoding="utf-8-sig").split("\n")
 
 
@@ -141,10 +140,9 @@ def _hub(source: str, split: str, config: str | None, limit: int | None) -> list
         named = {key: list(feature.names) for key, feature in found.features.items() if hasattr(feature, "int2str")}
         rows = [dict(row) for row in islice(found, limit)]
     except Exception as error:  # its own errors, the Hub's and the network's
-        first = (str(error).strip().splitlines() or [""])[0]
         raise RecipeError(
-            f"rows {source!r}, split {split!r}: the Hub gives none ({type(error).__name__}: "
-            f"{first}). Check the name, the split and the network."
+            f"rows {source!r}, split {split!r}: the Hub gives none ({error_text(error)}). Check the name, the split and the "
+            "network."
         ) from None
     for row in rows:
         row.update({key: _class(names, row[key]) for key, names in named.items() if isinstance(row[key], int)})

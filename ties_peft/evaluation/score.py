@@ -36,11 +36,11 @@ class Score:
             row is right if the text equals the label.
         loss: mean −log p of the right label (of the right tokens for `loss`), in nats; None for generated text.
         right: for each row whether it was right; empty for `loss`.
-        cut: how many rows were longer than the task's max_tokens or the model allows.
-        blank: how many rows have a text of blanks alone; they are scored too, by the template around the text.
+        cut: the number of rows that were longer than the task's max_tokens or the model allows.
+        blank: the number of rows whose text is empty or white space; they are scored like the others.
         losses: for each row −log p of the right label, for `loss` the sum over its tokens; empty for generated text.
-        tokens: for each row the number of tokens that `losses` is a sum of; empty but for `loss`.
-        chrf, bleu: of all texts together, from 0 to 100, as sacrebleu computes them; None but for `chrf` and `bleu`.
+        tokens: for each row the number of tokens that `losses` sums over; empty for measures other than `loss`.
+        chrf, bleu: of all texts together, from 0 to 100, as sacrebleu computes them; None for measures other than these.
         texts: for each row the generated text; empty where nothing is generated.
         text_scores: for each row its own chrF or BLEU, as the measure says; empty for other measures.
         dtype: the precision of the base model's weights, such as "float32".
@@ -67,17 +67,17 @@ class Score:
 
     @property
     def value(self) -> float:
-        """One number to compare by, the larger the better: the accuracy, chrF or BLEU in [0, 1], or −loss for `loss`."""
+        """The number to compare by, larger is better: accuracy, chrF or BLEU in [0, 1]; −loss for measure `loss`."""
         if self.measure in ("chrf", "bleu"):
             return float((self.chrf if self.measure == "chrf" else self.bleu) or 0.0) / 100
         return -self.loss if self.accuracy is None and self.loss is not None else float(self.accuracy or 0.0)
 
     @property
     def error(self) -> float | None:
-        """The standard error of the accuracy from the number of rows alone, √(p̃(1−p̃)/ñ): above 0 at the edges too.
+        """The standard error of the accuracy, √(p̃(1−p̃)/ñ), as far as the number of rows tells.
 
-        ñ = n + 4 and p̃ = (k + 2)/ñ for k of n rows right, two more being counted right and two wrong, because
-        √(p(1−p)/n) is 0 where all rows, or none, are right, even a single one.
+        ñ = n + 4 and p̃ = (k + 2)/ñ for k of n rows right: two more rows count as right and two as wrong, because
+        √(p(1−p)/n) would be 0 where all rows, or none, are right.
         Source: Agresti and Coull, The American Statistician 52 (1998), 119-126.
         """
         if self.accuracy is None:
@@ -88,15 +88,15 @@ class Score:
 
     @property
     def rows_per_second(self) -> float | None:
-        """The rows that were scored in a second; None where the time is not known."""
+        """The number of rows scored per second; None where the time is not known."""
         return self.rows / self.seconds if self.seconds else None
 
     def difference(self, other: Score) -> Difference:
         """Return by how much this score is better than another one of the same rows, and the paired standard error.
 
-        With d the difference of the two scores' row values, the mean is that of d and the error is std(d)/√n. A row's
-        value is 1 or 0 for an accuracy and the row's own chrF or BLEU in [0, 1]. A loss per token, ΣL/ΣT over the rows,
-        is a ratio: a row's value is its linear term, −(ΣL/ΣT + (L − T·ΣL/ΣT)/mean(T)), whose mean is the ratio itself.
+        Each row has a value, and d is the difference of the two values of a row; the mean is that of d, and the error is
+        std(d)/√n. The value is 1 or 0 for an accuracy, and the row's own chrF or BLEU in [0, 1]. The loss per token,
+        ΣL/ΣT over the rows, is a ratio, so the value is its linear term, −(ΣL/ΣT + (L − T·ΣL/ΣT)/mean(T)), of mean −ΣL/ΣT.
 
         Args:
             other: the score of another adapter, or of the base.
@@ -114,7 +114,7 @@ class Score:
         return Difference(float(differences.mean()), error)
 
     def _row_values(self) -> Tensor:
-        """Return one number a row, whose mean is `value`, or for chrF and BLEU the mean of the rows' own."""
+        """Return one number a row; their mean is `value`, except for chrF and BLEU."""
         if self.text_scores:
             return torch.tensor(self.text_scores, dtype=torch.float64) / 100
         if self.right:

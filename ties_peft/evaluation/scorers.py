@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,25 +21,21 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from ..errors import RecipeError
+from ..merging.plan import Progress
 from . import BATCH_SIZE
 from .loaded_model import FORM_OF_MEASURE, LANGUAGE, Bench
 from .rows import Row, texts_of
 from .score import Score
 from .task import Task
 
-BATCH = BATCH_SIZE
-Progress = Callable[[str, int, int], None]
-
 
 class Scorer(ABC):
-    """A task and the loaded model that it is scored with.
+    """A task, and the loaded model with which adapters are scored on it.
 
     Attributes:
-        bench: the loaded model.
-        task: the task.
         labels: the right label of each row, (rows,), int64; empty where the measure has none.
-        cut: how many rows were too long.
-        blank: how many rows have a text of blanks alone.
+        cut: the number of rows that were too long.
+        blank: the number of rows whose text is empty or white space.
     """
 
     labels: Tensor
@@ -53,8 +49,8 @@ class Scorer(ABC):
     def rows(self) -> int:
         """The number of rows."""
 
-    def score(self, progress: Progress | None = None, size: int = BATCH) -> Score:
-        """Score the adapter that is active on the model.
+    def score(self, progress: Progress | None = None, size: int = BATCH_SIZE) -> Score:
+        """Score the adapter that is applied to the model.
 
         Args:
             progress: called as progress(stage, done, of).
@@ -74,27 +70,27 @@ class Scorer(ABC):
 
     @abstractmethod
     def scored(self, progress: Progress | None, size: int) -> Score:
-        """Run the model, and return what the measure gives; `score` adds the rest."""
+        """Run the model and return the fields of the score that depend on the measure; `score` adds the others."""
 
     def read(self) -> tuple[list[Row], list[str]]:
-        """Return the task's rows and the prompt made of each, and count rows of blanks in `blank`."""
+        """Return the task's rows and the prompt of each, and set `blank`."""
         rows = self.task.read()
         texts = texts_of(rows, self.task.text, self.task.where)
         self.blank = sum(not text.strip() for text in texts)
         return rows, self.task.fill_template(texts)
 
     def refuse_empty(self, tokens: Sequence[Sequence[int]], each: int = 1) -> None:
-        """Raise an error for a row that has no tokens.
+        """Refuse rows without tokens.
 
         Args:
-            tokens: of every row, or of every row `each` times.
-            each: how often a row is there.
+            tokens: `each` sequences of tokens for every row.
+            each: the number of sequences of a row.
         Raises: RecipeError that names the first such row.
         """
         place = next((place for place, ids in enumerate(tokens) if not ids), None)
         if place is not None:
             raise RecipeError(
-                f"{self.task.where}, row {place // each + 1}: its text or its label has no tokens, so that there is "
+                f"{self.task.where}, row {place // each + 1}: its text or its label has no tokens, so there is "
                 "nothing to score. Leave the row out."
             )
 
@@ -109,7 +105,7 @@ class Scorer(ABC):
         return self.made(right, float(losses.mean()), losses=tuple(losses.tolist()))
 
     def made(self, right: tuple[bool, ...], loss: float | None, **more: Any) -> Score:
-        """Return a score of this task, with further fields of `Score`; the accuracy follows from the rows that are right."""
+        """Return a score of this task, with the accuracy that follows from `right` and with further fields of `Score`."""
         accuracy = sum(right) / len(right) if right else None
         return Score(self.task.name, self.task.measure, None, self.rows, accuracy, loss, right, **more)
 
@@ -118,12 +114,12 @@ class Classification(Scorer):
     """Measures `descriptions` and `head`: one forward pass gives a logit for each label.
 
     Args:
-        labelled: whether the rows' labels are read; predictions need the texts alone.
-        texts: in place of the task's rows.
+        labelled: whether the rows' labels are read; without them rows can be predicted but not scored.
+        sequences: token ids of each row, in place of the task's rows.
 
     Attributes:
         sequences: token ids of each row.
-        head: the embeddings of the descriptions, (labels, width); None for measure `head`.
+        label_embeddings: of the descriptions, (labels, width); None for measure `head`.
     """
 
     def __init__(
@@ -134,15 +130,15 @@ class Classification(Scorer):
         if sequences is None:
             rows, texts = self.read()
             if labelled:
-                self.labels = torch.tensor(task.label_numbers(rows, self._names()))
+                self.labels = torch.tensor(task.label_numbers(rows, self._names_in_head()))
             sequences, self.cut = bench.token_ids(texts, task.max_tokens)
             self.refuse_empty(sequences)
         self.sequences = sequences
-        self.head: Tensor | None = None
+        self.label_embeddings: Tensor | None = None
         if task.descriptions is not None:
             with bench.without_adapter(), torch.no_grad():
                 described, _ = bench.token_ids(task.descriptions, task.max_tokens)
-                self.head = self._embed(bench.pad_batch(described))
+                self.label_embeddings = self._embed(bench.pad_batch(described))
 
     @property
     def rows(self) -> int:
@@ -152,12 +148,12 @@ class Classification(Scorer):
     def logits(self, places: Sequence[int]) -> Tensor:
         """Return the logits of some rows, (len(places), labels), float32; differentiable."""
         inputs = self.bench.pad_batch([self.sequences[place] for place in places])
-        if self.head is None:
+        if self.label_embeddings is None:
             found: Tensor = self.bench.model(**inputs).logits
             return found.float()
-        return self.task.temperature * (self._embed(inputs) @ self.head.T)
+        return self.task.temperature * (self._embed(inputs) @ self.label_embeddings.T)
 
-    def all_logits(self, progress: Progress | None = None, size: int = BATCH) -> Tensor:
+    def all_logits(self, progress: Progress | None = None, size: int = BATCH_SIZE) -> Tensor:
         """Return the logits of all rows in order, (rows, labels), on the CPU."""
         parts: list[Tensor] = []
         order: list[int] = []
@@ -182,8 +178,11 @@ class Classification(Scorer):
         real = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         return normalize(((hidden * real).sum(1) / real.sum(1)).float(), dim=-1)
 
-    def _names(self) -> tuple[str, ...] | None:
-        """Return the names that the head gives to its labels, in order; raise if their number is not that of `labels`."""
+    def _names_in_head(self) -> tuple[str, ...] | None:
+        """Return the names of the labels in the head's config, in order; None for measure `descriptions`.
+
+        Raises: RecipeError where the task names another number of labels.
+        """
         if self.task.measure != "head":
             return None
         table = self.bench.model.config.id2label
@@ -197,7 +196,7 @@ class Classification(Scorer):
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yield indices of rows in batches of similar length, the longest first, so that a lack of memory shows at once."""
+    """Yield indices of rows in batches of similar length, the longest first, so that memory runs out early or never."""
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
@@ -208,7 +207,7 @@ def form_for(task: Task) -> str:
 
 
 def check_form(bench: Bench, task: Task) -> None:
-    """Raise an error for a task that the loaded model cannot do.
+    """Refuse a task whose measure needs another form of the model.
 
     Raises: RecipeError.
     """
@@ -217,5 +216,5 @@ def check_form(bench: Bench, task: Task) -> None:
     if not fits:
         raise RecipeError(
             f"task {task.name!r}: measure '{task.measure}' needs a {wanted} model; '{bench.base}' is loaded as "
-            f"{bench.form} ({type(bench.model).__name__}). Load it as that, or choose another measure."
+            f"{bench.form} ({type(bench.model).__name__}). Load it in that form, or choose another measure."
         )

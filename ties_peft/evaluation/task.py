@@ -1,4 +1,4 @@
-"""Task: rows to judge by, and how a prediction is read from a model. A small YAML or JSON file, or a dict.
+"""Task: labelled rows, and how a prediction is read from a model. A small YAML or JSON file, or a dict.
 
     name: sst2
     base: sentence-transformers/all-MiniLM-L6-v2
@@ -8,28 +8,27 @@
 
 Measures:
 
-    descriptions  an encoder; the label whose description is nearest. The description's embedding is made by
-                  the bare base and stays; logits = temperature · cosine, the embedding being the mean over
-                  real tokens
-    head          a sequence-classification head
-    choices       a causal or sequence-to-sequence model; the choice of the largest log-probability
-                  after the text, as the sum over its tokens (mean: true for their mean)
-    exact_match   likewise; greedy text, cut at `stop`, stripped, equal to the row's label
-    loss          likewise; mean −log p per token, of the label after the text, or of the text alone
-                  with label: null
-    chrf, bleu    as exact_match, but text that is partly right counts in part, by chrF or BLEU of
-                  sacrebleu (the extra `metrics`); the score has both, and the share of exact matches
+    descriptions  of an encoder: the label whose description is nearest to the text. logits = temperature · cosine of
+                  embeddings, each the mean of the last hidden states over tokens. The bare base embeds the descriptions
+    head          of a model with a sequence-classification head: the label of the largest logit
+    choices       of a causal or sequence-to-sequence model: the choice of the largest log-probability after the text,
+                  summed over its tokens (with mean: true their mean)
+    loss          of the same models: mean −log p per token, of the label after the text; of the text with label: null
+    exact_match   of the same models: the share of rows where the text generated greedily, cut at `stop` and stripped, is
+                  the label
+    chrf, bleu    of the same generated text: chrF or BLEU of sacrebleu (the extra `metrics`), which count text that is
+                  partly right; the score has both, and the share of exact matches
 
-The measure may be left out where the keys that are there have a meaning for one alone: descriptions or temperature
-mean `descriptions`, choices or mean mean `choices`, new_tokens or stop mean `exact_match`, labels without any of these
-mean `head`.
+The measure may be left out where a key belongs to one measure alone: descriptions and temperature to `descriptions`,
+choices and mean to `choices`, new_tokens and stop to `exact_match`. With labels and none of these keys it is `head`.
 
-A label in the rows is a number from 0, or one of `labels` (or of `choices`; with a head of the
-model's own label names). A class of a data set on the Hub is its name; where the task has no `labels`, and
-the name is none of those, it is its number in the set's order of classes, which the descriptions or choices
-then have to be in. With a head that holds only if the head names no classes (LABEL_0, LABEL_1, …), since
-heads and data sets of one task are known to differ in their order. For the other measures it is its name.
-Everything is read strictly: an unknown key names the nearest one and its line.
+A label in the rows is a number from 0 or a name: one of `labels`, of `choices`, or of the names in the head's config. A
+class of a data set on the Hub is read by its name. If the task has no `labels` and the name is none of these names, the
+number of the class counts, so that descriptions or choices must be in the order of the data set's classes. With a head
+this holds only if its config names no classes (LABEL_0, LABEL_1, …), because heads and data sets of one task differ in
+their order at times. Measures of text take the name of the class as the label.
+
+An unknown key is refused with the most similar key and its line.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ from ..merging.recipes.yaml_document import STRICT, Document, dump, expecting
 from .rows import FILES, ClassName, Row, read_rows, texts_of
 
 MEASURES = ("descriptions", "head", "choices", "exact_match", "loss", "chrf", "bleu")
-GENERATED = ("exact_match", "chrf", "bleu")  # measures of text that the model writes
-REQUIRED_LIST = {"descriptions": "descriptions", "choices": "choices"}  # the list without which a measure is none
-MEASURES_BY_KEY = {  # of the keys that have no meaning for every measure: those for which they have one
+GENERATED = ("exact_match", "chrf", "bleu")  # measures of text that the model generates
+REQUIRED_LIST = {"descriptions": "descriptions", "choices": "choices"}  # the key of the list that a measure needs
+MEASURES_BY_KEY = {  # the measures for which a key has a meaning; other keys have one for every measure
     "labels": ("descriptions", "head", "choices"),
     "descriptions": ("descriptions",),
     "temperature": ("descriptions",),
@@ -61,7 +60,9 @@ MEASURES_BY_KEY = {  # of the keys that have no meaning for every measure: those
     "stop": ("exact_match",),
 }
 SLOT = "{text}"
-WITHHELD_HINT = " In data sets on the Hub −1 stands for a label that is kept back: choose a split that has them (split: validation)."
+WITHHELD_HINT = (
+    " In data sets on the Hub −1 means that the label is not published: choose a split with labels (split: validation)."
+)
 TaskSource = Any  # a Task, a mapping, or the path of a file
 
 
@@ -69,7 +70,7 @@ def _differ(texts: Any) -> bool:
     return bool(texts) and len(texts) >= 2 and all(texts) and len(set(texts)) == len(texts)
 
 
-# What a key of a task may be. A key that is left out has its default; only where null is named may it be null.
+# The values that a key of a task may have. Null is allowed only where it is named.
 _TEXT = expecting("a text", lambda value: isinstance(value, str) and bool(value))
 _TEXT_OR_NULL = expecting("a text or null", lambda value: value != "")
 _COUNT = expecting("a whole number from 1 up", lambda value: value is not None and value >= 1)
@@ -86,27 +87,27 @@ _Texts = Annotated[
 
 @dataclass(frozen=True)
 class Task:
-    """Rows, and how a prediction is read from a model; checked when it is made by `read_task`.
+    """Rows, and how a prediction is read from a model; `read_task` checks it.
 
     Attributes:
         measure: one of `MEASURES`.
-        rows: a file, a data set's id, or the rows themselves; None where only the way of reading matters.
-        name: for tables; the rows' folder or file by default.
-        base: the base model's folder or Hub id; None for what the adapter names.
+        rows: a file, a data set's id, or the rows themselves; None where rows come from elsewhere.
+        name: for tables; by default that of the task's file, else of the rows.
+        base: the base model's folder or Hub id; None for the one that the adapter names.
         split, config: of a data set on the Hub.
-        limit: the first so many rows; None for all.
+        limit: the number of rows to read, the first ones; None for all.
         text, label: the keys of a row; label None for rows without one.
         labels: names of the labels in their order.
         descriptions: one text for each label.
-        choices: one continuation for each label, with its leading blank if it needs one.
-        template: what the model reads, `{text}` standing for the text.
-        prompt_format: what prompts look like where the rows hold them whole, `{text}` standing for each part that differs;
-            only for prompts that an adapter writes itself (`distil` with rows "generated"). None: the template.
+        choices: one continuation for each label, with a leading space if it needs one.
+        template: what the model reads, with `{text}` in place of the row's text.
+        prompt_format: the form of the prompts where rows hold whole prompts, with `{text}` in place of each part that
+            differs. Only for prompts that an adapter writes itself (`distil` with rows "generated"). None: the template.
         temperature: of `descriptions`.
         mean: whether `choices` are compared by the mean over tokens.
-        max_tokens: longer inputs are cut (causal ones at their start), which the score counts.
-        new_tokens: of generated text, at most.
-        stop: where generated text is cut; None for nowhere.
+        max_tokens: longer inputs are cut (those of causal models at their start); the score has their number.
+        new_tokens: the largest number of generated tokens.
+        stop: generated text is cut before it; None to cut nothing.
     """
 
     measure: Annotated[str, _TEXT]
@@ -131,7 +132,7 @@ class Task:
 
     @property
     def options(self) -> tuple[str, ...] | None:
-        """What is chosen among, one for each label; None where the model decides or nothing is chosen."""
+        """The descriptions or the choices, one for each label; None for other measures."""
         return {"descriptions": self.descriptions, "choices": self.choices}.get(self.measure)
 
     @property
@@ -145,16 +146,15 @@ class Task:
         Raises: RecipeError where there are none or they cannot be read.
         """
         if self.rows is None:
-            raise RecipeError(f"task {self.name!r} has no rows. Say where they are (rows: FILE).")
+            raise RecipeError(f"task {self.name!r} has no rows. Name their file or data set (rows: FILE).")
         if isinstance(self.rows, str):
             return read_rows(self.rows, self.split, self.config, self.limit, self.text)
         return list(self.rows[: self.limit])
 
     def check_rows(self) -> None:
-        """Refuse rows that are at fault, so that it is known before a model is loaded.
+        """Check the rows without a model; the labels of `head`, which depend on the model's config, are left out.
 
-        Raises: RecipeError where there are none, or a text or a label is missing, unknown or out of range; the labels
-            of `head` are the model's, and are not looked at.
+        Raises: RecipeError where there are no rows, or a text or a label is missing, unknown or out of range.
         """
         rows = self.read()
         self.fill_template(texts_of(rows, self.text, self.where))
@@ -162,12 +162,12 @@ class Task:
             self.label_numbers(rows)
 
     def texts(self) -> list[str]:
-        """Return what the model reads of each row: its text in the template."""
+        """Return the text of each row in the template, as the model reads it."""
         return self.fill_template(texts_of(self.read(), self.text, self.where))
 
     @property
     def format_of_prompts(self) -> str:
-        """What a prompt looks like, `{text}` standing for what differs."""
+        """The form of a prompt, with `{text}` in place of each part that differs."""
         return self.template if self.prompt_format is None else self.prompt_format
 
     def fill_template(self, texts: list[str]) -> list[str]:
@@ -178,8 +178,8 @@ class Task:
         """Return the number of each row's label.
 
         Args:
-            rows: as `read` gives them.
-            names: the labels' names in their order, where the task has none of its own.
+            rows: as `read` returns them.
+            names: the labels' names in their order, for a task without `labels`.
         Raises: RecipeError naming the first row whose label is missing, unknown or out of range.
         """
         known = self.labels or names or self.options or ()
@@ -187,14 +187,14 @@ class Task:
         return [self._number(row, known, count, place) for place, row in enumerate(rows)]
 
     def target_texts(self, rows: list[Row]) -> list[str]:
-        """Return the label of each row as the text that a model is to write; empty where `label` is None."""
+        """Return the label of each row as the text that the model should generate; empty where `label` is None."""
         if self.label is None:
             return [""] * len(rows)
         for place, row in enumerate(rows):
             value = row.get(self.label)
             if isinstance(value, ClassName) and not value.known:
                 raise RecipeError(
-                    f"{self.where}, row {place + 1}: the label is {value.number}, which is no class of the data set."
+                    f"{self.where}, row {place + 1}: the label is {value.number}; expected a class of the data set."
                     f"{WITHHELD_HINT}"
                 )
         return texts_of(
@@ -203,12 +203,12 @@ class Task:
 
     @property
     def where(self) -> str:
-        """How messages name its rows."""
+        """The task and its rows, as messages name them."""
         place = f", rows {self.rows!r}" if isinstance(self.rows, str) else ""
         return f"task {self.name!r}{place}"
 
     def digest(self) -> str:
-        """Return a sha256 over the rows and how they are read; the task's name and the rows' location do not count.
+        """Return a sha256 over the rows and how they are read, without the task's name and the rows' location.
 
         Raises: RecipeError where there are no rows or they cannot be read.
         """
@@ -222,32 +222,32 @@ class Task:
         if self.label is None or row.get(self.label) is None:
             keys = ", ".join(str(key) for key in row)
             raise RecipeError(
-                f"{where}: there is no label {str(self.label)!r}; the row has the keys {keys}. Name the one "
-                "with the label (label: KEY), or add it."
+                f"{where}: there is no label {str(self.label)!r}; the row has the keys {keys}. Name the one that holds the "
+                "label (label: KEY), or add it."
             )
         value = row[self.label]
         if isinstance(value, str) and value in names:
             return names.index(value)
         number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
         if isinstance(value, ClassName):
-            number = value.number if value == str(value.number) or self._counts_labels(names) else None
+            number = value.number if value == str(value.number) or self._uses_class_numbers(names) else None
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count:
             return number
         if isinstance(value, ClassName) and not value.known:
             value = value.number
         listed = f", or one of {', '.join(names[:6])}{', …' if len(names) > 6 else ''}" if names else ""
         raise RecipeError(
-            f"{where}: the label is {value!r}; expected a number from 0 to {count - 1}{listed}. Mend the "
-            f"row, or the task's list of labels.{WITHHELD_HINT if value == -1 else ''}"
+            f"{where}: the label is {value!r}; expected a number from 0 to {count - 1}{listed}. Correct the row, or the "
+            f"task's list of labels.{WITHHELD_HINT if value == -1 else ''}"
         )
 
-    def _counts_labels(self, names: tuple[str, ...]) -> bool:
-        """Return whether a class of a data set stands for the label of its number: where nothing names the labels."""
+    def _uses_class_numbers(self, names: tuple[str, ...]) -> bool:
+        """Return whether a data set's class is the label of the same number, because nothing names the labels."""
         unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
         return self.labels is None and (self.measure != "head" or unnamed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values without those at their default; rows in memory are given by their number."""
+        """Return plain values, without those that have their default; of rows in memory only their number."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         if isinstance(self.rows, tuple):
             values["rows"] = f"{len(self.rows)} in memory"
@@ -277,7 +277,7 @@ def read_task(given: TaskSource) -> Task:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise RecipeError(f"task {str(given)!r} cannot be read: {why}.") from None
+        raise RecipeError(f"task {str(given)!r} cannot be read: {why}. Check the path and the file.") from None
     return _make(Document(text, str(given), {}), path.parent)
 
 
@@ -290,9 +290,9 @@ def _plain(value: Any) -> Any:
 
 
 def _checked_rows(rows: tuple[Any, ...], task: Task) -> tuple[Row, ...]:
-    """Return rows that were given in memory as mappings; a text alone is the text of a row."""
+    """Return rows in memory as mappings; a row may be its text alone."""
     if not rows:
-        raise RecipeError("task: rows is an empty list. Give some, or a file.")
+        raise RecipeError("task: rows is an empty list; expected at least one row. Give some, or a file.")
     made = tuple({task.text: row} if isinstance(row, str) else row for row in rows)
     for place, row in enumerate(made):
         if not isinstance(row, Mapping):
@@ -309,7 +309,7 @@ _File: Any = create_model(  # a task's file: the fields of `Task`, each of which
 
 
 def _make(document: Document, folder: Path) -> Task:
-    """Return the task of a document; its file of rows is looked for in a folder."""
+    """Return the task of a document; a relative path of its rows starts from `folder`."""
     file = document.read(_File, lambda path, key: unknown("key", key, _KEYS))
     given = {key: getattr(file, key) for key in file.model_fields_set}
     measure = given.get("measure") or _inferred(document, given)
@@ -332,18 +332,18 @@ def _inferred(document: Document, values: Mapping[str, Any]) -> str:
 
     Raises: RecipeError where there is none, or more than one.
     """
-    telling = [key for key in values if key in MEASURES_BY_KEY]
-    found = [measure for measure in MEASURES if all(measure in MEASURES_BY_KEY[key] for key in telling)]
+    given = [key for key in values if key in MEASURES_BY_KEY]
+    found = [measure for measure in MEASURES if all(measure in MEASURES_BY_KEY[key] for key in given)]
     if not found:
-        keys = " and ".join(f"{key} ({', '.join(MEASURES_BY_KEY[key])})" for key in telling)
+        keys = " and ".join(f"{key} ({', '.join(MEASURES_BY_KEY[key])})" for key in given)
         raise RecipeError(
-            f"{document.where}: there is no measure, and the keys belong to different ones: {keys}. Say which is meant "
+            f"{document.where}: no measure is named, and the keys belong to different ones: {keys}. Name one "
             "(measure: …), and leave out the keys of the others."
         )
     if len(found) > 1:
         found = [measure for measure in found if measure not in REQUIRED_LIST or REQUIRED_LIST[measure] in values]
     if len(found) > 1:
-        raise RecipeError(f"{document.where}: there is no measure. Say one of {', '.join(found)} (measure: …).")
+        raise RecipeError(f"{document.where}: no measure is named; expected one of {', '.join(found)} (measure: …).")
     return found[0]
 
 
@@ -356,7 +356,7 @@ def _check_lists(document: Document, values: Mapping[str, Any], measure: str) ->
     listed = REQUIRED_LIST.get(measure)
     if listed and "labels" in values and len(values["labels"]) != len(values[listed]):
         raise RecipeError(
-            f"{at(('labels',))}: {len(values['labels'])} labels and {len(values[listed])} {listed}. Give one for each."
+            f"{at(('labels',))}: {len(values['labels'])} labels for {len(values[listed])} {listed}. Give one for each."
         )
 
 

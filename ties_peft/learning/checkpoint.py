@@ -1,7 +1,7 @@
-"""Save the state of a long piece of work in a folder, so that it can be stopped and resumed.
+"""Save states of long work in a folder, so that it can be stopped and resumed.
 
-Each state is one file of `torch.save`. It is written beside its place and then renamed, so that a stop at any moment
-leaves the previous state whole. Each file holds a fingerprint of the work, and the state of other work is refused.
+Each state is one file of `torch.save`. It is written under another name and then renamed, so that a stop at any moment
+leaves the previous state complete. Each file holds a fingerprint of the work; states of other work are refused.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ SUFFIX = ".pt"
 
 
 class Checkpoint:
-    """The saved states of one piece of work.
+    """The saved states of one run.
 
     Args:
-        folder: where they are; with None nothing is saved.
+        folder: that holds them; with None nothing is saved.
         fingerprint: a digest of everything that the result depends on.
-    Raises: RecipeError where the folder holds the state of other work, or cannot be used.
+    Raises: RecipeError where the folder holds states of other work, or cannot be used.
     """
 
     def __init__(self, folder: str | Path | None, fingerprint: str) -> None:
@@ -40,7 +40,7 @@ class Checkpoint:
                 f"the state folder {str(folder)!r} cannot be used: {error.strerror or error}. Choose another."
             ) from None
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-            self._load(path, mmap=True)  # which reads no tensor, only the fingerprint beside them
+            self._load(path, mmap=True)  # checks the fingerprint without reading tensors
 
     def read(self, name: str) -> Any:
         """Return the state that `write` saved under a name, its tensors on the CPU; None where there is none."""
@@ -69,11 +69,11 @@ class Checkpoint:
             fingerprint, state = saved["fingerprint"], saved["state"]
         except Exception as error:  # torch's, pickle's and the file system's own
             raise RecipeError(
-                f"the state {str(path)!r} cannot be read ({one_line(error)}). Delete the folder to begin anew."
+                f"the state {str(path)!r} cannot be read ({one_line(error)}). Delete the folder to start again."
             ) from None
         if fingerprint != self.fingerprint:
             raise RecipeError(
-                f"the state {str(path)!r} is of other work: other adapters, rows or settings, or another version. Choose "
-                "another folder, or delete this one to begin anew."
+                f"the state {str(path)!r} is of other work: of other adapters, rows or settings, or of another version. "
+                "Choose another folder, or delete this one to start again."
             )
         return state

@@ -1,8 +1,8 @@
 """Distil several adapters into one: merge them, then fit the merged adapter to their predictions on unlabelled rows.
 
-The predictions of the adapters are the only teacher. So no label is needed, and LoRA and (IA)³ may be mixed. Where
-there is no text, rows of random tokens are used, mixed with words of the labels' descriptions where a task has them.
-The base model is needed.
+The adapters, each run on the base model, are the teachers; the adapter that is fitted is the student. The teachers'
+predictions are all that is learnt from, so no labels are needed, and LoRA and (IA)³ may be mixed. Without text, rows of
+random tokens are used, mixed with words of the labels' descriptions where a task has them.
 
 Source: the loss is that of Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (2015), at
 temperature 1. No paper is known that distils a merge into one adapter.
@@ -28,9 +28,9 @@ from ..adapters.adapter import Adapter
 from ..adapters.numeric import is_number
 from ..errors import RecipeError, unknown, warn_caller
 from ..evaluation.loaded_model import Bench
-from ..evaluation.scorers import Progress
 from ..merging.card import shared_licence
 from ..merging.merged import Merged, versions
+from ..merging.plan import Progress
 from ..merging.values import check_whole, output_dtype
 from ..task_vectors.tiles import threads_fixed
 from . import ANSWER_TOKENS, ANSWERS, BATCH_SIZE, FITS
@@ -42,7 +42,7 @@ from .module_outputs import better_start, has_closed_form, run_teachers, write_r
 from .start import make_start
 from .student import FACTORS, Student
 from .teacher_specs import (
-    Answering,
+    AnswerOptions,
     TeacherSpec,
     make_base_teacher,
     make_teachers,
@@ -51,10 +51,10 @@ from .teacher_specs import (
 )
 from .teachers import Teacher
 
-RATES = {"factors": 0.01, "gains": 0.1, "vectors": 0.05}  # chosen on held-out rows of the sample adapters
-PASSES, RANDOM_PASSES = 8, 2  # over rows of text, and over random ones, which never run out
+RATES = {"factors": 0.01, "gains": 0.1, "vectors": 0.05}  # of learning, chosen on held-out rows of the samples
+PASSES, RANDOM_PASSES = 8, 2  # over rows of text; over rows of random tokens, of which there are as many as asked for
 MIN_STEPS, MAX_STEPS = 120, 1200
-CLOSED_FORM_SHARE = 0.5  # of the steps, where the fit may begin with the closed form, which needs fewer
+CLOSED_FORM_SHARE = 0.5  # of the steps: a fit that may start from the closed form needs fewer
 
 
 def distil(
@@ -86,68 +86,72 @@ def distil(
     keep_weight: float = 1.0,
     precision: torch.dtype | str | None = None,
 ) -> Distilled:
-    """Return one adapter that imitates several, fitted on unlabelled rows, on rows that they write, or on random tokens.
+    """Return one adapter that imitates several, fitted on unlabelled rows, on rows that they write or on random tokens.
 
     Args:
         adapters: folders, Hub ids or `Adapter`s for one base model; LoRA and (IA)³ may be mixed.
-        start: what the fit begins with: an adapter, or the arguments of a merge as a dict
-            ({"method": "ties", "density": 0.2}). By default it is a merge by `tsv` at scale 0.6 and the rank, its norm
-            restored (by `flat_tsv` for gains, by `power_mean` for (IA)³). Of LoRAs of a causal model it is that merge or
-            the closed form of `module_outputs`, whichever has the lower divergence on the held-out rows; the latter
-            only where the Gram matrices of the modules' inputs take at most 2 GiB.
-        rows: what the adapters read. One of these is for every adapter: a list of texts; the path of a .jsonl, .csv or
-            .txt file; a data set on the Hub, `org/name`; a number of random-token rows; "generated": each adapter of a
-            causal model writes `count` rows itself, into its task's `prompt_format` or `template`. Without one it does
-            not know what its prompts look like, and keeps less. To give each adapter its own, pass a mapping from adapters
-            (by path, name or the object), or a list in their order:
-            `[["text", …], "b.txt", 400]`; a list of one is for all. So `["text", …]` is a list of texts for all, and
-            `["a.txt", "b.txt"]` a file for each. A list of as many texts as adapters is refused, because each text
-            could be for one adapter. By default the rows are those of `tasks`; without those, 800 random-token rows
-            for each, of which half of the tokens come from the task's `descriptions` where it has them.
+        start: where the fit starts: an adapter, or the arguments of a merge as a dict ({"method": "ties",
+            "density": 0.2}). By default it is a merge by `tsv` at scale 0.6 and the rank, its norm restored; for gains a
+            merge by `flat_tsv`, for (IA)³ by `power_mean`. For LoRAs of a causal model it is the first of these or the
+            closed form of `module_outputs`, whichever diverges less on the held-out rows; the closed form is tried where
+            its Gram matrices take at most 2 GiB.
+        rows: the rows that the adapters read: a list of texts; the path of a .jsonl, .csv or .txt file; a data set on the
+            Hub, `org/name`; a number of rows of random tokens; or "generated": each adapter of a causal model writes
+            `count` rows itself, in the form of its task's `prompt_format` or `template` (without a task in no given form,
+            so that less of the adapter is kept). Any of these is for every adapter. To give each adapter its own rows, pass
+            a mapping from adapters (by path, name or object), or a list in their order, `[["text", …], "b.txt", 400]`, where
+            a list of one entry is for all. So `["text", …]` is one list of texts for all adapters, and `["a.txt", "b.txt"]`
+            a file for each. A list of as many texts as adapters is refused, because it could mean either. By default the
+            rows are those of `tasks`, else 800 rows of random tokens, half of them from the task's `descriptions` if it has
+            any.
         rank: of the result; by default the largest of the adapters', for gains Σrᵢ. (IA)³ has none.
         seed: of the batches, the choice of held-out rows and the random tokens.
         device: where the model runs.
         dtype: of the tensors written; by default that of the adapters, float32 if they differ.
-        tasks: one for every adapter, or one for each likewise. A task says how predictions are read (see `Task`); its
-            labels are not used, except as `answers`. Encoders need a task with `descriptions`. A
-            sequence-classification head and a causal model need none. Of a causal model the text in the template is the
-            prompt; one with `label: null` takes its texts as plain text. The distribution over a task's `choices`, where
-            they begin with different tokens, is matched at the first position of the answer.
+        tasks: one for every adapter, or one for each, in the same forms as `rows`. A task says how predictions are read
+            (see `Task`); its labels are not used, except as `answers`. Encoders need a task with `descriptions`; sequence
+            classifiers and causal models need none. For a causal model the text in the template is the prompt, or, with
+            `label: null`, plain text. If a task's `choices` begin with different tokens, the distribution over them is
+            matched at the first position of the answer as well.
         base: the base model; by default the tasks', else the adapters'.
         bench: a loaded base model to use again.
         kind: `lora` or `ia3`, of the result; by default LoRA if any adapter is one.
         fit: `factors` (A and B), or `gains`, one number for each direction of the start. (IA)³ fits its vectors.
-        steps: at most; by default eight passes over rows of text and two over random ones, 120 to 1200 steps, and half
-            of that for LoRAs of a causal model, whose start is nearer to them.
-        weights: how much each adapter counts in the fit and on the held-out rows, in their order; only their ratios
-            matter, and all must be above 0. By default all count the same. The start has the weights of its own merge.
+        steps: the largest number; by default eight passes over rows of text and two over random ones, 120 to 1200 steps;
+            half of that for LoRAs of a causal model, where the start is better.
+        weights: how much each adapter counts in the fit and on the held-out rows, in order. Only their ratios matter, and
+            all must be above 0. By default all are equal. The merge that the fit starts from has weights of its own.
         batch_size: rows in a step.
-        threads: of an operation of torch on the CPU. The bytes of the result depend on this number, and therefore not
-            on the number that torch is set to. More than one can make a large model faster.
+        threads: of torch's operations on the CPU. The bytes of the result depend on this number, and not on the number
+            that torch is set to. More than one can make a large model faster.
         state: a folder in which the state is saved, so that the work can be stopped and resumed.
         base_model: the base's name to write; by default the adapters'.
         progress: called as progress(stage, done, of).
-        on_estimate: called with an `Estimate` of the time and the memory before the long work starts; by default the
-            estimate is printed on standard error if it is 10 seconds or more. Rows are written before it.
-        count: of rows that each adapter writes, with rows "generated"; 100 by default.
+        on_estimate: called with an `Estimate` of time and memory before the teachers run, but after they have written
+            their rows; by default the estimate is printed on standard error if it is 10 seconds or more.
+        count: the number of rows that each adapter writes, with rows "generated"; 100 by default.
         answers: to the prompts of a causal model: "teachers", sampled from each adapter at temperature 1; "given", the
-            labels of the rows; "none". Only the tokens of answers are matched; without answers all tokens of the rows
-            are. By default "teachers", but "none" for plain text and random tokens. For texts without a task, which may
-            be plain text, the tokens of texts and of answers are matched.
-        answer_tokens: in an answer that an adapter writes, at most.
-        keep_base: rows, in one of the forms for every adapter, on which the result is to predict what the bare base
+            labels of the rows; "none". With answers only their tokens are matched; without, all tokens of the rows. By
+            default "teachers", but "none" for plain text and random tokens. Texts without a task may be prompts or plain
+            text: the adapters answer them, and the tokens of both are matched.
+        answer_tokens: the largest number in an answer that an adapter writes.
+        keep_base: rows, in any form that is for every adapter, on which the result shall predict what the bare base
             predicts; for causal models.
-        keep_weight: how much these count, beside the adapters' weights.
-        precision: in which the base is loaded, float32, bfloat16 or float16; by default what transformers chooses. What
-            is fitted is float32. A CPU without instructions for bfloat16 is slower in it than in float32.
+        keep_weight: the weight of these rows, beside the adapters' weights.
+        precision: in which the base is loaded, float32, bfloat16 or float16; by default what transformers chooses. The
+            fitted parameters are float32. A CPU without instructions for bfloat16 is slower in it than in float32.
     Returns: the adapter, with its `report` and `recipe`.
     Raises: TiesPeftError before any long work.
-    Laws: on the held-out rows the result is never worse than its start, which is returned where nothing better was
-        found. On a CPU the same arguments on the same machine give the same bytes, whether the work was stopped and
-        resumed or not, and whatever number of threads torch is set to; afterwards torch has that number again.
+    Laws: on the held-out rows the result is never worse than the start, which is returned where no step improved it. On
+        a CPU the same arguments on the same machine give the same bytes, whether the work was stopped and resumed or not,
+        and whatever number of threads torch is set to; afterwards torch has that number again.
     """
     started = time.perf_counter()
-    _check_numbers(fit, rank, steps, batch_size, seed, threads, answers, answer_tokens, count)
+    _check_names(fit, answers)
+    _check_numbers(
+        {"batch_size": batch_size, "seed": seed, "threads": threads, "answer_tokens": answer_tokens},
+        {"rank": rank, "steps": steps, "count": count},
+    )
     report_progress = progress or (lambda stage, done, of: None)
     specs = read_teacher_specs(adapters, rows, tasks, count, answers)
     shares = _check_weights(weights, len(specs)) + (() if keep_base is None else _check_weights([keep_weight], 1))
@@ -155,9 +159,9 @@ def distil(
     loaded = open_bench(specs, base, device, bench, precision)
     with threads_fixed(threads), _frozen_base(loaded):
         merged, origin = make_start([spec.adapter for spec in specs], loaded, start, kind, fit, rank, base_model)
-        how = Answering(answers, answer_tokens, seed)
-        teachers = make_teachers(specs, loaded, how)
-        teachers += [] if keep_base is None else [make_base_teacher(keep_base, loaded, how)]
+        answering = AnswerOptions(answers, answer_tokens, seed)
+        teachers = make_teachers(specs, loaded, answering)
+        teachers += [] if keep_base is None else [make_base_teacher(keep_base, loaded, answering)]
         student = Student(merged, loaded, fit, seed)
         closed_form = start is None and has_closed_form(student, teachers)
         taken = steps or _default_steps(specs, teachers, batch_size, CLOSED_FORM_SHARE if closed_form else 1.0)
@@ -168,15 +172,8 @@ def distil(
         outcome = _Outcome(done, written)
         report = outcome.report(specs, merged, origin, time.perf_counter() - started)
     warn_caller(report.warnings)
-    folders = [sources.local_path(spec.adapter.source) for spec in specs if spec.adapter.source is not None]
-    return Distilled(
-        merged.config,
-        outcome.tensors,
-        report,
-        _recipe(specs, done, merged, written),
-        merged.loading,
-        [folder for folder in folders if folder is not None],
-    )
+    recipe = _recipe(specs, done, merged, written)
+    return Distilled(merged.config, outcome.tensors, report, recipe, merged.loading, _folders(specs))
 
 
 def _imitate(
@@ -188,7 +185,7 @@ def _imitate(
     on_estimate: Callable[[Estimate], None] | None,
     progress: Progress,
 ) -> tuple[Fit, bool]:
-    """Let the teachers write and predict, and fit the student; return the fit, and whether it began with the closed form."""
+    """Let the teachers write and predict, and fit the student; return the fit, and whether it started with the closed form."""
     write_rows(teachers, checkpoint, progress)
     (on_estimate or print_estimate)(estimate(Fit(student, teachers, options), closed_form))
     solved = False
@@ -202,16 +199,18 @@ def _imitate(
 
 
 class _Outcome:
-    """The better of a fit's start and its best parameters, as they are written and measured on the held-out rows.
+    """The result of a fit: the fitted adapter, or the start if that is better on the held-out rows.
+
+    Both are measured as they are written, in the dtype of the result.
 
     Args:
         done: the fit.
         dtype: of the tensors written.
 
     Attributes:
-        improved: whether the fitted adapter is better than the start.
-        tensors: of the better one.
-        before, after: (divergence, agreement) for each teacher, of the start and of the better one.
+        improved: whether the result is the fitted adapter.
+        tensors: of the result.
+        before, after: (divergence, agreement) for each teacher, of the start and of the result.
     """
 
     def __init__(self, done: Fit, dtype: torch.dtype) -> None:
@@ -277,24 +276,24 @@ class _Outcome:
         warnings = []
         choosing = [
             spec.name
-            for spec, teacher in zip(specs, self.done.teachers, strict=False)  # the base may follow the adapters
+            for spec, teacher in zip(specs, self.done.teachers, strict=False)  # a last teacher may be the base
             if spec.task is not None and spec.task.choices is not None and not getattr(teacher, "choices", ())
         ]
         if choosing:
             warnings.append(
-                f"the choices of the tasks of {', '.join(choosing)} were not used: they begin with the same token, or no "
-                "answer is judged; the next tokens are matched."
+                f"the choices of the tasks of {', '.join(choosing)} were not used, because two begin with the same token, or "
+                "there are no answers. The predictions of the next token are matched."
             )
         if not self.improved:
             warnings.append(
-                "no step made the adapter better on the held-out rows, so the result is the start itself. More rows, or "
-                "rows closer to the adapters' tasks, may help."
+                "no step improved the adapter on the held-out rows, so the result is the start itself. More rows, or rows "
+                "closer to the adapters' tasks, may help."
             )
         heads = any(spec.adapter.extra_keys for spec in specs)
         if self.done.student.bench.form == "classifier" and heads:
             warnings.append(
-                "each adapter was imitated with its own head, and the result has no head: load the base model with the "
-                "head of the task at hand."
+                "each adapter was imitated with its own head, and the result has no head: load the base model with the head "
+                "of the task that you use it for."
             )
         return warnings
 
@@ -304,10 +303,16 @@ class _Outcome:
         return sum(share * divergence for share, (divergence, _) in zip(shares, measured, strict=True)) / len(measured)
 
     def _measure(self, tensors: dict[str, Tensor]) -> list[tuple[float, float]]:
-        """Return (divergence, agreement) for each teacher, of an adapter as it is written."""
+        """Return (divergence, agreement) for each teacher, of an adapter with these tensors."""
         student = self.done.student
         with student.bench.applied(Adapter.from_tensors(student.start.config, tensors)):
             return [teacher.measure(held) for teacher, (_, held) in zip(self.done.teachers, self.parts, strict=True)]
+
+
+def _folders(specs: Sequence[TeacherSpec]) -> list[Path]:
+    """Return the folders on this machine that the adapters were read from."""
+    named = [spec.adapter.source for spec in specs if spec.adapter.source is not None]
+    return [path for path in map(sources.local_path, named) if path is not None]
 
 
 def _recipe(specs: Sequence[TeacherSpec], done: Fit, start: Merged, dtype: torch.dtype) -> dict[str, Any]:
@@ -318,7 +323,7 @@ def _recipe(specs: Sequence[TeacherSpec], done: Fit, start: Merged, dtype: torch
             "rows": f"{len(teacher.sequences)}, {spec.rows.origin}",
             **({"task": spec.task.to_dict()} if spec.task is not None else {}),
         }
-        for spec, teacher in zip(specs, done.teachers, strict=False)  # the base may follow the adapters
+        for spec, teacher in zip(specs, done.teachers, strict=False)  # a last teacher may be the base
     ]
     kept = done.teachers[len(specs) :]
     return {
@@ -345,15 +350,15 @@ def _frozen_base(bench: Bench) -> Iterator[None]:
 
 
 def _default_steps(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher], batch: int, share: float = 1.0) -> int:
-    """Return the steps of some passes over the rows, at least `MIN_STEPS` and at most `MAX_STEPS`, or a share of that."""
+    """Return the steps of some passes over the rows, from `MIN_STEPS` to `MAX_STEPS`, or a share of that."""
     passes = [RANDOM_PASSES if spec.rows.texts is None and not spec.rows.generated else PASSES for spec in specs]
-    passes += [PASSES] * (len(teachers) - len(specs))  # of the base, where it is kept
-    rows = sum(often * len(teacher.sequences) for often, teacher in zip(passes, teachers, strict=True))
+    passes += [PASSES] * (len(teachers) - len(specs))  # a last teacher may be the base
+    rows = sum(count * len(teacher.sequences) for count, teacher in zip(passes, teachers, strict=True))
     return math.ceil(share * min(MAX_STEPS, max(MIN_STEPS, math.ceil(rows / batch))))
 
 
 def _fingerprint(teachers: Sequence[Teacher], student: Student, options: FitOptions, dtype: torch.dtype) -> str:
-    """Return a sha256 of everything that the result depends on, apart from the machine."""
+    """Return a sha256 of everything that the result depends on, except the machine."""
     facts = {
         "teachers": [teacher.digest for teacher in teachers],
         "start": student.start.digest,
@@ -368,41 +373,31 @@ def _fingerprint(teachers: Sequence[Teacher], student: Student, options: FitOpti
 
 
 def _check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """Return a weight for each adapter; refuse another number of them, and those that are not above 0."""
+    """Return a weight for each adapter.
+
+    Raises: RecipeError for another number of weights, and for one that is not above 0.
+    """
     found = (1.0,) * count if weights is None else tuple(weights)
     if len(found) != count:
         raise RecipeError(f"{len(found)} weights for {count} adapters. Give one for each, in their order.")
     wrong = [weight for weight in found if not is_number(weight) or not 0 < weight < math.inf]
     if wrong:
         raise RecipeError(
-            f"a weight is {wrong[0]!r}; expected a number above 0. Leave out adapters that are not to count."
+            f"a weight is {wrong[0]!r}; expected a number above 0. Leave out adapters that should not count."
         )
     return tuple(map(float, found))
 
 
-def _check_numbers(
-    fit: str,
-    rank: int | None,
-    steps: int | None,
-    batch: int,
-    seed: int,
-    threads: int,
-    answers: str | None,
-    answer_tokens: int,
-    count: int | None,
-) -> None:
-    """Refuse an unknown fit or kind of answers, and numbers out of range."""
+def _check_names(fit: str, answers: str | None) -> None:
+    """Refuse an unknown fit or kind of answers."""
     if fit not in FITS:
         raise RecipeError(unknown("fit", str(fit), FITS))
     if answers is not None and answers not in ANSWERS:
         raise RecipeError(unknown("kind of answers", str(answers), ANSWERS))
-    for name, value, least in (
-        ("batch_size", batch, 1),
-        ("seed", seed, 0),
-        ("threads", threads, 1),
-        ("answer_tokens", answer_tokens, 1),
-    ):
-        check_whole(name, value, least)
-    for name, optional in (("rank", rank), ("steps", steps), ("count", count)):
-        if optional is not None:
-            check_whole(name, optional, 1)
+
+
+def _check_numbers(required: Mapping[str, int], optional: Mapping[str, int | None]) -> None:
+    """Refuse numbers that are not whole or under 1 (the seed under 0); optional ones may be None."""
+    given = {name: value for name, value in optional.items() if value is not None}
+    for name, value in {**required, **given}.items():
+        check_whole(name, value, 0 if name == "seed" else 1)

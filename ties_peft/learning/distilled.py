@@ -1,4 +1,4 @@
-"""The result of `distil`: an adapter with a report on how well it imitates its teachers."""
+"""Distilled: the adapter that `distil` makes, with a report on how well it imitates its teachers, and its card."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..merging.merged import versions
 from ..merging.recipes.yaml_document import dump
 from ..merging.tables import Printed, make_facts, make_table, number_column
 
-BASE_KIND = "model"  # in place of a PEFT type, of the base model that is kept
+BASE_KIND = "model"  # stands in place of a PEFT type where the teacher is the base model
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class TeacherResult:
         name, digest: of the adapter.
         kind: its PEFT type, LoRA or (IA)³; `BASE_KIND` for the base model.
         origin: where its rows come from.
-        rows, held: the number of rows to learn from, and of held-out rows.
+        rows, held: the number of rows that are fitted, and of held-out rows.
         divergence: KL(teacher ‖ adapter) on the held-out rows in nats, of the start and of the result.
-        agreement: the share of predictions there whose likeliest answer is the teacher's, likewise.
+        agreement: the share of predictions there whose likeliest answer is the teacher's, of the start and of the result.
         page: its address on the Hub; None for a local adapter.
-        weight: how much it counted.
-        kept_probability: the mean share of its predicted probability that was kept answer by answer; the rest was kept as
-            one sum (see `learning.teachers`).
+        weight: of the teacher in the fit.
+        kept_probability: the mean share of its probability that belongs to the answers compared one by one; the others are
+            compared as one sum (see `learning.token_teachers`).
     """
 
     name: str
@@ -71,17 +71,19 @@ class DistilReport(Printed):
 
     Attributes:
         kind, rank: of the result; rank None for (IA)³.
-        fit: what was fitted: factors, gains, vectors.
+        fit: what was fitted: factors, gains or vectors.
         base: the base model.
         start: how the start was made.
-        steps, of: taken, and at most; kept: the step whose parameters are the result, 0 for the start.
-        rate: the learning rate at the end; retries: how often it was lowered.
+        steps, of: the number of steps taken, and the largest possible one.
+        kept: the step whose parameters are the result; 0 for the start.
+        rate: the learning rate at the end.
+        retries: the number of times that the fit restarted with a lower rate.
         history: (step, divergence on the held-out rows).
         lessons: the result for each teacher.
-        warnings: what is possible but unwise.
-        improved: whether the result is better than the start on the held-out rows; else it is the start.
+        warnings: of what is possible but unwise.
+        improved: whether the result is better than the start on the held-out rows; if not, it is the start.
         dtype: of the tensors written.
-        seconds: the time it took.
+        seconds: that the work took.
         licence, licence_note: as in the report of a merge.
     """
 
@@ -119,7 +121,7 @@ class DistilReport(Printed):
         return sum(line.kind != BASE_KIND for line in self.lessons)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values, except the time, which differs from run to run."""
+        """Return plain values, without the time, which differs from run to run."""
         values = asdict(self)
         del values["seconds"]
         return values
@@ -152,7 +154,7 @@ class DistilReport(Printed):
         outcome = (
             f"{before:.4f} → {after:.4f}"
             if self.improved
-            else f"{before:.4f}: nothing better was found, so the result is the start"
+            else f"{before:.4f}; no step improved it, so the result is the start"
         )
         return make_facts(
             [
@@ -160,7 +162,7 @@ class DistilReport(Printed):
                 ("fitted", f"{self.fit} of one {self.kind} adapter{rank}"),
                 ("steps", f"{self.steps} of {self.of}; the result is of step {self.kept}"),
                 ("mean KL", outcome),
-                ("kept", f"{kept:.2%} of the teachers' probability, answer by answer"),
+                ("compared", f"{kept:.2%} of the teachers' probability answer by answer, the rest as one sum"),
                 ("written as", self.dtype),
                 ("licence", self.licence_note),
                 ("time", f"{self.seconds:.1f} s"),
@@ -173,7 +175,7 @@ class Distilled(Adapter):
 
     Attributes:
         report: which adapters it imitates, and how well; it prints as tables.
-        recipe: what was asked, as plain values.
+        recipe: what was asked for, as plain values.
         loading: the class of the base model, and the lines of Python that load the adapter on it.
     """
 
@@ -206,9 +208,8 @@ class Distilled(Adapter):
 
         Args:
             folder: must not exist, or be empty.
-            force: replace an existing folder, if it holds nothing but files that we write and is none of
-                the inputs.
-        Raises: RecipeError where the folder is in the way or cannot be written.
+            force: whether to replace an existing folder that holds nothing but files of ours and is none of the inputs.
+        Raises: RecipeError where the folder must not be replaced or cannot be written.
         """
         return writer.write_folder(Path(folder), self.files(), force, self._inputs)
 

@@ -9,26 +9,26 @@ from dataclasses import dataclass
 
 import torch
 
-from ..evaluation.scorers import BATCH
+from ..evaluation import BATCH_SIZE
 from .fitting import Fit
 from .module_outputs import ModuleInputs
 from .teachers import Teacher
 
-PRINTED_FROM = 10.0  # seconds; shorter work is not announced
+PRINTED_FROM = 10.0  # seconds; the estimate of shorter work is not printed
 ADAM_COPIES = 5  # of the fitted parameters: two moments, the best ones, and two while a state is saved
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a distillation will take at most; a fit that stops early takes less.
+    """The largest time and memory that a distillation can take; a fit that stops early takes less.
 
     Attributes:
-        steps: at most.
-        forward_tokens: that pass through the model without gradients: teachers and held-out rows, padding included.
-        trained_tokens: that pass through it forwards and backwards, padding included.
+        steps: the largest number.
+        forward_tokens: that pass through the model without gradients, of teachers and held-out rows, with padding.
+        trained_tokens: that pass through it forwards and backwards, with padding.
         cache_bytes: of the teachers' predictions.
-        seconds: on this machine as busy as it is now.
-        memory: bytes, the largest amount that this process will have used; None where it cannot be measured.
+        seconds: on this machine with its present load.
+        memory: the peak of this process in bytes; None where it cannot be measured.
     """
 
     steps: int
@@ -47,17 +47,16 @@ class Estimate:
 
 
 def estimate(fit: Fit, closed_form: bool = False) -> Estimate:
-    """Measure one step on the largest part of a batch of a fit, and return what all of the work will take.
+    """Measure a forward and a backward pass over the largest part of a batch, and return the time and memory of the whole.
 
-    With a closed form (see `module_outputs`) Gram matrices are held and the start is measured twice more; to add a token
-    to them takes about as long as to pass it through the model.
-
-    The parameters stay as they are; the gradients that the step leaves are set to 0 by the fit.
+    The parameters stay as they are; the fit sets the gradients to 0 before its first step. With a closed form (see
+    `module_outputs`) there are Gram matrices in memory and two more measurements of the held-out rows, and adding a token
+    to the matrices takes about as long as passing it through the model.
     """
     trained = [_padded(fit.teachers[number], rows, len(rows)) for number, rows in fit.batches]
     held = sum(_padded(teacher, rows) for teacher, rows in zip(fit.teachers, fit.held_out, strict=True))
     taught = sum(_padded(teacher, range(len(teacher.sequences))) for teacher in fit.teachers)
-    # the start, each validation, and at the end the start and the result as they are written
+    # of the start, at each validation, and at the end of the start and the result as they are written
     measured = (1 + fit.validations + 2 + 2 * closed_form) * held
     forward_seconds, step_seconds = _measure_step(fit)
     cache = sum(teacher.cache_bytes for teacher in fit.teachers)
@@ -83,9 +82,8 @@ def print_estimate(found: Estimate) -> None:
 
 def _measure_step(fit: Fit) -> tuple[float, float]:
     """Return the seconds per token of a forward pass, and of a forward and a backward pass, on the largest part of a batch."""
-    parts = [
-        (fit.teachers[number], part) for number, rows in fit.batches for part in _parts(fit.teachers[number], rows)
-    ]
+    batches = [(fit.teachers[number], rows) for number, rows in fit.batches]
+    parts = [(teacher, part) for teacher, rows in batches for part in teacher.parts(rows, len(rows))]
     teacher, rows = max(parts, key=lambda part: _padded(part[0], part[1], len(part[1])))
     device = fit.student.bench.device
     with fit.student.attached(), teacher.own_head(), torch.enable_grad():
@@ -99,24 +97,20 @@ def _measure_step(fit: Fit) -> tuple[float, float]:
     return (forward - started) / tokens, (done - started) / tokens
 
 
-def _parts(teacher: Teacher, rows: Sequence[int]) -> list[list[int]]:
-    return teacher.parts(rows, len(rows))
-
-
-def _padded(teacher: Teacher, rows: Sequence[int], size: int = BATCH) -> int:
-    """Return the tokens of some rows, as many as the longest for each row in the parts that are run at once."""
+def _padded(teacher: Teacher, rows: Sequence[int], size: int = BATCH_SIZE) -> int:
+    """Return the number of tokens of some rows, each padded to the longest row of the part that is run at once."""
     return sum(len(part) * max(len(teacher.sequences[row]) for row in part) for part in teacher.parts(rows, size))
 
 
 def _now(device: torch.device) -> float:
-    """Return the time when all work on a device is done."""
+    """Return the present time, after all work on a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def _peak_memory(device: torch.device) -> int | None:
-    """Return the bytes that this process has used at most: of the GPU if it is used, else of the machine."""
+    """Return the peak memory of this process so far in bytes: of the GPU if the model is there, else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

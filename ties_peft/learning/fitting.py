@@ -1,12 +1,13 @@
-"""Fit a student to its teachers with Adam, and stop early by rows that it does not learn from.
+"""Fit a student to its teachers with Adam, and stop early by held-out rows.
 
 A fifth of every teacher's rows is held out. Each step takes a batch of one teacher. At regular intervals the mean
 divergence on the held-out rows is measured, and the parameters with the lowest one are the result. If the divergence
 becomes much larger than the start's, or is not a number, the fit restarts from the best parameters with a quarter of
-the learning rate. So the rate needs no tuning; it is a share of the parameters' own size (see `Student.parameter_groups`).
+the learning rate. The rate is a share of the size of the parameters (see `Student.parameter_groups`), so it need not be
+tuned.
 
-The batches depend on the seed alone, and the rest on the state that `Fit` saves and on the number of threads, which
-`distil` sets. So a fit that was stopped and resumed gives the same bits as one that was not.
+The batches depend on the seed alone, and everything else on the state that `Fit` saves and on the number of threads,
+which `distil` sets. So a fit that was stopped and resumed gives the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -20,33 +21,33 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..evaluation.scorers import Progress
+from ..merging.plan import Progress
 from .checkpoint import Checkpoint
 from .student import Student
 from .teachers import Teacher
 
 BETAS = (0.9, 0.99)
 EPSILON = 1e-12
-WARMUP_STEPS = 10  # until the full learning rate
-VALIDATIONS = 12  # how often the held-out rows are measured in a whole fit
+WARMUP_STEPS = 10  # after which the learning rate is the full one
+VALIDATIONS = 12  # measurements of the held-out rows in a whole fit
 PATIENCE = 4  # validations without an improvement, after which the fit stops
-DIVERGED = 1.5  # times the start's divergence: the learning rate was too large
+DIVERGED = 1.5  # times the start's divergence; above this the learning rate was too large
 MAX_RETRIES = 3
-HELD_OUT = 5  # one row in so many
-POOLED_BATCHES = 8  # rows of so many batches are sorted by length, so that little is padded
+HELD_OUT = 5  # one of this number of rows is held out
+POOLED_BATCHES = 8  # batches whose rows are sorted by length together, so that little is padded
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How a student is fitted.
+    """The options of a fit.
 
     Attributes:
-        steps: at most.
+        steps: the largest number.
         rate: the learning rate, as a share of the size of the parameters.
         batch: rows in a step.
         seed: of the batches, and of the choice of held-out rows.
-        threads: of an operation of torch; sums are rounded differently with another number.
-        weights: of each teacher in the loss and in the divergence that decides; only their ratios matter.
+        threads: of torch's operations, on which the rounding of sums depends.
+        weights: of each teacher in the loss and in the divergence on held-out rows; only their ratios matter.
     """
 
     steps: int
@@ -66,18 +67,18 @@ class Fit:
     """A fit in progress.
 
     Args:
-        student: to be fitted; it is attached to its base model while steps are taken.
-        teachers: their predictions must be set.
-        options: how.
+        student: to be fitted.
+        teachers: with their predictions set.
+        options: of the fit.
 
     Attributes:
         batches: for each step the number of the teacher and its rows.
-        held_out: for each teacher the rows that it is measured on.
-        step: how many are done since the last restart.
-        rate: in force.
-        retries: how often the fit was restarted with a lower rate.
+        held_out: for each teacher the held-out rows.
+        step: the number of steps since the last restart.
+        rate: the present learning rate.
+        retries: the number of restarts with a lower rate.
         best: the parameters with the lowest divergence on the held-out rows.
-        history: (step, divergence on the held-out rows) of each validation; the start's is the first.
+        history: (step, divergence on the held-out rows) of the start and of each validation.
     """
 
     def __init__(self, student: Student, teachers: Sequence[Teacher], options: FitOptions) -> None:
@@ -94,14 +95,14 @@ class Fit:
 
     @property
     def validations(self) -> int:
-        """How often the held-out rows are measured if no step is repeated, without the start."""
+        """The number of validations of a fit without restarts."""
         return math.ceil(self.options.steps / self._interval)
 
     def run(self, checkpoint: Checkpoint, progress: Progress) -> None:
-        """Take all steps, or those that are left; the student has the best parameters afterwards.
+        """Take the remaining steps; the student has the best parameters afterwards.
 
         Args:
-            checkpoint: where the state is saved at each validation, and from where it is resumed.
+            checkpoint: where the state is saved at each validation, and read to resume.
             progress: called as progress(stage, done, of).
         """
         steps = self.options.steps
@@ -119,7 +120,7 @@ class Fit:
         self.student.load_state_dict(self.best)
 
     def take_step(self) -> None:
-        """Take one step of Adam on the mean divergence of one batch."""
+        """Take one step of Adam down the mean divergence of one batch."""
         number, rows = self.batches[self.step]
         teacher = self.teachers[number]
         self._optimiser.zero_grad(set_to_none=False)
@@ -138,7 +139,7 @@ class Fit:
             return sum(share * teacher.measure(rows)[0] for teacher, rows, share in teachers) / len(self.teachers)
 
     def _restart(self) -> None:
-        """Begin anew with the best parameters at the current rate, which warms up and then falls to 0 by a cosine."""
+        """Start again from the best parameters at the present rate, which warms up and then falls to 0 by a cosine."""
         self.step = 0
         self.student.load_state_dict(self.best)
         groups = self.student.parameter_groups(self.rate)
@@ -146,7 +147,7 @@ class Fit:
         self._schedule = LambdaLR(self._optimiser, self._rate_factor)
 
     def _rate_factor(self, step: int) -> float:
-        """Return the share of the learning rate at a step, counted from 0."""
+        """Return the factor of the learning rate at a step, counted from 0."""
         return min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / self.options.steps)) / 2
 
     def _validate(self) -> None:
@@ -161,7 +162,7 @@ class Fit:
             self._restart()
 
     def _stops_early(self) -> bool:
-        """Return whether none of the last validations improved on those before."""
+        """Return whether the last validations brought no improvement."""
         recent = [value for _, value in self.history[-PATIENCE:]]
         return len(self.history) > PATIENCE and min(value for _, value in self.history) < min(recent)
 
@@ -191,7 +192,7 @@ class Fit:
 
 
 def split_rows(teachers: Sequence[Teacher], seed: int) -> list[tuple[list[int], list[int]]]:
-    """Return for each teacher the rows to learn from and the held-out rows, both sorted."""
+    """Return for each teacher the rows to fit and the held-out rows, both sorted."""
     parts = []
     for number, teacher in enumerate(teachers):
         order = list(range(len(teacher.sequences)))
@@ -206,8 +207,8 @@ def batch_plan(
 ) -> list[tuple[int, list[int]]]:
     """Return for each step the number of the teacher and its rows.
 
-    All teachers take turns, so that each has the same number of steps, whatever the number of its rows. Every row of
-    a teacher is used once before one is used again. Rows of similar length share a batch.
+    The teachers take turns, so each has the same number of steps, whatever the number of its rows. Every row of a teacher
+    is used once before any is used again. Rows of similar length share a batch.
     """
     queues: list[list[list[int]]] = [[] for _ in teachers]
     draws = [random.Random(f"{options.seed} batches {number}") for number in range(len(teachers))]

@@ -3,12 +3,13 @@
     gram     G = mean of x·xᵀ over all tokens of all rows, x the input of the module
     fisher   F = mean over rows of E_y (∂ log p(y | row) / ∂τ)², entry by entry: τ = Δ for LoRA, l for (IA)³
 
-The adapter is applied to the model. y is the label of a row, and `labels` says where it comes from: `expected` sums
-over all labels, each with the model's own probability; `sampled` draws one label; `given` uses the row's own (the
-empirical Fisher). Texts of language models have too many possible answers for `expected`.
+The adapter is applied to the model. y is the label of a row, and `labels` says where it comes from: `expected` takes
+the mean over all labels by the model's own probabilities; `sampled` draws one label from these; `given` takes the row's
+own label (the empirical Fisher). Texts of language models have too many possible answers for `expected`.
 
 The model runs one row at a time, so that there is no padding and each row has its own gradient. The gradient with
-respect to Δ of y = x·Δᵀ is Σ g·xᵀ over tokens, g the gradient of the module's output; no gradient of a weight is needed.
+respect to Δ of a module with output x·Δᵀ is Σ g·xᵀ over tokens, g the gradient with respect to the output; no gradient
+of a weight is computed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,9 @@ from ..evaluation.causal_passes import Pair
 from ..evaluation.evaluate import find_base
 from ..evaluation.language_models import Continuation
 from ..evaluation.loaded_model import Bench, transposed
-from ..evaluation.scorers import Classification, Progress, check_form, form_for
+from ..evaluation.scorers import Classification, check_form, form_for
 from ..evaluation.task import GENERATED, Task, TaskSource, read_task
+from ..merging.plan import Progress
 from ..task_vectors.random_numbers import stream_key, uniform
 from . import STATISTICS
 
@@ -59,16 +61,16 @@ def gather_statistics(
 
     Args:
         adapter: its folder or Hub id, or an `Adapter`.
-        task: rows of text, as `evaluate` takes them; their labels are used for `given` only.
+        task: rows of text, as for `evaluate`; their labels are used for `given` only.
         kind: `fisher` or `gram`.
         base: the base model; by default the task's, else the adapter's.
         device: where the model runs.
-        labels: of `fisher`: `expected`, `sampled` or `given`; by default `expected` where a row has one of a
-            few labels, else `sampled`.
+        labels: for `fisher`: `expected`, `sampled` or `given`; by default `expected` where a row has one of a few labels,
+            else `sampled`.
         seed: of sampled labels.
         bench: a loaded base to use again.
-        save: whether to write them beside the adapter, where a merge finds them.
-        again: whether to gather them again where they exist.
+        save: whether to write the statistics beside the adapter, where a merge finds them.
+        again: whether to gather statistics again that exist already.
         progress: called as progress(stage, done, of).
     Returns: the statistics, which are attached to the adapter too.
     Raises: TiesPeftError, before the model is run.
@@ -90,9 +92,7 @@ def gather_statistics(
     if bench is None:
         bench = Bench.load(find_base([opened], [asked], base), form_for(asked), device)
     check_form(bench, asked)
-    bench.check(opened)
-    bench.check_complete(opened)
-    opened.check()
+    bench.check_all(opened)
     rows = _row_likelihoods(bench, asked, labels)
     sums = _accumulate(bench, opened, rows, kind, labels, seed, progress)
     made = Statistics.make(kind, opened.digest, sums, len(rows), base=bench.base, **provenance)
@@ -103,7 +103,7 @@ def gather_statistics(
 
 
 def _existing(adapter: Adapter, kind: str) -> Statistics | None:
-    """Return the statistics beside the adapter; None where there are none of this very adapter."""
+    """Return the statistics beside the adapter; None if there are none, or those of another adapter."""
     try:
         return adapter.statistics(kind)
     except CompatibilityError:
@@ -111,9 +111,9 @@ def _existing(adapter: Adapter, kind: str) -> Statistics | None:
 
 
 def _warn_if_different(adapter: Adapter, existing: Statistics, asked: Mapping[str, Any]) -> None:
-    """Warn where the existing statistics, which are used, were made with other rows, labels or base than asked for."""
+    """Warn that existing statistics are used which were gathered with other rows, labels or base than asked for."""
     facts = dict(existing.metadata)
-    if "base" in asked:  # one base may lie in several places
+    if "base" in asked:  # one base may have several paths
         asked, facts = ({**found, "base": Path(str(found.get("base"))).name} for found in (asked, facts))
     other = [name.removesuffix(" digest") for name, value in asked.items() if facts.get(name) != value]
     if other:
@@ -121,7 +121,7 @@ def _warn_if_different(adapter: Adapter, existing: Statistics, asked: Mapping[st
         warn_caller(
             [
                 f"adapter '{adapter.label}' already has {existing.kind} statistics of {provenance}, made with another "
-                f"{', another '.join(other)} than asked for. These are used; to gather them again, give again=True (--again)."
+                f"{', another '.join(other)} than asked for. They are used; to gather them again, give again=True (--again)."
             ]
         )
 
@@ -132,7 +132,8 @@ def _choose_labels(labels: str | None, task: Task) -> str:
         raise RecipeError(unknown("kind of labels", str(labels), LABELS))
     if chosen == "expected" and not task.classifies:
         raise MethodError(
-            f"labels is 'expected', and measure '{task.measure}' has too many possible answers. Choose sampled or given."
+            f"labels is 'expected', but the texts of measure '{task.measure}' have too many possible answers. Choose sampled "
+            "or given."
         )
     return chosen
 
@@ -140,7 +141,7 @@ def _choose_labels(labels: str | None, task: Task) -> str:
 def _check(adapter: Adapter, task: Task, kind: str, save: bool) -> None:
     if task.measure in GENERATED:
         raise RecipeError(
-            f"task {task.name!r}: measure {task.measure!r} has no probabilities. Use measure: loss for the same rows."
+            f"task {task.name!r}: measure {task.measure!r} gives no probabilities. Use measure: loss for the same rows."
         )
     if kind == "gram" and any(len(module.shape) != 2 for module in adapter.layout.values()):
         raise MethodError(
@@ -148,11 +149,11 @@ def _check(adapter: Adapter, task: Task, kind: str, save: bool) -> None:
             "Gather fisher, for method 'fisher'."
         )
     vectors = [name for name, module in adapter.layout.items() if len(module.shape) == 1]
-    closed = [name for name in vectors if not (1 + adapter.delta(name)).all()]
-    if closed:
+    with_zeros = [name for name in vectors if not (1 + adapter.delta(name)).all()]
+    if with_zeros:
         raise CompatibilityError(
-            f"adapter '{adapter.label}', module {closed[0]!r}: an entry of its vector is 0, so the "
-            "gradient cannot be computed. Leave the adapter out, or merge by another method."
+            f"adapter '{adapter.label}', module {with_zeros[0]!r}: an entry of its vector is 0, so the gradient cannot be "
+            "computed from the output. Leave the adapter out, or merge by another method."
         )
     if save and adapter.folder is None:
         raise RecipeError("the adapter is in memory, so there is no folder to save statistics in. Give save=False.")
@@ -163,9 +164,9 @@ class RowLikelihood:
     """One row and its likelihood under the model.
 
     Attributes:
-        log_probabilities: runs the model and returns log p, (steps, answers): one step and a few labels, or one step
-            for each token of a text.
-        answers: the row's own, one for each step; None where they are not needed.
+        log_probabilities: runs the model and returns log p, (steps, answers): one step over a few labels, or one step over
+            the vocabulary for each token of a text.
+        answers: the row's own answer at each step; None where they are not needed.
     """
 
     log_probabilities: Callable[[], Tensor]
@@ -214,17 +215,17 @@ def _choice_log_probabilities(bench: Bench, pairs: Sequence[Pair], mean: bool) -
 
 
 def _predicted_tokens(bench: Bench, pair: Pair) -> list[int]:
-    """Return the tokens that are predicted: all, or all but the first where nothing precedes it."""
-    return pair.asked[1:] if bench.form == "causal" and not pair.given else pair.asked
+    """Return the tokens that are predicted: all, or all but the first if nothing stands before it."""
+    return pair.continuation[1:] if bench.form == "causal" and not pair.prompt else pair.continuation
 
 
 def _step_log_probabilities(bench: Bench, pair: Pair) -> Tensor:
     """Return log p of every token at each predicted position, (predicted, vocabulary)."""
     if bench.form == "seq2seq":
-        inputs = bench.pad_batch([pair.given])
-        logits = bench.model(**inputs, labels=bench.pad_batch([pair.asked])["input_ids"]).logits[0]
+        inputs = bench.pad_batch([pair.prompt])
+        logits = bench.model(**inputs, labels=bench.pad_batch([pair.continuation])["input_ids"]).logits[0]
     else:
-        logits = bench.model(**bench.pad_batch([[*pair.given, *pair.asked]])).logits[0]
+        logits = bench.model(**bench.pad_batch([[*pair.prompt, *pair.continuation]])).logits[0]
         logits = logits[-len(_predicted_tokens(bench, pair)) - 1 : -1]
     found: Tensor = logits.float().log_softmax(-1)
     return found
@@ -238,7 +239,7 @@ class ModuleCall:
         module: its name.
         inputs: (tokens, in).
         outputs: (tokens, out), with the adapter applied.
-        probe: zeros that were added to the output, to get its gradient; None where it is not needed.
+        probe: zeros that were added to the output, whose gradient is that of the output; None where it is not needed.
     """
 
     module: str
@@ -252,7 +253,7 @@ def _recorded_calls(bench: Bench, adapter: Adapter, probed: bool) -> Iterator[li
     """Record the forward passes of an adapter's modules in a list, within a `with` block."""
     calls: list[ModuleCall] = []
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+    def recorder(name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(layer: nn.Module, given: Any, output: Any) -> Any:
             probe = torch.zeros_like(output, requires_grad=True) if probed else None
             calls.append(ModuleCall(name, given[0].detach(), output.detach(), probe))
@@ -262,7 +263,7 @@ def _recorded_calls(bench: Bench, adapter: Adapter, probed: bool) -> Iterator[li
 
     with ExitStack() as stack:
         for name in adapter.modules:
-            stack.callback(bench.layer(name).register_forward_hook(watch(name)).remove)
+            stack.callback(bench.layer(name).register_forward_hook(recorder(name)).remove)
         yield calls
 
 
@@ -293,8 +294,8 @@ def _accumulate(
     unused = sorted(set(adapter.modules) - sums.keys())
     if unused:
         raise CompatibilityError(
-            f"adapter '{adapter.label}': {len(unused)} of its modules never ran, the first is {unused[0]!r}. Choose a "
-            "measure that uses the whole model."
+            f"adapter '{adapter.label}': {len(unused)} of its modules never ran, such as {unused[0]!r}. Choose a measure that "
+            "uses the whole model."
         )
     return {name: (total / (tokens[name] or len(rows))).cpu() for name, total in sums.items()}
 
@@ -352,9 +353,7 @@ def _task_vector_gradient(bench: Bench, adapter: Adapter, call: ModuleCall, grad
         return g.T @ x
     scaled = call.outputs.reshape(g.shape) * g
     if module.on_input:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        weight = weight.detach()
+        weight = cast(Tensor, layer.weight).detach()
         scaled = (g @ (weight.T if transposed(layer) else weight)) * x
     return scaled.sum(0) / (1 + adapter.delta(call.module).to(scaled.device))
 
@@ -363,8 +362,8 @@ def _token_matrix(inputs: Tensor, module: str) -> Tensor:
     """Return the inputs as (tokens, in), float32."""
     if not inputs.dtype.is_floating_point or inputs.dim() not in (2, 3):
         raise CompatibilityError(
-            f"module {module!r} takes {inputs.dtype} of {inputs.dim()} dimensions: only linear layers have "
-            "statistics, not embeddings or convolutions. Merge by another method."
+            f"module {module!r} takes {inputs.dtype} of {inputs.dim()} dimensions; expected a linear layer, because statistics "
+            "of embeddings and convolutions are not defined. Merge by another method."
         )
     return inputs.reshape(-1, inputs.shape[-1]).float()
 

@@ -6,8 +6,9 @@ For each module, over all Δ of rank r:
 
 With the Gram matrices Gᵢ = mean of x·xᵀ and G = Σᵢ wᵢGᵢ the best Δ of any rank is C·G⁻¹, C = Σᵢ wᵢΔᵢGᵢ, and the best of
 rank r has the r largest singular directions of C·L⁻ᵀ, G = L·Lᵀ (reduced-rank regression). A share `RIDGE` of the mean of G's
-diagonal is added to it, since few rows determine few directions; RegMean shrinks the entries off the diagonal instead, which
-was worse here. x is the input with adapter i applied to the model.
+diagonal is added to it, because few rows determine few directions. RegMean multiplies the entries off the diagonal by a
+factor under 1 for this purpose. The two were compared once, on validation rows of one language model, where this ridge
+alone did better than the factor 0.8 with a smaller ridge. x is the input with adapter i applied to the model.
 
 Sources: Jin, Ren, Preotiuc-Pietro and Cheng, Dataless Knowledge Fusion by Merging Weights of Language Models (ICLR 2023):
 RegMean; Izenman, Reduced-Rank Regression for the Multivariate Linear Model (J. Multivariate Analysis, 1975).
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..evaluation.loaded_model import Bench, weight_shape
-from ..evaluation.scorers import Progress
+from ..merging.plan import Progress
 from ..task_vectors.delta import LowRank
 from .checkpoint import Checkpoint
 from .fitting import Fit, FitOptions
@@ -45,36 +46,36 @@ class ModuleInputs:
 
     def __init__(self, bench: Bench, modules: Sequence[str]) -> None:
         self.bench, self.modules = bench, modules
-        self._owners: dict[str, str] = {}  # of the modules that share an input, as query, key and value do, the first
+        self._owners: dict[str, str] = {}  # of modules that share an input, as query, key and value do, the first
         self._grams: dict[str, Tensor] = {}  # Σ wᵢGᵢ, (in, in), of each owner
         self._targets: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}  # (Bᵢ, wᵢAᵢGᵢ)
-        self._tokens: Tensor | None = None  # whether each place of the batch is a token
+        self._is_token: Tensor | None = None  # for each position of the batch; others are padding
+        self._latest: tuple[Tensor, str, Tensor] | None = None  # the last input, its owner, its tokens, (tokens, in)
 
     @staticmethod
     def bytes_needed(bench: Bench, modules: Sequence[str]) -> int:
-        """Return the size of one Gram matrix for each module; less is needed where modules share an input."""
+        """Return the bytes of one Gram matrix for each module; modules that share an input need less."""
         return sum(4 * weight_shape(bench.layer(name))[1] ** 2 for name in modules)
 
     @contextmanager
     def gathered(self, adapter: Adapter | None, weight: float, tokens: int) -> Iterator[None]:
-        """Add what the modules of the model read within a `with` block, in which an adapter runs once on its rows.
+        """Add the inputs of the modules within a `with` block, in which an adapter runs once on its rows.
 
         Args:
             adapter: that is applied; None for the base model, whose Δ is 0.
             weight: wᵢ.
-            tokens: in all of its rows.
+            tokens: the number in all of its rows.
         """
         share = weight / tokens
         deltas = {} if adapter is None else {name: adapter.read(name) for name in adapter.modules}
         with ExitStack() as stack:
             stack.callback(self.bench.model.register_forward_pre_hook(self._keep_mask, with_kwargs=True).remove)
-            previous: list[Any] = [None, "", None]  # the input, the module that owns it, its tokens
             for name in self.modules:
                 delta = deltas.get(name)
-                hook = self._recorder(name, delta if isinstance(delta, LowRank) else None, share, previous)
+                hook = self._recorder(name, delta if isinstance(delta, LowRank) else None, share)
                 stack.callback(self.bench.layer(name).register_forward_pre_hook(hook).remove)
             yield
-        self._tokens = None
+        self._is_token = self._latest = None
 
     def best(self, rank: int) -> dict[str, LowRank]:
         """Return the best Δ of every module, B: (out, rank) and A: (rank, in), float32, on the CPU."""
@@ -82,43 +83,47 @@ class ModuleInputs:
         roots: dict[str, Tensor] = {}
         for name in sorted(self.modules, key=lambda name: self._owners.get(name, "")):
             owner = self._owners.get(name)
-            if owner is None:  # the model never ran it, so that its Δ does not matter
+            if owner is None:  # the model never ran it, so its Δ has no effect
                 rows, columns = weight_shape(self.bench.layer(name))
                 found[name] = LowRank(torch.zeros(rows, rank), torch.zeros(rank, columns))
                 continue
             if owner not in roots:
-                roots = {owner: _root(self._grams[owner])}  # one at a time: in float64 they are large
+                roots = {owner: _root(self._grams[owner])}  # one at a time, because they are large in float64
             found[name] = _reduced_rank(self._targets[name], roots[owner], rank)
         return found
 
     def _keep_mask(self, _: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self._tokens = kwargs["attention_mask"].bool()
+        self._is_token = kwargs["attention_mask"].bool()
 
-    def _recorder(self, name: str, delta: LowRank | None, share: float, previous: list[Any]) -> Any:
-        """Return a hook that adds what one module reads."""
-        device = self.bench.device
-        A = None if delta is None else delta.A.to(device)
-        sums = torch.zeros_like(A) if A is not None else None
-        if delta is not None and sums is not None:
-            self._targets[name].append((delta.B, sums))
+    def _recorder(self, name: str, delta: LowRank | None, share: float) -> Any:
+        """Return a hook that adds the inputs of one module."""
+        if delta is None:
+            return lambda _, inputs: self._add_input(name, inputs[0], share)
+        A = delta.A.to(self.bench.device)
+        sums = torch.zeros_like(A)
+        self._targets[name].append((delta.B, sums))
 
         def record(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            if previous[0] is not inputs[0]:
-                previous[:] = [inputs[0], name, inputs[0][self._tokens].float()]
-                if name not in self._grams:
-                    width = inputs[0].shape[-1]
-                    self._grams[name] = torch.zeros(width, width, device=device)
-                self._grams[name].addmm_(previous[2].T, previous[2], alpha=share)
-            self._owners[name] = previous[1]
-            if A is not None and sums is not None:
-                x = previous[2]
-                sums.addmm_((x @ A.T).T, x, alpha=share)
+            self._add_input(name, inputs[0], share)
+            assert self._latest is not None
+            x = self._latest[2]
+            sums.addmm_((x @ A.T).T, x, alpha=share)
 
         return record
 
+    def _add_input(self, name: str, value: Tensor, share: float) -> None:
+        """Add an input of a module to its Gram matrix, unless the module before has added the same input."""
+        if self._latest is None or self._latest[0] is not value:
+            x = value[self._is_token].float()
+            if name not in self._grams:
+                self._grams[name] = x.new_zeros(x.shape[-1], x.shape[-1])
+            self._grams[name].addmm_(x.T, x, alpha=share)
+            self._latest = (value, name, x)
+        self._owners[name] = self._latest[1]
+
 
 def has_closed_form(student: Student, teachers: Sequence[Teacher]) -> bool:
-    """Return whether there is a closed form: factors of a LoRA of a causal model, all adapters LoRAs, and memory for it."""
+    """Return whether the closed form applies: factors of LoRAs of a causal model are fitted, and the matrices are small."""
     adapters = [teacher.adapter for teacher in teachers if teacher.adapter is not None]
     fits = student.fit == FACTORS and student.bench.form == "causal"
     lora = all(adapter.peft_type.has_rank for adapter in adapters)
@@ -143,13 +148,13 @@ def run_teachers(
     inputs: ModuleInputs | None = None,
     weights: Sequence[float] = (),
 ) -> None:
-    """Run every teacher once and set its predictions, or those that an earlier run saved.
+    """Set the predictions of every teacher, from one run of it or as an earlier run saved them.
 
     Args:
-        teachers: their rows must be complete.
-        checkpoint: where predictions are saved, and read from unless `inputs` are wanted, for which all must run.
+        teachers: with complete rows.
+        checkpoint: where predictions are saved and read.
         progress: called as progress(stage, done, of).
-        inputs: where to add what the modules read; None for nowhere.
+        inputs: gathers the inputs of the modules; then every teacher runs, also where its predictions are saved.
         weights: of each teacher, for `inputs`.
     """
     for number, teacher in enumerate(teachers):
@@ -170,15 +175,15 @@ def better_start(
     checkpoint: Checkpoint,
     progress: Progress,
 ) -> tuple[Student, bool]:
-    """Run the teachers; return the student with the lower divergence on the held-out rows: as it is, or by the closed form.
+    """Run the teachers, and return the student as it is or from the closed form, whichever diverges less on held-out rows.
 
-    Returns: the student, and whether it begins with the closed form.
+    Returns: the student, and whether it starts with the closed form.
     """
     saved = checkpoint.read("start")
     inputs = ModuleInputs(student.bench, student.start.modules) if saved is None else None
     run_teachers(teachers, checkpoint, progress, inputs, options.shares(len(teachers)))
     if inputs is not None:
-        found = student.begun_with(inputs.best(student.start.ranks[-1]))
+        found = student.started_from(inputs.best(student.start.ranks[-1]))
         before, after = (Fit(one, teachers, options).divergence() for one in (student, found))
         saved = {"tensors": found.state_dict() if after < before else {}}
         checkpoint.write("start", saved)
@@ -186,7 +191,7 @@ def better_start(
         return student, False
     factors = saved["tensors"]
     names = student.start.modules
-    return student.begun_with(
+    return student.started_from(
         {name: LowRank(factors[f"{name}.B"].cpu(), factors[f"{name}.A"].cpu()) for name in names}
     ), True
 

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import writer
-from ..adapters.adapter import Adapter, check_is_list
+from ..adapters.adapter import Adapter, load_adapters
 from ..errors import CompatibilityError
 from ..evaluation.evaluate import find_base, make_scorer
-from ..evaluation.loaded_model import Bench
-from ..evaluation.scorers import Progress, form_for
+from ..evaluation.loaded_model import Bench, check_text_model
+from ..evaluation.scorers import form_for
 from ..evaluation.task import TaskSource, read_task
 from ..merging.merge import merge
 from ..merging.merged import Merged, versions
+from ..merging.plan import Progress
 from ..merging.values import check_whole
 from .training import train
 
@@ -22,10 +23,10 @@ STEPS_EACH = 20
 
 
 class Signs(Adapter):
-    """An adapter trained on a few examples, with a record of them.
+    """An adapter trained on a few examples, with a record of how.
 
     Attributes:
-        recipe: what was asked, as plain values; it is saved as provenance.
+        recipe: what was asked for, as plain values; it is saved as provenance.
     """
 
     def __init__(self, made: Adapter, recipe: Mapping[str, Any]) -> None:
@@ -50,28 +51,29 @@ def few_shot_signs(
 ) -> Signs:
     """Return an adapter whose signs replace the election: `merge(adapters, method="ties", sign_from=…)`.
 
-    It begins as the average of the adapters, at the largest of their ranks, and is trained on a few labelled rows
-    of all tasks together. A merge takes its signs, untrimmed, and the magnitudes of the adapters.
+    It is the average of the adapters at the largest of their ranks, trained further on a few labelled rows of all tasks
+    together. A merge takes its signs, untrimmed, and the magnitudes of the adapters.
 
     Args:
         adapters: folders, Hub ids or `Adapter`s.
         tasks: with some labelled rows each (32 in the paper).
         base, device, bench: as in `evaluate`.
-        steps: of training, in all; 20 for each task by default.
-        seed: of the draws of rows.
+        steps: of training in all; 20 for each task by default.
+        seed: of the rows of each step.
         progress: called as progress(stage, done, of).
     Raises: TiesPeftError, before the model is run.
-    Source: Yadav et al., TIES-Merging, NeurIPS 2023 (arXiv 2306.01708), section 7: with the signs of a
-        multitask model TIES nearly reaches it, and 32 examples a task give a part of that gain.
+    Source: Yadav et al., TIES-Merging, NeurIPS 2023 (arXiv 2306.01708), section 7: with the signs of a multitask model
+        TIES is almost as good as that model; signs estimated from 32 examples a task give a part of this gain.
     """
     if steps is not None:
         check_whole("steps", steps, 1)
     check_whole("seed", seed, 0)
-    check_is_list(adapters)
-    opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    opened = load_adapters(adapters)
+    for adapter in opened:
+        check_text_model(adapter)
     asked = [read_task(task) for task in tasks]
     if not asked:
-        raise CompatibilityError("no tasks were given. Name one with a few labelled rows for each adapter.")
+        raise CompatibilityError("no tasks were given. Give one with a few labelled rows for each adapter.")
     largest = max((adapter.ranks[-1] for adapter in opened), default=1)
     rank = largest if any(adapter.peft_type.has_rank for adapter in opened) else "auto"
     start: Merged = merge(opened, method="average", rank=rank, dtype="float32")

@@ -1,4 +1,4 @@
-"""Make the adapter that `distil` begins with: a merge of its teachers at the rank of the result."""
+"""Make the adapter that `distil` starts from: by default a merge of its teachers at the rank of the result."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ def make_start(
 
     Args:
         teachers: the adapters to imitate.
-        bench: its weights are needed to approximate an (IA)³ vector by a LoRA.
+        bench: the base model, whose weights are needed to approximate an (IA)³ vector by a LoRA.
         start, kind, fit, rank, base_model: as in `distil`.
-    Raises: RecipeError, MethodError or CompatibilityError where there is no such start.
+    Raises: RecipeError, MethodError or CompatibilityError where the start that was asked for is impossible.
     """
     chosen = _kind(teachers, kind)
     has_rank = peft_types()[chosen].has_rank
     if rank is not None and not has_rank:
-        raise MethodError(f"rank is {rank!r}, but (IA)³ vectors have no rank. Leave it out.")
+        raise MethodError(f"rank is {rank!r}, but the result is (IA)³, whose vectors have no rank. Leave rank out.")
     largest = max([a.ranks[-1] for a in teachers if a.peft_type.has_rank], default=DEFAULT_RANK)
     ranked: dict[str, Any] = {"rank": rank or largest} if has_rank and (rank or fit != GAINS) else {}
     shared: dict[str, Any] = {"dtype": "float32", "base_model": base_model, "allow_disjoint": True}
-    if bench.form == "classifier":  # each teacher is judged by its teacher's own head
+    if bench.form == "classifier":  # each teacher is imitated with its own head
         shared["heads"] = "drop"
     if start is not None and not isinstance(start, Mapping):
         adapter = start if isinstance(start, Adapter) else Adapter.load(start)
         if adapter.peft_type.config_name != chosen:
             raise RecipeError(
-                f"the start '{adapter.label}' is {adapter.peft_type.title}, and the result is to be {peft_types()[chosen].title}. "
-                "Start from one of that kind, or say kind=."
+                f"the start '{adapter.label}' is {adapter.peft_type.title}; expected {peft_types()[chosen].title}, the kind of "
+                "the result. Start from an adapter of that kind, or name another kind (kind=, --kind)."
             )
         return merge([adapter], "average", **ranked, **shared), f"'{adapter.label}'"
     own = [a for a in teachers if a.peft_type.config_name == chosen]
@@ -68,14 +68,14 @@ def make_start(
     try:
         merged = merge(own, **(asked | ranked | shared))
     except TypeError as error:
-        raise RecipeError(f"start: {one_line(error)}. Give what `merge` takes, or an adapter.") from None
+        raise RecipeError(f"start: {one_line(error)}. Give arguments of `merge`, or an adapter.") from None
     return merged, f"{asked.get('method', Options.method)} of the adapters{', ' if description else ''}{description}"
 
 
 def as_lora(adapter: Adapter, bench: Bench, rank: int) -> Adapter:
     """Return the LoRA closest to an (IA)³ adapter: the best rank-r factors of W·diag(l − 1) or diag(l − 1)·W.
 
-    A LoRA cannot hold what the vectors do to biases, so this is left out: the result is a start, not a conversion.
+    The effect of the vectors on biases is left out, which a LoRA cannot have. So this is a start, not a conversion.
     """
     lora = output_type(peft_types()["LORA"])
     tensors: dict[str, torch.Tensor] = {}
@@ -109,8 +109,8 @@ def _kind(teachers: Sequence[Adapter], asked: str | None) -> str:
         chosen = by_name[asked]
         if chosen == by_name["ia3"] and all(a.peft_type.config_name != chosen for a in teachers):
             raise RecipeError(
-                "the result is to be (IA)³, and none of the adapters is: their task vectors have no place in a vector. "
-                "Leave kind out, for a LoRA."
+                "the result is to be (IA)³, but none of the adapters is (IA)³, and a LoRA's task vector is no vector. Leave "
+                "kind out, for a LoRA."
             )
         return chosen
     return by_name["ia3"] if all(not adapter.peft_type.has_rank for adapter in teachers) else by_name["lora"]

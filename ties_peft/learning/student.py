@@ -1,6 +1,6 @@
-"""Fit the parameters of an adapter while hooks apply it to a base model.
+"""Student: an adapter whose parameters are fitted while hooks apply it to a base model.
 
-The base's own tensors stay frozen and unchanged, and nothing else gets a gradient. What is fitted:
+The base's own tensors stay unchanged and get no gradient. What is fitted:
 
     factors  A and B of every module: y + B·A·x
     gains    one number for each direction of every module, with A and B fixed: y + B·diag(g)·A·x
@@ -27,17 +27,17 @@ from . import FITS
 
 FACTORS, GAINS = FITS
 VECTORS = "vectors"
-SIZE_OF_ZEROS = 1e-2  # the size by which the learning rate is multiplied where all parameters start at 0
+SIZE_OF_ZEROS = 1e-2  # the size that parameters are taken to have if all of them start at 0
 
 
 class Student:
     """An adapter whose parameters are fitted.
 
     Args:
-        start: the adapter that it begins as; the layers that it adapts must be linear.
+        start: the adapter that it is at first; it must adapt linear layers only.
         bench: the base model that it is applied to.
         fit: `factors` or `gains`; (IA)³ has only `vectors`.
-        seed: of the values of A where a direction of the start is 0; its B stays 0.
+        seed: of the values that A gets where A and B of a direction of the start are 0.
 
     Attributes:
         parameters: the fitted tensors, float32, on the bench's device, by `MODULE.A`, `.B`, `.g` or `.l`.
@@ -67,8 +67,8 @@ class Student:
         """Return groups of parameters for an optimiser of torch, one for each of A, B, g and l.
 
         Args:
-            rate: a share of the size of the parameters: of each group it is multiplied by the root mean square of the
-                group's parameters at the start (of l − 1 for l).
+            rate: a share of the size of the parameters. The learning rate of a group is this times the root mean square
+                of the group's parameters at the start (for l, of l − 1).
         """
         return [
             {"params": [p for name, p in self.parameters.items() if _letter(name) == letter], "lr": rate * size}
@@ -90,8 +90,8 @@ class Student:
         with torch.no_grad():
             return self._packed({name: self._delta(name) for name in self.start.modules}, dtype)
 
-    def begun_with(self, deltas: Mapping[str, LowRank]) -> Student:
-        """Return a student of the same modules and rank that begins with other task vectors."""
+    def started_from(self, deltas: Mapping[str, LowRank]) -> Student:
+        """Return a student of the same modules and rank that starts from other task vectors."""
         start = Adapter.from_tensors(self.start.config, self._packed(deltas, torch.float32))
         return Student(start, self.bench, self.fit, self.seed)
 
@@ -160,29 +160,24 @@ def _sizes(values: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _draw_zero_directions(values: Mapping[str, Tensor], size: float, seed: int) -> None:
-    """Draw A where A and B of a direction are 0, since their gradients are 0 too; the function stays the same."""
+    """Draw A at random where A and B of a direction are 0, so that B gets a gradient; B·A stays 0 there."""
     for name, A in values.items():
         if _letter(name) != "A":
             continue
         B = values[f"{name.removesuffix('.A')}.B"]
-        idle = ((A == 0).all(1)) & ((B == 0).all(0))
-        if idle.any():
+        is_zero = (A == 0).all(1) & (B == 0).all(0)
+        if is_zero.any():
             generator = torch.Generator().manual_seed(stream_key(seed, name, 0, "wake") % (1 << 63))
-            A[idle] = size * torch.randn(int(idle.sum()), A.shape[1], generator=generator)
+            A[is_zero] = size * torch.randn(int(is_zero.sum()), A.shape[1], generator=generator)
 
 
 def _check_layers(start: Adapter, bench: Bench) -> None:
     """Refuse a start with a module that is not a linear layer."""
     bench.check(start)
-    odd = [
-        name for name in start.modules if start.module(name).layer_type != LINEAR or not _is_linear(bench.layer(name))
-    ]
-    if odd:
-        raise CompatibilityError(
-            f"the start adapts {odd[0]!r}, a {start.module(odd[0]).layer_type} module; only linear layers can be fitted. Start "
-            "from an adapter without it, or leave out the adapters that have it."
-        )
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    for name in start.modules:
+        layer, layer_type = bench.layer(name), start.module(name).layer_type
+        if layer_type != LINEAR or not (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
+            raise CompatibilityError(
+                f"the start adapts {name!r}, {layer_type} ({type(layer).__name__}); only linear layers can be fitted. Start from "
+                "an adapter without it, or leave out the adapters that have it."
+            )

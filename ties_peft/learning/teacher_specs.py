@@ -1,4 +1,4 @@
-"""Find out which adapters `distil` is to imitate, on which rows, and how their predictions are read."""
+"""Read which adapters `distil` imitates, on which rows, and how their predictions are read; make teachers of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ..adapters.adapter import Adapter, check_is_list
 from ..errors import RecipeError, unknown
 from ..evaluation.evaluate import find_base
-from ..evaluation.loaded_model import LANGUAGE, Bench
+from ..evaluation.loaded_model import LANGUAGE, Bench, check_text_model
 from ..evaluation.rows import FILES, Row, is_row_source, read_rows, texts_of
 from ..evaluation.scorers import Classification, check_form, form_for
 from ..evaluation.task import SLOT, Task, is_task, read_task
@@ -23,29 +23,25 @@ from .token_teachers import TokenTeacher
 from .written_rows import AnswerWriter, RowWriter, Writer, line_ends, random_rows, row_beginning
 
 RANDOM_ROWS = 800
-TEXT_TOKENS = 48  # of a row that an adapter writes, at most, besides its answer
-OWN, GIVEN, NONE = ANSWERS
-MIN_ROWS = 5  # rows: one is held out of five
-FORM_OF_TASK_TYPE = {"CAUSAL_LM": LANGUAGE, "SEQ_CLS": "classifier"}  # what a config says that needs no task
+TEXT_TOKENS = 48  # at most, in each part of a prompt that an adapter writes
+_, GIVEN, NONE = ANSWERS
+MIN_ROWS = 5  # since one of five rows is held out
+FORM_OF_TASK_TYPE = {"CAUSAL_LM": LANGUAGE, "SEQ_CLS": "classifier"}  # of adapters that need no task
 DEFAULT_TASKS = {LANGUAGE: Task("loss", label=None), "classifier": Task("head")}
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """The rows that the user asked for.
+    """The rows that the user asked for, of one adapter.
 
     Attributes:
-        name: of the adapter, short and unique, for tables.
-        task: how its predictions are read; None where that follows from the model.
-        texts: what it reads; None for random tokens and for rows that it writes itself.
-        count: how many rows of random tokens, or that it writes.
-        origin: where the rows come from.
-        targets: the answer to each text, where they are given.
-        generated: whether it writes its rows itself.
+        texts: what the adapter reads; None for random tokens and for rows that it writes itself.
+        count: the number of rows of random tokens, or of rows that it writes.
+        origin: where the rows come from, in words.
+        targets: the answer to each text, where the answers are given.
+        generated: whether the adapter writes its rows itself.
     """
 
-    name: str
-    task: Task | None
     texts: tuple[str, ...] | None
     count: int
     origin: str
@@ -55,42 +51,44 @@ class RowSpec:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """One adapter to imitate, and its rows."""
+    """One adapter to imitate, as the user asked for it.
+
+    Attributes:
+        adapter: the adapter.
+        name: of the adapter, short and unique, for tables.
+        task: how its predictions are read; None where that follows from the model.
+        rows: its rows.
+    """
 
     adapter: Adapter
+    name: str
+    task: Task | None
     rows: RowSpec
-
-    @property
-    def name(self) -> str:
-        """The adapter's, short and unique, for tables."""
-        return self.rows.name
-
-    @property
-    def task(self) -> Task | None:
-        """How its predictions are read; None where that follows from the model."""
-        return self.rows.task
 
 
 def read_teacher_specs(
     adapters: Sequence[Any], rows: Any = None, tasks: Any = None, count: int | None = None, answers: str | None = None
 ) -> list[TeacherSpec]:
-    """Open the adapters and find the task and the texts of each; see `distil`.
+    """Open the adapters and find the task and the rows of each; see `distil`.
 
-    Raises: RecipeError naming a task or rows that belong to no adapter, or an adapter without them.
+    Raises: RecipeError naming a task or rows that belong to no adapter, or an adapter without them; CompatibilityError for
+        a LoRA of an image model.
     """
     check_is_list(adapters)
     if not adapters:
         raise RecipeError("expected a list of adapters to imitate, at least one: distil([...]).")
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    for adapter in opened:
+        check_text_model(adapter)
     names = short_names([adapter.label for adapter in opened])
-    keys = [
-        {given, own.label, name} for given, own, name in zip(map(_lookup_key, adapters), opened, names, strict=True)
+    keys = [{_lookup_key(a), own.label, name} for a, own, name in zip(adapters, opened, names, strict=True)]
+    given_tasks = [None if task is None else read_task(task) for task in _for_each("tasks", tasks, keys, names)]
+    given_rows = _for_each("rows", rows, keys, names)
+    written, labelled = count or GENERATED_ROWS, answers == GIVEN
+    return [
+        TeacherSpec(adapter, name, task, _row_spec(name, task, own_rows, written, labelled))
+        for adapter, name, task, own_rows in zip(opened, names, given_tasks, given_rows, strict=True)
     ]
-    tasks_of = [None if task is None else read_task(task) for task in _for_each("tasks", tasks, keys, names)]
-    given = _for_each("rows", rows, keys, names)
-    every = zip(names, tasks_of, given, strict=True)
-    asked = [_row_spec(*one, count or GENERATED_ROWS, answers == GIVEN) for one in every]
-    return [TeacherSpec(*one) for one in zip(opened, asked, strict=True)]
 
 
 def open_bench(
@@ -108,35 +106,33 @@ def open_bench(
         forms = {_form(spec) for spec in specs}
         if len(forms) != 1:
             raise RecipeError(
-                f"the tasks need {len(forms)} forms of the base model ({', '.join(sorted(forms))}); one is loaded. "
-                "Imitate those of one form at a time."
+                f"the tasks need {len(forms)} forms of the base model ({', '.join(sorted(forms))}), and one is loaded. "
+                "Imitate the adapters of one form at a time."
             )
         tasks = [spec.task for spec in specs if spec.task is not None]
         chosen = find_base([spec.adapter for spec in specs], tasks, base)
         bench = Bench.load(chosen, forms.pop(), device, dtype=precision)
     if bench.form == "seq2seq":
         raise RecipeError(
-            f"'{bench.base}' is a sequence-to-sequence model, whose predictions cannot be imitated yet; those of "
-            "encoders, sequence classification and causal models can be."
+            f"'{bench.base}' is a sequence-to-sequence model; expected an encoder, a sequence classifier or a causal language "
+            "model, whose adapters can be imitated. Choose a base of one of these."
         )
     for spec in specs:
         if spec.task is not None:
             check_form(bench, spec.task)
         elif bench.form == "encoder":
             raise RecipeError(_needs_task(spec))
-        bench.check(spec.adapter)
-        bench.check_complete(spec.adapter)
-        spec.adapter.check()
+        bench.check_all(spec.adapter)
     return bench
 
 
 @dataclass(frozen=True)
-class Answering:
-    """How answers to prompts come about; see `distil`.
+class AnswerOptions:
+    """Where the answers to prompts come from; see `distil`.
 
     Attributes:
-        answers: one of `ANSWERS`; None for what suits each adapter's rows.
-        tokens: in an answer, at most.
+        answers: one of `ANSWERS`; None for the default of each adapter's rows.
+        tokens: the largest number in an answer.
         seed: of the sampling and of random tokens.
     """
 
@@ -145,100 +141,108 @@ class Answering:
     seed: int
 
 
-def make_teachers(specs: Sequence[TeacherSpec], bench: Bench, how: Answering) -> list[Teacher]:
+def make_teachers(specs: Sequence[TeacherSpec], bench: Bench, options: AnswerOptions) -> list[Teacher]:
     """Tokenize the rows of each adapter; no adapter is run yet.
 
-    Raises: RecipeError where there are too few rows, or rows are to be written by a model that cannot.
+    Raises: RecipeError where there are too few rows, or where a model that is not causal would have to write.
     """
-    return [_teacher(spec.adapter, spec.rows, bench, how) for spec in specs]
+    return [_teacher(spec.adapter, spec.name, spec.task, spec.rows, bench, options) for spec in specs]
 
 
-def make_base_teacher(rows: Any, bench: Bench, how: Answering) -> Teacher:
-    """Return the base model as a teacher, on text of its own (`keep_base`); all positions are judged.
+def make_base_teacher(rows: Any, bench: Bench, options: AnswerOptions) -> Teacher:
+    """Return the base model as a teacher, on rows of its own (`keep_base`), of which every token is compared.
 
     Raises: RecipeError where the model is no causal one, or the rows cannot be used.
     """
     if bench.form != "causal":
         raise RecipeError(f"keep_base needs a causal language model; '{bench.base}' is loaded as {bench.form}.")
-    asked = _row_spec(BASE, None, rows, GENERATED_ROWS, False)
-    return _teacher(None, asked, bench, replace(how, answers=NONE))
+    asked = _row_spec(BASE, None, rows, GENERATED_ROWS, labelled=False)
+    return _teacher(None, BASE, None, asked, bench, replace(options, answers=NONE))
 
 
-def _teacher(adapter: Adapter | None, spec: RowSpec, bench: Bench, how: Answering) -> Teacher:
-    form = LANGUAGE if bench.form == "causal" else bench.form
-    task = spec.task or DEFAULT_TASKS[form]
-    if form != LANGUAGE:
-        _check_no_writing(spec, bench, how)
-    writer = _writer(spec, task, bench, how) if form == LANGUAGE else None
-    starts: list[int] | None = None
-    if spec.generated:
-        sequences = [row_beginning(bench, task.format_of_prompts.partition(SLOT)[0])] * spec.count
-    elif spec.texts is None:
-        digest = BASE if adapter is None else adapter.digest
-        sequences = random_rows(bench, spec.count, how.seed, digest, task.descriptions)
-    else:
-        texts = task.fill_template(list(spec.texts))
-        texts = [text.rstrip() for text in texts] if writer or spec.targets else texts  # as `evaluate` reads prompts
-        sequences, _ = bench.token_ids(texts, task.max_tokens)
-        if spec.targets is not None:
-            sequences, starts = _with_targets(bench, texts, spec.targets, task.max_tokens)
+def _teacher(
+    adapter: Adapter | None, name: str, given_task: Task | None, rows: RowSpec, bench: Bench, options: AnswerOptions
+) -> Teacher:
+    causal = bench.form == "causal"
+    task = given_task or DEFAULT_TASKS[LANGUAGE if causal else bench.form]
+    if not causal:
+        _check_no_writing(rows, bench, options)
+    writer = _writer(rows, given_task, bench, options) if causal else None
+    digest = BASE if adapter is None else adapter.digest
+    sequences, starts = _sequences(rows, task, bench, options.seed, digest, are_prompts=writer is not None)
     kept = [place for place, ids in enumerate(sequences) if ids]
     if len(kept) < MIN_ROWS:
         raise RecipeError(
-            f"adapter '{spec.name}' has {len(kept)} rows with a token in them ({spec.origin}); expected "
-            f"{MIN_ROWS} at least. Give more, or a number of rows of random tokens."
+            f"adapter '{name}' has {len(kept)} rows with a token in them ({rows.origin}); expected at least {MIN_ROWS}. Give "
+            "more rows, or a number of rows of random tokens."
         )
     sequences = [sequences[place] for place in kept]
-    if form != LANGUAGE:
+    if not causal:
         assert adapter is not None
         scorer = Classification(bench, task, labelled=False, sequences=sequences)
-        return LabelTeacher(scorer, adapter, spec.name, spec.origin)
+        return LabelTeacher(scorer, adapter, name, rows.origin)
     starts = None if starts is None else [starts[place] for place in kept]
     choices = choice_tokens(bench, task) if starts or (writer and writer.prompted) else ()
-    return TokenTeacher(bench, adapter, sequences, spec.name, spec.origin, writer, choices, starts)
+    return TokenTeacher(bench, adapter, sequences, name, rows.origin, writer, choices, starts)
 
 
-def _check_no_writing(spec: RowSpec, bench: Bench, how: Answering) -> None:
-    """Refuse answers and written rows where the model is no causal one."""
-    if spec.generated or how.answers is not None:
-        asked = f"rows '{GENERATED}'" if spec.generated else f"answers '{how.answers}'"
+def _check_no_writing(rows: RowSpec, bench: Bench, options: AnswerOptions) -> None:
+    """Refuse answers and written rows for a model that is not causal."""
+    if rows.generated or options.answers is not None:
+        asked = f"rows '{GENERATED}'" if rows.generated else f"answers '{options.answers}'"
         raise RecipeError(
             f"{asked}: only a causal language model can write; '{bench.base}' is loaded as {bench.form}. Give texts, or a "
             "number of rows of random tokens."
         )
 
 
-def _writer(spec: RowSpec, task: Task, bench: Bench, how: Answering) -> Writer | None:
-    """Return what an adapter is asked to write; None for nothing."""
-    if spec.generated:
-        pieces = [piece.rstrip() for piece in task.format_of_prompts.split(SLOT)[1:]]
+def _writer(rows: RowSpec, task: Task | None, bench: Bench, options: AnswerOptions) -> Writer | None:
+    """Return what lets an adapter write its rows or its answers; None where it writes nothing."""
+    if rows.generated:
+        pieces = [piece.rstrip() for piece in (task or DEFAULT_TASKS[LANGUAGE]).format_of_prompts.split(SLOT)[1:]]
         if not any(pieces):
-            return RowWriter(TEXT_TOKENS, how.tokens, (), (), how.seed)
-        ids = tuple(tuple(one) for one in bench.all_token_ids(pieces, special=False))
-        return RowWriter(TEXT_TOKENS, how.tokens, ids, line_ends(bench), how.seed)
-    if spec.texts is None or (task.label is None and spec.task is not None) or how.answers in (GIVEN, NONE):
+            return RowWriter(TEXT_TOKENS, options.tokens, (), (), options.seed)
+        ids = tuple(map(tuple, bench.all_token_ids(pieces, special=False)))
+        return RowWriter(TEXT_TOKENS, options.tokens, ids, line_ends(bench), options.seed)
+    unlabelled = task is not None and task.label is None
+    if rows.texts is None or unlabelled or options.answers in (GIVEN, NONE):
         return None
-    return AnswerWriter(how.tokens, how.seed, spec.task is None)
+    return AnswerWriter(options.tokens, options.seed, whole=task is None)
+
+
+def _sequences(
+    rows: RowSpec, task: Task, bench: Bench, seed: int, digest: str, are_prompts: bool
+) -> tuple[list[list[int]], list[int] | None]:
+    """Return the token ids of each row, and where the given answers begin in them; None without given answers."""
+    if rows.generated:
+        return [row_beginning(bench, task.format_of_prompts.partition(SLOT)[0])] * rows.count, None
+    if rows.texts is None:
+        return random_rows(bench, rows.count, seed, digest, task.descriptions), None
+    texts = task.fill_template(list(rows.texts))
+    if rows.targets is not None:
+        return _with_targets(bench, [text.rstrip() for text in texts], rows.targets, task.max_tokens)
+    texts = [text.rstrip() for text in texts] if are_prompts else texts  # as `evaluate` reads prompts
+    return bench.token_ids(texts, task.max_tokens)[0], None
 
 
 def _with_targets(
     bench: Bench, texts: Sequence[str], targets: Sequence[str], most: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Return prompts with the given answers as token ids, and where the answers begin; both are tokenized together."""
+    """Return prompts with their answers, tokenized together, and where each answer begins."""
     pairs = [tokenized(bench, text, target) for text, target in zip(texts, targets, strict=True)]
     prompts = [prompt[-most:] for prompt, _ in pairs]
     return [[*prompt, *answer] for prompt, (_, answer) in zip(prompts, pairs, strict=True)], list(map(len, prompts))
 
 
 def tokenized(bench: Bench, text: str, target: str) -> tuple[list[int], list[int]]:
-    """Return token ids of a prompt and of what follows it, as they are in running text."""
+    """Return the token ids of a prompt and of the text that follows it, as in running text."""
     joint = text + (target if target[:1].isspace() or not target else f" {target}")
     whole, alone = bench.all_token_ids([joint, text])
     return whole[: len(alone)], whole[len(alone) :]
 
 
 def choice_tokens(bench: Bench, task: Task) -> tuple[int, ...]:
-    """Return the first token of each choice of a task; empty where it has none, or where two begin with the same one."""
+    """Return the first token of each choice of a task; empty without choices, or where two have the same first token."""
     if task.choices is None:
         return ()
     prompt = task.template.replace(SLOT, "a").rstrip()
@@ -247,51 +251,54 @@ def choice_tokens(bench: Bench, task: Task) -> tuple[int, ...]:
 
 
 def _row_spec(name: str, task: Task | None, rows: Any, count: int, labelled: bool) -> RowSpec:
-    """Return one adapter's rows, `count` of them where it writes them, with their labels where these are the answers."""
-    described = task is not None and task.descriptions is not None
+    """Return one adapter's rows.
+
+    Args:
+        name: of the adapter, for messages.
+        task: of the adapter.
+        rows: as given; None for the default.
+        count: the number of rows that it writes, if it writes them.
+        labelled: whether the labels of the rows are the answers.
+    """
     if rows == GENERATED:
-        return RowSpec(name, task, None, count, "written by the adapter", None, True)
+        return RowSpec(None, count, "written by the adapter", generated=True)
     if rows is None and task is not None and task.rows is not None:
         origin = task.rows if isinstance(task.rows, str) else "the task's rows"
         return _from_rows(name, task, task.read(), origin, task.where, labelled)
     if rows is None or (isinstance(rows, int) and not isinstance(rows, bool)):
-        number = RANDOM_ROWS if rows is None else rows
+        described = task is not None and task.descriptions is not None
         origin = "random tokens and words of the labels" if described else "random tokens"
-        return RowSpec(name, task, None, number, origin)
+        return RowSpec(None, RANDOM_ROWS if rows is None else rows, origin)
     if isinstance(rows, (str, Path)):
-        field = "text" if task is None else task.text
-        read = read_rows(rows, limit=None if task is None else task.limit, text=field)
+        read = read_rows(rows, limit=task.limit if task else None, text=task.text if task else "text")
         return _from_rows(name, task, read, str(rows), f"rows {str(rows)!r}", labelled)
-    if isinstance(rows, Sequence) and all(isinstance(text, str) for text in rows):
-        if labelled:
-            raise RecipeError(
-                f"answers '{GIVEN}': the rows of '{name}' are texts without labels. Give a file with both, and a task that "
-                f"names their keys; or answers='{NONE}' for texts that end with their answers."
-            )
-        return RowSpec(name, task, tuple(rows), 0, "texts given")
-    raise RecipeError(
-        f"rows of '{name}' are {rows!r}; expected a list of texts, the path of a .jsonl, .csv or .txt file, "
-        f"a data set on the Hub, a number of random-token rows, or '{GENERATED}'."
-    )
+    if not (isinstance(rows, Sequence) and all(isinstance(text, str) for text in rows)):
+        raise RecipeError(
+            f"rows of '{name}' are {rows!r}; expected a list of texts, the path of a .jsonl, .csv or .txt file, "
+            f"a data set on the Hub, a number of random-token rows, or '{GENERATED}'."
+        )
+    if labelled:
+        raise RecipeError(
+            f"answers '{GIVEN}': the rows of '{name}' are texts without labels. Give a file with both, and a task that "
+            f"names their keys; or answers='{NONE}' for texts that end with their answers."
+        )
+    return RowSpec(tuple(rows), 0, "texts given")
 
 
 def _from_rows(name: str, task: Task | None, rows: list[Row], origin: str, where: str, labelled: bool) -> RowSpec:
-    """Return the texts of rows that were read, and their answers if they count."""
-    texts = texts_of(rows, "text" if task is None else task.text, where)
-    targets = None
-    if labelled and (task is None or task.label is None):
-        raise RecipeError(
-            f"answers '{GIVEN}': the task of '{name}' names no label. Give one with the key (label: KEY)."
-        )
-    if labelled and task is not None and task.choices is not None:
-        targets = tuple(task.choices[number] for number in task.label_numbers(rows))
-    elif labelled and task is not None:
-        targets = tuple(task.target_texts(rows))
-    return RowSpec(name, task, tuple(texts), 0, origin, targets)
+    """Return the texts of rows that were read and, if asked for, their labels as answers."""
+    texts = tuple(texts_of(rows, "text" if task is None else task.text, where))
+    if not labelled:
+        return RowSpec(texts, 0, origin)
+    if task is None or task.label is None:
+        raise RecipeError(f"answers '{GIVEN}': the task of '{name}' names no label. Name its key (label: KEY).")
+    choices = task.choices
+    answers = [choices[number] for number in task.label_numbers(rows)] if choices else task.target_texts(rows)
+    return RowSpec(texts, 0, origin, tuple(answers))
 
 
 def _for_each(what: str, given: Any, keys: Sequence[set[Any]], names: Sequence[str]) -> list[Any]:
-    """Return what is given for each adapter: by name, in order, or the same for all."""
+    """Return one value for each adapter, from values by the adapter's name, values in order, or one for all."""
     if given is None or isinstance(given, (str, Path, int, Task)):
         return [given] * len(keys)
     known = set().union(*keys)
@@ -311,17 +318,17 @@ def _for_each(what: str, given: Any, keys: Sequence[set[Any]], names: Sequence[s
 
 
 def _in_order(what: str, given: list[Any], count: int) -> list[Any]:
-    """Return one entry for each of `count` adapters: of a list for each of them, or for all.
+    """Return one entry for each of `count` adapters, from a list of `count` entries or of one for all.
 
-    Raises: RecipeError where the number of entries is neither, or where texts could be for each or for all.
+    Raises: RecipeError for another number of entries, and for texts that could be meant for each adapter or for all.
     """
     if what == "rows" and all(isinstance(entry, str) for entry in given) and not all(map(is_row_source, given)):
         if len(given) == count > 1:
             shared, single = (repr(rows) for rows in ([given], [[text] for text in given]))
             raise RecipeError(
-                f"rows is a list of {count} texts for {count} adapters, which can mean two things. Write rows={shared} if "
-                f"every adapter reads all of them, or rows={single} if each reads its own. A string is the path of a file "
-                f"if it ends in {', '.join(FILES)}."
+                f"rows is a list of {count} texts for {count} adapters, which has two meanings. Write rows={shared} if every "
+                f"adapter reads all texts, or rows={single} if each reads its own. A string that ends in {', '.join(FILES)} "
+                "is the path of a file."
             )
         given = [given]
     if len(given) not in (1, count):
@@ -348,6 +355,6 @@ def _form(spec: TeacherSpec) -> str:
 
 def _needs_task(spec: TeacherSpec) -> str:
     return (
-        f"adapter '{spec.name}' says task_type {spec.adapter.config.get('task_type')!r}, so how its "
-        "predictions are read is not known. Give its task (tasks=, --task), with descriptions for an encoder."
+        f"adapter '{spec.name}' has task_type {spec.adapter.config.get('task_type')!r}; without a task, expected CAUSAL_LM "
+        "or SEQ_CLS. Give its task (tasks=, --task), with descriptions for an encoder."
     )

@@ -1,7 +1,7 @@
-"""Run each adapter once on its rows, keep its predictions, and measure the student against them.
+"""Teachers: each runs its adapter once on its rows, keeps the predictions, and compares the student with them.
 
-The measure is the Kullback-Leibler divergence KL(teacher ‖ student) of predictions, in nats: over the labels of a
-row, or the mean over the judged positions of a row of that over the next token (see `token_teachers`).
+Predictions are compared by the Kullback-Leibler divergence KL(teacher ‖ student), in nats: of the distribution over the
+labels of a row, or of that over the next token, in the mean over positions of a row (see `token_teachers`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..evaluation import BATCH_SIZE
 from ..evaluation.loaded_model import Bench
-from ..evaluation.scorers import BATCH, Classification, Progress, batches
+from ..evaluation.scorers import Classification, batches
+from ..merging.plan import Progress
 
-BASE = "base"  # the digest of the base model without an adapter
+BASE = "base"  # stands for a digest where the teacher is the base model
 
 
 class Comparison(NamedTuple):
-    """The student measured against the teacher on some rows.
+    """The student compared with the teacher on some rows.
 
     Attributes:
-        divergence: for each row, in nats; differentiable.
+        divergence: of each row, in nats; differentiable.
         agreement: for each row, the share of predictions whose likeliest answer is the teacher's.
     """
 
@@ -40,12 +42,13 @@ class Teacher(ABC):
     Args:
         bench: the base model.
         adapter: the one to imitate; None for the base model itself.
-        sequences: token ids of each row, as they are given.
+        sequences: the given token ids of each row.
         name: for tables.
         origin: where the rows come from, for the report.
 
     Attributes:
-        sequences: token ids of each row, with what the adapter has written.
+        given: the given token ids of each row.
+        sequences: the token ids of each row with those that the adapter has written.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class Teacher(ABC):
 
     @property
     def digest(self) -> str:
-        """A sha256 of the adapter, the token ids that are given, and how predictions are read."""
+        """A sha256 of the adapter, the given token ids, and how predictions are read."""
         running = hashlib.sha256(f"{type(self).__name__} {self.adapter_digest} {self.settings}".encode())
         running.update(str(self.given).encode())
         return running.hexdigest()
@@ -73,15 +76,15 @@ class Teacher(ABC):
         """How predictions are read, as a text for the digest."""
 
     def write(self, progress: Progress | None = None) -> dict[str, Any]:
-        """Let the adapter write what its rows lack, and return it, for `set_written`; empty where they lack nothing."""
+        """Let the adapter write its rows or answers, and return them for `set_written`; empty where it writes nothing."""
         return {}
 
     def set_written(self, written: Mapping[str, Any]) -> None:
-        """Complete the rows with what `write` returned, now or in an earlier run."""
+        """Take the rows that `write` returned, now or in an earlier run."""
         assert not written
 
     @abstractmethod
-    def predict(self, progress: Progress | None = None) -> dict[str, Tensor]:
+    def predict(self) -> dict[str, Tensor]:
         """Run the adapter and return its predictions, for `set_predictions`."""
 
     @abstractmethod
@@ -90,7 +93,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def compare(self, places: Sequence[int]) -> Comparison:
-        """Measure what is applied to the base model against the predictions on some rows."""
+        """Compare the adapter that is applied to the base model with the predictions on some rows."""
 
     @abstractmethod
     def outputs(self, places: Sequence[int]) -> Tensor:
@@ -99,19 +102,19 @@ class Teacher(ABC):
     @property
     @abstractmethod
     def cache_bytes(self) -> int:
-        """The size of the predictions."""
+        """The bytes of the predictions."""
 
     @property
     def kept_probability(self) -> float:
-        """The mean share of the teacher's probability that is in the answers kept one by one."""
+        """The mean share of the teacher's probability that belongs to the answers compared one by one."""
         return 1.0
 
     def own_head(self) -> AbstractContextManager[Any]:
-        """Apply the head that the teacher is compared with, within a `with` block that includes the backward pass."""
+        """Apply the teacher's own head, if any, within a `with` block; the backward pass belongs into it."""
         return nullcontext()
 
-    def parts(self, places: Sequence[int], size: int = BATCH) -> list[list[int]]:
-        """Return some rows in parts of at most `size` that are run at once; this changes memory and time alone."""
+    def parts(self, places: Sequence[int], size: int = BATCH_SIZE) -> list[list[int]]:
+        """Divide rows into parts of at most `size` that run at once; only memory and time depend on it."""
         chosen = batches([len(self.sequences[place]) for place in places], size)
         return [[places[number] for number in part] for part in chosen]
 
@@ -146,10 +149,10 @@ class LabelTeacher(Teacher):
         task, head = self.scorer.task, self.bench.model.config.num_labels
         return 4 * len(self.sequences) * (head if task.descriptions is None else len(task.descriptions))
 
-    def predict(self, progress: Progress | None = None) -> dict[str, Tensor]:
+    def predict(self) -> dict[str, Tensor]:
         """Return log-probabilities, (rows, labels)."""
         with self.bench.applied(self.adapter):
-            return {"log_p": self.scorer.all_logits(progress).log_softmax(-1)}
+            return {"log_p": self.scorer.all_logits().log_softmax(-1)}
 
     def set_predictions(self, predictions: dict[str, Tensor]) -> None:
         """Set the log-probabilities, (rows, labels)."""

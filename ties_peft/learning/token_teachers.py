@@ -1,12 +1,12 @@
-"""Compare a student with a causal model's adapter by the next token at the positions of rows.
+"""TokenTeacher: compares a student with an adapter of a causal model by their predictions of the next token.
 
-Of the predictions only the adapter's `TOP_K` likeliest tokens and the sum of the other probabilities, the rest, are kept. By
-the data-processing inequality the divergence of what is kept is at most that of the whole. Log-probabilities are kept in
-float16, so they are wrong by at most |log p|/2048, and are normalised when they are used. Token numbers take two bytes
-up to a vocabulary of 65,536, else four.
+Of each prediction the probabilities of the adapter's `TOP_K` likeliest tokens are kept one by one, and those of all
+other tokens, the rest, as one sum. By the data-processing inequality the divergence of these is at most that of the
+whole distributions. Log-probabilities are kept in float16, with an error of at most |log p|/2048, and are normalised
+when they are used. Token ids take two bytes up to a vocabulary of 65,536, else four.
 
-Where the adapter writes an answer to each row (see `written_rows`), only the tokens of the answers are judged. Only the
-positions that are judged go through the output matrix.
+If the adapter writes an answer to each row (see `written_rows`), only the predictions of the answers' tokens are compared.
+Only the positions that are compared go through the output matrix.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..evaluation import BATCH_SIZE
 from ..evaluation.causal_passes import selected_logits
 from ..evaluation.loaded_model import Bench
-from ..evaluation.scorers import BATCH, Progress
+from ..merging.plan import Progress
 from .teachers import Comparison, Teacher
 from .written_rows import Writer
 
 TOP_K = 128
-SHORT_VOCABULARY = 1 << 16  # of which a token number fits into two bytes
+SHORT_VOCABULARY = 1 << 16  # tokens whose ids fit into two bytes
 MAX_LOGITS = 1 << 26  # in memory at once
-PART_TOKENS = {"cpu": 256, "cuda": 16384}  # run at once, padding included: they bound the memory for gradients
+PART_TOKENS = {"cpu": 256, "cuda": 16384}  # run at once, with padding; they bound the memory for gradients
 
 
 class TokenTeacher(Teacher):
-    """A teacher that predicts a distribution over the next token at each judged position of a row.
+    """A teacher that predicts a distribution over the next token at some positions of a row.
 
     Args:
-        writer: lets the adapter write what is to be judged; None to judge every position of the sequences.
-        choices: the first token of each choice of the task; the distribution over them at the first judged position is
-            compared as well. Empty for none.
-        starts: where the answer in each sequence begins, for sequences that hold one already.
+        writer: lets the adapter write rows or answers; None where it writes nothing.
+        choices: the first token of each choice of the task; the distribution over them at the first position is compared
+            as well. Empty for none.
+        starts: where the answer begins in each sequence, if the sequences hold given answers. Without writer and starts
+            every position is compared.
     """
 
     def __init__(
@@ -55,32 +57,32 @@ class TokenTeacher(Teacher):
         super().__init__(bench, adapter, sequences, name, origin)
         self.choices = list(choices)
         self._writer = writer
-        self._starts = starts  # None where all positions are judged
+        self._starts = starts  # None where all positions are compared
         self._tokens: list[Tensor] = []
         self._log_p: list[Tensor] = []
         self._choices_log_p = torch.empty(0)
 
     @property
     def settings(self) -> str:
-        """What is written and kept, and how."""
+        """The writer, the choices and the starts, and what is kept of predictions."""
         return f"{TOP_K} float16 {self._writer} {self.choices} {None if self._writer else self._starts}"
 
     @property
     def cache_bytes(self) -> int:
-        """Of each position the token numbers, and two bytes for each log-probability; four for each choice of a row."""
+        """For each position the token ids and two bytes a log-probability; for each row four bytes a choice."""
         kept, rest = self._kept, self._kept < self._vocabulary
         each = kept * (2 if self._vocabulary <= SHORT_VOCABULARY else 4) + 2 * (kept + rest)
         rows = range(len(self.sequences))
-        return each * sum(len(self._judged(place)) for place in rows) + 4 * len(self.choices) * len(rows)
+        return each * sum(len(self._positions(place)) for place in rows) + 4 * len(self.choices) * len(rows)
 
     @property
     def kept_probability(self) -> float:
-        """The mean over positions of the probability of the tokens kept one by one."""
+        """The probability of the tokens kept one by one, in the mean over positions."""
         log_p = torch.cat(self._log_p).float().log_softmax(-1)
         return float(log_p[:, : self._kept].exp().sum(-1).mean())
 
     def write(self, progress: Progress | None = None) -> dict[str, Any]:
-        """Let the adapter write what its writer asks for, and return it, for `set_written`."""
+        """Let the adapter write its rows or answers, and return them for `set_written`."""
         if self._writer is None:
             return {}
         with self.bench.applied(self.adapter), torch.no_grad():
@@ -88,12 +90,12 @@ class TokenTeacher(Teacher):
         return {"sequences": written.sequences, "starts": written.starts}
 
     def set_written(self, written: Mapping[str, Any]) -> None:
-        """Set the rows to those that `write` returned, now or in an earlier run."""
+        """Take the rows that `write` returned, now or in an earlier run."""
         if written:
             self.sequences, self._starts = written["sequences"], written["starts"]
 
-    def parts(self, places: Sequence[int], size: int = BATCH) -> list[list[int]]:
-        """Return some rows in parts of similar length, the longest first, of a bounded number of tokens and of logits."""
+    def parts(self, places: Sequence[int], size: int = BATCH_SIZE) -> list[list[int]]:
+        """Divide rows into parts of similar length, the longest first, with bounded numbers of tokens and logits."""
         most = min(PART_TOKENS.get(self.bench.device.type, PART_TOKENS["cpu"]), MAX_LOGITS // self._vocabulary)
         found: list[list[int]] = []
         for place in sorted(places, key=lambda place: -len(self.sequences[place])):
@@ -103,11 +105,12 @@ class TokenTeacher(Teacher):
             found[-1].append(place)
         return found
 
-    def predict(self, progress: Progress | None = None) -> dict[str, Tensor]:
-        """Return the likeliest tokens at the judged positions, row after row, (positions, kept), and log-probabilities.
+    def predict(self) -> dict[str, Tensor]:
+        """Run the adapter and return its predictions, for `set_predictions`.
 
-        After those of the tokens stands the rest's, (positions, kept + 1), unless the whole vocabulary is kept. `choices`
-        holds the log-probabilities of the choices among each other, (rows, choices), float32.
+        Returns: `tokens`, the likeliest at the compared positions, row after row, (positions, kept); `log_p`, their
+            log-probabilities and that of the rest, (positions, kept + 1), without the rest if the whole vocabulary is kept;
+            `choices`, the log-probabilities of the choices among themselves, (rows, choices), float32.
         """
         tokens: dict[int, Tensor] = {}
         log_p: dict[int, Tensor] = {}
@@ -119,30 +122,28 @@ class TokenTeacher(Teacher):
                     top = logits.log_softmax(-1).topk(self._kept)
                     tokens[place], log_p[place] = top.indices.to(short).cpu(), self._with_rest(top.values).half().cpu()
                     chosen[place] = logits[0, self.choices].log_softmax(-1).cpu()
-                if progress is not None:
-                    progress(self.name, len(tokens), len(self.sequences))
         rows = range(len(self.sequences))
         parts = {"tokens": tokens, "log_p": log_p}
         joined = {name: torch.cat([found[place] for place in rows]) for name, found in parts.items()}
         return joined | {"choices": torch.stack([chosen[place] for place in rows])}
 
     def set_predictions(self, predictions: dict[str, Tensor]) -> None:
-        """Set the tokens and log-probabilities."""
-        lengths = [len(self._judged(place)) for place in range(len(self.sequences))]
+        """Take the predictions that `predict` returned."""
+        lengths = [len(self._positions(place)) for place in range(len(self.sequences))]
         self._tokens = list(torch.split(predictions["tokens"], lengths))
         self._log_p = list(torch.split(predictions["log_p"], lengths))
         self._choices_log_p = predictions["choices"].to(self.bench.device)
 
     def compare(self, places: Sequence[int]) -> Comparison:
-        """Return for each row the mean over judged positions of KL over the kept tokens and the rest.
+        """Return for each row KL over the kept tokens and the rest, in the mean over the compared positions.
 
-        Where there are choices, KL over them is added. A row then agrees if the likeliest choice is the same.
+        With choices, KL over them is added, and a row agrees if the likeliest choice is the same.
         """
         divergences, agreements = [], []
         for place, logits in self._logits_of_rows(places):
             tokens = self._tokens[place].to(self.bench.device).long()
             if self._vocabulary <= SHORT_VOCABULARY:
-                tokens = tokens & (SHORT_VOCABULARY - 1)  # int16 holds numbers from 32,768 up as negative ones
+                tokens = tokens & (SHORT_VOCABULARY - 1)  # int16 holds ids from 32,768 up as negative numbers
             log_p = self._log_p[place].to(self.bench.device).float().log_softmax(-1)
             log_q = self._with_rest(logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True))
             divergence = _divergence(log_p, log_q).mean()
@@ -156,20 +157,20 @@ class TokenTeacher(Teacher):
         return Comparison(torch.stack(divergences), torch.stack(agreements))
 
     def outputs(self, places: Sequence[int]) -> Tensor:
-        """Return the logits at the judged positions of some rows, (positions, vocabulary), row after row, float32."""
+        """Return the logits at the compared positions of some rows, (positions, vocabulary), row after row, float32."""
         inputs = self.bench.pad_batch([self.sequences[place] for place in places])
-        judged = [(row, at) for row, place in enumerate(places) for at in self._judged(place)]
-        rows, positions = torch.tensor(judged, device=self.bench.device).unbind(1)
+        compared = [(row, at) for row, place in enumerate(places) for at in self._positions(place)]
+        rows, positions = torch.tensor(compared, device=self.bench.device).unbind(1)
         logits, _ = selected_logits(self.bench.model, inputs, rows, positions, use_cache=False)
         return logits.float()
 
     def _logits_of_rows(self, places: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield each row with its logits, (judged positions, vocabulary)."""
-        logits = torch.split(self.outputs(places), [len(self._judged(place)) for place in places])
+        """Yield each row with its logits, (compared positions, vocabulary)."""
+        logits = torch.split(self.outputs(places), [len(self._positions(place)) for place in places])
         yield from zip(places, logits, strict=True)
 
-    def _judged(self, place: int) -> range:
-        """Return the positions of a row whose next token is judged: all, or those that predict the answer."""
+    def _positions(self, place: int) -> range:
+        """Return the positions of a row at which predictions are compared: all, or those that predict the answer."""
         length = len(self.sequences[place])
         if self._starts is None:
             return range(length)
@@ -182,11 +183,11 @@ class TokenTeacher(Teacher):
 
     @property
     def _kept(self) -> int:
-        """How many tokens are kept one by one."""
+        """The number of tokens kept one by one."""
         return min(TOP_K, self._vocabulary)
 
     def _with_rest(self, log_p: Tensor) -> Tensor:
-        """Append the log-probability of all tokens that are not kept, at least log 1e-6, unless all are kept."""
+        """Append the log-probability of the rest, at least log 1e-6, unless all tokens are kept."""
         if self._kept == self._vocabulary:
             return log_p
         rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-6)

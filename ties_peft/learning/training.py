@@ -1,6 +1,6 @@
-"""Train an adapter on labelled rows by gradients, without a merge.
+"""Train an adapter on labelled rows.
 
-A search compares its results with such an adapter (the control `trained`), and `few_shot_signs` takes signs from one.
+A search compares its result with such an adapter (the control `trained`), and `few_shot_signs` takes signs from one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from torch.nn.functional import cross_entropy
 
 from ..adapters.adapter import Adapter
 from ..errors import RecipeError
-from ..evaluation.scorers import Classification, Progress, Scorer
+from ..evaluation.scorers import Classification, Scorer
 from ..evaluation.task import Task
+from ..merging.plan import Progress
 from .student import Student
 
 TRAINABLE_MEASURES = ("descriptions", "head")  # measures with labels to train on
 STEPS, ROWS, DECAY = 60, 16, 0.01
-RATES = {True: 1e-3, False: 1e-2}  # of LoRA, and of (IA)³, whose entries are close to 1
+LORA_RATE, IA3_RATE = 1e-3, 1e-2  # learning rates
 
 
 def check_trainable(task: Task) -> None:
@@ -28,7 +29,8 @@ def check_trainable(task: Task) -> None:
     """
     if task.measure not in TRAINABLE_MEASURES:
         raise RecipeError(
-            f"task {task.name!r}: training is on labels, for measures {' and '.join(TRAINABLE_MEASURES)}, not '{task.measure}'."
+            f"task {task.name!r} has measure '{task.measure}'; training needs labels, so expected measure "
+            f"{' or '.join(TRAINABLE_MEASURES)}. Choose one of these."
         )
 
 
@@ -40,16 +42,16 @@ def train(
     rate: float | None = None,
     progress: Progress | None = None,
 ) -> Adapter:
-    """Return an adapter trained on the labels of some tasks, in turn.
+    """Return an adapter trained on the labels of some tasks.
 
-    AdamW minimises the cross-entropy of at most 16 rows a step, drawn at random for each step.
+    Each step of AdamW minimises the cross-entropy of at most 16 random rows of one task; the tasks take turns.
 
     Args:
-        start: the adapter that training begins with; its modules and ranks stay.
+        start: the adapter that training starts from; its modules and ranks stay.
         scorers: of tasks with measure `descriptions` or `head`, on one bench.
-        seed: of the draws of rows.
+        seed: of the rows of each step.
         steps: in all.
-        rate: of learning; 1e-3 for LoRA and 1e-2 for (IA)³ by default.
+        rate: the learning rate; by default 1e-3 for LoRA and 1e-2 for (IA)³.
         progress: called as progress(stage, done, of).
     Raises: RecipeError where a task has no labels to train on.
     """
@@ -57,9 +59,8 @@ def train(
         check_trainable(scorer.task)
     bench = scorers[0].bench
     student = Student(start, bench, seed=seed)
-    optimiser = torch.optim.AdamW(
-        list(student.parameters.values()), lr=rate or RATES[start.peft_type.has_rank], weight_decay=DECAY
-    )
+    default = LORA_RATE if start.peft_type.has_rank else IA3_RATE
+    optimiser = torch.optim.AdamW(list(student.parameters.values()), lr=rate or default, weight_decay=DECAY)
     generator = torch.Generator().manual_seed(seed)
     with bench.applied_extra_tensors(start), student.attached(), torch.enable_grad():
         for step in range(steps):

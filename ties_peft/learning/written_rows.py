@@ -1,8 +1,9 @@
-"""Make rows that no user gave: random tokens, answers to prompts, and whole rows that an adapter writes itself.
+"""Make rows that are not given: random tokens, answers to prompts, and whole rows that an adapter writes itself.
 
-What a causal model writes is sampled at temperature 1. Every draw depends on the seed, the adapter, the row and the step, so
-the same call writes the same rows whatever the batches are. The sampling is that of Gumbel: the largest of log p + g, g
-independent of the standard Gumbel distribution, has the distribution p (Gumbel, Statistical Theory of Extreme Values, 1954).
+A causal model writes by sampling at temperature 1. Every draw depends on the seed, the adapter, the row and the step, so
+the same call writes the same rows, however they are divided into batches. The next token is the largest of log p + g, g
+independently drawn from the standard Gumbel distribution, which has the distribution p (Gumbel, Statistical Theory of
+Extreme Values, 1954).
 """
 
 from __future__ import annotations
@@ -10,27 +11,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..evaluation.generation import generate
 from ..evaluation.loaded_model import Bench
-from ..evaluation.scorers import Progress, batches
+from ..evaluation.scorers import batches
+from ..merging.plan import Progress
 from ..task_vectors.random_numbers import stream_key, uniform
 
 MIN_TOKENS, MAX_TOKENS = 6, 32  # in a row of random tokens
 WRITTEN_AT_ONCE = 32  # rows
-PLACEHOLDER = "§"  # stands for the user's text while the chat template is looked at
+PLACEHOLDER = "§"  # in place of the user's text, to find out where a chat template puts it
 
 
 @dataclass(frozen=True)
 class Written:
-    """Rows with what was written.
+    """Rows that an adapter has written or answered.
 
     Attributes:
         sequences: token ids of each row.
-        starts: where the answer of each begins, counted in tokens.
+        starts: the position in each row of the first token that is compared.
     """
 
     sequences: list[list[int]]
@@ -38,16 +40,16 @@ class Written:
 
 
 class Writer(ABC):
-    """What an adapter is asked to write; its fields say all that the rows depend on."""
+    """Lets an adapter write rows or answers, which depend on its fields and the adapter alone."""
 
     @property
     @abstractmethod
     def prompted(self) -> bool:
-        """Whether it writes an answer to a prompt, and the answer alone is judged."""
+        """Whether it writes answers to prompts, so that only the answers are compared."""
 
     @abstractmethod
     def write(self, bench: Bench, given: Sequence[Sequence[int]], digest: str, progress: Progress | None) -> Written:
-        """Write with what is applied to the model.
+        """Complete rows with the adapter that is applied to the model.
 
         Args:
             bench: the model.
@@ -59,12 +61,12 @@ class Writer(ABC):
 
 @dataclass(frozen=True)
 class AnswerWriter(Writer):
-    """Let an adapter answer prompts.
+    """Lets an adapter answer prompts.
 
     Attributes:
-        tokens: in an answer, at most.
+        tokens: the largest number in an answer.
         seed: of the sampling.
-        whole: whether the positions of the prompt are judged as well, where it may be plain text.
+        whole: whether the tokens of the prompts are compared as well, because they may be plain text.
     """
 
     tokens: int
@@ -73,13 +75,13 @@ class AnswerWriter(Writer):
 
     @property
     def prompted(self) -> bool:
-        """Whether the answer alone is judged."""
+        """Whether only the answers are compared."""
         return not self.whole
 
     def write(self, bench: Bench, given: Sequence[Sequence[int]], digest: str, progress: Progress | None) -> Written:
         """Append an answer to each prompt.
 
-        An answer has at most half of the model's positions; prompts too long for it lose their first tokens.
+        An answer takes at most half of the model's positions. Prompts that are too long for the rest lose their first tokens.
         """
         most = min(self.tokens, max(1, bench.max_length // 2))
         prompts = [list(ids[-max(1, bench.max_length - most) :]) for ids in given]
@@ -90,13 +92,13 @@ class AnswerWriter(Writer):
 
 @dataclass(frozen=True)
 class RowWriter(Writer):
-    """Let an adapter write whole rows: what belongs into the slots of a template, one after the other, and an answer.
+    """Lets an adapter write whole rows: the text of each slot of a template, one after the other, then an answer.
 
     Attributes:
-        text_tokens: of what is written into a slot, at most.
-        answer_tokens: of an answer, at most.
-        pieces: token ids of the template after each slot; empty where there is none: then text and answer are one.
-        stop: token ids one of which ends a slot.
+        text_tokens: the largest number in a slot.
+        answer_tokens: the largest number in an answer.
+        pieces: token ids of the template after each slot. If there are none, the adapter writes texts without answers.
+        stop: token ids any of which ends the text of a slot.
         seed: of the sampling.
     """
 
@@ -108,11 +110,11 @@ class RowWriter(Writer):
 
     @property
     def prompted(self) -> bool:
-        """Whether there is a template, of which the answer is judged."""
+        """Whether there is a template, so that only the answers are compared."""
         return bool(self.pieces)
 
     def write(self, bench: Bench, given: Sequence[Sequence[int]], digest: str, progress: Progress | None) -> Written:
-        """Continue each beginning; with a template only the answer is judged, without one all that was written."""
+        """Continue each beginning; only answers are compared, or, without a template, all that is written."""
         rows, most = [list(start) for start in given], self._slot_tokens(bench, given)
         if not self.pieces:
             key = stream_key(self.seed, "rows", 0, digest)
@@ -128,7 +130,7 @@ class RowWriter(Writer):
         return AnswerWriter(self.answer_tokens, self.seed).write(bench, rows, digest, progress)
 
     def _slot_tokens(self, bench: Bench, given: Sequence[Sequence[int]]) -> int:
-        """Return how many tokens are written into a slot at most, so that the whole row fits the model."""
+        """Return the largest number of tokens in a slot with which the whole row fits the model."""
         fixed = max(map(len, given), default=0) + sum(map(len, self.pieces))
         answer = min(self.answer_tokens, bench.max_length // 2) if self.pieces else 0
         room = (bench.max_length - fixed - answer) // max(1, len(self.pieces))
@@ -143,11 +145,11 @@ def sample(
     progress: Progress | None = None,
     stop: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Return what the model writes after each prompt at temperature 1, the token that ends it included.
+    """Return what the model writes after each prompt at temperature 1, with the token that ends it.
 
     Args:
         prompts: token ids.
-        most: tokens of each, at most.
+        most: the largest number of tokens after each.
         key: of the random numbers.
         stop: tokens that end a row, besides the model's own end tokens.
     """
@@ -159,7 +161,7 @@ def sample(
         inputs = bench.pad_batch([prompts[place] for place in places], left=True)
         width = inputs["input_ids"].shape[1]
         noise = _GumbelNoise([_row_key(key, place) for place in places], width)
-        made = _generate(bench, inputs, most, ends, LogitsProcessorList([noise]))[:, width:].tolist()
+        made = generate(bench, inputs, most, ends, LogitsProcessorList([noise]))[:, width:].tolist()
         for place, ids in zip(places, made, strict=True):
             stops = [at for at, token in enumerate(ids) if token in ends]
             found[place] = ids[: stops[0] + 1] if stops else ids
@@ -178,7 +180,7 @@ class _GumbelNoise:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         size, step = scores.shape[-1], input_ids.shape[1] - self._width
         drawn = torch.stack([uniform(key, step * size, (size,)) for key in self._keys]).to(scores.device)
-        middle = drawn.double() + 2.0**-25  # of the interval that each of the 2^24 values stands for, so never 0 or 1
+        middle = drawn.double() + 2.0**-25  # of the interval of length 2^-24 that a value stands for: never 0 or 1
         return scores.double() - (-middle.log()).log()
 
 
@@ -186,28 +188,8 @@ def _row_key(key: int, place: int) -> int:
     return stream_key(0, f"row {place}", 0, str(key))
 
 
-def _generate(bench: Bench, inputs: dict[str, Tensor], most: int, ends: list[int], processors: Any) -> Tensor:
-    """Return token ids, (rows, tokens): the inputs, and the tokens of the largest processed score at each step.
-
-    Of the base's own generation_config nothing is taken, since `generate` would apply its penalties and limits.
-    """
-    from transformers import GenerationConfig
-
-    model = bench.model.get_base_model() if hasattr(bench.model, "get_base_model") else bench.model
-    own = model.generation_config
-    plain = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=bench.pad_token_id, eos_token_id=ends or None
-    )
-    try:
-        model.generation_config = plain
-        made: Tensor = bench.model.generate(**inputs, generation_config=plain, logits_processor=processors)
-    finally:
-        model.generation_config = own
-    return made
-
-
 def end_tokens(bench: Bench) -> set[int]:
-    """Return the tokens that end what the model writes, by its tokenizer and its generation_config."""
+    """Return the end tokens of a model, as its tokenizer, generation_config and config name them."""
     sources = (bench.tokenizer, getattr(bench.model, "generation_config", None), bench.model.config)
     found: set[int] = set()
     for source in sources:
@@ -217,16 +199,17 @@ def end_tokens(bench: Bench) -> set[int]:
 
 
 def line_ends(bench: Bench) -> tuple[int, ...]:
-    """Return the tokens that hold the end of a line."""
+    """Return the tokens whose text has an end of line in it."""
     tokenizer = bench.tokenizer
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     return tuple(token for token, text in enumerate(texts) if "\n" in text)
 
 
 def row_beginning(bench: Bench, template_head: str) -> list[int]:
-    """Return token ids from which a row is written: the template's text before its slot, else how a user's turn begins.
+    """Return the token ids with which an adapter begins to write a row.
 
-    Without a template and without a chat template it is the special token that begins or ends a text.
+    They are the template's text before its slot, else the start of a user's turn in the chat template, else the special
+    token that begins a text.
     """
     if template_head.strip():
         return bench.all_token_ids([template_head.rstrip()])[0]
@@ -244,13 +227,13 @@ def random_rows(
 ) -> list[list[int]]:
     """Return rows of random tokens, all equally likely, between the special tokens that begin and end a text.
 
-    Where there are descriptions of the labels, half of the tokens, at random positions, are drawn from them. This
-    makes the rows more similar to the task's.
+    With descriptions of the labels, about half of the tokens, at random positions, are drawn from the descriptions, which
+    makes the rows more similar to those of the task.
 
     Args:
-        bench: its tokenizer's vocabulary is used, without special tokens.
-        count: how many rows, each of MIN_TOKENS to MAX_TOKENS tokens apart from special ones.
-        seed, digest: what the draw depends on; the digest is the adapter's.
+        bench: whose vocabulary is used, without special tokens.
+        count: the number of rows, each of MIN_TOKENS to MAX_TOKENS tokens without the special ones.
+        seed, digest: what the draws depend on; the digest is the adapter's.
         described: a text for each label.
     """
     tokenizer = bench.tokenizer
@@ -269,14 +252,14 @@ def random_rows(
 
 
 def _mix_in(ids: list[int], words: Tensor, generator: torch.Generator) -> list[int]:
-    """Return a row with half of its tokens replaced by draws from others, by their frequency there."""
-    chosen = torch.rand(len(ids), generator=generator) < 0.5
-    others = words[torch.randint(len(words), (len(ids),), generator=generator)]
-    return torch.where(chosen, others, torch.tensor(ids)).tolist()
+    """Return a row in which about half of the tokens are replaced by tokens drawn from some words."""
+    is_replaced = torch.rand(len(ids), generator=generator) < 0.5
+    drawn = words[torch.randint(len(words), (len(ids),), generator=generator)]
+    return torch.where(is_replaced, drawn, torch.tensor(ids)).tolist()
 
 
 def _special_tokens_around(bench: Bench) -> tuple[list[int], list[int]]:
-    """Return the special tokens before and after a text."""
+    """Return the special tokens that the tokenizer puts before and after a text."""
     (whole,), (plain,) = bench.all_token_ids(["a"]), bench.all_token_ids(["a"], special=False)
     fits = (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain)
     start = next(fits, 0)

@@ -1,14 +1,14 @@
-"""Controls: the baselines that a search has to beat.
+"""Controls: the adapters that the result of a search is compared with.
 
     base            no adapter at all
     mean            every adapter with weight 1/N
-    best single     the one adapter that does best on the same examples
-    random weights  the best of as many random settings as the search made trials
+    best single     the one adapter that scores best on the same examples
+    random weights  the best of as many random settings as the search has trials
     random adapters the same search over adapters of the same shapes and norms with random directions
-    trained         a new LoRA, trained on the same examples alone
+    trained         a new adapter, trained on the same examples alone
 
-`random adapters` tests whether the adapters matter, or only that there are parameters to fit: over a thousand public
-adapters it did as well as the search over the adapters themselves (arXiv 2602.12323).
+`random adapters` shows how much of the score comes from fitting parameters to the examples, whatever the adapters hold:
+over a thousand public adapters it did as well as the search over the adapters themselves (arXiv 2602.12323).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ..task_vectors.random_numbers import stream_key
 from . import BASE, MEAN, SINGLE
 from .tuning import Tuning
 
-EXTRA_TENSOR_KEYS = ("modules_to_save", "trainable_token_indices", "bias")  # of a config, about extra tensors
+EXTRA_TENSOR_KEYS = ("modules_to_save", "trainable_token_indices", "bias")  # keys of a config about extra tensors
 
 
 def simple_recipes(recipe: Recipe) -> dict[str, list[Recipe]]:
-    """Return the recipes of the controls that need no trials, by name: weighted sums, at the rank of a recipe."""
+    """Return the recipes of the controls without trials, by name: weighted sums at the rank of a recipe."""
     count = len(recipe.adapters)
     plain = replace(recipe, method="task_arithmetic", parameters={}, densities=None, scale=1.0, space="delta")
     single = [tuple(float(i == j) for i in range(count)) for j in range(count)]
@@ -53,9 +53,9 @@ def random_settings(tuning: Tuning, count: int, seed: int) -> list[dict[str, Any
 
 
 def random_adapter(adapter: Adapter, seed: int) -> Adapter:
-    """Return an adapter with the modules and ranks of another, and normally distributed numbers of the same norms.
+    """Return an adapter with the modules, ranks and norms of another, and normally distributed factors.
 
-    It is written as a LoRA or (IA)³, whatever the PEFT type of `adapter` is, and keeps its extra tensors, such as a head.
+    It is a LoRA or (IA)³, whatever the PEFT type of `adapter` is, and has its extra tensors, such as a head.
 
     Law: the task vector of every module has the norm that it has in `adapter`.
     """

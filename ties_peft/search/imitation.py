@@ -22,7 +22,7 @@ from ..evaluation.loaded_model import Bench
 from ..learning import ANSWER_TOKENS, ANSWERS, GENERATED
 from ..learning.checkpoint import Checkpoint
 from ..learning.module_outputs import run_teachers, write_rows
-from ..learning.teacher_specs import Answering, TeacherSpec, make_teachers, open_bench, read_teacher_specs
+from ..learning.teacher_specs import AnswerOptions, TeacherSpec, make_teachers, open_bench, read_teacher_specs
 from ..merging.merged import versions
 from ..merging.plan import Progress
 from ..merging.recipes.recipe import Recipe
@@ -95,7 +95,7 @@ class Imitation:
         self,
         specs: Sequence[TeacherSpec],
         bench: Bench,
-        how: Answering,
+        how: AnswerOptions,
         state: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -167,4 +167,4 @@ def open_imitation(
             "tasks that have rows."
         )
     loaded = open_bench(specs, base, device, bench)
-    return Imitation(specs, loaded, Answering(asked.answers, asked.answer_tokens, seed), asked.state, progress)
+    return Imitation(specs, loaded, AnswerOptions(asked.answers, asked.answer_tokens, seed), asked.state, progress)

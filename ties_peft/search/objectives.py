@@ -1,7 +1,7 @@
-"""Objectives: what a search maximises, and what evaluates its result: tasks on one loaded base model, or callables.
+"""Objectives: a search's objective and its judge, tasks on one loaded base model or callables.
 
-A task is identified by its content, the tokens and labels of its rows, not by its path: changed rows make another
-search, and two machines with the same rows under different paths share one.
+A task is identified by the tokens and labels of its rows, not by its path. So a search over changed rows is another
+one, and machines that have the same rows under different paths can share a search.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..evaluation.generation import Generation
 from ..evaluation.language_models import Continuation
 from ..evaluation.loaded_model import Bench
 from ..evaluation.scorers import Classification, Scorer, form_for
-from ..evaluation.task import read_task
+from ..evaluation.task import Task, read_task
 from ..learning.training import check_trainable
 from . import TRAINED
 from .imitation import Imitation
@@ -29,20 +29,21 @@ Objective = Callable[[Adapter], float]
 
 
 class Objectives:
-    """The objective and the judge of a search as callables.
+    """The objective, which the search maximises, and the judge, which evaluates its result, as callables.
 
     Args:
         objective, judge: tasks or callables, such as an `Imitation`; the judge may be None.
-        adapters: to be evaluated; refused where they do not fit the base model.
+        adapters: to be evaluated.
         base, device, bench: as in `evaluate`.
         trained: whether an adapter will be trained on the objective's rows.
 
     Attributes:
-        scorer: the objective on the loaded model, where it is a task.
-        identity: what tells the objective from others, in plain values; callables are not told apart.
-        judge_id: a digest of the same of the judge; empty without one, None for a callable, which cannot be compared.
+        scorer: the objective on the loaded model; None for a callable.
+        identity: plain values that identify the objective; the same for all callables.
+        judge_id: a digest that identifies the judge; empty without a judge, None for a callable.
         score: the objective: −loss, or the accuracy where there is no loss.
-    Raises: TiesPeftError, before the base model is loaded wherever that is possible.
+    Raises: TiesPeftError, before the base model is loaded where that is possible, for adapters that do not fit the model and
+        tasks that cannot be evaluated.
     """
 
     def __init__(
@@ -62,17 +63,11 @@ class Objectives:
                 raise RecipeError(f"the control '{TRAINED}' needs a task with labels as the objective. Leave it out.")
             check_trainable(tasks[0])
         if tasks and bench is None:
-            if len({form_for(task) for task in tasks}) > 1:
-                raise RecipeError("the objective and the judge need models of two forms. Choose one measure for both.")
-            chosen = find_base(adapters, tasks, base)
-            for task in tasks:
-                task.check_rows()
-            bench = Bench.load(chosen, form_for(tasks[0]), device)
+            bench = _load_bench(tasks, adapters, base, device)
         scorers = [make_scorer(bench, task) for task in tasks if bench is not None]
         if bench is not None:
             for adapter in adapters:
-                bench.check(adapter)
-                bench.check_complete(adapter)
+                bench.check_all(adapter)
         self.scorer: Scorer | None = None if callable(objective) else scorers[0]
         if isinstance(objective, Imitation):
             self.identity: dict[str, Any] = objective.identity
@@ -85,15 +80,15 @@ class Objectives:
         self._judge = judge if judge is None or callable(judge) else lambda adapter: _value(scorers[-1], adapter)
 
     def judge(self, adapter: Adapter) -> float | None:
-        """Return the value of an adapter by the judge; None without one."""
+        """Return the value that the judge gives to an adapter; None without a judge."""
         return None if self._judge is None else float(self._judge(adapter))
 
 
 def task_identity(scorer: Scorer) -> dict[str, Any]:
-    """Return what identifies a task on a loaded model, whatever the path of its rows and its own name are.
+    """Return plain values that identify a task on a loaded model, whatever its name and the path of its rows.
 
     Returns: `base`, the last part of the base model's name; `measure`, with the options that this measure uses;
-        `examples`, the SHA-256 of the tokens that are read of each row, and of the labels.
+        `examples`, the SHA-256 of the tokens of each row and of the labels.
     """
     task, bench = scorer.task, scorer.bench
     options: dict[str, Any] = {}
@@ -104,7 +99,7 @@ def task_identity(scorer: Scorer) -> dict[str, Any]:
             described, _ = bench.token_ids(task.descriptions, task.max_tokens)
             options = {"descriptions": described, "temperature": task.temperature}
     elif isinstance(scorer, Continuation):
-        rows = [[list(pair.given), list(pair.asked)] for pair in scorer.pairs]
+        rows = [[list(pair.prompt), list(pair.continuation)] for pair in scorer.pairs]
         if task.choices is not None:
             options = {"choices": len(task.choices), "mean": task.mean}
     elif isinstance(scorer, Generation):
@@ -115,6 +110,16 @@ def task_identity(scorer: Scorer) -> dict[str, Any]:
         "measure": {"name": task.measure, **options},
         "examples": _digest([rows, scorer.labels.tolist()]),
     }
+
+
+def _load_bench(tasks: Sequence[Task], adapters: Sequence[Adapter], base: str | Path | None, device: str) -> Bench:
+    """Load the base model in the form that all tasks need."""
+    if len({form_for(task) for task in tasks}) > 1:
+        raise RecipeError("the objective and the judge need models of two forms. Choose one measure for both.")
+    chosen = find_base(adapters, tasks, base)
+    for task in tasks:
+        task.check_rows()
+    return Bench.load(chosen, form_for(tasks[0]), device)
 
 
 def _digest(values: Any) -> str:

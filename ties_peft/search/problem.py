@@ -1,4 +1,4 @@
-"""Problem: what a search maximises: the value of the adapters merged by a setting of the tuned parameters."""
+"""SearchProblem: the value of a setting of the tuned parameters, which a search maximises."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Trial:
     Attributes:
         number: of the trial in its study.
         setting: the values of the tuned parameters, by name.
-        value: what the search maximises.
-        facts: what else is known of it, such as the score without the penalty.
+        value: that the search maximises.
+        facts: other results, such as the score without the penalty.
     """
 
     number: int
@@ -32,7 +32,8 @@ class Trial:
 
 
 Evaluate = Callable[[Setting], tuple[float, Mapping[str, Any]]]  # (value, facts) of a setting
-TrialCallback = Callable[[Trial, list[Trial]], None]  # called with a trial and all complete ones
+TrialCallback = Callable[[Trial, list[Trial]], None]  # called with a trial, and with all complete trials
+MERGE_OPTIONS = ("method", "weights", "scale", "rank", "seed", "dtype", "densities")  # of a prepared merge
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class SearchProblem:
     _prepared: dict[str, Prepared] = field(default_factory=dict, init=False)  # by space and its parameters
 
     def check(self) -> None:
-        """Merge by the last of the first settings, so that adapters that cannot be merged are refused before any trial.
+        """Merge once, so that adapters that cannot be merged are refused before the first trial.
 
         Raises: TiesPeftError.
         """
@@ -65,26 +66,25 @@ class SearchProblem:
         except CompatibilityError:
             if not any(adapter.extra_keys for adapter in self.adapters):
                 raise
-            prepare(
-                self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, heads="drop"
-            )  # or the real reason
+            # If it fails without whole layers too, this raises the error that has nothing to do with them.
+            prepare(self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, heads="drop")
             raise CompatibilityError(
-                "the adapters hold whole layers (task heads, embeddings, biases) that differ, and a search has no rule "
-                "for them. Search over copies without them, on a base whose own layers fit the examples: ties-peft merge "
-                "ADAPTER --method task_arithmetic --rank max --heads drop --out COPY."
+                "the adapters hold whole layers (task heads, embeddings, biases) that differ, and a search cannot merge "
+                "these. Make copies without them (ties-peft merge ADAPTER --method task_arithmetic --rank max --heads drop "
+                "--out COPY), and search over the copies on a base that has the layers that the examples need."
             ) from None
 
     def initial_settings(self) -> list[dict[str, Any]]:
-        """Return the settings to try first: the recipe itself; for the weights of a sum, zeros and the mean."""
+        """Return the settings to try first: that of the recipe, or, for the weights of a sum, zeros and 1/N."""
         if self.tuning.has_weights and self.tuning.recipe.method == "task_arithmetic":
             return [self.tuning.initial_setting(weight) for weight in (0.0, 1 / len(self.adapters))]
         return [self.tuning.initial_setting()]
 
     def identity(self, objective: Mapping[str, Any]) -> dict[str, Any]:
-        """Return, in plain values, what tells this search from others.
+        """Return plain values that identify this search.
 
         Args:
-            objective: the same of the objective.
+            objective: plain values that identify the objective.
         """
         recipe = {k: v for k, v in self.tuning.recipe.to_dict().items() if k != "adapters"}
         return {
@@ -105,17 +105,8 @@ class SearchProblem:
                 self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, heads=recipe.heads, **own
             )
             self._prepared[key].warns = False
-        rest = {name: value for name, value in recipe.parameters.items() if name not in own}
-        return self._prepared[key].merge(
-            recipe.method,
-            recipe.weights,
-            recipe.scale,
-            recipe.rank,
-            recipe.seed,
-            recipe.dtype,
-            densities=recipe.densities,
-            **rest,
-        )
+        options = {name: getattr(recipe, name) for name in MERGE_OPTIONS}
+        return self._prepared[key].merge(**options, **recipe.parameters)
 
     def merge_setting(self, setting: Setting) -> Merged:
         """Merge by the recipe of a setting."""

@@ -1,8 +1,8 @@
-"""Sampler: which setting a trial tries, from the trials in the storage, the seed and the trial's position alone.
+"""Sampler: chooses the setting of a trial by the trials in the storage, the seed and the trial's position alone.
 
-`cobyla` (scipy's COBYLA, Powell's trust region with linear models) is for ranges alone; `tpe` is Optuna's, for choices
-too. Optuna's own samplers lose too much on a few numbers with a small budget to do without COBYLA. The share of the
-distance to the best known value that is left after 40 trials, the mean of four cheap objectives and four seeds
+`cobyla` (scipy's COBYLA, Powell's trust region with linear models) is for ranges; `tpe` is Optuna's, also for choices.
+COBYLA is here because Optuna's own samplers find much less with a few numbers and a small budget. The share of the
+distance to the best known value that is left after 40 trials, in the mean of four cheap objectives and four seeds
 (`benchmarks/optimisers.py`):
 
     numbers                    2     6    20    50
@@ -15,8 +15,8 @@ distance to the best known value that is left after 40 trials, the mean of four 
     TPE                      .04   .54   .81   .83
     random                   .26   .74   .84   .86
 
-CMA-ES would also need the package `cmaes`, and Optuna's CmaEsSampler keeps a pickle in the storage, which runs code of
-whoever wrote it.
+CMA-ES would also need the package `cmaes`, and Optuna's CmaEsSampler keeps a pickle in the storage: to read it runs the
+code of whoever wrote it.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from ..errors import RecipeError
 from . import GRID
 from .tuning import Domain, Range, Setting
 
-GRACE = 60  # seconds without a heartbeat after which the process of a trial counts as gone
+GRACE = 60  # seconds without a heartbeat after which the process of a trial counts as ended
 POLL = 0.2  # seconds between two looks at the storage
 SAMPLERS = ("cobyla", "tpe", "random", GRID)
 
 
 class Sampler(optuna.samplers.BaseSampler):
-    """Start with given settings, then follow COBYLA, TPE or chance.
+    """A sampler for Optuna that tries given settings first, then those that COBYLA, TPE or chance chooses.
 
     Args:
         name: one of `SAMPLERS`; `auto` is `cobyla` where all domains are ranges, else `tpe`.
@@ -52,7 +52,7 @@ class Sampler(optuna.samplers.BaseSampler):
 
     Attributes:
         name: of the sampler in use.
-        position: how many trials count before the one that is sampled.
+        position: the number of trials before the present one that count towards the budget.
     """
 
     def __init__(self, name: str, domains: Mapping[str, Domain], starts: Sequence[Setting], seed: int) -> None:
@@ -68,19 +68,19 @@ class Sampler(optuna.samplers.BaseSampler):
         self._given: Setting | None = None
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Find the position of a trial, which decides what it tries."""
+        """Set the position of a trial, and its setting if it is one of the first."""
         earlier = study.get_trials(deepcopy=False)[: trial.number]
         self.position = sum(map(is_counted, earlier))
         self._given = self._starts[self.position] if self.position < len(self._starts) else None
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-        """Return the parameters that TPE samples together."""
+        """Return the parameters that the sampler of Optuna samples together."""
         if self._given is not None or self.name == "cobyla":
             return {}
         return dict(self._optuna_sampler("").infer_relative_search_space(study, trial))
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
-        """Return their values."""
+        """Return the values of the parameters that are sampled together."""
         return dict(self._optuna_sampler("").sample_relative(study, trial, search_space)) if search_space else {}
 
     def sample_independent(
@@ -102,12 +102,13 @@ class Sampler(optuna.samplers.BaseSampler):
         return int.from_bytes(digest[:4], "little")
 
     def _next_point(self, study: optuna.Study, number: int) -> dict[str, Any]:
-        """Return the first point that COBYLA asks for and no trial has tried; near the best one once it has converged.
+        """Return the first setting that COBYLA asks for and no trial has tried; once it has converged, one near the best.
 
-        COBYLA starts anew from the best of the first settings and is answered from the trials, which takes less time
-        than a trial and needs no memory. The settings that other processes are trying count as bad as the worst.
+        COBYLA runs again from the best of the first settings for every trial, and gets its values from the trials that
+        are complete. This takes less time than a trial, and no state has to be kept. A setting that another process is
+        trying has the worst value so far.
         """
-        running = self._running_settings(study, number)  # read before those that are done: one may end in between
+        running = self._running_settings(study, number)  # read first, because a trial may end before the next line
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         values = {self._key(t.params): -float(t.values[0]) for t in done}
         values = dict.fromkeys(map(self._key, running), max(values.values(), default=0.0)) | values
@@ -137,8 +138,8 @@ class Sampler(optuna.samplers.BaseSampler):
     def _running_settings(self, study: optuna.Study, number: int) -> list[Setting]:
         """Return the settings of the unfinished trials before one.
 
-        A trial gets its number an instant before its setting, which is waited for, so that two processes do not try
-        the same.
+        A trial gets its number shortly before its setting. This waits for the setting, so that two processes do not try
+        the same one.
         """
         while True:
             running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -148,11 +149,11 @@ class Sampler(optuna.samplers.BaseSampler):
             time.sleep(POLL / 10)
 
     def _point(self, setting: Setting) -> list[float]:
-        """Return a setting as a point of a cube, each range from −1 to 1."""
+        """Return a setting as a point of the cube in which each range goes from −1 to 1."""
         return [2 * own.share_of(setting[name]) - 1 for name, own in self._ranges.items()]
 
     def _key(self, setting: Setting) -> tuple[float, ...]:
-        """Return what two settings have in common that are the same but for rounding."""
+        """Return a key that is the same for settings that differ by rounding alone."""
         return tuple(round(x, 9) for x in self._point(setting))
 
     def _setting(self, point: Sequence[float]) -> dict[str, Any]:
@@ -161,17 +162,17 @@ class Sampler(optuna.samplers.BaseSampler):
 
 
 class _NotTried(Exception):
-    """No trial has tried a setting that COBYLA asks for."""
+    """COBYLA asks for the value of a setting that no trial has tried."""
 
     def __init__(self, setting: dict[str, Any]) -> None:
         self.setting = setting
 
 
 def is_counted(trial: FrozenTrial) -> bool:
-    """Return whether a trial counts towards the budget: it is complete, or a process works on it.
+    """Return whether a trial counts towards the budget, because it is complete or a process works on it.
 
-    A process that was killed before it chose a setting has left a trial without setting and heartbeat, which Optuna
-    never fails: after `GRACE` seconds it does not count.
+    A process that was killed before it chose a setting leaves a running trial without setting and heartbeat, which Optuna
+    never marks as failed. Such a trial does not count after `GRACE` seconds.
     """
     if trial.state != TrialState.RUNNING or trial.params or trial.datetime_start is None:
         return trial.state in (TrialState.COMPLETE, TrialState.RUNNING)

@@ -1,27 +1,28 @@
-"""Search: the recipe that does best on a few examples, found without gradients.
+"""Search: find the recipe that scores best on a few examples, without gradients.
 
     maximise  value(recipe) = objective(merge(recipe)) − penalty · mean |wᵢ|
 
-By default a search sets N weights from −1.5 to 1.5, with penalty 0.05 and 40 trials, in a merge by the defaults of
-`merge`; it can set any other parameters of a recipe (see `tuning`). LoRAHub is the search with method
-`task_arithmetic`, scale 1 and rank `max`: then each weight is a factor of its task vector and no energy is lost.
+By default a search tunes N weights from −1.5 to 1.5, with penalty 0.05 and 40 trials, in a merge with the defaults of
+`merge`; it can tune any other parameters of a recipe (see `tuning`). LoRAHub is the search with method
+`task_arithmetic`, scale 1 and rank `max`, with which each weight multiplies its task vector and no energy is lost.
 
-Source: Huang et al., LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition (arXiv
-2307.13269). There A's and B's are summed separately, so that the merged task vector is (Σ wᵢ·Bᵢ)·(Σ wⱼ·Aⱼ): it has cross
-terms, is quadratic in w, loses the sign of a single adapter, and every derivative at the start is 0. Here it is
-Σ wᵢ·Δᵢ, exactly. There the loss of a batch is divided by the number of examples, so that the penalty weighs more with
-large batches; here the objective is a mean over examples. The penalty is on the mean of |w|, as in their code (their
-text says sum).
+Source: Huang et al., LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition (arXiv 2307.13269).
+LoRAHub sums A's and B's separately, so its merged task vector is (Σ wᵢ·Bᵢ)·(Σ wⱼ·Aⱼ): it has cross terms, is quadratic
+in w, loses the sign of a single adapter, and every derivative at the start is 0. Here it is Σ wᵢ·Δᵢ, exactly. LoRAHub
+divides the mean loss of a batch by the number of examples, so that the penalty weighs more with large batches; here the
+objective is the mean over examples. The penalty is on the mean of |w|, as in LoRAHub's code (its text says sum).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.adapter import Adapter, check_is_list
+from rich.console import RenderableType
+
+from ..adapters.adapter import Adapter, load_adapters
 from ..errors import RecipeError, unknown, warn_caller
 from ..evaluation.loaded_model import Bench
 from ..learning import ANSWER_TOKENS
@@ -31,6 +32,7 @@ from ..merging.merged import Merged
 from ..merging.options import DEVICE, Options, Rank
 from ..merging.plan import Progress
 from ..merging.recipes.recipe import Recipe
+from ..merging.tables import Printed, make_table, number_column
 from ..merging.values import check_whole
 from . import ADAPTERS, BUDGET, CONTROLS, DETAIL, GRID, IMITATE, PENALTY, TRAINED, WEIGHTS
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes
@@ -45,12 +47,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Control:
-    """The result of a baseline that a search has to beat.
+    """The scores of a control, which the result of the search is compared with.
 
     Attributes:
         name: as in `controls`.
         score: on the examples, without the penalty.
-        judged: by the judge, if there is one.
+        judged: the value by the judge, if there is one.
     """
 
     name: str
@@ -58,17 +60,18 @@ class Control:
     judged: float | None = None
 
 
-@dataclass(frozen=True)
-class Found:
-    """The result of a search.
+@dataclass(frozen=True, repr=False)
+class Found(Printed):
+    """The result of a search; it prints as a table.
 
     Attributes:
         adapter: the merge by the best recipe.
-        recipe: the best recipe, an ordinary one.
-        score: its objective on the examples, without the penalty.
+        recipe: the best recipe.
+        score: of the adapter on the examples, without the penalty.
         judged: its value by the judge, if there is one.
-        trials: all, by number.
-        controls: the baselines.
+        trials: all trials, by number.
+        controls: the controls.
+        warnings: of the adapter's report.
     """
 
     adapter: Merged
@@ -77,9 +80,10 @@ class Found:
     judged: float | None
     trials: tuple[Trial, ...]
     controls: tuple[Control, ...]
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return plain values, without the adapter and the warnings of its report."""
         return {
             "score": self.score,
             "judged": self.judged,
@@ -90,13 +94,12 @@ class Found:
             "recipe": self.recipe.to_dict(),
         }
 
-    def __str__(self) -> str:
-        rows = [("found", self.score, self.judged), *((c.name, c.score, c.judged) for c in self.controls)]
-        width = max(len(name) for name, _, _ in rows)
-        judged = any(value is not None for _, _, value in rows)
-        head = f"{'':<{width}}  examples{'    judged' if judged else ''}"
-        lines = [f"{n:<{width}}  {s:8.4f}{'' if v is None else f'  {v:8.4f}'}" for n, s, v in rows]
-        return "\n".join([head, *lines])
+    def tables(self) -> RenderableType:
+        """Return a table of the scores of the result and of each control."""
+        columns = [number_column("examples"), *([] if self.judged is None else [number_column("judged")])]
+        lines = [Control("found", self.score, self.judged), *self.controls]
+        rows = [[one.name, *(f"{v:.4f}" for v in (one.score, one.judged) if v is not None)] for one in lines]
+        return make_table(["", *columns], rows)
 
 
 def search(
@@ -131,7 +134,7 @@ def search(
     answer_tokens: int = ANSWER_TOKENS,
     state: str | Path | None = None,
 ) -> Found:
-    """Find the weights, or any other parameters of a recipe, that do best on a few examples.
+    """Find the weights, or any other parameters of a recipe, that score best on a few examples.
 
     Args:
         adapters: folders, Hub ids or `Adapter`s.
@@ -139,37 +142,37 @@ def search(
             loss; or a callable objective(adapter) → float, to be maximised; or "imitate": how well the merge predicts, on
             `rows` without labels, what each source adapter predicts there. Its value is −(the mean over adapters of
             KL(adapter ‖ merge)) in nats, at most 0 (see `imitation`).
-        tune: what is searched (see `tuning`); by default the weights, from −1.5 to 1.5.
-        budget: the number of trials in all, those that the study holds already included.
-        method, space, scale, rank, parameters: of the recipe where they are not tuned, as in `merge`. For LoRAHub
-            use method="task_arithmetic", scale=1, rank="max".
+        tune: the parameters to tune and their values (see `tuning`); by default the weights, from −1.5 to 1.5.
+        budget: the number of trials in all, including those that the study holds already.
+        method, space, scale, rank, parameters: of the recipe where they are not tuned, as in `merge`. For LoRAHub use
+            method="task_arithmetic", scale=1, rank="max".
         densities: as in `merge`.
         penalty: on the mean of |w|, where weights are tuned.
-        judge: a task or callable like `objective`, on other rows: it evaluates the result and the controls once, at the
-            end; by accuracy where there is one.
-        controls: the baselines to evaluate; `trained`, beside the default ones, trains a new LoRA on the same rows.
+        judge: a task or callable like `objective`, on other rows. It evaluates the result and the controls once, at the
+            end, by accuracy where there is one.
+        controls: the names of the controls; besides the default ones there is `trained`, a new adapter trained on the
+            same rows.
         storage: a path (SQLite), a database's URL, `journal:PATH`, or None for memory; see `Study`.
-        study: the name of the search in the storage. A search of that name is resumed, and refused where it is another
-            one. Tasks are compared by the tokens and labels of their rows, not by their paths; callables are not compared.
+        study: the name of the search in the storage. The same search of that name is resumed; another one is refused.
+            Tasks are compared by the tokens and labels of their rows, not by their paths; callables are not compared.
         seed: of every random number.
         sampler: `auto`, `cobyla`, `tpe`, `random`, or `grid`, which tries each combination of choices once, in order; see
             `Study`.
         base, device, bench: as in `evaluate`, for tasks.
         allow_disjoint: as in `merge`.
-        progress: called as progress(stage, done, of), for the search and for each control that takes as many trials;
-            what follows ` · ` in a stage's name changes during the stage: the best value so far.
+        progress: called as progress(stage, done, of), for the search and for each control that takes as many trials. The
+            part of a stage's name after ` · ` changes during the stage: it is the best value so far.
         watch: called after each trial as watch(trial, all complete trials).
         rows, tasks, count, answers, answer_tokens: for "imitate" alone, as in `distil`: what each adapter reads (texts, files,
             a number of random-token rows, or "generated"; by default the tasks' rows) and how its predictions are read.
         state: for "imitate" alone: a folder in which the source adapters' predictions are kept, so that a search that is
             resumed need not run them again. One process uses it at a time.
     Returns: the best recipe, its merge, and the controls.
-    Raises: TiesPeftError, before the first trial wherever that is possible.
-    Law: an interrupted search that is resumed tries what it would have tried; processes that share a study run each trial
-        once and return the same.
+    Raises: TiesPeftError, before the first trial where that is possible.
+    Law: a search that was interrupted and resumed tries what it would have tried without the interruption; processes that
+        share a study run each trial once and return the same.
     """
-    check_is_list(adapters)
-    opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
+    opened = load_adapters(adapters)
     _check_numbers(budget, penalty, controls)
     more: dict[str, Any] = {"densities": densities, "allow_disjoint": allow_disjoint}
     recipe = make_recipe(
@@ -193,15 +196,16 @@ def search(
     best = _best(trials)
     merged = problem.merge_setting(best.setting)
     evaluated = run.evaluate_controls(controls, opened_study)
-    warn_caller(merged.report.warnings)
+    warnings = merged.report.warnings
+    warn_caller(warnings)
     score = float(best.facts["score"])
-    return Found(merged, merged.recipe, score, objectives.judge(merged), tuple(trials), evaluated)
+    return Found(merged, merged.recipe, score, objectives.judge(merged), tuple(trials), evaluated, warnings)
 
 
 def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None:
     check_whole("the budget", budget, 1)
     if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
-        raise RecipeError(f"the penalty is {penalty!r}; expected a number, 0 or more.")
+        raise RecipeError(f"the penalty is {penalty!r}; expected a number, 0 or more. Give 0 for none.")
     for name in controls:
         if name not in (*CONTROLS, TRAINED):
             raise RecipeError(unknown("control", str(name), (*CONTROLS, TRAINED)))
@@ -209,10 +213,10 @@ def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None
 
 @dataclass(frozen=True)
 class _SearchRun:
-    """A search, its controls, and where their trials are kept.
+    """A run of a search and its controls.
 
     Attributes:
-        problem: what is maximised.
+        problem: the problem, whose value is maximised.
         objectives: the objective and the judge.
         budget, storage, study_name, sampler, progress: as in `search`.
     """
@@ -226,7 +230,10 @@ class _SearchRun:
     progress: Progress | None
 
     def open_study(self) -> Study:
-        """Return the study; refused where the one of that name is of another search."""
+        """Open the study.
+
+        Raises: RecipeError where a study of that name is of another search.
+        """
         try:
             from .study import Study
         except ModuleNotFoundError as error:
@@ -241,7 +248,7 @@ class _SearchRun:
         )
 
     def run_trials(self, study: Study, stage: str, callback: TrialCallback | None = None) -> list[Trial]:
-        """Return the trials, those that are complete already included."""
+        """Run the remaining trials, and return all."""
 
         def after_trial(trial: Trial, complete: list[Trial]) -> None:
             self._report_progress(stage, [one.value for one in complete])
@@ -252,7 +259,7 @@ class _SearchRun:
         return study.run(self.problem.evaluate, self.budget, after_trial)
 
     def evaluate_controls(self, names: Sequence[str], study: Study) -> tuple[Control, ...]:
-        """Return the controls; those that the study holds, of this budget and judge, are not evaluated again."""
+        """Return the controls; those that the study holds for this budget and judge are not evaluated again."""
         judge = self.objectives.judge_id
         evaluated = []
         for name in names:

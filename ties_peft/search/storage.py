@@ -1,4 +1,4 @@
-"""Storage: where the trials of a search are kept: an SQLite file, a database by its URL, a journal file, or memory.
+"""Storage: an SQLite file, a database by its URL, a journal file or memory, in which the trials of a search are kept.
 
 Messages and results name a storage without its password. SQLAlchemy, which comes with Optuna, parses the URLs.
 """
@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import RecipeError, error_text
 
 JOURNAL = "journal:"
-HIDDEN = "hidden"  # in place of a password among the options of a URL
+HIDDEN = "hidden"  # shown in place of a password in the query of a URL
 Storage = str | Path | None
 
 
@@ -51,22 +51,22 @@ def storage_path(storage: Storage) -> Path | None:
 
 
 def storage_error(storage: Storage, error: Exception) -> RecipeError:
-    """Return the error for a storage that cannot be opened, with what to do."""
+    """Return the error for a storage that cannot be opened; it shows no password."""
     text, url = str(storage), _parse_url(str(storage))
-    first = (str(error).strip().splitlines() or [""])[0].replace(text, without_password(storage))
+    cause = error_text(error).replace(text, without_password(storage))
     if "://" in text and url is None:
-        first = "not a URL"  # the driver's text may show parts of the password
+        cause = f"{type(error).__name__}: not a URL"  # the driver's text may show parts of the password
     elif url is not None and url.password:
-        first = first.replace(str(url.password), "***")
+        cause = cause.replace(str(url.password), "***")
     return RecipeError(
-        f"the study cannot be kept in '{without_password(storage)}' ({type(error).__name__}: {first}). Name a "
-        f"path for SQLite, {JOURNAL}PATH, or a database's URL with a driver that is installed: for PostgreSQL "
-        "postgresql+psycopg2://USER:PASSWORD@HOST/NAME, after pip install psycopg2-binary."
+        f"the study cannot be kept in '{without_password(storage)}' ({cause}). Name a path for SQLite, {JOURNAL}PATH, or a "
+        "database's URL with a driver that is installed: for PostgreSQL postgresql+psycopg2://USER:PASSWORD@HOST/NAME, after "
+        "pip install psycopg2-binary."
     )
 
 
 def make_folders(storage: Storage) -> list[Path]:
-    """Create the missing folders around the file of a storage, and return them, the innermost first.
+    """Create the missing parent folders of a storage's file, and return them, the innermost first.
 
     Raises: RecipeError where that is not possible.
     """

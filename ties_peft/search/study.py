@@ -1,14 +1,14 @@
-"""Study: the trials of one search, kept by Optuna in a storage that several processes share and later ones resume.
+"""Study: the trials of one search, kept by Optuna in a storage that several processes can share and resume.
 
-A trial evaluates one setting of the tuned parameters. Optuna numbers the trials, passes them to the processes and keeps
-them. A process that works on a trial records a heartbeat; when its heartbeats stop for `GRACE` seconds, because it was
-killed or its machine is gone, the trial fails and its setting is queued again for whichever process is next
-(`optuna.storages.RetryHeartbeatStaleTrialCallback`). This module adds an exact budget: `budget` trials are completed in
-all processes together, never more.
+A trial evaluates one setting of the tuned parameters. Optuna numbers the trials, gives them to the processes and keeps
+them. A process that works on a trial records heartbeats. If there is none for `GRACE` seconds, because the process was
+killed or its machine failed, the trial is marked as failed, and the next free process tries its setting again
+(`optuna.storages.RetryHeartbeatStaleTrialCallback`). This module adds an exact budget: all processes together complete
+`budget` trials, never more.
 
-What a trial tries depends on the trials in the storage, the seed and the trial's position alone, never on what a process
-remembers, so that an interrupted search continues as if it had not been interrupted. After a kill the setting that was
-under way is tried again, but up to `GRACE` seconds later, so that those that follow may differ.
+The setting of a trial depends on the trials in the storage, the seed and the trial's position alone, never on the memory
+of a process. So an interrupted search continues as if it had not been interrupted. After a kill the setting of the
+unfinished trial is tried again up to `GRACE` seconds later, and the settings after it may differ.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from .sampler import GRACE, POLL, Sampler, is_counted
 from .storage import JOURNAL, Storage, make_folders, storage_error, without_password
 from .tuning import Domain, Setting
 
-HEARTBEAT = 10  # seconds between two signs of life of a process that works on a trial
+HEARTBEAT = 10  # seconds between two heartbeats of a process that works on a trial
 ATTEMPTS = 10  # to create the tables of a database while other processes do the same
-IDENTITY = "asked"  # the study's attribute that tells one search from another
+IDENTITY = "asked"  # the attribute of a study that identifies its search
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -50,7 +50,7 @@ class Study:
         name: of the study in the storage.
         domains: the values that each tuned parameter may take.
         starts: the settings to try first, in order.
-        identity: everything that makes this search what it is, in plain values.
+        identity: plain values that identify the search.
         seed: of every random number.
         sampler: `cobyla`, `tpe`, `random` or `grid`; `auto` is `cobyla` where all domains are ranges, else `tpe`.
 
@@ -78,8 +78,8 @@ class Study:
 
         Args:
             evaluate: returns (value, facts) of a setting. An exception ends the run; the setting can be tried again.
-            budget: the number of trials in all, those that are complete already included.
-            callback: called after each trial of this process, with all complete ones.
+            budget: the number of trials in all, including those that are complete already.
+            callback: called after each trial of this process, with all complete trials.
         Returns: the first `budget` complete trials, by number.
         """
         while len(done := self.trials()) < budget:
@@ -94,7 +94,7 @@ class Study:
         return done[:budget]
 
     def _run_trial(self, evaluate: Evaluate, budget: int) -> Trial | None:
-        """Run one trial; return None if other processes took the last ones, or took this one for lost."""
+        """Run one trial; return None if other processes run the last trials, or have marked this one as failed."""
         made: list[Trial] = []
 
         def objective(trial: optuna.Trial) -> float:
@@ -104,8 +104,8 @@ class Study:
             value, facts = evaluate(setting)
             if not math.isfinite(value):
                 raise RecipeError(
-                    f"the objective gave {value} for {setting}; expected a finite number. "
-                    "Return one, also for an adapter that fails."
+                    f"the objective gave {value} for {setting}; expected a finite number. Return one for every adapter, also "
+                    "for one that fails."
                 )
             made.append(Trial(trial.number, setting, value, facts))
             for key, fact in facts.items():
@@ -114,12 +114,10 @@ class Study:
 
         try:
             self._study.optimize(objective, n_trials=1, catch=(_BudgetSpent,))
-        except (
-            ValueError
-        ):  # Optuna's, of a trial that has failed: this process slept, and another one runs the trial again
+        except ValueError:
             if not made:
                 raise
-            return None
+            return None  # Optuna's: another process has marked the trial as failed, and its setting is tried again
         return made[0] if made else None
 
     def trials(self) -> list[Trial]:
@@ -145,19 +143,19 @@ class Study:
         different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         if different:
             raise RecipeError(
-                f"the study {self._study.study_name!r} in '{storage}' is of another search: it differs in "
-                f"{', '.join(different)}. Ask for the same again, or take another name (study) or storage."
+                f"the study {self._study.study_name!r} in '{storage}' is of another search; the two differ in "
+                f"{', '.join(different)}. Repeat the same search, or choose another name (study, --study) or storage."
             )
 
 
 class _BudgetSpent(Exception):
-    """The trials of all processes together are as many as the budget."""
+    """All trials of the budget are complete or running."""
 
 
 class _JournalStorage(optuna.storages.JournalStorage, BaseHeartbeat):
-    """A journal with heartbeats, which Optuna has for databases alone: the time of the last one, as a trial's attribute.
+    """A journal with heartbeats, which Optuna has for databases only: a trial's attribute holds the time of the last one.
 
-    The clocks of machines that share a journal may differ by less than `GRACE`.
+    The clocks of machines that share a journal must differ by less than `GRACE`.
     """
 
     def record_heartbeat(self, trial_id: int) -> None:
@@ -169,7 +167,7 @@ class _JournalStorage(optuna.storages.JournalStorage, BaseHeartbeat):
         return HEARTBEAT
 
     def get_heartbeat_stale_trial_callback(self) -> Any:
-        """Return what is done with a trial whose process is gone: its setting is queued again."""
+        """Return the callback for a trial whose process has ended, which queues its setting again."""
         with _experimental_allowed():
             return optuna.storages.RetryHeartbeatStaleTrialCallback()
 
@@ -180,7 +178,7 @@ class _JournalStorage(optuna.storages.JournalStorage, BaseHeartbeat):
 
 
 def _open(storage: Storage, name: str, sampler: Sampler) -> optuna.Study:
-    """Return the study, created if it is not there."""
+    """Open the study, or create it."""
     created = make_folders(storage)
     for attempt in range(ATTEMPTS):
         try:
@@ -188,8 +186,8 @@ def _open(storage: Storage, name: str, sampler: Sampler) -> optuna.Study:
                 storage=_backend(storage), study_name=name, direction="maximize", sampler=sampler, load_if_exists=True
             )
         except Exception as error:  # of the database, its driver or the file system
-            meanwhile = any(text in str(error).lower() for text in ("already exists", "unique", "locked"))
-            if attempt + 1 == ATTEMPTS or not meanwhile:
+            concurrent = any(text in str(error).lower() for text in ("already exists", "unique", "locked"))
+            if attempt + 1 == ATTEMPTS or not concurrent:
                 for folder in created:
                     with contextlib.suppress(OSError):
                         folder.rmdir()

@@ -1,14 +1,14 @@
-"""Tuning: which parameters of a recipe a search sets, the values that each may take, and the recipe of a setting.
+"""Tuning: the parameters of a recipe that a search sets, the values that each may have, and the recipe of a setting.
 
-    weights: [-1.5, 1.5]                 one number for each adapter
-    weights: {low: 0, high: 2, points: 3}    for each adapter a gradient over the layers, given by its points
-    adapters: some                       for each adapter whether it takes part
-    method: [ties, flat_tsv]             a choice
-    scale: {low: 0.1, high: 3, log: true}
-    density: [0.05, 1.0]                 any parameter of the method; of several methods, for those that have it
+    weights: [-1.5, 1.5]                     one weight for each adapter
+    weights: {low: 0, high: 2, points: 3}    for each adapter a schedule of weights over the layers, given at 3 points
+    adapters: some                           for each adapter whether it takes part
+    method: [ties, flat_tsv]                 a choice
+    scale: {low: 0.1, high: 3, log: true}    a range, sampled on a logarithmic scale
+    density: [0.05, 1.0]                     any parameter of the method, or of those of several methods that have it
 
-A list of two numbers is a range, of integers if both are integers; any other list holds choices. `method`, `space` and
-`rank` are choices, `seed` is a range.
+A list of two numbers is a range, of integers if both are integers; any other list holds choices. `method` and `space`
+must be choices, `weights` a range.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RECIPE_FIELDS = tuple(name for name, option in OPTIONS.items() if option.tunable
 PER_ADAPTER = ("weights", "adapters")
 SOME = "some"
 BOUND = 1.5  # LoRAHub's, of the weights
-Setting = Mapping[str, Any]  # the values of a trial by the names of `Tuning.domains`
+Setting = Mapping[str, Any]  # the values of a trial, by the names in `Tuning.domains`
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Range:
         return min(max(round(value) if self.whole else value, self.low), self.high)
 
     def share_of(self, value: float) -> float:
-        """Return the share of the distance from low to high at which a value lies; the inverse of `value_at`."""
+        """Return the share of the distance from low to high at which a value lies: the inverse of `value_at`."""
         low, high = self._scaled(self.low), self._scaled(self.high)
         return (self._scaled(value) - low) / (high - low)
 
     def suggest(self, trial: Any, name: str) -> float:
-        """Return the value that Optuna's trial takes for the parameter `name`."""
+        """Return the value that a trial of Optuna takes for the parameter `name`."""
         suggest = trial.suggest_int if self.whole else trial.suggest_float
         value: float = suggest(name, self.low, self.high, log=self.log)
         return value
@@ -80,7 +80,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """A few values without an order.
+    """Some values without an order.
 
     Attributes:
         values: strings, numbers, true or false.
@@ -94,11 +94,11 @@ class Choice:
         return self.values[0], self.values[-1]
 
     def value_at(self, share: float) -> Any:
-        """Return the value at a share, in [0, 1), of the list."""
+        """Return the value at a share, in [0, 1), of the length of the list."""
         return self.values[int(share * len(self.values))]
 
     def suggest(self, trial: Any, name: str) -> Any:
-        """Return the value that Optuna's trial takes for the parameter `name`."""
+        """Return the value that a trial of Optuna takes for the parameter `name`."""
         return trial.suggest_categorical(name, list(self.values))
 
 
@@ -107,12 +107,12 @@ Domain = Range | Choice
 
 @dataclass(frozen=True)
 class Tuning:
-    """A recipe and the parameters of it that a search sets.
+    """A recipe, and those of its parameters that a search sets.
 
     Attributes:
         recipe: the recipe, whose other parameters stay as they are.
-        domains: the values that each tuned parameter may take, by name; `weights.2` is the weight of the third adapter,
-            `weights.2.0` the first point of its gradient, `adapters.2` whether it takes part.
+        domains: the values that each tuned parameter may have, by name; `weights.2` is the weight of the third adapter,
+            `weights.2.0` the first point of its schedule, and `adapters.2` whether it takes part.
     """
 
     recipe: Recipe
@@ -120,13 +120,13 @@ class Tuning:
 
     @classmethod
     def read(cls, recipe: Recipe, asked: Mapping[str, Any] | None = None) -> Tuning:
-        """Return the tuning that a user asks for; None for LoRAHub's, the weights from −1.5 to 1.5.
+        """Return the tuning that a user asks for; by default of the weights, from −1.5 to 1.5 as in LoRAHub.
 
-        Raises: RecipeError or MethodError for an unknown name, an empty range, and a choice that no merge accepts.
+        Raises: RecipeError or MethodError for an unknown name, an empty range, and a value that no merge accepts.
         """
         asked = {"weights": [-BOUND, BOUND]} if asked is None else dict(asked)
         if not asked:
-            raise RecipeError("nothing is to be tuned. Name at least one parameter, such as weights or density.")
+            raise RecipeError("tune names no parameter. Name at least one, such as weights or density.")
         domains: dict[str, Domain] = {}
         for name, value in asked.items():
             domains |= _domains(name, value, len(recipe.adapters))
@@ -140,10 +140,10 @@ class Tuning:
         return "weights.0" in self.domains
 
     def initial_setting(self, weight: float = 1.0) -> dict[str, Any]:
-        """Return a setting to start from: the recipe's own values where the domains allow them.
+        """Return a first setting: the recipe's own values, or the nearest that the domains allow.
 
         Args:
-            weight: of every adapter, if weights are tuned.
+            weight: of every adapter, where weights are tuned.
         """
         given = {name: getattr(self.recipe, name) for name in RECIPE_FIELDS}
         given |= dict(self.recipe.parameters)
@@ -177,15 +177,16 @@ class Tuning:
     def to_recipe(self, setting: Setting) -> Recipe:
         """Return the recipe of a setting.
 
-        Where every weight is 0, which no merge accepts, the weights are 1 and the scale is 0.
+        No merge accepts weights that are all 0; in their place the weights are 1 and the scale is 0.
         """
         shared = {name: setting[name] for name in RECIPE_FIELDS if name in setting}
         recipe = replace(self.recipe, **shared)
         weights = self._weights(setting)
         if weights is not None:
-            nothing = not any(any(w) if isinstance(w, list) else w for w in weights)
-            zero = {"weights": (1.0,) * len(weights), "scale": 0.0}
-            recipe = replace(recipe, **(zero if nothing else {"weights": tuple(weights)}))
+            if any(any(w) if isinstance(w, list) else w for w in weights):
+                recipe = replace(recipe, weights=tuple(weights))
+            else:
+                recipe = replace(recipe, weights=(1.0,) * len(weights), scale=0.0)
         own = {name: value for name, value in setting.items() if not _is_common(name)}
         known = parameter_names(recipe.method, recipe.space)
         parameters = {**recipe.parameters, **own}
@@ -206,7 +207,10 @@ class Tuning:
         return weights
 
     def _check(self, asked: Mapping[str, Any]) -> None:
-        """Check that each tuned parameter belongs to a method or space of the search, and that its bounds are accepted."""
+        """Check that each tuned parameter belongs to a method or space of the search, which accepts its ends.
+
+        Raises: MethodError.
+        """
         pairs = [
             (m, s) for m in self._names("method", self.recipe.method) for s in self._names("space", self.recipe.space)
         ]
@@ -215,7 +219,7 @@ class Tuning:
         for name in own:
             if name not in known:
                 names = {*RECIPE_FIELDS, *PER_ADAPTER, *(other for other in known if "." not in other)}
-                raise MethodError(f"what is to be tuned: {unknown('parameter', name, names)}")
+                raise MethodError(f"tune: {unknown('parameter', name, names)}")
         for method, space in pairs:
             allowed = parameter_names(method, space)
             fixed = {name: value for name, value in self.recipe.parameters.items() if name in allowed}
@@ -234,10 +238,10 @@ def space_parameters(space: str) -> Sequence[str]:
 
 
 def _domains(name: str, value: Any, adapters: int) -> dict[str, Domain]:
-    """Return the domains that one line of the request stands for, by name."""
+    """Return the domains of one parameter that is asked for, by name; weights and adapters have one for each adapter."""
     if name == "adapters":
         if value != SOME:
-            raise RecipeError(f"adapters is {value!r}; expected {SOME}: each takes part or not, as is best.")
+            raise RecipeError(f"adapters is {value!r}; expected {SOME}, which tries every adapter with and without.")
         return {f"adapters.{place}": Choice((True, False)) for place in range(adapters)}
     if name == "weights":
         return _weight_domains(value, adapters)
@@ -285,12 +289,14 @@ def _domain(name: str, value: Any) -> Domain:
 
 def _range(name: str, low: Any, high: Any, log: bool) -> Range:
     if not (is_number(low) and is_number(high) and math.isfinite(low) and math.isfinite(high) and low < high):
-        raise RecipeError(f"{name} goes from {low!r} to {high!r}; expected low < high.")
+        raise RecipeError(
+            f"tune: {name} goes from {low!r} to {high!r}; expected low < high. Give the lower bound first."
+        )
     if log and low <= 0:
         raise RecipeError(f"{name}: a logarithmic range starts at {low}; expected more than 0.")
     return Range(low, high, log, isinstance(low, int) and isinstance(high, int))
 
 
 def _is_common(name: str) -> bool:
-    """Return whether a tuned parameter is of every merge, not of a method or a space alone."""
+    """Return whether a tuned parameter belongs to every merge, not to a method or a space."""
     return name in RECIPE_FIELDS or name.partition(".")[0] in PER_ADAPTER
