@@ -132,8 +132,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 # The rows on which adapters are imitated
 
 ROWS_HELP = (
-    "Rows of text: a .jsonl, .csv or .txt file, a data set on the Hub (org/name), a number of rows of random "
-    f"tokens, or {GENERATED}: each adapter of a causal language model writes its own. Once for each adapter, or once for all."
+    "The rows that the adapters read: a .jsonl, .csv or .txt file, a data set on the Hub (org/name), a number of rows of "
+    f"random tokens, or {GENERATED}: each adapter of a causal language model writes its own. Give it once for all adapters, "
+    "or once for each."
 )
 Count = Annotated[
     int | None,
@@ -152,31 +153,34 @@ AnswerTokens = Annotated[int, typer.Option(help="The largest number of tokens in
 State = Annotated[
     Path | None,
     typer.Option(
-        help="A folder for the state of the work, from which the same command continues after a stop.",
+        help="A folder for the state of the work, from which the same command continues after it was stopped.",
         show_default=False,
     ),
 ]
 
 
 def one_for_each(given: list[Any] | None, count: int, flag: str) -> Any:
-    """Return one value for all adapters, a list with one for each, or None; refuse any other number."""
+    """Return one value for all adapters, a list with one for each, or None.
+
+    Raises: RecipeError for another number of values.
+    """
     if not given:
         return None
     if len(given) not in (1, count):
         raise RecipeError(
-            f"{flag} is there {len(given)} times for {count} adapters ({', '.join(map(str, given))}). Give it "
-            "once, or once for each adapter in their order."
+            f"{flag} is given {len(given)} times ({', '.join(map(str, given))}); expected once, or once for each of the "
+            f"{count} adapters in their order."
         )
     return given[0] if len(given) == 1 else given
 
 
 def read_rows_option(given: list[str] | None, count: int) -> Any:
-    """Return what --rows says, for all adapters or for each; None where it is not given."""
+    """Return the rows for all adapters or for each; None where --rows is not given."""
     return one_for_each(None if given is None else list(map(row_source, given)), count, "--rows")
 
 
 def row_source(value: str) -> Any:
-    """Return a number as a number, and what is no keyword as a path, so that no value is taken for a text."""
+    """Return a number, the keyword, or a path; `distil` would take another text for the text of a row."""
     if value.isdecimal():
         return int(value)
     return value if value == GENERATED else Path(value)

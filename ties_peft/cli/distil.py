@@ -1,28 +1,36 @@
-"""`ties-peft distil`: one adapter that imitates several, on rows without labels."""
+"""`ties-peft distil`: make one adapter that imitates several, on rows without labels."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..adapters import sources
 from ..errors import RecipeError
 from ..learning import ANSWER_TOKENS, BATCH_SIZE, FITS
+from ..merging.options import DEVICE
 from .base import (
     ROWS_HELP,
+    Adapters,
     Answers,
     AnswerTokens,
     Count,
+    Force,
     Json,
+    ModelDevice,
+    Out,
+    Precision,
     State,
+    base_option,
     one_for_each,
     print_result,
     print_warnings_after,
     progress_bar,
     read_rows_option,
     row_source,
+    takes_merge_options,
 )
 
 Rows = Annotated[
@@ -32,61 +40,48 @@ Rows = Annotated[
 KeepBase = Annotated[
     str | None,
     typer.Option(
-        help="Rows, as --rows takes them, on which the result is to predict what the bare base predicts.",
+        help="Rows, as for --rows, on which the result shall predict what the base predicts without an adapter.",
         show_default="none",
     ),
 ]
-Precision = Annotated[
-    str | None,
-    typer.Option(
-        help="The precision in which the base is loaded: float32, bfloat16 or float16.",
-        show_default="what transformers chooses",
-    ),
-]
-KeepWeight = Annotated[float, typer.Option(help="How much the rows of --keep-base count, beside the weights.")]
+KeepWeight = Annotated[float, typer.Option(help="The weight of the rows of --keep-base, beside --weights.")]
 Tasks = Annotated[
     list[Path] | None,
     typer.Option(
         "--task",
-        help="A task file that says how predictions are read. Once for each adapter, or once for all.",
-        show_default="the model's own",
+        help="A task file that says how predictions are read. Give it once for all adapters, or once for each.",
+        show_default="by the model",
     ),
 ]
 
-Start = Annotated[str | None, typer.Option(help="An adapter to start from.", show_default="a merge")]
+Start = Annotated[str | None, typer.Option(help="The adapter that training starts from.", show_default="a merge")]
 Kind = Annotated[
     str | None, typer.Option(help="The PEFT type of the result: lora or ia3.", show_default="the adapters'")
 ]
-Fit = Annotated[str, typer.Option(help=f"What of a LoRA is trained: {' or '.join(FITS)}; of (IA)³ always the vectors.")]
+Fit = Annotated[str, typer.Option(help=f"The trained part of a LoRA: {' or '.join(FITS)}. Of (IA)³ it is the vectors.")]
 Steps = Annotated[int | None, typer.Option(help="The largest number of training steps.", show_default="by the rows")]
 Weights = Annotated[
     str | None,
-    typer.Option(help="How much each adapter counts in the fit, such as 1,2.", show_default="all the same"),
+    typer.Option(help="One number for each adapter, its weight in the training: 1,2.", show_default="1 each"),
 ]
-Seed = Annotated[int, typer.Option(help="The seed of batches, held-back rows and random tokens.")]
+Seed = Annotated[int, typer.Option(help="The seed of batches, held-out rows and random tokens.")]
 Threads = Annotated[
     int,
     typer.Option(
-        help="The number of threads of an operation on the CPU. The bytes of the result depend on it, and not on the number of cores."
+        help="The number of threads of an operation on the CPU. The bytes of the result depend on it, not on the number of "
+        "cores."
     ),
 ]
 
-Base = Annotated[str | None, typer.Option(help="Folder or Hub id of the base model.", show_default="the adapters'")]
 Rank = Annotated[
     int | None, typer.Option(help="The rank of the result, a whole number.", show_default="the adapters' largest")
 ]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="The dtype of the tensors: float32, float16 or bfloat16.", show_default="the inputs'"),
-]
-BaseName = Annotated[
-    str | None, typer.Option(help="The name of the base model in the result's config.", show_default="the inputs'")
-]
 
 
+@takes_merge_options("threads", ("dtype", "base_model"))
 def distil(
-    adapters: Annotated[list[str], typer.Argument(help="Folders or Hub ids.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    adapters: Adapters,
+    out: Out,
     rows: Rows = None,
     count: Count = None,
     task: Tasks = None,
@@ -94,7 +89,7 @@ def distil(
     answer_tokens: AnswerTokens = ANSWER_TOKENS,
     keep_base: KeepBase = None,
     keep_weight: KeepWeight = 1.0,
-    base: Base = None,
+    base: Annotated[str | None, base_option("the adapters'")] = None,
     rank: Rank = None,
     start: Start = None,
     kind: Kind = None,
@@ -103,14 +98,13 @@ def distil(
     weights: Weights = None,
     batch_size: Annotated[int, typer.Option(help="The number of rows in a step.")] = BATCH_SIZE,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(help="The device that the model runs on.")] = "cpu",
+    device: ModelDevice = DEVICE,
     precision: Precision = None,
     threads: Threads = 1,
-    dtype: Dtype = None,
-    base_name: BaseName = None,
     state: State = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that ties-peft wrote.")] = False,
+    force: Force = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Merge adapters, then train the result to imitate them on rows without labels."""
     from ..learning.distil import distil as distil_adapters
@@ -125,7 +119,6 @@ def distil(
             seed=seed,
             device=device,
             threads=threads,
-            dtype=dtype,
             tasks=one_for_each(task, len(adapters), "--task"),
             base=base,
             kind=kind,
@@ -134,7 +127,6 @@ def distil(
             weights=_numbers(weights),
             batch_size=batch_size,
             state=state,
-            base_model=base_name,
             progress=tell,
             count=count,
             answers=answers,
@@ -142,6 +134,7 @@ def distil(
             keep_base=None if keep_base is None else row_source(keep_base),
             keep_weight=keep_weight,
             precision=precision,
+            **options,
         )
     made.save(out, force)
     print_result(made, out, {"distil": made.recipe}, as_json)
