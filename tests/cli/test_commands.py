@@ -463,8 +463,9 @@ FLAGS = {
         "--keep-weight --kind --out --precision --rank --rows --seed --start --state --steps --task --threads --weights"
     ),
     "search": (
-        "--allow-disjoint --base --budget --controls --densities --device --force --json --judge --method --out --penalty --rank "
-        "--sampler --scale --seed --set --space --storage --study --task --trained --tune"
+        "--allow-disjoint --answer-tokens --answers --base --budget --controls --count --densities --device --force --json "
+        "--judge --method --objective --out --penalty --rank --rows --sampler --scale --seed --set --space --state --storage "
+        "--study --task --trained --tune"
     ),
     "signs": "--base --device --force --out --seed --steps --task",
     "statistics": "--again --base --device --json --kind --labels --seed --task",

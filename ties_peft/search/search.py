@@ -196,10 +196,9 @@ def search(
     best = _best(trials)
     merged = problem.merge_setting(best.setting)
     evaluated = run.evaluate_controls(controls, opened_study)
-    warnings = merged.report.warnings
-    warn_caller(warnings)
-    score = float(best.facts["score"])
-    return Found(merged, merged.recipe, score, objectives.judge(merged), tuple(trials), evaluated, warnings)
+    warn_caller(merged.report.warnings)
+    judged, score = objectives.judge(merged), float(best.facts["score"])
+    return Found(merged, merged.recipe, score, judged, tuple(trials), evaluated, merged.report.warnings)
 
 
 def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None:
