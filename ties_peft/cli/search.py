@@ -22,7 +22,6 @@ from .base import (
     State,
     one_for_each,
     print_json,
-    print_messages,
     print_rich,
     print_text,
     print_warnings,
@@ -134,12 +133,9 @@ def search(
 
     With --objective imitate no labels are needed; --rows, --count, --answers, --answer-tokens and --state are for it alone.
     """
-    from ..adapters.sources import expand_patterns
     from ..merging.recipes.overrides import read_pairs
     from ..search.search import search as find
 
-    adapters, notes = expand_patterns(adapters)
-    print_messages("note", notes)
     parameters = read_pairs("--set", settings, "elect=count")
     place = storage or f"{out}.study.db"
     _check_paths(out, force, place, adapters, parameters, state)
@@ -205,12 +201,12 @@ def _check_paths(
 
 def _warn_of_base(adapters: list[str], tasks: list[str], base: str | None) -> None:
     """Show the warnings about the base; of those about the merges the report has what counts."""
-    from ..adapters.adapter import Adapter
+    from ..adapters.adapter import load_adapters
     from ..evaluation.evaluate import find_base
     from ..evaluation.task import read_task
 
     with print_warnings_after():
-        find_base([Adapter.load(name) for name in adapters], list(map(read_task, tasks)), base)
+        find_base(load_adapters(adapters), list(map(read_task, tasks)), base)
 
 
 def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> None:
