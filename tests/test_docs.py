@@ -177,8 +177,8 @@ def test_the_snippets_of_a_page_run_in_their_order(page: Path, folder: Path) -> 
 
 
 def expanded(word: str) -> list[str]:
-    """What a shell makes of a pattern of sample adapters."""
-    return sorted(map(str, Path().glob(word))) if word == "adapters/lora/*" else [word]
+    """What a shell makes of a pattern of sample adapters; three of them, to save time."""
+    return sorted(map(str, Path().glob(word)))[:3] if word == "adapters/lora/*" else [word]
 
 
 def messages() -> str:
