@@ -152,6 +152,25 @@ def test_it_is_known_by_name_everywhere(tmp_path: Path, make_lora: Maker) -> Non
     assert facts["misspelt"] == "method 'clip': unknown parameter 'limits': did you mean 'limit'? Known: limit."
 
 
+def test_an_entry_point_may_name_a_registered_class(tmp_path: Path) -> None:
+    """As the guide to own methods writes it: `@register` above the class, and an entry point beside it."""
+    text = METHOD.replace("import Method\n", "import Method, register\n").replace("class Clip", "@register\nclass Clip")
+    site = install(tmp_path / "site", text)
+    for arguments in (
+        ["-m", "ties_peft", "methods", "clip"],
+        ["-c", "import shiny_methods, ties_peft; ties_peft.methods()"],
+    ):
+        done = python(site, *arguments)
+        assert done.returncode == 0, done.stderr
+
+
+def test_another_class_of_the_name_of_a_registered_one_is_refused(tmp_path: Path) -> None:
+    text = METHOD + "\n\nclass Other(Clip):\n    'Another one.'\n"
+    use = "import shiny_methods as s, ties_peft.methods as m; m.register(s.Clip); m.method_classes()"
+    done = python(install(tmp_path / "site", text, "shiny_methods:Other"), "-c", use)
+    assert "two methods have the name 'clip': shiny_methods.Clip and shiny_methods:Other." in done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "target", "message"),
     [

@@ -71,23 +71,33 @@ def method_classes() -> dict[str, type[Method]]:
 
     Raises: MethodError where another package adds one that cannot be loaded, or whose name is taken.
     """
-    found: list[type[Method]] = []
-    for entry in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{entry.name}")
-        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-        found += [c for c in own if issubclass(c, Method) and "name" in vars(c)]
-    known = {c.name: c for c in found}
+    known = dict(_classes_here())
     for point in importlib.metadata.entry_points(group=GROUP):
         cls = _load_entry_point(point)
-        if cls.name in known:
-            other = known[cls.name]
+        other = (known | _REGISTERED).get(cls.name)
+        if other is not None and _path(other) != _path(cls):
             raise MethodError(
                 f"two methods have the name '{cls.name}': {other.__module__}.{other.__name__} and {point.value}. Rename "
                 "one of them, or uninstall the package that adds it."
             )
         known[cls.name] = cls
-    known |= _REGISTERED
-    return dict(sorted(known.items()))
+    return dict(sorted((known | _REGISTERED).items()))
+
+
+@functools.cache
+def _classes_here() -> dict[str, type[Method]]:
+    """Return the classes of the methods in this folder."""
+    found: dict[str, type[Method]] = {}
+    for entry in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+        found |= {c.name: c for c in own if issubclass(c, Method) and "name" in vars(c)}
+    return found
+
+
+def _path(cls: type) -> tuple[str, str]:
+    """Return what stays the same when a module is loaded again."""
+    return cls.__module__, cls.__qualname__
 
 
 def _load_entry_point(point: importlib.metadata.EntryPoint) -> type[Method]:
@@ -120,7 +130,9 @@ def register(cls: type[Method]) -> type[Method]:
     Args:
         cls: a subclass of `Method` with a `name`, a docstring and a `merge`.
     Returns: the class.
-    Raises: MethodError for anything else, and for the name of a method that was not registered here.
+    Raises: MethodError for anything else, and for the name of a method of this package. Where an entry point adds another class
+        of the name, the next use of a method's name raises it; entry points are not loaded here, since a class may stand
+        in one and be registered as well.
     """
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise MethodError(f"{cls!r} is not a method; expected a subclass of ties_peft.methods.Method.")
@@ -131,7 +143,7 @@ def register(cls: type[Method]) -> type[Method]:
         raise MethodError(f"the method class {cls.__name__} lacks {' and '.join(missing)}.")
     if not cls.name.isidentifier():
         raise MethodError(f"the method {cls.__name__} has the name {cls.name!r}; expected letters, digits and _.")
-    if cls.name in method_classes() and cls.name not in _REGISTERED:
+    if cls.name in _classes_here():
         raise MethodError(f"the name '{cls.name}' is that of another method. Give yours another name.")
     _REGISTERED[cls.name] = cls
     method_classes.cache_clear()
