@@ -65,6 +65,25 @@ def test_the_commands_that_judge_and_learn_name_the_files_that_are_here() -> Non
     assert {"evaluate", "distil", "search"} <= {param.values[0][1] for param in LOCAL}  # type: ignore[index]
 
 
+def test_the_output_in_the_readme_is_what_its_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line by line; … stands for what is left out."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"^ties-peft (merge [^\n]*--method ties[^\n]*)\n```\n\n```\n(.*?)```", text, re.MULTILINE | re.DOTALL
+    )
+    assert found
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapters").symlink_to(ROOT / "adapters")
+    words = shlex.split(found[1], comments=True)
+    given = [path for word in words for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    outcome = run(*given)
+    printed = " ".join(f"{outcome.out} {outcome.err}".split())
+    shown = found[2].splitlines()
+    assert len(shown) > 4
+    for line in shown:
+        assert " ".join(line.rstrip("…; ").split()) in printed
+
+
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
 def test_a_task_file_is_read_and_its_rows_fit_it(path: Path) -> None:
     task = read_task(path)
