@@ -57,12 +57,15 @@ FAST = Sizes(40, 24, 20, 10, 40, 16, 4, 2, 2, 12, 10, 1)
 
 
 class Edited:
-    """An adapter whose task vectors are changed as they are read, without being cut to a rank.
+    """An adapter whose task vectors are changed as they are read, without being cut to a rank, as `Bench.applied` needs it.
 
     Args:
         adapter: anything with `modules`, `module` and `delta`.
         change: (module, task vector) → another task vector.
     """
+
+    label = base_name = "changed task vectors"
+    origin = None  # the file of an image model, where it comes from one
 
     def __init__(self, adapter: Any, change: Callable[[str, Tensor], Tensor]) -> None:
         self.adapter, self.change = adapter, change
@@ -71,6 +74,10 @@ class Edited:
     def module(self, name: str) -> Any:
         """Return what is known of a module."""
         return self.adapter.module(name)
+
+    def extra_tensors(self) -> tuple[()]:
+        """Return none."""
+        return ()
 
     def delta(self, name: str) -> Tensor:
         """Return the changed task vector of one module."""
