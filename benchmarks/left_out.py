@@ -92,7 +92,7 @@ def main() -> None:
         cells = (row[task] for task in TASKS)
         table.add_row(name, *(f"{one['loss']:.2f} ({one['difference']:+.2f} ± {one['error']:.2f})" for one in cells))
     Console(width=120).print(table)
-    command = "python benchmarks/left_out.py --data DIR --base DIR"
+    command = f"python benchmarks/left_out.py --data DIR --base DIR --rows {asked.rows} --adapter NAME=FOLDER"
     write_json(asked.json, {"command": command, "rows": asked.rows, "split": SPLIT, **versions(), "adapters": rows})
 
 

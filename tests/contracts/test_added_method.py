@@ -166,7 +166,7 @@ def test_an_entry_point_may_name_a_registered_class(tmp_path: Path) -> None:
 
 def test_another_class_of_the_name_of_a_registered_one_is_refused(tmp_path: Path) -> None:
     text = METHOD + "\n\nclass Other(Clip):\n    'Another one.'\n"
-    use = "import shiny_methods as s, ties_peft.methods as m; m.register(s.Clip); m.method_classes()"
+    use = "import shiny_methods; from ties_peft.methods import *; register(shiny_methods.Clip); method_classes()"
     done = python(install(tmp_path / "site", text, "shiny_methods:Other"), "-c", use)
     assert "two methods have the name 'clip': shiny_methods.Clip and shiny_methods:Other." in done.stderr
 
