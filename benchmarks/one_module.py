@@ -201,7 +201,7 @@ def main() -> None:
         for adapters in asked.adapters:
             usual = (shape, adapters) == ((4096, 4096), 8)
             case(shape, adapters, asked.rank, (usual or asked.slow) and not asked.no_peft)
-    loops = "torch" if asked.no_kernels else getattr(backends.select_kernels(backends.MIN_ENTRIES), "name", "torch")
+    loops = "torch" if asked.no_kernels else backends.select_kernels(backends.MIN_ENTRIES).name
     print(f"inner loops of large merges in delta space by {loops}; {synthetic.machine()}")
 
 

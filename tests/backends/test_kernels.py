@@ -10,9 +10,10 @@ import pytest
 import torch
 from sampling import covering
 
-from ties_peft.task_vectors.kernels.backends import load_kernels
-
 pytest.importorskip("numba", reason="the extra fast is not installed")
+
+from ties_peft.task_vectors.kernels import numba_kernels
+
 Factors = list[tuple[np.ndarray, np.ndarray]]
 SHAPES = [  # rows, columns, ranks
     (1, 1, [1]),
@@ -30,19 +31,19 @@ def multiply(factors: Factors) -> list[np.ndarray]:
     made = []
     for B, A in factors:
         out = torch.full((len(B), A.shape[1]), torch.nan)
-        load_kernels().multiply(torch.from_numpy(B), torch.from_numpy(A), out)
+        numba_kernels.multiply(torch.from_numpy(B), torch.from_numpy(A), out)
         made.append(out.numpy())
     return made
 
 
 def count(B: np.ndarray, A: np.ndarray, low: float, high: float) -> tuple[int, np.ndarray]:
-    return load_kernels().count(torch.from_numpy(B), torch.from_numpy(A), low, high)
+    return numba_kernels.count(torch.from_numpy(B), torch.from_numpy(A), low, high)
 
 
 def merge(factors: Factors, below: list[float], weights: list[float], mean: bool) -> tuple[np.ndarray, tuple[int, int]]:
     out = torch.full((len(factors[0][0]), factors[0][1].shape[1]), torch.nan)
     pairs = [(torch.from_numpy(B), torch.from_numpy(A)) for B, A in factors]
-    counts = load_kernels().merge(pairs, below, weights, mean, out)
+    counts = numba_kernels.merge(pairs, below, weights, mean, out)
     return out.numpy(), counts
 
 

@@ -148,7 +148,7 @@ def test_a_subclass_of_pcb_with_a_merge_of_its_own_is_given_the_order_statistics
         name: ClassVar[str] = "mine"
 
         def merge(self, task_vectors: TaskVectors) -> Any:
-            assert task_vectors.rows is None
+            assert task_vectors.tile is None
             return super().merge(task_vectors)
 
     register(Mine)

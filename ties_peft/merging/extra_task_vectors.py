@@ -24,9 +24,11 @@ from ..errors import MethodError, RecipeError
 from ..methods import Stages
 from ..methods.base import Method, TaskVectors, merge_to_delta
 from ..task_vectors.delta import Dense
+from ..task_vectors.elect import WeightTotals
 from ..task_vectors.order_statistics import with_order_statistics
 from ..task_vectors.random_numbers import stream_key
 from ..task_vectors.tiles import thread_pool
+from ..task_vectors.trim import Densities
 from .members import Member
 from .options import MERGE, POLICIES
 
@@ -96,19 +98,14 @@ class ExtraTensorMerge:
         weights = [member.weight_at(layer.module) for member in self.members]
         dtypes = {adapters[place].tensors.info(layer.by_adapter[place][name].key).dtype for place in holders}
         places = [place for place in holders if weights[place] != 0]
-        density: float | None = getattr(self.method, "density", None)
         with torch.no_grad(), thread_pool() as pool:
             differences = [layer.read(place, name).to(self.device, torch.float32) - origin for place in places]
             deltas = [d.mul_(weights[place]).reshape(-1) for d, place in zip(differences, places, strict=True)]
-            own = [] if density is None else [self.members[p].density_at(layer.module, density) for p in places]
             task_vectors = TaskVectors(
                 deltas=[Dense(delta) for delta in deltas],
                 weights=[weights[place] for place in places],
-                density=density,
-                densities=own,
-                total_weight=sum(weights),
-                total_magnitude=sum(map(abs, weights)),
-                adapters=len(adapters),
+                totals=WeightTotals.of(weights),
+                densities=self._densities(layer, places),
                 streams=[stream_key(self.seed, tensor, 0, adapters[place].digest) for place in places],
                 pool=pool,
             )
@@ -117,6 +114,13 @@ class ExtraTensorMerge:
             merged = merge_to_delta(self.method, task_vectors).dense() if places else torch.zeros_like(origin)
         whole = origin.add(merged.reshape(origin.shape), alpha=self.scale).cpu()
         return whole.to(getattr(torch, dtypes.pop())) if len(dtypes) == 1 else whole
+
+    def _densities(self, layer: ExtraLayer, places: Sequence[int]) -> Densities | None:
+        """Return what replaces the density of the method in some adapters, if it has one."""
+        own: float | None = getattr(self.method, "density", None)
+        if own is None:
+            return None
+        return Densities(own, [self.members[place].density_at(layer.module, own) for place in places])
 
 
 def make_extra_tensor_merge(

@@ -14,11 +14,13 @@ from ..errors import RecipeError
 from ..methods import TaskVectors
 from ..methods.base import merge_to_delta
 from ..task_vectors.delta import Delta, zero
+from ..task_vectors.elect import WeightTotals
 from ..task_vectors.factorise import Factors
 from ..task_vectors.kernels.backends import select_kernels
 from ..task_vectors.order_statistics import Group, Values, find_order_statistics, with_order_statistics
 from ..task_vectors.processes import ProcessGroup
 from ..task_vectors.tiles import ThreadPool, thread_pool
+from ..task_vectors.trim import DeclaredTrim
 from .encoding import EncodedModules, MergeCache
 from .measure import ModuleMeasurement, Totals, measure_module
 from .members import module_statistics
@@ -40,8 +42,8 @@ def merge_modules(
     """
     costs = {name: plan.cost(name) for name in plan.modules}
     mine = processes.share(costs)
-    compiled = plan.method.entrywise and not plan.arithmetic.shared
-    kernels = select_kernels(sum(costs.values()), plan.device.type) if compiled else None
+    by_entry = plan.method.entrywise and not plan.arithmetic.shared
+    kernels = select_kernels(sum(costs.values()), plan.device.type, by_entry)
     written = {}
     with torch.no_grad(), thread_pool(None if cache is None else cache.pool, kernels) as pool:
         loop = _Loop(plan, cache, pool, progress, processes, mine)
@@ -50,12 +52,12 @@ def merge_modules(
                 loop.modules.prefetch(following)
             task_vectors = loop.encode(name)
             # No variable names the merged parts: it would keep them, which are dense, while the next module is merged.
-            factors = loop.decode(name, [loop.merge(name, part) for part in task_vectors])
+            factors = loop.decode(name, loop.merge(name, task_vectors))
             written[name] = loop.write(plan.modules[name], factors)
             progress("merge", len(written), len(mine))
     every = {name: one for of_process in processes.gather(written) for name, one in of_process.items()}
     tensors: dict[str, Tensor] = {}
-    totals = Totals(plan, kernels)
+    totals = Totals(plan, kernels.name)
     for name in plan.modules:
         own, measurement = every[name]
         tensors |= own
@@ -105,18 +107,24 @@ class _Loop:
             self.prepared = None if work is None else self.pool.submit(work)
         return task_vectors
 
-    def merge(self, name: str, part: TaskVectors) -> Delta:
-        """Return what the method makes of one part of a module, changed by the methods that stand after it."""
+    def merge(self, name: str, task_vectors: Sequence[TaskVectors]) -> list[Delta]:
+        """Return what the method makes of each part of a module, changed by the methods that stand after it."""
+        merged = [merge_to_delta(self.plan.method, self._ranked(part)) for part in task_vectors]
+        if not self.plan.finishing_methods:
+            return merged
+        encoding, holders = self.modules.encoding(name), self.plan.holders(name)
+        weighted = [encoding.weighted(i, self.plan.weight(place, name)) for i, (place, _) in enumerate(holders)]
+        unprepared = [
+            replace(part, deltas=deltas) for part, deltas in zip(task_vectors, zip(*weighted, strict=True), strict=True)
+        ]
+        for stage in self.plan.finishing_methods:
+            merged = [stage.finish(*one) for one in zip(merged, unprepared, strict=True)]
+        return merged
+
+    def _ranked(self, part: TaskVectors) -> TaskVectors:
+        """Return the task vectors of one part with the order statistics that the method asks for."""
         wanted = self.plan.method.order_statistics()
-        ranked = with_order_statistics(wanted, part, self.pool) if wanted and not part.order_statistics else part
-        result = merge_to_delta(self.plan.method, ranked)
-        if self.plan.finishing_methods:
-            encoding, holders = self.modules.encoding(name), self.plan.holders(name)
-            weighted = [encoding.weighted(i, self.plan.weight(place, name)) for i, (place, _) in enumerate(holders)]
-            unprepared = replace(part, deltas=[parts[part.part] for parts in weighted])
-            for stage in self.plan.finishing_methods:
-                result = stage.finish(result, unprepared)
-        return result
+        return with_order_statistics(wanted, part, self.pool) if wanted and not part.order_statistics else part
 
     def decode(self, name: str, results: Sequence[Delta]) -> Factors:
         """Return the merged task vector of one module at the rank of the plan, scaled."""
@@ -152,19 +160,18 @@ class _Loop:
             TaskVectors(
                 deltas=deltas,
                 weights=[encoding.weights(plan.weight(place, name))[part] for place in places],
-                declared_trim=plan.method.trims(),
-                declared_cuts=partial(self.thresholds.cuts, name, part),
-                part=part,
-                density=plan.own_density,
-                densities=[] if plan.own_density is None else [plan.density(p, name, plan.own_density) for p in places],
+                totals=WeightTotals(
+                    adapters=len(plan.members),
+                    weight=plan.total_weight(name),
+                    magnitude=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
+                ),
+                streams=[self.modules.stream_key(place, name, part) for place in places],
+                declared=DeclaredTrim(plan.method.trims(), partial(self.thresholds.cuts, name, part)),
+                densities=plan.densities(name, places),
                 order_statistics=[self.order_statistics[p, name] for p in places] if self.order_statistics else (),
-                total_weight=plan.total_weight(name),
-                total_magnitude=sum(abs(encoding.weights(w)[part]) for w in plan.weights(name)),
-                adapters=len(plan.members),
                 signs=None if signs is None else signs[part],
                 statistics=module_statistics(plan.method, [plan.members[place] for place in places], name),
                 inputs=encoding.inputs if plan.method.needs else None,
-                streams=[self.modules.stream_key(place, name, part) for place in places],
                 pool=self.pool,
                 counts=self.counts,
             )

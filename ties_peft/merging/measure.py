@@ -18,7 +18,6 @@ from ..errors import printable_lines
 from ..spaces import Encoding
 from ..task_vectors.delta import Delta, distance, inner, inner_with_each
 from ..task_vectors.factorise import MAX_GRAM_SIDE, Factors
-from ..task_vectors.kernels.backends import Kernels
 from ..task_vectors.subspace import SQUARE
 from .encoding import EncodedModules
 from .members import unequal_norms
@@ -144,9 +143,14 @@ def _products(
 
 
 class Totals:
-    """Sums over the modules of a merge, and the report that they make."""
+    """Sums over the modules of a merge, and the report that they make.
 
-    def __init__(self, plan: Plan, kernels: Kernels | None = None) -> None:
+    Args:
+        plan: the merge.
+        kernels: the name of those that were used.
+    """
+
+    def __init__(self, plan: Plan, kernels: str) -> None:
         self.plan = plan
         self.kernels = kernels
         self.modules: list[ModuleMeasurement] = []
@@ -215,7 +219,7 @@ class Totals:
             chosen=plan.chosen,
             formula=plan.formula,
             seconds=seconds,
-            loops=self.kernels.name if self.kernels is not None else "torch",
+            loops=self.kernels,
         )
 
     def _cosines(self) -> list[list[float]] | None:

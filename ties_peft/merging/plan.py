@@ -21,7 +21,7 @@ from ..errors import CompatibilityError, MethodError, RecipeError
 from ..methods import Method, Stages, Trim, make_method
 from ..spaces import Space, find_space
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
-from ..task_vectors.trim import Scope
+from ..task_vectors.trim import Densities, Scope
 from . import compatibility
 from .extra_task_vectors import make_extra_tensor_merge
 from .extra_tensors import ExtraTensors, plan_extra_tensors
@@ -134,6 +134,11 @@ class Plan:
     def density(self, place: int, module: str, default: float) -> float:
         """Return the density of one adapter on one module; the default if none was set for it."""
         return self.members[place].density_at(module, default)
+
+    def densities(self, module: str, places: Iterable[int]) -> Densities | None:
+        """Return the method's own density, if it has one, and those of some adapters on one module."""
+        own = self.own_density
+        return None if own is None else Densities(own, [self.density(place, module, own) for place in places])
 
     def weights(self, module: str) -> list[float]:
         """Return w of all adapters on one module, also of those that lack it."""

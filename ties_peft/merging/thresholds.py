@@ -18,7 +18,7 @@ import torch
 from ..adapters.types.base import EMBEDDING
 from ..errors import MethodError
 from ..task_vectors.delta import Delta, size
-from ..task_vectors.kernels.backends import Bracket, Counts, count_rows
+from ..task_vectors.kernels.backends import Bracket, Counts
 from ..task_vectors.processes import ProcessGroup
 from ..task_vectors.threshold import SORTED_SIZE, ThresholdSearch, add_counts
 from ..task_vectors.tiles import TILE, ThreadPool
@@ -317,7 +317,7 @@ def _count_in_brackets(
     def count(task: tuple[Delta, Sequence[Bracket], tuple[int, int], torch.device]) -> list[Counts]:
         delta, brackets, rows, device = task
         shape = (rows[1] - rows[0], *delta.shape[1:])
-        return count_rows(delta, rows, brackets, lambda: pool.scratch("vector", shape, device), pool.kernels)
+        return pool.kernels.count(delta, rows, brackets, lambda: pool.scratch("vector", shape, device))
 
     tasks, tiles = [], []
     for delta, brackets in asked:

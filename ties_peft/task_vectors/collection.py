@@ -23,15 +23,12 @@ from torch import Tensor
 
 from ..errors import MethodError
 from .delta import Delta, Dense, LowRank, inner, stack
-from .elect import DisjointRule, ElectRule, MergeRule, SignedSums
+from .elect import DisjointRule, ElectRule, MergeRule, SignedSums, WeightTotals
 from .factorise import Sum
-from .kernels.backends import merge_rows, read_rows
 from .random_numbers import uniform
 from .sparsify import drop_, keep_probability
-from .tiles import ThreadPool, empty
-from .trim import Cut, Scope, Trim, find_cuts
-
-Cuts = Sequence[tuple[Cut, ...]]  # for each task vector, a cut for each density
+from .tiles import ThreadPool, Tile, empty
+from .trim import Cuts, DeclaredTrim, Densities, Scope, Trim, find_cuts
 
 
 class Statistic(Protocol):
@@ -72,7 +69,7 @@ class Trimmed:
 
     def apply(self, task_vectors: TaskVectors, place: int, values: Tensor) -> Tensor:
         """Trim the selected rows of one task vector, in place, and return them."""
-        tile = None if task_vectors.rows is None else task_vectors.tile
+        tile = task_vectors.tile_number
         *above, last = self.cuts[place]
         larger = [cut.apply_(values.clone(), tile) for cut in above]  # the entries above the band
         values = last.apply_(values, tile)
@@ -128,7 +125,7 @@ class ElectedSigns:
 
     def in_tile(self, tile: TaskVectors) -> Tensor:
         """Return the elected signs, +1 or −1, of the rows that are selected in a tile."""
-        electing = replace(self.task_vectors, rows=tile.rows, tile=tile.tile, counts={})
+        electing = replace(self.task_vectors, tile=tile.tile, counts={})
         return electing.sums(MergeRule(self.by)).elected(electing.sign_vector()).mul(2).sub_(1)
 
 
@@ -141,48 +138,34 @@ class TaskVectors:
     Attributes:
         deltas: w·τ of each adapter that has the module.
         weights: w of each of them.
-        declared_trim: what `Method.trims` returns.
-        declared_cuts: returns the cuts of that trim; None if each trim finds its cuts from these vectors alone.
-        part: the number of the part in the module.
-        density: the method's own density, if it has one.
-        densities: for each, the density that replaces it: the same, or one set for the adapter or module.
-        order_statistics: for each, the values that the method asked for (see `order_statistics`); empty if it asks for none.
-        total_weight: Σw over all adapters of the merge, also those that lack the module.
-        total_magnitude: Σ|w| over them.
-        adapters: how many adapters the merge has, also those that lack the module.
-        rows: the range of selected rows, which every reading is restricted to; None for all.
-        tile: the number of that range in the grid of tiles.
+        totals: of all adapters of the merge.
+        streams: for each, the key of its random numbers.
         steps: the changes that are made to each vector as it is read, in order.
+        tile: the selected rows, which every reading is restricted to; None for all.
+        declared: the trim over all modules; None if each trim finds its cuts from these vectors alone.
+        densities: what replaces the method's own density, if it has one.
+        order_statistics: for each, the values that the method asked for (see `order_statistics`); empty if it asks for none.
         signs: the vector that decides the signs, if the method was given one.
         statistics: of the whole module, for each, if the method `needs` them.
         inputs: the directions of the module's inputs that the columns represent, (columns, in), if the space has its
             own coordinates; None if each column is one input.
-        streams: for each, the key of its random numbers.
-        pool: the threads that work through tiles, with their memory and kernels.
-        out: memory that the result for the selected rows may be written into, of their shape.
+        pool: the threads that work through tiles, with their memory, and the kernels that they run.
         counts: for the report, summed over tiles.
     """
 
     deltas: Sequence[Delta]
     weights: Sequence[float]
-    declared_trim: Trim | None = None
-    declared_cuts: Callable[[], Cuts] | None = None
-    part: int = 0
-    density: float | None = None
-    densities: Sequence[float] = ()
-    order_statistics: Sequence[tuple[float, ...]] = ()
-    total_weight: float = 1.0
-    total_magnitude: float = 1.0
-    adapters: int = 1
-    rows: tuple[int, int] | None = None
-    tile: int = 0
+    totals: WeightTotals = field(default_factory=WeightTotals)
+    streams: Sequence[int] = ()
     steps: tuple[Step, ...] = ()
+    tile: Tile | None = None
+    declared: DeclaredTrim | None = None
+    densities: Densities | None = None
+    order_statistics: Sequence[tuple[float, ...]] = ()
     signs: Delta | None = None
     statistics: Sequence[Statistic] = ()
     inputs: Tensor | None = None
-    streams: Sequence[int] = ()
     pool: ThreadPool = field(default_factory=lambda: ThreadPool(1))
-    out: Tensor | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -195,13 +178,25 @@ class TaskVectors:
         """
         own = [1.0] * len(vectors) if weights is None else list(weights)
         deltas = [Dense(vector.float() * weight) for vector, weight in zip(vectors, own, strict=True)]
-        total, magnitude = sum(own), sum(map(abs, own))
-        return cls(
-            deltas, own, total_weight=total, total_magnitude=magnitude, adapters=len(own), streams=range(len(own))
-        )
+        return cls(deltas, own, WeightTotals.of(own), streams=range(len(own)))
 
     def __len__(self) -> int:
         return len(self.deltas)
+
+    @property
+    def adapters(self) -> int:
+        """N, of all adapters of the merge, also those that lack the module."""
+        return self.totals.adapters
+
+    @property
+    def total_weight(self) -> float:
+        """Σw over all adapters of the merge."""
+        return self.totals.weight
+
+    @property
+    def total_magnitude(self) -> float:
+        """Σ|w| over all adapters of the merge."""
+        return self.totals.magnitude
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield each vector as a tensor of its own."""
@@ -228,13 +223,13 @@ class TaskVectors:
         Cuts and order statistics were found tile by tile, so that all rows are read by the same tiles: the bits must agree.
         """
         out = self.scratch("vector", self.shape)
-        if self.rows is not None:
-            return read_rows(delta, self.rows, out, self.pool.kernels)
+        if self.tile is not None:
+            return self.pool.kernels.read(delta, self.tile.rows, out)
         if not self.order_statistics and not any(isinstance(step, Trimmed) for step in self.steps):
             return delta.rows(*self.span, out=out)
         for start, stop in self.grid:
             part = out[start:stop]
-            part.copy_(read_rows(delta, (start, stop), part, self.pool.kernels))
+            part.copy_(self.pool.kernels.read(delta, (start, stop), part))
         return out
 
     # what is selected
@@ -242,7 +237,17 @@ class TaskVectors:
     @property
     def span(self) -> tuple[int, int]:
         """The range of selected rows."""
-        return self.rows or (0, self.deltas[0].shape[0])
+        return (0, self.deltas[0].shape[0]) if self.tile is None else self.tile.rows
+
+    @property
+    def tile_number(self) -> int | None:
+        """The number of the selected tile; None if all rows are selected."""
+        return None if self.tile is None else self.tile.number
+
+    @property
+    def out(self) -> Tensor | None:
+        """Memory that the result for the selected rows may be written into."""
+        return None if self.tile is None else self.tile.out
 
     @property
     def start(self) -> int:
@@ -269,7 +274,8 @@ class TaskVectors:
     def keeps_all(self) -> bool:
         """Whether every step keeps every entry of every vector."""
         return not self.steps or (
-            all(step.keeps_all for step in self.steps) and all(own == 1 for own in self.densities)
+            all(step.keeps_all for step in self.steps)
+            and (self.densities is None or all(own == 1 for own in self.densities.each))
         )
 
     def scratch(self, purpose: str, shape: Sequence[int]) -> Tensor:
@@ -282,7 +288,8 @@ class TaskVectors:
 
     def density_of(self, place: int, density: float) -> float:
         """Return the density of one task vector, if the method asks for `density`."""
-        return self.densities[place] if self.densities and density == self.density else density
+        own = self.densities
+        return density if own is None or density != own.own else own.each[place]
 
     def sign_vector(self) -> Tensor | None:
         """Return the selected rows of the vector that decides the signs."""
@@ -311,15 +318,15 @@ class TaskVectors:
         return replace(self, steps=(*self.steps, step))
 
     def _cut_finder(self, asked: Trim) -> Callable[[], Cuts]:
-        """Return a function that finds the cuts: `declared_cuts` for the declared trim, for another one from these vectors."""
-        if self.declared_cuts is not None and self.declared_trim == asked and not self.steps:
-            return self.declared_cuts
-        if asked.scope == "adapter" and self.declared_cuts is not None:
+        """Return a function that finds the cuts: those declared for the declared trim, for another one from these vectors."""
+        if self.declared is not None and self.declared.trim == asked and not self.steps:
+            return self.declared.cuts
+        if asked.scope == "adapter" and self.declared is not None:
             raise MethodError(
                 "a trim with scope 'adapter' has to be declared before the merge and comes before any other step. Return "
                 "it from the method's trims(), or use scope 'module'."
             )
-        if self.rows is not None:
+        if self.tile is not None:
             raise MethodError(
                 "a trim needs whole task vectors, and these are some rows of them. Trim before by_tiles()."
             )
@@ -358,8 +365,7 @@ class TaskVectors:
         """
         rule = MergeRule(signs.by, by, normalize)
         if signs.task_vectors is not self:
-            # The signs come first: the sums of both elections take the same scratch memory.
-            return self.by_tiles(lambda tile: tile._result(signs=signs.in_tile(tile), sums=tile.sums(rule)))
+            return self.by_tiles(lambda tile: tile._merge_rows_by(signs.in_tile(tile), rule))
         if self._is_weighted_sum(rule):
             return self._weighted_sum(rule)
         return self.by_tiles(lambda tile: tile._merge_rows(rule))
@@ -367,7 +373,7 @@ class TaskVectors:
     def _is_weighted_sum(self, rule: MergeRule) -> bool:
         """Return whether the result is a weighted sum of whole task vectors, which can be added in factors."""
         linear = len(self) == 1 or rule.sums_both_signs
-        return linear and self.rows is None and self.signs is None and self.keeps_all
+        return linear and self.tile is None and self.signs is None and self.keeps_all
 
     def _weighted_sum(self, rule: MergeRule) -> Delta:
         if rule.disjoint in ("mean_elected", "mean_all"):
@@ -377,28 +383,27 @@ class TaskVectors:
 
     def _merge_rows(self, rule: MergeRule) -> Tensor:
         """Return the disjoint merge of the selected rows, and count conflicts for the report."""
-        merged = self._merge_compiled(rule)
-        if merged is None:
-            merged = self._result(self.sums(rule))
+        merged, conflicts = self.pool.kernels.merge(self, rule)
+        self.count(*conflicts)
         return merged
 
-    def _merge_compiled(self, rule: MergeRule) -> Tensor | None:
-        """Do what `_merge_rows` says with compiled kernels; None if they cannot.
+    def _merge_rows_by(self, signs: Tensor, rule: MergeRule) -> Tensor:
+        """Return the same by given signs, which must be there already: both elections use the same scratch memory."""
+        sums = self.sums(rule)
+        self.count(*sums.conflicts())
+        return sums.result(signs)
 
-        They can where a trim is the only step and keeps all entries of the tile that equal the threshold.
+    def limits(self) -> list[float] | None:
+        """Return for each vector the largest magnitude that is trimmed away.
+
+        None if a step other than a trim changes it, or the trim also removes entries that equal the threshold.
         """
         step = self.steps[0] if len(self.steps) == 1 else None
-        if not isinstance(step, Trimmed) or self.pool.kernels is None or self.signs is not None or self.out is None:
+        if not isinstance(step, Trimmed) or len(step.trim.densities) > 1:
             return None
-        if len(step.trim.densities) > 1 or any(cut.excess_in(self.tile) for (cut,) in step.cuts):
+        if any(cut.excess_in(self.tile_number) for (cut,) in step.cuts):
             return None
-        limits = [cut.limit for (cut,) in step.cuts]
-        weights = [abs(weight) if rule.normalize else 1.0 for weight in self.weights]
-        counts = merge_rows(self.deltas, self.span, limits, weights, rule, self.out, self.pool.kernels)
-        if counts is None:
-            return None
-        self.count(*counts)
-        return self.out
+        return [cut.limit for (cut,) in step.cuts]
 
     def sums(self, rule: MergeRule) -> SignedSums:
         """Return the sums of the selected rows, over positive and over negative values, for a rule of merging."""
@@ -407,11 +412,6 @@ class TaskVectors:
         for values, weight in zip(self.stream(), self.weights, strict=True):
             sums.add(values, weight)
         return sums
-
-    def _result(self, sums: SignedSums, signs: Tensor | None = None) -> Tensor:
-        """Return the merge that sums make, by signs that are given or elected, and count conflicts for the report."""
-        self.count(*sums.conflicts())
-        return sums.result(self.sign_vector() if signs is None else signs)
 
     def count(self, conflicting: int, shared: int) -> None:
         """Add to the report's counts: entries with kept values of both signs, and entries that two or more keep."""
@@ -425,7 +425,7 @@ class TaskVectors:
             factor: one for all, or one for each.
         """
         factors = [float(factor)] * len(self) if isinstance(factor, (int, float)) else list(factor)
-        if self.rows is not None or not self.keeps_all:
+        if self.tile is not None or not self.keeps_all:
             return self.by_tiles(lambda tile: tile.dense_sum(factors))
         factored = [delta for delta in self.deltas if isinstance(delta, LowRank)]
         if len(factored) == len(self.deltas):
@@ -448,18 +448,18 @@ class TaskVectors:
             work: work(tile) returns the result for the rows that are selected in `tile`. Each entry of it may depend
                 only on the same entry of the task vectors.
         """
-        if self.rows is not None:
+        if self.tile is not None:
             return Dense(work(self))
         self._find_cuts()
         result = empty(self.deltas[0].shape, self.device)
         grid = self.grid
 
         def one(number: int) -> dict[str, int]:
-            start, stop = grid[number]
-            part = replace(self, rows=(start, stop), tile=number, counts={}, out=result[start:stop])
+            out = result[slice(*grid[number])]
+            part = replace(self, tile=Tile(number, grid[number], out), counts={})
             merged = work(part)
-            if merged is not part.out:
-                result[start:stop] = merged
+            if merged is not out:
+                out.copy_(merged)
             return part.counts
 
         for counts in self.pool.map(one, range(len(grid)), self.device.type != "cpu"):

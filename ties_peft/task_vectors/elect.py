@@ -19,6 +19,7 @@ elects before it weights and divides by the count; mergekit elects after, as her
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +52,26 @@ class MergeRule:
     def sums_both_signs(self) -> bool:
         """Whether the result is a weighted sum of all values, whatever their signs."""
         return self.disjoint == "mean_all" or (self.elect == "none" and self.disjoint in ("sum", "mean_elected"))
+
+
+@dataclass(frozen=True)
+class WeightTotals:
+    """Hold the number and the weights of all adapters of a merge, also of those that lack the module.
+
+    Attributes:
+        adapters: N.
+        weight: Σw.
+        magnitude: Σ|w|.
+    """
+
+    adapters: int = 1
+    weight: float = 1.0
+    magnitude: float = 1.0
+
+    @classmethod
+    def of(cls, weights: Sequence[float]) -> WeightTotals:
+        """Return the totals of the weights of all adapters."""
+        return cls(len(weights), sum(weights), sum(map(abs, weights)))
 
 
 class SignedSums:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import MethodError
 from .collection import TaskVectors
 from .threshold import INFINITY, ThresholdSearch, add_counts, count_in_bracket
-from .tiles import ThreadPool
+from .tiles import ThreadPool, Tile
 from .trim import Scope
 
 TOGETHER = 16  # groups that are searched in one pass; the counts of each take 2 MB for each rank
@@ -76,9 +76,8 @@ def find_order_statistics(
 def with_order_statistics(wanted: Sequence[OrderStatistics], part: TaskVectors, pool: ThreadPool) -> TaskVectors:
     """Return the task vectors of one part with their order statistics, each ranked among the selected entries."""
     groups = range(len(part))
-    values = find_order_statistics(
-        wanted, lambda: [(part, groups)], dict(enumerate(part.densities or [1.0] * len(part))), pool
-    )
+    densities = [1.0] * len(part) if part.densities is None else part.densities.each
+    values = find_order_statistics(wanted, lambda: [(part, groups)], dict(enumerate(densities)), pool)
     return replace(part, order_statistics=[values[group] for group in groups])
 
 
@@ -128,7 +127,7 @@ class _RankSearch:
         for part, names in self.parts():
             known = replace(part, order_statistics=[self.values[group] for group in names])
             grid = self.pool.tiles(part.shape, part.device)
-            tiles = [replace(known, rows=rows, tile=number) for number, rows in enumerate(grid)]
+            tiles = [replace(known, tile=Tile(number, rows)) for number, rows in enumerate(grid)]
             self.pool.map(lambda tile, names=names: count(tile, names), tiles, part.device.type != "cpu")
         counted = self.gather([search.counted for _, search in searches])
         for (_, search), of_processes in zip(searches, zip(*counted, strict=True), strict=True):

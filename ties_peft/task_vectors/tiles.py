@@ -13,16 +13,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels.backends import Kernels
+from .kernels.backends import TorchKernels
 
 TILE = 1 << 18  # entries of a tile, about: a megabyte in float32; with smaller ones threads wait for each other
-KERNEL_TILES = 2  # times as large a tile for compiled kernels, which pack the columns of A anew for each tile
 DEVICE_TILE = 1 << 22  # entries of a tile on another device, where a smaller operation takes no less time
 Result = TypeVar("Result")
 
@@ -36,17 +36,32 @@ def empty(shape: Sequence[int], device: torch.device) -> Tensor:
     )
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Select some rows of a part.
+
+    Attributes:
+        number: in the grid of tiles.
+        rows: (start, stop).
+        out: memory that the result may be written into, of their shape.
+    """
+
+    number: int
+    rows: tuple[int, int]
+    out: Tensor | None = None
+
+
 class ThreadPool:
     """Run threads that work through tiles, each with its own scratch memory.
 
     Attributes:
         threads: their number.
-        kernels: the compiled functions that they run; None for torch's.
+        kernels: what reads, counts and merges the entries of a tile.
     """
 
     def __init__(self, threads: int) -> None:
         self.threads = max(1, threads)
-        self.kernels: Kernels | None = None
+        self.kernels = TorchKernels()
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._local = threading.local()
         self._process = os.getpid()
@@ -54,7 +69,7 @@ class ThreadPool:
     def tiles(self, shape: Sequence[int], device: torch.device) -> list[tuple[int, int]]:
         """Return the row ranges (start, stop) of the tiles of a shape on a device, in order."""
         length, width = shape[0], shape[1] if len(shape) > 1 else 1
-        entries = TILE * (1 if self.kernels is None else KERNEL_TILES) if device.type == "cpu" else DEVICE_TILE
+        entries = TILE * self.kernels.tiles if device.type == "cpu" else DEVICE_TILE
         step = max(1, entries // max(1, width))
         return [(start, min(start + step, length)) for start in range(0, length, step)]
 
@@ -121,19 +136,19 @@ class ThreadPool:
 
 
 @contextmanager
-def thread_pool(kept: list[ThreadPool] | None = None, kernels: Kernels | None = None) -> Iterator[ThreadPool]:
+def thread_pool(kept: list[ThreadPool] | None = None, kernels: TorchKernels | None = None) -> Iterator[ThreadPool]:
     """Provide as many threads as torch would use, while torch uses one thread in each; restore its setting afterwards.
 
     Args:
         kept: a list of the pool of an earlier call, which is reused with its memory, or an empty one; it then holds
             this call's pool. None to close the pool afterwards.
-        kernels: the compiled functions that they run.
+        kernels: what reads, counts and merges the entries of a tile; torch by default.
 
     One thread per operation makes a result independent of the number of threads. On tiles it is also faster: a parallel
     region for 0.1 ms of work costs as much as the work.
     """
     pool = kept[0] if kept and kept[0].usable else ThreadPool(torch.get_num_threads())
-    pool.kernels = kernels
+    pool.kernels = kernels or TorchKernels()
     if kept is not None:
         kept[:] = [pool]
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -128,6 +128,33 @@ class Cut:
 
 KEEP_ALL = Cut(0.0)
 KEEP_NONE = Cut(math.inf)
+Cuts = Sequence[tuple[Cut, ...]]  # for each task vector, a cut for each density
+
+
+@dataclass(frozen=True)
+class DeclaredTrim:
+    """Hold the trim that `Method.trims` returns, and how to get its cuts, which are found over all modules.
+
+    Attributes:
+        trim: None if the method declares none.
+        cuts: returns the cuts of these task vectors.
+    """
+
+    trim: Trim | None
+    cuts: Callable[[], Cuts]
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Hold the method's own density and those that replace it.
+
+    Attributes:
+        own: that of the method.
+        each: for each task vector: the same, or one set for the adapter or the module.
+    """
+
+    own: float
+    each: Sequence[float]
 
 
 def find_cuts(magnitudes: Tensor, densities: Sequence[float], grid: Sequence[tuple[int, int]]) -> tuple[Cut, ...]:
