@@ -18,6 +18,7 @@ ROOT = Path(ties_peft.__file__).parent
 # The packages and modules of `ties_peft/`, the lowest first. Each imports only what stands before it.
 ORDER = (
     "errors",
+    "found_classes",
     "task_vectors",
     "adapters",
     "spaces",
@@ -135,6 +136,29 @@ cli.main()
     check = f"import atexit, sys\natexit.register(lambda: print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr))"
     done = subprocess.run([sys.executable, "-c", check + code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
+def test_a_merge_imports_only_what_it_uses(make_lora: Callable[..., Path]) -> None:
+    """By the command line, in a process of its own: no other method or space, no page, no recipe of another program."""
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print(*(name for name in sys.modules if name.startswith("ties_peft.")), file=sys.stderr))
+from ties_peft import cli
+sys.argv = ["ties-peft", "merge", {str(make_lora("a"))!r}, "--method", "sce", "--out", {str(make_lora("a").parent / "out")!r}, "--json"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    used = set(done.stderr.splitlines()[-1].split())
+    assert done.returncode == 0 and {"ties_peft.methods.sce", "ties_peft.spaces.delta"} <= used
+    unused = (
+        "methods.ties",
+        "methods.dual",
+        "spaces.knots",
+        "analysis",
+        "merging.recipes.mergekit",
+        "adapters.formats.kohya",
+    )
+    assert not used & {f"ties_peft.{name}" for name in unused}
 
 
 def test_all_is_sorted_and_each_name_is_there() -> None:

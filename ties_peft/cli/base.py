@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import pkgutil
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from ..errors import RecipeError, TiesPeftWarning, printable, printable_lines
+from ..found_classes import file_names
 from ..learning import ANSWERS, GENERATED, GENERATED_ROWS
 from ..merging.options import OPTIONS, Option
 from ..search import DETAIL
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..learning.distilled import Distilled
     from ..merging.merged import Merged
 
+PACKAGE = Path(__file__).parent.parent
 INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
 SPEED_PERIOD = 3600.0  # seconds over which a bar's speed is measured; one trial of a search can take minutes
 
@@ -34,17 +35,12 @@ SPEED_PERIOD = 3600.0  # seconds over which a bar's speed is measured; one trial
 
 def method_names() -> list[str]:
     """Return the names of this package's own methods, which are those of their files."""
-    return _files("methods")
+    return file_names(PACKAGE / "methods")
 
 
 def space_names() -> list[str]:
     """Return the names of the spaces, which are those of their files."""
-    return _files("spaces")
-
-
-def _files(folder: str) -> list[str]:
-    found = pkgutil.iter_modules([str(Path(__file__).parent.parent / folder)])
-    return sorted(entry.name for entry in found if entry.name not in ("base", "aliases"))
+    return file_names(PACKAGE / "spaces")
 
 
 def complete_from(values: Iterable[str]) -> Callable[[str], list[str]]:

@@ -114,7 +114,6 @@ def _run(
 ) -> None:
     """Merge as a recipe says, or only check it."""
     from ..adapters.writer import check_output_folder
-    from ..analysis.page import check_page_file
     from ..merging.merge import merge_recipe, open_recipe
     from ..merging.merged import inputs
     from ..merging.plan import make_plan
@@ -125,6 +124,8 @@ def _run(
     if out is not None:
         check_output_folder(out, force, inputs(asked))
     if report is not None:
+        from ..analysis.page import check_page_file
+
         check_page_file(report)
     if dry_run:
         plan = make_plan(asked, open_recipe(asked), device)
@@ -135,18 +136,18 @@ def _run(
         merged = merge_recipe(asked, device=device, progress=progress, processes=processes)
     if processes.is_main:
         merged.save(out, force)
-        _write_report(merged, out, report)
+        if report is not None:
+            _write_report(merged, out, report)
         print_warnings(merged.report.warnings)
         print_result(merged, out, {"recipe": merged.recipe.to_dict()}, as_json)
 
 
-def _write_report(merged: Merged, out: Path, report: Path | None) -> None:
-    """Write the report as a page, if a file for it was named."""
+def _write_report(merged: Merged, out: Path, report: Path) -> None:
+    """Write the report as a page."""
     from ..analysis.merge_page import merge_page
     from ..analysis.page import write_page
 
-    if report is not None:
-        write_page(report, merge_page(merged, out))
+    write_page(report, merge_page(merged, out))
 
 
 def _show_plan(plan: Plan, asked: Recipe, as_json: bool) -> None:

@@ -10,14 +10,14 @@ nothing here changes. In a notebook or a script, `register` adds one to the runn
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import inspect
-import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..errors import MethodError, RecipeError, unknown
+from ..found_classes import ClassesByName
 from ..spaces import build, spaces
 from ..task_vectors.trim import Scope
 from .aliases import other_name
@@ -66,33 +66,22 @@ class MethodInfo(NamedTuple):
 
 
 @functools.cache
-def method_classes() -> dict[str, type[Method]]:
-    """Return the class of every method by its name.
+def method_classes() -> Mapping[str, type[Method]]:
+    """Return the class of every method by its name; a file of this folder is imported when its class is asked for.
 
     Raises: MethodError where another package adds one that cannot be loaded, or whose name is taken.
     """
-    known = dict(_classes_here())
+    added: dict[str, type[Method]] = {}
     for point in importlib.metadata.entry_points(group=GROUP):
         cls = _load_entry_point(point)
-        other = (known | _REGISTERED).get(cls.name)
+        other = ClassesByName(__name__, Method, added | _REGISTERED).get(cls.name)
         if other is not None and _path(other) != _path(cls):
             raise MethodError(
                 f"two methods have the name '{cls.name}': {other.__module__}.{other.__name__} and {point.value}. Rename "
                 "one of them, or uninstall the package that adds it."
             )
-        known[cls.name] = cls
-    return dict(sorted((known | _REGISTERED).items()))
-
-
-@functools.cache
-def _classes_here() -> dict[str, type[Method]]:
-    """Return the classes of the methods in this folder."""
-    found: dict[str, type[Method]] = {}
-    for entry in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{entry.name}")
-        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-        found |= {c.name: c for c in own if issubclass(c, Method) and "name" in vars(c)}
-    return found
+        added[cls.name] = cls
+    return ClassesByName(__name__, Method, added | _REGISTERED)
 
 
 def _path(cls: type) -> tuple[str, str]:
@@ -143,7 +132,7 @@ def register(cls: type[Method]) -> type[Method]:
         raise MethodError(f"the method class {cls.__name__} lacks {' and '.join(missing)}.")
     if not cls.name.isidentifier():
         raise MethodError(f"the method {cls.__name__} has the name {cls.name!r}; expected letters, digits and _.")
-    if cls.name in _classes_here():
+    if cls.name in ClassesByName(__name__, Method):
         raise MethodError(f"the name '{cls.name}' is that of another method. Give yours another name.")
     _REGISTERED[cls.name] = cls
     method_classes.cache_clear()

@@ -7,13 +7,13 @@ In: the task vectors of one module; the merged parts. Out: the parts that a meth
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from ..errors import MethodError, RecipeError, share_hint, unknown
+from ..found_classes import ClassesByName
 from .base import Encoding, Space
 
 __all__ = ["Encoding", "Space", "build", "find_space", "make_space", "spaces"]
@@ -22,14 +22,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 @functools.cache
-def spaces() -> dict[str, type[Space]]:
-    """Return the class of every space, by name."""
-    found: dict[str, type[Space]] = {}
-    for entry in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{entry.name}")
-        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-        found.update({c.name: c for c in own if issubclass(c, Space) and "name" in vars(c)})
-    return dict(sorted(found.items()))
+def spaces() -> Mapping[str, type[Space]]:
+    """Return the class of every space by its name; its file is imported when the class is asked for."""
+    return ClassesByName(__name__, Space)
 
 
 def find_space(name: str, hint: str | None = None) -> type[Space]:

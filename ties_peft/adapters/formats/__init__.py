@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterError
+from ...found_classes import all_classes
 from ..tensors import open_tensors
 from .base import PLAIN, Format, LoraFile, LoraModule
 
@@ -19,11 +18,7 @@ __all__ = ["Format", "LoraFile", "LoraModule", "formats", "read_file"]
 @functools.cache
 def formats() -> tuple[Format, ...]:
     """Return every format, in the order in which they are tried."""
-    found: list[Format] = []
-    for entry in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{entry.name}")
-        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-        found += [c() for c in own if issubclass(c, Format) and "name" in vars(c)]
+    found = [cls() for cls in all_classes(__name__, Format) if "name" in vars(cls)]
     return tuple(sorted(found, key=lambda one: one.order))
 
 

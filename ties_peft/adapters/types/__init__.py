@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 
 from ...errors import AdapterError
+from ...found_classes import all_classes
 from .base import ModuleInfo, PeftType, WritablePeftType
 
 __all__ = ["ModuleInfo", "PeftType", "WritablePeftType", "find_peft_type", "output_type", "peft_types"]
@@ -30,13 +29,7 @@ WITHOUT_DELTA = {
 @functools.cache
 def peft_types() -> dict[str, PeftType]:
     """Return the PEFT types by their names in adapter_config.json."""
-    found: dict[str, PeftType] = {}
-    for entry in pkgutil.iter_modules(__path__):
-        if entry.name == "base":
-            continue
-        module = importlib.import_module(f"{__name__}.{entry.name}")
-        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-        found.update({one.config_name: one for c in own if issubclass(c, PeftType) for one in c.instances()})
+    found = {one.config_name: one for cls in all_classes(__name__, PeftType) for one in cls.instances()}
     return dict(sorted(found.items()))
 
 

@@ -33,7 +33,6 @@ from pydantic_core import PydanticCustomError
 from ...adapters.sources import expand_patterns
 from ...errors import MethodError, RecipeError, TiesPeftError, unknown
 from ..options import NORM, OPTIONS, PARAMETERS, TOP, Options
-from . import mergekit
 from .schedule import EXPECTED as EXPECTED_SCHEDULE
 from .schedule import is_schedule, listed_schedule, to_plain
 from .settings import all_parameters, find_space, make_settings, parameter_names, unknown_parameter
@@ -100,6 +99,8 @@ class Recipe(Options):
 
         Raises: RecipeError or MethodError naming the line, for an unknown key or a value that is not accepted.
         """
+        from . import mergekit
+
         document = Document(text, where, SYNONYMS)
         if mergekit.is_recipe(document.values):
             mergekit.convert(document)
