@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ties_peft
 from ties_peft import RecipeError
 from ties_peft.adapters.writer import check_outside_output
 from ties_peft.search.storage import storage_path, without_password
@@ -88,3 +90,27 @@ def test_a_store_in_the_output_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         check_outside_output(Path("s.db/out"), storage_path("s.db"), "the storage")
     for apart in (None, "out.study.db", "output/s.db", "postgresql://host/out", "sqlite://"):
         check_outside_output(Path("out"), storage_path(apart), "the storage")
+
+
+def test_a_journal_needs_a_name_of_optuna_that_is_private() -> None:
+    """Once this fails, Optuna has a public name, or journals with heartbeats, which `study` is to use instead."""
+    import optuna
+
+    from ties_peft.search.study import BaseHeartbeat
+
+    for module in (optuna, optuna.storages, optuna.storages.journal):
+        assert BaseHeartbeat not in [getattr(module, name) for name in dir(module) if not name.startswith("_")]
+    assert issubclass(optuna.storages.RDBStorage, BaseHeartbeat)
+    assert not issubclass(optuna.storages.JournalStorage, BaseHeartbeat)
+    assert [name for name in BaseHeartbeat.__abstractmethods__ if name[0] == "_"] == ["_get_stale_trial_ids"]
+
+
+def test_no_other_private_name_of_optuna_is_used() -> None:
+    for module in ("study", "sampler"):
+        text = (Path(ties_peft.__file__).parent / "search" / f"{module}.py").read_text(encoding="utf-8")
+        tree = list(ast.walk(ast.parse(text)))
+        modules = {one.module for one in tree if isinstance(one, ast.ImportFrom) and "._" in str(one.module)}
+        assert modules <= {"optuna.storages._heartbeat"}
+        own = {one.name for one in tree if isinstance(one, (ast.FunctionDef, ast.ClassDef))}
+        own |= {one.attr for one in tree if isinstance(one, ast.Attribute) and isinstance(one.ctx, ast.Store)}
+        assert {one.attr for one in tree if isinstance(one, ast.Attribute) and one.attr[0] == "_"} <= own

@@ -24,7 +24,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import journal
-from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.storages._heartbeat import BaseHeartbeat  # it has no public name; see `_JournalStorage`
 from optuna.trial import TrialState
 
 from ..errors import RecipeError
@@ -156,6 +156,9 @@ class _JournalStorage(optuna.storages.JournalStorage, BaseHeartbeat):
     """A journal with heartbeats, which Optuna has for databases only: a trial's attribute holds the time of the last one.
 
     The clocks of machines that share a journal must differ by less than `GRACE`.
+
+    Optuna records heartbeats and marks trials as failed only in a storage that is a `BaseHeartbeat`, and asks it for those
+    trials by `_get_stale_trial_ids`. It has public names for neither, in the versions 4.9 to 5.0.
     """
 
     def record_heartbeat(self, trial_id: int) -> None:
@@ -174,7 +177,8 @@ class _JournalStorage(optuna.storages.JournalStorage, BaseHeartbeat):
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         running = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
         oldest = time.time() - GRACE
-        return [t._trial_id for t in running if t.system_attrs.get("heartbeat", math.inf) < oldest]
+        stale = [t.number for t in running if t.system_attrs.get("heartbeat", math.inf) < oldest]
+        return [self.get_trial_id_from_study_id_trial_number(study_id, number) for number in stale]
 
 
 def _open(storage: Storage, name: str, sampler: Sampler) -> optuna.Study:
