@@ -86,10 +86,54 @@ def test_distil_writes_an_adapter(setting: Path) -> None:
             ["distil", "a", "b", "--out", "o", "--task", "toy.yaml", "--rows", "some text", "--rows", "other text"],
             "rows 'some text': expected a file that ends in .jsonl, .csv or .txt",
         ),
+        (
+            ["distil", "a", "b", "--out", "o", "--task", "toy.yaml", "--keep-weight", "-1"],
+            "keep_base, which is not given",
+        ),
+        (
+            ["distil", "a", "b", "--out", "o", "--task", "toy.yaml", "--state", "toy.yaml/s"],
+            "'toy.yaml/s' cannot be used",
+        ),
+        (["evaluate", "a", "--task", "rows.jsonl"], "'rows.jsonl' is a file of rows; expected a YAML or JSON file"),
+        (["evaluate", "a", "--task", "blank.yaml"], "blank.yaml, line 1: the file is empty"),
+        (["evaluate", "a", "--task", "no_rows.yaml"], "rows 'blank.jsonl': the file has no rows"),
+        (["search", "a", "b", "--out", "o", "--task", "no_rows.yaml"], "rows 'blank.jsonl': the file has no rows"),
+        (["distil", "a", "b", "--out", "o", "--task", "no_rows.yaml"], "rows 'blank.jsonl': the file has no rows"),
+        (["search", "a", "other", "--out", "o", "--task", "toy.yaml", "--base", "BASE"], "adapter 'other' (trained on"),
+        (["distil", "a", "other", "--out", "o", "--task", "toy.yaml", "--base", "BASE"], "adapter 'other' (trained on"),
+        (["signs", "other", "--out", "o", "--task", "toy.yaml", "--base", "BASE"], "adapter 'other' (trained on"),
+        (["signs", "a", "b", "--out", "o", "--task", "loss.yaml"], "measure 'loss'; training needs labels"),
+        (
+            [
+                "search",
+                "a",
+                "b",
+                "--out",
+                "o",
+                "--objective",
+                "imitate",
+                "--task",
+                "toy.yaml",
+                "--state",
+                "s",
+                "--sampler",
+                "gird",
+            ],
+            "the sampler is 'gird'",
+        ),
     ],
 )
-def test_bad_usage_is_one_message(words: list[str], part: str, setting: Path) -> None:
+def test_bad_usage_is_one_message(words: list[str], part: str, setting: Path, bases: dict[str, Path]) -> None:
+    """And nothing is written."""
+    shapes = {"encoder.layer.0.attention.self.query": (32, 16)}
+    write_lora(setting / "other", shapes, 0, base_model_name_or_path=str(bases["encoder"]))
+    for name in ("blank.yaml", "blank.jsonl"):
+        (setting / name).touch()
+    (setting / "no_rows.yaml").write_text("descriptions: [w1, w2]\nrows: blank.jsonl", encoding="utf-8")
+    (setting / "loss.yaml").write_text("measure: loss\nrows: rows.jsonl", encoding="utf-8")
+    before = sorted(setting.rglob("*"))
     with pytest.raises(TiesPeftError) as caught:
+        words = [str(bases["encoder"]) if word == "BASE" else word for word in words]
         CliRunner().invoke(cli.app, words, catch_exceptions=False)
     assert part in str(caught.value)
-    assert not (setting / "o").exists()
+    assert sorted(setting.rglob("*")) == before

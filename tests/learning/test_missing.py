@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import ties_peft
-from ties_peft.errors import CompatibilityError
+from ties_peft.errors import CompatibilityError, TiesPeftError
 from ties_peft.evaluation.evaluate import evaluate_all
 from ties_peft.evaluation.loaded_model import Bench
 from ties_peft.search import CONTROLS, TRAINED
@@ -166,3 +167,22 @@ def test_an_update_of_a_drawn_layer_does_not_bring_it(tmp_path: Path, bases: dic
     whole = {f"{PREFIX}classifier.weight": torch.ones(3, 16), f"{PREFIX}classifier.bias": torch.zeros(3)}
     save_file({**keep, **whole}, lora / "adapter_model.safetensors")
     assert ties_peft.evaluate(lora, head_task(), base=base).rows == 6
+
+
+def test_what_libraries_log_while_a_base_loads_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the Hub's attempts to connect, six for each file; afterwards they log as before."""
+    import transformers
+    from huggingface_hub.utils import logging as hub
+
+    seen: list[int] = []
+    levels = hub.get_verbosity(), transformers.logging.get_verbosity()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        seen.extend((hub.get_verbosity(), transformers.logging.get_verbosity()))
+        raise OSError("no network")
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", fail)
+    with pytest.raises(TiesPeftError, match="no network"):
+        ties_peft.Bench.load("org/base", "encoder")
+    assert seen == [logging.ERROR, logging.ERROR]
+    assert (hub.get_verbosity(), transformers.logging.get_verbosity()) == levels

@@ -237,7 +237,7 @@ def test_one_search_however_often_it_is_stopped(
     assert len(ran) == 4  # read from the state; and nothing is left to score
     assert rest.to_dict() == whole.to_dict() == again.to_dict()
     assert rest.trials[:2] == first.trials
-    with pytest.raises(RecipeError, match="of another search; the two differ in examples, seed"):
+    with pytest.raises(RecipeError, match="of another search; the two differ in examples, recipe, seed"):
         ties_peft.search(causal_loras, "imitate", budget=5, **asked, storage=tmp_path / "s.db", seed=1)
     with pytest.raises(RecipeError, match="of other work"):
         ties_peft.search(causal_loras, "imitate", budget=5, **asked, state=tmp_path / "state", seed=1)

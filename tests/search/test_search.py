@@ -117,6 +117,14 @@ def test_one_seed_one_search(folders: list[str]) -> None:
     assert first.to_dict() != other.to_dict()
 
 
+def test_the_seed_is_that_of_the_merges_too(folders: list[str]) -> None:
+    found = ties_peft.search(folders, NegativeDistance(folders), budget=2, controls=(), method="dare_ties", seed=5)
+    weights = found.recipe.weights
+    assert found.recipe.seed == 5
+    assert found.adapter.digest == ties_peft.merge(folders, "dare_ties", weights=weights, seed=5).digest
+    assert found.adapter.digest != ties_peft.merge(folders, "dare_ties", weights=weights, seed=0).digest
+
+
 def test_any_numbers_and_choices_of_a_recipe(folders: list[str]) -> None:
     tune = {
         "method": ["ties", "dare_ties", "average"],
@@ -219,6 +227,9 @@ FAULTS: list[tuple[dict[str, Any], type[TiesPeftError], str]] = [
     ({"storage": "nosuch://db"}, RecipeError, "the study cannot be kept in 'nosuch://db'"),
     ({"controls": ["bas"]}, RecipeError, "unknown control 'bas': did you mean 'base'"),
     ({"method": "slerp"}, MethodError, "slerp"),
+    ({"seed": -1}, RecipeError, "seed is -1"),
+    ({"parameters": {"densty": 0.2}}, MethodError, "did you mean 'density'"),
+    ({"parameters": {"densty": 0.2}, "tune": {"method": ["ties", "tsv"]}}, MethodError, "did you mean 'density'"),
 ]
 
 

@@ -69,13 +69,17 @@ def test_bad_input_is_one_message(folders: list[Path], task: Path, tmp_path: Pat
         (("--budget", 0), "the budget is 0"),
         (("--storage", "nosuch://x"), "the study cannot be kept in 'nosuch://x'"),
         (("--rank", "many"), "rank is 'many'"),
+        (("--seed", -1), "seed is -1"),
+        (("--set", "densty=0.2", "--method", "ties"), "did you mean 'density'"),
+        (("--set", "densty=0.2", "--tune", "method=[ties,flat_tsv]"), "did you mean 'density'"),
+        (("--objective", "imitat"), "expected imitate"),
     ):
         done = run(*common, *flags)
         assert done.code == 2
         assert text in done.err
         assert done.err.startswith("error: ")
         assert done.err.count("\n") == 1
-        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob("out*"))
 
 
 def test_signs_are_written_and_taken(folders: list[Path], task: Path, tmp_path: Path) -> None:

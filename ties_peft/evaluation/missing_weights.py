@@ -60,17 +60,22 @@ def check_missing_weights(
 
 @contextmanager
 def silenced(transformers: Any) -> Iterator[None]:
-    """Silence the progress bars and warnings of transformers, within a `with` block."""
-    before = transformers.logging.get_verbosity()
-    bars = getattr(transformers.logging, "is_progress_bar_enabled", lambda: True)()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    """Silence the progress bars and warnings of transformers, and the Hub's on retries, within a `with` block."""
+    from huggingface_hub.utils import logging as hub
+
+    shown = transformers.logging
+    levels = [(own, own.get_verbosity()) for own in (shown, hub)]
+    bars = getattr(shown, "is_progress_bar_enabled", lambda: True)()
+    shown.disable_progress_bar()
+    for own, _ in levels:
+        own.set_verbosity_error()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(before)
+        for own, level in levels:
+            own.set_verbosity(level)
         if bars:
-            transformers.logging.enable_progress_bar()
+            shown.enable_progress_bar()
 
 
 def _used(found: dict[str, nn.Parameter], output: Callable[[], Tensor]) -> dict[str, nn.Parameter]:

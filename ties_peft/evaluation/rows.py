@@ -68,7 +68,9 @@ def read_rows(
         why = getattr(error, "strerror", None) or str(error)
         raise RecipeError(f"rows {str(source)!r} cannot be read: {why}. Check the path and the file.") from None
     if not found:
-        raise RecipeError(f"rows {str(source)!r}: the file has no rows.")
+        raise RecipeError(
+            f"rows {str(source)!r}: the file has no rows; expected at least one. Add some, or name another file."
+        )
     return found
 
 

@@ -273,6 +273,11 @@ def read_task(given: TaskSource) -> Task:
         task = _make(Document(dump(_plain(plain)), "task", {}), Path())
         return task if held is None else replace(task, rows=_checked_rows(held, task))
     path = Path(str(given))
+    if path.suffix in (".jsonl", ".csv"):
+        raise RecipeError(
+            f"task {str(given)!r} is a file of rows; expected a YAML or JSON file that says how they are read. Write one, with "
+            f"rows: {path.name} and a measure."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:

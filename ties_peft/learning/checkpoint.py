@@ -21,7 +21,7 @@ class Checkpoint:
     """The saved states of one run.
 
     Args:
-        folder: that holds them; with None nothing is saved.
+        folder: that holds them, made when the first is saved; with None nothing is saved.
         fingerprint: a digest of everything that the result depends on.
     Raises: RecipeError where the folder holds states of other work, or cannot be used.
     """
@@ -31,14 +31,12 @@ class Checkpoint:
         self.fingerprint = fingerprint
         if self.folder is None:
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
-                raise OSError(None, "it cannot be written to")
-        except OSError as error:
+        existing = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise RecipeError(
-                f"the state folder {str(folder)!r} cannot be used: {error.strerror or error}. Choose another."
-            ) from None
+                f"the state folder {str(folder)!r} cannot be used, because {str(existing)!r} is no folder that can be written "
+                "to. Choose another."
+            )
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             self._load(path, mmap=True)  # checks the fingerprint without reading tensors
 
@@ -56,6 +54,7 @@ class Checkpoint:
         """
         path = self._path(name)
         if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
             staged = path.with_suffix(".part")
             torch.save({"fingerprint": self.fingerprint, "state": state}, staged)
             staged.replace(path)

@@ -154,7 +154,7 @@ def distil(
     )
     report_progress = progress or (lambda stage, done, of: None)
     specs = read_teacher_specs(adapters, rows, tasks, count, answers)
-    shares = _check_weights(weights, len(specs)) + (() if keep_base is None else _check_weights([keep_weight], 1))
+    shares = _check_weights(weights, len(specs)) + _check_keep_weight(keep_base, keep_weight)
     written = output_dtype(dtype, [spec.adapter for spec in specs])
     loaded = open_bench(specs, base, device, bench, precision)
     with threads_fixed(threads), _frozen_base(loaded):
@@ -386,6 +386,20 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, 
             f"a weight is {wrong[0]!r}; expected a number above 0. Leave out adapters that should not count."
         )
     return tuple(map(float, found))
+
+
+def _check_keep_weight(keep_base: Any, weight: float) -> tuple[float, ...]:
+    """Return the weight of the rows of `keep_base`; none where there are no such rows.
+
+    Raises: RecipeError for a weight that is not above 0, or that has no rows.
+    """
+    if keep_base is not None:
+        return _check_weights([weight], 1)
+    if weight != 1:
+        raise RecipeError(
+            f"keep_weight is {weight!r}, the weight of the rows of keep_base, which is not given. Leave it out, or give both."
+        )
+    return ()
 
 
 def _check_names(fit: str, answers: str | None) -> None:

@@ -17,7 +17,7 @@ from ..merging.merge import merge
 from ..merging.merged import Merged, versions
 from ..merging.plan import Progress
 from ..merging.values import check_whole
-from .training import train
+from .training import check_trainable, train
 
 STEPS_EACH = 20
 
@@ -74,6 +74,8 @@ def few_shot_signs(
     asked = [read_task(task) for task in tasks]
     if not asked:
         raise CompatibilityError("no tasks were given. Give one with a few labelled rows for each adapter.")
+    for task in asked:
+        check_trainable(task)
     largest = max((adapter.ranks[-1] for adapter in opened), default=1)
     rank = largest if any(adapter.peft_type.has_rank for adapter in opened) else "auto"
     start: Merged = merge(opened, method="average", rank=rank, dtype="float32")
@@ -82,7 +84,8 @@ def few_shot_signs(
         for task in asked:
             task.check_rows()
         bench = Bench.load(chosen, form_for(asked[0]), device)
-    bench.check(start)
+    for adapter in opened:
+        bench.check(adapter)
     scorers = [make_scorer(bench, task) for task in asked]
     taken = steps or STEPS_EACH * len(scorers)
     recipe = {

@@ -173,8 +173,8 @@ def search(
         share a study run each trial once and return the same.
     """
     opened = load_adapters(adapters)
-    _check_numbers(budget, penalty, controls)
-    more: dict[str, Any] = {"densities": densities, "allow_disjoint": allow_disjoint}
+    _check_numbers(budget, penalty, seed, controls)
+    more: dict[str, Any] = {"densities": densities, "allow_disjoint": allow_disjoint, "seed": seed}
     recipe = make_recipe(
         opened, parameters=parameters or {}, method=method, space=space, scale=scale, rank=rank, **more
     )
@@ -201,8 +201,9 @@ def search(
     return Found(merged, merged.recipe, score, judged, tuple(trials), evaluated, merged.report.warnings)
 
 
-def _check_numbers(budget: int, penalty: float, controls: Sequence[str]) -> None:
+def _check_numbers(budget: int, penalty: float, seed: int, controls: Sequence[str]) -> None:
     check_whole("the budget", budget, 1)
+    check_whole("seed", seed, 0)
     if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
         raise RecipeError(f"the penalty is {penalty!r}; expected a number, 0 or more. Give 0 for none.")
     for name in controls:

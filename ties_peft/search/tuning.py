@@ -207,7 +207,7 @@ class Tuning:
         return weights
 
     def _check(self, asked: Mapping[str, Any]) -> None:
-        """Check that each tuned parameter belongs to a method or space of the search, which accepts its ends.
+        """Check that each parameter, tuned or fixed, belongs to a method or space of the search, which accepts its values.
 
         Raises: MethodError.
         """
@@ -222,7 +222,10 @@ class Tuning:
                 raise MethodError(f"tune: {unknown('parameter', name, names)}")
         for method, space in pairs:
             allowed = parameter_names(method, space)
-            fixed = {name: value for name, value in self.recipe.parameters.items() if name in allowed}
+            # A name that belongs to no method of the search is left in, so that `make_settings` refuses it.
+            fixed = {
+                name: value for name, value in self.recipe.parameters.items() if name in allowed or name not in known
+            }
             for end in (0, 1):
                 tuned = {name: self.domains[name].ends[end] for name in own if name in allowed}
                 make_settings(method, space, fixed | tuned)

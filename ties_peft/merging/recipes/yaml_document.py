@@ -133,7 +133,8 @@ class Document:
         last = path[-1] if path else "the file"
         name = f"entry {last + 1}" if isinstance(last, int) else last
         expected = fault["msg"] if fault["type"] == "expecting" else "keys with values"
-        raise RecipeError(f"{self.at(path)}: {name} is {fault['input']!r}; expected {expected}.")
+        seen = "empty" if self.values is None else repr(fault["input"])
+        raise RecipeError(f"{self.at(path)}: {name} is {seen}; expected {expected}.")
 
     def drop(self, key: str, number: int) -> None:
         """Remove an entry from a list at the top; the entries after it keep their lines."""
