@@ -62,7 +62,7 @@ def measure_method(recipe: Recipe, plan: Plan, progress: Progress) -> MethodResu
     """
     adapters = [member.adapter for member in plan.members]
     own = make_plan(recipe, adapters, str(plan.device), checked=True)
-    merged = run_plan(own, recipe, time.perf_counter(), None, progress, warns=False)
+    merged = run_plan(own, time.perf_counter(), None, progress, warns=False)
     report = merged.report
     norms = np.array([line.norm for line in report.modules])
     by_rank = _energies_by_rank(merged)

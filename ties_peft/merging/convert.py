@@ -86,7 +86,7 @@ def convert(
     remarks = [*remarks, *(origin.description if origin is not None else ())]
     assumed = origin.assumptions if origin is not None else ()
     warnings = [*remarks, *(warning for warning in plan.warnings if warning not in assumed)]
-    made = run_plan(replace(plan, warnings=warnings), recipe, started, None, progress)
+    made = run_plan(replace(plan, warnings=warnings), started, None, progress)
     return as_stored(made, plan.members[0].adapter, rank is None and dtype is None)
 
 

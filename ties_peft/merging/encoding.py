@@ -111,7 +111,7 @@ class EncodedModules:
 
     def stream_key(self, place: int, module: str, part: int) -> int:
         """Return the key of one adapter's random numbers on one part."""
-        return stream_key(self.plan.seed, module, part, self.plan.members[place].adapter.digest)
+        return stream_key(self.plan.recipe.seed, module, part, self.plan.members[place].adapter.digest)
 
     def _select(self, module: str) -> None:
         """Release the module at hand before another one is read."""

@@ -133,7 +133,7 @@ class _Loop:
         factors = Factors(zero(self.plan.modules[name].shape), 0.0, 0.0)
         if results:
             factors = self.modules.encoding(name).decode(results, self.plan.rank, self.pool.map)
-        return (factors.restored() if self.plan.restore_norm else factors).scaled(self.plan.scale)
+        return (factors.restored() if self.plan.recipe.restore_norm else factors).scaled(self.plan.scale)
 
     def write(self, module: ModuleInfo, factors: Factors) -> tuple[dict[str, Tensor], ModuleMeasurement]:
         """Return the tensors of one module in the dtype of the result, and what the report says of it.

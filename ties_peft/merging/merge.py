@@ -151,7 +151,7 @@ def merge_recipe(
     if adapters is None:
         recipe, _ = recipe.expanded()
     opened = open_recipe(recipe) if adapters is None else list(adapters)
-    return run_plan(make_plan(recipe, opened, device, processes=processes), recipe, started, None, progress, processes)
+    return run_plan(make_plan(recipe, opened, device, processes=processes), started, None, progress, processes)
 
 
 def open_recipe(recipe: Recipe) -> list[Adapter]:
@@ -162,7 +162,6 @@ def open_recipe(recipe: Recipe) -> list[Adapter]:
 
 def run_plan(
     plan: Plan,
-    recipe: Recipe,
     started: float,
     cache: MergeCache | None = None,
     progress: Progress | None = None,
@@ -172,7 +171,7 @@ def run_plan(
     """Do the work of a checked plan.
 
     Args:
-        plan, recipe: of the merge.
+        plan: of the merge.
         started: when it began, by `time.perf_counter`.
         cache: of a prepared merge.
         progress, processes: as in `merge_recipe`.
@@ -195,21 +194,21 @@ def run_plan(
         licence_note=note,
     )
     warn_caller(report.warnings if warns else ())
-    config = _config(plan, recipe)
+    config, recipe = _config(plan), plan.recipe
     if plan.pipeline is not None:
         return Merged(config, tensors, report, recipe, pipeline_loading(plan.pipeline, config), None, plan.pipeline)
-    loading = find_loading(_adapter_facts(plan, recipe, config))
+    loading = find_loading(_adapter_facts(plan, config))
     return Merged(config, tensors, report, recipe, loading, tokenizer_files)
 
 
-def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
+def _config(plan: Plan) -> dict[str, Any]:
     """Return adapter_config.json with only the keys that loaders need, so that old releases of PEFT load it too."""
     configs = [member.adapter.config for member in plan.members]
     extra = plan.extra_tensors.config()
     own = plan.peft_type.config(list(plan.modules.values()), plan.rank or 0)
     return {
         "peft_type": plan.peft_type.config_name,
-        "base_model_name_or_path": written_base_name(recipe, plan.members),
+        "base_model_name_or_path": written_base_name(plan.recipe, plan.members),
         **({"task_type": plan.task_type.kept} if plan.task_type.kept else {}),
         "inference_mode": True,
         **own,
@@ -219,7 +218,7 @@ def _config(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _adapter_facts(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> AdapterFacts:
+def _adapter_facts(plan: Plan, config: Mapping[str, Any]) -> AdapterFacts:
     """Return what tells the class of the base model that the result belongs to."""
     mappings = [member.adapter.config.get("auto_mapping") for member in plan.members]
     pairs = [(m.get("base_model_class"), m.get("parent_library")) for m in mappings if isinstance(m, dict)]
@@ -229,7 +228,7 @@ def _adapter_facts(plan: Plan, recipe: Recipe, config: Mapping[str, Any]) -> Ada
     rows += [m.shape[0] for m in plan.modules.values() if m.layer_type == LINEAR and VOCABULARY.fullmatch(m.name)]
     return AdapterFacts(
         base=config["base_model_name_or_path"],
-        weights=recipe.base,
+        weights=plan.recipe.base,
         tasks=plan.task_type.named,
         mappings=tuple((str(name), str(module)) for name, module in pairs if name and module),
         paths=tuple(sorted({module.path for module in plan.modules.values()})),

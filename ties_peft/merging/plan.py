@@ -43,12 +43,13 @@ class Plan:
     """A merge that has passed every check.
 
     Attributes:
+        recipe: what was asked for.
         members: the adapters with a weight other than 0, in order.
         modules: the union of their modules, sorted by name.
         stages: the methods before the one that merges, that one, and those after it.
         space: the coordinates that were asked for.
         arithmetic: the coordinates to compute in: `core` for a spectral method in space `delta`, else `space`.
-        scale, seed: as asked for, defaults filled in.
+        scale: as asked for, or the default.
         formula: of the scale, if it depends on the number of adapters; None for a number.
         trim: that the method declares; None for none.
         rank: r of the output; None for PEFT types that have none.
@@ -57,13 +58,12 @@ class Plan:
         task_type: of the result.
         device: where to compute.
         signs: the adapter that decides the signs, if one was given.
-        restore_norm: whether a truncated result is scaled to the norm it had.
-        weighting: `norm` for equal-norm weights, else `given`.
         pipeline: of image models, if the result is a LoRA of one.
         warnings: known from names and shapes alone.
         chosen: why the method that was asked for, `auto`, chose this one; empty if this one was asked for.
     """
 
+    recipe: Recipe
     members: tuple[Member, ...]
     modules: dict[str, ModuleInfo]
     stages: Stages
@@ -76,10 +76,7 @@ class Plan:
     extra_tensors: ExtraTensors
     task_type: compatibility.TaskType
     device: torch.device
-    seed: int
     signs: Adapter | None = None
-    restore_norm: bool = False
-    weighting: str = "given"
     formula: str | None = None
     pipeline: Pipeline | None = None
     warnings: list[str] = field(default_factory=list)
@@ -100,6 +97,11 @@ class Plan:
     def method(self) -> Method:
         """The method that merges."""
         return self.stages.method
+
+    @property
+    def weighting(self) -> str:
+        """`norm` for equal-norm weights, else `given`."""
+        return NORM if self.recipe.weights == NORM else "given"
 
     @property
     def finishing_methods(self) -> tuple[Method, ...]:
@@ -197,28 +199,24 @@ def make_plan(
     compatibility.check_types([*adapters, *deciding], space, stages)
     check_adapters(deciding if checked else [*adapters, *deciding], processes)
 
-    recipe, adapters, pipeline = _with_pipeline(recipe, adapters, warnings)
+    target, adapters, pipeline = _with_pipeline(recipe, adapters, warnings)
     members = make_members(recipe, compatibility.unify_module_names(adapters, warnings), densities, warnings)
     compatibility.check_statistics(stages.method, members)
-    dtype = output_dtype(recipe.dtype, [member.adapter for member in members])
-    modules = compatibility.union_of_modules(members, signs)
-    pipeline, modules = _with_modules(pipeline, members, modules)
-    _check_modules(recipe, members, modules, warnings)
-    _check_weights(stages, space, members, modules)
-
+    pipeline, modules = _with_modules(pipeline, members, compatibility.union_of_modules(members, signs))
     arithmetic = _space_to_compute_in(space, stages)
-    _check_ranks(arithmetic, [*(member.adapter for member in members), *deciding], modules)
-    rank = _rank(recipe, stages, arithmetic, members, modules, warnings)
-    _check_target(recipe, members, modules, warnings)
-    compatibility.warn_base_names(members, recipe, warnings)
-    compatibility.warn_single_adapter(members, stages, warnings)
-
+    draft = _Draft(recipe, target, stages, arithmetic, members, modules, warnings)
+    draft.check_modules()
+    draft.check_weights(space)
+    draft.check_ranks(deciding)
+    rank = draft.rank()
+    draft.check_target()
     scale = _scale(recipe.scale, stages)
     value = scale.at(len(members))
-    _warn_published_scale(value, stages, len(members), warnings)
-    extra_tensors = _extra_tensors(recipe, stages, chosen, value, members, modules, where, warnings)
+    draft.warn(value)
+    extra_tensors = draft.extra_tensors(chosen, value, where)
     compatibility.warn_orientation(members, warnings)
     return Plan(
+        recipe=recipe,
         members=members,
         modules=modules,
         stages=stages,
@@ -227,14 +225,11 @@ def make_plan(
         scale=value,
         trim=_trim(stages.method, space),
         rank=rank,
-        dtype=dtype,
+        dtype=output_dtype(recipe.dtype, [member.adapter for member in members]),
         extra_tensors=extra_tensors,
         task_type=compatibility.choose_task_type(members, extra_tensors.loads, warnings),
         device=where,
-        seed=recipe.seed,
         signs=signs,
-        restore_norm=bool(recipe.restore_norm),
-        weighting=NORM if recipe.weights == NORM else "given",
         formula=scale.formula,
         pipeline=pipeline,
         warnings=warnings,
@@ -267,34 +262,13 @@ def _load_signs(method: Method, base: str | None) -> Adapter | None:
     return Adapter.load(given, base=base) if isinstance(given, (str, Path)) else given
 
 
-def _check_modules(
-    recipe: Recipe, members: Sequence[Member], modules: dict[str, ModuleInfo], warnings: list[str]
-) -> None:
-    """Check that the adapters' modules fit together, and warn of filters that fit none of them."""
-    if not recipe.allow_disjoint:
-        compatibility.check_shared_modules(members)
-    compatibility.check_one_config(members, modules)
-    compatibility.warn_unused_filters(members, modules, warnings)
-
-
-def _check_weights(stages: Stages, space: Space, members: Sequence[Member], modules: Iterable[str]) -> None:
-    """Call the check of every method on its weights, for every module if they differ between modules."""
-    constant = all(member.weight.constant for member in members)
-    for module in list(modules)[:1] if constant else modules:
-        weights = [member.weight_at(module) for member in members]
-        for stage in stages.all if any(weights) else ():
-            fault = stage.check([weight for weight in weights if weight != 0], space.name)
-            if fault:
-                raise MethodError(f"method '{stage.name}': {fault}.")
-
-
 def _with_pipeline(
     recipe: Recipe, adapters: Sequence[Adapter], warnings: list[str]
-) -> tuple[Recipe, list[Adapter], Pipeline | None]:
-    """Return the recipe with the target, the adapters and the pipeline of a merge of LoRAs of image models."""
+) -> tuple[str | None, list[Adapter], Pipeline | None]:
+    """Return the target, the adapters and the pipeline of a merge of LoRAs of image models."""
     warnings += [remark for one in adapters if one.origin is not None for remark in one.origin.assumptions]
     found, pipeline = choose_pipeline(recipe.target, adapters, recipe.base_model, warnings)
-    return (recipe if pipeline is None else replace(recipe, target=pipeline.target)), found, pipeline
+    return recipe.target if pipeline is None else pipeline.target, found, pipeline
 
 
 def _with_modules(
@@ -326,58 +300,12 @@ def _space_to_compute_in(space: Space, stages: Stages) -> Space:
     )
 
 
-def _check_ranks(space: Space, adapters: Sequence[Adapter], modules: Iterable[str]) -> None:
-    """Call the space's check on the ranks of all task vectors."""
-    ranks = {name: [a.layout[name].rank for a in adapters if name in a.layout] for name in modules}
-    fault = space.check(ranks)
-    if fault:
-        raise CompatibilityError(f"space '{space.name}': {fault}.")
-
-
-def _rank(
-    recipe: Recipe,
-    stages: Stages,
-    space: Space,
-    members: Sequence[Member],
-    modules: dict[str, ModuleInfo],
-    warnings: list[str],
-) -> int | None:
-    """Return the rank of the output, at most what the target loads."""
-    alone = not stages.before and not stages.after
-    linear = alone and stages.method.linear(len(members)) and all(member.density is None for member in members)
-    # In a space that compresses every adapter to the output's rank first, the rank cuts off nothing after the merge.
-    compresses = getattr(space, "compress_first", False)
-    flat = not compresses and any(stage.has_flat_spectrum() for stage in stages.all)
-    adapters = {member.name: member.adapter for member in members}
-    rank = output_rank(recipe.rank, adapters, modules, space.lossless_rank or linear, flat, warnings)
-    return fit_rank(recipe.target, rank, recipe.rank, members[0].adapter.peft_type.title, warnings)
-
-
-def _check_target(
-    recipe: Recipe, members: Sequence[Member], modules: dict[str, ModuleInfo], warnings: list[str]
-) -> None:
-    """Check that the program that shall load the result can."""
-    base = written_base_name(recipe, members)
-    replicates = any(member.adapter.config.get("layer_replication") for member in members)
-    check_modules(recipe.target, modules, base, replicates, warnings)
-
-
 def _scale(scale: float | str | None, stages: Stages) -> Scale:
     """Return the scale that was asked for, else the default of the last method."""
     if scale is not None:
         return Scale.read(scale)
     last = stages.last
     return Scale.read(last.default_scale, f"the default scale of method '{last.name}'")
-
-
-def _warn_published_scale(scale: float, stages: Stages, adapters: int, warnings: list[str]) -> None:
-    """Warn of a published λ if the default was measured to be better."""
-    last = stages.last
-    if adapters > 1 and scale == last.published_scale:
-        warnings.append(
-            f"scale {scale:g} is the published scale of '{last.name}'. On sets of two, four and six sample adapters it was on "
-            f"average less accurate than the default, {last.default_scale}. To use the default, leave the scale out."
-        )
 
 
 def _trim(method: Method, space: Space) -> Trim | None:
@@ -393,25 +321,91 @@ def _trim(method: Method, space: Space) -> Trim | None:
     return replace(asked, scope=space.scopes[0])
 
 
-def _extra_tensors(
-    recipe: Recipe,
-    stages: Stages,
-    chosen: str,
-    scale: float,
-    members: Sequence[Member],
-    modules: Iterable[str],
-    device: torch.device,
-    warnings: list[str],
-) -> ExtraTensors:
-    """Decide what becomes of the extra tensors."""
-    base = compatibility.common_base(members)
-    merging = None
-    if recipe.heads == MERGE:
-        if chosen and "ia3" not in stages.method.kinds:
-            # The method that `auto` takes for (IA)³ fits tensors of every shape.
-            stages = replace(stages, method=make_method(recipe.method, {}).choose("ia3").method)
-        base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)
-        merging = make_extra_tensor_merge(stages, base, members, scale, recipe.seed, device)
-    extra_tensors = plan_extra_tensors(recipe, members, modules, merging, base, warnings)
-    check_heads(recipe.target, extra_tensors.kept, warnings)
-    return extra_tensors
+@dataclass(frozen=True)
+class _Draft:
+    """A merge whose adapters, methods and space are chosen, while the rest is checked.
+
+    Attributes:
+        target: the program that shall load the result; None for peft.
+        space: to compute in.
+        warnings: receives what is unwise.
+
+    The others are those of `Plan`.
+    """
+
+    recipe: Recipe
+    target: str | None
+    stages: Stages
+    space: Space
+    members: tuple[Member, ...]
+    modules: dict[str, ModuleInfo]
+    warnings: list[str]
+
+    def check_modules(self) -> None:
+        """Check that the adapters' modules fit together, and warn of filters that fit none of them."""
+        if not self.recipe.allow_disjoint:
+            compatibility.check_shared_modules(self.members)
+        compatibility.check_one_config(self.members, self.modules)
+        compatibility.warn_unused_filters(self.members, self.modules, self.warnings)
+
+    def check_weights(self, space: Space) -> None:
+        """Call the check of every method on its weights, for every module if they differ between modules."""
+        constant = all(member.weight.constant for member in self.members)
+        for module in list(self.modules)[:1] if constant else self.modules:
+            weights = [member.weight_at(module) for member in self.members]
+            for stage in self.stages.all if any(weights) else ():
+                fault = stage.check([weight for weight in weights if weight != 0], space.name)
+                if fault:
+                    raise MethodError(f"method '{stage.name}': {fault}.")
+
+    def check_ranks(self, deciding: Iterable[Adapter]) -> None:
+        """Call the space's check on the ranks of all task vectors, also of an adapter that decides the signs."""
+        adapters = [*(member.adapter for member in self.members), *deciding]
+        fault = self.space.check(
+            {name: [a.layout[name].rank for a in adapters if name in a.layout] for name in self.modules}
+        )
+        if fault:
+            raise CompatibilityError(f"space '{self.space.name}': {fault}.")
+
+    def rank(self) -> int | None:
+        """Return the rank of the output, at most what the target loads."""
+        stages, asked, adapters = self.stages, self.recipe.rank, {m.name: m.adapter for m in self.members}
+        alone = not stages.before and not stages.after and all(member.density is None for member in self.members)
+        lossless = self.space.lossless_rank or (alone and stages.method.linear(len(self.members)))
+        # In a space that compresses every adapter to the output's rank first, the rank cuts off nothing after the merge.
+        compresses = getattr(self.space, "compress_first", False)
+        flat = not compresses and any(stage.has_flat_spectrum() for stage in stages.all)
+        rank = output_rank(asked, adapters, self.modules, lossless, flat, self.warnings)
+        return fit_rank(self.target, rank, asked, self.members[0].adapter.peft_type.title, self.warnings)
+
+    def check_target(self) -> None:
+        """Check that the program that shall load the result can."""
+        base = written_base_name(self.recipe, self.members)
+        replicates = any(member.adapter.config.get("layer_replication") for member in self.members)
+        check_modules(self.target, self.modules, base, replicates, self.warnings)
+
+    def warn(self, scale: float) -> None:
+        """Warn of base names that differ, of a single adapter, and of a published λ if the default measured better."""
+        compatibility.warn_base_names(self.members, self.recipe, self.warnings)
+        compatibility.warn_single_adapter(self.members, self.stages, self.warnings)
+        last = self.stages.last
+        if len(self.members) > 1 and scale == last.published_scale:
+            self.warnings.append(
+                f"scale {scale:g} is the published scale of '{last.name}'. On sets of two, four and six sample adapters "
+                f"it was on average less accurate than the default, {last.default_scale}. To use the default, leave the scale "
+                "out."
+            )
+
+    def extra_tensors(self, chosen: str, scale: float, device: torch.device) -> ExtraTensors:
+        """Decide what becomes of the extra tensors; the arguments are as in `Plan`."""
+        recipe, stages, base = self.recipe, self.stages, compatibility.common_base(self.members)
+        merging = None
+        if recipe.heads == MERGE:
+            if chosen and "ia3" not in stages.method.kinds:
+                # The method that `auto` takes for (IA)³ fits tensors of every shape.
+                stages = replace(stages, method=make_method(recipe.method, {}).choose("ia3").method)
+            base = base or (BaseModel.load(recipe.base) if recipe.base is not None else None)
+            merging = make_extra_tensor_merge(stages, base, self.members, scale, recipe.seed, device)
+        extra_tensors = plan_extra_tensors(recipe, self.members, self.modules, merging, base, self.warnings)
+        check_heads(self.target, extra_tensors.kept, self.warnings)
+        return extra_tensors

@@ -67,7 +67,7 @@ class Prepared:
         asked["parameters"] = {**self.recipe.parameters, **parameters}
         recipe = make_recipe(self.adapters, **fixed, **asked)
         plan = make_plan(recipe, self.adapters, self.device, checked=True)
-        return run_plan(plan, recipe, started, self._cache if self._can_reuse(plan) else None, warns=self.warns)
+        return run_plan(plan, started, self._cache if self._can_reuse(plan) else None, warns=self.warns)
 
     def sweep(
         self,
