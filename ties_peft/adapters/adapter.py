@@ -20,10 +20,10 @@ from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from ..task_vectors.tiles import thread_pool, threads_fixed
 from . import recognise, sources, writer
 from .base_model import BaseModel
-from .base_names import ConversionOptions
+from .config_values import is_number
 from .contents import Contents
 from .extra_tensors import INTEGER_DTYPES, ExtraTensor, check_extra_tensors, read_extra_tensors, whole_layer_names
-from .numeric import is_number
+from .placement import ConversionOptions
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, SafetensorsFile, TensorSource, open_tensors
 from .to_peft import Origin, read_as_peft

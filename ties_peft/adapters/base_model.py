@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from . import sources
-from .json_files import read_object
+from .config_values import read_object
 from .module_names import older_names
 from .tensors import TensorInfo, TensorSource, open_tensors
 

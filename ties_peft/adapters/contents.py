@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from .base_model import BaseModel
-from .name_patterns import matches_end, matches_whole
+from .config_values import matches_end, matches_whole
 from .tensors import TensorSource
 
 PREFIX = "base_model.model."
@@ -43,6 +43,16 @@ class Contents:
     def where(self, module: str) -> str:
         """Return how messages name a module."""
         return f"adapter '{self.label}', module {module!r}"
+
+    def require_base(self, what: str) -> None:
+        """Refuse an adapter whose base model was not given.
+
+        Args:
+            what: why it needs the base, as the end of a sentence on the adapter.
+        Raises: AdapterError.
+        """
+        if self.base is None:
+            raise AdapterError(f"adapter '{self.label}' {what}. {NEEDS_BASE}")
 
     def layers(self, suffixes: Sequence[str]) -> dict[str, dict[str, str]]:
         """Group the tensors whose names end in one of the suffixes by layer: path → suffix → name; paths sorted.

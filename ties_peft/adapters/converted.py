@@ -91,10 +91,6 @@ class ConvertedTensors:
         """Return a tensor on the CPU, in its own dtype."""
         return self.views[name].read(self.source)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows start…stop of a tensor."""
-        return self.read(name)[start:stop]
-
 
 def split_rows(B: Tensor, heights: Sequence[int]) -> list[tuple[Span, Span] | None]:
     """Return the rows and columns of B, (out, r), that belong to each of the layers stacked in it.

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import AdapterError, TiesPeftError, some
+from .config_values import read_object
 from .formats import LoraFile, formats, read_file
-from .json_files import read_object
 from .sources import (
     ADAPTER_CONFIG,
     FULL_MODEL_CONFIGS,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, CompatibilityError
-from .tensors import MemoryTensors, SafetensorsFile, TensorSource
+from .tensors import MemoryTensors, SafetensorsFile
 from .writer import write_tensors
 
 METADATA_KEY = "ties_peft"  # in the safetensors file: where `Statistics.metadata` is stored as JSON
@@ -39,7 +39,7 @@ class ModuleStatistics:
         norm: returns the Frobenius norm of the statistics over all modules of the adapter.
     """
 
-    source: TensorSource
+    source: MemoryTensors | SafetensorsFile
     name: str
     norm: Callable[[], float]
 
@@ -65,7 +65,7 @@ class Statistics:
     """
 
     kind: str
-    source: TensorSource
+    source: MemoryTensors | SafetensorsFile
     metadata: Mapping[str, Any]
     norms: dict[tuple[str, ...], float] = field(default_factory=dict, repr=False, compare=False)
 

@@ -56,9 +56,6 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU, in its own dtype."""
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows start…stop of a tensor."""
-
 
 class MemoryTensors:
     """Tensors that are already in memory, on any device; each is brought to the CPU when it is read."""

@@ -15,13 +15,12 @@ from typing import Any
 
 from ..errors import AdapterError, RecipeError
 from .base_model import BaseModel
-from .base_names import CHECKPOINT_PREFIXES, BaseNames, ConversionOptions
 from .contents import PREFIX, Contents
 from .converted import ConvertedTensors, Span, View, split_rows
 from .formats import LoraFile, LoraModule
 from .formats.base import DORA, LOHA, LOKR
 from .image_models import CONVOLUTIONS, POINTWISE, Layer, Shape
-from .placement import Placed, place
+from .placement import CHECKPOINT_PREFIXES, BaseNames, ConversionOptions, Placed, place
 from .tensors import SafetensorsFile, TensorSource
 
 PEFT_TYPES = {LOHA: "LOHA", LOKR: "LOKR"}

@@ -42,7 +42,7 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import BeforeValidator, create_model
 
-from ..adapters.numeric import is_number
+from ..adapters.config_values import is_number
 from ..errors import RecipeError, one_line, unknown
 from ..merging.recipes.yaml_document import STRICT, Document, dump, expecting
 from .rows import FILES, ClassName, Row, read_rows, texts_of

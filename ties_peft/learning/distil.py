@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..adapters import sources
 from ..adapters.adapter import Adapter
-from ..adapters.numeric import is_number
+from ..adapters.config_values import is_number
 from ..errors import RecipeError, unknown, warn_caller
 from ..evaluation.loaded_model import Bench
 from ..merging.card import shared_licence

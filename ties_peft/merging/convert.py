@@ -10,9 +10,9 @@ import torch
 
 from ..adapters import IMAGE_TARGETS, recognise, sources
 from ..adapters.adapter import Adapter
-from ..adapters.base_names import ConversionOptions, base_names, not_in_base, renaming_remark
 from ..adapters.contents import PREFIX
 from ..adapters.module_names import accepted_names
+from ..adapters.placement import ConversionOptions, base_names, not_in_base, renaming_remark
 from ..adapters.to_peft import by_module, read_as_peft
 from ..adapters.types.base import CONV, LINEAR
 from ..errors import AdapterError, RecipeError

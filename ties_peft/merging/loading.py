@@ -24,8 +24,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..adapters import sources
+from ..adapters.config_values import read_object
 from ..adapters.extra_tensors import HEADED
-from ..adapters.json_files import read_object
 from ..errors import printable
 
 PLACEHOLDER = "your/base-model"

@@ -176,25 +176,8 @@ class Totals:
             kept: what each adapter's trim keeps.
             seconds: that the merge took.
         """
-        plan, modules = self.plan, self.modules
-        square, shared = sum(m.square for m in modules), sum(m.shared for m in modules)
+        plan, modules, adapters = self.plan, self.modules, self._adapter_lines(kept)
         energy_kept, total = sum(m.kept for m in modules), sum(m.total for m in modules)
-        adapters = [
-            AdapterLine(
-                name=member.name,
-                digest=member.adapter.digest,
-                weight=plan.mean_weight(place),
-                modules=len(member.adapter.layout),
-                ranks=member.adapter.ranks,
-                norm=math.sqrt(self.squares[place]),
-                kept=kept[place].kept,
-                entries=kept[place].entries,
-                **retention(self.overlaps[place], self.squares[place], square),
-                page=hub_url(member.adapter.source),
-                base=member.adapter.base_name,
-            )
-            for place, member in enumerate(plan.members)
-        ]
         energy, cosines = _share(energy_kept, total) if total else 1.0, self._cosines()
         counted = any(module.line.conflict is not None for module in modules)
         return Report(
@@ -207,7 +190,7 @@ class Totals:
             rounding=math.sqrt(sum(m.rounding for m in modules) / energy_kept) if energy_kept else 0.0,
             energy=energy,
             norm=math.sqrt(total),
-            conflict=_share(sum(m.conflicting for m in modules), shared) if counted else None,
+            conflict=_share(sum(m.conflicting for m in modules), sum(m.shared for m in modules)) if counted else None,
             cosines=cosines,
             adapters=adapters,
             modules=[module.line for module in modules],
@@ -221,6 +204,25 @@ class Totals:
             seconds=seconds,
             loops=self.kernels,
         )
+
+    def _adapter_lines(self, kept: Sequence[KeptCount]) -> list[AdapterLine]:
+        square = sum(module.square for module in self.modules)
+        return [
+            AdapterLine(
+                name=member.name,
+                digest=member.adapter.digest,
+                weight=self.plan.mean_weight(place),
+                modules=len(member.adapter.layout),
+                ranks=member.adapter.ranks,
+                norm=math.sqrt(self.squares[place]),
+                kept=kept[place].kept,
+                entries=kept[place].entries,
+                **retention(self.overlaps[place], self.squares[place], square),
+                page=hub_url(member.adapter.source),
+                base=member.adapter.base_name,
+            )
+            for place, member in enumerate(self.plan.members)
+        ]
 
     def _cosines(self) -> list[list[float]] | None:
         if self.products is None:

@@ -66,15 +66,8 @@ def push(
             folder = writer.write_folder(Path(temporary) / "adapter", adapter.files())
         else:
             folder = _folder(adapter)
-        own = [path for path in sorted(folder.iterdir()) if _is_own(path)]
+        own = _own_files(folder)
         left = tuple(path.name for path in sorted(folder.iterdir()) if path not in own)
-        names = tuple(path.name for path in own)
-        image = {DIFFUSERS_FILE, KOHYA_FILE} & set(names)
-        if not image and (sources.ADAPTER_CONFIG not in names or not set(names) & set(sources.WEIGHT_FILES)):
-            raise RecipeError(
-                f"{str(folder)!r} holds its config or weights only as links to elsewhere, which are not followed. "
-                "Copy them there."
-            )
         from huggingface_hub import CommitOperationAdd, HfApi
 
         try:
@@ -91,7 +84,7 @@ def push(
             ) from None
     if left:
         warn_caller([f"not sent to {repo}, because they are no files of an adapter: {', '.join(left[:8])}."])
-    return Pushed(repo, str(commit.pr_url or commit.commit_url), names, left)
+    return Pushed(repo, str(commit.pr_url or commit.commit_url), tuple(path.name for path in own), left)
 
 
 def _folder(adapter: str | Path) -> Path:
@@ -110,7 +103,19 @@ def _content(path: Path, repo: str) -> Path | bytes:
     return path.read_bytes().replace(repr(PLACEHOLDER_FOLDER).encode(), repr(repo).encode())
 
 
-def _is_own(path: Path) -> bool:
-    """Return whether it is a file of an adapter and no link that leaves the folder."""
+def _own_files(folder: Path) -> list[Path]:
+    """Return the files of an adapter's folder that are its own and no links that leave the folder, sorted.
+
+    Raises: RecipeError if its config or its weights are not among them.
+    """
     known = {sources.ADAPTER_CONFIG, *sources.WEIGHT_FILES, *writer.OUTPUT_FILES, *sources.TOKENIZER_FILES}
-    return path.name in known and path.is_file() and sources.stays_inside(path)
+    own = [path for path in sorted(folder.iterdir()) if path.name in known and path.is_file()]
+    own = [path for path in own if sources.stays_inside(path)]
+    names = {path.name for path in own}
+    image = {DIFFUSERS_FILE, KOHYA_FILE} & names
+    if not image and (sources.ADAPTER_CONFIG not in names or not names & set(sources.WEIGHT_FILES)):
+        raise RecipeError(
+            f"{str(folder)!r} holds its config or weights only as links to elsewhere, which are not followed. "
+            "Copy them there."
+        )
+    return own

@@ -20,7 +20,7 @@ from ..errors import MethodError
 from ..task_vectors.delta import Delta, size
 from ..task_vectors.kernels.backends import Bracket, Counts
 from ..task_vectors.processes import ProcessGroup
-from ..task_vectors.threshold import SORTED_SIZE, ThresholdSearch, add_counts
+from ..task_vectors.threshold import SORTED_SIZE, ThresholdSearch, gather_counts
 from ..task_vectors.tiles import TILE, ThreadPool
 from ..task_vectors.trim import KEEP_ALL, KEEP_NONE, Cut, band_ends, kept_count
 from .encoding import EncodedModules
@@ -230,9 +230,7 @@ class TrimThresholds:
             for (group, key, _), tiles in zip(batch, _count_in_brackets(asked, self.pool, few), strict=True):
                 for search, counts in zip(group.unfinished, zip(*tiles, strict=True), strict=True):
                     search.add(sum(above for above, _ in counts), [inside for _, inside in counts], key)
-        counted = self._gather([search.counted for _, search in searches])
-        for (_, search), of_processes in zip(searches, zip(*counted, strict=True), strict=True):
-            search.counted = add_counts(of_processes)
+        gather_counts([search for _, search in searches], self._gather)
         self.pool.map(_finish, searches, few)
 
     def _group_cuts(self, group: RankedEntries, search: ThresholdSearch) -> dict[PartKey, Cut]:

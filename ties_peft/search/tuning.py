@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from ..adapters.numeric import is_number
+from ..adapters.config_values import is_number
 from ..errors import MethodError, RecipeError, unknown
 from ..merging.options import OPTIONS
 from ..merging.recipes.recipe import Recipe

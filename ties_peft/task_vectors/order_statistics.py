@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import MethodError
 from .collection import TaskVectors
-from .threshold import INFINITY, ThresholdSearch, add_counts, count_in_bracket
+from .threshold import INFINITY, ThresholdSearch, count_in_bracket, gather_counts
 from .tiles import ThreadPool, Tile
 from .trim import Scope
 
@@ -129,9 +129,7 @@ class _RankSearch:
             grid = self.pool.tiles(part.shape, part.device)
             tiles = [replace(known, tile=Tile(number, rows)) for number, rows in enumerate(grid)]
             self.pool.map(lambda tile, names=names: count(tile, names), tiles, part.device.type != "cpu")
-        counted = self.gather([search.counted for _, search in searches])
-        for (_, search), of_processes in zip(searches, zip(*counted, strict=True), strict=True):
-            search.counted = add_counts(of_processes)
+        gather_counts([search for _, search in searches], self.gather)
 
 
 def _finish_pass(searches: Searches) -> Searches:

@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -75,7 +76,7 @@ class BracketCounts:
         return sum(len(some) for tiles in self.values.values() for some in tiles)
 
 
-def add_counts(parts: Sequence[BracketCounts]) -> BracketCounts:
+def _add_counts(parts: Sequence[BracketCounts]) -> BracketCounts:
     """Return the counts of several sets of entries together."""
     first, *others = parts
     histogram = first.histogram
@@ -230,3 +231,10 @@ class ThresholdSearch:
         order, last = values.argsort()[::-1], len(values) - 1
         bottom, top = np.searchsorted(np.cumsum(weights[order]) / weights.sum(), (more, fewer))
         return values[order[bottom]] if bottom < last else 0.0, values[order[min(top, last)]]
+
+
+def gather_counts(searches: Sequence[ThresholdSearch], gather: Callable[[Any], list[Any]]) -> None:
+    """Replace the counts of each search by those of all processes together; `gather` returns what every process has."""
+    counted = gather([search.counted for search in searches])
+    for search, of_processes in zip(searches, zip(*counted, strict=True), strict=True):
+        search.counted = _add_counts(of_processes)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...errors import AdapterError, one_line
 from ...task_vectors.delta import Dense
 from ..base_model import BaseModel
-from ..contents import NEEDS_BASE, PREFIX, Contents, base_weight
+from ..contents import PREFIX, Contents, base_weight
 from ..tensors import TensorSource
 from .base import ModuleInfo, PeftType
 
@@ -95,10 +95,8 @@ class Computed(PeftType):
                 layers.setdefault(path.removeprefix(PREFIX), []).append(key)
             elif found:
                 shared.append(key)
-        if contents.base is None and layers:
-            raise AdapterError(
-                f"adapter '{contents.label}' is of type {self.title}, whose task vector PEFT makes from the base's weights. {NEEDS_BASE}"
-            )
+        if layers:
+            contents.require_base(f"is of type {self.title}, whose task vector PEFT makes from the base's weights")
         shapes = {name: _shape(name, contents) for name in sorted(layers)}
         largest = tuple(max((shape[side] for shape, _, _ in shapes.values()), default=0) for side in (0, 1))
         return {

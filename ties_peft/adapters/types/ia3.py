@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...task_vectors.delta import Delta, Dense
 from ..base_model import BaseModel
+from ..config_values import matches_whole
 from ..contents import PREFIX, Contents
-from ..name_patterns import matches_whole
 from ..tensors import TensorSource
 from .base import LINEAR, ModuleInfo, WritablePeftType
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ...errors import AdapterError
 from ...task_vectors.delta import Delta, Dense, LowRank
 from ..base_model import BaseModel
-from ..contents import NEEDS_BASE, PREFIX, Contents, base_weight
+from ..contents import PREFIX, Contents, base_weight
 from ..tensors import TensorSource
 from .base import BIAS, CONV, EMBEDDING, EXPERT, LINEAR, ModuleInfo, WritablePeftType
 
@@ -63,10 +63,8 @@ class Lora(WritablePeftType):
         _refuse_changed_base(contents)
         layers = contents.layers(SUFFIXES)
         found = [m for path, parts in layers.items() for m in _Layer(path, parts, contents).modules(layers)]
-        if contents.base is None and any(module.base_tensors for module in found):
-            raise AdapterError(
-                f"adapter '{contents.label}' is a DoRA, whose task vector depends on the weights it was trained on. {NEEDS_BASE}"
-            )
+        if any(module.base_tensors for module in found):
+            contents.require_base("is a DoRA, whose task vector depends on the weights it was trained on")
         return {module.name: module for module in sorted(found, key=lambda module: module.name)}
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Delta:

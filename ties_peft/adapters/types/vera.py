@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import AdapterError
 from ...task_vectors.delta import LowRank
 from ..base_model import BaseModel
-from ..contents import NEEDS_BASE, Contents
+from ..contents import Contents
 from ..tensors import TensorSource
 from .base import ModuleInfo, PeftType
 
@@ -33,10 +33,7 @@ class Vera(PeftType):
     def layout(self, contents: Contents) -> dict[str, ModuleInfo]:
         """Return the layers with their two diagonals."""
         layers, tensors = contents.layers((B_DIAGONAL, D_DIAGONAL)), contents.tensors
-        if contents.base is None:
-            raise AdapterError(
-                f"adapter '{contents.label}' is a VeRA, whose file does not tell the sizes of the layers it adapts. {NEEDS_BASE}"
-            )
+        contents.require_base("is a VeRA, whose file does not tell the sizes of the layers it adapts")
         shapes = {name: _shape(name, parts, contents) for name, parts in layers.items()}
         largest = tuple(max((shape[side] for shape in shapes.values()), default=0) for side in (0, 1))
         saved = {SHARED_A, SHARED_B} <= set(tensors.names)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ...adapters.numeric import is_number
+from ...adapters.config_values import is_number
 from ...errors import RecipeError
 from ...methods import find_method, method_classes
 from .schedule import Schedule

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ...adapters.numeric import is_number
+from ...adapters.config_values import is_number
 from ...errors import RecipeError
 
 EXPECTED = "a finite number, or a formula in N, the number of adapters: 1/N, 1/sqrt(N), N^-1/4 or 0.7*N^-1/4"

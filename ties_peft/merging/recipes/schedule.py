@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...adapters.numeric import is_number
+from ...adapters.config_values import is_number
 from ...errors import RecipeError
 
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")

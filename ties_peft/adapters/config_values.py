@@ -1,4 +1,4 @@
-"""Name patterns: match the regular expressions of a config, which may come from anyone, in bounded time.
+"""Config values: read what a config that anyone may have written holds: JSON objects, numbers, and regular expressions.
 
 A pattern such as `(a+)+b` makes Python's `re` backtrack for an exponential time. Patterns without repetition take linear time
 and are matched by `re`; the others by `regex`, which has a timeout.
@@ -6,10 +6,38 @@ and are matched by `re`; the others by `regex`, which has a timeout.
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import one_line
 
 SECONDS = 1.0  # an ordinary pattern takes less than a millisecond
 REPEATS = frozenset("*+{?")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises: ValueError that says what the file is instead, for a sentence "FILE is …".
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"not JSON ({type(error).__name__}: {one_line(error)})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__}; expected an object")
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number, and not True or False."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int beyond the range of float
+        return False
 
 
 def matches_end(pattern: str, name: str) -> bool:
