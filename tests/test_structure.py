@@ -156,7 +156,8 @@ cli.main()
         "spaces.knots",
         "analysis",
         "merging.recipes.mergekit",
-        "adapters.formats.kohya",
+        "merging.pipeline",
+        "adapters.to_peft",
     )
     assert not used & {f"ties_peft.{name}" for name in unused}
 

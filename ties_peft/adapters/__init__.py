@@ -17,5 +17,8 @@ The names of the targets (see `targets`) stand here, where the command line show
 """
 
 PEFT, VLLM, LLAMA_CPP, DIFFUSERS, KOHYA = "peft", "vllm", "llama.cpp", "diffusers", "kohya"
-IMAGE_TARGETS = (DIFFUSERS, KOHYA)  # formats of LoRAs of image models
+IMAGE_TARGETS = {  # formats of LoRAs of image models, each with the name of its file
+    DIFFUSERS: "pytorch_lora_weights.safetensors",
+    KOHYA: "lora.safetensors",
+}
 TARGETS = (PEFT, VLLM, LLAMA_CPP, *IMAGE_TARGETS)

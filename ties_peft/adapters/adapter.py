@@ -23,10 +23,9 @@ from .base_model import BaseModel
 from .config_values import is_number
 from .contents import Contents
 from .extra_tensors import INTEGER_DTYPES, ExtraTensor, check_extra_tensors, read_extra_tensors, whole_layer_names
-from .placement import ConversionOptions
+from .formats.base import Origin
 from .statistics import Statistics, file_name
 from .tensors import FLOATING, Digest, MemoryTensors, SafetensorsFile, TensorSource, open_tensors
-from .to_peft import Origin, read_as_peft
 from .types import ModuleInfo, PeftType, find_peft_type
 
 INDEX_DTYPES = ("I32", "I64", "int32", "int64")
@@ -124,6 +123,9 @@ class Adapter:
         base_model = base if base is None or isinstance(base, BaseModel) else BaseModel.load(base, token)
         file = recognise.recognise(files, config, label)
         if file is not None and file.format.is_image and file.is_plain:
+            from .placement import ConversionOptions
+            from .to_peft import read_as_peft
+
             converted = read_as_peft(file, config, ConversionOptions(base=base_model), label, all_parts=True)
             return cls(converted.config, converted.tensors, label, base_model, converted.origin)
         recognise.refuse(files, config, label, file)

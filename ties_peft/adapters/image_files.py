@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .image_models import FLUX, NATIVE, SD, SD3, SDXL, TEXT_ENCODERS, Layer, layers_of
 from .module_names import TEXT_TOWER
+from .tensors import TensorFile
 
-DIFFUSERS_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "lora.safetensors"
 METADATA = "lora_adapter_metadata"  # diffusers' key of PEFT's config in a file's metadata
 TEXT_PREFIXES = {  # of kohya's names, for the text encoders of each architecture
     SD: ("lora_te",),
@@ -89,14 +89,6 @@ class ModuleLora:
     def scaling(self) -> float:
         """alpha/r."""
         return self.alpha / self.rank
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """The contents of a safetensors file."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
 
 
 def diffusers_file(loras: Sequence[ModuleLora]) -> TensorFile:

@@ -43,6 +43,14 @@ class TensorInfo:
     dtype: str
 
 
+@dataclass(frozen=True)
+class TensorFile:
+    """The contents of a safetensors file."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
 class TensorSource(Protocol):
     """Named tensors, read one at a time."""
 

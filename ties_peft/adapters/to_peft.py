@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import AdapterError, RecipeError
@@ -18,34 +18,13 @@ from .base_model import BaseModel
 from .contents import PREFIX, Contents
 from .converted import ConvertedTensors, Span, View, split_rows
 from .formats import LoraFile, LoraModule
-from .formats.base import DORA, LOHA, LOKR
+from .formats.base import DORA, LOHA, LOKR, Origin
 from .image_models import CONVOLUTIONS, POINTWISE, Layer, Shape
 from .placement import CHECKPOINT_PREFIXES, BaseNames, ConversionOptions, Placed, place
 from .tensors import SafetensorsFile, TensorSource
 
 PEFT_TYPES = {LOHA: "LOHA", LOKR: "LOKR"}
 INCOMPLETE = "The file is incomplete: get it again."
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What is known of an adapter that was read from a file of another format.
-
-    Attributes:
-        title: what the file is, in words.
-        architecture: of the image model; empty if it is unknown.
-        parts: of a pipeline that it adapts, sorted; each module's name begins with one of them. Empty if it has none.
-        description: how it was read.
-        assumptions: what the file does not say and was assumed.
-        metadata: of the file: the training's settings and trigger words.
-    """
-
-    title: str
-    architecture: str = ""
-    parts: tuple[str, ...] = ()
-    description: tuple[str, ...] = ()
-    assumptions: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import RecipeError, some
-from .image_files import DIFFUSERS_FILE, KOHYA_FILE, TensorFile
+from . import IMAGE_TARGETS
+from .tensors import TensorFile
 
 Content = str | bytes | dict[str, Tensor] | TensorFile  # a text file, any file, or the contents of a safetensors file
 PROVENANCE = "provenance.json"
 COPIED = "copied"  # its key for the files copied from the inputs' folders, a sha256 each
 OUTPUT_FILES = frozenset(
     {"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", PROVENANCE}
-    | {DIFFUSERS_FILE, KOHYA_FILE}
+    | set(IMAGE_TARGETS.values())
     | {"fisher.safetensors", "gram.safetensors"}  # statistics of this very adapter
 )
 ATTEMPTS = 20  # to rename a folder into place while other processes do the same

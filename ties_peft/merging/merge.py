@@ -25,7 +25,6 @@ from .loop import merge_modules
 from .members import written_base_name
 from .merged import Merged
 from .options import DEVICE, Options, Rank, Weights, options_in
-from .pipeline import pipeline_loading
 from .plan import Plan, Progress, make_plan
 from .recipes.recipe import IN_MEMORY, Recipe
 from .recipes.schedule import plain_schedule
@@ -196,7 +195,7 @@ def run_plan(
     warn_caller(report.warnings if warns else ())
     config, recipe = _config(plan), plan.recipe
     if plan.pipeline is not None:
-        return Merged(config, tensors, report, recipe, pipeline_loading(plan.pipeline, config), None, plan.pipeline)
+        return Merged(config, tensors, report, recipe, plan.pipeline.loading(config), None, plan.pipeline)
     loading = find_loading(_adapter_facts(plan, config))
     return Merged(config, tensors, report, recipe, loading, tokenizer_files)
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..adapters import sources, writer
 from ..adapters.adapter import Adapter
+from ..adapters.formats.base import Origin
 from ..adapters.tensors import MemoryTensors
-from ..adapters.to_peft import Origin
 from ..adapters.tokenizer_files import TokenizerFiles
 from .card import merge_card
 from .loading import Loading
-from .pipeline import Pipeline, weights_file
 from .recipes.recipe import Recipe, yaml_value
 from .report import Report
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
 
 
 class Merged(Adapter):
@@ -61,10 +63,7 @@ class Merged(Adapter):
             "report": self.report.to_dict(),
             writer.COPIED: self.tokenizer_files.digests,
         }
-        if self.pipeline is None:
-            weights = super().files()
-        else:
-            weights = dict([weights_file(self.pipeline, self, self._compress)])
+        weights = super().files() if self.pipeline is None else self.pipeline.file(self, self._compress)
         trainings = {} if self.pipeline is None else self.pipeline.trainings()
         return {
             **self.tokenizer_files.files,

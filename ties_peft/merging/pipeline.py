@@ -12,12 +12,10 @@ from typing import Any
 
 from ..adapters import DIFFUSERS, IMAGE_TARGETS, KOHYA, PEFT
 from ..adapters.adapter import Adapter
+from ..adapters.formats.base import Origin
 from ..adapters.image_files import (
-    DIFFUSERS_FILE,
-    KOHYA_FILE,
     TEXT_PREFIXES,
     ModuleLora,
-    TensorFile,
     describe_metadata,
     diffusers_file,
     kohya_file,
@@ -26,9 +24,9 @@ from ..adapters.image_files import (
 from ..adapters.image_models import LOADED, NATIVE, SD, TEXT_ENCODERS, architecture_of, layers_of, part_of
 from ..adapters.module_names import TEXT_TOWER
 from ..adapters.placement import BARE_TEXT
-from ..adapters.to_peft import Origin
 from ..adapters.types import ModuleInfo
 from ..adapters.types.base import CONV, LINEAR
+from ..adapters.writer import Content
 from ..errors import CompatibilityError, some
 from .loading import PLACEHOLDER, Loading
 
@@ -56,6 +54,105 @@ class Pipeline:
         found = {name: describe_metadata(own) for name, own in self.metadata.items()}
         return {name: facts for name, facts in found.items() if facts}
 
+    def file(self, adapter: Adapter, compress: bool) -> dict[str, Content]:
+        """Return the file of weights of a result by its name.
+
+        Args:
+            adapter: the result.
+            compress: whether layers that hold several modules are written at the rank of their values.
+        """
+        loras = loras_of(adapter)
+        if self.target == DIFFUSERS:
+            return {IMAGE_TARGETS[DIFFUSERS]: diffusers_file(loras)}
+        metadata = shared_metadata(list(self.metadata.values()))
+        return {IMAGE_TARGETS[KOHYA]: kohya_file(self.architecture, loras, compress, metadata)}
+
+    def loading(self, config: Mapping[str, Any]) -> Loading:
+        """Return how the result of a merge is loaded, given its config."""
+        why = "it is a LoRA of an image model"
+        base = config.get("base_model_name_or_path")
+        return PipelineLoading(base, "DiffusionPipeline", why, "diffusers", target=self.target)
+
+    def without_absent_parts(
+        self, modules: dict[str, ModuleInfo], weighs: Mapping[str, bool]
+    ) -> tuple[Pipeline, dict[str, ModuleInfo]]:
+        """Return the pipeline and the modules without the parts on which every weight is 0.
+
+        Args:
+            modules: of the result.
+            weighs: for each module, whether any adapter has a weight other than 0 on it.
+        """
+        kept = sorted({name.partition(".")[0] for name in modules if weighs[name]})
+        left = {name: module for name, module in modules.items() if name.partition(".")[0] in kept}
+        return replace(self, parts=tuple(kept)), left
+
+    def check(self, modules: Mapping[str, ModuleInfo]) -> None:
+        """Refuse modules that the target cannot hold.
+
+        Args:
+            modules: that would be written, by name.
+        Raises: CompatibilityError naming them and the way out.
+        """
+        other = [name for name, module in modules.items() if module.layer_type not in (LINEAR, CONV)]
+        if other:
+            reason = "are embeddings, experts or biases; the format holds linear layers and convolutions"
+            raise self._refusal(other, reason)
+        by_part: dict[str, dict[str, tuple[int, int]]] = {}
+        for name, module in modules.items():
+            part, _, path = name.partition(".")
+            by_part.setdefault(part, {})[path] = (module.shape[0], module.shape[1])
+        for part, own in by_part.items():
+            known = self.architecture or "a model of unknown architecture"
+            if self.target == DIFFUSERS and part not in LOADED.get(self.architecture, OTHER_PARTS):
+                reason = (
+                    f"belong to {part!r}, of which load_lora_weights of {known} loads no LoRA. Leave that part out "
+                    f"(--weights-for {part}=0) or choose --target kohya"
+                )
+                raise self._refusal([f"{part}.{path}" for path in own], reason)
+            if self.target == KOHYA:
+                self._check_kohya(part, own)
+
+    def _check_kohya(self, part: str, modules: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse modules that have no name in kohya's format."""
+        if part == NATIVE or part in TEXT_ENCODERS[: len(TEXT_PREFIXES[self.architecture or SD])]:
+            return
+        if self.architecture and part in LOADED[self.architecture] and part not in TEXT_ENCODERS:
+            lacking = [name for name, shape in modules.items() if layers_of(self.architecture, {name: shape}) is None]
+            reason = f"have no name in kohya's files of {self.architecture}"
+        else:
+            lacking = list(modules)
+            reason = (
+                "are of no model whose names in kohya's files are known here (Stable Diffusion, SDXL, SD3, Flux). If they are of "
+                "one of these, name the base with --base-name; otherwise choose --target diffusers"
+            )
+        if lacking:
+            raise self._refusal([f"{part}.{name}" for name in lacking], reason)
+
+    def _refusal(self, names: Sequence[str], reason: str) -> CompatibilityError:
+        return CompatibilityError(f"target {self.target}: {len(names)} modules ({some(names)}) {reason}.")
+
+
+@dataclass(frozen=True)
+class PipelineLoading(Loading):
+    """How a LoRA of an image model is loaded into a pipeline of diffusers.
+
+    Attributes:
+        target: of the pipeline, which names the file.
+    """
+
+    target: str = DIFFUSERS
+
+    def lines(self, folder: str) -> list[str]:
+        """Return the lines of Python that load the LoRA from a folder."""
+        lines = [
+            "from diffusers import DiffusionPipeline",
+            f"pipe = DiffusionPipeline.from_pretrained({self.base or PLACEHOLDER!r})",
+            f"pipe.load_lora_weights({folder!r}, weight_name={IMAGE_TARGETS[self.target]!r})",
+        ]
+        if self.target == KOHYA:
+            lines.append(f"# ComfyUI: copy {IMAGE_TARGETS[KOHYA]} to models/loras; A1111 and Forge: to models/Lora")
+        return lines
+
 
 def choose_pipeline(
     target: str | None, adapters: Sequence[Adapter], base: str | None, warnings: list[str]
@@ -70,8 +167,6 @@ def choose_pipeline(
     Raises: CompatibilityError where the target cannot hold the parts, or an adapter's part is not known.
     """
     own = {part for adapter in adapters if adapter.origin for part in adapter.origin.parts}
-    if not own and target not in IMAGE_TARGETS:
-        return list(adapters), None
     if target is not None and target not in (PEFT, *IMAGE_TARGETS):
         raise CompatibilityError(
             f"target {target}: the adapters are LoRAs of an image model ({', '.join(sorted(own))}), which it does not load. "
@@ -84,7 +179,7 @@ def choose_pipeline(
     parts = tuple(sorted({name.partition(".")[0] for name in modules}))
     if target is None:
         warnings.append(
-            f"the result is written for diffusers ({DIFFUSERS_FILE}). For A1111, Forge, ComfyUI or kohya's trainers choose "
+            f"the result is written for diffusers ({IMAGE_TARGETS[DIFFUSERS]}). For A1111, Forge, ComfyUI or kohya's trainers choose "
             "--target kohya."
         )
     return found, Pipeline(
@@ -145,56 +240,6 @@ def _architecture(
     return architecture_of(widths, parts, base or named)
 
 
-def check_pipeline(pipeline: Pipeline, modules: Mapping[str, ModuleInfo]) -> None:
-    """Refuse modules that the target cannot hold.
-
-    Args:
-        pipeline: of the merge.
-        modules: that would be written, by name.
-    Raises: CompatibilityError naming them and the way out.
-    """
-    other = [name for name, module in modules.items() if module.layer_type not in (LINEAR, CONV)]
-    if other:
-        reason = "are embeddings, experts or biases; the format holds linear layers and convolutions"
-        raise _refusal(pipeline, other, reason)
-    by_part: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, module in modules.items():
-        part, _, path = name.partition(".")
-        by_part.setdefault(part, {})[path] = (module.shape[0], module.shape[1])
-    for part, own in by_part.items():
-        names = [f"{part}.{path}" for path in own]
-        known = pipeline.architecture or "a model of unknown architecture"
-        if pipeline.target == DIFFUSERS and part not in LOADED.get(pipeline.architecture, OTHER_PARTS):
-            reason = (
-                f"belong to {part!r}, of which load_lora_weights of {known} loads no LoRA. Leave that part out "
-                f"(--weights-for {part}=0) or choose --target kohya"
-            )
-            raise _refusal(pipeline, names, reason)
-        if pipeline.target == KOHYA:
-            _check_kohya(pipeline, part, own)
-
-
-def _check_kohya(pipeline: Pipeline, part: str, modules: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse modules that have no name in kohya's format."""
-    if part == NATIVE or part in TEXT_ENCODERS[: len(TEXT_PREFIXES[pipeline.architecture or SD])]:
-        return
-    if pipeline.architecture and part in LOADED[pipeline.architecture] and part not in TEXT_ENCODERS:
-        lacking = [name for name, shape in modules.items() if layers_of(pipeline.architecture, {name: shape}) is None]
-        reason = f"have no name in kohya's files of {pipeline.architecture}"
-    else:
-        lacking = list(modules)
-        reason = (
-            "are of no model whose names in kohya's files are known here (Stable Diffusion, SDXL, SD3, Flux). If they are of "
-            "one of these, name the base with --base-name; otherwise choose --target diffusers"
-        )
-    if lacking:
-        raise _refusal(pipeline, [f"{part}.{name}" for name in lacking], reason)
-
-
-def _refusal(pipeline: Pipeline, names: Sequence[str], reason: str) -> CompatibilityError:
-    return CompatibilityError(f"target {pipeline.target}: {len(names)} modules ({some(names)}) {reason}.")
-
-
 def loras_of(adapter: Adapter) -> list[ModuleLora]:
     """Return the LoRA of each module of an adapter whose modules' names begin with their parts, as it is stored."""
     loras = []
@@ -208,62 +253,3 @@ def loras_of(adapter: Adapter) -> list[ModuleLora]:
 def stored_alpha(module: ModuleInfo) -> float:
     """Return the alpha with which alpha/r is a module's scaling."""
     return float(f"{module.scaling * module.rank:.12g}")  # alpha/r · r may differ from alpha in the last bit
-
-
-def weights_file(pipeline: Pipeline, adapter: Adapter, compress: bool) -> tuple[str, TensorFile]:
-    """Return the name and the contents of the file of weights of a result.
-
-    Args:
-        pipeline: of the merge.
-        adapter: the result.
-        compress: whether layers that hold several modules are written at the rank of their values.
-    """
-    loras = loras_of(adapter)
-    if pipeline.target == DIFFUSERS:
-        return DIFFUSERS_FILE, diffusers_file(loras)
-    metadata = shared_metadata(list(pipeline.metadata.values()))
-    return KOHYA_FILE, kohya_file(pipeline.architecture, loras, compress, metadata)
-
-
-@dataclass(frozen=True)
-class PipelineLoading(Loading):
-    """How a LoRA of an image model is loaded into a pipeline of diffusers.
-
-    Attributes:
-        file: of weights.
-    """
-
-    file: str = DIFFUSERS_FILE
-
-    def lines(self, folder: str) -> list[str]:
-        """Return the lines of Python that load the LoRA from a folder."""
-        lines = [
-            "from diffusers import DiffusionPipeline",
-            f"pipe = DiffusionPipeline.from_pretrained({self.base or PLACEHOLDER!r})",
-            f"pipe.load_lora_weights({folder!r}, weight_name={self.file!r})",
-        ]
-        if self.file == KOHYA_FILE:
-            lines.append(f"# ComfyUI: copy {self.file} to models/loras; A1111 and Forge: to models/Lora")
-        return lines
-
-
-def pipeline_loading(pipeline: Pipeline, config: Mapping[str, Any]) -> Loading:
-    """Return how the result of a merge is loaded."""
-    file = DIFFUSERS_FILE if pipeline.target == DIFFUSERS else KOHYA_FILE
-    base = config.get("base_model_name_or_path")
-    return PipelineLoading(base, "DiffusionPipeline", "it is a LoRA of an image model", "diffusers", file=file)
-
-
-def without_absent_parts(
-    pipeline: Pipeline, modules: dict[str, ModuleInfo], weighs: Mapping[str, bool]
-) -> tuple[Pipeline, dict[str, ModuleInfo]]:
-    """Return the pipeline and the modules without the parts on which every weight is 0.
-
-    Args:
-        pipeline: of the merge.
-        modules: of the result.
-        weighs: for each module, whether any adapter has a weight other than 0 on it.
-    """
-    kept = sorted({name.partition(".")[0] for name in modules if weighs[name]})
-    left = {name: module for name, module in modules.items() if name.partition(".")[0] in kept}
-    return replace(pipeline, parts=tuple(kept)), left

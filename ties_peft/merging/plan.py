@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..adapters import IMAGE_TARGETS
 from ..adapters.adapter import Adapter, check_adapters
 from ..adapters.base_model import BaseModel
 from ..adapters.targets import check_heads, check_modules, fit_rank
@@ -27,13 +29,15 @@ from .extra_task_vectors import make_extra_tensor_merge
 from .extra_tensors import ExtraTensors, plan_extra_tensors
 from .members import Member, make_members, written_base_name
 from .options import DEVICE, MERGE, NORM, check_options
-from .pipeline import Pipeline, check_pipeline, choose_pipeline, without_absent_parts
 from .ranks import output_rank, total_rank
 from .recipes.recipe import Recipe
 from .recipes.scale import Scale
 from .recipes.schedule import Schedule
 from .recipes.settings import make_settings
 from .values import check_device, output_dtype
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
 
 Progress = Callable[[str, int, int], None]  # progress(stage, done, of)
 
@@ -267,6 +271,10 @@ def _with_pipeline(
 ) -> tuple[str | None, list[Adapter], Pipeline | None]:
     """Return the target, the adapters and the pipeline of a merge of LoRAs of image models."""
     warnings += [remark for one in adapters if one.origin is not None for remark in one.origin.assumptions]
+    if recipe.target not in IMAGE_TARGETS and not any(one.origin and one.origin.parts for one in adapters):
+        return recipe.target, list(adapters), None
+    from .pipeline import choose_pipeline
+
     found, pipeline = choose_pipeline(recipe.target, adapters, recipe.base_model, warnings)
     return recipe.target if pipeline is None else pipeline.target, found, pipeline
 
@@ -278,8 +286,8 @@ def _with_modules(
     if pipeline is None:
         return None, modules
     weighs = {name: any(m.has(name) and m.weight_at(name) != 0 for m in members) for name in modules}
-    pipeline, left = without_absent_parts(pipeline, modules, weighs)
-    check_pipeline(pipeline, left)
+    pipeline, left = pipeline.without_absent_parts(modules, weighs)
+    pipeline.check(left)
     return pipeline, left
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters import sources, writer
+from ..adapters import IMAGE_TARGETS, sources, writer
 from ..adapters.adapter import Adapter
-from ..adapters.image_files import DIFFUSERS_FILE, KOHYA_FILE
 from ..errors import RecipeError, warn_caller
 from .card import PLACEHOLDER_FOLDER
 
@@ -112,7 +111,7 @@ def _own_files(folder: Path) -> list[Path]:
     own = [path for path in sorted(folder.iterdir()) if path.name in known and path.is_file()]
     own = [path for path in own if sources.stays_inside(path)]
     names = {path.name for path in own}
-    image = {DIFFUSERS_FILE, KOHYA_FILE} & names
+    image = names & set(IMAGE_TARGETS.values())
     if not image and (sources.ADAPTER_CONFIG not in names or not names & set(sources.WEIGHT_FILES)):
         raise RecipeError(
             f"{str(folder)!r} holds its config or weights only as links to elsewhere, which are not followed. "

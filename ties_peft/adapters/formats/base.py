@@ -200,3 +200,24 @@ class LoraFile:
     def __str__(self) -> str:
         counts = ", ".join(f"{part}: {count}" if part else str(count) for part, count in sorted(self.parts.items()))
         return f"{self.path.name} is {self.title} ({counts or 'no'} modules that are plain LoRA)"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of an adapter that was read from a file of another format.
+
+    Attributes:
+        title: what the file is, in words.
+        architecture: of the image model; empty if it is unknown.
+        parts: of a pipeline that it adapts, sorted; each module's name begins with one of them. Empty if it has none.
+        description: how it was read.
+        assumptions: what the file does not say and was assumed.
+        metadata: of the file: the training's settings and trigger words.
+    """
+
+    title: str
+    architecture: str = ""
+    parts: tuple[str, ...] = ()
+    description: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
