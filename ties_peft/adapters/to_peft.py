@@ -10,8 +10,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ..errors import AdapterError, RecipeError
 from .base_model import BaseModel
@@ -27,8 +27,7 @@ PEFT_TYPES = {LOHA: "LOHA", LOKR: "LOKR"}
 INCOMPLETE = "The file is incomplete: get it again."
 
 
-@dataclass(frozen=True)
-class Converted:
+class Converted(NamedTuple):
     """An adapter of another format in PEFT's terms.
 
     Attributes:

@@ -146,18 +146,15 @@ def _class(facts: AdapterFacts, config: Mapping[str, Any]) -> Loading:
     headed = task in HEADED or bool(facts.heads)
     if all(BARE.match(path) for path in paths):
         why = "its module paths are those of a model without a head"
-        return _unknown(f"{why}, and its task has one") if headed else _found("AutoModel", why)
+        return _found("", f"{why}, and its task has one") if headed else _found("AutoModel", why)
     if headed:
         return _headed(facts.heads, task, architecture)
     return _headless(paths, task, architecture, config)
 
 
 def _found(name: str, why: str, library: str = "transformers") -> Loading:
+    """Return how the base is loaded by a class; an empty name if it is not known."""
     return Loading(None, name, why, library)
-
-
-def _unknown(why: str, library: str = "transformers") -> Loading:
-    return Loading(None, "", why, library)
 
 
 def _mapped(facts: AdapterFacts) -> Loading | None:
@@ -187,7 +184,7 @@ def _diffusers(paths: Sequence[str], config: Mapping[str, Any]) -> Loading:
     if any(UNET.match(path) for path in paths):
         return _found("UNet2DConditionModel", "module paths", "diffusers")
     why = "its module paths are those of a transformer of diffusers, and only the base's config.json says which"
-    return _unknown(why, "diffusers")
+    return _found("", why, "diffusers")
 
 
 def _headed(heads: Mapping[str, Mapping[str, Any]], task: str | None, architecture: str) -> Loading:
@@ -203,7 +200,7 @@ def _headed(heads: Mapping[str, Mapping[str, Any]], task: str | None, architectu
     if "out_proj.weight" in inner or any(head.endswith("pre_classifier") for head in heads):
         return _found(TASKS["SEQ_CLS"], "its head has two layers")
     names = ", ".join(heads)
-    return _unknown(f"no task_type says what its head ({names}) is for, and several tasks have a head of that name")
+    return _found("", f"no task_type says what its head ({names}) is for, and several tasks have a head of that name")
 
 
 def _headless(paths: Sequence[str], task: str | None, architecture: str, config: Mapping[str, Any]) -> Loading:
@@ -221,9 +218,10 @@ def _headless(paths: Sequence[str], task: str | None, architecture: str, config:
     if task in TASKS:
         return _found(TASKS[task], f"task_type {task}")
     said = "does not fit its module paths" if config else "is not at hand"
-    return _unknown(
+    return _found(
+        "",
         f"no task_type tells it, its base's config.json {said}, and models of several classes have such modules "
-        f"({paths[0] if paths else 'none'})"
+        f"({paths[0] if paths else 'none'})",
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -227,12 +228,9 @@ class Totals:
     def _cosines(self) -> list[list[float]] | None:
         if self.products is None:
             return None
-        count = len(self.squares)
-        table = [[1.0] * count for _ in range(count)]
-        for i in range(count):
-            for j in range(i):
-                norms = math.sqrt(self.squares[i] * self.squares[j])
-                table[i][j] = table[j][i] = self.products[i][j] / norms if norms else 0.0
+        norms = np.sqrt(np.outer(self.squares, self.squares))
+        cosines = np.divide(np.tril(self.products, -1), norms, out=np.zeros_like(norms), where=norms > 0)
+        table: list[list[float]] = (cosines + cosines.T + np.eye(len(norms))).tolist()
         return table
 
     def _warnings(

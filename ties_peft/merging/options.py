@@ -87,7 +87,9 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _option(default: Any, help: str, shown: str | None = None, **facts: Any) -> Any:
-    """Return the field of an option."""
+    """Return the field of an option; one that is `closed` accepts its values alone."""
+    if facts.get("closed"):
+        facts |= {"accepts": facts["values"].__contains__, "expected": " or ".join(facts["values"])}
     return field(default=default, metadata={"option": Option(help, shown, **facts)})
 
 
@@ -167,8 +169,6 @@ class Options:
         "the inputs'",
         panel=RESULT,
         table=TOP,
-        accepts=DTYPES.__contains__,
-        expected=" or ".join(DTYPES),
         values=DTYPES,
         closed=True,
     )
@@ -199,9 +199,7 @@ class Options:
         "peft",
         panel=RESULT,
         table=TOP,
-        accepts=TARGETS.__contains__,
-        expected=" or ".join(TARGETS),
-        values=tuple(TARGETS),
+        values=TARGETS,
         closed=True,
     )
     base: str | None = _option(

@@ -182,13 +182,8 @@ def choose_pipeline(
             f"the result is written for diffusers ({IMAGE_TARGETS[DIFFUSERS]}). For A1111, Forge, ComfyUI or kohya's trainers choose "
             "--target kohya."
         )
-    return found, Pipeline(
-        target or DIFFUSERS, _architecture(adapters, modules, parts, base), parts, _metadata(adapters)
-    )
-
-
-def _metadata(adapters: Sequence[Adapter]) -> dict[str, Mapping[str, str]]:
-    return {adapter.label: adapter.origin.metadata for adapter in adapters if adapter.origin}
+    metadata = {adapter.label: adapter.origin.metadata for adapter in adapters if adapter.origin}
+    return found, Pipeline(target or DIFFUSERS, _architecture(adapters, modules, parts, base), parts, metadata)
 
 
 def _without_part(adapters: Sequence[Adapter], parts: set[str]) -> list[Adapter]:

@@ -79,7 +79,8 @@ class Schedule:
 
     def numbers(self) -> list[float]:
         """Return all its numbers."""
-        return [float(n) for c in conditions_of(self.value) for n in _listed(c["value"])]
+        values = [condition["value"] for condition in conditions_of(self.value)]
+        return [float(n) for value in values for n in (value if isinstance(value, list) else [value])]
 
     @property
     def filters(self) -> list[str]:
@@ -174,7 +175,3 @@ def _is_condition(value: Any) -> bool:
 def conditions_of(value: Any) -> list[dict[str, Any]]:
     """Return a schedule, in the form of a recipe, as a list of conditions."""
     return value if _is_conditions(value) else [{"value": value}]
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]

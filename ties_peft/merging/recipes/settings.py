@@ -52,7 +52,7 @@ def make_settings(method: str, space: str, parameters: Mapping[str, Any], densit
     own = find_space(space).model_fields
     _check_once(method, parameters)
     _check_known(method, space, parameters)
-    varying = {key: value for key, value in parameters.items() if _varies(key, value)}
+    varying = {k: value for k, value in parameters.items() if _is_density(k) and isinstance(value, (list, tuple, dict))}
     numbers = {key: value for key, value in parameters.items() if key not in own and key not in varying}
     made = make_space(space, {key: value for key, value in parameters.items() if key in own})
     stages = make_stages(method, numbers)
@@ -155,10 +155,6 @@ def _check_known(method: str, space: str, parameters: Mapping[str, Any]) -> None
     for name in parameters:
         if name not in known:
             raise MethodError(unknown_parameter(method, space, name))
-
-
-def _varies(key: str, value: Any) -> bool:
-    return _is_density(key) and isinstance(value, (list, tuple, dict))
 
 
 def _check_once(method: str, parameters: Mapping[str, Any]) -> None:

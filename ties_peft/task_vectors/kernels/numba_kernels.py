@@ -57,7 +57,7 @@ def count(B: Tensor, A: Tensor, low: float, high: float) -> tuple[int, np.ndarra
 def merge(
     factors: Sequence[tuple[Tensor, Tensor]], limits: Sequence[float], weights: Sequence[float], mean: bool, out: Tensor
 ) -> tuple[int, int]:
-    """Write the disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `backends.merge_rows`.
+    """Write the disjoint mean or sum of trimmed task vectors, elected by mass, into `out`; see `NumbaKernels.merge`.
 
     Args:
         factors: B (rows, r) and A (r, columns) of each; r may differ.
