@@ -22,7 +22,7 @@ from distil_language_model import read_prompts
 import smollm2  # isort: skip
 
 import ties_peft
-from ties_peft.search.imitation import Imitation, ImitationRows, open_imitation
+from ties_peft.search.imitation import Imitation
 
 STORED = Path(__file__).parent / "results" / "language_model.json"
 
@@ -53,12 +53,10 @@ def stored_share(rule: Rule) -> float | None:
 
 def imitation(data: Path, base: str, prompts: int) -> Imitation:
     """Return the objective; the adapters answer their prompts when it is first asked."""
-    return open_imitation(
+    return Imitation(
         [ties_peft.Adapter.load(smollm2.FOLDER / task) for task in smollm2.TASKS],
-        ImitationRows(
-            [read_prompts(data, task, prompts) for task in smollm2.TASKS],
-            [smollm2.FOLDER / "tasks" / f"{task}.yaml" for task in smollm2.TASKS],
-        ),
+        [read_prompts(data, task, prompts) for task in smollm2.TASKS],
+        [smollm2.FOLDER / "tasks" / f"{task}.yaml" for task in smollm2.TASKS],
         base=base,
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import ties_peft
 from ties_peft import Adapter, CompatibilityError, RecipeError, TiesPeftError
 from ties_peft.search import imitation
-from ties_peft.search.imitation import Imitation, ImitationRows, open_imitation
+from ties_peft.search.imitation import Imitation
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 DESCRIPTIONS = ["w1 w2", "w3 w4", "w5 w6"]
@@ -91,7 +91,7 @@ def test_the_score_is_minus_the_mean_divergence_of_labels(
     assert found.score == pytest.approx(-float(sum(each)) / 2, rel=1e-3)
     assert found.to_dict()["score"] == found.score == max(trial.value for trial in found.trials)
     assert found.controls[0].score < 0
-    objective = open_imitation(list(map(Adapter.load, loras)), ImitationRows(texts, TASK), base=bases["encoder"])
+    objective = Imitation(list(map(Adapter.load, loras)), texts, TASK, base=bases["encoder"])
     for place, own in enumerate(loras):
         divergences = objective.divergences(Adapter.load(own))
         assert divergences[place] == pytest.approx(0, abs=1e-6)
@@ -120,7 +120,7 @@ def test_adapters_answer_prompts_or_write_rows_themselves(
     given: Any = "generated" if rows == "generated" else texts
     count = 6 if rows == "generated" else None
     opened = list(map(Adapter.load, causal_loras))
-    objective = open_imitation(opened, ImitationRows(given, CHOICES, count, answer_tokens=3), base=bases["llama"])
+    objective = Imitation(opened, given, CHOICES, count, answer_tokens=3, base=bases["llama"])
     for place, own in enumerate(opened):
         divergences = objective.divergences(own)
         assert divergences[place] == pytest.approx(0, abs=1e-4)
@@ -138,7 +138,7 @@ def test_the_rule_with_the_lowest_divergence_is_found(
     found = ties_peft.search(given, "imitate", RULES, sampler="grid", controls=(), **asked)
     assert len(found.trials) == 9
     opened = list(map(Adapter.load, given))
-    objective = open_imitation(opened, ImitationRows(texts, tasks, answer_tokens=3), base=bases[form])
+    objective = Imitation(opened, texts, tasks, answer_tokens=3, base=bases[form])
     scores = {
         (method, scale): objective(ties_peft.merge(given, method, scale=scale))
         for method in RULES["method"]

@@ -6,6 +6,8 @@ leaves the previous state complete. Each file holds a fingerprint of the work; s
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,13 @@ class Checkpoint:
 
     Args:
         folder: that holds them, made when the first is saved; with None nothing is saved.
-        fingerprint: a digest of everything that the result depends on.
+        facts: everything that the result depends on, in plain values.
     Raises: RecipeError where the folder holds states of other work, or cannot be used.
     """
 
-    def __init__(self, folder: str | Path | None, fingerprint: str) -> None:
+    def __init__(self, folder: str | Path | None, facts: Any) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.fingerprint = fingerprint
+        self.fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if self.folder is None:
             return
         existing = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.exists())

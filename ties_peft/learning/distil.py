@@ -10,8 +10,6 @@ temperature 1. No paper is known that distils a merge into one adapter.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +31,7 @@ from ..merging.merged import Merged, versions
 from ..merging.plan import Progress
 from ..merging.values import check_whole, output_dtype
 from ..task_vectors.tiles import threads_fixed
-from . import ANSWER_TOKENS, ANSWERS, BATCH_SIZE, FITS
+from . import ANSWER_TOKENS, BATCH_SIZE, FITS
 from .checkpoint import Checkpoint
 from .distilled import BASE_KIND, Distilled, DistilReport, TeacherResult
 from .estimate import Estimate, estimate, print_estimate
@@ -147,11 +145,13 @@ def distil(
         and whatever number of threads torch is set to; afterwards torch has that number again.
     """
     started = time.perf_counter()
-    _check_names(fit, answers)
-    _check_numbers(
-        {"batch_size": batch_size, "seed": seed, "threads": threads, "answer_tokens": answer_tokens},
-        {"rank": rank, "steps": steps, "count": count},
-    )
+    if fit not in FITS:
+        raise RecipeError(unknown("fit", str(fit), FITS))
+    check_whole("seed", seed, 0)
+    for name, value in {"batch_size": batch_size, "threads": threads, "rank": rank, "steps": steps}.items():
+        if value is not None:
+            check_whole(name, value, 1)
+    answering = AnswerOptions(answers, answer_tokens, seed)
     report_progress = progress or (lambda stage, done, of: None)
     specs = read_teacher_specs(adapters, rows, tasks, count, answers)
     shares = _check_weights(weights, len(specs)) + _check_keep_weight(keep_base, keep_weight)
@@ -159,14 +159,13 @@ def distil(
     loaded = open_bench(specs, base, device, bench, precision)
     with threads_fixed(threads), _frozen_base(loaded):
         merged, origin = make_start([spec.adapter for spec in specs], loaded, start, kind, fit, rank, base_model)
-        answering = AnswerOptions(answers, answer_tokens, seed)
         teachers = make_teachers(specs, loaded, answering)
         teachers += [] if keep_base is None else [make_base_teacher(keep_base, loaded, answering)]
         student = Student(merged, loaded, fit, seed)
         closed_form = start is None and has_closed_form(student, teachers)
         taken = steps or _default_steps(specs, teachers, batch_size, CLOSED_FORM_SHARE if closed_form else 1.0)
         options = FitOptions(taken, RATES[student.fit], batch_size, seed, threads, shares)
-        checkpoint = Checkpoint(state, _fingerprint(teachers, student, options, written))
+        checkpoint = Checkpoint(state, _facts(teachers, student, options, written))
         done, solved = _imitate(student, teachers, options, checkpoint, closed_form, on_estimate, report_progress)
         origin = "the closed form of the modules' outputs" if solved else origin
         outcome = _Outcome(done, written)
@@ -357,9 +356,9 @@ def _default_steps(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher], ba
     return math.ceil(share * min(MAX_STEPS, max(MIN_STEPS, math.ceil(rows / batch))))
 
 
-def _fingerprint(teachers: Sequence[Teacher], student: Student, options: FitOptions, dtype: torch.dtype) -> str:
-    """Return a sha256 of everything that the result depends on, except the machine."""
-    facts = {
+def _facts(teachers: Sequence[Teacher], student: Student, options: FitOptions, dtype: torch.dtype) -> dict[str, Any]:
+    """Return everything that the result depends on, except the machine."""
+    return {
         "teachers": [teacher.digest for teacher in teachers],
         "start": student.start.digest,
         "fit": student.fit,
@@ -369,7 +368,6 @@ def _fingerprint(teachers: Sequence[Teacher], student: Student, options: FitOpti
         "device": student.bench.device.type,
         "versions": versions(),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -400,18 +398,3 @@ def _check_keep_weight(keep_base: Any, weight: float) -> tuple[float, ...]:
             f"keep_weight is {weight!r}, the weight of the rows of keep_base, which is not given. Leave it out, or give both."
         )
     return ()
-
-
-def _check_names(fit: str, answers: str | None) -> None:
-    """Refuse an unknown fit or kind of answers."""
-    if fit not in FITS:
-        raise RecipeError(unknown("fit", str(fit), FITS))
-    if answers is not None and answers not in ANSWERS:
-        raise RecipeError(unknown("kind of answers", str(answers), ANSWERS))
-
-
-def _check_numbers(required: Mapping[str, int], optional: Mapping[str, int | None]) -> None:
-    """Refuse numbers that are not whole or under 1 (the seed under 0); optional ones may be None."""
-    given = {name: value for name, value in optional.items() if value is not None}
-    for name, value in {**required, **given}.items():
-        check_whole(name, value, 0 if name == "seed" else 1)

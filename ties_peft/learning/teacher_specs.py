@@ -17,6 +17,7 @@ from ..evaluation.rows import FILES, Row, is_row_source, read_rows, texts_of
 from ..evaluation.scorers import Classification, check_form, form_for
 from ..evaluation.task import SLOT, Task, is_task, read_task
 from ..merging.members import short_names
+from ..merging.values import check_whole
 from . import ANSWERS, GENERATED, GENERATED_ROWS
 from .teachers import BASE, LabelTeacher, Teacher
 from .token_teachers import TokenTeacher
@@ -75,6 +76,8 @@ def read_teacher_specs(
         a LoRA of an image model.
     """
     check_is_list(adapters)
+    if count is not None:
+        check_whole("count", count, 1)
     if not adapters:
         raise RecipeError("expected a list of adapters to imitate, at least one: distil([...]).")
     opened = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
@@ -134,11 +137,17 @@ class AnswerOptions:
         answers: one of `ANSWERS`; None for the default of each adapter's rows.
         tokens: the largest number in an answer.
         seed: of the sampling and of random tokens.
+    Raises: RecipeError for unknown answers and for a number of tokens below 1.
     """
 
     answers: str | None
     tokens: int
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.answers is not None and self.answers not in ANSWERS:
+            raise RecipeError(unknown("kind of answers", str(self.answers), ANSWERS))
+        check_whole("answer_tokens", self.tokens, 1)
 
 
 def make_teachers(specs: Sequence[TeacherSpec], bench: Bench, options: AnswerOptions) -> list[Teacher]:

@@ -36,7 +36,7 @@ from ..merging.tables import Printed, make_table, number_column
 from ..merging.values import check_whole
 from . import ADAPTERS, BUDGET, CONTROLS, DETAIL, GRID, IMITATE, PENALTY, TRAINED, WEIGHTS
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes
-from .imitation import ImitationRows, open_imitation
+from .imitation import Imitation, refuse_imitation_options
 from .objectives import Objectives
 from .problem import SearchProblem, Trial, TrialCallback
 from .tuning import Tuning
@@ -180,13 +180,14 @@ def search(
     )
     tuning = Tuning.read(recipe, tune)
     budget = min(budget, len(tuning.combinations())) if sampler == GRID else budget
-    asked = ImitationRows(rows, tasks, count, answers, answer_tokens, state)
+    imitated: dict[str, Any] = {"rows": rows, "tasks": tasks, "count": count, "answers": answers, "state": state}
+    imitated["answer_tokens"] = answer_tokens
     if isinstance(objective, str) and objective == IMITATE:
-        objective = open_imitation(opened, asked, seed, base, device, bench, progress)
+        objective = Imitation(opened, **imitated, seed=seed, base=base, device=device, bench=bench, progress=progress)
         objective.check_judge(judge)
         bench, tuning = objective.bench, replace(tuning, recipe=objective.with_own_heads(recipe))
     else:
-        asked.check_unused()
+        refuse_imitation_options(imitated)
     objectives = Objectives(objective, judge, opened, base, device, bench, TRAINED in controls)
     problem = SearchProblem(opened, tuning, objectives.score, penalty, seed)
     problem.check()
