@@ -18,7 +18,6 @@ ROOT = Path(ties_peft.__file__).parent
 # The packages and modules of `ties_peft/`, the lowest first. Each imports only what stands before it.
 ORDER = (
     "errors",
-    "found_classes",
     "task_vectors",
     "adapters",
     "spaces",

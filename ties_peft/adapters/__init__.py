@@ -7,11 +7,14 @@ at all. Uses: `task_vectors`.
     contents, types/         what a PEFT type asks of config, tensors and base model; one file for each PEFT type
     base_model               single tensors of the base's checkpoint; `module_names` for names of older transformers
     extra_tensors            tensors that belong to no adapted module; `extra_layers` compares those of several adapters
-    recognise, formats/      files of other trainers, one file for each format; `to_peft` reads them as PEFT's
+    recognise, formats/      files of other trainers, one file for each format; `to_peft` reads them as PEFT's, and `placement`
+                             finds which modules of the base their names stand for
     image_models             names of the modules of image models; `image_files` writes their LoRAs
     statistics               Fisher information and second moments, kept beside an adapter
     targets                  what other programs load
     writer                   writes folders
+    config_values            JSON, numbers and patterns that anyone may have written
+    found_classes            the classes that the files of a folder define, here and in `spaces` and `methods`
 
 The names of the targets (see `targets`) stand here, where the command line shows them without importing torch.
 """

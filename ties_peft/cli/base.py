@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.console import Console, RenderableType
 
+from ..adapters.found_classes import file_names
 from ..errors import RecipeError, TiesPeftWarning, printable, printable_lines
-from ..found_classes import file_names
 from ..learning import ANSWERS, GENERATED, GENERATED_ROWS
 from ..merging.options import OPTIONS, Option
 from ..search import DETAIL

@@ -1,7 +1,7 @@
 """The methods of merging: one file each in this folder, and those that other packages add.
 
-In: the weighted task vectors of one module. Out: the merged one. Uses: `errors`, `task_vectors` and, to check parameters
-and names, `spaces`.
+In: the weighted task vectors of one module. Out: the merged one. Uses: `errors`, `task_vectors`, to check
+parameters and names `spaces`, and to find the files `adapters.found_classes`.
 
 A package of yours adds a method by an entry point of the group `ties_peft.methods` that names a subclass of `Method`;
 nothing here changes. In a notebook or a script, `register` adds one to the running process. `Method` shows a complete one.
@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..adapters.found_classes import ClassesByName
 from ..errors import MethodError, RecipeError, unknown
-from ..found_classes import ClassesByName
 from ..spaces import build, spaces
 from ..task_vectors.trim import Scope
 from .aliases import other_name

@@ -1,7 +1,7 @@
 """The coordinates in which task vectors are merged: one file in this folder for each space, found by looking into it.
 
 In: the task vectors of one module; the merged parts. Out: the parts that a method merges; the factors of the result. Uses:
-`errors` and `task_vectors`.
+`errors`, `task_vectors` and, to find the files, `adapters.found_classes`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ..adapters.found_classes import ClassesByName
 from ..errors import MethodError, RecipeError, share_hint, unknown
-from ..found_classes import ClassesByName
 from .base import Encoding, Space
 
 __all__ = ["Encoding", "Space", "build", "find_space", "make_space", "spaces"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterError
-from ...found_classes import all_classes
+from ..found_classes import all_classes
 from ..tensors import open_tensors
 from .base import PLAIN, Format, LoraFile, LoraModule
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from ...errors import AdapterError
-from ...found_classes import all_classes
+from ..found_classes import all_classes
 from .base import ModuleInfo, PeftType, WritablePeftType
 
 __all__ = ["ModuleInfo", "PeftType", "WritablePeftType", "find_peft_type", "output_type", "peft_types"]
