@@ -121,6 +121,18 @@ def test_the_command_line_searches_as_the_call_does() -> None:
     assert {name: searching[name].default for name in shared} == {name: called[name] for name in shared}
 
 
+@pytest.mark.parametrize(
+    ("command", "call", "own"),
+    [
+        ("search", ties_peft.search, {"out", "task", "settings", "trained", "force", "as_json"}),
+        ("distil", ties_peft.distil, {"out", "task", "force", "as_json"}),
+    ],
+)
+def test_every_flag_reaches_the_call_of_its_command(command: str, call: Callable[..., Any], own: set[str]) -> None:
+    """Those of one name are passed on as they are, and the command itself reads the others."""
+    assert options(command).keys() - inspect.signature(call).parameters.keys() - {"help"} == own
+
+
 # -- by result
 
 

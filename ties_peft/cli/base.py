@@ -8,9 +8,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -153,6 +154,41 @@ State = Annotated[
         show_default=False,
     ),
 ]
+
+
+def arguments_for(function: Callable[..., Any], given: Mapping[str, Any], **others: Any) -> dict[str, Any]:
+    """Return the arguments of a function that a command calls.
+
+    Args:
+        function: the one that does the work.
+        given: all arguments of the command, of which those that the function has by the same name are passed on as they are.
+        others: the arguments whose values the command changes.
+    """
+    own = inspect.signature(function).parameters
+    return {name: value for name, value in given.items() if name in own} | others
+
+
+def check_output(
+    out: Path,
+    force: bool,
+    adapters: Iterable[str],
+    parameters: Mapping[str, Any] = MappingProxyType({}),
+    kept: Mapping[str, Path | None] = MappingProxyType({}),
+) -> None:
+    """Refuse, before any work, an output folder that cannot be written, or that overlaps an input or a path to be kept.
+
+    Args:
+        out, force: as the command has them.
+        adapters, parameters: of a recipe, whose folders are the inputs.
+        kept: other paths, by their names in the message.
+    """
+    from ..adapters.writer import check_output_folder, check_outside_output
+    from ..merging.merged import inputs
+    from ..merging.recipes.recipe import Recipe
+
+    check_output_folder(out, force, inputs(Recipe(adapters=tuple(adapters), parameters=parameters)))
+    for name, path in kept.items():
+        check_outside_output(out, path, name)
 
 
 def one_for_each(given: list[Any] | None, count: int, flag: str) -> Any:

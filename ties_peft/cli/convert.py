@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..adapters import sources
 from ..merging.options import DEVICE, read_flag
-from .base import Force, Json, Out, print_result, print_warnings, progress_bar, takes_merge_options
+from .base import Force, Json, Out, check_output, print_result, print_warnings, progress_bar, takes_merge_options
 
 Part = Annotated[
     str | None,
@@ -53,11 +52,9 @@ def convert(
     **options: Any,
 ) -> None:
     """Convert one adapter to a LoRA, another rank, dtype or file format."""
-    from ..adapters.writer import check_output_folder
     from ..merging.convert import convert as convert_adapter
 
-    path = sources.local_path(adapter)
-    check_output_folder(out, force, [path] if path else [])
+    check_output(out, force, [adapter])
     with progress_bar() as progress:
         made = convert_adapter(
             adapter,

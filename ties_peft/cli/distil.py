@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..adapters import sources
 from ..errors import RecipeError
 from ..learning import ANSWER_TOKENS, BATCH_SIZE, FITS
 from ..merging.options import DEVICE
@@ -23,7 +22,9 @@ from .base import (
     Out,
     Precision,
     State,
+    arguments_for,
     base_option,
+    check_output,
     one_for_each,
     print_result,
     print_warnings_after,
@@ -107,46 +108,20 @@ def distil(
     **options: Any,
 ) -> None:
     """Merge adapters, then train the result to imitate them on rows without labels."""
+    given = dict(locals())
     from ..learning.distil import distil as distil_adapters
 
-    _check_folders(adapters, out, force, state)
-    with print_warnings_after(), progress_bar() as tell:
-        made = distil_adapters(
-            adapters,
-            start=start,
-            rows=read_rows_option(rows, len(adapters)),
-            rank=rank,
-            seed=seed,
-            device=device,
-            threads=threads,
-            tasks=one_for_each(task, len(adapters), "--task"),
-            base=base,
-            kind=kind,
-            fit=fit,
-            steps=steps,
-            weights=_numbers(weights),
-            batch_size=batch_size,
-            state=state,
-            progress=tell,
-            count=count,
-            answers=answers,
-            answer_tokens=answer_tokens,
-            keep_base=None if keep_base is None else row_source(keep_base),
-            keep_weight=keep_weight,
-            precision=precision,
-            **options,
-        )
+    check_output(out, force, adapters, kept={"the state (--state)": state})
+    changed = {
+        "rows": read_rows_option(rows, len(adapters)),
+        "tasks": one_for_each(task, len(adapters), "--task"),
+        "weights": _numbers(weights),
+        "keep_base": None if keep_base is None else row_source(keep_base),
+    }
+    with print_warnings_after(), progress_bar() as progress:
+        made = distil_adapters(**arguments_for(distil_adapters, given, **changed, progress=progress, **options))
     made.save(out, force)
     print_result(made, out, {"distil": made.recipe}, as_json)
-
-
-def _check_folders(adapters: list[str], out: Path, force: bool, state: Path | None) -> None:
-    """Refuse a folder that cannot be written, or that holds an adapter or the state, before any work."""
-    from ..adapters.writer import check_output_folder, check_outside_output
-
-    read = [path for path in map(sources.local_path, adapters) if path is not None]
-    check_output_folder(out, force, read)
-    check_outside_output(out, state, "the state (--state)")
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -14,6 +14,7 @@ from .base import (
     ModelDevice,
     Out,
     base_option,
+    check_output,
     print_messages,
     print_text,
     print_warnings_after,
@@ -35,14 +36,11 @@ def signs(
 ) -> None:
     """Estimate the signs that TIES elects from a few examples."""
     from ..adapters.sources import expand_patterns
-    from ..adapters.writer import check_output_folder
     from ..learning.signs import few_shot_signs
-    from ..merging.merged import inputs
-    from ..merging.recipes.recipe import Recipe
 
     adapters, notes = expand_patterns(adapters)
     print_messages("note", notes)
-    check_output_folder(out, force, inputs(Recipe(adapters=tuple(adapters))))
+    check_output(out, force, adapters)
     with print_warnings_after(), progress_bar() as progress:
         made = few_shot_signs(adapters, task, base, device, steps=steps, seed=seed, progress=progress)
     made.save(out, force)

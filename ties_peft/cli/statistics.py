@@ -7,10 +7,19 @@ from typing import Annotated
 
 import typer
 
-from ..errors import RecipeError
 from ..learning import STATISTICS
 from ..merging.options import DEVICE
-from .base import Adapters, Json, ModelDevice, base_option, print_json, print_text, print_warnings_after, progress_bar
+from .base import (
+    Adapters,
+    Json,
+    ModelDevice,
+    base_option,
+    one_for_each,
+    print_json,
+    print_text,
+    print_warnings_after,
+    progress_bar,
+)
 
 
 def statistics(
@@ -45,10 +54,9 @@ def statistics(
     from ..evaluation.task import read_task
     from ..learning.gather_statistics import gather_statistics
 
+    given = one_for_each(task, len(adapters), "--task")
+    tasks = list(map(read_task, given if isinstance(given, list) else [given] * len(adapters)))
     opened = [Adapter.load(name) for name in adapters]
-    if len(task) not in (1, len(opened)):
-        raise RecipeError(f"{len(task)} tasks for {len(opened)} adapters; expected one for all, or one for each.")
-    tasks = [read_task(path) for path in (task * len(opened) if len(task) == 1 else task)]
     made = []
     with print_warnings_after(), progress_bar() as progress:
         base = find_base(opened, tasks, base)
