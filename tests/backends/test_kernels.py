@@ -12,7 +12,9 @@ from sampling import covering
 
 pytest.importorskip("numba", reason="the extra fast is not installed")
 
+from ties_peft.task_vectors.delta import Dense, LowRank, Mapped
 from ties_peft.task_vectors.kernels import numba_kernels
+from ties_peft.task_vectors.kernels.backends import NumbaKernels, TorchKernels
 
 Factors = list[tuple[np.ndarray, np.ndarray]]
 SHAPES = [  # rows, columns, ranks
@@ -125,3 +127,26 @@ def test_a_merge_is_the_definition_in_float64_on_the_product(
     np.testing.assert_allclose(out[clear], expected[clear], rtol=2e-6, atol=1e-30)
     assert clear.all() or clear.mean() > 0.98
     assert counts == (((positive > 0) & (negative < 0)).sum(), ((kept != 0).sum(0) > 1).sum())
+
+
+@pytest.mark.parametrize("kind", ["factored", "dense", "rank 0", "changed"])
+def test_both_kernels_read_and_count_every_kind_of_task_vector(kind: str) -> None:
+    """Those that the compiled code does not know are left to torch."""
+    (B, A), *_ = draw(37, 70, [3], "repeated")
+    factors = LowRank(torch.from_numpy(B), torch.from_numpy(A))
+    delta = {
+        "factored": factors,
+        "dense": Dense(factors.dense()),
+        "rank 0": LowRank(factors.B[:, :0], factors.A[:0]),
+        "changed": Mapped(factors, lambda values, start, drawn: values * 2),
+    }[kind]
+    rows, brackets = (5, 30), [(np.float32(1), np.float32(2)), (np.float32(0), np.float32(np.inf))]
+    read, counted = [], []
+    for kernels in (TorchKernels(), NumbaKernels()):
+        out = torch.full((25, 70), torch.nan)
+        read.append(kernels.read(delta, rows, out).clone())
+        counted.append(kernels.count(delta, rows, brackets, lambda: torch.empty(25, 70)))
+    assert torch.equal(*read) and torch.equal(read[0], delta.dense()[slice(*rows)])
+    for (above, inside), (other, values) in zip(*counted, strict=True):
+        assert above == other and np.array_equal(np.sort(inside), np.sort(values))
+    assert counted[0][0][0] == int((read[0].abs() > 2).sum())

@@ -116,24 +116,57 @@ class Computed(PeftType):
 
     def read(self, module: ModuleInfo, tensors: TensorSource, base: BaseModel | None) -> Dense:
         """Return W′ − W, (out, in), computed in float64."""
-        known: ModuleInputs = module.details
         weight = base_weight(base, module.base_tensors[0], f"{self.title} on module {module.name!r}")
         state = {key: tensors.read(key) for key in module.keys}
         try:
             with LOCK, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
                 torch.manual_seed(0)
-                change = _merged(self.config_name, module, weight, known, state)
+                change = self._merged(module, weight, state)
         except AdapterError:
             raise
         except Exception as error:  # PEFT's own, of any type
             raise AdapterError(
-                f"{known.where}: PEFT cannot make its task vector ({type(error).__name__}: "
+                f"{module.details.where}: PEFT cannot make its task vector ({type(error).__name__}: "
                 f"{one_line(error)}). Does the adapter load in PEFT on this base?"
             ) from error
         if module.conv1d:
             change = change.T
         return Dense(change.flatten(1).float().contiguous())
+
+    def _merged(self, module: ModuleInfo, weight: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Return W′ − W, computed by PEFT on a model with only this layer."""
+        import peft
+
+        known: ModuleInputs = module.details
+        cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(self.config_name)]
+        accepted = inspect.signature(cls).parameters
+        given = {key: value for key, value in known.config.items() if key in accepted and key not in FILTERS}
+        layer = _layer(weight, module.conv1d)
+        largest = _layer(torch.zeros(known.largest[::-1] if module.conv1d else known.largest), module.conv1d)
+        root = nn.Module()
+        _add_layer(root, module.name, layer)
+        root.add_module(LARGEST, largest)
+        model = peft.PeftModel(root.double(), cls(**{**given, "target_modules": [module.name, LARGEST]}))
+        outcome: Any = peft.set_peft_model_state_dict(model, state)
+        if outcome.unexpected_keys:
+            raise AdapterError(
+                f"{known.where}: PEFT has no place for tensor {outcome.unexpected_keys[0]!r} in a layer of the "
+                "base's shape. Is it the base that the adapter was trained on? Embeddings with an adapter of this type cannot be merged."
+            )
+        model.double().eval()
+        adapted: Any = model.get_base_model().get_submodule(module.name)
+        plain = adapted.get_base_layer()
+        before, bias = plain.weight.detach().clone(), plain.bias.detach().clone()
+        with torch.no_grad():
+            adapted.merge()
+        plain = adapted.get_base_layer()
+        if not torch.equal(plain.bias, bias):
+            raise AdapterError(
+                f"{known.where}: {self.config_name} changes the bias too, for which a LoRA has no form. Leave it out."
+            )
+        change: Tensor = plain.weight.detach() - before
+        return change
 
 
 def _shape(name: str, contents: Contents) -> tuple[tuple[int, int], tuple[int, ...], bool]:
@@ -145,42 +178,6 @@ def _shape(name: str, contents: Contents) -> tuple[tuple[int, int], tuple[int, .
         )
     conv1d = len(known) == 2 and contents.check_conv1d(name)
     return (known[conv1d], known[not conv1d]), known[2:], conv1d
-
-
-def _merged(
-    peft_type: str, module: ModuleInfo, weight: Tensor, known: ModuleInputs, state: Mapping[str, Tensor]
-) -> Tensor:
-    """Return W′ − W, computed by PEFT on a model with only this layer."""
-    import peft
-
-    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
-    accepted = inspect.signature(cls).parameters
-    given = {key: value for key, value in known.config.items() if key in accepted and key not in FILTERS}
-    layer = _layer(weight, module.conv1d)
-    largest = _layer(torch.zeros(known.largest[::-1] if module.conv1d else known.largest), module.conv1d)
-    root = nn.Module()
-    _add_layer(root, module.name, layer)
-    root.add_module(LARGEST, largest)
-    model = peft.PeftModel(root.double(), cls(**{**given, "target_modules": [module.name, LARGEST]}))
-    outcome: Any = peft.set_peft_model_state_dict(model, dict(state))
-    if outcome.unexpected_keys:
-        raise AdapterError(
-            f"{known.where}: PEFT has no place for tensor {outcome.unexpected_keys[0]!r} in a layer of the "
-            "base's shape. Is it the base that the adapter was trained on? Embeddings with an adapter of this type cannot be merged."
-        )
-    model.double().eval()
-    adapted: Any = model.get_base_model().get_submodule(module.name)
-    plain = adapted.get_base_layer()
-    before, bias = plain.weight.detach().clone(), plain.bias.detach().clone()
-    with torch.no_grad():
-        adapted.merge()
-    plain = adapted.get_base_layer()
-    if not torch.equal(plain.bias, bias):
-        raise AdapterError(
-            f"{known.where}: {peft_type} changes the bias too, for which a LoRA has no form. Leave it out."
-        )
-    change: Tensor = plain.weight.detach() - before
-    return change
 
 
 FILTERS = ("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "modules_to_save", "task_type")
