@@ -344,8 +344,8 @@ def test_the_command(loras: list[Path], bases: dict[str, Path], tmp_path: Path) 
         ((*asked, "--force"), "there are no rows on which"),
         ((*common, "--force", "--objective", "labels", "--task", task), "--objective is 'labels'"),
         ((*common, "--force", "--task", task, "--rows", rows), "rows: only a search with objective 'imitate'"),
-        ((*common, "--force"), "--task is there 0 times"),
-        ((*common, "--force", "--task", task, "--task", task), "--task is there 2 times"),
+        ((*common, "--force"), "--task is given 0 times"),
+        ((*common, "--force", "--task", task, "--task", task), "--task is given 2 times"),
         ((*asked, "--rows", rows, "--force", "--state", out), "lies in the output"),
     ):
         done = run(*flags)

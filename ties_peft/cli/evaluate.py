@@ -131,17 +131,12 @@ def _show_harness(labels: list[str], results: list[dict[str, dict[str, float]]],
 def _warn_about_rows(line: list[Score]) -> None:
     """Warn of rows that were cut or whose text is blank; these are the same for every adapter."""
     for score in line:
-        of = f"of {score.rows} rows"
+        where, of = f"task {score.task!r}", f"of {score.rows} rows"
         if score.cut:
-            print_warnings(
-                [
-                    f"task {score.task!r}: {score.cut} {of} were cut, because they exceed max_tokens or the model's positions."
-                ]
-            )
+            text = f"{where}: {score.cut} {of} were cut, because they exceed max_tokens or the model's positions."
+            print_warnings([text])
         if score.blank:
-            print_warnings(
-                [f"task {score.task!r}: the texts of {score.blank} {of} are blank; they were scored like others."]
-            )
+            print_warnings([f"{where}: the texts of {score.blank} {of} are blank; they were scored like others."])
 
 
 def _table(labels: list[str], scores: list[list[Score]]) -> Table:

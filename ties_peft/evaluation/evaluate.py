@@ -135,6 +135,22 @@ def find_base(adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: s
     return chosen
 
 
+def load_bench(adapters: Sequence[Adapter], tasks: Sequence[Task], base: str | Path | None, device: str) -> Bench:
+    """Load the base model in the one form that all tasks need, after their rows have been checked.
+
+    Raises: RecipeError where the tasks need several forms, or where `find_base` or `Task.check_rows` does.
+    """
+    forms = {form_for(task) for task in tasks}
+    if len(forms) > 1:
+        raise RecipeError(
+            f"the tasks need models of {len(forms)} forms ({', '.join(sorted(forms))}); expected one. Choose one measure for all."
+        )
+    chosen = find_base(adapters, tasks, base)
+    for task in tasks:
+        task.check_rows()
+    return Bench.load(chosen, forms.pop(), device)
+
+
 def _open(adapter: str | Path | Adapter | None, base: str | Path | None) -> Adapter | None:
     """Open an adapter; if the base is a folder, with the base's weights, which some PEFT types need."""
     if adapter is None or isinstance(adapter, Adapter):

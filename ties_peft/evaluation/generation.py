@@ -12,7 +12,7 @@ from ..merging.plan import Progress
 from . import BATCH_SIZE
 from .loaded_model import Bench, unwrapped
 from .score import Score
-from .scorers import Scorer, batches
+from .scorers import Scorer, batches, with_progress
 from .task import Task
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id")  # kept of the base's generation_config
@@ -67,17 +67,15 @@ class Generation(Scorer):
     def generated(self, progress: Progress | None = None, size: int = BATCH_SIZE) -> list[str]:
         """Return what the model generates for each row, cut at `stop` and stripped."""
         texts = [""] * self.rows
-        done, causal = 0, self.bench.form == "causal"
+        causal = self.bench.form == "causal"
+        divided = batches([len(ids) for ids in self.sequences], size)
         with torch.no_grad():
-            for places in batches([len(ids) for ids in self.sequences], size):
+            for places in with_progress(divided, progress, self.task.name, self.rows):
                 inputs = self.bench.pad_batch([self.sequences[place] for place in places], left=causal)
                 made = generate(self.bench, inputs, self.task.new_tokens)
                 answers = made[:, inputs["input_ids"].shape[1] :] if causal else made
                 for place, ids in zip(places, answers, strict=True):
                     texts[place] = self._clean(self.bench.tokenizer.decode(ids, skip_special_tokens=True))
-                done += len(places)
-                if progress is not None:
-                    progress(self.task.name, done, self.rows)
         return texts
 
     def _clean(self, text: str) -> str:

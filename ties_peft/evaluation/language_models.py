@@ -22,7 +22,7 @@ from .causal_passes import (
 )
 from .loaded_model import Bench
 from .score import Score
-from .scorers import Scorer, batches
+from .scorers import Scorer, batches, with_progress
 from .task import Task
 
 EMPTY = Pair([], [])
@@ -74,14 +74,10 @@ class Continuation(Scorer):
         counts = torch.tensor(
             [len(p.continuation) - (causal and not p.prompt) for p in self.pairs], dtype=torch.float64
         )
-        done = 0
         with torch.no_grad():
-            for places in self._batches(size):
+            for places in with_progress(self._batches(size), progress, self.task.name, self.rows):
                 found = (self._causal if causal else self._seq2seq)([self._pairs_of(place) for place in places])
                 totals[torch.tensor(places)] = found.cpu().reshape(-1, self._each)
-                done += len(places)
-                if progress is not None:
-                    progress(self.task.name, done, self.rows)
         return totals.flatten(), counts
 
     def _pairs_of(self, place: int) -> list[Pair]:

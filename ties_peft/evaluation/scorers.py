@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -158,11 +158,10 @@ class Classification(Scorer):
         parts: list[Tensor] = []
         order: list[int] = []
         with torch.no_grad():
-            for places in batches([len(ids) for ids in self.sequences], size):
+            divided = batches([len(ids) for ids in self.sequences], size)
+            for places in with_progress(divided, progress, self.task.name, self.rows):
                 parts.append(self.logits(places).cpu())
                 order += places
-                if progress is not None:
-                    progress(self.task.name, len(order), self.rows)
         found = torch.cat(parts)
         result = torch.empty_like(found)
         result[torch.tensor(order)] = found
@@ -199,6 +198,16 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Yield indices of rows in batches of similar length, the longest first, so that memory runs out early or never."""
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
+def with_progress(parts: Iterable[list[int]], progress: Progress | None, stage: str, total: int) -> Iterator[list[int]]:
+    """Yield parts of the rows, and after each report the number of rows that are done."""
+    done = 0
+    for part in parts:
+        yield part
+        done += len(part)
+        if progress is not None:
+            progress(stage, done, total)
 
 
 def form_for(task: Task) -> str:

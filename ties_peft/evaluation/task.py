@@ -49,7 +49,7 @@ from .rows import FILES, ClassName, Row, read_rows, texts_of
 
 MEASURES = ("descriptions", "head", "choices", "exact_match", "loss", "chrf", "bleu")
 GENERATED = ("exact_match", "chrf", "bleu")  # measures of text that the model generates
-REQUIRED_LIST = {"descriptions": "descriptions", "choices": "choices"}  # the key of the list that a measure needs
+LIST_MEASURES = ("descriptions", "choices")  # each needs a list with one text for each label, whose key is its own name
 MEASURES_BY_KEY = {  # the measures for which a key has a meaning; other keys have one for every measure
     "labels": ("descriptions", "head", "choices"),
     "descriptions": ("descriptions",),
@@ -133,7 +133,7 @@ class Task:
     @property
     def options(self) -> tuple[str, ...] | None:
         """The descriptions or the choices, one for each label; None for other measures."""
-        return {"descriptions": self.descriptions, "choices": self.choices}.get(self.measure)
+        return getattr(self, self.measure) if self.measure in LIST_MEASURES else None
 
     @property
     def classifies(self) -> bool:
@@ -320,10 +320,9 @@ def _make(document: Document, folder: Path) -> Task:
     measure = given.get("measure") or _inferred(document, given)
     if measure not in MEASURES:
         raise RecipeError(f"{document.at(('measure',))}: {unknown('measure', measure, MEASURES)}")
-    needed = REQUIRED_LIST.get(measure)
-    if needed is not None and needed not in given:
+    if measure in LIST_MEASURES and measure not in given:
         raise RecipeError(
-            f"{document.where}: measure '{measure}' needs {needed}, one for each label. Add {needed}: […]."
+            f"{document.where}: measure '{measure}' needs {measure}, one for each label. Add {measure}: […]."
         )
     _check_lists(document, given, measure)
     rows = given.get("rows")
@@ -346,7 +345,7 @@ def _inferred(document: Document, values: Mapping[str, Any]) -> str:
             "(measure: …), and leave out the keys of the others."
         )
     if len(found) > 1:
-        found = [measure for measure in found if measure not in REQUIRED_LIST or REQUIRED_LIST[measure] in values]
+        found = [measure for measure in found if measure not in LIST_MEASURES or measure in values]
     if len(found) > 1:
         raise RecipeError(f"{document.where}: no measure is named; expected one of {', '.join(found)} (measure: …).")
     return found[0]
@@ -354,14 +353,13 @@ def _inferred(document: Document, values: Mapping[str, Any]) -> str:
 
 def _check_lists(document: Document, values: Mapping[str, Any], measure: str) -> None:
     """Refuse lists of different lengths and lists that the measure does not use."""
-    at = document.at
-    for key in ("descriptions", "choices"):
-        if key in values and key != REQUIRED_LIST.get(measure):
-            raise RecipeError(f"{at((key,))}: {key} has no meaning for measure '{measure}'. Leave it out.")
-    listed = REQUIRED_LIST.get(measure)
-    if listed and "labels" in values and len(values["labels"]) != len(values[listed]):
+    for key in LIST_MEASURES:
+        if key in values and key != measure:
+            raise RecipeError(f"{document.at((key,))}: {key} has no meaning for measure '{measure}'. Leave it out.")
+    counts = [len(values[key]) for key in ("labels", measure) if key in values and measure in LIST_MEASURES]
+    if len(set(counts)) > 1:
         raise RecipeError(
-            f"{at(('labels',))}: {len(values['labels'])} labels for {len(values[listed])} {listed}. Give one for each."
+            f"{document.at(('labels',))}: {counts[0]} labels for {counts[1]} {measure}. Give one for each."
         )
 
 

@@ -9,9 +9,8 @@ from typing import Any
 from ..adapters import writer
 from ..adapters.adapter import Adapter, load_adapters
 from ..errors import CompatibilityError
-from ..evaluation.evaluate import find_base, make_scorer
+from ..evaluation.evaluate import load_bench, make_scorer
 from ..evaluation.loaded_model import Bench, check_text_model
-from ..evaluation.scorers import form_for
 from ..evaluation.task import TaskSource, read_task
 from ..merging.merge import merge
 from ..merging.merged import Merged, versions
@@ -79,11 +78,7 @@ def few_shot_signs(
     largest = max((adapter.ranks[-1] for adapter in opened), default=1)
     rank = largest if any(adapter.peft_type.has_rank for adapter in opened) else "auto"
     start: Merged = merge(opened, method="average", rank=rank, dtype="float32")
-    if bench is None:
-        chosen = find_base(opened, asked, base)
-        for task in asked:
-            task.check_rows()
-        bench = Bench.load(chosen, form_for(asked[0]), device)
+    bench = bench or load_bench(opened, asked, base, device)
     for adapter in opened:
         bench.check(adapter)
     scorers = [make_scorer(bench, task) for task in asked]

@@ -172,4 +172,9 @@ class LabelTeacher(Teacher):
         """Return KL over the labels."""
         log_p = self._log_p[torch.tensor(places, device=self._log_p.device)]
         log_q = self.scorer.logits(places).log_softmax(-1)
-        return Comparison((log_p.exp() * (log_p - log_q)).sum(-1), (log_p.argmax(-1) == log_q.argmax(-1)).float())
+        return Comparison(kl_divergence(log_p, log_q), (log_p.argmax(-1) == log_q.argmax(-1)).float())
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p ‖ q) over the last dimension, in nats."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

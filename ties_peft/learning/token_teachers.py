@@ -23,7 +23,7 @@ from ..evaluation import BATCH_SIZE
 from ..evaluation.causal_passes import selected_logits
 from ..evaluation.loaded_model import Bench
 from ..merging.plan import Progress
-from .teachers import Comparison, Teacher
+from .teachers import Comparison, Teacher, kl_divergence
 from .written_rows import Writer
 
 TOP_K = 128
@@ -146,11 +146,11 @@ class TokenTeacher(Teacher):
                 tokens = tokens & (SHORT_VOCABULARY - 1)  # int16 holds ids from 32,768 up as negative numbers
             log_p = self._log_p[place].to(self.bench.device).float().log_softmax(-1)
             log_q = self._with_rest(logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True))
-            divergence = _divergence(log_p, log_q).mean()
+            divergence = kl_divergence(log_p, log_q).mean()
             agreement = (logits.argmax(-1) == tokens[:, 0]).float().mean()
             if self.choices:
                 log_p, log_q = self._choices_log_p[place], logits[0, self.choices].log_softmax(-1)
-                divergence = divergence + _divergence(log_p, log_q)
+                divergence = divergence + kl_divergence(log_p, log_q)
                 agreement = (log_p.argmax() == log_q.argmax()).float()
             divergences.append(divergence)
             agreements.append(agreement)
@@ -192,8 +192,3 @@ class TokenTeacher(Teacher):
             return log_p
         rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-6)
         return torch.cat([log_p, rest.log()], -1)
-
-
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(p ‖ q) over the last dimension."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

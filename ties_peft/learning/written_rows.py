@@ -8,7 +8,6 @@ Extreme Values, 1954).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..evaluation.generation import generate
 from ..evaluation.loaded_model import Bench
-from ..evaluation.scorers import batches
+from ..evaluation.scorers import batches, with_progress
 from ..merging.plan import Progress
 from ..task_vectors.random_numbers import stream_key, uniform
 
@@ -39,29 +38,9 @@ class Written:
     starts: list[int]
 
 
-class Writer(ABC):
-    """Lets an adapter write rows or answers, which depend on its fields and the adapter alone."""
-
-    @property
-    @abstractmethod
-    def prompted(self) -> bool:
-        """Whether it writes answers to prompts, so that only the answers are compared."""
-
-    @abstractmethod
-    def write(self, bench: Bench, given: Sequence[Sequence[int]], digest: str, progress: Progress | None) -> Written:
-        """Complete rows with the adapter that is applied to the model.
-
-        Args:
-            bench: the model.
-            given: token ids of the beginning of each row.
-            digest: of the adapter.
-            progress: called as progress(stage, done, of).
-        """
-
-
 @dataclass(frozen=True)
-class AnswerWriter(Writer):
-    """Lets an adapter answer prompts.
+class AnswerWriter:
+    """Lets an adapter answer prompts; the answers depend on the fields and the adapter alone.
 
     Attributes:
         tokens: the largest number in an answer.
@@ -79,9 +58,15 @@ class AnswerWriter(Writer):
         return not self.whole
 
     def write(self, bench: Bench, given: Sequence[Sequence[int]], digest: str, progress: Progress | None) -> Written:
-        """Append an answer to each prompt.
+        """Return prompts with the answers of the adapter that is applied to the model.
 
         An answer takes at most half of the model's positions. Prompts that are too long for the rest lose their first tokens.
+
+        Args:
+            bench: the model.
+            given: token ids of each prompt.
+            digest: of the adapter.
+            progress: called as progress(stage, done, of).
         """
         most = min(self.tokens, max(1, bench.max_length // 2))
         prompts = [list(ids[-max(1, bench.max_length - most) :]) for ids in given]
@@ -91,8 +76,10 @@ class AnswerWriter(Writer):
 
 
 @dataclass(frozen=True)
-class RowWriter(Writer):
+class RowWriter:
     """Lets an adapter write whole rows: the text of each slot of a template, one after the other, then an answer.
+
+    The rows depend on the fields and the adapter alone.
 
     Attributes:
         text_tokens: the largest number in a slot.
@@ -114,7 +101,10 @@ class RowWriter(Writer):
         return bool(self.pieces)
 
     def write(self, bench: Bench, given: Sequence[Sequence[int]], digest: str, progress: Progress | None) -> Written:
-        """Continue each beginning; only answers are compared, or, without a template, all that is written."""
+        """Return rows that the adapter continues; the arguments are those of `AnswerWriter.write`.
+
+        Only answers are compared, or, without a template, all that is written.
+        """
         rows, most = [list(start) for start in given], self._slot_tokens(bench, given)
         if not self.pieces:
             key = stream_key(self.seed, "rows", 0, digest)
@@ -137,6 +127,9 @@ class RowWriter(Writer):
         return max(1, min(self.text_tokens, room))
 
 
+Writer = AnswerWriter | RowWriter
+
+
 def sample(
     bench: Bench,
     prompts: Sequence[Sequence[int]],
@@ -156,8 +149,9 @@ def sample(
     from transformers import LogitsProcessorList
 
     found: list[list[int]] = [[] for _ in prompts]
-    ends, done = sorted({*stop, *end_tokens(bench)}), 0
-    for places in batches([len(ids) for ids in prompts], WRITTEN_AT_ONCE):
+    ends = sorted({*stop, *end_tokens(bench)})
+    divided = batches([len(ids) for ids in prompts], WRITTEN_AT_ONCE)
+    for places in with_progress(divided, progress, "writing", len(prompts)):
         inputs = bench.pad_batch([prompts[place] for place in places], left=True)
         width = inputs["input_ids"].shape[1]
         noise = _GumbelNoise([_row_key(key, place) for place in places], width)
@@ -165,9 +159,6 @@ def sample(
         for place, ids in zip(places, made, strict=True):
             stops = [at for at, token in enumerate(ids) if token in ends]
             found[place] = ids[: stops[0] + 1] if stops else ids
-        done += len(places)
-        if progress is not None:
-            progress("writing", done, len(prompts))
     return found
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..errors import RecipeError
-from ..evaluation.evaluate import find_base, make_scorer
+from ..evaluation.evaluate import load_bench, make_scorer
 from ..evaluation.generation import Generation
 from ..evaluation.language_models import Continuation
 from ..evaluation.loaded_model import Bench
-from ..evaluation.scorers import Classification, Scorer, form_for
-from ..evaluation.task import Task, read_task
+from ..evaluation.scorers import Classification, Scorer
+from ..evaluation.task import read_task
 from ..learning.training import check_trainable
 from . import TRAINED
 from .imitation import Imitation
@@ -63,7 +63,7 @@ class Objectives:
                 raise RecipeError(f"the control '{TRAINED}' needs a task with labels as the objective. Leave it out.")
             check_trainable(tasks[0])
         if tasks and bench is None:
-            bench = _load_bench(tasks, adapters, base, device)
+            bench = load_bench(adapters, tasks, base, device)
         scorers = [make_scorer(bench, task) for task in tasks if bench is not None]
         if bench is not None:
             for adapter in adapters:
@@ -110,16 +110,6 @@ def task_identity(scorer: Scorer) -> dict[str, Any]:
         "measure": {"name": task.measure, **options},
         "examples": _digest([rows, scorer.labels.tolist()]),
     }
-
-
-def _load_bench(tasks: Sequence[Task], adapters: Sequence[Adapter], base: str | Path | None, device: str) -> Bench:
-    """Load the base model in the form that all tasks need."""
-    if len({form_for(task) for task in tasks}) > 1:
-        raise RecipeError("the objective and the judge need models of two forms. Choose one measure for both.")
-    chosen = find_base(adapters, tasks, base)
-    for task in tasks:
-        task.check_rows()
-    return Bench.load(chosen, form_for(tasks[0]), device)
 
 
 def _digest(values: Any) -> str:

@@ -11,7 +11,8 @@ from ..errors import CompatibilityError
 from ..merging.merged import Merged
 from ..merging.prepare import Prepared, prepare
 from ..merging.recipes.recipe import Recipe
-from .tuning import Setting, Tuning, space_parameters
+from ..merging.recipes.settings import find_space
+from .tuning import Setting, Tuning
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class SearchProblem:
 
     def merge(self, recipe: Recipe) -> Merged:
         """Merge by a recipe; the adapters are prepared once for each space."""
-        own = {name: value for name, value in recipe.parameters.items() if name in space_parameters(recipe.space)}
+        known = find_space(recipe.space).model_fields
+        own = {name: value for name, value in recipe.parameters.items() if name in known}
         key = repr((recipe.space, own))
         if key not in self._prepared:
             self._prepared[key] = prepare(

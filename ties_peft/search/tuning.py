@@ -235,11 +235,6 @@ class Tuning:
         return tuple(map(str, domain.values)) if isinstance(domain, Choice) else (otherwise,)
 
 
-def space_parameters(space: str) -> Sequence[str]:
-    """Return the names of a space's own parameters."""
-    return list(find_space(space).model_fields)
-
-
 def _domains(name: str, value: Any, adapters: int) -> dict[str, Domain]:
     """Return the domains of one parameter that is asked for, by name; weights and adapters have one for each adapter."""
     if name == "adapters":
