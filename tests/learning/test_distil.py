@@ -373,7 +373,7 @@ def test_of_a_large_vocabulary_the_likeliest_are_kept(
         ({"rows": [50, 50, 50]}, ["3 rows for 2 adapters"]),
         ({"rows": 4}, ["has 4 rows", "expected at least 5"]),
         ({"rows": [["w1"] * 9, 7.5]}, ["expected a list of texts"]),
-        ({"tasks": None}, ["has task_type"]),
+        ({"tasks": None}, ["has no task, and its config", "task_type is"]),
         ({"fit": "gain"}, ["unknown fit 'gain'", "gains"]),
         ({"rank": 0}, ["rank is 0"]),
         ({"threads": 0}, ["threads is 0"]),

@@ -265,7 +265,7 @@ def test_choices_that_begin_alike_are_said_to_be_unused(bases: dict[str, Path], 
         ("llama", {"keep_base": 20, "keep_weight": 0}, ["a weight is 0"]),
         ("encoder", {"rows": "generated"}, ["only a causal language model can write"]),
         ("encoder", {"answers": "teachers"}, ["only a causal language model can write"]),
-        ("encoder", {"keep_base": 20}, ["keep_base needs a causal language model"]),
+        ("encoder", {"keep_base": 20}, ["expected a causal language model"]),
     ],
 )
 def test_wrong_input(

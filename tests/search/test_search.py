@@ -218,7 +218,7 @@ FAULTS: list[tuple[dict[str, Any], type[TiesPeftError], str]] = [
     ({"tune": {"densty": [0.1, 1]}, "method": "ties"}, MethodError, "did you mean 'density'"),
     ({"tune": {"density": [0.0, 1.0]}, "method": "ties"}, MethodError, "greater than 0"),
     ({"tune": {"density": [1.0, 0.5]}, "method": "ties"}, RecipeError, "expected low < high"),
-    ({"tune": {"scale": {"low": 0, "high": 1, "log": True}}}, RecipeError, "expected more than 0"),
+    ({"tune": {"scale": {"low": 0, "high": 1, "log": True}}}, RecipeError, "expected a lower bound above 0"),
     ({"tune": {"method": ["tiez"]}}, RecipeError, "did you mean 'ties'"),
     ({"tune": {"adapters": 2}}, RecipeError, "expected some"),
     ({"tune": {"weights": "all"}}, RecipeError, r"expected \[low, high\]"),

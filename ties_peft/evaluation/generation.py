@@ -122,7 +122,7 @@ def _import_metrics(task: Task) -> Any:
         from sacrebleu import metrics
     except ModuleNotFoundError as error:
         raise RecipeError(
-            f"task {task.name!r}: measure {task.measure!r} needs the extra `metrics` (there is no module "
-            f"{str(error.name)!r}): pip install 'ties-peft[metrics]'."
+            f"task {task.name!r}: measure {task.measure!r} needs the module {str(error.name)!r}, which is not installed. Install "
+            "the extra `metrics`: pip install 'ties-peft[metrics]'."
         ) from None
     return metrics

@@ -58,7 +58,8 @@ def harness(
     loaded = bench or Bench.load(find_base(opened, [], base), LANGUAGE, device, None, dtype)
     if loaded.form not in ("causal", "seq2seq"):
         raise RecipeError(
-            f"lm-evaluation-harness evaluates causal and sequence-to-sequence models; '{loaded.base}' is loaded as {loaded.form}."
+            f"'{loaded.base}' is loaded as {loaded.form}; expected a causal or sequence-to-sequence model, which are those that "
+            "lm-evaluation-harness evaluates. Choose such a base."
         )
     for adapter in opened:
         loaded.check_all(adapter)
@@ -79,8 +80,8 @@ def _import_harness(include_path: str | Path | None) -> tuple[Any, Any]:
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         raise RecipeError(
-            f"the tasks of lm-evaluation-harness need the extra `harness` (there is no module {str(error.name)!r}): "
-            "pip install 'ties-peft[harness]'."
+            f"the tasks of lm-evaluation-harness need the module {str(error.name)!r}, which is not installed. Install the extra "
+            "`harness`: pip install 'ties-peft[harness]'."
         ) from None
     if include_path is not None and not Path(include_path).is_dir():
         raise RecipeError(f"{str(include_path)!r} is not a folder. Give one with task files of the harness.")
@@ -89,7 +90,9 @@ def _import_harness(include_path: str | Path | None) -> tuple[Any, Any]:
 
 def _check_tasks(manager: Any, tasks: Sequence[str]) -> None:
     if isinstance(tasks, str) or not tasks:
-        raise RecipeError("expected a list of names of the harness's tasks, at least one.")
+        raise RecipeError(
+            f"the harness's tasks are {tasks!r}; expected a list of at least one name, such as ['hellaswag']."
+        )
     for name in tasks:
         if not manager.match_tasks([name]):
             near = ", ".join(get_close_matches(str(name), manager.all_tasks, n=5, cutoff=0.5))

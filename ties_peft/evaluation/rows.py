@@ -108,7 +108,9 @@ def _jsonl(path: Path) -> list[Row]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise RecipeError(f"rows {str(path)!r}, line {number + 1}: not JSON ({one_line(error)}).") from None
+            raise RecipeError(
+                f"rows {str(path)!r}, line {number + 1}: not JSON ({one_line(error)}). Correct the line."
+            ) from None
         if not isinstance(value, dict):
             raise RecipeError(
                 f"rows {str(path)!r}, line {number + 1}: a {type(value).__name__}; expected an object such as "
@@ -128,14 +130,14 @@ def _hub(source: str, split: str, config: str | None, limit: int | None) -> list
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise RecipeError(
             f"rows {source!r}: expected a file that ends in .jsonl, .csv or .txt, or a data set on the Hub, "
-            "such as org/name."
+            "such as org/name. Name one of these."
         )
     try:
         from datasets import load_dataset  # type: ignore[import-not-found]
     except ModuleNotFoundError:
         raise RecipeError(
-            f"rows {source!r} are not a file, and a data set on the Hub needs the extra `data`: "
-            "pip install 'ties-peft[data]'."
+            f"rows {source!r} are no file, and a data set on the Hub needs the package `datasets`, which is not installed. "
+            "Install the extra `data`: pip install 'ties-peft[data]'."
         ) from None
     try:
         found = load_dataset(source, config, split=split)

@@ -347,7 +347,9 @@ def _inferred(document: Document, values: Mapping[str, Any]) -> str:
     if len(found) > 1:
         found = [measure for measure in found if measure not in LIST_MEASURES or measure in values]
     if len(found) > 1:
-        raise RecipeError(f"{document.where}: no measure is named; expected one of {', '.join(found)} (measure: …).")
+        raise RecipeError(
+            f"{document.where}: no measure is named; expected one of {', '.join(found)}. Name it (measure: …)."
+        )
     return found[0]
 
 

@@ -1,4 +1,4 @@
-"""Read which adapters `distil` imitates, on which rows, and how their predictions are read; make teachers of them."""
+"""Read what `distil` is asked for: the adapters to imitate, the rows and the task of each. Make a teacher of each adapter."""
 
 from __future__ import annotations
 
@@ -164,7 +164,9 @@ def make_base_teacher(rows: Any, bench: Bench, options: AnswerOptions) -> Teache
     Raises: RecipeError where the model is no causal one, or the rows cannot be used.
     """
     if bench.form != "causal":
-        raise RecipeError(f"keep_base needs a causal language model; '{bench.base}' is loaded as {bench.form}.")
+        raise RecipeError(
+            f"keep_base: the base '{bench.base}' is loaded as {bench.form}; expected a causal language model. Leave keep_base out."
+        )
     asked = _row_spec(BASE, None, rows, GENERATED_ROWS, labelled=False)
     return _teacher(None, BASE, None, asked, bench, replace(options, answers=NONE))
 
@@ -284,7 +286,7 @@ def _row_spec(name: str, task: Task | None, rows: Any, count: int, labelled: boo
     if not (isinstance(rows, Sequence) and all(isinstance(text, str) for text in rows)):
         raise RecipeError(
             f"rows of '{name}' are {rows!r}; expected a list of texts, the path of a .jsonl, .csv or .txt file, "
-            f"a data set on the Hub, a number of random-token rows, or '{GENERATED}'."
+            f"a data set on the Hub, a number of rows of random tokens, or '{GENERATED}'."
         )
     if labelled:
         raise RecipeError(
@@ -364,6 +366,7 @@ def _form(spec: TeacherSpec) -> str:
 
 def _needs_task(spec: TeacherSpec) -> str:
     return (
-        f"adapter '{spec.name}' has task_type {spec.adapter.config.get('task_type')!r}; without a task, expected CAUSAL_LM "
-        "or SEQ_CLS. Give its task (tasks=, --task), with descriptions for an encoder."
+        f"adapter '{spec.name}' has no task, and its config does not say how it predicts: task_type is "
+        f"{spec.adapter.config.get('task_type')!r}; expected CAUSAL_LM or SEQ_CLS. Give its task (tasks=, --task); for an encoder "
+        "one with descriptions."
     )

@@ -154,7 +154,7 @@ def sample(
     for places in with_progress(divided, progress, "writing", len(prompts)):
         inputs = bench.pad_batch([prompts[place] for place in places], left=True)
         width = inputs["input_ids"].shape[1]
-        noise = _GumbelNoise([_row_key(key, place) for place in places], width)
+        noise = _GumbelNoise([stream_key(0, f"row {place}", 0, str(key)) for place in places], width)
         made = generate(bench, inputs, most, ends, LogitsProcessorList([noise]))[:, width:].tolist()
         for place, ids in zip(places, made, strict=True):
             stops = [at for at, token in enumerate(ids) if token in ends]
@@ -173,10 +173,6 @@ class _GumbelNoise:
         drawn = torch.stack([uniform(key, step * size, (size,)) for key in self._keys]).to(scores.device)
         middle = drawn.double() + 2.0**-25  # of the interval of length 2^-24 that a value stands for: never 0 or 1
         return scores.double() - (-middle.log()).log()
-
-
-def _row_key(key: int, place: int) -> int:
-    return stream_key(0, f"row {place}", 0, str(key))
 
 
 def end_tokens(bench: Bench) -> set[int]:

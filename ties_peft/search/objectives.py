@@ -1,4 +1,4 @@
-"""Objectives: a search's objective and its judge, tasks on one loaded base model or callables.
+"""Objectives: what a search maximises, and what judges its result. Each is a task on the loaded base model, or a callable.
 
 A task is identified by the tokens and labels of its rows, not by its path. So a search over changed rows is another
 one, and machines that have the same rows under different paths can share a search.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..evaluation.evaluate import load_bench, make_scorer
 from ..evaluation.generation import Generation
 from ..evaluation.language_models import Continuation
 from ..evaluation.loaded_model import Bench
+from ..evaluation.score import Score
 from ..evaluation.scorers import Classification, Scorer
 from ..evaluation.task import read_task
 from ..learning.training import check_trainable
@@ -25,23 +26,20 @@ from . import TRAINED
 from .imitation import Imitation
 
 FUNCTION = "a function"
-Objective = Callable[[Adapter], float]
 
 
 class Objectives:
-    """The objective, which the search maximises, and the judge, which evaluates its result, as callables.
+    """The objective, which a search maximises, and the judge, which measures its result once, as functions of an adapter.
 
     Args:
-        objective, judge: tasks or callables, such as an `Imitation`; the judge may be None.
-        adapters: to be evaluated.
+        objective, judge: each a task or a callable, such as an `Imitation`; the judge may be None.
+        adapters: of the search.
         base, device, bench: as in `evaluate`.
         trained: whether an adapter will be trained on the objective's rows.
 
     Attributes:
         scorer: the objective on the loaded model; None for a callable.
         identity: plain values that identify the objective; the same for all callables.
-        judge_id: a digest that identifies the judge; empty without a judge, None for a callable.
-        score: the objective: −loss, or the accuracy where there is no loss.
     Raises: TiesPeftError, before the base model is loaded where that is possible, for adapters that do not fit the model and
         tasks that cannot be evaluated.
     """
@@ -69,19 +67,32 @@ class Objectives:
             for adapter in adapters:
                 bench.check_all(adapter)
         self.scorer: Scorer | None = None if callable(objective) else scorers[0]
+        self._objective = objective
+        self._judge = judge if judge is None or callable(judge) else scorers[-1]
         if isinstance(objective, Imitation):
             self.identity: dict[str, Any] = objective.identity
         else:
             self.identity = {"objective": FUNCTION} if self.scorer is None else task_identity(self.scorer)
-        self.judge_id: str | None = (
-            "" if judge is None else None if callable(judge) else _digest(task_identity(scorers[-1]))
-        )
-        self.score: Objective = objective if callable(objective) else lambda adapter: _loss(scorers[0], adapter)
-        self._judge = judge if judge is None or callable(judge) else lambda adapter: _value(scorers[-1], adapter)
+
+    @property
+    def judge_id(self) -> str | None:
+        """A digest that identifies the judge; empty without a judge, None for a callable."""
+        if self._judge is None:
+            return ""
+        return _digest(task_identity(self._judge)) if isinstance(self._judge, Scorer) else None
+
+    def score(self, adapter: Adapter) -> float:
+        """Return the value of the objective: −loss, or the accuracy where there is no loss."""
+        if self.scorer is None:
+            return float(self._objective(adapter))
+        found = _score(self.scorer, adapter)
+        return found.value if found.loss is None else -found.loss
 
     def judge(self, adapter: Adapter) -> float | None:
         """Return the value that the judge gives to an adapter; None without a judge."""
-        return None if self._judge is None else float(self._judge(adapter))
+        if self._judge is None:
+            return None
+        return _score(self._judge, adapter).value if isinstance(self._judge, Scorer) else float(self._judge(adapter))
 
 
 def task_identity(scorer: Scorer) -> dict[str, Any]:
@@ -116,12 +127,6 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _loss(scorer: Scorer, adapter: Adapter) -> float:
+def _score(scorer: Scorer, adapter: Adapter) -> Score:
     with scorer.bench.applied(adapter):
-        score = scorer.score()
-    return score.value if score.loss is None else -score.loss
-
-
-def _value(scorer: Scorer, adapter: Adapter) -> float:
-    with scorer.bench.applied(adapter):
-        return scorer.score().value
+        return scorer.score()

@@ -67,7 +67,7 @@ class SearchProblem:
         except CompatibilityError:
             if not any(adapter.extra_keys for adapter in self.adapters):
                 raise
-            # If it fails without whole layers too, this raises the error that has nothing to do with them.
+            # Where the merge fails without the whole layers too, this raises the error that they did not cause.
             prepare(self.adapters, recipe.space, allow_disjoint=recipe.allow_disjoint, heads="drop")
             raise CompatibilityError(
                 "the adapters hold whole layers (task heads, embeddings, biases) that differ, and a search cannot merge "

@@ -61,7 +61,8 @@ class Sampler(optuna.samplers.BaseSampler):
         self.name = {"auto": "cobyla" if ranges_alone else "tpe"}.get(name, name)
         if self.name not in SAMPLERS or (self.name == "cobyla" and not ranges_alone):
             raise RecipeError(
-                f"the sampler is {name!r}; expected auto, tpe, random, {GRID}, or, where only ranges are tuned, cobyla."
+                f"the sampler is {name!r}; expected auto, tpe, random or {GRID}, or cobyla where only ranges are tuned. Leave it out for "
+                "the best of these."
             )
         self._starts, self._seed = list(starts), seed
         self.position = 0

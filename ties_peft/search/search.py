@@ -239,7 +239,7 @@ class _SearchRun:
             from .study import Study
         except ModuleNotFoundError as error:
             raise RecipeError(
-                f"a search needs the package '{error.name}', which is not installed: pip install 'ties-peft[search]'."
+                f"a search needs the package '{error.name}', which is not installed. Install it: pip install 'ties-peft[search]'."
             ) from None
         problem = self.problem
         identity = problem.identity(self.objectives.identity)

@@ -1,4 +1,4 @@
-"""Tuning: the parameters of a recipe that a search sets, the values that each may have, and the recipe of a setting.
+"""Tuning: the parameters of a recipe that a search sets, and the values that each may have. A setting gives one value to each.
 
     weights: [-1.5, 1.5]                     one weight for each adapter
     weights: {low: 0, high: 2, points: 3}    for each adapter a schedule of weights over the layers, given at 3 points
@@ -239,15 +239,17 @@ def _domains(name: str, value: Any, adapters: int) -> dict[str, Domain]:
     """Return the domains of one parameter that is asked for, by name; weights and adapters have one for each adapter."""
     if name == "adapters":
         if value != SOME:
-            raise RecipeError(f"adapters is {value!r}; expected {SOME}, which tries every adapter with and without.")
+            raise RecipeError(
+                f"tune: adapters is {value!r}; expected {SOME}, which tries merges with and without each adapter."
+            )
         return {f"adapters.{place}": Choice((True, False)) for place in range(adapters)}
     if name == "weights":
         return _weight_domains(value, adapters)
     domain = _domain(name, value)
     if name in ("method", "space") and not isinstance(domain, Choice):
-        raise RecipeError(f"{name} is {value!r}; expected a list of names.")
+        raise RecipeError(f"tune: {name} is {value!r}; expected a list of names, such as {name}: [A, B].")
     if name == "scale" and isinstance(domain, Choice) and not all(map(is_scale, domain.values)):
-        raise RecipeError(f"scale is {value!r}; each choice is expected to be {EXPECTED}.")
+        raise RecipeError(f"tune: scale is {value!r}; expected choices of which each is {EXPECTED}.")
     for choice in domain.values if isinstance(domain, Choice) else ():
         if name == "space":
             find_space(str(choice))
@@ -263,7 +265,7 @@ def _weight_domains(value: Any, adapters: int) -> dict[str, Domain]:
         "weights", {k: v for k, v in value.items() if k != "points"} if isinstance(value, Mapping) else value
     )
     if not isinstance(domain, Range):
-        raise RecipeError(f"weights is {value!r}; expected a range, [low, high].")
+        raise RecipeError(f"tune: weights is {value!r}; expected a range, [low, high]. Weights cannot be choices.")
     suffixes = [""] if points == 1 else [f".{point}" for point in range(points)]
     return {
         f"weights.{place}{suffix}": replace(domain, whole=False) for place in range(adapters) for suffix in suffixes
@@ -274,14 +276,16 @@ def _domain(name: str, value: Any) -> Domain:
     if isinstance(value, Mapping):
         odd = [key for key in value if key not in ("low", "high", "log")]
         if odd or not {"low", "high"} <= value.keys():
-            raise RecipeError(f"{name} is {dict(value)!r}; expected {{low: …, high: …, log: true}}.")
+            raise RecipeError(
+                f"tune: {name} is {dict(value)!r}; expected {{low: …, high: …}}, and log: true if wanted."
+            )
         return _range(name, value["low"], value["high"], bool(value.get("log", False)))
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise RecipeError(f"{name} is {value!r}; expected [low, high], or a list of choices.")
+        raise RecipeError(f"tune: {name} is {value!r}; expected [low, high], or a list of choices.")
     if len(value) == 2 and all(is_number(end) for end in value):
         return _range(name, value[0], value[1], log=False)
     if not all(isinstance(choice, (str, int, float, bool)) for choice in value):
-        raise RecipeError(f"{name} holds {value!r}; expected strings, numbers, true or false.")
+        raise RecipeError(f"tune: {name} holds {value!r}; expected choices that are strings, numbers, true or false.")
     return Choice(tuple(value))
 
 
@@ -291,7 +295,7 @@ def _range(name: str, low: Any, high: Any, log: bool) -> Range:
             f"tune: {name} goes from {low!r} to {high!r}; expected low < high. Give the lower bound first."
         )
     if log and low <= 0:
-        raise RecipeError(f"{name}: a logarithmic range starts at {low}; expected more than 0.")
+        raise RecipeError(f"tune: {name} is a logarithmic range from {low}; expected a lower bound above 0. Raise it.")
     return Range(low, high, log, isinstance(low, int) and isinstance(high, int))
 
 
