@@ -38,12 +38,8 @@ class Generation(Scorer):
         found = bench.all_token_ids(texts)
         self.refuse_empty(found)
         self.cut = sum(len(ids) > most for ids in found)
+        self.rows = len(found)
         self.sequences = [ids[:most] if bench.form == "seq2seq" else ids[-most:] for ids in found]
-
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-        return len(self.sequences)
 
     def scored(self, progress: Progress | None, size: int) -> Score:
         """Return the share of rows whose generated text is the label, and chrF and BLEU where one of them is asked for."""

@@ -41,7 +41,7 @@ class Continuation(Scorer):
     def __init__(self, bench: Bench, task: Task) -> None:
         super().__init__(bench, task)
         rows, texts = self.read()
-        self._rows = len(rows)
+        self.rows = len(rows)
         self._each = len(task.choices or (None,))  # pairs of a row
         self._has_cache = True  # until the model turns out to keep none
         self.labels = torch.empty(0, dtype=torch.int64)
@@ -53,11 +53,6 @@ class Continuation(Scorer):
                 [_separated(*one) for one in zip(texts, task.target_texts(rows), strict=True)]
             )
         self.refuse_empty([pair.continuation for pair in self.pairs], self._each)
-
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-        return self._rows
 
     def scored(self, progress: Progress | None, size: int) -> Score:
         """Return the accuracy and the cross-entropy over the choices; for `loss` the mean over all scored tokens."""

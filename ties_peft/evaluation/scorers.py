@@ -33,21 +33,18 @@ class Scorer(ABC):
     """A task, and the loaded model with which adapters are scored on it.
 
     Attributes:
+        rows: the number of rows; each kind of scorer sets it.
         labels: the right label of each row, (rows,), int64; empty where the measure has none.
         cut: the number of rows that were too long.
         blank: the number of rows whose text is empty or white space.
     """
 
+    rows: int
     labels: Tensor
 
     def __init__(self, bench: Bench, task: Task) -> None:
         self.bench, self.task = bench, task
         self.cut = self.blank = 0
-
-    @property
-    @abstractmethod
-    def rows(self) -> int:
-        """The number of rows."""
 
     def score(self, progress: Progress | None = None, size: int = BATCH_SIZE) -> Score:
         """Score the adapter that is applied to the model.
@@ -133,17 +130,12 @@ class Classification(Scorer):
                 self.labels = torch.tensor(task.label_numbers(rows, self._names_in_head()))
             sequences, self.cut = bench.token_ids(texts, task.max_tokens)
             self.refuse_empty(sequences)
-        self.sequences = sequences
+        self.sequences, self.rows = sequences, len(sequences)
         self.label_embeddings: Tensor | None = None
         if task.descriptions is not None:
             with bench.without_adapter(), torch.no_grad():
                 described, _ = bench.token_ids(task.descriptions, task.max_tokens)
                 self.label_embeddings = self._embed(bench.pad_batch(described))
-
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-        return len(self.sequences)
 
     def logits(self, places: Sequence[int]) -> Tensor:
         """Return the logits of some rows, (len(places), labels), float32; differentiable."""

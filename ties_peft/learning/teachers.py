@@ -49,7 +49,10 @@ class Teacher(ABC):
     Attributes:
         given: the given token ids of each row.
         sequences: the token ids of each row with those that the adapter has written.
+        settings: how predictions are read, as a text for the digest; each kind of teacher sets it.
     """
+
+    settings: str
 
     def __init__(
         self, bench: Bench, adapter: Adapter | None, sequences: Sequence[Sequence[int]], name: str, origin: str
@@ -69,11 +72,6 @@ class Teacher(ABC):
         running = hashlib.sha256(f"{type(self).__name__} {self.adapter_digest} {self.settings}".encode())
         running.update(str(self.given).encode())
         return running.hexdigest()
-
-    @property
-    @abstractmethod
-    def settings(self) -> str:
-        """How predictions are read, as a text for the digest."""
 
     def write(self, progress: Progress | None = None) -> dict[str, Any]:
         """Let the adapter write its rows or answers, and return them for `set_written`; empty where it writes nothing."""
@@ -134,14 +132,9 @@ class LabelTeacher(Teacher):
 
     def __init__(self, scorer: Classification, adapter: Adapter, name: str, origin: str) -> None:
         super().__init__(scorer.bench, adapter, scorer.sequences, name, origin)
-        self.scorer = scorer
+        self.scorer, task = scorer, scorer.task
+        self.settings = f"{task.measure} {task.descriptions} {task.temperature}"
         self._log_p = torch.empty(0)
-
-    @property
-    def settings(self) -> str:
-        """The task's measure, descriptions and temperature."""
-        task = self.scorer.task
-        return f"{task.measure} {task.descriptions} {task.temperature}"
 
     @property
     def cache_bytes(self) -> int:

@@ -58,14 +58,10 @@ class TokenTeacher(Teacher):
         self.choices = list(choices)
         self._writer = writer
         self._starts = starts  # None where all positions are compared
+        self.settings = f"{TOP_K} float16 {writer} {self.choices} {None if writer else starts}"
         self._tokens: list[Tensor] = []
         self._log_p: list[Tensor] = []
         self._choices_log_p = torch.empty(0)
-
-    @property
-    def settings(self) -> str:
-        """The writer, the choices and the starts, and what is kept of predictions."""
-        return f"{TOP_K} float16 {self._writer} {self.choices} {None if self._writer else self._starts}"
 
     @property
     def cache_bytes(self) -> int:
