@@ -142,7 +142,8 @@ Count = Annotated[
 Answers = Annotated[
     str | None,
     typer.Option(
-        help=f"Where the answers to the prompts of a causal language model come from: {', '.join(ANSWERS)}.",
+        help=f"The answers to the prompts of a causal language model: {ANSWERS[0]} (each adapter writes its own), {ANSWERS[1]} "
+        f"(the labels of the rows) or {ANSWERS[2]} (the rows themselves are predicted).",
         show_default="teachers; none for plain text",
     ),
 ]
@@ -150,7 +151,7 @@ AnswerTokens = Annotated[int, typer.Option(help="The largest number of tokens in
 State = Annotated[
     Path | None,
     typer.Option(
-        help="A folder for the state of the work, from which the same command continues after it was stopped.",
+        help="A folder in which the state is saved. After an interruption the same command continues from it.",
         show_default=False,
     ),
 ]
@@ -212,7 +213,7 @@ def read_rows_option(given: list[str] | None, count: int) -> Any:
 
 
 def row_source(value: str) -> Any:
-    """Return a number, the keyword, or a path; `distil` would take another text for the text of a row."""
+    """Return a number, the keyword, or a path, because `distil` reads any other string as the text of a row."""
     if value.isdecimal():
         return int(value)
     return value if value == GENERATED else Path(value)

@@ -41,7 +41,7 @@ Rows = Annotated[
 KeepBase = Annotated[
     str | None,
     typer.Option(
-        help="Rows, as for --rows, on which the result shall predict what the base predicts without an adapter.",
+        help="Rows, as for --rows, on which the result is trained to predict what the base predicts without an adapter.",
         show_default="none",
     ),
 ]
@@ -50,8 +50,9 @@ Tasks = Annotated[
     list[Path] | None,
     typer.Option(
         "--task",
-        help="A task file that says how predictions are read. Give it once for all adapters, or once for each.",
-        show_default="by the model",
+        help="A task file that says how predictions are read. Encoders need one, with descriptions. Give it once for all "
+        "adapters, or once for each.",
+        show_default="the model's own predictions",
     ),
 ]
 
@@ -59,8 +60,16 @@ Start = Annotated[str | None, typer.Option(help="The adapter that training start
 Kind = Annotated[
     str | None, typer.Option(help="The PEFT type of the result: lora or ia3.", show_default="the adapters'")
 ]
-Fit = Annotated[str, typer.Option(help=f"The trained part of a LoRA: {' or '.join(FITS)}. Of (IA)³ it is the vectors.")]
-Steps = Annotated[int | None, typer.Option(help="The largest number of training steps.", show_default="by the rows")]
+Fit = Annotated[
+    str,
+    typer.Option(
+        help=f"What is trained of a LoRA: {FITS[0]} (A and B) or {FITS[1]} (one number for each direction). Of (IA)³ it is "
+        "always the vectors."
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option(help="The largest number of training steps.", show_default="from the number of rows")
+]
 Weights = Annotated[
     str | None,
     typer.Option(help="One number for each adapter, its weight in the training: 1,2.", show_default="1 each"),
@@ -69,7 +78,7 @@ Seed = Annotated[int, typer.Option(help="The seed of batches, held-out rows and 
 Threads = Annotated[
     int,
     typer.Option(
-        help="The number of threads of an operation on the CPU. The bytes of the result depend on it, not on the number of "
+        help="The number of CPU threads that compute. The bytes of the result depend on it, but not on the machine's number of "
         "cores."
     ),
 ]
@@ -90,7 +99,7 @@ def distil(
     answer_tokens: AnswerTokens = ANSWER_TOKENS,
     keep_base: KeepBase = None,
     keep_weight: KeepWeight = 1.0,
-    base: Annotated[str | None, base_option("the adapters'")] = None,
+    base: Annotated[str | None, base_option("the task's or adapters'")] = None,
     rank: Rank = None,
     start: Start = None,
     kind: Kind = None,

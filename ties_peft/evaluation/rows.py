@@ -23,7 +23,7 @@ class ClassName(str):
 
     Attributes:
         number: from 0, in the order of the data set's classes. Where no class has the number, as for the −1 of test
-            splits whose labels are not published, the number stands for the name.
+            splits whose labels are not published, the text is the number itself.
         known: whether there is such a class.
     """
 

@@ -74,7 +74,7 @@ class Score:
 
     @property
     def error(self) -> float | None:
-        """The standard error of the accuracy, √(p̃(1−p̃)/ñ), as far as the number of rows tells.
+        """The standard error of the accuracy, √(p̃(1−p̃)/ñ), from the number of rows alone.
 
         ñ = n + 4 and p̃ = (k + 2)/ñ for k of n rows right: two more rows count as right and two as wrong, because
         √(p(1−p)/n) would be 0 where all rows, or none, are right.

@@ -187,7 +187,7 @@ class Classification(Scorer):
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yield indices of rows in batches of similar length, the longest first, so that memory runs out early or never."""
+    """Yield indices of rows in batches of similar length, the longest first: if any batch exceeds the memory, the first does."""
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     yield from (order[start : start + size] for start in range(0, len(order), size))
 

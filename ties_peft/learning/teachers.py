@@ -108,7 +108,7 @@ class Teacher(ABC):
         return 1.0
 
     def own_head(self) -> AbstractContextManager[Any]:
-        """Apply the teacher's own head, if any, within a `with` block; the backward pass belongs into it."""
+        """Apply the teacher's own head, if any, within a `with` block, in which the backward pass must run too."""
         return nullcontext()
 
     def parts(self, places: Sequence[int], size: int = BATCH_SIZE) -> list[list[int]]:
