@@ -1,11 +1,12 @@
 """Merge the sample adapters, load the results with PEFT, and judge them: what `make demo` runs.
 
-    python adapters/demo.py [--out demo-out] [--data DIR | hub] [--rows 300]
+    python adapters/demo.py [--out demo-out] [--score-own] [--data DIR | hub] [--rows 300]
 
 First the six LoRA and then the six (IA)³ adapters of a sentence encoder are merged with the defaults, saved, loaded with
 `PeftModel.from_pretrained` on the real base, and their forward pass is compared with a copy of the base to whose weights
 the merged task vectors were added by hand. Then these LoRAs and six of a language model are merged in three ways and scored on
-rows that lie in the repository, beside the base and each task's own adapter. With --data the encoder's adapters are judged on all six tasks as well.
+rows that lie in the repository. The scores of the base and of each task's own adapter on these rows, which no merge changes, are
+stored in own_scores.json; --score-own computes them anew and writes that file. With --data the encoder's adapters are judged on all six tasks as well.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import io
+import json
 import math
 import os
 import sys
@@ -42,6 +44,8 @@ METHODS = {"average": "average", "ties": "TIES", "auto": "auto, the default"}
 JUDGED = ("snips_json", "disfl_qa")  # of the language model, with rows beside its adapters
 OWN = "own adapter of each task"
 ROWS = 50  # of each task
+STORED = HERE / "own_scores.json"  # of the base and the own adapters, written with --score-own
+STORED_BY = "python adapters/demo.py --score-own"
 BAR = 24  # columns of a bar of 100 percent
 TOLERANCE = 1e-4
 PROBES = (
@@ -59,7 +63,7 @@ def main() -> int:
     console.rule("merge, save, load with PEFT, compare", align="left")
     base, tokenizer = load_base()
     faithful = [merge_and_check(kind, base, tokenizer, asked.out) for kind in KINDS]
-    judge_samples(base, tokenizer, asked.out)
+    judge_samples(base, tokenizer, asked.out, asked.score_own)
     if asked.data is not None:
         judge_all(base, tokenizer, asked.data, asked.rows, asked.out)
     console.print(f"\n{time.perf_counter() - started:.0f} s in all; the merged adapters are in {asked.out}")
@@ -70,6 +74,9 @@ def arguments() -> argparse.Namespace:
     """What was asked for on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (demo-out)")
+    parser.add_argument(
+        "--score-own", action="store_true", help=f"score the base and the own adapters too, and write {STORED.name}"
+    )
     parser.add_argument("--data", help="folder with one sub-folder a task, or 'hub': judge the encoder's adapters too")
     parser.add_argument("--rows", type=int, default=300, help="test rows judged in each task (300)")
     asked = parser.parse_args()
@@ -173,12 +180,13 @@ class Scored:
         return 100 * (self.values[title] - base) / (self.values[OWN] - base)
 
 
-def judge_samples(base: Any, tokenizer: Any, out: Path) -> None:
+def judge_samples(base: Any, tokenizer: Any, out: Path, score_own: bool = False) -> None:
     """Print what the base, the merges and each task's own adapter score on rows that lie in the repository."""
     console.rule(f"six adapters in one, {ROWS} test rows of each of {len(JUDGED) + 1} tasks", align="left")
     folders = {task: HERE / "lora" / task for task in minilm.TASKS}
     task = replace(read_task(HERE.parent / "examples" / "tasks" / "banking77.yaml"), limit=ROWS)
-    scored = score_merges(LoadedModel(base, tokenizer), folders, {"banking77": task}, out / "lora")
+    stored = {} if score_own else read_stored()
+    scored = score_merges(LoadedModel(base, tokenizer), folders, {"banking77": task}, out / "lora", stored)
     try:
         with console.status("loading the language model"), redirect_stderr(io.StringIO()):  # a bar of its own
             model = LoadedModel(*smollm2.load_base())
@@ -190,18 +198,43 @@ def judge_samples(base: Any, tokenizer: Any, out: Path) -> None:
         folders = {task: smollm2.FOLDER / task for task in smollm2.TASKS}
         read = {name: read_task(smollm2.FOLDER / "tasks" / f"{name}.yaml") for name in JUDGED}
         tasks = {name: replace(one, limit=ROWS) for name, one in read.items()}
-        scored |= score_merges(model, folders, tasks, out / "smollm2")
+        scored |= score_merges(model, folders, tasks, out / "smollm2", stored)
+    if score_own:
+        write_stored(scored)
     console.print(chart(scored))
     console.print(
         "banking77: six adapters of a sentence encoder in one. The other tasks: six adapters of a language model in one; the loss is in nats "
         "per token, and lower is better. gain: 0 is the base, 100 is each task's own adapter, which one adapter for all tasks does not reach; "
-        "the mean over the tasks. So few rows show what to expect; docs/measurements.md has more.",
+        "the mean over the tasks. So few rows show what to expect; docs/measurements.md has more."
+        + (
+            f" The rows of the base and of the own adapters are stored scores: {STORED_BY} computes them anew."
+            if stored
+            else ""
+        ),
         style="dim",
     )
 
 
+def read_stored() -> dict[str, dict[str, float]]:
+    """Return the stored scores of the base and the own adapter by task; none if they are of another number of rows."""
+    found = json.loads(STORED.read_text(encoding="utf-8"))
+    scores: dict[str, dict[str, float]] = found["scores"] if found["rows"] == ROWS else {}
+    return scores
+
+
+def write_stored(scored: Mapping[str, Scored]) -> None:
+    """Write the scores of the base and the own adapters."""
+    scores = {task: {title: round(one.values[title], 4) for title in ("base", OWN)} for task, one in scored.items()}
+    text = json.dumps({"command": STORED_BY, "rows": ROWS, "scores": scores}, indent=1, ensure_ascii=False)
+    STORED.write_text(text + "\n", encoding="utf-8")
+
+
 def score_merges(
-    model: LoadedModel, folders: Mapping[str, Path], tasks: Mapping[str, Task], out: Path
+    model: LoadedModel,
+    folders: Mapping[str, Path],
+    tasks: Mapping[str, Task],
+    out: Path,
+    stored: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Scored]:
     """Return by task the scores of the base, of each way of merging all folders, and of the task's own adapter."""
 
@@ -209,9 +242,13 @@ def score_merges(
         scores = {name: ties_peft.evaluate(adapter, tasks[name], bench=model) for name in names}
         return {name: (s.loss or 0.0) if s.accuracy is None else 100 * s.accuracy for name, s in scores.items()}
 
-    with console.status("scoring the base and the own adapters"):
-        found = {"base": values(None, tasks)}
-        own = {name: values(folders[name], [name])[name] for name in tasks}
+    if all(name in stored for name in tasks):
+        found = {"base": {name: stored[name]["base"] for name in tasks}}
+        own = {name: stored[name][OWN] for name in tasks}
+    else:
+        with console.status("scoring the base and the own adapters"):
+            found = {"base": values(None, tasks)}
+            own = {name: values(folders[name], [name])[name] for name in tasks}
     for method, title in METHODS.items():
         with console.status(f"merging and scoring: {title}"):
             merged = ties_peft.merge([os.path.relpath(folder) for folder in folders.values()], method=method)

