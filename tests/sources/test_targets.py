@@ -85,6 +85,11 @@ def test_targets_refuse_what_they_do_not_load(make_ia3: Make, make_lora: Make) -
         ties_peft.convert(make_lora("c", base_model_name_or_path=None), target="llama.cpp")
 
 
+def test_the_report_of_one_converted_adapter_does_not_speak_of_a_merge(make_lora: Make) -> None:
+    said = str(ties_peft.convert(make_lora("a")).report)
+    assert "converted" in said and "merged" not in said and "average" not in said
+
+
 # Heads
 
 

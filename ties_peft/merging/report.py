@@ -220,6 +220,8 @@ class Report(Printed):
 
     def _outcome(self) -> Table:
         rows = [("merged", f"{self.method} in space {self.space}, scale {self.scale_text}")]
+        if len(self.adapters) == 1 and self.method == "average":  # as `convert` calls it: nothing is averaged
+            rows = [("converted", f"one adapter, scale {self.scale_text}")]
         if self.chosen:
             rows.append(("method", f"{self.method}, chosen by auto because {self.chosen}"))
         if self.weights == "norm":

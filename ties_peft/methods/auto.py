@@ -42,9 +42,11 @@ class Auto(Ties):
         if space not in Dual.spaces:
             return Choice(Ties(), f"'{Dual.name}', its choice for LoRA, is not offered in space '{space}'")
         if rank is not None and rank < total:
-            return Choice(
-                Dual(flatten=0.0), f"the result is a LoRA; flatten is 0 because rank {rank} is under Σrᵢ = {total}"
+            why = (
+                "the result is a LoRA; its singular values are not brought closer to each other (flatten 0), since "
+                f"rank {rank} is under Σrᵢ = {total}"
             )
+            return Choice(Dual(flatten=0.0), why)
         return Choice(Dual(), "the result is a LoRA")
 
     def merge(self, task_vectors: TaskVectors) -> Delta:
