@@ -18,6 +18,7 @@ from ..merging.merge import make_recipe, open_adapters
 from ..merging.options import DROP, Options, Rank
 from ..merging.plan import Plan, Progress, make_plan
 from ..methods import find_method
+from ..task_vectors.tiles import threads_fixed
 from .analysis import Analysis
 from .entry_figures import counted_share, measure_entries
 from .factor_figures import measure_factors
@@ -94,7 +95,7 @@ def _measure(plan: Plan, share: float, progress: Progress) -> Measured:
     """Return the figures of all modules: first those of the factors, then those of the entries."""
     measured = Measured(len(plan.modules), len(plan.members))
     modules = EncodedModules(plan)
-    with torch.no_grad():
+    with torch.no_grad(), threads_fixed():  # small matrices: threads would wait for each other longer than they compute
         for number, name in enumerate(plan.modules):
             places = [place for place, _ in plan.holders(name)]
             measure_factors(measured, number, places, [modules.read(place, name) for place in places])

@@ -14,6 +14,7 @@ from ..merging.plan import Plan, Progress, make_plan
 from ..merging.recipes.recipe import Recipe
 from ..task_vectors.delta import LowRank, inner, inner_with_each
 from ..task_vectors.factorise import decompose
+from ..task_vectors.tiles import threads_fixed
 from .figure_kinds import Array
 
 
@@ -65,8 +66,9 @@ def measure_method(recipe: Recipe, plan: Plan, progress: Progress) -> MethodResu
     merged = run_plan(own, time.perf_counter(), None, progress, warns=False)
     report = merged.report
     norms = np.array([line.norm for line in report.modules])
-    by_rank = _energies_by_rank(merged)
-    projections, cosines = _retention_by_module(merged, plan)
+    with threads_fixed():  # small matrices: threads would wait for each other longer than they compute
+        by_rank = _energies_by_rank(merged)
+        projections, cosines = _retention_by_module(merged, plan)
     return MethodResult(
         method=recipe.method,
         used=report.method,
