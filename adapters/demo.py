@@ -46,6 +46,7 @@ OWN = "own adapter of each task"
 ROWS = 50  # of each task
 STORED = HERE / "own_scores.json"  # of the base and the own adapters, written with --score-own
 STORED_BY = "python adapters/demo.py --score-own"
+BATCH = 8  # rows; on a CPU larger batches only add padding
 BAR = 24  # columns of a bar of 100 percent
 TOLERANCE = 1e-4
 PROBES = (
@@ -239,7 +240,7 @@ def score_merges(
     """Return by task the scores of the base, of each way of merging all folders, and of the task's own adapter."""
 
     def values(adapter: Any, names: Iterable[str]) -> dict[str, float]:
-        scores = {name: ties_peft.evaluate(adapter, tasks[name], bench=model) for name in names}
+        scores = {name: ties_peft.evaluate(adapter, tasks[name], bench=model, batch_size=BATCH) for name in names}
         return {name: (s.loss or 0.0) if s.accuracy is None else 100 * s.accuracy for name, s in scores.items()}
 
     if all(name in stored for name in tasks):

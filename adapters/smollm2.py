@@ -11,10 +11,12 @@ probable of a few one-token choices after the prompt; generation is judged by th
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,15 +153,36 @@ def dequantised(folder: Path) -> tuple[Any, Any]:
     """Return the model of a GGUF file as a plain float32 model, which can be trained and saved, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    with parsed_once():
+        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = type(read)(config)
     model.load_state_dict(read.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     tokenizer.eos_token = tokenizer.pad_token = END  # some versions of transformers read another from the file
     return model, tokenizer
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Parse a GGUF file and make its table of names once, within a `with` block.
+
+    transformers does the first for the config, the tensors and the tokenizer, and the second for each module: more than
+    half of the time that loading takes.
+    """
+    import gguf  # type: ignore[import-not-found]
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    originals = {name: getattr(gguf, name) for name in names}
+    for name, original in originals.items():
+        setattr(gguf, name, functools.cache(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
 
 
 def batches(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
