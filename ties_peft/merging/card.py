@@ -73,7 +73,8 @@ def merge_card(
             markdown_list("Layers that an adapter stores as a whole:", describe_outcomes(report.riders)),
             "Load it:",
             loading_block(loading),
-            "The recipe; with the same inputs it gives the same bytes again:",
+            "The recipe; with the same inputs it gives the same bytes again. An adapter that was on the machine of the merge is called by "
+            "the name of its folder there; the digests above tell whether yours is the same:",
             code_block(dump(public(recipe)), "yaml"),
             markdown_list("What the files of the inputs say of their training:", list(_trainings(trainings, paths))),
             markdown_list("Warnings of the merge:", [public_text(warning, paths) for warning in report.warnings]),

@@ -136,7 +136,7 @@ class Report(Printed):
         dtype: of the tensors written.
         rounding: ‖written − computed‖ / ‖computed‖, the error of that dtype.
         energy: share of the merged squared norm that the rank keeps, over all modules.
-        norm: Frobenius norm of the merged task vector.
+        norm: Frobenius norm of the merged task vector, before the rank cuts it.
         conflict: as in a module's line, over all modules.
         cosines: between the adapters' task vectors, (N, N); None for very many adapters.
         adapters, modules: a line for each.
@@ -226,19 +226,19 @@ class Report(Printed):
             rows.append(("method", f"{self.method}, chosen by auto because {self.chosen}"))
         if self.weights == "norm":
             rows.append(("weights", "norm: the mean of the adapters' norms, divided by each one's own"))
-        rows.append(("modules", f"{len(self.modules)}, norm {self.norm:.3g}"))
+        rows.append(("modules", self._modules_text()))
         if self.cosines is not None and len(self.adapters) == 2:
             rows.append(("cosine", f"{_cosine(self.cosines[1][0])} between the two task vectors"))
         trimmed = {_share(line.kept, line.entries) for line in self.adapters}
         if len(trimmed) == 1 and trimmed != {"all"}:
             rows.append(("trim", f"keeps {trimmed.pop()} of the entries of each task vector"))
-        rows.append(("projection", "share of each adapter's task vector in the result: 1 is all of it, 0 nothing"))
+        rows.append(("projection", "share of each adapter's own task vector in the result: 1 is all of it, 0 nothing"))
         if self.conflict is not None:
             rows.append(("sign conflict", f"{self.conflict:.1%} of the entries that two or more adapters keep"))
         if self.rank is not None:
             worst = min(self.modules, key=lambda line: line.energy)
             note = "" if worst.energy > 0.9995 else f" (least: {worst.energy:.1%} in {worst.name})"
-            rows.append(("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy{note}"))
+            rows.append(("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy, the square of the norm above{note}"))
         rows += [("" if i else "whole layers", text) for i, text in enumerate(describe_outcomes(self.riders))]
         rows += [("task type", self.task_type)] if self.task_type else []
         rows += [("licence", self.licence_note)] if self.licence_note else []
@@ -247,6 +247,13 @@ class Report(Printed):
         rows += [("copied files", ", ".join(self.copied))] if self.copied else []
         rows.append(("time", f"{self.seconds:.1f} s, inner loops by {self.loops}"))
         return make_facts(rows)
+
+    def _modules_text(self) -> str:
+        """Return the number of modules, how many of them the adapters share, and the norm."""
+        shared = sum(line.adapters == len(self.adapters) for line in self.modules)
+        alone = sum(line.adapters == 1 for line in self.modules)
+        sharing = "" if shared == len(self.modules) else f" ({shared} in all adapters, {alone} in one alone)"
+        return f"{len(self.modules)}{sharing}, norm {self.norm:.3g}{'' if self.rank is None else ' before the rank cut'}"
 
 
 @dataclass(frozen=True)
