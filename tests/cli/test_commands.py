@@ -18,6 +18,7 @@ import torch
 import typer
 import yaml
 from cli.run_command import Terminal, run, tree
+from conftest import SHAPES
 from safetensors.torch import load_file
 
 import ties_peft
@@ -69,6 +70,14 @@ def test_the_table_holds_the_facts(pair: tuple[str, str]) -> None:
     assert "sign conflict" in out and f"{report.conflict:.1%}" in out
     assert f"keeps {report.energy:.1%} of the energy" in out
     assert "float32" in out
+
+
+def test_the_report_counts_the_modules_that_adapters_share(make_lora: Make) -> None:
+    first, *others = SHAPES
+    a, b, c = make_lora("a"), make_lora("b", seed=1), make_lora("c", shapes={first: SHAPES[first], "more": (6, 5)})
+    said = run("merge", a, b, c, "--out", "out").out
+    assert f"{len(SHAPES) + 1} (1 in all adapters, 1 in one alone)" in said and len(others) == 2
+    assert "in all adapters" not in run("merge", a, b, "--out", "same").out
 
 
 def test_three_lines_of_python_load_the_result(pair: tuple[str, str]) -> None:

@@ -238,7 +238,12 @@ class Report(Printed):
         if self.rank is not None:
             worst = min(self.modules, key=lambda line: line.energy)
             note = "" if worst.energy > 0.9995 else f" (least: {worst.energy:.1%} in {worst.name})"
-            rows.append(("rank", f"{self.rank}, which keeps {self.energy:.1%} of the energy, the square of the norm above{note}"))
+            rows.append(
+                (
+                    "rank",
+                    f"{self.rank}, which keeps {self.energy:.1%} of the energy, the square of the norm above{note}",
+                )
+            )
         rows += [("" if i else "whole layers", text) for i, text in enumerate(describe_outcomes(self.riders))]
         rows += [("task type", self.task_type)] if self.task_type else []
         rows += [("licence", self.licence_note)] if self.licence_note else []
@@ -253,7 +258,9 @@ class Report(Printed):
         shared = sum(line.adapters == len(self.adapters) for line in self.modules)
         alone = sum(line.adapters == 1 for line in self.modules)
         sharing = "" if shared == len(self.modules) else f" ({shared} in all adapters, {alone} in one alone)"
-        return f"{len(self.modules)}{sharing}, norm {self.norm:.3g}{'' if self.rank is None else ' before the rank cut'}"
+        return (
+            f"{len(self.modules)}{sharing}, norm {self.norm:.3g}{'' if self.rank is None else ' before the rank cut'}"
+        )
 
 
 @dataclass(frozen=True)
