@@ -35,7 +35,8 @@ def said(output: Any) -> str:
     """The text of one output, whatever its form; a picture has none."""
     if output.output_type == "stream":
         return str(output.text)
-    return "\n".join(str(part) for form, part in output.get("data", {}).items() if not form.startswith("image/"))
+    parts = sorted(output.get("data", {}).items())  # a file has its forms in this order, a kernel in any
+    return "\n".join(str(part) for form, part in parts if not form.startswith("image/"))
 
 
 def clean(notebook: Any) -> None:
