@@ -12,12 +12,13 @@ import torch
 from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
 from ..errors import RecipeError
-from ..merging.encoding import EncodedModules
+from ..merging.encoding import EncodedModules, MergeCache
 from ..merging.measure import MAX_PAIRED
 from ..merging.merge import make_recipe, open_adapters
 from ..merging.options import DROP, Options, Rank
 from ..merging.plan import Plan, Progress, make_plan
 from ..methods import find_method
+from ..spaces import Space
 from ..task_vectors.tiles import threads_fixed
 from .analysis import Analysis
 from .entry_figures import counted_share, measure_entries
@@ -72,9 +73,10 @@ def analyze(
     chosen = _default_methods(plan, share, warnings) if methods is None else list(methods)
     members = [member.adapter for member in plan.members]
     results: list[MethodResult] = []
+    caches: dict[Space, MergeCache] = {}
     for name in chosen:
         recipe = make_recipe(members, method=name, rank=rank, **shared)
-        results.append(measure_method(recipe, plan, tell))
+        results.append(measure_method(recipe, plan, tell, caches))
     return Analysis(
         names=[member.name for member in plan.members],
         sources=[member.adapter.label for member in plan.members],

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..merging.measure import retention
-from ..merging.merge import run_plan
+from ..adapters.tensors import MemoryTensors
+from ..merging.encoding import KEPT_BYTES, MergeCache
+from ..merging.loop import merge_modules
+from ..merging.measure import ModuleMeasurement, read_merged, retention
 from ..merging.merged import Merged
 from ..merging.plan import Plan, Progress, make_plan
 from ..merging.recipes.recipe import Recipe
-from ..task_vectors.delta import LowRank, inner, inner_with_each
+from ..merging.report import Report
+from ..spaces import Space
+from ..task_vectors.delta import Delta, LowRank
 from ..task_vectors.factorise import decompose
+from ..task_vectors.processes import SINGLE_PROCESS
 from ..task_vectors.tiles import threads_fixed
 from .figure_kinds import Array
 
@@ -53,22 +58,24 @@ class MethodResult:
         return int(reached[0]) + 1 if len(reached) else None
 
 
-def measure_method(recipe: Recipe, plan: Plan, progress: Progress) -> MethodResult:
+def measure_method(recipe: Recipe, plan: Plan, progress: Progress, caches: dict[Space, MergeCache]) -> MethodResult:
     """Merge by one method and measure the result as it is written.
 
     Args:
         recipe: with the method and the rank.
         plan: of the adapters that are analysed; its members are merged.
         progress: as in `merge`.
+        caches: the encodings that earlier methods left, by space, for the methods that follow; empty for the first.
     """
     adapters = [member.adapter for member in plan.members]
     own = make_plan(recipe, adapters, str(plan.device), checked=True)
-    merged = run_plan(own, time.perf_counter(), None, progress, warns=False)
-    report = merged.report
+    cache = caches.setdefault(own.arithmetic, MergeCache()) if _keeps_encodings(own) else None
+    tensors, totals, kept = merge_modules(own, cache, progress, SINGLE_PROCESS)
+    report = totals.report(kept, seconds=0.0)
+    written = MemoryTensors(tensors)
+    by_rank = _energies_by_rank(report, lambda name: read_merged(own, own.modules[name], written))
     norms = np.array([line.norm for line in report.modules])
-    with threads_fixed():  # small matrices: threads would wait for each other longer than they compute
-        by_rank = _energies_by_rank(merged)
-        projections, cosines = _retention_by_module(merged, plan)
+    projections, cosines = _retention_by_module(totals.modules, len(plan.members))
     return MethodResult(
         method=recipe.method,
         used=report.method,
@@ -86,9 +93,23 @@ def measure_method(recipe: Recipe, plan: Plan, progress: Progress) -> MethodResu
     )
 
 
+def _keeps_encodings(plan: Plan) -> bool:
+    """Return whether what a merge encodes is small, and the same for each method in its space."""
+    reusable = (
+        plan.arithmetic.shared and not plan.stages.before and not getattr(plan.arithmetic, "compress_first", False)
+    )
+    ranks = (
+        (module.shape, member.adapter.layout[name].rank)
+        for name, module in plan.modules.items()
+        for _, member in plan.holders(name)
+    )
+    return reusable and 4 * sum(sum(shape) * rank for shape, rank in ranks) <= KEPT_BYTES
+
+
 def whole_energies(merged: Merged) -> Array:
     """Return the share of the energy of a merge that each rank from 1 to the result's keeps, over all modules."""
-    return _shares(_energies_by_rank(merged).sum(0), sum(line.norm**2 for line in merged.report.modules))
+    by_rank = _energies_by_rank(merged.report, merged.read)
+    return _shares(by_rank.sum(0), sum(line.norm**2 for line in merged.report.modules))
 
 
 def _shares(sums: Array, total: float) -> Array:
@@ -96,32 +117,33 @@ def _shares(sums: Array, total: float) -> Array:
     return shares
 
 
-def _energies_by_rank(merged: Merged) -> Array:
-    """Return the sum of the r largest squared singular values of each module for r = 1 … rank, (M, rank)."""
-    rank, lines = merged.report.rank or 0, merged.report.modules
-    found = np.zeros((len(lines), rank))
-    for number, line in enumerate(lines if rank else ()):
-        delta = merged.read(line.name)
-        if not isinstance(delta, LowRank) or not line.norm:
-            continue
-        B, A = delta.B.double(), delta.A.double()
-        sums = decompose(B.T @ B, A @ A.T).S.square().cumsum(0).numpy()
-        found[number, : len(sums)] = sums
-        found[number, len(sums) :] = sums[-1] if len(sums) else 0.0
+def _energies_by_rank(report: Report, read: Callable[[str], Delta]) -> Array:
+    """Return the sum of the r largest squared singular values of each module for r = 1 … rank, (M, rank).
+
+    Args:
+        report: of the merge.
+        read: returns the merged task vector of a module by its name.
+    """
+    rank = report.rank or 0
+    found = np.zeros((len(report.modules), rank))
+    with threads_fixed():  # small matrices: threads would wait for each other longer than they compute
+        for number, line in enumerate(report.modules if rank else ()):
+            delta = read(line.name)
+            if not isinstance(delta, LowRank) or not line.norm:
+                continue
+            B, A = delta.B.double(), delta.A.double()
+            sums = decompose(B.T @ B, A @ A.T).S.square().cumsum(0).numpy()
+            found[number, : len(sums)] = sums
+            found[number, len(sums) :] = sums[-1] if len(sums) else 0.0
     return found
 
 
-def _retention_by_module(merged: Merged, plan: Plan) -> tuple[Array, Array]:
+def _retention_by_module(modules: Sequence[ModuleMeasurement], adapters: int) -> tuple[Array, Array]:
     """Return the projection and the cosine of each adapter on each module, (M, N)."""
-    shape = (len(plan.modules), len(plan.members))
-    projections, cosines = np.full(shape, np.nan), np.full(shape, np.nan)
-    for number, name in enumerate(plan.modules):
-        result = merged.read(name)
-        square = inner(result, result)
-        deltas = {place: member.adapter.read(name) for place, member in plan.holders(name)}
-        overlaps = inner_with_each(result, deltas.values())
-        for (place, delta), overlap in zip(deltas.items(), overlaps, strict=True):
-            figures = retention(overlap, inner(delta, delta), square)
+    projections, cosines = np.full((2, len(modules), adapters), np.nan)
+    for number, module in enumerate(modules):
+        for i, place in enumerate(module.places):
+            figures = retention(module.overlaps[i], module.products[i][i], module.square)
             for into, key in ((projections, "projection"), (cosines, "cosine")):
                 into[number, place] = np.nan if figures[key] is None else figures[key]
     return projections, cosines

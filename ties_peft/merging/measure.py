@@ -87,7 +87,7 @@ def measure_module(
     holders, unused = plan.holders(module.name), plan.holders_of_weight_zero(module.name)
     encoding = modules.encoding(module.name) if holders else None
     conflicting, shared = counts.get("conflicting"), counts.get("shared", 0)
-    merged = plan.peft_type.read(plan.peft_type.written(module, plan.rank or 1), MemoryTensors(written), None)
+    merged = read_merged(plan, module, MemoryTensors(written))
     rounding = 0.0
     if plan.dtype != torch.float32:
         rounding = distance(merged, factors.delta.to(torch.device("cpu"))) ** 2
@@ -120,6 +120,11 @@ def measure_module(
         shared=shared,
         lost_energy=0.0 if encoding is None else encoding.lost_energy,
     )
+
+
+def read_merged(plan: Plan, module: ModuleInfo, tensors: MemoryTensors) -> Delta:
+    """Return the merged task vector of one module from the tensors of the result."""
+    return plan.peft_type.read(plan.peft_type.written(module, plan.rank or 1), tensors, None)
 
 
 def _products(

@@ -17,7 +17,9 @@ from ..delta import Delta, LowRank
 from ..elect import MergeRule, SignedSums
 from ..threshold import Counts, count_in_bracket
 
-MIN_ENTRIES = 1 << 26  # entries of all task vectors together; smaller merges are quicker without a compiler
+# Entries of all task vectors together. To load the compiled functions takes longer than they save on a smaller merge:
+# compare benchmarks/many_adapters.py --cases ties/delta with and without --no-kernels.
+MIN_ENTRIES = 200_000_000
 Rows = tuple[int, int]  # (start, stop)
 Bracket = tuple[np.float32, np.float32]  # (low, high), both included
 Conflicts = tuple[int, int]  # entries with kept values of both signs, and entries with several kept values
