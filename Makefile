@@ -32,7 +32,7 @@ package: $(READY)  ## the wheel, built from the sdist, installed alone and used
 package-clean: $(READY)  ## the same with its dependencies, in an environment that has nothing else
 	$(BIN)/python tests/packaging/check_package.py --clean
 
-# What depends on the versions of Python, torch, peft and transformers. Both ends take some 3 GB each.
+# What depends on the versions of Python, torch, peft and transformers. Each end takes up to 8 GB.
 OLDEST ?= python3.10
 NEWEST ?= python3.13
 VERSIONED := tests/contracts tests/laws tests/oracles tests/methods tests/peft_types tests/old_peft tests/recipes tests/live tests/cli

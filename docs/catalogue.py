@@ -32,7 +32,7 @@ LIMITS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", 
 HEAD = """# Methods
 
 `ties-peft methods NAME` prints the text of one method, `--method NAME` chooses it, and `--set NAME=VALUE` sets a parameter. Two
-methods can stand in a row: `dare+ties`, `pico+ties`, `task_arithmetic+boosting`.
+methods can be combined: `dare+ties`, `pico+ties`, `task_arithmetic+boosting`.
 
 In the formulas, τᵢ is the task vector of adapter i in one module, wᵢ its weight, N the number of adapters and λ the scale.
 A *law* is a statement that the tests check.

@@ -120,8 +120,9 @@ def prepare(
 ) -> Prepared:
     """Read and check adapters once, and merge them many times: `.merge(method=…, density=…)` takes only its method's time.
 
-    With space="core" or "knots" that is milliseconds, because the adapters' shared bases are computed here, and in them a
-    module is small. In space "delta", the default as everywhere, each merge still goes through every entry of every module.
+    With space="core" or "knots" that is milliseconds for each module, because the adapters' shared bases are computed here,
+    and in them a module is small. In space "delta", the default as everywhere, each merge still goes through every entry of
+    every module.
 
     Args:
         adapters: folders, files, Hub ids, patterns (see `sources`) or `Adapter`s.
