@@ -219,6 +219,23 @@ def test_energy_by_rank_is_that_of_the_singular_values_before_truncation(loras: 
     assert found["energy"] == pytest.approx(found["energy_by_rank"][-1])
 
 
+def test_by_default_only_the_default_method_is_compared_where_each_takes_long(
+    loras: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["ties_peft.analysis.analyze"]
+    layouts = [ties_peft.Adapter.load(folder).layout for folder in loras]
+    shapes = {name: module.shape for each in layouts for name, module in each.items()}
+    columns = {name: sum(each[name].rank for each in layouts if name in each) for name in shapes}
+    work = sum(columns[name] ** 2 * sum(shape) for name, shape in shapes.items())
+    monkeypatch.setattr(module, "MOST_WORK", work)
+    every = ties_peft.analyze(loras)
+    assert [result.method for result in every.methods] == ["auto", *module.COMPARED]
+    monkeypatch.setattr(module, "MOST_WORK", work - 1)
+    found = ties_peft.analyze(loras)
+    assert [result.method for result in found.methods] == ["auto"]
+    assert any("--methods ties,task_arithmetic,iso_c,tsv" in warning for warning in found.warnings)
+
+
 def test_ia3_has_no_spaces_and_a_rank_of_one(make_ia3: Make) -> None:
     folders = [make_ia3(name, seed=seed) for seed, name in enumerate("ab")]
     found = ties_peft.analyze(folders).to_dict()

@@ -29,6 +29,8 @@ from .module_places import module_places
 
 COMPARED = ("ties", "task_arithmetic", "iso_c", "tsv")  # beside the default method of `merge`, if none are asked for
 
+MOST_WORK = 5e10  # of `_factor_work`, for several methods; 20 adapters of an 8B model at rank 16 are five times as much
+
 
 def analyze(
     adapters: Sequence[str | Path | Adapter],
@@ -49,8 +51,8 @@ def analyze(
         adapters: folders, files, Hub ids, patterns (see `sources`) or `Adapter`s.
         density: the share of the entries of each adapter that the trim keeps, for `sign_conflict` and `kept_overlap`.
         rank: of the methods' results, as in `merge`.
-        methods: that are compared, each with the defaults of `merge`; by default its default method and the methods of
-            `COMPARED` that the adapters allow. An empty list compares none.
+        methods: that are compared, each with the defaults of `merge`; by default its default method and those of `COMPARED`
+            that the adapters allow and that take seconds; a warning names those left out. An empty list compares none.
         exact: whether every entry is counted. By default all are up to two thousand million, and beyond that as many, from
             a random part of the rows of each module; the result says so in `counted`. False counts a tenth at most.
         base: the base model, for adapters whose task vectors depend on its weights.
@@ -111,12 +113,31 @@ def _default_methods(plan: Plan, share: float, warnings: list[str]) -> list[str]
     names = [
         name for name in dict.fromkeys((Options.method, *COMPARED)) if plan.peft_type.name in find_method(name).kinds
     ]
-    if share >= 1:
-        return names
-    slow = [name for name in names if find_method(name).entrywise and not find_method(name)().linear(len(plan.members))]
-    if slow:
-        warnings.append(
-            f"{', '.join(slow)}: not compared, because a merge goes through every entry of these adapters, which takes "
-            f"minutes. Ask for it with --methods {slow[0]} (methods=['{slow[0]}'])."
-        )
-    return [name for name in names if name not in slow]
+    many = share < 1  # entries
+    by_entry = [
+        n for n in names if many and find_method(n).entrywise and not find_method(n)().linear(len(plan.members))
+    ]
+    warnings.extend(_not_compared(by_entry, "a merge goes through every entry of these adapters, which takes minutes"))
+    quick = [name for name in names if name not in by_entry]
+    if _factor_work(plan) <= MOST_WORK:
+        return quick
+    warnings.extend(_not_compared(quick[1:], "adapters of this size and number take a minute or more for each method"))
+    return quick[:1]
+
+
+def _not_compared(names: Sequence[str], reason: str) -> list[str]:
+    """Return a warning that methods were left out, with the option that compares them; nothing if there are none."""
+    if not names:
+        return []
+    return [
+        f"{', '.join(names)}: not compared, because {reason}. Ask with --methods {','.join(names)} (methods={list(names)})."
+    ]
+
+
+def _factor_work(plan: Plan) -> float:
+    """Return Σ K²·(out + in) over the modules, with K the sum of the ranks: what the products of factors take."""
+    work = 0.0
+    for name, module in plan.modules.items():
+        columns = sum(member.adapter.layout[name].rank for _, member in plan.holders(name))
+        work += columns**2 * sum(module.shape) if len(module.shape) > 1 else 0
+    return work
