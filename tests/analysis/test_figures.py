@@ -219,7 +219,7 @@ def test_energy_by_rank_is_that_of_the_singular_values_before_truncation(loras: 
     assert found["energy"] == pytest.approx(found["energy_by_rank"][-1])
 
 
-def test_by_default_only_the_default_method_is_compared_where_each_takes_long(
+def test_by_default_no_method_is_compared_where_each_takes_minutes(
     loras: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = sys.modules["ties_peft.analysis.analyze"]
@@ -232,8 +232,9 @@ def test_by_default_only_the_default_method_is_compared_where_each_takes_long(
     assert [result.method for result in every.methods] == ["auto", *module.COMPARED]
     monkeypatch.setattr(module, "MOST_WORK", work - 1)
     found = ties_peft.analyze(loras)
-    assert [result.method for result in found.methods] == ["auto"]
-    assert any("--methods ties,task_arithmetic,iso_c,tsv" in warning for warning in found.warnings)
+    assert found.methods == []
+    assert any("--methods auto,ties,task_arithmetic,iso_c,tsv" in warning for warning in found.warnings)
+    assert [result.method for result in ties_peft.analyze(loras, methods=["tsv"]).methods] == ["tsv"]
 
 
 def test_ia3_has_no_spaces_and_a_rank_of_one(make_ia3: Make) -> None:

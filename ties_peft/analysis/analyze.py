@@ -113,16 +113,15 @@ def _default_methods(plan: Plan, share: float, warnings: list[str]) -> list[str]
     names = [
         name for name in dict.fromkeys((Options.method, *COMPARED)) if plan.peft_type.name in find_method(name).kinds
     ]
+    if _factor_work(plan) > MOST_WORK:
+        warnings.extend(_not_compared(names, "adapters of this size and number take minutes for each method"))
+        return []
     many = share < 1  # entries
     by_entry = [
         n for n in names if many and find_method(n).entrywise and not find_method(n)().linear(len(plan.members))
     ]
     warnings.extend(_not_compared(by_entry, "a merge goes through every entry of these adapters, which takes minutes"))
-    quick = [name for name in names if name not in by_entry]
-    if _factor_work(plan) <= MOST_WORK:
-        return quick
-    warnings.extend(_not_compared(quick[1:], "adapters of this size and number take a minute or more for each method"))
-    return quick[:1]
+    return [name for name in names if name not in by_entry]
 
 
 def _not_compared(names: Sequence[str], reason: str) -> list[str]:
