@@ -57,6 +57,17 @@ def test_no_folder() -> None:
     assert of_load("./a") == "adapter './a': there is no such folder. Check the path."
 
 
+def test_a_misspelt_folder_names_the_one_that_is_there(tmp_path: Path) -> None:
+    for name in ("first", "last"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "fist").write_text("a file, which is none of them")
+    missing = str(tmp_path / "fisrt")
+    text = f"adapter {missing!r}: there is no such folder. Did you mean {str(tmp_path / 'first')!r}? Check the path."
+    assert of_load(missing) == text
+    assert "Did you mean" not in of_load(str(tmp_path / "quite-another"))
+    assert "Did you mean" not in of_load(str(tmp_path / "no-such-folder" / "fisrt"))
+
+
 def test_no_config(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     assert of_load("a") == (
@@ -268,12 +279,12 @@ def test_the_output_is_there(make_lora: Make) -> None:
     merged = ties_peft.merge([make_lora("a").name])
     merged.save("out")
     assert message(lambda: merged.save("out")) == (
-        "the output 'out' exists and is not empty. Choose another folder, or replace it with --force."
+        "the output 'out' exists and is not empty. Choose another folder, or replace it with --force (force=True)."
     )
     Path("out/notes.txt").write_text("mine")
     assert message(lambda: merged.save("out", force=True)) == (
-        "the output 'out' holds files that ties_peft did not write (notes.txt), so --force does not replace it. "
-        "Choose another folder, or empty it yourself."
+        "the output 'out' holds files that ties_peft did not write (notes.txt), so --force (force=True) does not "
+        "replace it. Choose another folder, or empty it yourself."
     )
 
 

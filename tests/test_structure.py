@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -35,6 +36,11 @@ ORDER = (
 FOUND = ("spaces", "methods", "cli")
 HEAVY = ("transformers", "peft", "accelerate")
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z]")
+IN_PYTHON = re.compile(r"\w=|ties-peft |\w+ \(--")  # how the same is asked for in Python, or a whole command
+OF_COMMANDS = ("cli", "overrides.py")  # what only the command line calls
 
 
 def files() -> list[Path]:
@@ -210,3 +216,28 @@ def test_files_and_functions_are_short() -> None:
             if isinstance(node, ast.FunctionDef) and _length(node) > LONGEST_FUNCTION
         ]
     assert not long
+
+
+def texts(tree: ast.AST) -> Iterator[str]:
+    """The texts in a piece of code, with braces for values."""
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            yield node.value
+
+
+def test_an_error_that_python_users_see_too_names_more_than_a_flag() -> None:
+    """Such as "--force (force=True)"."""
+    raised = [
+        (path.name, text)
+        for path in files()
+        if not {*path.relative_to(ROOT).parts} & {*OF_COMMANDS}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise)
+        for text in texts(node)
+    ]
+    flagged = [(name, text) for name, text in raised if FLAG.search(text)]
+    assert len(flagged) > 20
+    assert [(name, text) for name, text in flagged if not IN_PYTHON.search(text)] == []

@@ -72,11 +72,26 @@ def unknown(what: str, name: str, known: Iterable[str], hint: str | None = None)
     "unknown method 'tys': did you mean 'ties'? Known: average, ties."
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
-    near.sort(key=lambda other: sorted(other) != sorted(str(name)))  # first a name of the same letters in another order
-    guess = f": did you mean '{near[0]}'?" if near else "."
+    near = nearest(str(name), names)
+    guess = f": did you mean '{near}'?" if near else "."
     advice = guess if hint is None else f". {hint}"
     return f"unknown {what} {str(name)!r}{advice} Known: {', '.join(names) or 'none'}."
+
+
+def nearest(name: str, known: Iterable[str], least: float = 0.4) -> str | None:
+    """Return the most similar known name; None if none is similar.
+
+    Args:
+        name: the unknown name.
+        known: all known names.
+        least: the similarity, from 0 to 1, that it must have.
+
+    >>> nearest("fisrt", ["first", "last"])
+    'first'
+    """
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=least)
+    near.sort(key=lambda other: sorted(other) != sorted(name))  # first a name of the same letters in another order
+    return near[0] if near else None
 
 
 def warn_caller(messages: Iterable[str]) -> None:

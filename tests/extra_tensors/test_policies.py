@@ -269,8 +269,8 @@ def test_a_layer_cannot_be_whole_and_adapted(hold: Hold) -> None:
     b = hold("b", head(1), seed=1)
     assert refusal(a, b) == (
         "layer 'layers.0.q' is saved whole in a, while b adapts 'layers.0.q' or rows of it; one PEFT adapter cannot do "
-        "both. Leave the whole layers out (--heads drop), keep those of another adapter (--heads keep=NAME), or leave "
-        "one adapter out."
+        "both. Leave the whole layers out (--heads drop), keep those of another adapter (--heads keep=NAME; heads=… in "
+        "Python), or leave one adapter out."
     )
     assert list(whole(ties_peft.merge([a, b], heads="keep=b"))) == ["score.weight"]
 
@@ -278,8 +278,8 @@ def test_a_layer_cannot_be_whole_and_adapted(hold: Hold) -> None:
 def test_a_dtype_that_cannot_hold_a_head(hold: Hold) -> None:
     folder = hold("a", {"score.weight": torch.full((2, 2), 1e30)})
     assert refusal(folder, dtype="float16") == (
-        "tensor 'base_model.model.score.weight' holds values beyond float16. Write float32 or bfloat16 (--dtype), or "
-        "leave the whole layers out (--heads drop)."
+        "tensor 'base_model.model.score.weight' holds values beyond float16. Write float32 or bfloat16 (--dtype, dtype=…), "
+        'or leave the whole layers out (--heads drop, heads="drop").'
     )
 
 

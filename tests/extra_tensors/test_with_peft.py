@@ -191,7 +191,7 @@ def test_unlike_numbers_of_labels(tmp_path: Path) -> None:
         ties_peft.merge(folders, heads="average")
     assert str(caught.value) == (
         "heads is 'average', but 1 whole layer(s) have no mean, because their shapes or tensors differ or hold whole numbers:\n"
-        f"{told}Keep one adapter's, --heads keep=a or keep=b, or leave them out, --heads drop."
+        f"{told}Keep one adapter's, --heads keep=a or keep=b, or leave them out, --heads drop (heads=… in Python)."
     )
     ties_peft.merge(folders, heads="keep=b").save(tmp_path / "out")
     assert logits(bert(3), tmp_path / "out").shape == (2, 3)

@@ -196,5 +196,15 @@ def test_a_head_of_another_size(bases: dict[str, Path]) -> None:
 def test_no_base_or_none_that_loads(tmp_path: Path) -> None:
     with pytest.raises(TiesPeftError, match="one base model is needed, but none is named"):
         ties_peft.evaluate(None, {**DESCRIBED, "rows": ["w1"]})
-    with pytest.raises(TiesPeftError, match="cannot be loaded as AutoModel"):
-        ties_peft.evaluate(None, {**DESCRIBED, "rows": [{"text": "w1", "label": 0}]}, base=tmp_path)
+    task = {**DESCRIBED, "rows": [{"text": "w1", "label": 0}]}
+    with pytest.raises(TiesPeftError, match=f"^base model '{tmp_path}' cannot be loaded as AutoModel"):
+        ties_peft.evaluate(None, task, base=tmp_path)
+    (tmp_path / "trained").mkdir()
+    with pytest.raises(
+        TiesPeftError, match=r"^base model '.*/trianed': there is no such folder\. Did you mean '.*/trained'"
+    ):
+        ties_peft.evaluate(None, task, base=tmp_path / "trianed")
+    with pytest.raises(
+        TiesPeftError, match=r"^base model 'nosuch': there is no such folder here, and it cannot be loaded"
+    ):
+        ties_peft.evaluate(None, task, base="nosuch")

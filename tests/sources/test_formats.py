@@ -368,7 +368,7 @@ def test_the_command_that_a_refusal_names_works(tmp_path: Path, monkeypatch: pyt
 
 
 def test_hints_for_what_is_peft_are_refused(make_lora: Make) -> None:
-    with pytest.raises(RecipeError, match="--alpha is for files that are not PEFT's"):
+    with pytest.raises(RecipeError, match=r"--alpha \(alpha=…\) is for files that are not PEFT's"):
         ties_peft.convert(make_lora("a"), alpha=3)
 
 

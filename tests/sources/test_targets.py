@@ -200,7 +200,7 @@ def test_what_no_target_can_load_is_refused_before_the_work(
         sys.modules["ties_peft.merging.convert"], "run_plan", lambda *_: pytest.fail("the work was begun")
     )
     for tensors, more, why in (
-        (headed, {}, r"whole layers; leave them out \(--heads drop\): lm_head"),
+        (headed, {}, r"whole layers; leave them out \(--heads drop, heads='drop'\): lm_head"),
         (biased, {"lora_bias": True}, "biases of lora_B: layers.0.q.bias"),
         (conv, {}, "no linear layers: layers.0.q"),
         (experts, parameters, r"of several parameters.*mlp.experts.down_proj\[0\]"),

@@ -169,8 +169,8 @@ class BaseNames:
                 f"adapter '{self.label}': the names of {self.file.format.name} have underscores for dots ({lacking[0]!r}), and "
                 f"{len(lacking)} of {len(placed)} are of no model whose names are known here (Stable Diffusion, SDXL, SD3, "
                 "Flux), so the names of the base's modules are needed to tell them apart. Name the base's weights with "
-                f"--base (for a pipeline, those of its part, such as unet/{PIPELINE}), or, in `ties-peft convert`, a text "
-                "file of the names with --modules."
+                f"--base (base=…; for a pipeline, those of its part, such as unet/{PIPELINE}), or, in `ties-peft convert`, a "
+                "text file of the names with --modules (modules=…)."
             )
         if len(own) == len(placed) and any(layer.name in known for _, layer in own):
             known = [*known, *(name for _, layer in own for name in layer.modules if layer.name in known)]
@@ -221,7 +221,7 @@ class BaseNames:
             module, names = next(iter(ambiguous.items()))
             raise AdapterError(
                 f"adapter '{self.label}': {module!r} may be any of {', '.join(names)} ({len(ambiguous)} such "
-                "name(s)). List only the right ones with --modules."
+                "name(s)). List only the right ones with --modules (modules=…)."
             )
 
     def _spellings(self, known: Sequence[str], joined: bool) -> dict[str, set[str]]:
@@ -249,7 +249,7 @@ def base_names(options: ConversionOptions, base: BaseModel | None) -> list[str] 
         lines = options.modules.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"--modules {str(options.modules)!r} cannot be read: {error}. Expected a text file with one module name per line."
+            f"modules (--modules) {str(options.modules)!r} cannot be read: {error}. Expected a text file with one module name per line."
         ) from None
     return sorted({line.strip() for line in lines if line.strip()})
 

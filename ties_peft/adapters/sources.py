@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 from urllib.parse import quote
 
-from ..errors import AdapterError, one_line, some
+from ..errors import AdapterError, nearest, one_line, some
 
 ADAPTER_CONFIG, CARD = "adapter_config.json", "README.md"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -132,6 +132,17 @@ def _existing(source: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, RuntimeError, ValueError):  # no such user's home, a name too long
         return None
+
+
+def similar_folder(source: str) -> str:
+    """Return a question that names the folder of most similar name beside a missing one; empty if there is none."""
+    try:
+        path = Path(source).expanduser()
+        beside = [one.name for one in path.parent.iterdir() if one.is_dir()]
+    except (OSError, RuntimeError, ValueError):  # as in `_existing`
+        return ""
+    near = nearest(path.name, beside, 0.6)
+    return f" Did you mean {str(path.with_name(near))!r}?" if near else ""
 
 
 def local_file(source: str, file: str) -> Path | None:
@@ -336,7 +347,7 @@ def download(
     """
     name, at, revision = source.partition("@")
     if not HUB_ID.fullmatch(name) or (at and not (revision and revision.isprintable() and ".." not in revision)):
-        raise AdapterError(f"{what} {source!r}: there is no such folder. Check the path.")
+        raise AdapterError(f"{what} {source!r}: there is no such folder.{similar_folder(source)} Check the path.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -348,7 +359,8 @@ def download(
             return download(source, patterns, token, what)
         raise AdapterError(
             f"{what} {source!r}: there is no such folder here, and the Hub gave no {what} of that id "
-            f"({error_text(error, token)}). Check the spelling, the network, and whether the repository is private."
+            f"({error_text(error, token)}).{similar_folder(source)} Check the spelling, the network, and whether the "
+            "repository is private."
         ) from None
 
 

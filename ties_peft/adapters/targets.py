@@ -41,7 +41,9 @@ VLLM_DEFAULT = 16  # its default
 VLLM_HEADS = ("score", "classifier")
 FUSED_PARAMETERS = {"gate_up_proj", "down_proj"}
 SEVERAL = "adapt one of several parameters of a module, as for fused experts"
-OTHERWISE = "Write it for --target peft, or apply it to the base model there (PeftModel.merge_and_unload)."
+OTHERWISE = (
+    'Write it for --target peft (target="peft"), or apply it to the base model there (PeftModel.merge_and_unload).'
+)
 
 
 def fit_rank(target: str | None, rank: int | None, asked: int | str, title: str, warnings: list[str]) -> int | None:
@@ -59,15 +61,15 @@ def fit_rank(target: str | None, rank: int | None, asked: int | str, title: str,
         return rank
     if rank is None:
         raise CompatibilityError(
-            f"target {target}: it loads only LoRA, and these adapters are {title}. Merge them for --target peft, and apply "
-            "the result to the base model there (PeftModel.merge_and_unload)."
+            f'target {target}: it loads only LoRA, and these adapters are {title}. Merge them for --target peft (target="peft"), '
+            "and apply the result to the base model there (PeftModel.merge_and_unload)."
         )
     if target == LLAMA_CPP or target in IMAGE_TARGETS or rank <= VLLM_DEFAULT:
         return rank
     largest = VLLM_RANKS[-1]
     if rank > largest and isinstance(asked, int):
         raise CompatibilityError(
-            f"target vllm: rank {rank} is over {largest}, the largest that it serves. Ask for --rank {largest}."
+            f"target vllm: rank {rank} is over {largest}, the largest that it serves. Ask for --rank {largest} (rank={largest})."
         )
     if rank > largest:
         warnings.append(f"target vllm: rank {largest} instead of {rank}, because it serves no larger one.")
@@ -75,7 +77,7 @@ def fit_rank(target: str | None, rank: int | None, asked: int | str, title: str,
     needed = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
     warnings.append(
         f"target vllm: rank {rank} needs a server started with --max-lora-rank {needed} (its default is {VLLM_DEFAULT}). "
-        f"A merge with --rank {VLLM_DEFAULT} does not, but keeps less."
+        f"A merge with --rank {VLLM_DEFAULT} (rank={VLLM_DEFAULT}) does not, but keeps less."
     )
     return rank
 
@@ -114,7 +116,7 @@ def check_modules(
     if target == LLAMA_CPP and base is None:
         warnings.append(
             "target llama.cpp: the adapters name no base model, which its convert_lora_to_gguf.py looks up; "
-            "name it here with --base-name, or there with --base."
+            "name it here with --base-name (base_model=…), or there with --base."
         )
 
 
@@ -153,7 +155,7 @@ def check_heads(target: str | None, layers: Sequence[ExtraLayer], warnings: list
     others = [layer.module for layer in layers if layer not in heads]
     if others:
         tokens = "rows of trained tokens or " if any(layer.role == TOKENS for layer in layers) else ""
-        raise _cannot_load(target, others, f"are {tokens}whole layers; leave them out (--heads drop)")
+        raise _cannot_load(target, others, f"are {tokens}whole layers; leave them out (--heads drop, heads='drop')")
     if len(heads) > 1:
         raise _cannot_load(target, [layer.module for layer in heads], "are two heads, and it loads one")
     outputs = heads[0].tensors["weight"].shape[0]

@@ -182,11 +182,13 @@ class _Conversion:
         if asked is None:
             raise AdapterError(
                 f"adapter '{self.label}': {self.file.path.name} holds adapters for {len(parts)} part(s): "
-                f"{_list_parts(parts)}; each becomes an adapter of its own. Say which: --part {max(parts)}. "
-                "Or write all of them in one file: --target diffusers or --target kohya."
+                f"{_list_parts(parts)}; each becomes an adapter of its own. Say which: --part {max(parts)} "
+                f"(part={max(parts)!r}). Or write all of them in one file: --target diffusers or --target kohya (target=…)."
             )
         others = [f"{name or 'no part'} ({count} modules)" for name, count in sorted(parts.items()) if name != asked]
-        remarks = [f"not converted, being adapters of their own: {', '.join(others)} (--part)."] if others else []
+        remarks = (
+            [f"not converted, being adapters of their own: {', '.join(others)} (--part, part=…)."] if others else []
+        )
         return [one for one in placed if one.part == asked], remarks
 
     def _no_part(self, part: str, parts: Counter[str]) -> str:
@@ -194,9 +196,9 @@ class _Conversion:
         if self.format.part_is_prefix:  # then the beginnings of the module names can be named as parts
             known = Counter(module.module.partition(".")[0] for module in self.file.modules)
         has = (
-            f"It has {_list_parts(known)}. Name one of them with --part"
+            f"It has {_list_parts(known)}. Name one of them with --part (part=…)"
             if known
-            else "It has no parts. Leave --part out"
+            else "It has no parts. Leave --part (part=…) out"
         )
         return f"adapter '{self.label}': {self.file.path.name} has no part {part!r}. {has}."
 
@@ -252,7 +254,8 @@ class _Conversion:
         kernel = any(len(view.shape) > 2 for view in views.values())
         if self.base is None and not kernel and layer.modules[0].rpartition(".")[2] in CONVOLUTIONS:
             raise AdapterError(
-                f"{self.where(module)}: whether it is a convolution, and of which size, only the base tells. Name it with --base."
+                f"{self.where(module)}: whether it is a convolution, and of which size, only the base tells. Name it with "
+                "--base (base=…)."
             )
         alpha = self._alpha(module)
         rank = next((views[side].shape[0] for side in ("hada_w1_b", "lokr_w1_b", "lokr_w2_b") if side in views), None)
@@ -326,7 +329,7 @@ class _Conversion:
         own = {name: alpha for name, alpha in self.alphas.items() if alpha is not None}
         noted = {part: self.format.metadata(self.metadata(), part) for part in parts}
         if (own or any(noted.values())) and asked is not None:
-            raise RecipeError(f"--alpha is {asked:g}, but '{label}' states its alpha itself. Leave it out.")
+            raise RecipeError(f"alpha (--alpha) is {asked:g}, but '{label}' states its alpha itself. Leave it out.")
         if self.file.kind != DORA and any(found.get("use_dora") for found in noted.values()):
             raise AdapterError(f"adapter '{label}' is a DoRA by its metadata, which is no plain LoRA. Leave it out.")
         if own:
@@ -344,7 +347,7 @@ class _Conversion:
         if reason is not None:
             raise AdapterError(
                 f"adapter '{label}': the file gives no alpha (ranks {', '.join(map(str, sorted(set(ranks.values()))))}), "
-                f"and {reason}. Give the lora_alpha of its training, in `ties-peft convert`: --alpha NUMBER."
+                f"and {reason}. Give the lora_alpha of its training, in `ties-peft convert`: --alpha NUMBER (alpha=NUMBER)."
             )
         return {name: float(rank) for name, rank in ranks.items()}, self.format.without_alpha, True
 

@@ -92,13 +92,14 @@ def _check_target(folder: Path, target: Path, force: bool, inputs: Iterable[Path
         return
     if not force:
         raise RecipeError(
-            f"the output '{folder}' exists and is not empty. Choose another folder, or replace it with --force."
+            f"the output '{folder}' exists and is not empty. Choose another folder, or replace it with "
+            "--force (force=True)."
         )
     foreign = [path.name for path in unexpected_files(folder)]
     if foreign:
         raise RecipeError(
             f"the output '{folder}' holds files that ties_peft did not write ({some(foreign)}), "
-            "so --force does not replace it. Choose another folder, or empty it yourself."
+            "so --force (force=True) does not replace it. Choose another folder, or empty it yourself."
         )
 
 
@@ -191,7 +192,7 @@ def _move_into_place(staged: Path, folder: Path, force: bool) -> None:
             return
     raise RecipeError(
         f"the output '{folder}' was written by another process meanwhile. Choose another folder, or replace it with "
-        "--force."
+        "--force (force=True)."
     )
 
 

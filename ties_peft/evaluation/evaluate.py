@@ -127,7 +127,7 @@ def find_base(adapters: Sequence[Adapter | None], tasks: Sequence[Task], base: s
     found = {str(base)} if base is not None else named or trained
     if len(found) != 1:
         seen = f"several are named ({', '.join(sorted(found))})" if found else "none is named"
-        raise RecipeError(f"one base model is needed, but {seen}. Name one: base: in the task, or --base.")
+        raise RecipeError(f"one base model is needed, but {seen}. Name one: base: in the task, base=, or --base.")
     (chosen,) = found
     others = sorted(name for name in trained if Path(name).name != Path(chosen).name)
     if others:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.extra_tensors import BASE, TOKENS, ExtraTensor, shape_text
+from ..adapters.sources import is_hub_name, local_path, similar_folder
 from ..adapters.types.base import BIAS, EXPERT, ModuleInfo
 from ..errors import CompatibilityError, RecipeError, error_text, first_rows, unknown
 from ..merging.options import DTYPES
@@ -30,6 +31,7 @@ AUTO_CLASSES = {  # the forms of a base model, and the class of transformers tha
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
 LANGUAGE = "language"  # stands for causal or seq2seq; the model's config says which
+NAME_BASE = "Name a folder that save_pretrained wrote, with its tokenizer, or an id on the Hub (base: in the task, base=, or --base)."
 UNLIMITED = 1 << 30  # tokens, where the config names no number of positions
 FORM_OF_MEASURE = {"descriptions": "encoder", "head": "classifier"}  # all other measures need a language model
 
@@ -88,6 +90,8 @@ class Bench:
         import transformers
 
         place = check_device(device)
+        if local_path(str(base)) is None and not is_hub_name(str(base)):
+            raise RecipeError(f"base model '{base}': there is no such folder.{similar_folder(str(base))} {NAME_BASE}")
         precision = _precision(dtype, transformers.__version__)
         try:
             with silenced(transformers):
@@ -98,10 +102,13 @@ class Bench:
                 model, info = loader.from_pretrained(base, token=token, output_loading_info=True, **precision)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(base, token=token)
         except Exception as error:  # transformers', the Hub's and the file system's own
-            raise RecipeError(
-                f"base model '{base}' cannot be loaded as {AUTO_CLASSES.get(form, form)} ({error_text(error)}). Name a "
-                "folder that save_pretrained wrote, with its tokenizer, or an id on the Hub (base: in the task, or --base)."
-            ) from None
+            wanted = f"{AUTO_CLASSES.get(form, 'a language model')} ({error_text(error)})."
+            if local_path(str(base)) is None:
+                raise RecipeError(
+                    f"base model '{base}': there is no such folder here, and it cannot be loaded from the Hub as {wanted}"
+                    f"{similar_folder(str(base))} {NAME_BASE}"
+                ) from None
+            raise RecipeError(f"base model '{base}' cannot be loaded as {wanted} {NAME_BASE}") from None
         bench = cls(model.to(place), tokenizer, str(base), form)
         bench._missing = find_missing_weights(bench.model, info, bench._test_output)
         if bench._missing:

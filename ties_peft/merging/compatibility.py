@@ -197,7 +197,7 @@ def _renamed(adapter: Adapter, table: Mapping[str, str], whose: str, warnings: l
     if whole:
         warnings.append(
             f"{adapter.label} stores {len(whole)} whole tensors under older names too ({whole[0]!r}). They are written "
-            "unchanged, and newer versions of transformers do not find them. Leave them out with --heads drop."
+            'unchanged, and newer versions of transformers do not find them. Leave them out with --heads drop (heads="drop").'
         )
     return adapter.renamed(table)
 
@@ -213,7 +213,7 @@ def _warn_prefix(adapters: Sequence[Adapter], warnings: list[str]) -> None:
     warnings.append(
         f"the module names begin with '{tower}' ({adapters[0].modules[0]!r}) and are written so. CLIPModel and "
         f"CLIP{encoder}ModelWithProjection have this prefix; CLIP{encoder}Model and similar classes lost it in transformers 5.6. "
-        "For one of those, convert the adapter with --modules and a file of that model's module names."
+        "For one of those, convert the adapter with a file of that model's module names, --modules FILE (modules=FILE)."
     )
 
 
@@ -262,7 +262,7 @@ def choose_task_type(members: Sequence[Member], loads: Callable[[str], bool], wa
         why, advice = f"it is not a name ({listed})", "Correct task_type in their adapter_config.json."
     else:
         why = f"the result lacks a layer that was trained for {named[0]}"
-        advice = "Keep the head of one adapter (--heads keep=NAME) to have it."
+        advice = 'Keep the head of one adapter (--heads keep=NAME, heads="keep=NAME") to have it.'
     warnings.append(f"task_type is left out: {why}. The result is loaded as a plain PeftModel. {advice}")
     return TaskType(None, named, why)
 

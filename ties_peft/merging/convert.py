@@ -103,9 +103,10 @@ def open_as_peft(source: str, options: ConversionOptions, all_parts: bool = Fals
     config = recognise.read_config(files.folder, source)
     file = recognise.recognise(files, config, source)
     if file is None or (file.format.name == "PEFT" and config is not None):
-        given = [f"--{name}" for name in ("part", "alpha") if getattr(options, name) is not None]
-        if given and not (all_parts and given == ["--part"]):
-            raise RecipeError(f"{', '.join(given)} is for files that are not PEFT's, and '{source}' is. Leave it out.")
+        given = [name for name in ("part", "alpha") if getattr(options, name) is not None]
+        if given and not (all_parts and given == ["part"]):
+            flags = ", ".join(f"--{name} ({name}=…)" for name in given)
+            raise RecipeError(f"{flags} is for files that are not PEFT's, and '{source}' is. Leave it out.")
         return _rename_modules(Adapter.load(source, base=options.base), options, source)
     if not file.is_plain:
         recognise.refuse_file(file, config, source)

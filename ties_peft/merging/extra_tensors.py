@@ -172,7 +172,7 @@ class ExtraTensors:
         if not torch.isfinite(made).all():
             raise RecipeError(
                 f"tensor {key!r} holds values beyond {str(made.dtype).removeprefix('torch.')}. Write float32 or "
-                "bfloat16 (--dtype), or leave the whole layers out (--heads drop)."
+                'bfloat16 (--dtype, dtype=…), or leave the whole layers out (--heads drop, heads="drop").'
             )
         return made.contiguous().clone()
 
@@ -195,7 +195,7 @@ class ExtraTensors:
             raise CompatibilityError(
                 f"heads is 'average', but {len(differing)} whole layer(s) have no mean, because their shapes or tensors differ or "
                 f"hold whole numbers:\n{_differences(differing)}\n"
-                f"Keep one adapter's, --heads {_keep_flags(differing)}, or leave them out, --heads drop."
+                f"Keep one adapter's, --heads {_keep_flags(differing)}, or leave them out, --heads drop (heads=… in Python)."
             )
         for layer in averaged:
             if self._total_weight(layer) == 0:
@@ -225,8 +225,8 @@ class ExtraTensors:
                 raise CompatibilityError(
                     f"layer {path!r} is saved whole in {', '.join(layer.names[p] for p in layer.used)}, while "
                     f"{', '.join(others) or 'another'} adapts {min(inside)!r} or rows of it; one PEFT adapter cannot do "
-                    "both. Leave the whole layers out (--heads drop), keep those of another adapter (--heads keep=NAME), "
-                    "or leave one adapter out."
+                    "both. Leave the whole layers out (--heads drop), keep those of another adapter (--heads keep=NAME; heads=… in "
+                    "Python), or leave one adapter out."
                 )
 
 

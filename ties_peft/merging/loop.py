@@ -146,7 +146,7 @@ class _Loop:
         if not all(_all_finite(tensor) for tensor in written.values()):
             raise RecipeError(
                 f"module {module.name!r}: the merged values are beyond {str(plan.dtype).removeprefix('torch.')} "
-                "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype)."
+                "with this scale and these weights. Lower them, or write float32 or bfloat16 (--dtype, dtype=…)."
             )
         return written, measure_module(self.modules, module, factors, written, self.counts)
 

@@ -106,7 +106,7 @@ class Pipeline:
             if self.target == DIFFUSERS and part not in LOADED.get(self.architecture, OTHER_PARTS):
                 reason = (
                     f"belong to {part!r}, of which load_lora_weights of {known} loads no LoRA. Leave that part out "
-                    f"(--weights-for {part}=0) or choose --target kohya"
+                    f'(--weights-for {part}=0) or choose --target kohya (target="kohya")'
                 )
                 raise self._refusal([f"{part}.{path}" for path in own], reason)
             if self.target == KOHYA:
@@ -123,7 +123,8 @@ class Pipeline:
             lacking = list(modules)
             reason = (
                 "are of no model whose names in kohya's files are known here (Stable Diffusion, SDXL, SD3, Flux). If they are of "
-                "one of these, name the base with --base-name; otherwise choose --target diffusers"
+                "one of these, name the base with --base-name (base_model=…); otherwise choose --target diffusers "
+                '(target="diffusers")'
             )
         if lacking:
             raise self._refusal([f"{part}.{name}" for name in lacking], reason)
@@ -180,7 +181,7 @@ def choose_pipeline(
     if target is None:
         warnings.append(
             f"the result is written for diffusers ({IMAGE_TARGETS[DIFFUSERS]}). For A1111, Forge, ComfyUI or kohya's trainers choose "
-            "--target kohya."
+            '--target kohya (target="kohya").'
         )
     metadata = {adapter.label: adapter.origin.metadata for adapter in adapters if adapter.origin}
     return found, Pipeline(target or DIFFUSERS, _architecture(adapters, modules, parts, base), parts, metadata)
@@ -191,7 +192,8 @@ def _without_part(adapters: Sequence[Adapter], parts: set[str]) -> list[Adapter]
     if len(parts) > 1:
         raise CompatibilityError(
             f"target peft: the adapters adapt {', '.join(sorted(parts))}, and a folder of PEFT is for one model. Write all "
-            "parts with --target diffusers or --target kohya, or convert one of them: ties-peft convert FILE --part PART."
+            "parts with --target diffusers or --target kohya (target=… in Python), or convert one of them: ties-peft convert "
+            "FILE --part PART."
         )
     prefix = f"{next(iter(parts))}."
     return [

@@ -301,7 +301,7 @@ def _space_to_compute_in(space: Space, stages: Stages) -> Space:
         return find_space("core")()
     advice = "Use one of them alone."
     if all("core" in stage.spaces for stage in stages.all):
-        advice = "Use space 'core' (--space core), whose entries are not those of 'delta'."
+        advice = "Use space 'core' (--space core, space=\"core\"), whose entries are not those of 'delta'."
     raise MethodError(
         f"'{entrywise[0]}' works on entries and '{spectral[0]}' on singular vectors. Together they cannot work in space "
         f"'delta'. {advice}"

@@ -144,7 +144,7 @@ class Study:
         if different:
             raise RecipeError(
                 f"the study {self._study.study_name!r} in '{storage}' is of another search; the two differ in "
-                f"{', '.join(different)}. Repeat the same search, or choose another name (study, --study) or storage."
+                f"{', '.join(different)}. Repeat the same search, or choose another name (study=…, --study) or storage."
             )
 
 

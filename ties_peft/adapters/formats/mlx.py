@@ -80,7 +80,7 @@ class Mlx(Format):
         except (TypeError, KeyError, ValueError, ZeroDivisionError):
             raise AdapterError(
                 f"adapter '{label}': {ADAPTER_CONFIG} gives no scale (lora_parameters is {given!r}). Give lora_alpha = scale "
-                "× rank: --alpha NUMBER."
+                "× rank: --alpha NUMBER (alpha=NUMBER)."
             ) from None
         if not math.isfinite(scale):
             raise AdapterError(
