@@ -183,3 +183,8 @@ def test_a_result_hands_its_licence_on(make_lora: Make, tmp_path: Path) -> None:
     (folder / "README.md").write_text(MIT)
     ties_peft.merge([folder]).save(tmp_path / "out")
     assert ties_peft.merge([tmp_path / "out"]).report.licence == {"license": "mit"}
+
+
+def test_a_card_links_to_no_package_index(make_lora: Make) -> None:
+    card = card_of(ties_peft.merge([make_lora("a"), make_lora("b", seed=1)]))
+    assert "Made by `ties_peft` with the method" in card and "pypi.org" not in card

@@ -10,7 +10,7 @@ import shlex
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from test_readme import commands, joined
 
 import ties_peft
 from ties_peft.cli import app
+from ties_peft.merging import members
 from ties_peft.methods import method_classes
 
 ROOT = Path(__file__).parent.parent
@@ -223,3 +224,19 @@ def test_the_figures_of_search_are_those_of_its_results() -> None:
                 mean, spread = statistics.mean(values), statistics.stdev(values)
                 expected.append(f"{mean:.1f} ± {spread:.1f}" if spread > 0.01 else f"{mean:.1f}")
         assert cells[1].split(" | ") == expected, label
+
+
+def test_the_ratio_of_norms_that_is_warned_of_is_the_same_everywhere() -> None:
+    assert members.UNEQUAL == 3
+    sources = [*PAGES, ROOT / "docs/methods.yaml"]
+    assert not [page.name for page in sources if "severalfold" in page.read_text(encoding="utf-8")]
+    for page in ("guides/analyze.md", "guides/merge-llm-loras.md", "methods.yaml"):
+        assert "differ threefold or more" in (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert "`norms differ` | the largest norm is three times" in text_of(ROOT / "docs/guides/troubleshooting.md")
+
+
+def test_the_guide_to_analyze_has_the_headings_that_are_printed(make_lora: Callable[..., Path]) -> None:
+    printed = run("analyze", make_lora("a"), make_lora("b", seed=1)).out
+    guide = text_of(ROOT / "docs/guides/analyze.md")
+    for heading in ("effective rank", "in largest 20 %", "sign conflict", "predicted", "kept by both", "overlap in"):
+        assert heading in printed and f'"{heading}"' in guide

@@ -66,9 +66,41 @@ def test_modules_of_some_adapters_are_counted(make_lora: Make) -> None:
 def test_a_rank_that_is_not_needed_and_one_that_is_too_small(make_lora: Make) -> None:
     folders = [make_lora("a", rank=2, shapes=WIDE), make_lora("b", rank=2, seed=1, shapes=WIDE)]
     found = advice("is not needed", folders, 0.2, 16, methods=["average"])
-    assert "Rank 4 keeps 100.0%" in found.text and found.option == "--rank 4"
+    assert "Rank 4 keeps 100.0%" in found.text and found.option == "--method average --rank 4"
     cut = advice("a larger rank keeps more", folders, 0.2, 1, methods=["average"])
-    assert cut.option in ("--rank 2", "--rank max") and cut.text.startswith("Rank 1 keeps")
+    assert cut.option in ("--method average --rank 2", "--method average --rank max") and cut.text.startswith(
+        "Rank 1 keeps"
+    )
+
+
+def test_no_rank_under_that_of_an_adapter_is_advised_nor_for_a_flat_spectrum(make_lora: Make) -> None:
+    folders = [make_lora("a", rank=2, gain=100, shapes=WIDE), make_lora("b", rank=8, seed=1, shapes=WIDE)]
+    analysis = ties_peft.analyze(folders, rank=20, methods=["auto", "task_arithmetic"])
+    assert analysis.methods[1].rank_for(0.99) == 2
+    (found,) = [one for one in analysis.advice if "is not needed" in one.text]
+    assert found.text.startswith("Rank 8 keeps") and found.option == "--method task_arithmetic --rank 8"
+    flat = ties_peft.analyze(folders, methods=["auto", "iso_c"])
+    assert all(one.flat for one in flat.methods)
+    assert not any("is not needed" in one.text for one in flat.advice)
+
+
+def test_on_a_language_model_the_projection_advises_no_method_but_to_measure(make_lora: Make) -> None:
+    shapes = {"model.layers.0.self_attn.q_proj": (64, 48)}
+    for config in ({"task_type": "CAUSAL_LM"}, {"task_type": None}):  # the latter by the names of its modules
+        folders = [make_lora(name, seed=seed, shapes=shapes, **config) for seed, name in enumerate("abcd")]
+        analysis = ties_peft.analyze(folders, methods=["average", "iso_c"])
+        assert analysis.methods[0].projection[0] < 0.34  # type: ignore[operator]
+        texts = [one.text for one in analysis.advice]
+        assert [one.option for one in analysis.advice if "--method" in (one.option or "")] == []
+        assert not any("leaves little" in text for text in texts)
+        assert sum("ties-peft evaluate" in text and "--bare --task" in text for text in texts) == 1
+        assert not any("evaluate" in one.text for one in ties_peft.analyze(folders, methods=[]).advice)
+
+
+def test_a_method_that_chose_another_is_named_with_it(make_lora: Make) -> None:
+    folders = [make_lora("a", shapes=WIDE), make_lora("b", seed=1, shapes=WIDE)]
+    lines = str(ties_peft.analyze(folders, methods=["auto", "ties"])).splitlines()
+    assert any(line.startswith("auto (dual) ") for line in lines) and any(line.startswith("ties ") for line in lines)
 
 
 def facts(**pairs: float) -> Facts:

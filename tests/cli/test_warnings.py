@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from cli.run_command import run
+from conftest import SAMPLES
 
 import ties_peft
 from ties_peft.methods import method_classes
 
 Make = Callable[..., Path]
+ROOT = SAMPLES.parent
 SHAPES = {"layers.0.q": (12, 10), "layers.0.up": (20, 12), "layers.1.q": (5, 40)}
 THINNING = [n for n, cls in method_classes().items() if "density" in cls.model_fields and not cls.chooses()]
 
@@ -98,6 +100,53 @@ def test_one_adapter_that_keeps_its_entries_is_not(folders: list[Path], asked: d
 def test_the_share_is_the_adapters_own(folders: list[Path], asked: dict[str, Any], share: str) -> None:
     said = [warning for warning in warned(folders[:1], **asked) if "only one adapter" in warning]
     assert len(said) == 1 and f"keeps {share} of its entries" in said[0]
+
+
+MEASURE = "The projections are not a measure of accuracy; measure it: ties-peft evaluate ADAPTERS merged --bare --task FILE.yaml"
+
+
+@pytest.mark.parametrize(("task_type", "said"), [("CAUSAL_LM", True), ("SEQ_CLS", False), (None, False)])
+@pytest.mark.parametrize("method", ["auto", "ties"])
+def test_the_report_of_a_language_models_adapters_says_once_to_measure(
+    make_lora: Make, task_type: str | None, said: bool, method: str, tmp_path: Path
+) -> None:
+    folders = [make_lora(f"a{n}", seed=n, shapes=SHAPES, task_type=task_type) for n in range(2)]
+    done = run("merge", *folders, "--method", method, "--out", tmp_path / "out", "--report", tmp_path / "r.html")
+    assert done.code == 0 and "not a measure of accuracy" not in done.err
+    report = " ".join(done.out.partition("\nwritten to ")[0].split())
+    assert report.count(MEASURE) == said
+    assert ("kept more accuracy than ties: docs/measurements.md" in report) == (said and method == "ties")
+    assert ("not a measure of accuracy" in (tmp_path / "r.html").read_text(encoding="utf-8")) == said
+    if said:
+        end = "docs/measurements.md." if method == "ties" else MEASURE
+        assert report.endswith(end)
+
+
+def test_what_is_said_of_ties_on_a_language_model_was_measured() -> None:
+    stored = json.loads((ROOT / "benchmarks/results/language_model.json").read_text(encoding="utf-8"))
+    for split in ("validation", "test"):
+        means = {(row["method"], row["space"]): row["six"] for row in stored[split]["six"]}
+        assert all(means["auto", "delta"] > mean for (name, _), mean in means.items() if name.split()[0] == "ties")
+
+
+def test_one_adapter_alone_is_said_to_have_nothing_to_merge_with(folders: list[Path], tmp_path: Path) -> None:
+    said = "There is only one adapter, and nothing to merge it with."
+    done = run("merge", folders[0], "--out", tmp_path / "one")
+    assert (done.code, done.err) == (0, "") and done.out.count(said) == 1
+    assert said not in run("merge", *folders, "--out", tmp_path / "all").out
+    assert said not in run("convert", folders[0], "--out", tmp_path / "converted").out
+
+
+def test_weights_are_printed_with_three_digits_and_stored_with_all(make_lora: Make, tmp_path: Path) -> None:
+    folders = [make_lora("a", seed=1), make_lora("b", seed=2, gain=2.345678)]
+    done = run("merge", *folders, "--weights", "norm", "--out", tmp_path / "out")
+    weights = [line.weight for line in ties_peft.merge(folders, weights="norm").report.adapters]
+    shown = [line.split()[2] for line in done.out.splitlines() if line.startswith(("1  a", "2  b"))][:2]
+    assert shown == [f"{weight:.3g}" for weight in weights] and max(map(len, shown)) <= 5
+    report = json.loads((tmp_path / "out/provenance.json").read_text(encoding="utf-8"))["report"]
+    assert [line["weight"] for line in report["adapters"]] == weights
+    thousands = run("merge", *folders, "--weights", "1234.5,1", "--out", tmp_path / "big").out
+    assert "1230" in thousands and "e+03" not in thousands.partition("cosine")[0].split("norm")[0]
 
 
 def test_adapters_of_which_the_density_keeps_nothing_are_named(folders: list[Path]) -> None:

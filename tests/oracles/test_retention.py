@@ -308,6 +308,47 @@ def test_norms_are_warned_of_from_about_threefold_on(make_lora: Make, ratio: flo
     assert not said(ties_peft.merge(folders, weights=[ratio, 1]), "norms differ")
 
 
+@pytest.mark.parametrize(
+    ("asked", "elects"),
+    [
+        ({}, False),
+        ({"method": "task_arithmetic"}, False),
+        ({"method": "iso_c"}, False),
+        ({"method": "ties"}, True),
+        ({"method": "dare_ties"}, True),
+        ({"method": "ties", "elect": "none"}, False),
+        ({"method": "ties", "disjoint": "mean_all"}, False),
+    ],
+)
+def test_only_a_method_that_elects_signs_is_said_to_lose_the_small_one_by_them(
+    make_lora: Make, asked: dict[str, str], elects: bool
+) -> None:
+    folders = of_norms(make_lora, {"small": 1.0, "large": 9.2})
+    merged = ties_peft.merge(folders, **asked)  # type: ignore[arg-type]
+    (text,) = said(merged, "norms differ 9.2-fold")
+    assert ("elects signs" in text) == elects and "--weights norm" in text and "task_arithmetic" not in text
+    if not asked:  # by the default the small one keeps as much of itself as the large one
+        small, large = (line.projection for line in merged.report.adapters)
+        assert small > 0.8 * large  # type: ignore[operator]
+    (seen,) = [text for text in inspect([str(folder) for folder in folders]).warnings if "norms differ" in text]
+    assert "9.2-fold" in seen and "elects signs" not in seen
+
+
+def test_what_is_advised_where_little_is_left_leaves_more(make_lora: Make) -> None:
+    folders = of_norms(make_lora, NORMS)
+    (text,) = said(ties_peft.merge(folders, "ties"), "little is left")
+    assert "method that adds" not in text and "task_arithmetic" not in text
+    assert (
+        "(--scale, scale=…)" in text and 'cat adds the task vectors whole, at rank max (--rank max, rank="max")' in text
+    )
+    merged = ties_peft.merge(folders, "cat", rank="max")
+    taken = sum(definition.matrix([definition.read(folder) for folder in folders]))
+    assert (
+        merged.report.norm == pytest.approx(float(np.linalg.norm(taken)), rel=1e-5) and merged.report.energy > 1 - 1e-6
+    )
+    assert not said(merged, "little is left")
+
+
 def test_an_adapter_of_zeros_has_no_part_in_the_ratio_of_norms(make_lora: Make) -> None:
     merged = ties_peft.merge([*of_norms(make_lora, {"a": 1.0, "b": 2.0}), make_lora("zero", shapes=WIDE, gain=0)])
     assert said(merged, "0 everywhere") and not said(merged, "norms differ")

@@ -10,6 +10,8 @@ import numpy as np
 
 from ..merging.measure import LOW_ENERGY, LOW_PROJECTION, SAME_COSINE
 from ..merging.members import UNEQUAL
+from ..merging.options import Options
+from ..merging.report import EVALUATE
 from .method_figures import MethodResult
 
 INFO, WARNING = "info", "warning"
@@ -50,6 +52,7 @@ class Facts:
         shared: how many modules all adapters have.
         modules: how many there are.
         methods: the results of the methods, the first one preferred where they do equally well.
+        causal_lm: whether they are adapters of a causal language model, on which no figure predicts accuracy.
     """
 
     names: Sequence[str]
@@ -59,6 +62,7 @@ class Facts:
     shared: int
     modules: int
     methods: Sequence[MethodResult]
+    causal_lm: bool = False
 
     def selected(self, chosen: np.ndarray) -> list[tuple[int, int]]:
         """Return the pairs (i, j), i < j, that a matrix of truth values selects."""
@@ -123,14 +127,24 @@ def _unequal_norms(facts: Facts) -> Iterator[Advice]:
     if round(norms[large] / norms[small], 1) >= UNEQUAL:
         yield Advice(
             f"The norm of {facts.names[large]} ({norms[large]:.3g}) is {norms[large] / norms[small]:.1f} times that of "
-            f"{facts.names[small]} ({norms[small]:.3g}), which a merge with equal weights mostly loses. Equal norms prevent it.",
+            f"{facts.names[small]} ({norms[small]:.3g}), of which a method that elects signs loses most entries. If they count "
+            "equally, bring them to one norm.",
             "--weights norm",
             WARNING,
         )
 
 
 def _little_left(facts: Facts) -> Iterator[Advice]:
-    """Name the adapters of which a method leaves little, and the method that leaves most of the worst."""
+    """Name the adapters of which a method leaves little, and the method that leaves most of the worst.
+
+    On a causal language model, where the projection does not predict accuracy, say instead how to measure it.
+    """
+    if facts.causal_lm:
+        if facts.methods:
+            yield Advice(
+                f"The projections advise no method here. Merge, and measure the accuracy: {EVALUATE}", None, INFO
+            )
+        return
     least = [_least(result) for result in facts.methods]
     for result, worst in zip(facts.methods, least, strict=True):
         places = [i for i, value in enumerate(result.projection) if value is not None and value < LOW_PROJECTION]
@@ -160,21 +174,30 @@ def _low_energy(facts: Facts) -> Iterator[Advice]:
             yield Advice(
                 f"Rank {result.rank} keeps {result.energy:.0%} of the energy of what {result.method} makes; a larger rank "
                 "keeps more.",
-                "--rank max" if result.energy < LOW_ENERGY else f"--rank {2 * result.rank}",
+                _rank_option(result, "max" if result.energy < LOW_ENERGY else 2 * result.rank),
                 WARNING if result.energy < LOW_ENERGY else INFO,
             )
 
 
 def _smaller_rank(facts: Facts) -> Iterator[Advice]:
+    """Name a smaller rank, at least that of every adapter, for the methods whose spectrum falls."""
     for result in facts.methods:
         enough = result.rank_for(NEARLY_ALL)
-        if enough is not None and result.rank is not None and 2 * enough <= result.rank:
+        if enough is None or result.rank is None or result.flat:
+            continue
+        enough = max(enough, int(facts.adapters["rank"].max()))
+        if 2 * enough <= result.rank:
             yield Advice(
                 f"Rank {enough} keeps {result.energies[enough - 1]:.1%} of the energy of what {result.method} makes; rank "
                 f"{result.rank} is not needed.",
-                f"--rank {enough}",
+                _rank_option(result, enough),
                 INFO,
             )
+
+
+def _rank_option(result: MethodResult, rank: int | str) -> str:
+    """Return the flags that merge by a method at a rank; the default method is not named."""
+    return f"--rank {rank}" if result.method == Options.method else f"--method {result.method} --rank {rank}"
 
 
 def _missing_modules(facts: Facts) -> Iterator[Advice]:
@@ -198,7 +221,7 @@ def _excess_conflict(facts: Facts) -> Iterator[Advice]:
         f"The signs of {facts.names[i]} and {facts.names[j]} differ in {facts.pairs['sign_conflict'][i, j]:.0%} of the entries "
         f"that both keep, {100 * excess[i, j]:.0f} points more than their cosine of {facts.pairs['cosine'][i, j]:.2f} "
         f"predicts{others}: they disagree where their entries are large. A method that elects signs keeps one of the two there.",
-        "--method ties",
+        None if facts.causal_lm else "--method ties",
         INFO,
     )
 

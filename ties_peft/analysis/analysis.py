@@ -43,6 +43,7 @@ class Analysis(Printed):
         places: the layer and the kind of each module.
         measured: the figures of every module.
         methods: what each method leaves of each adapter.
+        causal_lm: whether the adapters are those of a causal language model.
         warnings: of the check before a merge, and what was left out here.
         seconds: that the analysis took.
     """
@@ -57,6 +58,7 @@ class Analysis(Printed):
     places: list[Place]
     measured: Measured
     methods: list[MethodResult]
+    causal_lm: bool = False
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -126,7 +128,16 @@ class Analysis(Printed):
         """Sentences, each with its figure and the option that acts on it."""
         shared = int(self.measured.has.all(1).sum())
         return advise(
-            Facts(self.names, self.adapters, self.pairs, self.density, shared, len(self.modules), self.methods)
+            Facts(
+                self.names,
+                self.adapters,
+                self.pairs,
+                self.density,
+                shared,
+                len(self.modules),
+                self.methods,
+                self.causal_lm,
+            )
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -343,7 +354,7 @@ class Analysis(Printed):
             each = ["–" if value is None else f"{value:.2f}" for value in result.projection] if numbers else []
             rows.append(
                 (
-                    result.method,
+                    result.title,
                     "–" if result.rank is None else str(result.rank),
                     f"{result.energy:.1%}",
                     f"{min(known, default=0):.2f}",

@@ -14,7 +14,7 @@ from ..adapters.base_model import BaseModel
 from ..errors import RecipeError
 from ..merging.encoding import EncodedModules, MergeCache
 from ..merging.measure import MAX_PAIRED
-from ..merging.merge import make_recipe, open_adapters
+from ..merging.merge import has_causal_base, make_recipe, open_adapters
 from ..merging.options import DROP, Options, Rank
 from ..merging.plan import Plan, Progress, make_plan
 from ..methods import find_method
@@ -90,6 +90,7 @@ def analyze(
         places=module_places(list(plan.modules)),
         measured=measured,
         methods=results,
+        causal_lm=has_causal_base(plan),
         warnings=warnings,
         seconds=time.perf_counter() - started,
     )

@@ -231,7 +231,7 @@ def _cosines(opened: Sequence[Adapter]) -> tuple[tuple[float, ...], ...]:
 
 
 def _warnings_of_set(summaries: Sequence[AdapterSummary], opened: Sequence[Adapter]) -> list[str]:
-    """Return the warnings about norms that differ severalfold and about an adapter that is given twice."""
+    """Return the warnings about norms that differ much and about an adapter that is given twice."""
     found = unequal_norms({one.source: one.norm for one in summaries})
     for i, adapter in enumerate(opened):
         duplicate = next((other for other in opened[:i] if other.digest == adapter.digest), None)

@@ -36,7 +36,7 @@ def merge_page(merged: Merged, out: Path) -> str:
         "A merge of adapters",
         {
             "names": [line.name for line in report.adapters],
-            "facts": [fact],
+            "facts": [fact, *report.remarks],
             "advice": [{"text": text, "option": None, "severity": WARNING} for text in report.warnings],
             "adapters": _adapter_table(report),
             "pairs": page.pair_figures(PAIR_FIGURES[:1], {"cosine": cosines}),

@@ -36,6 +36,7 @@ class MethodResult:
         projection, cosine, others: of each adapter, see `merging.measure.retention`.
         module_projections, module_cosines: the same of each module, (M, N); NaN where an adapter lacks the module.
         norms: of the merged task vector on each module, before truncation, (M,).
+        flat: whether the spectrum is flat, so that a smaller rank leaves out directions that count.
     """
 
     method: str
@@ -51,6 +52,12 @@ class MethodResult:
     module_projections: Array
     module_cosines: Array
     norms: Array
+    flat: bool = False
+
+    @property
+    def title(self) -> str:
+        """The method, and in brackets the one that it chose."""
+        return self.method if self.used == self.method else f"{self.method} ({self.used})"
 
     def rank_for(self, share: float) -> int | None:
         """Return the smallest rank that keeps a share of the energy; None if that of the result does not."""
@@ -90,6 +97,7 @@ def measure_method(recipe: Recipe, plan: Plan, progress: Progress, caches: dict[
         module_projections=projections,
         module_cosines=cosines,
         norms=norms,
+        flat=any(stage.has_flat_spectrum() for stage in own.stages.all),
     )
 
 

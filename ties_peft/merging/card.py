@@ -25,7 +25,7 @@ PLACEHOLDER_FOLDER = "path/to/this/folder"  # in the lines of Python; `push` wri
 ABSOLUTE = re.compile(r"(?<![\w:/.])(?:/|~/|[A-Za-z]:\\)[^\s'\",;()\[\]]+")
 LICENCE = ("license", "license_name", "license_link")
 LARGEST_CARD = 1 << 20  # bytes; a larger file is not read for its licence
-PROJECT = "[ties_peft](https://pypi.org/project/ties-peft/)"
+PROJECT = "`ties_peft`"
 FIGURES = (
     "Here τᵢ is the task vector of an adapter and τ the merged one: projection = ⟨τ, τᵢ⟩/‖τᵢ‖² (1: all of τᵢ is in the "
     "result, 0: nothing), cosine = ⟨τ, τᵢ⟩/(‖τ‖·‖τᵢ‖), others = ‖τ − projection·τᵢ‖/‖τᵢ‖."

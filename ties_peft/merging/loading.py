@@ -43,6 +43,7 @@ ENDINGS = {  # of a class's name: the Auto class that gives it; a class with ano
     "ForImageClassification": "AutoModelForImageClassification",
     "Model": "AutoModel",
 }
+CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 UNET = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 DIFFUSERS = re.compile(r"(.+\.)?to_(q|k|v|out\.0)$")  # the attention of diffusers' models alone has these names
@@ -132,6 +133,13 @@ def find_loading(facts: AdapterFacts) -> Loading:
         return replace(found, options={"subfolder": inside} if inside else {})
     options = {**({"subfolder": part} if part else {}), **_labels(facts, config)}
     return replace(found, options=options, vocabulary=_vocabulary(facts, config))
+
+
+def is_causal_lm(facts: AdapterFacts) -> bool:
+    """Return whether adapters are those of a causal language model: by their task types, or if they name none by the class."""
+    if facts.tasks:
+        return set(facts.tasks) == {"CAUSAL_LM"}
+    return find_loading(facts).name.endswith(CAUSAL_CLASSES)
 
 
 def _class(facts: AdapterFacts, config: Mapping[str, Any]) -> Loading:

@@ -258,13 +258,20 @@ class Totals:
         zero = [line.name for line in adapters if not line.norm]
         if zero:
             yield f"the task vector of {', '.join(zero)} is 0 everywhere and adds nothing. Leave it out."
-        yield from unequal_norms({line.name: line.norm * abs(line.weight) for line in adapters}, weighted=True)
+        norms = {line.name: line.norm * abs(line.weight) for line in adapters}
+        yield from unequal_norms(norms, weighted=True, elects=self._elects_signs())
         yield from warn_low_retention(adapters, self.plan)
         for i, line in enumerate(adapters):
             same = [adapters[j].name for j in range(i) if cosines is not None and cosines[i][j] > SAME_COSINE]
             if same:
                 yield f"{line.name} is nearly the same as {', '.join(same)} (cosine over {SAME_COSINE})."
         yield from self._warn_low_rank(energy)
+
+    def _elects_signs(self) -> bool:
+        """Return whether the method elects signs; one that counts those that differ may still take both."""
+        counted = any(module.line.conflict is not None for module in self.modules)
+        given = (getattr(self.plan.method, name, None) for name in ("elect", "disjoint"))
+        return counted and not {"none", "mean_all"} & {rule for rule in given if isinstance(rule, str)}
 
     def _warn_low_rank(self, energy: float) -> Iterator[str]:
         """Warn if the rank cuts off directions that count as much as those it keeps, or more than half of the energy."""
@@ -302,16 +309,15 @@ def warn_low_retention(adapters: Sequence[AdapterLine], plan: Plan) -> list[str]
     shown = ", ".join(f"{line.name} ({figure(line.projection)})" for line in low[:8])
     more = f" and {len(low) - 8} more" if len(low) > 8 else ""
     even = "" if plan.weighting == NORM else ' (--weights norm, weights="norm", brings all to one length)'
-    if len(low) == len(adapters):
-        advice = f"Raise the scale, which is {plan.scale:g}."
-    elif plan.method.linear(len(adapters)):
-        advice = f"Raise its weight{even}, or the scale, which is {plan.scale:g}."
-    else:
-        advice = f"Use a method that adds, such as task_arithmetic, or raise its weight{even}."
+    scale = f"the scale, which is {plan.scale:g} (--scale, scale=…)"
+    advice = f"Raise {scale}." if len(low) == len(adapters) else f"Raise its weight{even}, or {scale}."
+    if not plan.method.linear(len(adapters)):
+        rank = "" if plan.rank is None else ', at rank max (--rank max, rank="max")'
+        advice += f" Method cat adds the task vectors whole{rank}."
     return [
         f"little is left of {shown}{more}. The number is the projection: the share of the adapter's task vector that the "
         f"result holds. Under {LOW_PROJECTION} most adapters of a sentence encoder had lost over half of their gain in accuracy; "
-        f"on a language model it did not predict the accuracy, so measure that. {advice}"
+        f"on a language model it did not predict the accuracy. {advice}"
     ]
 
 

@@ -17,6 +17,7 @@ from .recipes.schedule import Schedule, count_layers
 
 # From this ratio of norms on a warning is given; benchmarks/retention.py measures what is left of the smaller adapter.
 UNEQUAL = 3.0
+ELECTED = "The method elects signs, by which the small one loses most entries. "
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,13 @@ def equal_norm_weights(norms: Sequence[float]) -> list[float]:
     return [mean / norm if norm else 0.0 for norm in norms]
 
 
-def unequal_norms(norms: Mapping[str, float], weighted: bool = False) -> list[str]:
+def unequal_norms(norms: Mapping[str, float], weighted: bool = False, elects: bool = False) -> list[str]:
     """Return a warning if the largest norm is at least `UNEQUAL` times the smallest one that is not 0.
 
     Args:
         norms: of the task vectors, by adapter.
         weighted: whether they are norms of w·τ.
+        elects: whether the method elects signs.
     """
     there = {name: norm for name, norm in norms.items() if norm > 0}
     if len(there) < 2:
@@ -160,8 +162,8 @@ def unequal_norms(norms: Mapping[str, float], weighted: bool = False) -> list[st
         return []
     return [
         f"{'weighted norms' if weighted else 'norms'} differ {times:.1f}-fold: {large} ({there[large]:.3g}), {small} "
-        f"({there[small]:.3g}). When signs are elected, the small one loses most entries. A method that adds, such as "
-        'task_arithmetic, keeps more of it, and --weights norm (weights="norm") brings all to one norm.'
+        f'({there[small]:.3g}). {ELECTED if elects else ""}If they count equally, --weights norm (weights="norm") brings all '
+        "to one norm."
     ]
 
 

@@ -20,7 +20,7 @@ from ..errors import RecipeError, warn_caller
 from ..task_vectors.processes import SINGLE_PROCESS, ProcessGroup
 from .card import shared_licence
 from .encoding import MergeCache
-from .loading import VOCABULARY, AdapterFacts, find_loading
+from .loading import VOCABULARY, AdapterFacts, find_loading, is_causal_lm
 from .loop import merge_modules
 from .members import written_base_name
 from .merged import Merged
@@ -191,6 +191,7 @@ def run_plan(
         copied=sorted(tokenizer_files.files),
         licence=licence,
         licence_note=note,
+        causal_lm=has_causal_base(plan),
     )
     warn_caller(report.warnings if warns else ())
     config, recipe = _config(plan), plan.recipe
@@ -215,6 +216,11 @@ def _config(plan: Plan) -> dict[str, Any]:
         **({"fan_in_fan_out": True} if _has_conv1d(plan) else {}),
         **({"layer_replication": configs[0]["layer_replication"]} if configs[0].get("layer_replication") else {}),
     }
+
+
+def has_causal_base(plan: Plan) -> bool:
+    """Return whether the adapters of a merge are those of a causal language model."""
+    return plan.pipeline is None and is_causal_lm(_adapter_facts(plan, _config(plan)))
 
 
 def _adapter_facts(plan: Plan, config: Mapping[str, Any]) -> AdapterFacts:

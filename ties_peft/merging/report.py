@@ -17,6 +17,7 @@ from .tables import Printed, make_facts, make_table, make_text, number_column
 COSINE_WIDTH = 6  # columns of text for one cosine and the blank before it
 LISTED_PAIRS = 5  # pairs that are shown from each end of the order
 LISTED_RANKS = 3  # of one adapter, that are shown one by one
+CONVERTED = "average"  # the method by which `convert` merges one adapter: nothing is averaged
 
 OUTCOMES = {
     "identical": "kept, the same in",
@@ -27,6 +28,7 @@ OUTCOMES = {
     "unchanged": "left out, unchanged in",
     "left out": "left out, held by",
 }
+EVALUATE = "ties-peft evaluate ADAPTERS merged --bare --task FILE.yaml"  # measures a merge; capitals stand for names
 FORMS = {"tokens": "trained tokens of ", "base": "the base's own under "}
 
 
@@ -149,6 +151,7 @@ class Report(Printed):
         task_type: of the result, or why it is left out.
         licence: of the result's card, taken from the adapters' cards.
         licence_note: the licence as text, or why none is taken.
+        causal_lm: whether the adapters are those of a causal language model.
     """
 
     method: str
@@ -175,6 +178,22 @@ class Report(Printed):
     licence: dict[str, Any] = field(default_factory=dict)
     licence_note: str = ""
     chosen: str = ""
+    causal_lm: bool = False
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is said below the tables, and is no warning."""
+        if len(self.adapters) == 1:
+            return [] if self.method == CONVERTED else ["There is only one adapter, and nothing to merge it with."]
+        if not self.causal_lm:
+            return []
+        found = [f"The projections are not a measure of accuracy; measure it: {EVALUATE}"]
+        if self.method == "ties":
+            found.append(
+                "On six adapters of the project's language model the default method, auto, kept more accuracy than ties: "
+                "docs/measurements.md."
+            )
+        return found
 
     @property
     def scale_text(self) -> str:
@@ -194,7 +213,8 @@ class Report(Printed):
         """Return the adapters and the result as tables, without the warnings."""
         count = len(self.adapters)
         several = [Cosines([line.name for line in self.adapters], self.cosines)] if self.cosines and count > 2 else []
-        return Group(self._inputs(), Text(), *several, *([Text()] if several else []), self._outcome())
+        below = [Text(), *map(make_text, self.remarks)] if self.remarks else []
+        return Group(self._inputs(), Text(), *several, *([Text()] if several else []), self._outcome(), *below)
 
     def _inputs(self) -> Table:
         shares = [_share(line.kept, line.entries) for line in self.adapters]
@@ -206,7 +226,7 @@ class Report(Printed):
                 (
                     str(number),
                     line.name,
-                    f"{line.weight:g}",
+                    f"{float(f'{line.weight:.3g}'):g}",
                     str(line.modules),
                     shown_ranks(line.ranks) if self.rank is not None else "–",
                     f"{line.norm:.3g}",
@@ -220,7 +240,7 @@ class Report(Printed):
 
     def _outcome(self) -> Table:
         rows = [("merged", f"{self.method} in space {self.space}, scale {self.scale_text}")]
-        if len(self.adapters) == 1 and self.method == "average":  # as `convert` calls it: nothing is averaged
+        if len(self.adapters) == 1 and self.method == CONVERTED:
             rows = [("converted", f"one adapter, scale {self.scale_text}")]
         if self.chosen:
             rows.append(("method", f"{self.method}, chosen by auto because {self.chosen}"))
