@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,35 @@ def test_data_sets_on_the_hub_are_rows(rows: Any, loras: list[Path], monkeypatch
     monkeypatch.setattr("ties_peft.learning.teacher_specs.read_rows", read_rows)
     assert [spec.rows.texts for spec in read_teacher_specs(loras, rows, TASK)] == [tuple(TEXTS)] * 2
     assert asked == (["org/set"] * 2 if isinstance(rows, str) else ["org/set", "org/other"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "column"), [(["prompt"], "prompt"), (["prompt", "text"], "text"), (["text", "label"], "text")]
+)
+def test_prompts_are_read_where_there_is_no_text(
+    keys: list[str], column: str, loras: list[Path], tmp_path: Path
+) -> None:
+    """Without a task, and with one that names no column; the report says which column it was."""
+    rows = [{key: f"{key}: {text}" for key in keys} for text in TEXTS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for task in (None, TASK):
+        first, _ = read_teacher_specs(loras, tmp_path / "rows.jsonl", task)
+        assert first.rows.texts == tuple(f"{column}: {text}" for text in TEXTS)
+        assert first.rows.origin == f"{tmp_path / 'rows.jsonl'}, column {column}"
+    second, _ = read_teacher_specs(loras, tmp_path / "rows.jsonl", {**TASK, "text": keys[-1]})
+    assert second.rows.origin.endswith(f"column {keys[-1]}")
+
+
+def test_a_column_that_is_not_found_can_be_named_in_the_way_that_the_message_says(
+    loras: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"question": text}) for text in TEXTS), encoding="utf-8")
+    with pytest.raises(TiesPeftError, match=r"keys question\. Call .* text or prompt, or give a task .* text: KEY"):
+        read_teacher_specs(loras, path)
+    assert read_teacher_specs(loras, path, {**TASK, "text": "question"})[0].rows.texts == tuple(TEXTS)
+    with pytest.raises(TiesPeftError, match=r"keys question\. Name the one that holds the text \(text: KEY\)"):
+        read_teacher_specs(loras, path, TASK)
 
 
 @pytest.mark.parametrize("form", ["alone", "one of a list", "a list", "mapping"])

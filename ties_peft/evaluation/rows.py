@@ -15,6 +15,8 @@ from ..errors import RecipeError, error_text, one_line
 Row = Mapping[str, Any]
 PLAIN_TEXT = ".txt"  # one text a line, without a label
 FILES = (".jsonl", ".csv", PLAIN_TEXT)
+TEXT, PROMPT = "text", "prompt"  # the columns that are read where none is named; the second if there is no first
+NAME_COLUMN = "Name the one that holds the text (text: KEY)."  # said of a task's rows
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -79,9 +81,19 @@ def is_row_source(text: str) -> bool:
     return Path(text).suffix in FILES or HUB_ID.fullmatch(text) is not None
 
 
-def texts_of(rows: Sequence[Row], field: str, where: str) -> list[str]:
+def text_column(rows: Sequence[Row]) -> str:
+    """Return the column that holds the texts, where none is named: `text`, or `prompt` where there is no `text`."""
+    return PROMPT if PROMPT in rows[0] and not any(TEXT in row for row in rows) else TEXT
+
+
+def texts_of(rows: Sequence[Row], field: str, where: str, remedy: str = NAME_COLUMN) -> list[str]:
     """Return the text of every row.
 
+    Args:
+        rows: as `read_rows` returns them.
+        field: the column.
+        where: the rows, as messages name them.
+        remedy: a sentence that says how another column is named.
     Raises: RecipeError naming the first row that has none.
     """
     texts = [row.get(field) for row in rows]
@@ -89,8 +101,7 @@ def texts_of(rows: Sequence[Row], field: str, where: str) -> list[str]:
         if not isinstance(value, str):
             keys = ", ".join(str(key) for key in rows[number])
             raise RecipeError(
-                f"{where}, row {number + 1}: {field!r} is {value!r}; expected a text. The row has the keys {keys}. Name the one "
-                "that holds the text (text: KEY)."
+                f"{where}, row {number + 1}: {field!r} is {value!r}; expected a text. The row has the keys {keys}. {remedy}"
             )
     return [str(value) for value in texts]
 

@@ -101,7 +101,8 @@ def distil(
             a list of one entry is for all. So `["text", …]` is one list of texts for all adapters, and `["a.txt", "b.txt"]`
             a file for each. A list of as many texts as adapters is refused, because it could mean either. By default the
             rows are those of `tasks`, else 800 rows of random tokens, half of them from the task's `descriptions` if it has
-            any.
+            any. Of a file or a data set the column is read that the task names, else `text`, or `prompt` where there is no
+            `text`.
         rank: of the result; by default the largest of the adapters', for gains Σrᵢ. (IA)³ has none.
         seed: of the batches, the choice of held-out rows and the random tokens.
         device: where the model runs.

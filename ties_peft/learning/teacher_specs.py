@@ -13,7 +13,18 @@ from ..adapters.adapter import Adapter, check_is_list
 from ..errors import RecipeError, unknown
 from ..evaluation.evaluate import find_base
 from ..evaluation.loaded_model import LANGUAGE, Bench, check_text_model
-from ..evaluation.rows import FILES, Row, is_row_source, read_rows, texts_of
+from ..evaluation.rows import (
+    FILES,
+    NAME_COLUMN,
+    PLAIN_TEXT,
+    PROMPT,
+    TEXT,
+    Row,
+    is_row_source,
+    read_rows,
+    text_column,
+    texts_of,
+)
 from ..evaluation.scorers import Classification, check_form, form_for
 from ..evaluation.task import SLOT, Task, is_task, read_task
 from ..merging.members import short_names
@@ -26,6 +37,9 @@ from .written_rows import AnswerWriter, RowWriter, Writer, line_ends, random_row
 RANDOM_ROWS = 800
 TEXT_TOKENS = 48  # at most, in each part of a prompt that an adapter writes
 _, GIVEN, NONE = ANSWERS
+RENAME_COLUMN = (  # said of rows without a task
+    f"Call the one that holds the text {TEXT} or {PROMPT}, or give a task that names it (--task FILE or tasks=, with text: KEY)."
+)
 MIN_ROWS = 5  # since one of five rows is held out
 FORM_OF_TASK_TYPE = {"CAUSAL_LM": LANGUAGE, "SEQ_CLS": "classifier"}  # of adapters that need no task
 DEFAULT_TASKS = {LANGUAGE: Task("loss", label=None), "classifier": Task("head")}
@@ -275,14 +289,16 @@ def _row_spec(name: str, task: Task | None, rows: Any, count: int, labelled: boo
         return RowSpec(None, count, "written by the adapter", generated=True)
     if rows is None and task is not None and task.rows is not None:
         origin = task.rows if isinstance(task.rows, str) else "the task's rows"
-        return _from_rows(name, task, task.read(), origin, task.where, labelled)
+        return _from_rows(name, task, task.read(), origin, task.where, labelled, task.text)
     if rows is None or (isinstance(rows, int) and not isinstance(rows, bool)):
         described = task is not None and task.descriptions is not None
         origin = "random tokens and words of the labels" if described else "random tokens"
         return RowSpec(None, RANDOM_ROWS if rows is None else rows, origin)
     if isinstance(rows, (str, Path)):
-        read = read_rows(rows, limit=task.limit if task else None, text=task.text if task else "text")
-        return _from_rows(name, task, read, str(rows), f"rows {str(rows)!r}", labelled)
+        named = task.text if task else TEXT
+        read = read_rows(rows, limit=task.limit if task else None, text=named)
+        column = text_column(read) if named == TEXT else named
+        return _from_rows(name, task, read, str(rows), f"rows {str(rows)!r}", labelled, column)
     if not (isinstance(rows, Sequence) and all(isinstance(text, str) for text in rows)):
         raise RecipeError(
             f"rows of '{name}' are {rows!r}; expected a list of texts, the path of a .jsonl, .csv or .txt file, "
@@ -296,9 +312,12 @@ def _row_spec(name: str, task: Task | None, rows: Any, count: int, labelled: boo
     return RowSpec(tuple(rows), 0, "texts given")
 
 
-def _from_rows(name: str, task: Task | None, rows: list[Row], origin: str, where: str, labelled: bool) -> RowSpec:
-    """Return the texts of rows that were read and, if asked for, their labels as answers."""
-    texts = tuple(texts_of(rows, "text" if task is None else task.text, where))
+def _from_rows(
+    name: str, task: Task | None, rows: list[Row], place: str, where: str, labelled: bool, column: str
+) -> RowSpec:
+    """Return the texts of a column of rows that were read and, if asked for, their labels as answers."""
+    texts = tuple(texts_of(rows, column, where, NAME_COLUMN if task is not None else RENAME_COLUMN))
+    origin = place if place.endswith(PLAIN_TEXT) else f"{place}, column {column}"
     if not labelled:
         return RowSpec(texts, 0, origin)
     if task is None or task.label is None:
