@@ -69,6 +69,16 @@ def test_distil_writes_an_adapter(setting: Path) -> None:
     assert "random tokens" in card
 
 
+def test_the_help_says_what_is_matched_and_how_plain_text_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    said = run("distil", "--help")
+    assert (
+        "With a task (--task) only the tokens of the answers are matched; without one, those of the rows as well."
+        in said
+    )
+    assert "For plain text give a task with label: null" in said
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from learning.models import linear_shapes, make_model, write_lora
 
+import ties_peft
 from ties_peft.errors import TiesPeftError
 from ties_peft.learning.teacher_specs import read_teacher_specs
 
@@ -124,6 +125,26 @@ def test_tasks_for_all_or_for_each_without_a_measure(form: str, loras: list[Path
     }
     specs = read_teacher_specs(loras, 50, forms[form])
     assert [spec.task.measure for spec in specs if spec.task] == ["descriptions"] * 2
+
+
+@pytest.mark.parametrize(("task_type", "measure"), [("CAUSAL_LM", "loss"), ("SEQ_CLS", "head")])
+def test_a_task_for_distil_alone_needs_no_measure(task_type: str, measure: str, tmp_path: Path) -> None:
+    """The adapter's task type says how it predicts; a task that is judged needs a measure."""
+    own = write_lora(tmp_path / "a", linear_shapes(make_model("llama"), "q_proj"), 0, task_type=task_type)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in TEXTS), encoding="utf-8")
+    (tmp_path / "task.yaml").write_text("rows: prompts.jsonl\ntext: prompt\n", encoding="utf-8")
+    (spec,) = read_teacher_specs([own], tasks=tmp_path / "task.yaml")
+    assert spec.task is not None
+    assert (spec.task.measure, spec.rows.texts) == (measure, tuple(TEXTS))
+    (spec,) = read_teacher_specs([own], tasks={"rows": TEXTS, "stop": None})
+    assert spec.task is not None and spec.task.measure == "exact_match"  # the only one with such a key
+    with pytest.raises(TiesPeftError, match=r"task\.yaml: no measure is named; .* A task for distil needs none"):
+        ties_peft.evaluate(own, tmp_path / "task.yaml")
+
+
+def test_a_task_without_a_measure_is_refused_where_the_adapter_does_not_say_how_it_predicts(loras: list[Path]) -> None:
+    with pytest.raises(TiesPeftError, match="no measure is named"):
+        read_teacher_specs(loras, tasks={"rows": TEXTS})
 
 
 def test_a_wrong_key_among_adapters_and_in_a_task(loras: list[Path]) -> None:

@@ -131,7 +131,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 ROWS_HELP = (
     "The rows that the adapters read: a .jsonl, .csv or .txt file, a data set on the Hub (org/name), a number of rows of "
     f"random tokens, or {GENERATED}: each adapter of a causal language model writes its own. Give it once for all adapters, "
-    "or once for each."
+    "or once for each. Of a file or a data set the column is read that the task names, else text, or prompt where there is no text."
 )
 Count = Annotated[
     int | None,
@@ -143,8 +143,10 @@ Answers = Annotated[
     str | None,
     typer.Option(
         help=f"The answers to the prompts of a causal language model: {ANSWERS[0]} (each adapter writes its own), {ANSWERS[1]} "
-        f"(the labels of the rows) or {ANSWERS[2]} (the rows themselves are predicted).",
-        show_default="teachers; none for plain text",
+        f"(the labels of the rows) or {ANSWERS[2]} (the rows themselves are predicted). With a task (--task) only the tokens of the "
+        "answers are matched; without one, those of the rows as well. For plain text give a task with label: null; its rows get no "
+        "answers.",
+        show_default="teachers; none with label: null and for random tokens",
     ),
 ]
 AnswerTokens = Annotated[int, typer.Option(help="The largest number of tokens in an answer that an adapter writes.")]

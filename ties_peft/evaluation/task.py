@@ -21,6 +21,7 @@ Measures:
 
 The measure may be left out where a key belongs to one measure alone: descriptions and temperature to `descriptions`,
 choices and mean to `choices`, new_tokens and stop to `exact_match`. With labels and none of these keys it is `head`.
+`distil` judges nothing, so a task for it alone needs no measure.
 
 A label in the rows is a number from 0 or a name: one of `labels`, of `choices`, or of the names in the head's config. A
 class of a data set on the Hub is read by its name. If the task has no `labels` and the name is none of these names, the
@@ -259,9 +260,12 @@ def is_task(given: Mapping[Any, Any]) -> bool:
     return any(key in _KEYS for key in given)
 
 
-def read_task(given: TaskSource) -> Task:
+def read_task(given: TaskSource, default_measure: str | None = None) -> Task:
     """Return a task from a file or a mapping, checked; a `Task` as it is. Its rows are not read yet.
 
+    Args:
+        given: the file, the mapping or the task.
+        default_measure: the measure of a task that names none, where its keys leave several; None to refuse such a task.
     Raises: RecipeError naming the key and its line.
     """
     if isinstance(given, Task):
@@ -270,7 +274,7 @@ def read_task(given: TaskSource) -> Task:
         rows = given.get("rows")
         held = tuple(rows) if isinstance(rows, (list, tuple)) else None
         plain = {key: value for key, value in given.items() if held is None or key != "rows"}
-        task = _make(Document(dump(_plain(plain)), "task", {}), Path())
+        task = _make(Document(dump(_plain(plain)), "task", {}), Path(), default_measure)
         return task if held is None else replace(task, rows=_checked_rows(held, task))
     path = Path(str(given))
     if path.suffix in (".jsonl", ".csv"):
@@ -283,7 +287,7 @@ def read_task(given: TaskSource) -> Task:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise RecipeError(f"task {str(given)!r} cannot be read: {why}. Check the path and the file.") from None
-    return _make(Document(text, str(given), {}), path.parent)
+    return _make(Document(text, str(given), {}), path.parent, default_measure)
 
 
 def _plain(value: Any) -> Any:
@@ -313,11 +317,11 @@ _File: Any = create_model(  # a task's file: the fields of `Task`, each of which
 )
 
 
-def _make(document: Document, folder: Path) -> Task:
+def _make(document: Document, folder: Path, default_measure: str | None) -> Task:
     """Return the task of a document; a relative path of its rows starts from `folder`."""
     file = document.read(_File, lambda path, key: unknown("key", key, _KEYS))
     given = {key: getattr(file, key) for key in file.model_fields_set}
-    measure = given.get("measure") or _inferred(document, given)
+    measure = given.get("measure") or _inferred(document, given, default_measure)
     if measure not in MEASURES:
         raise RecipeError(f"{document.at(('measure',))}: {unknown('measure', measure, MEASURES)}")
     if measure in LIST_MEASURES and measure not in given:
@@ -331,8 +335,8 @@ def _make(document: Document, folder: Path) -> Task:
     return Task(**{"name": _name(document.where, rows), **given, "measure": measure})
 
 
-def _inferred(document: Document, values: Mapping[str, Any]) -> str:
-    """Return the only measure for which all keys of a task have a meaning.
+def _inferred(document: Document, values: Mapping[str, Any], default: str | None) -> str:
+    """Return the only measure for which all keys of a task have a meaning, or the default among several.
 
     Raises: RecipeError where there is none, or more than one.
     """
@@ -346,9 +350,12 @@ def _inferred(document: Document, values: Mapping[str, Any]) -> str:
         )
     if len(found) > 1:
         found = [measure for measure in found if measure not in LIST_MEASURES or measure in values]
+    if len(found) > 1 and default in found:
+        return default
     if len(found) > 1:
         raise RecipeError(
-            f"{document.where}: no measure is named; expected one of {', '.join(found)}. Name it (measure: …)."
+            f"{document.where}: no measure is named; expected one of {', '.join(found)}. Name it (measure: …). A task for distil "
+            "needs none if the adapter's task_type is CAUSAL_LM or SEQ_CLS."
         )
     return found[0]
 

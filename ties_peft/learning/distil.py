@@ -131,8 +131,8 @@ def distil(
         count: the number of rows that each adapter writes, with rows "generated"; 100 by default.
         answers: to the prompts of a causal model: "teachers", sampled from each adapter at temperature 1; "given", the
             labels of the rows; "none". With answers only their tokens are matched; without, all tokens of the rows. By
-            default "teachers", but "none" for plain text and random tokens. Texts without a task may be prompts or plain
-            text: the adapters answer them, and the tokens of both are matched.
+            default "teachers", but "none" for plain text, which a task with `label: null` marks, and for random tokens.
+            Texts without a task may be prompts or plain text: the adapters answer them, and the tokens of both are matched.
         answer_tokens: the largest number in an answer that an adapter writes.
         keep_base: rows, in any form that is for every adapter, on which the result shall predict what the bare base
             predicts; for causal models.

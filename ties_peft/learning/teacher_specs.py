@@ -99,13 +99,22 @@ def read_teacher_specs(
         check_text_model(adapter)
     names = short_names([adapter.label for adapter in opened])
     keys = [{_lookup_key(a), own.label, name} for a, own, name in zip(adapters, opened, names, strict=True)]
-    given_tasks = [None if task is None else read_task(task) for task in _for_each("tasks", tasks, keys, names)]
+    named = _for_each("tasks", tasks, keys, names)
+    given_tasks = [_read_task(task, adapter) for task, adapter in zip(named, opened, strict=True)]
     given_rows = _for_each("rows", rows, keys, names)
     written, labelled = count or GENERATED_ROWS, answers == GIVEN
     return [
         TeacherSpec(adapter, name, task, _row_spec(name, task, own_rows, written, labelled))
         for adapter, name, task, own_rows in zip(opened, names, given_tasks, given_rows, strict=True)
     ]
+
+
+def _read_task(given: Any, adapter: Adapter) -> Task | None:
+    """Return the task of an adapter. It need not name a measure: then the adapter's task type says how it predicts."""
+    if given is None:
+        return None
+    form = _form_of(adapter)
+    return read_task(given, None if form is None else DEFAULT_TASKS[form].measure)
 
 
 def open_bench(
@@ -377,10 +386,15 @@ def _form(spec: TeacherSpec) -> str:
     """Return the form of base model that an adapter needs."""
     if spec.task is not None:
         return form_for(spec.task)
-    form = FORM_OF_TASK_TYPE.get(str(spec.adapter.config.get("task_type")))
+    form = _form_of(spec.adapter)
     if form is None:
         raise RecipeError(_needs_task(spec))
     return form
+
+
+def _form_of(adapter: Adapter) -> str | None:
+    """Return the form of base model that an adapter's task type needs; None where it does not say."""
+    return FORM_OF_TASK_TYPE.get(str(adapter.config.get("task_type")))
 
 
 def _needs_task(spec: TeacherSpec) -> str:
