@@ -33,6 +33,7 @@ from ..merging.values import check_whole, output_dtype
 from ..task_vectors.tiles import threads_fixed
 from . import ANSWER_TOKENS, BATCH_SIZE, FITS
 from .checkpoint import Checkpoint
+from .distil_warnings import distil_warnings
 from .distilled import BASE_KIND, Distilled, DistilReport, TeacherResult
 from .estimate import Estimate, estimate, print_estimate
 from .fitting import Fit, FitOptions, split_rows
@@ -230,6 +231,7 @@ class _Outcome:
         """Return the report; `origin` says how the start was made."""
         done = self.done
         best_step, _ = min(done.history, key=lambda entry: entry[1])
+        results = self._results()
         licence, note = shared_licence([(spec.name, spec.adapter.folder) for spec in specs])
         return DistilReport(
             kind=start.peft_type.title,
@@ -245,8 +247,8 @@ class _Outcome:
             rate=done.rate,
             retries=done.retries,
             history=done.history,
-            lessons=self._results(),
-            warnings=self._warnings(specs),
+            lessons=results,
+            warnings=distil_warnings(specs, done.teachers, results, self.improved),
             improved=self.improved,
             dtype=str(self.dtype).removeprefix("torch."),
             seconds=seconds,
@@ -266,36 +268,13 @@ class _Outcome:
                 page=sources.hub_url(teacher.adapter.source) if teacher.adapter else None,
                 kept_probability=teacher.kept_probability,
                 weight=weight,
+                matched=teacher.matched,
+                written=teacher.count_written(),
             )
             for teacher, weight, (learnt, held), first, last in zip(
                 self.done.teachers, self.done.options.weights, self.parts, self.before, self.after, strict=True
             )
         ]
-
-    def _warnings(self, specs: Sequence[TeacherSpec]) -> list[str]:
-        warnings = []
-        choosing = [
-            spec.name
-            for spec, teacher in zip(specs, self.done.teachers, strict=False)  # a last teacher may be the base
-            if spec.task is not None and spec.task.choices is not None and not getattr(teacher, "choices", ())
-        ]
-        if choosing:
-            warnings.append(
-                f"the choices of the tasks of {', '.join(choosing)} were not used, because two begin with the same token, or "
-                "there are no answers. The predictions of the next token are matched."
-            )
-        if not self.improved:
-            warnings.append(
-                "no step improved the adapter on the held-out rows, so the result is the start itself. More rows, or rows "
-                "closer to the adapters' tasks, may help."
-            )
-        heads = any(spec.adapter.extra_keys for spec in specs)
-        if self.done.student.bench.form == "classifier" and heads:
-            warnings.append(
-                "each adapter was imitated with its own head, and the result has no head: load the base model with the head "
-                "of the task that you use it for."
-            )
-        return warnings
 
     def _mean(self, measured: Sequence[tuple[float, float]]) -> float:
         """Return the weighted mean of the divergences."""

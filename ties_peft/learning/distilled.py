@@ -31,7 +31,11 @@ from ..merging.loading import Loading
 from ..merging.merged import versions
 from ..merging.recipes.yaml_document import dump
 from ..merging.tables import Printed, make_facts, make_table, number_column
+from .teachers import MATCHED
+from .token_teachers import TOP_K
+from .written_rows import WrittenCount
 
+ALL_PROBABILITY = 0.99995  # prints as 100.00%
 BASE_KIND = "model"  # stands in place of a PEFT type where the teacher is the base model
 
 
@@ -42,7 +46,7 @@ class TeacherResult:
     Attributes:
         name, digest: of the adapter.
         kind: its PEFT type, LoRA or (IA)³; `BASE_KIND` for the base model.
-        origin: where its rows come from.
+        origin: where its rows come from, with the column of a file or a data set.
         rows, held: the number of rows that are fitted, and of held-out rows.
         divergence: KL(teacher ‖ adapter) on the held-out rows in nats, of the start and of the result.
         agreement: the share of predictions there whose likeliest answer is the teacher's, of the start and of the result.
@@ -50,6 +54,8 @@ class TeacherResult:
         weight: of the teacher in the fit.
         kept_probability: the mean share of its probability that belongs to the answers compared one by one; the others are
             compared as one sum (see `learning.token_teachers`).
+        matched: what of the predictions is compared: a key of `learning.teachers.MATCHED`.
+        written: how much the rows differ that the adapter wrote; None where it wrote none.
     """
 
     name: str
@@ -63,6 +69,18 @@ class TeacherResult:
     page: str | None = None
     kept_probability: float = 1.0
     weight: float = 1.0
+    matched: str = "labels"
+    written: WrittenCount | None = None
+
+    @property
+    def worse(self) -> list[str]:
+        """What is worse of the result than of the start, with both figures; a difference counts where it can be seen in print."""
+        pairs = (("KL", "{:.3f}", self.divergence, 1), ("agrees", "{:.1%}", self.agreement, -1))
+        return [
+            f"{name} {form.format(before)} → {form.format(after)}"
+            for name, form, (before, after), sign in pairs
+            if sign * after > sign * before and form.format(before) != form.format(after)
+        ]
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,14 +139,17 @@ class DistilReport(Printed):
         return sum(line.kind != BASE_KIND for line in self.lessons)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, without the time, which differs from run to run."""
-        values = asdict(self)
+        """Return plain values, without the time, which differs from run to run.
+
+        `worse` names the adapters that the result imitates worse than the start does.
+        """
+        values = asdict(self) | {"worse": [line.name for line in self.lessons if line.worse]}
         del values["seconds"]
         return values
 
     def tables(self) -> RenderableType:
-        """Return the teachers and the outcome, without the warnings."""
-        return Group(self._teachers(), Text(), self._outcome())
+        """Return the teachers, what was compared and the outcome, without the warnings."""
+        return Group(self._teachers(), Text(), self._compared(), Text(), self._outcome())
 
     def _teachers(self) -> Table:
         numbers = ("rows", "held", "KL start", "result", "agrees start", "result")
@@ -140,34 +161,76 @@ class DistilReport(Printed):
                 str(line.held),
                 *(f"{value:.3f}" for value in line.divergence),
                 *(f"{value:.1%}" for value in line.agreement),
-                line.origin,
             )
             for line in self.lessons
         ]
         title = f"imitates {self.adapters} adapters, measured on held-out rows"
-        return make_table(["adapter", "kind", *map(number_column, numbers), "from"], rows, title)
+        return make_table(["adapter", "kind", *map(number_column, numbers)], rows, title)
+
+    def _compared(self) -> Table:
+        """Return the legend of the teachers' table, and the rows on which they were compared."""
+        tokens = any(line.matched != "labels" for line in self.lessons)
+        facts = [
+            ("held", "rows kept out of the training; the figures are measured on them"),
+            ("start, result", "the merge before the training, and the adapter that is written"),
+            ("KL", "distance of their predictions from the adapter's, in nats: 0 where they are equal"),
+            ("agrees", f"share of their predictions whose likeliest {'token' if tokens else 'label'} is the adapter's"),
+            *self._by_teacher("rows from", [line.origin for line in self.lessons]),
+            *self._by_teacher("matched", [MATCHED[line.matched] for line in self.lessons]),
+        ]
+        kept = sum(line.kept_probability for line in self.lessons) / len(self.lessons)
+        if kept < ALL_PROBABILITY:
+            facts.append(
+                (
+                    "compared",
+                    f"of each prediction the {TOP_K} likeliest tokens one by one, with {kept:.2%} of the probability; the others "
+                    "as one sum",
+                )
+            )
+        for line in self.lessons:
+            facts += _written_facts(line)
+        return make_facts(facts)
+
+    def _by_teacher(self, heading: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+        """Return a line for each text with the teachers it belongs to; only the text where all have the same."""
+        names = {
+            text: [line.name for line, own in zip(self.lessons, texts, strict=True) if own == text] for text in texts
+        }
+        if len(names) == 1:
+            return [(heading, texts[0])]
+        lines = [f"{', '.join(own)}: {text}" for text, own in names.items()]
+        return [(heading if place == 0 else "", line) for place, line in enumerate(lines)]
 
     def _outcome(self) -> Table:
         before, after = self.divergence
-        kept = sum(line.kept_probability for line in self.lessons) / len(self.lessons)
         rank = "" if self.rank is None else f", rank {self.rank}"
         outcome = (
             f"{before:.4f} → {after:.4f}"
             if self.improved
             else f"{before:.4f}; no step improved it, so the result is the start"
         )
+        worse = [f"{line.name}: {', '.join(line.worse)}" for line in self.lessons if line.worse]
         return make_facts(
             [
                 ("start", self.start),
                 ("fitted", f"{self.fit} of one {self.kind} adapter{rank}"),
                 ("steps", f"{self.steps} of {self.of}; the result is of step {self.kept}"),
                 ("mean KL", outcome),
-                ("compared", f"{kept:.2%} of the teachers' probability answer by answer, the rest as one sum"),
+                *(("worse" if place == 0 else "", text) for place, text in enumerate(worse)),
                 ("written as", self.dtype),
                 ("licence", self.licence_note),
                 ("time", f"{self.seconds:.1f} s"),
             ]
         )
+
+
+def _written_facts(line: TeacherResult) -> list[tuple[str, str]]:
+    """Return how much the rows differ that an adapter wrote, and the first of them."""
+    if line.written is None:
+        return []
+    found = line.written
+    said = f"{found.rows} rows: {found.distinct} distinct, {found.empty} empty; for example"
+    return [(f"{line.name} wrote", said), *(("", f"“{text}”") for text in found.examples)]
 
 
 class Distilled(Adapter):

@@ -55,6 +55,7 @@ class RowSpec:
         origin: where the rows come from, in words.
         targets: the answer to each text, where the answers are given.
         generated: whether the adapter writes its rows itself.
+        by_default: whether they are rows of random tokens because none were asked for.
     """
 
     texts: tuple[str, ...] | None
@@ -62,6 +63,7 @@ class RowSpec:
     origin: str
     targets: tuple[str, ...] | None = None
     generated: bool = False
+    by_default: bool = False
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,7 @@ def _row_spec(name: str, task: Task | None, rows: Any, count: int, labelled: boo
     if rows is None or (isinstance(rows, int) and not isinstance(rows, bool)):
         described = task is not None and task.descriptions is not None
         origin = "random tokens and words of the labels" if described else "random tokens"
-        return RowSpec(None, RANDOM_ROWS if rows is None else rows, origin)
+        return RowSpec(None, RANDOM_ROWS if rows is None else rows, origin, by_default=rows is None)
     if isinstance(rows, (str, Path)):
         named = task.text if task else TEXT
         read = read_rows(rows, limit=task.limit if task else None, text=named)

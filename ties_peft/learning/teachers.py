@@ -20,7 +20,15 @@ from ..evaluation import BATCH_SIZE
 from ..evaluation.loaded_model import Bench
 from ..evaluation.scorers import Classification, batches
 from ..merging.plan import Progress
+from .written_rows import WrittenCount
 
+MATCHED = {  # what of the predictions is compared, and how reports say it
+    "labels": "the probabilities of the labels",
+    "answers": "the tokens of the answers",
+    "answers and choices": "the tokens of the answers, and the choices among each other",
+    "rows": "the whole text of the rows",
+    "rows and answers": "the whole text: the rows, and the answers that the adapters wrote to them",
+}
 BASE = "base"  # stands for a digest where the teacher is the base model
 
 
@@ -80,6 +88,15 @@ class Teacher(ABC):
     def set_written(self, written: Mapping[str, Any]) -> None:
         """Take the rows that `write` returned, now or in an earlier run."""
         assert not written
+
+    @property
+    def matched(self) -> str:
+        """What of the predictions is compared: a key of `MATCHED`."""
+        return "labels"
+
+    def count_written(self) -> WrittenCount | None:
+        """Count the distinct and the empty rows that the adapter wrote; None where it wrote no whole rows."""
+        return None
 
     @abstractmethod
     def predict(self) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from ..evaluation.causal_passes import selected_logits
 from ..evaluation.loaded_model import Bench
 from ..merging.plan import Progress
 from .teachers import Comparison, Teacher, kl_divergence
-from .written_rows import Writer
+from .written_rows import AnswerWriter, RowWriter, Writer, Written, WrittenCount
 
 TOP_K = 128
 SHORT_VOCABULARY = 1 << 16  # tokens whose ids fit into two bytes
@@ -89,6 +89,21 @@ class TokenTeacher(Teacher):
         """Take the rows that `write` returned, now or in an earlier run."""
         if written:
             self.sequences, self._starts = written["sequences"], written["starts"]
+
+    @property
+    def matched(self) -> str:
+        """The tokens of the answers, or all tokens of the rows, with the answers that the adapter wrote."""
+        if self._starts is None:
+            return "rows"
+        if self._writer is not None and not self._writer.prompted:
+            return "rows and answers" if isinstance(self._writer, AnswerWriter) else "rows"
+        return "answers and choices" if self.choices else "answers"
+
+    def count_written(self) -> WrittenCount | None:
+        """Count the distinct and the empty rows, where the adapter wrote whole rows."""
+        if not isinstance(self._writer, RowWriter) or self._starts is None:
+            return None
+        return self._writer.count(self.bench, self.given[0], Written(self.sequences, self._starts))
 
     def parts(self, places: Sequence[int], size: int = BATCH_SIZE) -> list[list[int]]:
         """Divide rows into parts of similar length, the longest first, with bounded numbers of tokens and logits."""

@@ -22,6 +22,7 @@ from ..task_vectors.random_numbers import stream_key, uniform
 
 MIN_TOKENS, MAX_TOKENS = 6, 32  # in a row of random tokens
 WRITTEN_AT_ONCE = 32  # rows
+EXAMPLES, EXAMPLE_LENGTH = 3, 120  # rows that a report shows, and the characters of each
 PLACEHOLDER = "§"  # in place of the user's text, to find out where a chat template puts it
 
 
@@ -36,6 +37,25 @@ class Written:
 
     sequences: list[list[int]]
     starts: list[int]
+
+
+@dataclass(frozen=True)
+class WrittenCount:
+    """How much the rows that an adapter has written differ.
+
+    White space and special tokens do not count, nor do the answers.
+
+    Attributes:
+        rows: their number.
+        distinct: the number of different ones that are not empty.
+        empty: the number of those in which nothing was written.
+        examples: the first few, with their answers, cut at `EXAMPLE_LENGTH` characters.
+    """
+
+    rows: int
+    distinct: int
+    empty: int
+    examples: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -119,6 +139,20 @@ class RowWriter:
             rows = [[*row, *text, *piece] for row, text in zip(rows, texts, strict=True)]
         return AnswerWriter(self.answer_tokens, self.seed).write(bench, rows, digest, progress)
 
+    def count(self, bench: Bench, beginning: Sequence[int], written: Written) -> WrittenCount:
+        """Count the distinct and the empty rows among those that were written after a beginning."""
+        rows = written.sequences
+        prompts = [ids[:start] for ids, start in zip(rows, written.starts, strict=True)] if self.pieces else rows
+        frame = [token for part in (beginning, *self.pieces) for token in part]
+        unfilled, *texts = ["".join(text.split()) for text in _decode(bench, [frame, *prompts])]
+        shown = _decode(bench, rows[:EXAMPLES])
+        return WrittenCount(
+            rows=len(rows),
+            distinct=len(set(texts) - {unfilled}),
+            empty=texts.count(unfilled),
+            examples=tuple(text if len(text) <= EXAMPLE_LENGTH else f"{text[: EXAMPLE_LENGTH - 1]}…" for text in shown),
+        )
+
     def _slot_tokens(self, bench: Bench, given: Sequence[Sequence[int]]) -> int:
         """Return the largest number of tokens in a slot with which the whole row fits the model."""
         fixed = max(map(len, given), default=0) + sum(map(len, self.pieces))
@@ -173,6 +207,12 @@ class _GumbelNoise:
         drawn = torch.stack([uniform(key, step * size, (size,)) for key in self._keys]).to(scores.device)
         middle = drawn.double() + 2.0**-25  # of the interval of length 2^-24 that a value stands for: never 0 or 1
         return scores.double() - (-middle.log()).log()
+
+
+def _decode(bench: Bench, rows: Sequence[Sequence[int]]) -> list[str]:
+    """Return the texts of some rows without special tokens."""
+    texts: list[str] = bench.tokenizer.batch_decode([list(ids) for ids in rows], skip_special_tokens=True)
+    return texts
 
 
 def end_tokens(bench: Bench) -> set[int]:

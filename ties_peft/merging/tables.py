@@ -33,7 +33,7 @@ def make_table(
 
 def make_facts(rows: Iterable[tuple[str, str]]) -> Table:
     """Return a table of names and what they stand for, without headings."""
-    return make_table((), rows, show_header=False)
+    return make_table([Column(), Column(overflow="fold")], rows, show_header=False)
 
 
 def number_column(heading: str) -> Column:
