@@ -62,7 +62,7 @@ def _few_distinct_rows(results: Sequence[TeacherResult]) -> str:
         return ""
     return (
         f"few of the generated rows are of use: {', '.join(few)}. An adapter that was trained on answers alone, without the "
-        "prompts, cannot write prompts, and agreement on such rows says little about its task. Give prompts (--rows FILE or rows=)."
+        "prompts, writes prompts no better than its base, and agreement on such rows says little about its task. Give prompts (--rows FILE or rows=)."
     )
 
 
@@ -83,7 +83,7 @@ def _unused_choices(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher]) -
 
 def _worse_results(results: Sequence[TeacherResult]) -> str:
     """Name the adapters that the result imitates worse than the start does."""
-    worse = [f"{line.name} ({', '.join(line.worse)})" for line in results if line.worse]
+    worse = [f"{line.name} ({', '.join(line.worse)}, {line.held} rows)" for line in results if line.worse]
     if not worse:
         return ""
     return (
