@@ -83,7 +83,11 @@ def _unused_choices(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher]) -
 
 def _worse_results(results: Sequence[TeacherResult]) -> str:
     """Name the adapters that the result imitates worse than the start does."""
-    worse = [f"{line.name} ({', '.join(line.worse)}, {line.held} rows)" for line in results if line.worse]
+    worse = [
+        f"{line.name} ({', '.join(line.worse)}, {line.held} row{'s' * (line.held != 1)})"
+        for line in results
+        if line.worse
+    ]
     if not worse:
         return ""
     return (
