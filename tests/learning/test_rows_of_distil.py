@@ -106,7 +106,9 @@ def test_a_column_that_is_not_found_can_be_named_in_the_way_that_the_message_say
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"question": text}) for text in TEXTS), encoding="utf-8")
-    with pytest.raises(TiesPeftError, match=r"keys question\. Call .* text or prompt, or give a task .* text: KEY"):
+    with pytest.raises(
+        TiesPeftError, match=r"keys question\. Rename .* to 'text' or 'prompt', or give a task .* text: KEY"
+    ):
         read_teacher_specs(loras, path)
     assert read_teacher_specs(loras, path, {**TASK, "text": "question"})[0].rows.texts == tuple(TEXTS)
     with pytest.raises(TiesPeftError, match=r"keys question\. Name the one that holds the text \(text: KEY\)"):

@@ -38,7 +38,7 @@ RANDOM_ROWS = 800
 TEXT_TOKENS = 48  # at most, in each part of a prompt that an adapter writes
 _, GIVEN, NONE = ANSWERS
 RENAME_COLUMN = (  # said of rows without a task
-    f"Call the one that holds the text {TEXT} or {PROMPT}, or give a task that names it (--task FILE or tasks=, with text: KEY)."
+    f"Rename the one that holds the text to '{TEXT}' or '{PROMPT}', or give a task that names it (--task FILE or tasks=, with text: KEY)."
 )
 MIN_ROWS = 5  # since one of five rows is held out
 FORM_OF_TASK_TYPE = {"CAUSAL_LM": LANGUAGE, "SEQ_CLS": "classifier"}  # of adapters that need no task
