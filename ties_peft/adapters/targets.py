@@ -77,7 +77,7 @@ def fit_rank(target: str | None, rank: int | None, asked: int | str, title: str,
     needed = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
     warnings.append(
         f"target vllm: rank {rank} needs a server started with --max-lora-rank {needed} (its default is {VLLM_DEFAULT}). "
-        f"A merge with --rank {VLLM_DEFAULT} (rank={VLLM_DEFAULT}) does not, but keeps less."
+        f"A merge with --rank {VLLM_DEFAULT} (rank={VLLM_DEFAULT}) does not; its report says what it keeps."
     )
     return rank
 

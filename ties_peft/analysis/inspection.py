@@ -206,7 +206,7 @@ def _with_merge_check(inspection: Inspection, opened: Sequence[Adapter], base: s
     rank = f", at rank {plan.rank}" if plan.rank is not None else ""
     return replace(
         inspection,
-        verdict=f"{subject} can be merged: {len(plan.modules)} modules, {shared} of them in all{rank}{rest}.",
+        verdict=f"{subject} can be merged: {len(plan.modules)} modules, {shared} of them in every adapter{rank}{rest}.",
         mergeable=not inspection.faults,
         rank=plan.rank,
         cosines=_cosines(opened) if len(opened) <= MAX_PAIRED else None,
