@@ -268,7 +268,7 @@ class Analysis(Printed):
         """Return what the page shows."""
         lines = [[self.adapters[kind.key][i] for kind in ADAPTER_FIGURES] for i in range(len(self.names))]
         retention = {
-            result.method: list(zip(result.projection, result.cosine, result.others, strict=True))
+            result.title: list(zip(result.projection, result.cosine, result.others, strict=True))
             for result in self.methods
         }
         return {
@@ -289,7 +289,7 @@ class Analysis(Printed):
             "places": page.module_places_shown(self.modules, self.shapes),
             "modules": list(map(page.module_figures, self.module_figures)),
             "retention": page.retention_bars(retention),
-            "curves": page.energy_curves({result.method: result.energies for result in self.methods}),
+            "curves": page.energy_curves({result.title: result.energies for result in self.methods}),
             "commands": page.commands(self.sources, [(result.method, result.rank) for result in self.methods]),
         }
 
