@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import ties_peft
 from ties_peft import Recipe, cli
+from ties_peft.cli.methods import reflow
 
 WRITTEN = ["README.md", "adapter_config.json", "adapter_model.safetensors", "provenance.json", "recipe.yaml"]
 WEIGHTS = "adapter_model.safetensors"
@@ -404,6 +405,21 @@ def test_methods_explains_one() -> None:
     for fact in ("k = ⌊density·n⌋", "0.29 of 100 is 29", "first by position", "exactly 0 elects +"):
         assert fact in told, fact
     assert "PEFT's `ties` is space `factors` for equal lora scalings and unit weights" in told
+
+
+def test_the_second_column_of_formulas_is_wrapped_under_itself() -> None:
+    text = "    first      the words of\n               both lines\n    second     short\n\nProse."
+    assert reflow(text, 30).splitlines() == [
+        "    first      the words of",
+        "               both lines",
+        "    second     short",
+        "",
+        "Prose.",
+    ]
+    assert reflow("    first      words that are too long", 30).splitlines() == [
+        "    first      words that are",
+        "               too long",
+    ]
 
 
 def test_methods_json() -> None:

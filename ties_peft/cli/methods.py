@@ -75,16 +75,32 @@ def reflow(text: str, width: int) -> str:
 
 
 def _formulas(block: str, width: int) -> str:
-    """Return the lines of a block of formulas; a line that is too long is wrapped, its further lines indented more."""
+    """Return the lines of a block of formulas; a line that is too long is wrapped, its second column if it has two."""
     lines = []
-    for line in block.splitlines():
-        if cell_len(line) <= width:
-            lines.append(line)
-            continue
-        indent = " " * (len(line) - len(line.lstrip()))
-        line = indent + re.sub(r" {4,}", "   ", line.lstrip())
-        lines += textwrap.wrap(line, width, subsequent_indent=f"{indent}    ", replace_whitespace=False) or [""]
+    for line in _joined(block.splitlines()):
+        column, indent = _second_column(line), len(line) - len(line.lstrip())
+        hang = column if 0 < column <= 0.6 * width else indent + 4
+        wrapped = textwrap.wrap(line, width, subsequent_indent=" " * hang, replace_whitespace=False)
+        lines += [line] if cell_len(line) <= width else wrapped
     return "\n".join(lines)
+
+
+def _joined(lines: list[str]) -> list[str]:
+    """Return lines with those that continue the second column of the line before joined to it."""
+    found: list[str] = []
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if found and indent == _second_column(found[-1]):
+            found[-1] += f" {line.strip()}"
+        else:
+            found.append(line)
+    return found
+
+
+def _second_column(line: str) -> int:
+    """Return where the second of two columns begins, which three spaces or more divide; 0 if there is none."""
+    found = re.match(r"\s*\S.*?\s{3,}(?=\S)", line)
+    return found.end() if found else 0
 
 
 def _prose(block: str, width: int) -> str:
