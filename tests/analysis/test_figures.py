@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from cli.run_command import run
 from conftest import SHAPES
 from oracles import definition
@@ -19,6 +20,7 @@ from oracles import definition
 import ties_peft
 from ties_peft.analysis.entry_figures import LARGEST
 from ties_peft.analysis.gaussian import opposite_share
+from ties_peft.task_vectors.factorise import squared_singular_values
 
 pytestmark = pytest.mark.filterwarnings("ignore::ties_peft.TiesPeftWarning")
 Make = Callable[..., Path]
@@ -217,6 +219,17 @@ def test_energy_by_rank_is_that_of_the_singular_values_before_truncation(loras: 
         assert share == pytest.approx(sums[0] / sums[1], rel=1e-5)
     assert len(found["energy_by_rank"]) == found["rank"] == 5
     assert found["energy"] == pytest.approx(found["energy_by_rank"][-1])
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_squared_singular_values_come_from_gram_matrices_of_any_rank(full: bool) -> None:
+    draw = np.random.default_rng(0)
+    B, A = draw.normal(size=(7, 3)), draw.normal(size=(3, 9))
+    if not full:
+        A[1] = 0.0
+    expected = np.linalg.svd(B @ A, compute_uv=False)[: 3 if full else 2] ** 2
+    found = squared_singular_values(torch.from_numpy(B.T @ B), torch.from_numpy(A @ A.T))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_by_default_no_method_is_compared_where_each_takes_minutes(

@@ -17,7 +17,7 @@ from ..merging.recipes.recipe import Recipe
 from ..merging.report import Report
 from ..spaces import Space
 from ..task_vectors.delta import Delta, LowRank
-from ..task_vectors.factorise import decompose
+from ..task_vectors.factorise import squared_singular_values
 from ..task_vectors.processes import SINGLE_PROCESS
 from ..task_vectors.tiles import threads_fixed
 from .figure_kinds import Array
@@ -140,7 +140,7 @@ def _energies_by_rank(report: Report, read: Callable[[str], Delta]) -> Array:
             if not isinstance(delta, LowRank) or not line.norm:
                 continue
             B, A = delta.B.double(), delta.A.double()
-            sums = decompose(B.T @ B, A @ A.T).S.square().cumsum(0).numpy()
+            sums = squared_singular_values(B.T @ B, A @ A.T).cumsum(0).numpy()
             found[number, : len(sums)] = sums
             found[number, len(sums) :] = sums[-1] if len(sums) else 0.0
     return found

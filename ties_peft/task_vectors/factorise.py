@@ -209,6 +209,17 @@ def decompose(left: Tensor, right: Tensor) -> SmallSvd:
     return SmallSvd(X, S[:count], Y, float(S.square().sum()))
 
 
+def squared_singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """Return the squares of the singular values of B·A, falling, from BᵀB and A·Aᵀ alone, (K, K), float64.
+
+    With A·Aᵀ = Rᵀ·R by Cholesky they are the eigenvalues of R·BᵀB·Rᵀ; where A has not full rank, those of `decompose`.
+    """
+    R, fault = torch.linalg.cholesky_ex(right, upper=True)
+    if int(fault):
+        return decompose(left, right).S.square()
+    return torch.linalg.eigvalsh(R @ left @ R.T).flip(0).clamp_min(0)
+
+
 def leading(left: Tensor, right: Tensor, rank: int) -> SmallSvd:
     """Return `decompose(left, right).top(rank)`, by a single eigendecomposition if the rank is small.
 
