@@ -217,7 +217,8 @@ def squared_singular_values(left: Tensor, right: Tensor) -> Tensor:
     R, fault = torch.linalg.cholesky_ex(right, upper=True)
     if int(fault):
         return decompose(left, right).S.square()
-    return torch.linalg.eigvalsh(R @ left @ R.T).flip(0).clamp_min(0)
+    squares: Tensor = torch.linalg.eigvalsh(R @ left @ R.T)
+    return squares.flip(0).clamp_min(0)
 
 
 def leading(left: Tensor, right: Tensor, rank: int) -> SmallSvd:
