@@ -1,6 +1,7 @@
 """What `analyze` costs: `python benchmarks/analyze.py`, seconds by stage, core-seconds and peak memory.
 
-The six sample adapters of each type, and 20 synthetic rank-16 adapters of Llama-3-8B's shape, each in a process of its own.
+The six sample adapters of each type, and 20 synthetic rank-16 adapters of Llama-3-8B's shape, each in a process of its own,
+after torch is imported.
 The stages: `open` (files, digests, checks), `factors` (norms, cosines, ranks, subspaces, from Gram matrices), `entries`
 (thresholds, sign conflicts, redundancy; of the large ones on a part of the rows), `methods` (the merges that are compared).
 `--layers 2` for a look; `--only samples` or `large`. The large adapters are made once in --folder.
@@ -25,12 +26,13 @@ import json, resource, sys, time, warnings
 warnings.simplefilter("ignore")
 import ties_peft
 methods = json.loads(sys.argv[1])
+analyze = ties_peft.analyze  # imports torch, which takes two seconds or more, before the clock starts
 ends, started, spent = {}, time.perf_counter(), time.process_time()
 def told(stage, done, of):
     ends.setdefault("open", time.perf_counter())
     if stage == "factors" or (stage == "signs" and done == of):
         ends[stage] = time.perf_counter()
-found = ties_peft.analyze(sys.argv[2:], methods=methods, progress=told)
+found = analyze(sys.argv[2:], methods=methods, progress=told)
 whole = time.perf_counter() - started
 opened, factors = ends["open"] - started, ends["factors"] - ends["open"]
 entries = ends["signs"] - ends["factors"]
