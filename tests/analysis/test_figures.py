@@ -221,6 +221,21 @@ def test_energy_by_rank_is_that_of_the_singular_values_before_truncation(loras: 
     assert found["energy"] == pytest.approx(found["energy_by_rank"][-1])
 
 
+def test_merges_side_by_side_give_the_figures_of_one_after_the_other(
+    loras: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    together = ties_peft.analyze(loras, progress=lambda *stage: told.append(stage)).to_dict()
+    assert told[-1] == ("methods", 5, 5)
+    monkeypatch.setattr(sys.modules["ties_peft.analysis.method_figures"], "SIDE_BY_SIDE", 0)
+    told.clear()
+    alone = ties_peft.analyze(loras, progress=lambda *stage: told.append(stage)).to_dict()
+    assert told[-1][0] == "merge"
+    for found in (together, alone):
+        found.pop("seconds", None)
+    assert json.dumps(together) == json.dumps(alone)
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_squared_singular_values_come_from_gram_matrices_of_any_rank(full: bool) -> None:
     draw = np.random.default_rng(0)

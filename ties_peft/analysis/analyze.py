@@ -12,19 +12,18 @@ import torch
 from ..adapters.adapter import Adapter
 from ..adapters.base_model import BaseModel
 from ..errors import RecipeError
-from ..merging.encoding import EncodedModules, MergeCache
+from ..merging.encoding import EncodedModules
 from ..merging.measure import MAX_PAIRED
 from ..merging.merge import has_causal_base, make_recipe, open_adapters
 from ..merging.options import DROP, Options, Rank
 from ..merging.plan import Plan, Progress, make_plan
 from ..methods import find_method
-from ..spaces import Space
 from ..task_vectors.tiles import threads_fixed
 from .analysis import Analysis
 from .entry_figures import counted_share, measure_entries
 from .factor_figures import measure_factors
 from .figures import Measured
-from .method_figures import MethodResult, measure_method
+from .method_figures import measure_methods
 from .module_places import module_places
 
 COMPARED = ("ties", "task_arithmetic", "iso_c", "tsv")  # beside the default method of `merge`, if none are asked for
@@ -70,15 +69,11 @@ def analyze(
     shared: dict[str, Any] = {"heads": DROP, "allow_disjoint": True, "base": known.label if known is not None else None}
     plan = make_plan(make_recipe(opened, method="ties", parameters={"density": density}, **shared), opened)
     share = counted_share(plan, exact)
-    measured = _measure(plan, share, tell)
     warnings = list(plan.warnings)
     chosen = _default_methods(plan, share, warnings) if methods is None else list(methods)
     members = [member.adapter for member in plan.members]
-    results: list[MethodResult] = []
-    caches: dict[Space, MergeCache] = {}
-    for name in chosen:
-        recipe = make_recipe(members, method=name, rank=rank, **shared)
-        results.append(measure_method(recipe, plan, tell, caches))
+    recipes = [make_recipe(members, method=name, rank=rank, **shared) for name in chosen]
+    measured = _measure(plan, share, tell)
     return Analysis(
         names=[member.name for member in plan.members],
         sources=[member.adapter.label for member in plan.members],
@@ -89,7 +84,7 @@ def analyze(
         shapes=[module.shape for module in plan.modules.values()],
         places=module_places(list(plan.modules)),
         measured=measured,
-        methods=results,
+        methods=measure_methods(recipes, plan, tell),
         causal_lm=has_causal_base(plan),
         warnings=warnings,
         seconds=time.perf_counter() - started,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,10 @@ from ..spaces import Space
 from ..task_vectors.delta import Delta, LowRank
 from ..task_vectors.factorise import squared_singular_values
 from ..task_vectors.processes import SINGLE_PROCESS
-from ..task_vectors.tiles import threads_fixed
+from ..task_vectors.tiles import thread_pool, threads_fixed
 from .figure_kinds import Array
+
+SIDE_BY_SIDE = 1 << 28  # entries of all task vectors up to which a merge takes a few seconds with one thread
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,28 @@ class MethodResult:
         """Return the smallest rank that keeps a share of the energy; None if that of the result does not."""
         reached = np.flatnonzero(self.energies >= share)
         return int(reached[0]) + 1 if len(reached) else None
+
+
+def measure_methods(recipes: Sequence[Recipe], plan: Plan, progress: Progress) -> list[MethodResult]:
+    """Merge by several methods and measure the results; small merges side by side, one thread for each.
+
+    Args:
+        recipes: each with the method and the rank.
+        plan: of the adapters that are analysed; its members are merged.
+        progress: as in `merge`; of merges side by side it is told how many are done.
+    """
+    caches: dict[Space, MergeCache] = {}
+    if len(recipes) < 2 or sum(plan.cost(name) for name in plan.modules) > SIDE_BY_SIDE:
+        return [measure_method(recipe, plan, progress, caches) for recipe in recipes]
+    done = itertools.count(1)
+
+    def measure(recipe: Recipe) -> MethodResult:
+        result = measure_method(recipe, plan, lambda stage, done, of: None, caches)
+        progress("methods", next(done), len(recipes))
+        return result
+
+    with thread_pool() as pool:
+        return pool.map(measure, recipes)
 
 
 def measure_method(recipe: Recipe, plan: Plan, progress: Progress, caches: dict[Space, MergeCache]) -> MethodResult:
