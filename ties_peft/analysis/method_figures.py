@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -79,11 +80,12 @@ def measure_methods(recipes: Sequence[Recipe], plan: Plan, progress: Progress) -
     caches: dict[Space, MergeCache] = {}
     if len(recipes) < 2 or sum(plan.cost(name) for name in plan.modules) > SIDE_BY_SIDE:
         return [measure_method(recipe, plan, progress, caches) for recipe in recipes]
-    done = itertools.count(1)
+    done, one_at_a_time = itertools.count(1), threading.Lock()
 
     def measure(recipe: Recipe) -> MethodResult:
         result = measure_method(recipe, plan, lambda stage, done, of: None, caches)
-        progress("methods", next(done), len(recipes))
+        with one_at_a_time:  # so that the numbers are told in their order
+            progress("methods", next(done), len(recipes))
         return result
 
     with thread_pool() as pool:
