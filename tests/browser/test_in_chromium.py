@@ -77,7 +77,15 @@ def data_of(path: Path) -> dict[str, Any]:
 
 def tip(section: Any) -> str:
     """The text that hovering shows, without the blanks of no width that Plot puts in front of lines."""
+    section.locator("g[aria-label='tip'] tspan").first.wait_for()
     return "\n".join(section.locator("g[aria-label='tip'] tspan").all_text_contents()).replace("\u200b", "")
+
+
+def open_tables(place: Any) -> None:
+    """Open every closed table of a page or section. A table is filled by an event that comes after the click."""
+    for details in place.locator("details").all():
+        details.locator("summary").click()
+        details.locator("tbody tr").first.wait_for()
 
 
 def rows(table: Any) -> list[list[str]]:
@@ -163,7 +171,7 @@ def test_layers_stand_in_the_order_of_their_numbers(open_report: Open) -> None:
 
 def test_a_table_is_sorted_and_filtered(open_report: Open) -> None:
     section = open_report("analysis").page.locator(MODULES)
-    section.locator("summary").click()
+    open_tables(section)
     names = [row[0] for row in rows(section)]
     assert sorted(names) == sorted(SHAPES)
     section.get_by_role("button", name="module").click()
@@ -202,6 +210,7 @@ def test_the_keyboard_chooses_sorts_and_opens(open_report: Open) -> None:
     assert page.evaluate(outline) == "solid"  # what has the focus is seen
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
+    section.locator("tbody tr").first.wait_for()
     assert section.locator("tbody tr").count() == 3 * len(METHODS)
     section.get_by_role("button", name="projection").focus()
     page.keyboard.press("Enter")
@@ -262,8 +271,7 @@ NUMBERS = """() => {
 @pytest.mark.parametrize("name", ["analysis", "merge"])
 def test_text_has_the_contrast_of_wcag_aa(open_report: Open, name: str, theme: str) -> None:
     page = open_report(name, theme=theme).page
-    for summary in page.locator("summary").all():
-        summary.click()
+    open_tables(page)
     texts, numbers = page.evaluate(COLOURS), page.evaluate(NUMBERS)
     assert len(texts) > 100 and len(numbers) == 3
     low = [(text, *colours) for text, *colours in texts + numbers if contrast(*colours) < 4.5]
@@ -292,8 +300,7 @@ def test_figures_and_controls_have_names_for_a_screen_reader(open_report: Open) 
 
 def test_names_are_shown_and_never_run(open_report: Open) -> None:
     found = open_report("hostile")
-    for summary in found.page.locator("summary").all():
-        summary.click()
+    open_tables(found.page)
     for select in found.page.locator("select").all():
         for number in range(select.locator("option").count()):
             select.select_option(index=number)
