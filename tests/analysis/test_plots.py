@@ -201,6 +201,15 @@ def test_retention_has_a_bar_for_each_adapter_and_method(analysis: ties_peft.Ana
     drawn(ax)
 
 
+def test_a_method_that_chooses_is_named_with_what_it_chose(folders: list[Path]) -> None:
+    analysis = ties_peft.analyze(folders, rank=6, methods=["auto"])
+    used = analysis.methods[0].used
+    sweep = ties_peft.prepare(folders).sweep(methods=["auto"], densities=(), ranks=(2, 6))
+    assert used != "auto"
+    for ax in (plots.plot_energy(analysis), plots.plot_retention(analysis), plots.plot_sweep(sweep, along="rank")):
+        assert f"auto ({used})" in texts(ax.get_legend().get_texts())
+
+
 def test_retention_of_a_merge(folders: list[Path]) -> None:
     report = ties_peft.merge(folders, "average").report
     ax = plots.plot_retention(report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 
 import ties_peft
 from ties_peft.evaluation.loaded_model import Bench
-from ties_peft.learning import teacher_specs, written_rows
+from ties_peft.learning import distil_warnings, teacher_specs, written_rows
 from ties_peft.learning.distilled import Distilled, TeacherResult
 from ties_peft.learning.token_teachers import TOP_K
 from ties_peft.learning.written_rows import EXAMPLE_LENGTH, RowWriter, Written
@@ -48,6 +49,40 @@ def test_random_tokens_that_nobody_asked_for_are_warned_of(
     assert "--rows FILE" in text and "real prompts" in text
     for rows in (10, sentences(10, 0)):
         assert not warned(distil(loras, bases, rows=rows), "random tokens")
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "stages"),
+    [
+        ({}, "no rows were given", set()),
+        ({"rows": "generated", "count": 5}, "few of the generated rows", {"writing"}),
+    ],
+)
+def test_a_warning_is_given_before_the_work_that_it_could_spare(
+    bases: dict[str, Path],
+    loras: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+    text: str,
+    stages: set[str],
+) -> None:
+    """As an error it stops the work; by then only the stages named here have begun."""
+    monkeypatch.setattr(distil_warnings, "FEW_DISTINCT", 2.0)
+    begun: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", text, ties_peft.TiesPeftWarning)
+        with pytest.raises(ties_peft.TiesPeftWarning, match=text):
+            distil(loras, bases, **given, progress=lambda stage, done, of: begun.add(stage))
+    assert begun == stages
+
+
+def test_each_warning_is_given_once(bases: dict[str, Path], loras: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil_warnings, "FEW_DISTINCT", 2.0)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", ties_peft.TiesPeftWarning)
+        made = distil(loras, bases, rows=[10, "generated"], count=5)
+    given = [str(one.message) for one in found if one.category is ties_peft.TiesPeftWarning]
+    assert given == made.report.warnings and len(given) == len(set(given)) >= 1
 
 
 def test_adapters_that_end_worse_than_they_started_are_named(bases: dict[str, Path], loras: list[Path]) -> None:

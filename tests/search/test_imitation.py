@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import ties_peft
 from ties_peft import Adapter, CompatibilityError, RecipeError, TiesPeftError
+from ties_peft.learning import distil_warnings
 from ties_peft.search import imitation
 from ties_peft.search.imitation import Imitation
 
@@ -125,6 +127,23 @@ def test_adapters_answer_prompts_or_write_rows_themselves(
         divergences = objective.divergences(own)
         assert divergences[place] == pytest.approx(0, abs=1e-4)
         assert divergences[1 - place] > 1e-2
+
+
+@pytest.mark.filterwarnings("default::ties_peft.TiesPeftWarning")
+def test_a_search_on_rows_that_differ_little_is_warned_of_before_its_first_trial(
+    causal_loras: list[Path], bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil_warnings, "FEW_DISTINCT", 2.0)
+    given: dict[str, Any] = {"rows": "generated", "count": 6, "answer_tokens": 3, "base": bases["llama"]}
+    given |= {"budget": 1, "controls": (), "tune": {"scale": [1.0, 3.0]}}
+    with pytest.warns(ties_peft.TiesPeftWarning, match="few of the generated rows are of use: l0") as found:
+        made = ties_peft.search(causal_loras, "imitate", **given)
+    assert [str(one.message) for one in found] == made.warnings
+    trials: list[Any] = []
+    with warnings.catch_warnings(), pytest.raises(ties_peft.TiesPeftWarning):
+        warnings.simplefilter("error", ties_peft.TiesPeftWarning)
+        ties_peft.search(causal_loras, "imitate", **given, watch=lambda trial, complete: trials.append(trial))
+    assert trials == []
 
 
 @pytest.mark.parametrize("form", ["encoder", "llama"])

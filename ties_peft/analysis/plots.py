@@ -117,7 +117,7 @@ def plot_energy(source: Analysis | Merged, ax: Axes | None = None) -> Axes:
     Raises: RecipeError if no result has a rank, as with (IA)³.
     """
     if isinstance(source, Analysis):
-        curves = {result.method: result.energies for result in source.methods if len(result.energies)}
+        curves = {result.title: result.energies for result in source.methods if len(result.energies)}
     else:
         energies = whole_energies(source)
         curves = {source.report.method: energies} if len(energies) else {}
@@ -146,7 +146,7 @@ def plot_retention(source: Analysis | Report, figure: str = "projection", ax: Ax
     kind = _find_kind(figure, RETENTION_FIGURES)
     names = _adapter_names(source)
     if isinstance(source, Analysis):
-        results = {result.method: getattr(result, figure) for result in source.methods}
+        results = {result.title: getattr(result, figure) for result in source.methods}
     else:
         results = {source.method: [getattr(line, figure) for line in source.adapters]}
     if not results:
@@ -287,7 +287,7 @@ def _sweep_lines(sweep: Sweep, along: str) -> Mapping[str, list[SweepRow]]:
     lines: dict[str, list[SweepRow]] = {}
     for row in sweep.rows:
         setting = getattr(row, name)
-        label = f"{row.method}, {name} {setting}" if varies and setting is not None else row.method
+        label = f"{row.title}, {name} {setting}" if varies and setting is not None else row.title
         lines.setdefault(label, []).append(row)
     return lines
 

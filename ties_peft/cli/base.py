@@ -328,13 +328,19 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def print_warnings_after() -> Iterator[None]:
-    """Print the warnings of a `with` block after it, each once."""
-    with warnings.catch_warnings(record=True) as found:
+def print_warnings_once() -> Iterator[None]:
+    """Print the warnings of a `with` block as they come, above the bars of progress, each text once."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, TiesPeftWarning) and str(message) not in said:
+            said.add(str(message))
+            print_warnings([str(message)])
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always", TiesPeftWarning)
+        warnings.showwarning = show
         yield
-    texts = (str(one.message) for one in found if issubclass(one.category, TiesPeftWarning))
-    print_warnings(list(dict.fromkeys(texts)))
 
 
 def print_rich(content: RenderableType) -> None:

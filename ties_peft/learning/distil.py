@@ -33,7 +33,7 @@ from ..merging.values import check_whole, output_dtype
 from ..task_vectors.tiles import threads_fixed
 from . import ANSWER_TOKENS, BATCH_SIZE, FITS
 from .checkpoint import Checkpoint
-from .distil_warnings import distil_warnings
+from .distil_warnings import request_warnings, result_warnings, row_warnings
 from .distilled import BASE_KIND, Distilled, DistilReport, TeacherResult
 from .estimate import Estimate, estimate, print_estimate
 from .fitting import Fit, FitOptions, split_rows
@@ -163,16 +163,19 @@ def distil(
         merged, origin = make_start([spec.adapter for spec in specs], loaded, start, kind, fit, rank, base_model)
         teachers = make_teachers(specs, loaded, answering)
         teachers += [] if keep_base is None else [make_base_teacher(keep_base, loaded, answering)]
+        said = _warn(request_warnings(specs, teachers))
         student = Student(merged, loaded, fit, seed)
         closed_form = start is None and has_closed_form(student, teachers)
         taken = steps or _default_steps(specs, teachers, batch_size, CLOSED_FORM_SHARE if closed_form else 1.0)
         options = FitOptions(taken, RATES[student.fit], batch_size, seed, threads, shares)
         checkpoint = Checkpoint(state, _facts(teachers, student, options, written))
+        write_rows(teachers, checkpoint, report_progress)
+        said += _warn(row_warnings(teachers))
         done, solved = _imitate(student, teachers, options, checkpoint, closed_form, on_estimate, report_progress)
         origin = "the closed form of the modules' outputs" if solved else origin
         outcome = _Outcome(done, written)
-        report = outcome.report(specs, merged, origin, time.perf_counter() - started)
-    warn_caller(report.warnings)
+        report = outcome.report(specs, merged, origin, said, time.perf_counter() - started)
+    _warn(report.warnings[len(said) :])
     recipe = _recipe(specs, done, merged, written)
     return Distilled(merged.config, outcome.tensors, report, recipe, merged.loading, _folders(specs))
 
@@ -186,8 +189,7 @@ def _imitate(
     on_estimate: Callable[[Estimate], None] | None,
     progress: Progress,
 ) -> tuple[Fit, bool]:
-    """Let the teachers write and predict, and fit the student; return the fit, and whether it started with the closed form."""
-    write_rows(teachers, checkpoint, progress)
+    """Let the teachers predict, and fit the student; return the fit, and whether it started with the closed form."""
     (on_estimate or print_estimate)(estimate(Fit(student, teachers, options), closed_form))
     solved = False
     if closed_form:
@@ -197,6 +199,12 @@ def _imitate(
     done = Fit(student, teachers, options)
     done.run(checkpoint, progress)
     return done, solved
+
+
+def _warn(texts: list[str]) -> list[str]:
+    """Give warnings, and return them."""
+    warn_caller(texts)
+    return texts
 
 
 class _Outcome:
@@ -227,8 +235,10 @@ class _Outcome:
         if self.improved:
             self.tensors, self.after = fitted, measured
 
-    def report(self, specs: Sequence[TeacherSpec], start: Merged, origin: str, seconds: float) -> DistilReport:
-        """Return the report; `origin` says how the start was made."""
+    def report(
+        self, specs: Sequence[TeacherSpec], start: Merged, origin: str, said: Sequence[str], seconds: float
+    ) -> DistilReport:
+        """Return the report; `origin` says how the start was made, and `said` are the warnings that were given already."""
         done = self.done
         best_step, _ = min(done.history, key=lambda entry: entry[1])
         results = self._results()
@@ -248,7 +258,7 @@ class _Outcome:
             retries=done.retries,
             history=done.history,
             lessons=results,
-            warnings=distil_warnings(specs, done.teachers, results, self.improved),
+            warnings=[*said, *result_warnings(specs, done.teachers, results, self.improved)],
             improved=self.improved,
             dtype=str(self.dtype).removeprefix("torch."),
             seconds=seconds,

@@ -1,4 +1,8 @@
-"""Warnings of a distillation: what is possible but unwise, in sentences for the report and for standard error."""
+"""Warnings of a distillation: what is possible but unwise, in sentences for the report and for standard error.
+
+Each is given as soon as it is known: what was asked for before any work, the rows that adapters wrote before they predict,
+and the result at the end.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,43 @@ from .teachers import Teacher
 FEW_DISTINCT = 0.5
 
 
-def distil_warnings(
-    specs: Sequence[TeacherSpec], teachers: Sequence[Teacher], results: Sequence[TeacherResult], improved: bool
-) -> list[str]:
-    """Return the warnings of a distillation.
+def request_warnings(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher]) -> list[str]:
+    """Return the warnings of what was asked for.
 
     Args:
         specs: the adapters, as the user asked for them.
         teachers: of each adapter; a last one may be the base.
+    """
+    return _without_empty([_random_rows(specs, teachers), _unused_choices(specs, teachers)])
+
+
+def row_warnings(teachers: Sequence[Teacher]) -> list[str]:
+    """Return the warnings of the rows that the adapters wrote: a line that names those that wrote few distinct ones."""
+    counted = [(teacher.name, made) for teacher in teachers if (made := teacher.count_written()) is not None]
+    few = [
+        f"{name} ({made.distinct} of {made.rows} are distinct, {made.empty} are empty)"
+        for name, made in counted
+        if made.distinct < FEW_DISTINCT * made.rows
+    ]
+    if not few:
+        return []
+    return [
+        f"few of the generated rows are of use: {', '.join(few)}. An adapter that was trained on answers alone, without the "
+        "prompts, writes prompts no better than its base, and agreement on such rows says little about its task. Give prompts (--rows FILE or rows=)."
+    ]
+
+
+def result_warnings(
+    specs: Sequence[TeacherSpec], teachers: Sequence[Teacher], results: Sequence[TeacherResult], improved: bool
+) -> list[str]:
+    """Return the warnings of a result.
+
+    Args:
+        specs, teachers: as in `request_warnings`.
         results: of each teacher.
         improved: whether the result is better than the start in the mean.
     """
     found = [
-        _random_rows(specs, teachers),
-        _few_distinct_rows(results),
-        _unused_choices(specs, teachers),
         _worse_results(results),
         ""
         if improved
@@ -35,7 +61,11 @@ def distil_warnings(
         "the adapters' tasks, may help.",
         _own_heads(specs, teachers),
     ]
-    return [text for text in found if text]
+    return _without_empty(found)
+
+
+def _without_empty(texts: Sequence[str]) -> list[str]:
+    return [text for text in texts if text]
 
 
 def _random_rows(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher]) -> str:
@@ -45,29 +75,13 @@ def _random_rows(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher]) -> s
         return ""
     count = next(spec.rows.count for spec in specs if spec.rows.by_default)
     return (
-        f"no rows were given for {', '.join(names)}, so {count} rows of random tokens were used for each. A language model is "
+        f"no rows were given for {', '.join(names)}, so {count} rows of random tokens are used for each. A language model is "
         "imitated better on real prompts or texts of the adapters' tasks: give them, once for each adapter (--rows FILE or rows=)."
     )
 
 
-def _few_distinct_rows(results: Sequence[TeacherResult]) -> str:
-    """Name the adapters that wrote few distinct rows."""
-    counted = [(line.name, line.written) for line in results if line.written is not None]
-    few = [
-        f"{name} ({made.distinct} of {made.rows} are distinct, {made.empty} are empty)"
-        for name, made in counted
-        if made.distinct < FEW_DISTINCT * made.rows
-    ]
-    if not few:
-        return ""
-    return (
-        f"few of the generated rows are of use: {', '.join(few)}. An adapter that was trained on answers alone, without the "
-        "prompts, writes prompts no better than its base, and agreement on such rows says little about its task. Give prompts (--rows FILE or rows=)."
-    )
-
-
 def _unused_choices(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher]) -> str:
-    """Name the adapters whose tasks have choices that were not compared."""
+    """Name the adapters whose tasks have choices that are not compared."""
     names = [
         spec.name
         for spec, teacher in zip(specs, teachers, strict=False)  # a last teacher may be the base
@@ -76,7 +90,7 @@ def _unused_choices(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher]) -
     if not names:
         return ""
     return (
-        f"the choices of the tasks of {', '.join(names)} were not used, because two begin with the same token, or there are no "
+        f"the choices of the tasks of {', '.join(names)} are not used, because two begin with the same token, or there are no "
         "answers. The predictions of the next token are matched."
     )
 

@@ -40,6 +40,11 @@ class SweepRow:
     norm: float
     projections: dict[str, float | None]
 
+    @property
+    def title(self) -> str:
+        """The method, and in brackets the one that it chose."""
+        return self.method if self.used == self.method else f"{self.method} ({self.used})"
+
 
 @dataclass(frozen=True, repr=False)
 class Sweep(Printed):
@@ -60,7 +65,7 @@ class Sweep(Printed):
             ["method", *map(number_column, ("density", "rank", "energy", "norm", *adapters))],
             [
                 (
-                    row.method if row.method == row.used else f"{row.method} ({row.used})",
+                    row.title,
                     "–" if row.density is None else f"{row.density:g}",
                     "–" if row.written_rank is None else str(row.written_rank),
                     f"{row.energy:.1%}",

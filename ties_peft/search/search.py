@@ -71,7 +71,7 @@ class Found(Printed):
         judged: its value by the judge, if there is one.
         trials: all trials, by number.
         controls: the controls.
-        warnings: of the adapter's report.
+        warnings: of the adapter's report and, with "imitate", of the source adapters' rows.
     """
 
     adapter: Merged
@@ -83,7 +83,7 @@ class Found(Printed):
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, without the adapter and the warnings of its report."""
+        """Return plain values, without the adapter and the warnings."""
         return {
             "score": self.score,
             "judged": self.judged,
@@ -199,7 +199,10 @@ def search(
     evaluated = run.evaluate_controls(controls, opened_study)
     warn_caller(merged.report.warnings)
     judged, score = objectives.judge(merged), float(best.facts["score"])
-    return Found(merged, merged.recipe, score, judged, tuple(trials), evaluated, merged.report.warnings)
+    said = (
+        [*objective.warnings, *merged.report.warnings] if isinstance(objective, Imitation) else merged.report.warnings
+    )
+    return Found(merged, merged.recipe, score, judged, tuple(trials), evaluated, list(said))
 
 
 def _check_numbers(budget: int, penalty: float, seed: int, controls: Sequence[str]) -> None:
