@@ -103,6 +103,23 @@ def warn_caller(messages: Iterable[str]) -> None:
         warnings.warn(message, TiesPeftWarning, stacklevel=depth + 1)
 
 
+class GivenWarnings:
+    """Warnings that are issued as soon as each is known, and kept for a report.
+
+    Attributes:
+        texts: those issued so far.
+    """
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def give(self, texts: Iterable[str]) -> None:
+        """Issue warnings, and keep them."""
+        found = list(texts)
+        warn_caller(found)
+        self.texts += found
+
+
 def share_hint(value: object, largest: object = 1) -> str:
     """Return a question whether a share was meant as a percentage; empty if it cannot have been.
 

@@ -251,7 +251,7 @@ def test_texts_without_a_task_are_matched_with_what_follows(bench: Bench, loras:
 def test_choices_that_begin_alike_are_said_to_be_unused(bases: dict[str, Path], loras: list[Path]) -> None:
     task = {**CHOICES, "choices": [" w1 w2", " w1 w3"]}
     made = ties_peft.distil(loras, rows=sentences(6, 0), tasks=task, base=bases["llama"], steps=1, answer_tokens=1)
-    assert any("the choices of the tasks of l0, l1 were not used" in warning for warning in made.report.warnings)
+    assert any("the choices of the tasks of l0, l1 are not used" in warning for warning in made.report.warnings)
 
 
 @pytest.mark.parametrize(

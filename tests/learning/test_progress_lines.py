@@ -14,7 +14,8 @@ from cli.run_command import run
 from learning.models import bases, linear_shapes, make_model, sentences, write_lora
 
 from ties_peft.cli import base
-from ties_peft.cli.base import ProgressLines, progress_bar
+from ties_peft.cli.base import ProgressLines, progress_and_warnings, progress_bar
+from ties_peft.errors import RecipeError, warn_caller
 
 Told = tuple[str, int, int]
 
@@ -157,3 +158,26 @@ def test_every_long_command_tells(
     assert "so far)" not in outcome.out
     if "--json" in words:
         json.loads(outcome.out)
+
+
+def test_warnings_come_with_the_work_and_before_what_follows_each_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_and_warnings() as tell:
+        warn_caller(["of the request"])
+        assert capsys.readouterr().err == ""
+        tell("teachers", 0, 2)
+        assert "warning: of the request\n" in capsys.readouterr().err
+        warn_caller(["of the rows", "of the request"])
+        assert capsys.readouterr().err == "warning: of the rows\n"
+
+
+def test_input_that_is_refused_gives_its_error_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RecipeError), progress_and_warnings():
+        warn_caller(["of the request"])
+        raise RecipeError("refused")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_block_without_progress_gives_its_warnings_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_and_warnings():
+        warn_caller(["of the request"])
+    assert capsys.readouterr().err == "warning: of the request\n"

@@ -328,19 +328,38 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def print_warnings_once() -> Iterator[None]:
-    """Print the warnings of a `with` block as they come, above the bars of progress, each text once."""
+def progress_and_warnings() -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress as `progress_bar` does, and the warnings of a `with` block as they come, each text once.
+
+    Warnings before the first progress wait for it, so that input that is refused before any work gives one message.
+    """
     said: set[str] = set()
+    waiting: list[str] = []
+    started = False
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, TiesPeftWarning) and str(message) not in said:
             said.add(str(message))
-            print_warnings([str(message)])
+            waiting.append(str(message))
+            if started:
+                print_waiting()
 
-    with warnings.catch_warnings():
+    def print_waiting() -> None:
+        nonlocal started
+        started = True
+        print_warnings(waiting)
+        waiting.clear()
+
+    with warnings.catch_warnings(), progress_bar() as tell:
         warnings.simplefilter("always", TiesPeftWarning)
         warnings.showwarning = show
-        yield
+
+        def update(stage: str, done: int, total: int) -> None:
+            print_waiting()
+            tell(stage, done, total)
+
+        yield update
+        print_waiting()
 
 
 def print_rich(content: RenderableType) -> None:

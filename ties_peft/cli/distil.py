@@ -27,8 +27,7 @@ from .base import (
     check_output,
     one_for_each,
     print_result,
-    print_warnings_once,
-    progress_bar,
+    progress_and_warnings,
     read_rows_option,
     row_source,
     takes_merge_options,
@@ -127,7 +126,7 @@ def distil(
         "weights": _numbers(weights),
         "keep_base": None if keep_base is None else row_source(keep_base),
     }
-    with print_warnings_once(), progress_bar() as progress:
+    with progress_and_warnings() as progress:
         made = distil_adapters(**arguments_for(distil_adapters, given, **changed, progress=progress, **options))
     made.save(out, force)
     print_result(made, out, {"distil": made.recipe}, as_json)

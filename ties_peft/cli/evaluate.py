@@ -20,8 +20,7 @@ from .base import (
     print_json,
     print_rich,
     print_warnings,
-    print_warnings_once,
-    progress_bar,
+    progress_and_warnings,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def evaluate(
     labels = [*([BASE_LABEL] if bare else []), *(short_names(names) if names else [])]
     measured = [*([None] if bare else []), *names]
     common: dict[str, Any] = {"base": base, "device": device, "batch_size": batch_size, "dtype": precision}
-    with print_warnings_once(), progress_bar() as progress:
+    with progress_and_warnings() as progress:
         if task:
             scores = evaluate_all(measured, task, progress=progress, **common)
         else:

@@ -30,8 +30,7 @@ from .base import (
     print_json,
     print_rich,
     print_text,
-    print_warnings_once,
-    progress_bar,
+    progress_and_warnings,
     read_rows_option,
     takes_merge_options,
 )
@@ -162,7 +161,7 @@ def search(
         "storage": storage,
         **{name: read_flag(name, value) if isinstance(value, str) else value for name, value in options.items()},
     }
-    with print_warnings_once(), progress_bar() as progress:
+    with progress_and_warnings() as progress:
         found = find(**arguments_for(find, given, **changed, progress=progress))
     found.adapter.save(out, force)
     _show(found, out, storage, study, as_json)

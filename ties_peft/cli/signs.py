@@ -17,8 +17,7 @@ from .base import (
     check_output,
     print_messages,
     print_text,
-    print_warnings_once,
-    progress_bar,
+    progress_and_warnings,
 )
 
 
@@ -41,7 +40,7 @@ def signs(
     adapters, notes = expand_patterns(adapters)
     print_messages("note", notes)
     check_output(out, force, adapters)
-    with print_warnings_once(), progress_bar() as progress:
+    with progress_and_warnings() as progress:
         made = few_shot_signs(adapters, task, base, device, steps=steps, seed=seed, progress=progress)
     made.save(out, force)
     command = f"ties-peft merge {' '.join(adapters)} --method ties --set sign_from={out} --out FOLDER"

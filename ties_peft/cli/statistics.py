@@ -17,8 +17,7 @@ from .base import (
     one_for_each,
     print_json,
     print_text,
-    print_warnings_once,
-    progress_bar,
+    progress_and_warnings,
 )
 
 
@@ -58,7 +57,7 @@ def statistics(
     tasks = list(map(read_task, given if isinstance(given, list) else [given] * len(adapters)))
     opened = [Adapter.load(name) for name in adapters]
     made = []
-    with print_warnings_once(), progress_bar() as progress:
+    with progress_and_warnings() as progress:
         base = find_base(opened, tasks, base)
         for adapter, own in zip(opened, tasks, strict=True):
             for one in kind or [k for k in STATISTICS if k != "gram" or adapter.peft_type.has_rank]:

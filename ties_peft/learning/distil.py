@@ -24,7 +24,7 @@ from torch import Tensor
 from ..adapters import sources
 from ..adapters.adapter import Adapter
 from ..adapters.config_values import is_number
-from ..errors import RecipeError, unknown, warn_caller
+from ..errors import GivenWarnings, RecipeError, unknown
 from ..evaluation.loaded_model import Bench
 from ..merging.card import shared_licence
 from ..merging.merged import Merged, versions
@@ -147,13 +147,8 @@ def distil(
         and whatever number of threads torch is set to; afterwards torch has that number again.
     """
     started = time.perf_counter()
-    if fit not in FITS:
-        raise RecipeError(unknown("fit", str(fit), FITS))
-    check_whole("seed", seed, 0)
-    for name, value in {"batch_size": batch_size, "threads": threads, "rank": rank, "steps": steps}.items():
-        if value is not None:
-            check_whole(name, value, 1)
-    answering = AnswerOptions(answers, answer_tokens, seed)
+    _check_options(fit, seed, {"batch_size": batch_size, "threads": threads, "rank": rank, "steps": steps})
+    answering, warnings = AnswerOptions(answers, answer_tokens, seed), GivenWarnings()
     report_progress = progress or (lambda stage, done, of: None)
     specs = read_teacher_specs(adapters, rows, tasks, count, answers)
     shares = _check_weights(weights, len(specs)) + _check_keep_weight(keep_base, keep_weight)
@@ -163,21 +158,30 @@ def distil(
         merged, origin = make_start([spec.adapter for spec in specs], loaded, start, kind, fit, rank, base_model)
         teachers = make_teachers(specs, loaded, answering)
         teachers += [] if keep_base is None else [make_base_teacher(keep_base, loaded, answering)]
-        said = _warn(request_warnings(specs, teachers))
+        warnings.give(request_warnings(specs, teachers))
         student = Student(merged, loaded, fit, seed)
         closed_form = start is None and has_closed_form(student, teachers)
         taken = steps or _default_steps(specs, teachers, batch_size, CLOSED_FORM_SHARE if closed_form else 1.0)
         options = FitOptions(taken, RATES[student.fit], batch_size, seed, threads, shares)
         checkpoint = Checkpoint(state, _facts(teachers, student, options, written))
         write_rows(teachers, checkpoint, report_progress)
-        said += _warn(row_warnings(teachers))
+        warnings.give(row_warnings(teachers))
         done, solved = _imitate(student, teachers, options, checkpoint, closed_form, on_estimate, report_progress)
         origin = "the closed form of the modules' outputs" if solved else origin
         outcome = _Outcome(done, written)
-        report = outcome.report(specs, merged, origin, said, time.perf_counter() - started)
-    _warn(report.warnings[len(said) :])
+        report = outcome.report(specs, merged, origin, warnings, time.perf_counter() - started)
     recipe = _recipe(specs, done, merged, written)
     return Distilled(merged.config, outcome.tensors, report, recipe, merged.loading, _folders(specs))
+
+
+def _check_options(fit: str, seed: int, counts: Mapping[str, int | None]) -> None:
+    """Raise RecipeError for an unknown fit, for a seed below 0, and for a count below 1."""
+    if fit not in FITS:
+        raise RecipeError(unknown("fit", str(fit), FITS))
+    check_whole("seed", seed, 0)
+    for name, value in counts.items():
+        if value is not None:
+            check_whole(name, value, 1)
 
 
 def _imitate(
@@ -199,12 +203,6 @@ def _imitate(
     done = Fit(student, teachers, options)
     done.run(checkpoint, progress)
     return done, solved
-
-
-def _warn(texts: list[str]) -> list[str]:
-    """Give warnings, and return them."""
-    warn_caller(texts)
-    return texts
 
 
 class _Outcome:
@@ -236,12 +234,13 @@ class _Outcome:
             self.tensors, self.after = fitted, measured
 
     def report(
-        self, specs: Sequence[TeacherSpec], start: Merged, origin: str, said: Sequence[str], seconds: float
+        self, specs: Sequence[TeacherSpec], start: Merged, origin: str, warnings: GivenWarnings, seconds: float
     ) -> DistilReport:
-        """Return the report; `origin` says how the start was made, and `said` are the warnings that were given already."""
+        """Return the report, and give the warnings of the result; `origin` says how the start was made."""
         done = self.done
         best_step, _ = min(done.history, key=lambda entry: entry[1])
         results = self._results()
+        warnings.give(result_warnings(specs, done.teachers, results, self.improved))
         licence, note = shared_licence([(spec.name, spec.adapter.folder) for spec in specs])
         return DistilReport(
             kind=start.peft_type.title,
@@ -258,7 +257,7 @@ class _Outcome:
             retries=done.retries,
             history=done.history,
             lessons=results,
-            warnings=[*said, *result_warnings(specs, done.teachers, results, self.improved)],
+            warnings=warnings.texts,
             improved=self.improved,
             dtype=str(self.dtype).removeprefix("torch."),
             seconds=seconds,

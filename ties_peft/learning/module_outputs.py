@@ -157,6 +157,7 @@ def run_teachers(
         inputs: gathers the inputs of the modules; then every teacher runs, also where its predictions are saved.
         weights: of each teacher, for `inputs`.
     """
+    progress("teachers", 0, len(teachers))
     for number, teacher in enumerate(teachers):
         predictions = None if inputs else checkpoint.read(f"teacher {number}")
         if predictions is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..errors import RecipeError, warn_caller
+from ..errors import GivenWarnings, RecipeError
 from ..evaluation.loaded_model import Bench
 from ..learning import ANSWER_TOKENS, GENERATED
 from ..learning.checkpoint import Checkpoint
@@ -48,8 +48,7 @@ class Imitation:
     Attributes:
         bench: the base model.
         identity: plain values that identify the objective.
-        warnings: of what was asked for and, once the source adapters have run, of the rows that they wrote. Each is also
-            given when it is known.
+        warnings: of what was asked for and, once the source adapters have run, of the rows that they wrote.
     Raises: RecipeError or CompatibilityError for whatever `distil` refuses, for an adapter without rows, and for a state of
         other work. No adapter has run by then.
     """
@@ -82,8 +81,8 @@ class Imitation:
         self._teachers = make_teachers(specs, self.bench, answering)
         self._progress = progress or (lambda stage, done, of: None)
         self._has_run = False
-        self.warnings: list[str] = []
-        self._warn(request_warnings(specs, self._teachers))
+        self.warnings = GivenWarnings()
+        self.warnings.give(request_warnings(specs, self._teachers))
         digests = [teacher.digest for teacher in self._teachers]
         self.identity: dict[str, Any] = {
             "base": Path(self.bench.base).name,
@@ -102,16 +101,11 @@ class Imitation:
         """Return KL(source adapter ‖ adapter) in nats for each source adapter, the mean over all of its rows."""
         if not self._has_run:
             write_rows(self._teachers, self._checkpoint, self._progress)
-            self._warn(row_warnings(self._teachers))
+            self.warnings.give(row_warnings(self._teachers))
             run_teachers(self._teachers, self._checkpoint, self._progress)
             self._has_run = True
         with self.bench.applied(adapter):
             return [teacher.measure(range(len(teacher.sequences)))[0] for teacher in self._teachers]
-
-    def _warn(self, texts: list[str]) -> None:
-        """Give warnings, and keep them."""
-        warn_caller(texts)
-        self.warnings += texts
 
     def check_judge(self, judge: Any) -> None:
         """Refuse a task as the judge of classifiers whose base has no head, because the result of the search has none either.

@@ -81,6 +81,11 @@ class Objectives:
             return ""
         return _digest(task_identity(self._judge)) if isinstance(self._judge, Scorer) else None
 
+    @property
+    def warnings(self) -> list[str]:
+        """The warnings that the objective has given; none of a task or of another callable."""
+        return self._objective.warnings.texts if isinstance(self._objective, Imitation) else []
+
     def score(self, adapter: Adapter) -> float:
         """Return the value of the objective: −loss, or the accuracy where there is no loss."""
         if self.scorer is None:

@@ -16,7 +16,7 @@ objective is the mean over examples. The penalty is on the mean of |w|, as in Lo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,6 @@ class Found(Printed):
 
     Attributes:
         adapter: the merge by the best recipe.
-        recipe: the best recipe.
         score: of the adapter on the examples, without the penalty.
         judged: its value by the judge, if there is one.
         trials: all trials, by number.
@@ -75,12 +74,16 @@ class Found(Printed):
     """
 
     adapter: Merged
-    recipe: Recipe
     score: float
     judged: float | None
     trials: tuple[Trial, ...]
     controls: tuple[Control, ...]
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The best recipe."""
+        return self.adapter.recipe
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, without the adapter and the warnings."""
@@ -199,10 +202,7 @@ def search(
     evaluated = run.evaluate_controls(controls, opened_study)
     warn_caller(merged.report.warnings)
     judged, score = objectives.judge(merged), float(best.facts["score"])
-    said = (
-        [*objective.warnings, *merged.report.warnings] if isinstance(objective, Imitation) else merged.report.warnings
-    )
-    return Found(merged, merged.recipe, score, judged, tuple(trials), evaluated, list(said))
+    return Found(merged, score, judged, tuple(trials), evaluated, objectives.warnings + merged.report.warnings)
 
 
 def _check_numbers(budget: int, penalty: float, seed: int, controls: Sequence[str]) -> None:
