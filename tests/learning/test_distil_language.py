@@ -190,6 +190,41 @@ def test_one_adapter_is_its_own_closed_form(bases: dict[str, Path], loras: list[
     assert made.report.divergence[0] < 1e-2
 
 
+def test_given_answers_end_with_the_end_token_once(bench: Bench, loras: list[Path]) -> None:
+    """Without it the result need not stop where its adapter stops."""
+    tokenizer = bench.tokenizer
+    tokenizer.add_special_tokens({"eos_token": "w19"})
+    labels = ["w1", "w2 w3", "w4 w19", "w5", "w6"]
+    task = {
+        "measure": "exact_match",
+        "rows": [{"text": "w7", "label": label} for label in labels],
+        "template": "w9 {text} w8",
+    }
+    (teacher,) = make_teachers(
+        read_teacher_specs(loras[:1], tasks=task, answers="given"), bench, AnswerOptions("given", 3, 0)
+    )
+    expected = [f"w9 w7 w8 {label.removesuffix(' w19')}".split() for label in labels]
+    ids = [[*tokenizer.convert_tokens_to_ids(words), tokenizer.eos_token_id] for words in expected]
+    assert [row[-len(right) :] for row, right in zip(teacher.sequences, ids, strict=True)] == ids
+    assert [len(teacher.outputs([place])) for place in range(5)] == [2, 3, 2, 2, 2]  # the answers and their ends
+
+
+def test_a_row_without_its_label_is_named_with_its_own_file(
+    loras: list[Path], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """The rows are those of `rows`, and not those that the task names."""
+    whole, bare = tmp_path / "whole.jsonl", tmp_path / "bare.jsonl"
+    rows = [{"text": text, "label": "w1"} for text in sentences(6, 0)]
+    whole.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    bare.write_text("\n".join(json.dumps({"text": row["text"]}) for row in rows), encoding="utf-8")
+    task = {"measure": "exact_match", "rows": str(whole), "template": "w9 {text} w8"}
+    with pytest.raises(TiesPeftError) as caught:
+        ties_peft.distil(loras, rows=str(bare), tasks=task, answers="given", base=bases["llama"])
+    said = str(caught.value)
+    assert "bare.jsonl', row 1: there is no label 'label'; the row has the keys text. " in said and "label: KEY" in said
+    assert "whole" not in said
+
+
 @pytest.mark.parametrize("rows", ["prompts", "generated", "given"])
 def test_rows_of_every_kind_are_imitated_and_resumed(
     rows: str, bases: dict[str, Path], loras: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -262,6 +297,8 @@ def test_choices_that_begin_alike_are_said_to_be_unused(bases: dict[str, Path], 
         ("llama", {"answer_tokens": 0}, ["answer_tokens is 0"]),
         ("llama", {"rows": "generated", "count": 0}, ["count is 0"]),
         ("llama", {"rows": "generated", "count": 3}, ["has 3 rows", "expected at least 5"]),
+        ("llama", {"count": 7}, ["count is 7, and no adapter writes rows", "--rows generated"]),
+        ("llama", {"weights": "norm"}, ["weights is 'norm'", "a number for each adapter"]),
         ("llama", {"keep_base": 20, "keep_weight": 0}, ["a weight is 0"]),
         ("encoder", {"rows": "generated"}, ["only a causal language model can write"]),
         ("encoder", {"answers": "teachers"}, ["only a causal language model can write"]),

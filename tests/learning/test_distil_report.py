@@ -85,6 +85,27 @@ def test_each_warning_is_given_once(bases: dict[str, Path], loras: list[Path], m
     assert given == made.report.warnings and len(given) == len(set(given)) >= 1
 
 
+def test_adapters_that_write_free_text_although_they_have_a_task_are_named(
+    bases: dict[str, Path], loras: list[Path]
+) -> None:
+    """A task says where a prompt ends by the text behind the slot; plain text, `label: null`, needs none."""
+    given: dict[str, Any] = {"rows": "generated", "count": 5}
+    bare, plain = {"measure": "loss", "label": "answer"}, {"measure": "loss", "label": None}
+    (text,) = warned(distil(loras, bases, **given, tasks=[bare, PROMPTS]), "do not say how a prompt ends")
+    assert "the tasks of l0 do" in text and "prompt_format" in text
+    assert not warned(distil(loras, bases, **given, tasks=plain), "do not say how a prompt ends")
+
+
+def test_weights_are_in_the_report_where_they_differ(bases: dict[str, Path], loras: list[Path]) -> None:
+    rows = [sentences(10, 0), sentences(10, 1)]
+    assert "weights" not in str(distil(loras, bases, rows=rows))
+    made = distil(loras, bases, rows=rows, weights=[1, 4])
+    after = [line.divergence[1] for line in made.report.lessons]
+    assert f"mean KL by weight  {made.report.divergence[0]:.4f}" in str(made.report)
+    assert made.report.divergence[1] == pytest.approx((after[0] + 4 * after[1]) / 5)
+    assert "1, 4" in str(made.report)
+
+
 def test_adapters_that_end_worse_than_they_started_are_named(bases: dict[str, Path], loras: list[Path]) -> None:
     """Here because nearly all weight is on the other one."""
     rows, start = [sentences(20, 0), sentences(20, 1)], {"method": "average"}
@@ -94,7 +115,7 @@ def test_adapters_that_end_worse_than_they_started_are_named(bases: dict[str, Pa
     assert made.report.to_dict()["worse"] == ["l1"]
     assert json.loads(made.files()["provenance.json"])["report"]["worse"] == ["l1"]
     change = f"KL {second.divergence[0]:.3f} → {second.divergence[1]:.3f}"
-    (text,) = warned(made, "further from")
+    (text,) = warned(made, "imitates these worse")
     assert f"l1 ({change}" in text and "l0" not in text
     assert f"l1: {change}" in str(made.report)
 

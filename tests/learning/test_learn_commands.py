@@ -70,7 +70,7 @@ def test_distil_writes_an_adapter(setting: Path) -> None:
 
 
 def test_the_help_says_what_is_matched_and_how_plain_text_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "600")
     said = run("distil", "--help")
     assert (
         "With a task (--task) only the tokens of the answers are matched; without one, those of the rows as well."

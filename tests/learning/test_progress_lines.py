@@ -177,6 +177,13 @@ def test_input_that_is_refused_gives_its_error_alone(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("kept", ["", "Repeat the command."])
+def test_an_interruption_is_said_with_what_remains(kept: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), progress_bar(kept):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == f"interrupted. {kept}".strip() + "\n"
+
+
 def test_a_block_without_progress_gives_its_warnings_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_and_warnings():
         warn_caller(["of the request"])

@@ -288,7 +288,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"tasks": TASK}, "no rows on which a0, a1 could predict"),
     ({"rows": ["w1 w2"] * 9}, "Give its task"),
     ({"rows": [["w1"] * 9] * 3, "tasks": TASK}, "3 rows for 2 adapters"),
-    ({"rows": [["w1"] * 3], "tasks": TASK}, "has 3 rows with a token in them"),
+    ({"rows": [["w1"] * 3], "tasks": TASK}, "has 3 rows .texts given.; expected at least 5"),
     ({"rows": "generated", "tasks": TASK}, "only a causal language model can write"),
     ({"rows": 9, "tasks": TASK, "answers": "theirs"}, "unknown kind of answers"),
     ({"rows": 9, "tasks": TASK, "count": 0}, "count is 0"),

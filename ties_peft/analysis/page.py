@@ -39,8 +39,10 @@ def check_page_file(path: Path) -> None:
     Raises: RecipeError.
     """
     if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
-        raise RecipeError(f"the report {str(path)!r} {what}. Name an HTML file.")
+        what = (
+            "is a folder. Name an HTML file" if path.is_dir() else "lies in a folder that does not exist. Make it first"
+        )
+        raise RecipeError(f"the report {str(path)!r} {what}.")
     if path.exists():
         with path.open("rb") as file:
             if MARK.encode() not in file.read(2000):

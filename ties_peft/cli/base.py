@@ -143,7 +143,7 @@ Answers = Annotated[
     str | None,
     typer.Option(
         help=f"The answers to the prompts of a causal language model: {ANSWERS[0]} (each adapter writes its own), {ANSWERS[1]} "
-        f"(the labels of the rows) or {ANSWERS[2]} (the rows themselves are predicted). With a task (--task) only the tokens of the "
+        f"(the labels of the rows, each followed by the model's end token) or {ANSWERS[2]} (the rows themselves are predicted). With a task (--task) only the tokens of the "
         "answers are matched; without one, those of the rows as well. For plain text give a task with label: null; its rows get no "
         "answers.",
         show_default="teachers; none with label: null and for random tokens",
@@ -299,8 +299,22 @@ def _time(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Show progress on standard error: bars on a terminal, one for each stage, and elsewhere a line every half minute."""
+def progress_bar(kept: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress on standard error: bars on a terminal, one for each stage, and elsewhere a line every half minute.
+
+    Args:
+        kept: what remains of the work after an interruption by the user, as a sentence that is printed then.
+    """
+    try:
+        with _bars_or_lines() as update:
+            yield update
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted. {kept}".strip() + "\n")
+        raise
+
+
+@contextmanager
+def _bars_or_lines() -> Iterator[Callable[[str, int, int], None]]:
     if not sys.stderr.isatty():
         lines = ProgressLines()
         with lines.running():
@@ -328,7 +342,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def progress_and_warnings() -> Iterator[Callable[[str, int, int], None]]:
+def progress_and_warnings(kept: str = "") -> Iterator[Callable[[str, int, int], None]]:
     """Show progress as `progress_bar` does, and the warnings of a `with` block as they come, each text once.
 
     Warnings before the first progress wait for it, so that input that is refused before any work gives one message.
@@ -350,7 +364,7 @@ def progress_and_warnings() -> Iterator[Callable[[str, int, int], None]]:
         print_warnings(waiting)
         waiting.clear()
 
-    with warnings.catch_warnings(), progress_bar() as tell:
+    with warnings.catch_warnings(), progress_bar(kept) as tell:
         warnings.simplefilter("always", TiesPeftWarning)
         warnings.showwarning = show
 

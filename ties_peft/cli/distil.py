@@ -126,7 +126,12 @@ def distil(
         "weights": _numbers(weights),
         "keep_base": None if keep_base is None else row_source(keep_base),
     }
-    with progress_and_warnings() as progress:
+    kept = (
+        "Nothing is written; with --state FOLDER the same command would continue."
+        if state is None
+        else f"Repeat the same command to continue from {state}."
+    )
+    with progress_and_warnings(kept) as progress:
         made = distil_adapters(**arguments_for(distil_adapters, given, **changed, progress=progress, **options))
     made.save(out, force)
     print_result(made, out, {"distil": made.recipe}, as_json)

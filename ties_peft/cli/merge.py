@@ -140,6 +140,8 @@ def _run(
             _write_report(merged, out, report)
         print_warnings(merged.report.warnings)
         print_result(merged, out, {"recipe": merged.recipe.to_dict()}, as_json)
+        if report is not None and not as_json:
+            print_text(f"\nthe report is in {report}; open it in a browser")
 
 
 def _write_report(merged: Merged, out: Path, report: Path) -> None:

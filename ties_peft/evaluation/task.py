@@ -192,7 +192,8 @@ class Task:
         if self.label is None:
             return [""] * len(rows)
         for place, row in enumerate(rows):
-            value = row.get(self.label)
+            self._check_label(row, place)
+            value = row[self.label]
             if isinstance(value, ClassName) and not value.known:
                 raise RecipeError(
                     f"{self.where}, row {place + 1}: the label is {value.number}; expected a class of the data set."
@@ -220,13 +221,8 @@ class Task:
 
     def _number(self, row: Row, names: tuple[str, ...], count: int, place: int) -> int:
         where = f"{self.where}, row {place + 1}"
-        if self.label is None or row.get(self.label) is None:
-            keys = ", ".join(str(key) for key in row)
-            raise RecipeError(
-                f"{where}: there is no label {str(self.label)!r}; the row has the keys {keys}. Name the one that holds the "
-                "label (label: KEY), or add it."
-            )
-        value = row[self.label]
+        self._check_label(row, place)
+        value = row[self.label or ""]
         if isinstance(value, str) and value in names:
             return names.index(value)
         number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
@@ -241,6 +237,15 @@ class Task:
             f"{where}: the label is {value!r}; expected a number from 0 to {count - 1}{listed}. Correct the row, or the "
             f"task's list of labels.{WITHHELD_HINT if value == -1 else ''}"
         )
+
+    def _check_label(self, row: Row, place: int) -> None:
+        """Raise RecipeError for a row without a label."""
+        if self.label is None or row.get(self.label) is None:
+            keys = ", ".join(str(key) for key in row)
+            raise RecipeError(
+                f"{self.where}, row {place + 1}: there is no label {str(self.label)!r}; the row has the keys {keys}. Name the one "
+                "that holds the label (label: KEY), or add it."
+            )
 
     def _uses_class_numbers(self, names: tuple[str, ...]) -> bool:
         """Return whether a data set's class is the label of the same number, because nothing names the labels."""

@@ -131,7 +131,7 @@ def distil(
             their rows; by default the estimate is printed on standard error if it is 10 seconds or more.
         count: the number of rows that each adapter writes, with rows "generated"; 100 by default.
         answers: to the prompts of a causal model: "teachers", sampled from each adapter at temperature 1; "given", the
-            labels of the rows; "none". With answers only their tokens are matched; without, all tokens of the rows. By
+            labels of the rows, each followed by the model's end token; "none". With answers only their tokens are matched; without, all tokens of the rows. By
             default "teachers", but "none" for plain text, which a task with `label: null` marks, and for random tokens.
             Texts without a task may be prompts or plain text: the adapters answer them, and the tokens of both are matched.
         answer_tokens: the largest number in an answer that an adapter writes.
@@ -364,6 +364,8 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, 
 
     Raises: RecipeError for another number of weights, and for one that is not above 0.
     """
+    if isinstance(weights, str):
+        raise RecipeError(f"weights is {weights!r}; expected a list with a number for each adapter, or None.")
     found = (1.0,) * count if weights is None else tuple(weights)
     if len(found) != count:
         raise RecipeError(f"{len(found)} weights for {count} adapters. Give one for each, in their order.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .distilled import TeacherResult
-from .teacher_specs import TeacherSpec
+from .teacher_specs import TeacherSpec, prompt_pieces
 from .teachers import Teacher
 
 # Under this share of distinct rows a row occurs more than twice in the mean, so that most held-out rows are fitted as well,
@@ -24,7 +24,7 @@ def request_warnings(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher]) 
         specs: the adapters, as the user asked for them.
         teachers: of each adapter; a last one may be the base.
     """
-    return _without_empty([_random_rows(specs, teachers), _unused_choices(specs, teachers)])
+    return _without_empty([_random_rows(specs, teachers), _free_rows(specs), _unused_choices(specs, teachers)])
 
 
 def row_warnings(teachers: Sequence[Teacher]) -> list[str]:
@@ -80,6 +80,23 @@ def _random_rows(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher]) -> s
     )
 
 
+def _free_rows(specs: Sequence[TeacherSpec]) -> str:
+    """Name the adapters that write free text although they have a task, because it does not say what its prompts look like."""
+    names = [
+        spec.name
+        for spec in specs
+        if spec.rows.generated and spec.task is not None and spec.task.label is not None
+        if not any(prompt_pieces(spec.task))
+    ]
+    if not names:
+        return ""
+    return (
+        f"the tasks of {', '.join(names)} do not say how a prompt ends, so these adapters write free text, and all of its tokens "
+        "are matched. Say what a prompt looks like (template, or prompt_format where the rows hold whole prompts), with text "
+        "behind {text}; then only the answers are matched."
+    )
+
+
 def _unused_choices(specs: Sequence[TeacherSpec], teachers: Sequence[Teacher]) -> str:
     """Name the adapters whose tasks have choices that are not compared."""
     names = [
@@ -105,7 +122,7 @@ def _worse_results(results: Sequence[TeacherResult]) -> str:
     if not worse:
         return ""
     return (
-        f"on the held-out rows the result is further from these than the start is: {', '.join(worse)}. Rows closer to their tasks "
+        f"on the held-out rows the result imitates these worse than the start does, by the figures named: {', '.join(worse)}. Rows closer to their tasks "
         "(--rows or rows=), or a larger weight for them (--weights or weights=), may help."
     )
 

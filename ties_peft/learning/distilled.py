@@ -171,7 +171,10 @@ class DistilReport(Printed):
         """Return the legend of the teachers' table, and the rows on which they were compared."""
         tokens = any(line.matched != "labels" for line in self.lessons)
         facts = [
-            ("held", "rows kept out of the training; the figures are measured on them"),
+            (
+                "held",
+                "rows kept out of the training, on which the start and the step are chosen and the figures measured; few rows give rough figures",
+            ),
             ("start, result", "the merge before the training, and the adapter that is written"),
             ("KL", "distance of their predictions from the adapter's, in nats: 0 where they are equal"),
             ("agrees", f"share of their predictions whose likeliest {'token' if tokens else 'label'} is the adapter's"),
@@ -209,13 +212,15 @@ class DistilReport(Printed):
             if self.improved
             else f"{before:.4f}; no step improved it, so the result is the start"
         )
+        equal = len({line.weight for line in self.lessons}) == 1
         worse = [f"{line.name}: {', '.join(line.worse)}" for line in self.lessons if line.worse]
         return make_facts(
             [
                 ("start", self.start),
                 ("fitted", f"{self.fit} of one {self.kind} adapter{rank}"),
                 ("steps", f"{self.steps} of {self.of}; the result is of step {self.kept}"),
-                ("mean KL", outcome),
+                *([] if equal else [("weights", ", ".join(f"{line.weight:g}" for line in self.lessons))]),
+                ("mean KL" if equal else "mean KL by weight", outcome),
                 *(("worse" if place == 0 else "", text) for place, text in enumerate(worse)),
                 ("written as", self.dtype),
                 ("licence", self.licence_note),

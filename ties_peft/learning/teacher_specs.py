@@ -32,7 +32,7 @@ from ..merging.values import check_whole
 from . import ANSWERS, GENERATED, GENERATED_ROWS
 from .teachers import BASE, LabelTeacher, Teacher
 from .token_teachers import TokenTeacher
-from .written_rows import AnswerWriter, RowWriter, Writer, line_ends, random_rows, row_beginning
+from .written_rows import AnswerWriter, RowWriter, Writer, end_tokens, line_ends, random_rows, row_beginning
 
 RANDOM_ROWS = 800
 TEXT_TOKENS = 48  # at most, in each part of a prompt that an adapter writes
@@ -105,10 +105,16 @@ def read_teacher_specs(
     given_tasks = [_read_task(task, adapter) for task, adapter in zip(named, opened, strict=True)]
     given_rows = _for_each("rows", rows, keys, names)
     written, labelled = count or GENERATED_ROWS, answers == GIVEN
-    return [
+    specs = [
         TeacherSpec(adapter, name, task, _row_spec(name, task, own_rows, written, labelled))
         for adapter, name, task, own_rows in zip(opened, names, given_tasks, given_rows, strict=True)
     ]
+    if count is not None and not any(spec.rows.generated for spec in specs):
+        raise RecipeError(
+            f"count is {count}, and no adapter writes rows. Leave it out, or ask for written rows (--rows {GENERATED} or "
+            f"rows='{GENERATED}')."
+        )
+    return specs
 
 
 def _read_task(given: Any, adapter: Adapter) -> Task | None:
@@ -128,8 +134,10 @@ def open_bench(
 ) -> Bench:
     """Load the base model in the form that the tasks need, and check that every adapter and task fits it.
 
-    Raises: RecipeError where the form is not known, differs between tasks, or cannot be imitated.
+    Raises: RecipeError where there are too few rows, and where the form is not known, differs between tasks, or cannot be
+        imitated.
     """
+    _check_numbers_of_rows(specs)
     if bench is None:
         forms = {_form(spec) for spec in specs}
         if len(forms) != 1:
@@ -207,11 +215,7 @@ def _teacher(
     digest = BASE if adapter is None else adapter.digest
     sequences, starts = _sequences(rows, task, bench, options.seed, digest, are_prompts=writer is not None)
     kept = [place for place, ids in enumerate(sequences) if ids]
-    if len(kept) < MIN_ROWS:
-        raise RecipeError(
-            f"adapter '{name}' has {len(kept)} rows with a token in them ({rows.origin}); expected at least {MIN_ROWS}. Give "
-            "more rows, or a number of rows of random tokens."
-        )
+    _check_number(name, len(kept), f"rows with a token in them ({rows.origin})", "Give more rows")
     sequences = [sequences[place] for place in kept]
     if not causal:
         assert adapter is not None
@@ -220,6 +224,23 @@ def _teacher(
     starts = None if starts is None else [starts[place] for place in kept]
     choices = choice_tokens(bench, task) if starts or (writer and writer.prompted) else ()
     return TokenTeacher(bench, adapter, sequences, name, rows.origin, writer, choices, starts)
+
+
+def _check_number(name: str, rows: int, what: str, remedy: str) -> None:
+    """Raise RecipeError for fewer rows than are needed to hold one out."""
+    if rows < MIN_ROWS:
+        raise RecipeError(
+            f"adapter '{name}' has {rows} {what}; expected at least {MIN_ROWS}. {remedy}, or a number of rows of random tokens."
+        )
+
+
+def _check_numbers_of_rows(specs: Sequence[TeacherSpec]) -> None:
+    """Refuse too few rows, as far as they can be counted before the model is loaded."""
+    for spec in specs:
+        if spec.rows.generated:
+            _check_number(spec.name, spec.rows.count, "rows to write", "Ask for more (--count or count=)")
+        elif spec.rows.texts is not None:
+            _check_number(spec.name, len(spec.rows.texts), f"rows ({spec.rows.origin})", "Give more rows")
 
 
 def _check_no_writing(rows: RowSpec, bench: Bench, options: AnswerOptions) -> None:
@@ -235,7 +256,7 @@ def _check_no_writing(rows: RowSpec, bench: Bench, options: AnswerOptions) -> No
 def _writer(rows: RowSpec, task: Task | None, bench: Bench, options: AnswerOptions) -> Writer | None:
     """Return what lets an adapter write its rows or its answers; None where it writes nothing."""
     if rows.generated:
-        pieces = [piece.rstrip() for piece in (task or DEFAULT_TASKS[LANGUAGE]).format_of_prompts.split(SLOT)[1:]]
+        pieces = prompt_pieces(task or DEFAULT_TASKS[LANGUAGE])
         if not any(pieces):
             return RowWriter(TEXT_TOKENS, options.tokens, (), (), options.seed)
         ids = tuple(map(tuple, bench.all_token_ids(pieces, special=False)))
@@ -244,6 +265,11 @@ def _writer(rows: RowSpec, task: Task | None, bench: Bench, options: AnswerOptio
     if rows.texts is None or unlabelled or options.answers in (GIVEN, NONE):
         return None
     return AnswerWriter(options.tokens, options.seed, whole=task is None)
+
+
+def prompt_pieces(task: Task) -> list[str]:
+    """Return what follows each slot in the form of a task's prompts. All are empty where it is not known how a prompt ends."""
+    return [piece.rstrip() for piece in task.format_of_prompts.split(SLOT)[1:]]
 
 
 def _sequences(
@@ -264,8 +290,12 @@ def _sequences(
 def _with_targets(
     bench: Bench, texts: Sequence[str], targets: Sequence[str], most: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Return prompts with their answers, tokenized together, and where each answer begins."""
+    """Return prompts with their answers, tokenized together, and where each answer begins.
+
+    Each answer is followed by the model's end token, because an adapter that is not matched there need not stop.
+    """
     pairs = [tokenized(bench, text, target) for text, target in zip(texts, targets, strict=True)]
+    pairs = [(prompt, ended(bench, answer)) for prompt, answer in pairs]
     prompts = [prompt[-most:] for prompt, _ in pairs]
     return [[*prompt, *answer] for prompt, (_, answer) in zip(prompts, pairs, strict=True)], list(map(len, prompts))
 
@@ -275,6 +305,15 @@ def tokenized(bench: Bench, text: str, target: str) -> tuple[list[int], list[int
     joint = text + (target if target[:1].isspace() or not target else f" {target}")
     whole, alone = bench.all_token_ids([joint, text])
     return whole[: len(alone)], whole[len(alone) :]
+
+
+def ended(bench: Bench, answer: list[int]) -> list[int]:
+    """Return an answer with the model's end token behind it, unless it ends with one or the model has none."""
+    ends = end_tokens(bench)
+    chosen = getattr(bench.tokenizer, "eos_token_id", None)
+    if not ends or (answer[-1:] and answer[-1] in ends):
+        return answer
+    return [*answer, min(ends) if chosen is None else chosen]
 
 
 def choice_tokens(bench: Bench, task: Task) -> tuple[int, ...]:
@@ -309,7 +348,8 @@ def _row_spec(name: str, task: Task | None, rows: Any, count: int, labelled: boo
         named = task.text if task else TEXT
         read = read_rows(rows, limit=task.limit if task else None, text=named)
         column = text_column(read) if named == TEXT else named
-        return _from_rows(name, task, read, str(rows), f"rows {str(rows)!r}", labelled, column)
+        asked = task and replace(task, rows=str(rows))  # so that messages about labels name these rows
+        return _from_rows(name, asked, read, str(rows), f"rows {str(rows)!r}", labelled, column)
     if not (isinstance(rows, Sequence) and all(isinstance(text, str) for text in rows)):
         raise RecipeError(
             f"rows of '{name}' are {rows!r}; expected a list of texts, the path of a .jsonl, .csv or .txt file, "

@@ -30,7 +30,7 @@ def check_trainable(task: Task) -> None:
     if task.measure not in TRAINABLE_MEASURES:
         raise RecipeError(
             f"task {task.name!r} has measure '{task.measure}'; training needs labels, so expected measure "
-            f"{' or '.join(TRAINABLE_MEASURES)}. Choose one of these."
+            f"{' or '.join(TRAINABLE_MEASURES)}, of an encoder or a sequence classifier. Language models are not trained here."
         )
 
 
