@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .merging.recipes.recipe import Recipe
     from .merging.report import Report
     from .methods import methods
-    from .search.search import Found, search
+    from .search.found import Found
+    from .search.search import search
 
 __version__ = "0.1.0"
 __all__ = [
@@ -76,7 +77,7 @@ _MODULES = {
     "Analysis": "analysis.analysis",
     "Bench": "evaluation.loaded_model",
     "Distilled": "learning.distilled",
-    "Found": "search.search",
+    "Found": "search.found",
     "Merged": "merging.merged",
     "Prepared": "merging.prepare",
     "Recipe": "merging.recipes.recipe",

@@ -285,7 +285,7 @@ def test_labels_are_not_read(loras: list[Path], bases: dict[str, Path], tmp_path
 
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"tasks": TASK}, "no rows on which a0, a1 could predict"),
+    ({"tasks": TASK}, r"no rows on which a0, a1 could predict. Give them \(rows= or --rows: a list of texts"),
     ({"rows": ["w1 w2"] * 9}, "Give its task"),
     ({"rows": [["w1"] * 9] * 3, "tasks": TASK}, "3 rows for 2 adapters"),
     ({"rows": [["w1"] * 3], "tasks": TASK}, "has 3 rows .texts given.; expected at least 5"),
@@ -308,6 +308,13 @@ def test_wrong_input_is_refused_before_an_adapter_runs(
     monkeypatch.setattr(Imitation, "divergences", lambda *_: pytest.fail("an adapter was run"))
     with pytest.raises(TiesPeftError, match=text):
         ties_peft.search(loras, "imitate", budget=2, **({"base": bases["encoder"]} | given))
+
+
+def test_a_choice_that_cannot_be_merged_is_refused_before_the_base_is_loaded(loras: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(CompatibilityError, match="tune: method=fisher cannot be merged: method 'fisher' needs fisher"):
+        ties_peft.search(
+            loras, "imitate", {"method": ["ties", "fisher"]}, rows=9, tasks=TASK, base=tmp_path / "nowhere"
+        )
 
 
 def test_rows_without_imitation_are_refused(loras: list[Path]) -> None:
@@ -357,10 +364,13 @@ def test_the_command(loras: list[Path], bases: dict[str, Path], tmp_path: Path) 
     )
     assert [trial["value"] for trial in found["trials"]] == [trial.value for trial in called.trials]
     assert found["score"] == called.score < 0
+    assert (found["sampler"], found["combinations"]) == ("grid", 2)
+    assert found["measures"] == {"score": imitation.MEASURE}
+    assert f"score  {imitation.MEASURE}" in str(called)
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["teacher 0.pt", "teacher 1.pt"]
     assert Adapter.load(out).digest == called.adapter.digest
     for flags, text in (
-        ((*asked, "--force"), "there are no rows on which"),
+        ((*asked, "--force"), "(rows= or --rows: a list of texts"),
         ((*common, "--force", "--objective", "labels", "--task", task), "--objective is 'labels'"),
         ((*common, "--force", "--task", task, "--rows", rows), "rows: only a search with objective 'imitate'"),
         ((*common, "--force"), "--task is given 0 times"),

@@ -14,7 +14,7 @@ import torch
 from worker import LORAHUB, NegativeDistance
 
 import ties_peft
-from ties_peft import Adapter, MethodError, Recipe, RecipeError, TiesPeftError
+from ties_peft import Adapter, CompatibilityError, MethodError, Recipe, RecipeError, TiesPeftError
 from ties_peft.search.controls import random_adapter
 from ties_peft.search.tuning import Choice, Range, Tuning
 
@@ -215,6 +215,23 @@ FAULTS: list[tuple[dict[str, Any], type[TiesPeftError], str]] = [
     ({"budget": 0}, RecipeError, "the budget is 0"),
     ({"penalty": -1}, RecipeError, "the penalty is -1"),
     ({"tune": {}}, RecipeError, "tune names no parameter"),
+    ({"tune": "method"}, RecipeError, "tune is 'method'; expected a dict"),
+    ({"tune": ["method"]}, RecipeError, "expected a dict"),
+    ({"tune": {"scale": {"choices": [1, 2, 3]}}}, RecipeError, "For choices give a list of three or more values"),
+    ({"tune": {"scale": 2}}, RecipeError, "three or more values, or names"),
+    (
+        {"tune": {"method": ["ties", "fisher"]}},
+        CompatibilityError,
+        "tune: method=fisher cannot be merged: .* needs fisher",
+    ),
+    ({"tune": {"density": [0.1, 0.2, 0.3], "method": ["ties", "fisher"]}}, CompatibilityError, "tune: method=fisher"),
+    (
+        {"tune": {"elect": ["mass", "luck", "count"], "method": ["average", "ties"]}},
+        MethodError,
+        "elect=luck cannot be",
+    ),
+    ({"tune": {"rank": ["max", "most", "auto"]}}, RecipeError, "tune: rank=most cannot be merged: rank is 'most'"),
+    ({"method": "fisher"}, CompatibilityError, "^method 'fisher' needs fisher statistics"),
     ({"tune": {"densty": [0.1, 1]}, "method": "ties"}, MethodError, "did you mean 'density'"),
     ({"tune": {"density": [0.0, 1.0]}, "method": "ties"}, MethodError, "greater than 0"),
     ({"tune": {"density": [1.0, 0.5]}, "method": "ties"}, RecipeError, "expected low < high"),

@@ -45,7 +45,17 @@ def test_a_search_prints_its_controls_and_writes_an_adapter(folders: list[Path],
     assert done.code == 0, done.err
     rows = [line.split("  ")[0] for line in done.out.splitlines()]
     assert rows[1:7] == ["found", "base", "mean", "best single", "random weights", "random adapters"]
-    assert "best of 4 trials:" in done.out
+    assert done.out.split()[:2] == ["score", "judged"]
+    for text in (
+        "score   minus the mean loss on the rows, in nats; larger is better",
+        "judged  share of the rows that are right, from 0 to 1; larger is better",
+        "tried   4 trials, by the sampler cobyla",
+        "best of 4 trials:",
+        f"written to {out}; load it with",
+        f"  model = PeftModel.from_pretrained(base, '{out}')",
+        "to try more, repeat the command with a larger --budget and --force",
+    ):
+        assert text in done.out
     assert ties_peft.Adapter.load(out).modules == tuple(sorted(tiny.BERT))
     assert (tmp_path / "out.study.db").is_file()
 
@@ -59,6 +69,26 @@ def test_it_goes_on_and_as_json(folders: list[Path], task: Path, tmp_path: Path)
     assert (first.code, more.code) == (0, 0), first.err + more.err
     assert json.loads(more.out)["trials"][:2] == json.loads(first.out)["trials"]
     assert len(json.loads(more.out)["trials"]) == 4
+
+
+def test_choices_are_tried_once_and_the_last_line_says_whether_all_were(
+    folders: list[Path], task: Path, tmp_path: Path
+) -> None:
+    common = ("search", *folders, "--task", task, "--no-controls", "--tune", "method=[auto,ties,average]")
+    done = run(*common, "--out", tmp_path / "all")
+    assert done.code == 0, done.err
+    assert "best of all 3 combinations:" in done.out
+    assert done.out.splitlines()[-1].endswith("; all combinations of the choices were tried")
+    cut = run(*common, "--sampler", "grid", "--budget", 2, "--out", tmp_path / "cut")
+    assert "warning: the budget is 2, so the grid tries only the first 2 of its 3 combinations." in cut.err
+    assert "best of 2 of 3 combinations:" in cut.out
+    assert cut.out.splitlines()[-1].endswith("to try more, repeat the command with a larger --budget and --force")
+    whole = run(*common, "--out", tmp_path / "cut", "--force")
+    assert "best of all 3 combinations:" in whole.out
+    other = run(*common, "--budget", 2, "--out", tmp_path / "other")
+    assert other.out.splitlines()[-1].endswith("repeat the command with --sampler tpe, a larger --budget and --force")
+    more = run(*common, "--sampler", "tpe", "--budget", 3, "--force", "--out", tmp_path / "other", "--json")
+    assert (json.loads(more.out)["sampler"], len(json.loads(more.out)["trials"])) == ("tpe", 3)
 
 
 def test_bad_input_is_one_message(folders: list[Path], task: Path, tmp_path: Path) -> None:
@@ -134,7 +164,14 @@ def test_an_output_that_could_not_be_written_is_refused_before_the_trials(
 def test_the_help_can_be_read_as_it_was_written() -> None:
     for width in ("80", "200"):
         without_password = " ".join(run("search", "--help", env={"COLUMNS": width}).out.replace("│", " ").split())
-        for text in ("method=[ties,flat_tsv];", "density=[0.05,1.0];", "postgresql+psycopg2://…"):
+        for text in (
+            "method=[ties,flat_tsv];",
+            "density=[0.05,1.0];",
+            "postgresql+psycopg2://…",
+            "A list of two numbers is a range",
+            "[default: (40; with the sampler grid all combinations)]",
+            "[default: (grid where only choices are searched, in no more combinations than the budget; else auto)]",
+        ):
             assert text in without_password
         assert "Likewise" not in without_password
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from ..errors import RecipeError
 from ..learning import ANSWER_TOKENS
 from ..merging.options import DEVICE, read_flag
-from ..search import BUDGET, CONTROLS, GRID, IMITATE, PENALTY, TRAINED
+from ..search import AUTO, BUDGET, CONTROLS, GRID, IMITATE, PENALTY, SETTINGS, TRAINED, WEIGHTS
 from .base import (
     ROWS_HELP,
     Adapters,
@@ -36,7 +36,7 @@ from .base import (
 )
 
 if TYPE_CHECKING:
-    from ..search.search import Found
+    from ..search.found import Found
 
 OPTIONS = ("method", "space", "scale", "rank", "densities", "seed", "allow_disjoint")
 Tune = Annotated[
@@ -45,7 +45,7 @@ Tune = Annotated[
         help=escape(
             "An option to search and its values in YAML, NAME=RANGE or NAME=CHOICES: density=[0.05,1.0]; "
             "method=[ties,flat_tsv]; 'scale={low: 0.1, high: 3, log: true}'; adapters=some tries each adapter with and without. "
-            "Repeatable."
+            "A list of two numbers is a range, any other list holds choices. Repeatable."
         ),
         show_default="weights=[-1.5,1.5]",
     ),
@@ -87,7 +87,12 @@ Judge = Annotated[
     ),
 ]
 Controls = Annotated[
-    bool, typer.Option("--controls/--no-controls", help=f"Compare the result with: {', '.join(CONTROLS)}.")
+    bool,
+    typer.Option(
+        "--controls/--no-controls",
+        help=f"Compare the result with: {', '.join(CONTROLS)}. Where other options than weights are searched, '{WEIGHTS}' is named "
+        f"'{SETTINGS}'.",
+    ),
 ]
 Penalty = Annotated[
     float,
@@ -96,14 +101,22 @@ Penalty = Annotated[
 StudyName = Annotated[
     str, typer.Option(help="The name of the search in the storage. The same search with the same name is continued.")
 ]
-Budget = Annotated[int, typer.Option(help="The number of merges that are tried, in all runs and processes together.")]
+Budget = Annotated[
+    int | None,
+    typer.Option(
+        help="The number of merges that are tried, in all runs and processes together.",
+        show_default=f"{BUDGET}; with the sampler {GRID} all combinations",
+    ),
+]
 Trained = Annotated[
     bool, typer.Option("--trained", help="Compare the result with a new LoRA, trained on the same rows, too.")
 ]
 Sampler = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help=f"What chooses the next trial: auto, cobyla (for ranges), tpe, random, or {GRID} (each combination of choices once)."
+        help=f"What chooses the next trial: {GRID} (each combination of choices once), cobyla (for ranges), tpe, random, or {AUTO} "
+        "(cobyla where only ranges are searched, else tpe).",
+        show_default=f"{GRID} where only choices are searched, in no more combinations than the budget; else {AUTO}",
     ),
 ]
 
@@ -119,7 +132,7 @@ def search(
     answers: Answers = None,
     answer_tokens: AnswerTokens = ANSWER_TOKENS,
     tune: Tune = None,
-    budget: Budget = BUDGET,
+    budget: Budget = None,
     settings: Settings = None,
     penalty: Penalty = PENALTY,
     judge: Judge = None,
@@ -127,7 +140,7 @@ def search(
     trained: Trained = False,
     storage: Storage = None,
     study: StudyName = "search",
-    sampler: Sampler = "auto",
+    sampler: Sampler = None,
     state: State = None,
     base: Annotated[str | None, base_option("the task's or adapters'")] = None,
     device: ModelDevice = DEVICE,
@@ -192,7 +205,15 @@ def _show(found: Found, out: Path, storage: str, study: str, as_json: bool) -> N
         print_json({"out": str(out), "storage": place, "study": study, **found.to_dict()})
         return
     print_rich(found.tables())
-    print_text(f"\nbest of {len(found.trials)} trials:\n{found.recipe.to_yaml()}\nwritten to {out}")
-    print_text(
-        f"the trials are kept in {place} (study {study!r}); to try more, repeat the command with a larger --budget and --force"
-    )
+    print_text(f"\nbest of {found.tried}:\n{found.recipe.to_yaml()}\nwritten to {out}; load it with\n")
+    print_text("\n".join(f"  {line}" for line in found.adapter.loading.lines(str(out))))
+    print_text(f"\nthe trials are kept in {place} (study {study!r}); {_more(found)}")
+
+
+def _more(found: Found) -> str:
+    """Return how to try more."""
+    if len(found.trials) == found.combinations:
+        return "all combinations of the choices were tried"
+    # With a larger budget the default could be the grid, and a study has one sampler.
+    sampler = "--sampler tpe, " if found.sampler == "tpe" else ""
+    return f"to try more, repeat the command with {sampler}a larger --budget and --force"

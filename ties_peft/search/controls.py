@@ -3,7 +3,8 @@
     base            no adapter at all
     mean            every adapter with weight 1/N
     best single     the one adapter that scores best on the same examples
-    random weights  the best of as many random settings as the search has trials
+    random weights  the best of as many random settings as the search has trials; named `random settings` where other
+                    parameters than the weights are tuned
     random adapters the same search over adapters of the same shapes and norms with random directions
     trained         a new adapter, trained on the same examples alone
 

@@ -29,6 +29,7 @@ from ..merging.plan import Progress
 from ..merging.recipes.recipe import Recipe
 from . import IMITATE
 
+MEASURE = "minus mean KL from the adapters' predictions, in nats; larger is better"
 ROWS = f"a list of texts, a file, a number of random-token rows, or '{GENERATED}'"
 
 
@@ -74,8 +75,8 @@ class Imitation:
         without = [spec.name for spec in specs if spec.rows.texts is None]
         if rows is None and without:
             raise RecipeError(
-                f"objective '{IMITATE}': there are no rows on which {', '.join(without)} could predict. Give rows ({ROWS}), or "
-                "tasks that have rows."
+                f"objective '{IMITATE}': there are no rows on which {', '.join(without)} could predict. Give them "
+                f"(rows= or --rows: {ROWS}), or tasks that have rows (tasks= or --task)."
             )
         self.bench = open_bench(specs, base, device, bench)
         self._teachers = make_teachers(specs, self.bench, answering)

@@ -23,9 +23,13 @@ from ..evaluation.scorers import Classification, Scorer
 from ..evaluation.task import read_task
 from ..learning.training import check_trainable
 from . import TRAINED
-from .imitation import Imitation
+from .imitation import MEASURE, Imitation
 
 FUNCTION = "a function"
+RETURNED = "what the given function returns; larger is better"
+LOSS = "minus the mean loss on the rows, in nats; larger is better"
+SHARE = "share of the rows that are right, from 0 to 1; larger is better"
+TEXTS = {"chrf": "chrF, from 0 to 1; larger is better", "bleu": "BLEU, from 0 to 1; larger is better"}
 
 
 class Objectives:
@@ -82,6 +86,21 @@ class Objectives:
         return _digest(task_identity(self._judge)) if isinstance(self._judge, Scorer) else None
 
     @property
+    def measures(self) -> dict[str, str]:
+        """What the columns `score` and, with a judge, `judged` of a result hold, in words."""
+        if isinstance(self._objective, Imitation):
+            score = MEASURE
+        elif self.scorer is None:
+            score = RETURNED
+        else:
+            measure = self.scorer.task.measure
+            score = _value_text(measure) if measure in (*TEXTS, "exact_match") else LOSS
+        if self._judge is None:
+            return {"score": score}
+        judged = _value_text(self._judge.task.measure) if isinstance(self._judge, Scorer) else RETURNED
+        return {"score": score, "judged": judged}
+
+    @property
     def warnings(self) -> list[str]:
         """The warnings that the objective has given; none of a task or of another callable."""
         return self._objective.warnings.texts if isinstance(self._objective, Imitation) else []
@@ -126,6 +145,11 @@ def task_identity(scorer: Scorer) -> dict[str, Any]:
         "measure": {"name": task.measure, **options},
         "examples": _digest([rows, scorer.labels.tolist()]),
     }
+
+
+def _value_text(measure: str) -> str:
+    """Return what `Score.value` is for a measure."""
+    return LOSS if measure == "loss" else TEXTS.get(measure, SHARE)
 
 
 def _digest(values: Any) -> str:

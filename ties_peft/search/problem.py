@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..errors import CompatibilityError
+from ..errors import CompatibilityError, TiesPeftError
 from ..merging.merged import Merged
+from ..merging.plan import make_plan
 from ..merging.prepare import Prepared, prepare
 from ..merging.recipes.recipe import Recipe
 from ..merging.recipes.settings import find_space
@@ -35,6 +36,22 @@ class Trial:
 Evaluate = Callable[[Setting], tuple[float, Mapping[str, Any]]]  # (value, facts) of a setting
 TrialCallback = Callable[[Trial, list[Trial]], None]  # called with a trial, and with all complete trials
 MERGE_OPTIONS = ("method", "weights", "scale", "rank", "seed", "dtype", "densities")  # of a prepared merge
+
+
+def check_choices(tuning: Tuning, adapters: Sequence[Adapter]) -> None:
+    """Check, without arithmetic, that each choice can be merged from these adapters.
+
+    Whole layers are left out, because an objective may drop them; `SearchProblem.check` checks them.
+
+    Raises: TiesPeftError naming the first choice that cannot, and why.
+    """
+    for place, (named, recipe) in enumerate(tuning.recipes_of_choices()):
+        try:
+            make_plan(replace(recipe, heads="drop"), adapters, checked=place > 0)
+        except TiesPeftError as error:
+            if not named:
+                raise
+            raise type(error)(f"tune: {named} cannot be merged: {error} Or leave this choice out.") from None
 
 
 @dataclass(frozen=True)

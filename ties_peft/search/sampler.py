@@ -33,7 +33,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.optimize import minimize
 
 from ..errors import RecipeError
-from . import GRID
+from . import AUTO, GRID
 from .tuning import Domain, Range, Setting
 
 GRACE = 60  # seconds without a heartbeat after which the process of a trial counts as ended
@@ -58,7 +58,7 @@ class Sampler(optuna.samplers.BaseSampler):
     def __init__(self, name: str, domains: Mapping[str, Domain], starts: Sequence[Setting], seed: int) -> None:
         self._ranges = {key: domain for key, domain in domains.items() if isinstance(domain, Range)}
         ranges_alone = len(self._ranges) == len(domains)
-        self.name = {"auto": "cobyla" if ranges_alone else "tpe"}.get(name, name)
+        self.name = {AUTO: "cobyla" if ranges_alone else "tpe"}.get(name, name)
         if self.name not in SAMPLERS or (self.name == "cobyla" and not ranges_alone):
             raise RecipeError(
                 f"the sampler is {name!r}; expected auto, tpe, random or {GRID}, or cobyla where only ranges are tuned. Leave it out for "

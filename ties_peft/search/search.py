@@ -20,96 +20,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import RenderableType
-
 from ..adapters.adapter import Adapter, load_adapters
-from ..errors import RecipeError, unknown, warn_caller
+from ..errors import GivenWarnings, RecipeError, unknown
 from ..evaluation.loaded_model import Bench
 from ..learning import ANSWER_TOKENS
 from ..learning.training import train
 from ..merging.merge import make_recipe
-from ..merging.merged import Merged
 from ..merging.options import DEVICE, Options, Rank
 from ..merging.plan import Progress
-from ..merging.recipes.recipe import Recipe
-from ..merging.tables import Printed, make_table, number_column
 from ..merging.values import check_whole
-from . import ADAPTERS, BUDGET, CONTROLS, DETAIL, GRID, IMITATE, PENALTY, TRAINED, WEIGHTS
+from . import ADAPTERS, CONTROLS, DETAIL, GRID, IMITATE, PENALTY, SETTINGS, TRAINED, WEIGHTS
 from .controls import new_adapter, random_adapter, random_settings, simple_recipes
+from .found import Control, Found, better_controls
 from .imitation import Imitation, refuse_imitation_options
 from .objectives import Objectives
-from .problem import SearchProblem, Trial, TrialCallback
+from .problem import SearchProblem, Trial, TrialCallback, check_choices
+from .trial_plan import TrialPlan
 from .tuning import Tuning
 
 if TYPE_CHECKING:
     from .study import Study
 
 
-@dataclass(frozen=True)
-class Control:
-    """The scores of a control, which the result of the search is compared with.
-
-    Attributes:
-        name: as in `controls`.
-        score: on the examples, without the penalty.
-        judged: the value by the judge, if there is one.
-    """
-
-    name: str
-    score: float
-    judged: float | None = None
-
-
-@dataclass(frozen=True, repr=False)
-class Found(Printed):
-    """The result of a search; it prints as a table.
-
-    Attributes:
-        adapter: the merge by the best recipe.
-        score: of the adapter on the examples, without the penalty.
-        judged: its value by the judge, if there is one.
-        trials: all trials, by number.
-        controls: the controls.
-        warnings: of the adapter's report and, with "imitate", of the source adapters' rows.
-    """
-
-    adapter: Merged
-    score: float
-    judged: float | None
-    trials: tuple[Trial, ...]
-    controls: tuple[Control, ...]
-    warnings: list[str]
-
-    @property
-    def recipe(self) -> Recipe:
-        """The best recipe."""
-        return self.adapter.recipe
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, without the adapter and the warnings."""
-        return {
-            "score": self.score,
-            "judged": self.judged,
-            "trials": [
-                {"number": t.number, "setting": dict(t.setting), **t.facts, "value": t.value} for t in self.trials
-            ],
-            "controls": [vars(control) for control in self.controls],
-            "recipe": self.recipe.to_dict(),
-        }
-
-    def tables(self) -> RenderableType:
-        """Return a table of the scores of the result and of each control."""
-        columns = [number_column("examples"), *([] if self.judged is None else [number_column("judged")])]
-        lines = [Control("found", self.score, self.judged), *self.controls]
-        rows = [[one.name, *(f"{v:.4f}" for v in (one.score, one.judged) if v is not None)] for one in lines]
-        return make_table(["", *columns], rows)
-
-
 def search(
     adapters: Sequence[str | Path | Adapter],
     objective: Any,
     tune: Mapping[str, Any] | None = None,
-    budget: int = BUDGET,
+    budget: int | None = None,
     *,
     method: str = Options.method,
     space: str = Options.space,
@@ -123,7 +60,7 @@ def search(
     storage: str | Path | None = None,
     study: str = "search",
     seed: int = Options.seed,
-    sampler: str = "auto",
+    sampler: str | None = None,
     base: str | Path | None = None,
     device: str = DEVICE,
     bench: Bench | None = None,
@@ -146,7 +83,8 @@ def search(
             `rows` without labels, what each source adapter predicts there. Its value is −(the mean over adapters of
             KL(adapter ‖ merge)) in nats, at most 0 (see `imitation`).
         tune: the parameters to tune and their values (see `tuning`); by default the weights, from −1.5 to 1.5.
-        budget: the number of trials in all, including those that the study holds already.
+        budget: the number of trials in all, including those that the study holds already; by default 40, with the sampler
+            `grid` all combinations.
         method, space, scale, rank, parameters: of the recipe where they are not tuned, as in `merge`. For LoRAHub use
             method="task_arithmetic", scale=1, rank="max".
         densities: as in `merge`.
@@ -154,13 +92,14 @@ def search(
         judge: a task or callable like `objective`, on other rows. It evaluates the result and the controls once, at the
             end, by accuracy where there is one.
         controls: the names of the controls; besides the default ones there is `trained`, a new adapter trained on the
-            same rows.
+            same rows. `random weights` is named `random settings` in the result where other parameters than weights are tuned.
         storage: a path (SQLite), a database's URL, `journal:PATH`, or None for memory; see `Study`.
         study: the name of the search in the storage. The same search of that name is resumed; another one is refused.
             Tasks are compared by the tokens and labels of their rows, not by their paths; callables are not compared.
         seed: of every random number.
-        sampler: `auto`, `cobyla`, `tpe`, `random`, or `grid`, which tries each combination of choices once, in order; see
-            `Study`.
+        sampler: `grid`, which tries each combination of choices once, in order; `cobyla`, for ranges; `tpe`; `random`; or
+            `auto`, which is `cobyla` where only ranges are tuned, else `tpe`. By default `grid` where only choices are tuned
+            and the budget (40 if none is given) allows for all combinations, else `auto`.
         base, device, bench: as in `evaluate`, for tasks.
         allow_disjoint: as in `merge`.
         progress: called as progress(stage, done, of), for the search and for each control that takes as many trials. The
@@ -182,7 +121,10 @@ def search(
         opened, parameters=parameters or {}, method=method, space=space, scale=scale, rank=rank, **more
     )
     tuning = Tuning.read(recipe, tune)
-    budget = min(budget, len(tuning.combinations())) if sampler == GRID else budget
+    trial_plan = TrialPlan.read(sampler, budget, tuning)
+    check_choices(tuning, opened)
+    given = GivenWarnings()
+    given.give(trial_plan.warnings)
     imitated: dict[str, Any] = {"rows": rows, "tasks": tasks, "count": count, "answers": answers, "state": state}
     imitated["answer_tokens"] = answer_tokens
     if isinstance(objective, str) and objective == IMITATE:
@@ -194,25 +136,18 @@ def search(
     objectives = Objectives(objective, judge, opened, base, device, bench, TRAINED in controls)
     problem = SearchProblem(opened, tuning, objectives.score, penalty, seed)
     problem.check()
-    run = _SearchRun(problem, objectives, budget, storage, study, sampler, progress)
-    opened_study = run.open_study()
-    trials = run.run_trials(opened_study, "search", watch)
-    best = _best(trials)
-    merged = problem.merge_setting(best.setting)
-    evaluated = run.evaluate_controls(controls, opened_study)
-    warn_caller(merged.report.warnings)
-    judged, score = objectives.judge(merged), float(best.facts["score"])
-    return Found(merged, score, judged, tuple(trials), evaluated, objectives.warnings + merged.report.warnings)
+    return _SearchRun(problem, objectives, trial_plan, storage, study, progress).find(controls, watch, given)
 
 
-def _check_numbers(budget: int, penalty: float, seed: int, controls: Sequence[str]) -> None:
-    check_whole("the budget", budget, 1)
+def _check_numbers(budget: int | None, penalty: float, seed: int, controls: Sequence[str]) -> None:
+    if budget is not None:
+        check_whole("the budget", budget, 1)
     check_whole("seed", seed, 0)
     if not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
         raise RecipeError(f"the penalty is {penalty!r}; expected a number, 0 or more. Give 0 for none.")
     for name in controls:
-        if name not in (*CONTROLS, TRAINED):
-            raise RecipeError(unknown("control", str(name), (*CONTROLS, TRAINED)))
+        if name not in (*CONTROLS, SETTINGS, TRAINED):
+            raise RecipeError(unknown("control", str(name), (*CONTROLS, SETTINGS, TRAINED)))
 
 
 @dataclass(frozen=True)
@@ -222,16 +157,47 @@ class _SearchRun:
     Attributes:
         problem: the problem, whose value is maximised.
         objectives: the objective and the judge.
-        budget, storage, study_name, sampler, progress: as in `search`.
+        trial_plan: the number of trials and the sampler.
+        storage, study_name, progress: as in `search`.
     """
 
     problem: SearchProblem
     objectives: Objectives
-    budget: int
+    trial_plan: TrialPlan
     storage: str | Path | None
     study_name: str
-    sampler: str
     progress: Progress | None
+
+    @property
+    def budget(self) -> int:
+        """The number of trials."""
+        return self.trial_plan.budget
+
+    def find(self, controls: Sequence[str], watch: TrialCallback | None, given: GivenWarnings) -> Found:
+        """Run the trials and the controls, and return the result.
+
+        Args:
+            controls, watch: as in `search`.
+            given: the warnings given so far, to which those of the result are added.
+        """
+        study = self.open_study()
+        trials = self.run_trials(study, "search", watch)
+        best = _best(trials)
+        merged, score = self.problem.merge_setting(best.setting), float(best.facts["score"])
+        evaluated = self.evaluate_controls(controls, study)
+        given.texts += self.objectives.warnings
+        given.give([*merged.report.warnings, *better_controls(score, evaluated)])
+        return Found(
+            merged,
+            score,
+            self.objectives.judge(merged),
+            tuple(trials),
+            evaluated,
+            given.texts,
+            study.sampler,
+            self.trial_plan.combinations,
+            self.objectives.measures,
+        )
 
     def open_study(self) -> Study:
         """Open the study.
@@ -246,10 +212,9 @@ class _SearchRun:
             ) from None
         problem = self.problem
         identity = problem.identity(self.objectives.identity)
-        starts = problem.tuning.combinations() if self.sampler == GRID else problem.initial_settings()
-        return Study(
-            self.storage, self.study_name, problem.tuning.domains, starts, identity, problem.seed, self.sampler
-        )
+        tuning, sampler = problem.tuning, self.trial_plan.sampler
+        starts = tuning.combinations(self.budget) if sampler == GRID else problem.initial_settings()
+        return Study(self.storage, self.study_name, tuning.domains, starts, identity, problem.seed, sampler)
 
     def run_trials(self, study: Study, stage: str, callback: TrialCallback | None = None) -> list[Trial]:
         """Run the remaining trials, and return all."""
@@ -266,22 +231,26 @@ class _SearchRun:
         """Return the controls; those that the study holds for this budget and judge are not evaluated again."""
         judge = self.objectives.judge_id
         evaluated = []
-        for name in names:
+        for name in dict.fromkeys(WEIGHTS if name == SETTINGS else name for name in names):
             budget = f", budget {self.budget}" if name in (WEIGHTS, ADAPTERS) else ""
             key = f"control: {name}{budget}, judge {judge or 'none'}"
             values = None if judge is None else study.load(key)
             if values is None:
-                adapter = self._make_control(name)
+                adapter = self._make_control(name, study)
                 values = [self.problem.score(adapter), self.objectives.judge(adapter)]
                 if judge is not None:
                     study.save(key, values)
-            evaluated.append(Control(name, *values))
+            evaluated.append(Control(self._random_name if name == WEIGHTS else name, *values))
         return tuple(evaluated)
 
-    def _make_control(self, name: str) -> Adapter:
+    @property
+    def _random_name(self) -> str:
+        return WEIGHTS if self.problem.tuning.weights_alone else SETTINGS
+
+    def _make_control(self, name: str, study: Study) -> Adapter:
         problem = self.problem
         if name == WEIGHTS:
-            return self._best_random_setting()
+            return self._best_random_setting(study)
         if name == ADAPTERS:
             return self._search_random_adapters()
         if name == TRAINED:
@@ -291,13 +260,18 @@ class _SearchRun:
         merges = [problem.merge(recipe) for recipe in simple_recipes(problem.tuning.recipe)[name]]
         return max(merges, key=problem.score) if len(merges) > 1 else merges[0]
 
-    def _best_random_setting(self) -> Adapter:
+    def _best_random_setting(self, study: Study) -> Adapter:
+        """Return the merge of the best random setting; those that the search has tried are not evaluated again."""
         settings = random_settings(self.problem.tuning, self.budget, self.problem.seed)
+        known = {repr(sorted(trial.setting.items())): trial.value for trial in study.trials()}
         values: list[float] = []
-        self._report_progress(WEIGHTS, values)
+        self._report_progress(self._random_name, values)
         for setting in settings:
-            values.append(self.problem.evaluate(setting)[0])
-            self._report_progress(WEIGHTS, values)
+            key = repr(sorted(setting.items()))
+            if key not in known:
+                known[key] = self.problem.evaluate(setting)[0]
+            values.append(known[key])
+            self._report_progress(self._random_name, values)
         return self.problem.merge_setting(settings[values.index(max(values))])
 
     def _search_random_adapters(self) -> Adapter:

@@ -54,6 +54,8 @@ class Study:
         seed: of every random number.
         sampler: `cobyla`, `tpe`, `random` or `grid`; `auto` is `cobyla` where all domains are ranges, else `tpe`.
 
+    Attributes:
+        sampler: the name of the sampler in use.
     Raises: RecipeError for a storage that cannot be opened, an unknown sampler, and a study of that name whose identity
         differs.
     """
@@ -70,8 +72,9 @@ class Study:
     ) -> None:
         self._domains = dict(domains)
         self._sampler = Sampler(sampler, self._domains, starts, seed)
+        self.sampler = self._sampler.name
         self._study = _open(storage, name, self._sampler)
-        self._check_identity({**identity, "sampler": self._sampler.name}, without_password(storage))
+        self._check_identity({**identity, "sampler": self.sampler}, without_password(storage))
 
     def run(self, evaluate: Evaluate, budget: int, callback: TrialCallback | None = None) -> list[Trial]:
         """Run trials, together with the other processes of the study, until `budget` are complete.
@@ -141,6 +144,13 @@ class Study:
             return
         old = json.loads(stored)
         different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if different == ["sampler"]:
+            own = old.get("sampler")
+            raise RecipeError(
+                f"the study {self._study.study_name!r} in '{storage}' has the sampler {own}, and {self.sampler} would be used "
+                f"now. To continue it, name its sampler (sampler={own!r}, --sampler {own}); else choose another name (study=…, "
+                "--study) or storage."
+            )
         if different:
             raise RecipeError(
                 f"the study {self._study.study_name!r} in '{storage}' is of another search; the two differ in "

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from ..adapters.config_values import is_number
@@ -124,7 +124,11 @@ class Tuning:
 
         Raises: RecipeError or MethodError for an unknown name, an empty range, and a value that no merge accepts.
         """
-        asked = {"weights": [-BOUND, BOUND]} if asked is None else dict(asked)
+        asked = {"weights": [-BOUND, BOUND]} if asked is None else asked
+        if not isinstance(asked, Mapping):
+            raise RecipeError(
+                f"tune is {asked!r}; expected a dict of parameters and their values, such as {{'method': ['auto', 'ties']}}."
+            )
         if not asked:
             raise RecipeError("tune names no parameter. Name at least one, such as weights or density.")
         domains: dict[str, Domain] = {}
@@ -138,6 +142,17 @@ class Tuning:
     def has_weights(self) -> bool:
         """Whether one weight for each adapter is tuned."""
         return "weights.0" in self.domains
+
+    @property
+    def weights_alone(self) -> bool:
+        """Whether nothing but weights is tuned."""
+        return all(name.startswith("weights.") for name in self.domains)
+
+    @property
+    def combination_count(self) -> int | None:
+        """The number of combinations where all domains are choices; None where a range is tuned."""
+        choices = [len(domain.values) for domain in self.domains.values() if isinstance(domain, Choice)]
+        return math.prod(choices) if len(choices) == len(self.domains) else None
 
     def initial_setting(self, weight: float = 1.0) -> dict[str, Any]:
         """Return a first setting: the recipe's own values, or the nearest that the domains allow.
@@ -160,8 +175,8 @@ class Tuning:
                 setting[name] = domain.value_at(0.5)
         return setting
 
-    def combinations(self) -> list[dict[str, Any]]:
-        """Return every setting, where all domains are choices; the last domain changes first.
+    def combinations(self, most: int | None = None) -> list[dict[str, Any]]:
+        """Return every setting, or the first `most`, where all domains are choices; the last domain changes first.
 
         Raises: RecipeError where a range is tuned.
         """
@@ -172,7 +187,27 @@ class Tuning:
                 f"the sampler '{GRID}' tries each combination of choices, and {', '.join(ranges)} can take any value of a range. "
                 "Give a list of three or more values, or of names, or choose another sampler."
             )
-        return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+        return [dict(zip(choices, values, strict=True)) for values in islice(product(*choices.values()), most)]
+
+    def recipes_of_choices(self) -> list[tuple[str, Recipe]]:
+        """Return what each choice makes of the first recipe, one choice at a time, for each method in each space.
+
+        Returns: the choices as text, such as `method=ties, rank=8`, and the recipe; each recipe once.
+        """
+        pairs = [{"method": method, "space": space} for method, space in self._pairs()]
+        others = {
+            name: domain.values
+            for name, domain in self.domains.items()
+            if isinstance(domain, Choice) and name.partition(".")[0] not in ("method", "space", "adapters")
+        }
+        changes = [{}, *({name: value} for name, values in others.items() for value in values)]
+        found: dict[str, tuple[str, Recipe]] = {}
+        for change in (pair | other for pair in pairs for other in changes):
+            tuned = {name: value for name, value in change.items() if name in self.domains}
+            recipe = self.to_recipe({**self.initial_setting(), **tuned})
+            named = ", ".join(f"{name}={value}" for name, value in tuned.items())
+            found.setdefault(repr(recipe.to_dict()), (named, recipe))
+        return list(found.values())
 
     def to_recipe(self, setting: Setting) -> Recipe:
         """Return the recipe of a setting.
@@ -211,9 +246,7 @@ class Tuning:
 
         Raises: MethodError.
         """
-        pairs = [
-            (m, s) for m in self._names("method", self.recipe.method) for s in self._names("space", self.recipe.space)
-        ]
+        pairs = self._pairs()
         own = [name for name in asked if not _is_common(name)]
         known = {name for pair in pairs for name in parameter_names(*pair)}
         for name in own:
@@ -229,6 +262,11 @@ class Tuning:
             for end in (0, 1):
                 tuned = {name: self.domains[name].ends[end] for name in own if name in allowed}
                 make_settings(method, space, fixed | tuned)
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        """Return each method of the search with each space."""
+        methods, spaces = (self._names(name, getattr(self.recipe, name)) for name in ("method", "space"))
+        return list(product(methods, spaces))
 
     def _names(self, name: str, otherwise: str) -> tuple[str, ...]:
         domain = self.domains.get(name)
@@ -277,11 +315,14 @@ def _domain(name: str, value: Any) -> Domain:
         odd = [key for key in value if key not in ("low", "high", "log")]
         if odd or not {"low", "high"} <= value.keys():
             raise RecipeError(
-                f"tune: {name} is {dict(value)!r}; expected {{low: …, high: …}}, and log: true if wanted."
+                f"tune: {name} is {dict(value)!r}; expected {{low: …, high: …}}, and log: true if wanted, for a range. For "
+                "choices give a list of three or more values, or of names."
             )
         return _range(name, value["low"], value["high"], bool(value.get("log", False)))
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise RecipeError(f"tune: {name} is {value!r}; expected [low, high], or a list of choices.")
+        raise RecipeError(
+            f"tune: {name} is {value!r}; expected [low, high], or a list of choices: three or more values, or names."
+        )
     if len(value) == 2 and all(is_number(end) for end in value):
         return _range(name, value[0], value[1], log=False)
     if not all(isinstance(choice, (str, int, float, bool)) for choice in value):
