@@ -174,7 +174,7 @@ def search(
         "storage": storage,
         **{name: read_flag(name, value) if isinstance(value, str) else value for name, value in options.items()},
     }
-    with progress_and_warnings() as progress:
+    with progress_and_warnings("Repeat the same command to continue: the trials so far are kept.") as progress:
         found = find(**arguments_for(find, given, **changed, progress=progress))
     found.adapter.save(out, force)
     _show(found, out, storage, study, as_json)
