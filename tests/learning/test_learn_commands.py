@@ -109,7 +109,11 @@ def test_the_help_says_what_is_matched_and_how_plain_text_is_marked(monkeypatch:
         (["evaluate", "a", "--task", "no_rows.yaml"], "rows 'blank.jsonl': the file has no rows"),
         (["search", "a", "b", "--out", "o", "--task", "no_rows.yaml"], "rows 'blank.jsonl': the file has no rows"),
         (["distil", "a", "b", "--out", "o", "--task", "no_rows.yaml"], "rows 'blank.jsonl': the file has no rows"),
-        (["search", "a", "other", "--out", "o", "--task", "toy.yaml", "--base", "BASE"], "adapter 'other' (trained on"),
+        (
+            ["search", "a", "other", "--out", "o", "--task", "toy.yaml", "--base", "BASE"],
+            "a has 16 × 16, other has 32 × 16",
+        ),
+        (["search", "other", "--out", "o", "--task", "toy.yaml", "--base", "BASE"], "adapter 'other' (trained on"),
         (["distil", "a", "other", "--out", "o", "--task", "toy.yaml", "--base", "BASE"], "adapter 'other' (trained on"),
         (["signs", "other", "--out", "o", "--task", "toy.yaml", "--base", "BASE"], "adapter 'other' (trained on"),
         (["signs", "a", "b", "--out", "o", "--task", "loss.yaml"], "measure 'loss'; training needs labels"),
