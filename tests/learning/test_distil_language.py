@@ -190,6 +190,16 @@ def test_one_adapter_is_its_own_closed_form(bases: dict[str, Path], loras: list[
     assert made.report.divergence[0] < 1e-2
 
 
+@pytest.mark.parametrize(
+    "given", [{"rows": sentences(4, 0)}, {"rows": "generated", "count": 4}], ids=["texts", "generated"]
+)
+def test_too_few_rows_are_refused_before_the_base_is_loaded(
+    given: dict[str, Any], loras: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(TiesPeftError, match=r"'l0' has 4 rows .*; expected at least 5"):
+        ties_peft.distil(loras, **given, base=tmp_path / "nowhere")
+
+
 def test_given_answers_end_with_the_end_token_once(bench: Bench, loras: list[Path]) -> None:
     """Without it the result need not stop where its adapter stops."""
     tokenizer = bench.tokenizer

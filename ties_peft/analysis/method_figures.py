@@ -17,6 +17,7 @@ from ..merging.merged import Merged
 from ..merging.plan import Plan, Progress, make_plan
 from ..merging.recipes.recipe import Recipe
 from ..merging.report import Report
+from ..merging.tables import method_title
 from ..spaces import Space
 from ..task_vectors.delta import Delta, LowRank
 from ..task_vectors.factorise import squared_singular_values
@@ -61,7 +62,7 @@ class MethodResult:
     @property
     def title(self) -> str:
         """The method, and in brackets the one that it chose."""
-        return self.method if self.used == self.method else f"{self.method} ({self.used})"
+        return method_title(self.method, self.used)
 
     def rank_for(self, share: float) -> int | None:
         """Return the smallest rank that keeps a share of the energy; None if that of the result does not."""

@@ -143,9 +143,9 @@ Answers = Annotated[
     str | None,
     typer.Option(
         help=f"The answers to the prompts of a causal language model: {ANSWERS[0]} (each adapter writes its own), {ANSWERS[1]} "
-        f"(the labels of the rows, each followed by the model's end token) or {ANSWERS[2]} (the rows themselves are predicted). With a task (--task) only the tokens of the "
-        "answers are matched; without one, those of the rows as well. For plain text give a task with label: null; its rows get no "
-        "answers.",
+        f"(the labels of the rows, each followed by the model's end token) or {ANSWERS[2]} (the rows themselves are predicted). "
+        "With a task (--task) only the tokens of the answers are matched; without one, those of the rows as well. For plain text "
+        "give a task with label: null; its rows get no answers.",
         show_default="teachers; none with label: null and for random tokens",
     ),
 ]

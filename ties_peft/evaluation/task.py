@@ -192,8 +192,7 @@ class Task:
         if self.label is None:
             return [""] * len(rows)
         for place, row in enumerate(rows):
-            self._check_label(row, place)
-            value = row[self.label]
+            value = self._label_of(row, place)
             if isinstance(value, ClassName) and not value.known:
                 raise RecipeError(
                     f"{self.where}, row {place + 1}: the label is {value.number}; expected a class of the data set."
@@ -221,8 +220,7 @@ class Task:
 
     def _number(self, row: Row, names: tuple[str, ...], count: int, place: int) -> int:
         where = f"{self.where}, row {place + 1}"
-        self._check_label(row, place)
-        value = row[self.label or ""]
+        value = self._label_of(row, place)
         if isinstance(value, str) and value in names:
             return names.index(value)
         number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
@@ -238,14 +236,16 @@ class Task:
             f"task's list of labels.{WITHHELD_HINT if value == -1 else ''}"
         )
 
-    def _check_label(self, row: Row, place: int) -> None:
-        """Raise RecipeError for a row without a label."""
-        if self.label is None or row.get(self.label) is None:
+    def _label_of(self, row: Row, place: int) -> Any:
+        """Return the label of a row. Raises: RecipeError where there is none."""
+        value = None if self.label is None else row.get(self.label)
+        if value is None:
             keys = ", ".join(str(key) for key in row)
             raise RecipeError(
                 f"{self.where}, row {place + 1}: there is no label {str(self.label)!r}; the row has the keys {keys}. Name the one "
                 "that holds the label (label: KEY), or add it."
             )
+        return value
 
     def _uses_class_numbers(self, names: tuple[str, ...]) -> bool:
         """Return whether a data set's class is the label of the same number, because nothing names the labels."""

@@ -131,9 +131,10 @@ def distil(
             their rows; by default the estimate is printed on standard error if it is 10 seconds or more.
         count: the number of rows that each adapter writes, with rows "generated"; 100 by default.
         answers: to the prompts of a causal model: "teachers", sampled from each adapter at temperature 1; "given", the
-            labels of the rows, each followed by the model's end token; "none". With answers only their tokens are matched; without, all tokens of the rows. By
-            default "teachers", but "none" for plain text, which a task with `label: null` marks, and for random tokens.
-            Texts without a task may be prompts or plain text: the adapters answer them, and the tokens of both are matched.
+            labels of the rows, each followed by the model's end token; "none". With answers only their tokens are matched;
+            without, all tokens of the rows. By default "teachers", but "none" for plain text, which a task with
+            `label: null` marks, and for random tokens. Texts without a task may be prompts or plain text: the adapters
+            answer them, and the tokens of both are matched.
         answer_tokens: the largest number in an answer that an adapter writes.
         keep_base: rows, in any form that is for every adapter, on which the result shall predict what the bare base
             predicts; for causal models.

@@ -39,7 +39,8 @@ def row_warnings(teachers: Sequence[Teacher]) -> list[str]:
         return []
     return [
         f"few of the generated rows are of use: {', '.join(few)}. An adapter that was trained on answers alone, without the "
-        "prompts, writes prompts no better than its base, and agreement on such rows says little about its task. Give prompts (--rows FILE or rows=)."
+        "prompts, writes prompts no better than its base, and agreement on such rows says little about its task. Give prompts "
+        "(--rows FILE or rows=)."
     ]
 
 
@@ -122,7 +123,8 @@ def _worse_results(results: Sequence[TeacherResult]) -> str:
     if not worse:
         return ""
     return (
-        f"on the held-out rows the result imitates these worse than the start does, by the figures named: {', '.join(worse)}. Rows closer to their tasks "
+        "on the held-out rows the result imitates these worse than the start does, by the figures named: "
+        f"{', '.join(worse)}. Rows closer to their tasks "
         "(--rows or rows=), or a larger weight for them (--weights or weights=), may help."
     )
 

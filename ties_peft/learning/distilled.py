@@ -173,7 +173,8 @@ class DistilReport(Printed):
         facts = [
             (
                 "held",
-                "rows kept out of the training, on which the start and the step are chosen and the figures measured; few rows give rough figures",
+                "rows kept out of the training, on which the start and the step are chosen and the figures measured; few rows "
+                "give rough figures",
             ),
             ("start, result", "the merge before the training, and the adapter that is written"),
             ("KL", "distance of their predictions from the adapter's, in nats: 0 where they are equal"),

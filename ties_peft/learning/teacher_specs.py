@@ -311,7 +311,7 @@ def ended(bench: Bench, answer: list[int]) -> list[int]:
     """Return an answer with the model's end token behind it, unless it ends with one or the model has none."""
     ends = end_tokens(bench)
     chosen = getattr(bench.tokenizer, "eos_token_id", None)
-    if not ends or (answer[-1:] and answer[-1] in ends):
+    if not ends or (answer and answer[-1] in ends):
         return answer
     return [*answer, min(ends) if chosen is None else chosen]
 

@@ -13,7 +13,7 @@ from ..methods import find_method
 from .merged import Merged
 from .options import Rank
 from .report import figure
-from .tables import Printed, make_data_frame, make_table, number_column
+from .tables import Printed, make_data_frame, make_table, method_title, number_column
 
 Settings = tuple[str, float | None, Rank]
 
@@ -43,7 +43,7 @@ class SweepRow:
     @property
     def title(self) -> str:
         """The method, and in brackets the one that it chose."""
-        return self.method if self.used == self.method else f"{self.method} ({self.used})"
+        return method_title(self.method, self.used)
 
 
 @dataclass(frozen=True, repr=False)

@@ -36,6 +36,15 @@ def make_facts(rows: Iterable[tuple[str, str]]) -> Table:
     return make_table([Column(), Column(overflow="fold")], rows, show_header=False)
 
 
+def method_title(asked: str, used: str) -> str:
+    """Return the method that was asked for, and in brackets the one that it chose.
+
+    >>> method_title("auto", "dual")
+    'auto (dual)'
+    """
+    return asked if asked == used else f"{asked} ({used})"
+
+
 def number_column(heading: str) -> Column:
     """Return a column of numbers, aligned to the right."""
     return Column(make_text(heading), justify="right", no_wrap=True)

@@ -2,7 +2,8 @@
 
 In: adapters, a task with labels. Out: a merged adapter with its trials. Uses: `learning`, `evaluation`, `merging`.
 `search` is the entry; `problem` says what is maximised, `tuning` over which parameters, and `trial_plan` by how many trials;
-`study` and `sampler` use Optuna; `found` prints the result. The defaults are defined here, so that the command line can show them without importing torch.
+`study` and `sampler` use Optuna; `found` prints the result. The defaults are defined here, so that the command line can
+show them without importing torch.
 """
 
 BUDGET = 40  # trials, where they do not try every combination of choices
